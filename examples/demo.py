@@ -1,0 +1,80 @@
+"""The demo from end to end: model, reward model, PPO, and what came of it. `make demo` runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import demo_model
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).parent
+REWARD, PPO = HERE / "demo_reward.yaml", HERE / "demo_ppo.yaml"
+REWARD_DIR = Path("output/demo/reward")
+METRICS = Path("output/ppo_metrics")
+console = Console(highlight=False)
+
+
+def train(config: Path) -> None:
+    """`fastppo-train CONFIG`, as a user would type it."""
+    command = [str(Path(sys.executable).with_name("fastppo-train")), str(config)]
+    console.print(f"\n[bold]$ fastppo-train {config}[/bold]")
+    done = subprocess.run(command, check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def reward_model_is_there() -> bool:
+    """Trained before, and neither its YAML nor its pairs are newer."""
+    made = REWARD_DIR / "fastppo_reward.json"
+    sources = (REWARD, HERE / "data" / "demo_preferences.json")
+    return made.is_file() and all(made.stat().st_mtime > path.stat().st_mtime for path in sources)
+
+
+def show(seconds: float) -> None:
+    """The table, three pairs of samples, and where the files are."""
+    summary = json.loads((METRICS / "summary.json").read_text(encoding="utf-8"))
+    table = Table("held-out prompts", "before", "after", title="What PPO changed")
+    rows = [
+        ("judge (never seen in training), -1 to 1", "judge_before", "judge_after"),
+        ("reward model", "reward_before", "reward_after"),
+        ("length (tokens)", "length_before", "length_after"),
+        ("ended by themselves", "eos_share_before", "eos_share_after"),
+    ]
+    for title, before, after in rows:
+        table.add_row(title, f"{summary[before]:.2f}", f"{summary[after]:.2f}")
+    table.add_row("KL to the reference (nats a response)", "0.00", f"{summary['kl']:.2f}")
+    console.print()
+    console.print(table)
+    samples = json.loads((METRICS / "samples.json").read_text(encoding="utf-8"))
+    for sample in samples[:: max(1, len(samples) // 3)][:3]:
+        console.print(f"\n[bold]{sample['prompt']}[/bold]")
+        for when in ("before", "after"):
+            console.print(
+                f"  {when:6} ({sample[f'judge_{when}']:+.2f})  {sample[when]}", markup=False
+            )
+    console.print(
+        f"\n{len(samples)} prompts, {summary['steps']} PPO steps, {seconds / 60:.1f} minutes"
+    )
+    for name in ("summary.json", "training_curves.png", "training_metrics.csv"):
+        console.print(f"  {METRICS / name}")
+
+
+def main() -> None:
+    """Reuse what an earlier run left, except the policy."""
+    began = time.monotonic()
+    demo_model.main()
+    if reward_model_is_there():
+        console.print(f"reward model: {REWARD_DIR} is there")
+    else:
+        train(REWARD)
+    train(PPO)
+    show(time.monotonic() - began)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""The demo's preference pairs: the model's own answers, the more positive one of each two chosen.
+
+    python examples/make_demo_data.py        (make demo-data; about five minutes on two cores)
+
+The held-out prompts of demo_eval_prompts.json are never read here.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from demo_judge import judge
+from demo_model import FOLDER
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+DATA = Path(__file__).parent / "data"
+SAMPLES, TEMPERATURE, MAX_NEW_TOKENS, BATCH, SEED = 8, 0.7, 40, 84, 0
+GAP = 0.3  # of the judge, from which on one answer is clearly the more positive
+PAIRS_A_PROMPT = 3
+
+
+def sample(prompts: list[str]) -> list[tuple[str, int, bool]]:
+    """One answer each: text, tokens, and whether it ended by itself."""
+    batch = tokenizer.apply_chat_template(
+        [[{"role": "user", "content": prompt}] for prompt in prompts],
+        add_generation_prompt=True,
+        padding=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    out = model.generate(
+        **batch,
+        max_new_tokens=MAX_NEW_TOKENS,
+        do_sample=True,
+        temperature=TEMPERATURE,
+        top_k=0,
+        top_p=1.0,
+    )
+    answers = []
+    for row in out[:, batch["input_ids"].shape[1] :].tolist():
+        ended = tokenizer.eos_token_id in row
+        length = row.index(tokenizer.eos_token_id) + 1 if ended else len(row)
+        answers.append(
+            (tokenizer.decode(row[:length], skip_special_tokens=True).strip(), length, ended)
+        )
+    return answers
+
+
+def pairs_of(answers: list[tuple[str, int, bool]]) -> list[tuple[str, str]]:
+    """Up to three pairs of complete answers with a clear gap; no answer twice.
+
+    The longer answer is the chosen one as often as the rejected one, as near as the samples allow:
+    otherwise the reward model would learn length.
+    """
+    complete = sorted({(text, length) for text, length, ended in answers if ended and text})
+    scored = sorted((judge([], [text])[0], length, text) for text, length in complete)
+    found = []
+    while len(scored) >= 2 and len(found) < PAIRS_A_PROMPT:
+        low, high = scored.pop(0), scored.pop()
+        if high[0] - low[0] < GAP:
+            break
+        found.append((high, low))
+    return [(high[2], low[2], high[1] - low[1]) for high, low in found]
+
+
+def balance(pairs: list[dict[str, object]]) -> list[dict[str, object]]:
+    """Drop pairs in which the chosen answer is the longer, until it is in one half of them."""
+    longer = [pair for pair in pairs if pair["gap"] > 0]
+    shorter = [pair for pair in pairs if pair["gap"] < 0]
+    even = [pair for pair in pairs if pair["gap"] == 0]
+    keep = min(len(longer), len(shorter))
+    kept = longer[:: max(1, len(longer) // max(keep, 1))][:keep] + shorter[:keep] + even
+    return sorted(kept, key=lambda pair: pairs.index(pair))
+
+
+if __name__ == "__main__":
+    began = time.monotonic()
+    torch.manual_seed(SEED)
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(FOLDER)
+    prompts = [row["instruction"] for row in json.loads((DATA / "demo_prompts.json").read_text())]
+    asked = [prompt for prompt in prompts for _ in range(SAMPLES)]
+    answers = []
+    for start in range(0, len(asked), BATCH):
+        answers += sample(asked[start : start + BATCH])
+        print(f"{len(answers)}/{len(asked)} sampled, {time.monotonic() - began:.0f} s", flush=True)
+    pairs = []
+    for i, prompt in enumerate(prompts):
+        for chosen, rejected, gap in pairs_of(answers[i * SAMPLES : (i + 1) * SAMPLES]):
+            pairs.append(
+                {"instruction": prompt, "chosen": chosen, "rejected": rejected, "gap": gap}
+            )
+    kept = balance(pairs)
+    rows = [{name: pair[name] for name in ("instruction", "chosen", "rejected")} for pair in kept]
+    text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
+    (DATA / "demo_preferences.json").write_text(text, encoding="utf-8")
+    scores = judge([], [text for text, _, _ in answers])
+    print(
+        f"{len(rows)} pairs of {len(pairs)} (balanced by length), from {len(answers)} answers: "
+        f"judge "
+        f"{sum(scores) / len(scores):+.3f}, {sum(e for _, _, e in answers) / len(answers):.0%} "
+        f"ended by "
+        f"themselves, {sum(n for _, n, _ in answers) / len(answers):.1f} tokens"
+    )

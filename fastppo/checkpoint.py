@@ -1,0 +1,127 @@
+"""Folders that plain PEFT and LLaMA-Factory read: adapter at the root, value head, tokenizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from torch import nn
+
+from fastppo.advantage import RunningScore
+from fastppo.errors import UserError
+from fastppo.roles import VALUE_HEAD_FILE, value_head_state
+
+if TYPE_CHECKING:
+    from fastppo.trainer import State
+
+TRAINING_STATE = "training_state.pt"
+
+
+def save_adapter(model: PeftModel, head: nn.Linear, tokenizer: Any, folder: Path) -> None:
+    """The adapter `default` and a value head: all that a reward model is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # False: whether the embeddings were resized is known here, and PEFT would ask the hub.
+    model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
+    save_file(value_head_state(head), folder / VALUE_HEAD_FILE)
+    tokenizer.save_pretrained(str(folder))
+
+
+def save(state: State, folder: Path) -> None:
+    """Actor at the root, where plain PEFT looks; the critic's adapter, if it has one, below it."""
+    roles = state.roles
+    save_adapter(roles.model, roles.critic_head, state.tokenizer, folder)
+    if not roles.shares_trunk:
+        roles.model.save_pretrained(
+            str(folder), selected_adapters=["critic"], save_embedding_layers=False
+        )
+    record = {"global_step": state.step, "log_history": state.metrics.rows}
+    text = json.dumps(record, indent=2, ensure_ascii=False)
+    (folder / "trainer_state.json").write_text(text + "\n", encoding="utf-8")
+
+
+def save_to_resume(state: State, output_dir: Path) -> None:
+    """`checkpoint-N` with all that the steps after N depend on; there whole or not at all."""
+    folder = output_dir / f"checkpoint-{state.step}"
+    beside = output_dir / f".checkpoint-{state.step}.partial"
+    shutil.rmtree(beside, ignore_errors=True)
+    save(state, beside)
+    torch.save(
+        {
+            "step": state.step,
+            "optimizer": state.optimizer.state_dict(),
+            "scheduler": state.scheduler.state_dict(),
+            "kl_coef": state.controller.kl_coef,
+            "running_score": asdict(state.running_score),
+            "trained": [p.detach() for p in trained(state)],
+            "rows": state.metrics.rows,
+        },
+        beside / TRAINING_STATE,
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.rename(folder)
+
+
+def trained(state: State) -> list[nn.Parameter]:
+    """Every trained parameter, in the optimiser's order."""
+    return [p for group in state.optimizer.param_groups for p in group["params"]]
+
+
+def newest(output_dir: Path) -> Path | None:
+    """The checkpoint-N of the largest N in `output_dir` that can be resumed from."""
+    found = [path for path in checkpoints(output_dir) if (path / TRAINING_STATE).is_file()]
+    return found[-1] if found else None
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """All checkpoint-N, the oldest first."""
+    return sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+
+
+@torch.no_grad()
+def resume(state: State, folder: Path) -> None:
+    """Go on where `folder` was saved: weights, optimiser, schedule, beta, statistics, rows."""
+    if not (folder / TRAINING_STATE).is_file():
+        raise UserError(
+            f"resume_from_checkpoint {folder}: no {TRAINING_STATE} there; name a checkpoint-N "
+            f"folder "
+            "that fastppo wrote in stage ppo"
+        )
+    saved = torch.load(folder / TRAINING_STATE, map_location=state.roles.device, weights_only=True)
+    parameters = trained(state)
+    if [p.shape for p in parameters] != [p.shape for p in saved["trained"]]:
+        raise UserError(
+            f"resume_from_checkpoint {folder}: its adapters have other shapes; keep lora_rank, "
+            "lora_target and critic as they were"
+        )
+    for parameter, value in zip(parameters, saved["trained"], strict=True):
+        parameter.copy_(value)
+    state.optimizer.load_state_dict(saved["optimizer"])
+    state.scheduler.load_state_dict(saved["scheduler"])
+    state.controller.kl_coef = saved["kl_coef"]
+    state.running_score = RunningScore(**saved["running_score"])
+    state.step = saved["step"]
+    for row in saved["rows"]:
+        state.metrics.add(row)
+
+
+def keep_newest(output_dir: Path, limit: int | None) -> None:
+    """`save_total_limit`: delete the oldest checkpoint-N past it."""
+    if limit is None:
+        return
+    found = checkpoints(output_dir)
+    for path in found[: max(0, len(found) - limit)]:
+        shutil.rmtree(path)
+
+
+def prepare_output_dir(output_dir: Path) -> None:
+    """Make `output_dir`, or say why it cannot be made, before any work is done."""
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir {output_dir}: {error.strerror}; choose another") from None

@@ -1,0 +1,95 @@
+"""`fastppo-train CONFIG [key=value ...]`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from fastppo import __version__
+from fastppo.errors import TrainingStopped, UserError
+
+HELP = f"""fastppo {__version__}: PPO for language models on one GPU, from LLaMA-Factory's YAML
+
+usage: fastppo-train CONFIG [key=value ...]
+
+  CONFIG      a YAML or JSON file with stage: rm (a reward model from pairs) or
+              stage: ppo (a policy from prompts and that reward model)
+  key=value   overrides a key of the file, for example learning_rate=2e-5
+
+  --help      this text
+  --version   the version
+
+docs/config.md lists every key. Exit codes: 0 done, 1 the run stopped itself,
+2 bad input (nothing was written), 130 interrupted.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one configuration; every error that a user can mend is one line and exit code 2."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in arguments or "-h" in arguments:
+        print(HELP, end="")
+        return 0
+    if "--version" in arguments:
+        print(f"fastppo {__version__}")
+        return 0
+    try:
+        train(arguments)
+    except UserError as error:
+        print(f"fastppo-train: error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except TrainingStopped as error:
+        print(f"fastppo-train: stopped: {one_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("fastppo-train: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def one_line(error: Exception) -> str:
+    """The message without line breaks: an error is one line whatever it quotes."""
+    return " ".join(str(error).split())
+
+
+def train(arguments: list[str]) -> None:
+    """Check everything that needs no model, then import what does."""
+    from fastppo.config import load_config
+    from fastppo.preflight import check
+
+    if not arguments:
+        raise UserError("no CONFIG; name a YAML file, for example examples/demo_ppo.yaml")
+    options = [argument for argument in arguments if argument.startswith("-")]
+    if options:
+        raise UserError(f"unknown option '{options[0]}'; keys are overridden as key=value")
+    if arguments[0] == "train" and len(arguments) > 1:  # llamafactory-cli's habit
+        arguments = arguments[1:]
+    config = load_config(arguments[0], arguments[1:])
+    records = check(config)
+    quieten()
+    # Reward functions and judges are importable from where the command runs.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    if config.stage == "rm":
+        from fastppo import reward_model
+
+        reward_model.run(config, records)
+    else:
+        from fastppo import trainer
+
+        trainer.run(config, records)
+
+
+def quieten() -> None:
+    """What libraries warn of on every start, and no user of this command can mend."""
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\..*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"peft\..*")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

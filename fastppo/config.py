@@ -1,0 +1,471 @@
+"""The YAML: every key that fastppo knows, with LLaMA-Factory's and TRL's names and meanings.
+
+No torch here: `--help` and a wrong key must answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fastppo.errors import UserError
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Above0 = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+
+LF, HF, TRL, OWN = "LLaMA-Factory", "transformers", "TRL 0.9.6", "fastppo"
+
+
+def key(default: Any, owner: str, meaning: str) -> Any:
+    """A key with its default, whose name it is, and a sentence on what it does here."""
+    return Field(default, description=meaning, json_schema_extra={"owner": owner})
+
+
+class Config(BaseModel):
+    """One run, as its YAML file describes it. Frozen; checked; one sentence a key."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    stage: Literal["rm", "ppo"] = key(..., LF, "rm trains a reward model from pairs, ppo a policy.")
+    do_train: bool | None = key(None, HF, "Train; with no do_* key at all a file means train.")
+    do_eval: bool | None = key(
+        None, HF, "Accepted; evaluation runs wherever there is something held out."
+    )
+    do_predict: bool | None = key(None, HF, "Accepted only as false: there is no predict here.")
+
+    model_name_or_path: str = key(..., LF, "The base: a local folder or a hub name.")
+    model_gguf_file: str | None = key(
+        None, OWN, "GGUF file inside model_name_or_path to read weights from."
+    )
+    model_revision: str = key("main", LF, "Branch, tag or commit on the hub.")
+    cache_dir: str | None = key(None, LF, "Where the hub's files are kept.")
+    trust_remote_code: bool = key(
+        False, LF, "Run code that comes with the model; off unless asked."
+    )
+    flash_attn: Literal["auto", "sdpa", "disabled", "fa2"] = key(
+        "auto", LF, "Attention: auto and sdpa are PyTorch's, disabled is eager, fa2 is flash-attn."
+    )
+
+    finetuning_type: Literal["lora"] = key("lora", LF, "How the policy trains.")
+    lora_rank: Positive = key(8, LF, "Rank of the adapters.")
+    lora_alpha: Positive | None = key(None, LF, "Scale of the adapters; null is twice the rank.")
+    lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = key(
+        0.0, LF, "Dropout in the adapters, in stage rm only: PPO's log-probs allow none."
+    )
+    lora_target: str = key(
+        "all", LF, "Names of the adapted linear layers, comma separated; all of them."
+    )
+    lora_layers: Positive | None = key(
+        None, OWN, "Adapters on so many upper layers only; null is all."
+    )
+    use_rslora: bool = key(False, LF, "Rank-stabilised scaling of the adapters.")
+    use_dora: bool = key(False, LF, "Weight-decomposed adapters.")
+
+    reward_model: str | None = key(
+        None, LF, "Folder that stage rm wrote, or module:function for reward_model_type: function."
+    )
+    reward_model_type: Literal["lora", "function"] = key(
+        "lora", LF, "lora is an adapter and head on the base, function a Python function."
+    )
+    critic: Literal["adapter", "shared"] = key(
+        "adapter",
+        OWN,
+        "adapter is an adapter and head of its own, shared a head on the actor's trunk.",
+    )
+    value_head_init: Literal["reward", "zeros"] = key(
+        "reward", OWN, "Where the critic's head starts: from the reward model's, or at 0."
+    )
+    calibrate_reward: bool = key(
+        False,
+        OWN,
+        "In stage rm: scale the head so that scores of held-out answers have mean 0, std 1.",
+    )
+
+    dataset: str = key(
+        ..., LF, "Names in dataset_info.json, or paths of json files; comma separated."
+    )
+    eval_dataset: str | None = key(None, LF, "The same, for evaluation.")
+    dataset_dir: str = key("data", LF, "Folder of dataset_info.json and the files that it names.")
+    val_size: NonNegative = key(
+        0.0, LF, "Held out of dataset for evaluation: a share below 1, or a count."
+    )
+    cutoff_len: Positive = key(
+        2048, LF, "Most tokens of a prompt (ppo) or of prompt and answer (rm)."
+    )
+    max_samples: Positive | None = key(None, LF, "Only the first so many records of each data set.")
+    template: str | None = key(None, LF, "Chat template by name; null is the tokenizer's own.")
+    default_system: str | None = key(None, LF, "System prompt in place of the template's.")
+
+    output_dir: str = key(..., HF, "Where adapters, heads and checkpoints go.")
+    overwrite_output_dir: bool = key(False, LF, "Allow an output_dir that is not empty.")
+    metrics_dir: str = key(
+        "output/ppo_metrics", OWN, "Where a PPO run's metrics, picture and summary go."
+    )
+
+    per_device_train_batch_size: Positive = key(
+        8, HF, "Sequences in a micro-batch (pairs in stage rm)."
+    )
+    per_device_eval_batch_size: Positive = key(8, HF, "The same in evaluation.")
+    gradient_accumulation_steps: Positive = key(1, HF, "Micro-batches in an optimiser step.")
+    learning_rate: NonNegative = key(5e-5, HF, "Peak learning rate (the actor's).")
+    critic_learning_rate: NonNegative | None = key(
+        None, OWN, "The critic's; null is learning_rate."
+    )
+    num_train_epochs: Above0 = key(3.0, HF, "Passes over the data set.")
+    max_steps: int = key(
+        -1, HF, "Stop after so many steps, whatever num_train_epochs says; -1 is off."
+    )
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
+    ] = key("linear", HF, "Learning rate schedule, a step each PPO step.")
+    warmup_ratio: Share = key(0.0, HF, "Share of the steps that warm up.")
+    warmup_steps: Annotated[int, Field(ge=0)] = key(
+        0, HF, "The same as a count; wins over the share."
+    )
+    weight_decay: NonNegative = key(0.0, HF, "AdamW's weight decay.")
+    adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = key(0.9, HF, "AdamW's beta 1.")
+    adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = key(0.999, HF, "AdamW's beta 2.")
+    adam_epsilon: Above0 = key(1e-8, HF, "AdamW's epsilon; PPO's classic is 1e-5.")
+    max_grad_norm: NonNegative = key(1.0, HF, "Gradient norm a role is clipped to; 0 is off.")
+    seed: Annotated[int, Field(ge=0)] = key(42, HF, "Seed of everything random.")
+    bf16: bool = key(False, HF, "Base in bfloat16, compute under autocast; adapters stay float32.")
+    disable_gradient_checkpointing: bool = key(
+        False, LF, "Keep activations in place of recomputing them."
+    )
+    disable_shuffling: bool = key(False, LF, "Take prompts in the order of the file.")
+    logging_steps: Positive = key(10, HF, "Steps between log lines in stage rm; ppo prints each.")
+    save_steps: Positive = key(500, HF, "Steps between checkpoints.")
+    save_total_limit: Positive | None = key(None, HF, "Keep only so many checkpoints.")
+    save_only_model: bool = key(False, HF, "In stage rm: checkpoints without optimiser state.")
+    eval_strategy: Literal["no", "steps"] = key("no", HF, "steps evaluates every eval_steps.")
+    eval_steps: Positive | None = key(None, HF, "See eval_strategy.")
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = key(
+        "none", HF, "Experiment tracker beside the files."
+    )
+    resume_from_checkpoint: bool | str | None = key(
+        None, HF, "In stage ppo: a checkpoint folder, or true for the newest in output_dir."
+    )
+
+    ppo_buffer_size: Positive = key(1, LF, "Optimiser steps' worth of prompts in a rollout.")
+    ppo_epochs: Positive = key(4, LF, "Passes over each rollout.")
+    ppo_score_norm: bool = key(False, LF, "Normalise scores by their running mean and deviation.")
+    ppo_target: Above0 = key(6.0, LF, "Target of the KL controller, nats a response.")
+    ppo_whiten_rewards: bool = key(
+        False, LF, "Whiten rewards, their mean kept, before the advantages."
+    )
+
+    init_kl_coef: NonNegative = key(0.2, TRL, "beta at the start.")
+    adap_kl_ctrl: bool = key(True, TRL, "Let the controller move beta; false keeps it.")
+    horizon: Above0 = key(
+        10000, TRL, "Samples over which the controller acts; smaller moves beta faster."
+    )
+    kl_penalty: Literal["kl", "abs", "mse", "low_var_kl"] = key(
+        "kl", TRL, "Estimate of a token's KL in the reward; low_var_kl is k3."
+    )
+    gamma: Share = key(1.0, TRL, "Discount.")
+    lam: Share = key(0.95, TRL, "Decay of the advantage estimate's trace.")
+    cliprange: Above0 = key(0.2, TRL, "Ratio is clipped to 1 plus or minus this.")
+    cliprange_value: Above0 = key(0.2, TRL, "Value may move so far from the rollout's.")
+    vf_coef: NonNegative = key(0.1, TRL, "Weight of the value loss.")
+    ratio_threshold: Above0 = key(
+        10.0, TRL, "A micro-batch whose mean ratio is above this is skipped."
+    )
+    early_stopping: bool = key(
+        False, TRL, "End a step's epochs when policykl passes 1.5 target_kl."
+    )
+    target_kl: Above0 = key(1.0, TRL, "See early_stopping.")
+    score_clip: Above0 | None = key(
+        None, TRL, "Clip scores to plus or minus this, after normalising."
+    )
+    whiten_advantages: bool = key(True, OWN, "Whiten advantages over the whole rollout.")
+    missing_eos_penalty: NonNegative | None = key(
+        None, TRL, "Taken off the score of a truncated response."
+    )
+    bootstrap_truncated: bool = key(
+        False, OWN, "A truncated response goes on with the critic's value in place of 0."
+    )
+    entropy_coef: NonNegative = key(0.0, OWN, "Weight of an entropy bonus in the policy loss.")
+
+    do_sample: bool = key(True, LF, "false decodes greedily, for debugging.")
+    temperature: Above0 = key(1.0, LF, "Of the sampler and of every log-prob.")
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = key(
+        1.0, LF, "Nucleus; below 1 truncates the policy."
+    )
+    top_k: Annotated[int, Field(ge=0)] = key(0, LF, "Above 0 truncates the policy.")
+    repetition_penalty: Above0 = key(1.0, LF, "Other than 1 makes the sampler another policy.")
+    max_new_tokens: Positive = key(1024, LF, "Most tokens of a response.")
+    min_new_tokens: Annotated[int, Field(ge=0)] = key(0, OWN, "Fewest.")
+    lf_sampling: bool = key(
+        False, OWN, "LLaMA-Factory's hidden temperature 0.95, top_p 0.7, top_k 50 where unset."
+    )
+
+    eval_judge: str | None = key(
+        None, OWN, "module:function that judges evaluation samples, and never enters training."
+    )
+    eval_max_samples: Positive = key(64, OWN, "Most prompts in an evaluation.")
+
+    source: str = Field("<python>", exclude=True)
+    ignored: tuple[str, ...] = Field((), exclude=True)
+
+    @property
+    def rollout_batch_size(self) -> int:
+        """Sequences sampled in a PPO step."""
+        micro = self.per_device_train_batch_size
+        return micro * self.gradient_accumulation_steps * self.ppo_buffer_size
+
+    @property
+    def resolved_lora_alpha(self) -> int:
+        """lora_alpha, or LLaMA-Factory's twice the rank."""
+        return self.lora_alpha if self.lora_alpha is not None else 2 * self.lora_rank
+
+    @model_validator(mode="before")
+    @classmethod
+    def _hidden_sampling(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("lf_sampling") is True:
+            return {"temperature": 0.95, "top_p": 0.7, "top_k": 50, **data}
+        return data
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> Config:
+        if self.do_train is False:
+            raise ValueError("do_train: false leaves nothing to do; set it to true or leave it out")
+        if self.do_predict:
+            raise ValueError("do_predict: there is no predict here; leave it out")
+        if self.stage == "ppo" and not self.reward_model:
+            raise ValueError(
+                "reward_model: stage ppo needs one; name the folder that stage rm wrote, or a "
+                "module:function with reward_model_type: function"
+            )
+        if self.stage == "rm" and self.resume_from_checkpoint:
+            raise ValueError("resume_from_checkpoint: only stage ppo resumes; leave it out")
+        if self.val_size and self.eval_dataset:
+            raise ValueError(
+                "val_size: leave it out where eval_dataset is given, or the other way round"
+            )
+        if self.val_size > 1 and self.val_size != int(self.val_size):
+            raise ValueError("val_size: above 1 it is a count of records; give a whole number")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError("min_new_tokens: is above max_new_tokens; lower it")
+        return self
+
+
+# LLaMA-Factory's and transformers' keys that say nothing to a single process on one device.
+IGNORED = {
+    "dataloader_num_workers": "records are encoded once, at the start",
+    "dataloader_pin_memory": "records are encoded once, at the start",
+    "ddp_find_unused_parameters": "one process",
+    "ddp_timeout": "one process",
+    "group_by_length": "micro-batches are trimmed to their longest row",
+    "gradient_checkpointing": "as in LLaMA-Factory; use disable_gradient_checkpointing",
+    "include_num_input_tokens_seen": "tokens are counted in the metrics",
+    "local_rank": "one process",
+    "logging_dir": "trackers write below output_dir",
+    "low_cpu_mem_usage": "always on",
+    "optim": "the optimiser is AdamW",
+    "overwrite_cache": "nothing is cached",
+    "plot_loss": "curves are always drawn",
+    "predict_with_generate": "there is no predict here",
+    "preprocessing_batch_size": "records are encoded once, at the start",
+    "preprocessing_num_workers": "records are encoded once, at the start",
+    "print_param_status": "the first lines of a run count what trains",
+    "run_name": "trackers call the run fastppo",
+    "save_safetensors": "always on",
+    "save_strategy": "checkpoints go by save_steps",
+    "skip_special_tokens": "always on for display",
+    "use_cache": "sampling always uses a cache",
+    "use_fast_tokenizer": "always on",
+    "use_kv_cache": "sampling always uses a cache",
+    "use_reentrant_gc": "checkpointing is never reentrant",
+}
+# Keys that ask for what is not done: the value that is harmless, and what to use instead.
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "additional_target": ((None,), "adapters train nothing but themselves; leave it out"),
+    "adapter_name_or_path": (
+        (None,),
+        "start from a merged model: merge the adapter into its base first",
+    ),
+    "create_new_adapter": ((False, None), "start from a merged model; leave it out"),
+    "deepspeed": ((None,), "fastppo trains on one device; leave it out"),
+    "freeze_trainable_layers": ((2, None), "use finetuning_type: lora"),
+    "fp16": ((False, None), "use bf16: true, or leave both out for float32"),
+    "fsdp": ((None, "", False), "fastppo trains on one device; leave it out"),
+    "load_best_model_at_end": ((False, None), "PPO has no single best; leave it out"),
+    "num_beams": ((1, None), "a policy is sampled, not searched; leave it out"),
+    "packing": ((False, None), "responses are packed anyway; leave it out"),
+    "pissa_init": ((False, None), "the reference is the base with adapters off; leave it out"),
+    "push_to_hub": ((False, None), "upload output_dir with the hub's own command"),
+    "pure_bf16": ((False, None), "use bf16: true: adapters train in float32"),
+    "quantization_bit": ((None,), "the base is not quantised; leave it out"),
+    "ref_model": ((None,), "the reference is the base with adapters off; leave it out"),
+    "reward_model_adapters": ((None,), "use reward_model with an adapter that stage rm wrote"),
+    "streaming": ((False, None), "data is read whole; leave it out"),
+    "train_on_prompt": ((False, None), "the loss is on responses; leave it out"),
+    "use_unsloth": ((False, None), "leave it out"),
+}
+NOT_HERE = {
+    ("stage", "sft"): "fastppo trains stage rm and stage ppo; for sft use a trainer made for it",
+    ("stage", "pt"): "fastppo trains stage rm and stage ppo; for pt use a trainer made for it",
+    ("stage", "dpo"): "fastppo trains stage rm and stage ppo; for dpo use a trainer made for it",
+    ("stage", "kto"): "fastppo trains stage rm and stage ppo; for kto use a trainer made for it",
+    ("finetuning_type", "full"): "not supported; use finetuning_type: lora",
+    ("finetuning_type", "freeze"): "not supported; use finetuning_type: lora",
+    ("finetuning_type", "oft"): "not supported; use finetuning_type: lora",
+    ("reward_model_type", "full"): "not supported; use lora (what stage rm writes) or function",
+    ("reward_model_type", "api"): "not supported; use lora (what stage rm writes) or function",
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, where YAML would keep the last in silence."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
+    seen: set[Hashable] = set()
+    for key_node, _ in node.value:
+        name = loader.construct_object(key_node)
+        if name in seen:
+            raise UserError(
+                f"line {key_node.start_mark.line + 1}: '{name}' is given twice; keep one"
+            )
+        seen.add(name)
+    return loader.construct_mapping(node)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML or JSON file; UTF-8, with or without a byte order mark."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such file; name a YAML file, for example examples/demo_ppo.yaml"
+        ) from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder; name the YAML file in it") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; check the path and its permissions") from None
+    try:
+        # JSON is read by its own parser: YAML's misses tabs. yaml.load with a SafeLoader is safe.
+        data = json.loads(text) if path.suffix == ".json" else yaml.load(text, _Loader)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON, line {error.lineno}: {error.msg}") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{path}: not YAML, line {line}: {error.problem}; mend the line") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{path}: not YAML: {str(error).splitlines()[0]}; mend the file") from None
+    if data is None:
+        raise UserError(
+            f"{path}: is empty; it needs at least stage, model_name_or_path, dataset, output_dir"
+        )
+    if not isinstance(data, dict):
+        raise UserError(
+            f"{path}: is a {type(data).__name__}, not a mapping; write 'key: value' lines"
+        )
+    return data
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`key=value` of the command line; the value is read as YAML."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise UserError(f"'{text}': not key=value; write for example learning_rate=2e-5")
+    try:
+        return name.strip(), yaml.load(value, _Loader) if value else None
+    except (yaml.YAMLError, UserError):
+        return name.strip(), value
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read, override and check a file; a UserError names the file, the key and the cure."""
+    path = Path(path)
+    data = read_file(path)
+    data.update(parse_override(text) for text in overrides)
+    return config_from_dict(data, source=str(path))
+
+
+def config_from_dict(data: Mapping[Any, Any], source: str = "<python>") -> Config:
+    """Check a mapping of keys."""
+    given = {str(name): value for name, value in data.items()}
+    ignored = []
+    for name in list(given):
+        if name in IGNORED:
+            ignored.append(f"'{name}' means nothing here and is ignored: {IGNORED[name]}")
+            del given[name]
+        elif name in REFUSED:
+            harmless, cure = REFUSED[name]
+            if given.pop(name) not in harmless:
+                raise UserError(f"{source}: {name}: not supported; {cure}")
+        elif (name, given[name]) in ((k, v) for k, v in NOT_HERE):
+            raise UserError(f"{source}: {name}: {given[name]}: {NOT_HERE[name, given[name]]}")
+        elif name in ("source", "ignored") or name not in Config.model_fields:
+            if os.environ.get("ALLOW_EXTRA_ARGS", "0").lower() in ("1", "true", "y"):
+                ignored.append(f"'{name}' is unknown and ignored (ALLOW_EXTRA_ARGS)")
+                del given[name]
+                continue
+            raise UserError(f"{source}: unknown key '{name}'; {suggest_key(name)}")
+        elif given[name] is None and Config.model_fields[name].default is not None:
+            # `key:` with nothing behind it, as tutorials leave them: the default.
+            if Config.model_fields[name].is_required():
+                raise UserError(f"{source}: {name}: has no value; give it one")
+            del given[name]
+    given = {name: _listed(name, value) for name, value in given.items()}
+    try:
+        return Config(**given, source=source, ignored=tuple(ignored))
+    except ValidationError as error:
+        raise UserError(f"{source}: {explain(error)}") from None
+
+
+def _listed(name: str, value: Any) -> Any:
+    """A YAML list where LLaMA-Factory has a comma string; report_to as a list of one."""
+    if name in ("dataset", "eval_dataset", "lora_target") and isinstance(value, list):
+        return ",".join(str(item) for item in value)
+    if name == "report_to" and isinstance(value, list) and len(value) == 1:
+        return value[0]
+    # YAML 1.1 reads `eval_strategy: no` as false.
+    return "no" if name == "eval_strategy" and value is False else value
+
+
+def suggest_key(name: str) -> str:
+    """The cure for an unknown key."""
+    known = [*(set(Config.model_fields) - {"source", "ignored"}), *IGNORED, *REFUSED]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean '{near[0]}'?"
+    return "docs/config.md lists the keys; take it out, or set ALLOW_EXTRA_ARGS=1 to ignore it"
+
+
+def explain(error: ValidationError) -> str:
+    """The first complaint, in one line, with what was wanted, what came, and the cure."""
+    first = error.errors()[0]
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    name = str(first["loc"][0]) if first["loc"] else "configuration"
+    if first["type"] == "missing":
+        return f"{name}: missing; {Config.model_fields[name].description}"
+    came = first["input"]
+    if first["type"] == "literal_error":
+        expected = first["ctx"]["expected"].replace("'", "")
+        words = expected.replace(" or ", ", ").split(", ")
+        near = difflib.get_close_matches(str(came), words, n=1, cutoff=0.6)
+        return f"{name}: {came!r} is none of {expected}" + (
+            f"; did you mean {near[0]}?" if near else "; choose one of them"
+        )
+    wanted = first["msg"].removeprefix("Input should be ")
+    wanted = wanted.split(", unable")[0]
+    return f"{name}: {came!r} is wrong; it should be {wanted}"

@@ -1,0 +1,138 @@
+"""What a run says on the terminal, and to experiment trackers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fastppo import __version__
+from fastppo.metrics import CSV, CURVES, SUMMARY
+from fastppo.rollout import Sampling
+
+if TYPE_CHECKING:
+    from fastppo.config import Config
+    from fastppo.trainer import State
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+class Clock:
+    """Seconds by phase of one step."""
+
+    def __init__(self) -> None:
+        self.phases: dict[str, float] = {}
+        self.began = time.monotonic()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.phases[phase] = time.monotonic() - began
+
+    def columns(self) -> dict[str, float]:
+        """The phases and the whole, as metrics columns."""
+        columns = {f"seconds_{phase}": seconds for phase, seconds in self.phases.items()}
+        return {**columns, "seconds": time.monotonic() - self.began}
+
+
+def tracker(config: Config) -> Any:
+    """accelerate's trackers for `report_to`; None where there is nothing to report to."""
+    if config.report_to == "none":
+        return None
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(log_with=config.report_to, project_dir=config.output_dir)
+    accelerator.init_trackers("fastppo", config={"config": config.source})
+    return accelerator
+
+
+def clock_face(seconds: float) -> str:
+    """1:02:03, or 2:03 below an hour."""
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def beta_room(config: Config, steps: int) -> float:
+    """The largest share by which the KL controller can move beta over the whole run."""
+    return (1.0 + 0.2 * config.rollout_batch_size / config.horizon) ** steps - 1.0
+
+
+def notices(config: Config, steps: int) -> list[str]:
+    """What a user would want to have been told before the run, not after."""
+    lines = list(config.ignored)
+    truncating = Sampling.of(config).truncates
+    if truncating:
+        lines.append(
+            f"{', '.join(truncating)}: the sampler is not the policy that trains; the column "
+            "sampler_gap shows by how much, and KL can turn negative"
+        )
+    room = beta_room(config, steps)
+    if config.adap_kl_ctrl and room < 0.05:
+        lines.append(
+            f"this run is too short for the KL controller: over {steps} steps beta can move by "
+            f"{room:.2%} at most (horizon {config.horizon:g}); lower horizon to let it adapt"
+        )
+    return lines
+
+
+def first_lines(state: State, steps: int) -> None:
+    """What will run, on what, with which roles, and where it writes."""
+    config = state.config
+    batch = config.rollout_batch_size
+    length = "held out" if state.held_out else "from the training set"
+    console.print(f"[bold]fastppo {__version__}[/bold], stage ppo, {config.model_name_or_path}")
+    console.print(
+        f"  device {state.roles.device}, {'bf16' if config.bf16 else 'float32'}, "
+        f"attention {state.roles.base.config._attn_implementation}, ops: torch"
+    )
+    console.print(
+        f"  {steps} steps of {batch} prompts ({len(state.prompts)} in the set), "
+        f"{config.ppo_epochs} epochs each; evaluation on {len(state.eval_prompts)} prompts {length}"
+    )
+    table = Table("role", "weights", "trainable", box=None, padding=(0, 2))
+    for role, weights, count in state.roles.table():
+        table.add_row(role, weights, f"{count:,}")
+    console.print(table)
+    console.print(f"  writes {config.output_dir} and {config.metrics_dir}/")
+    for line in notices(config, steps):
+        console.print(f"  [yellow]note:[/yellow] {line}")
+
+
+def step_line(state: State, steps: int) -> None:
+    """One line a step, with the time left."""
+    row = state.metrics.rows[-1]
+    left = state.seconds() / state.step * (steps - state.step)
+    console.print(
+        f"step {state.step:>{len(str(steps))}}/{steps}  score {row['score']:+.3f}  "
+        f"kl {row['kl']:.2f} (beta {row['kl_coef']:.4f})  entropy {row['entropy']:.2f}  "
+        f"clip {row['clipfrac']:.1%}  length {row['response_length']:.1f}  "
+        f"{row['seconds']:.1f} s, {clock_face(left)} left"
+    )
+
+
+def evaluation_line(summary: dict[str, Any]) -> None:
+    """Before and after in one line."""
+    judge = ""
+    if "judge_before" in summary:
+        judge = f", judge {summary['judge_before']:+.3f} -> {summary['judge_after']:+.3f}"
+    console.print(
+        f"evaluation: reward {summary['reward_before']:+.3f} -> {summary['reward_after']:+.3f}"
+        f"{judge}, kl {summary['kl']:.2f}, length {summary['length_before']:.1f} -> "
+        f"{summary['length_after']:.1f}"
+    )
+
+
+def last_lines(state: State, summary: dict[str, Any]) -> None:
+    """The result, and where to look."""
+    evaluation_line(summary)
+    folder = Path(state.config.metrics_dir)
+    for name in (SUMMARY, CURVES, CSV):
+        console.print(f"  {folder / name}")
+    console.print(f"  policy: {state.config.output_dir}")

@@ -1,0 +1,200 @@
+"""What a run leaves in `metrics_dir`: training_metrics.csv, training_curves.png, summary.json."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+CSV, CURVES, SUMMARY, SAMPLES = (
+    "training_metrics.csv",
+    "training_curves.png",
+    "summary.json",
+    "samples.json",
+)
+
+# Column -> what it is. docs/metrics.md has the same table, and a test holds the two together.
+COLUMNS = {
+    "step": "PPO step, from 1",
+    "epoch": "passes over the prompts so far",
+    "score": "mean score of the rollout as the reward gave it",
+    "score_std": "standard deviation of those scores",
+    "score_shaped": "mean score after normalisation, clipping and penalties: what entered the "
+    "reward",
+    "kl": "KL to the reference, summed over a response, mean over responses (nats)",
+    "kl_target": "target of the KL controller (ppo_target)",
+    "kl_coef": "beta that this step's rewards were made with",
+    "entropy": "mean entropy of the policy at a response token, full vocabulary (nats)",
+    "policy_loss": "clipped surrogate, mean over the step's optimiser steps",
+    "value_loss": "clipped value loss with its factor 1/2, before vf_coef",
+    "explained_variance": "1 - var(return - value) / var(return), at rollout",
+    "value_mean": "mean value of the rollout's states",
+    "value_std": "standard deviation of those values",
+    "return_mean": "mean return (reward units)",
+    "return_std": "standard deviation of the returns",
+    "clipfrac": "share of tokens whose policy gradient the clip cut off",
+    "value_clipfrac": "share of tokens whose value the clip held",
+    "approxkl": "mean k3 estimate of KL(behaviour, policy) over all passes (nats)",
+    "policykl": "mean of log-prob before minus after, over all passes (TRL's policykl, nats)",
+    "ratio_mean": "mean of policy over behaviour probability",
+    "ratio_max": "largest such ratio",
+    "ratio_first_pass": "mean |log ratio| before the first update of the step: 0 but for rounding",
+    "sampler_gap": "mean of sampler's minus recomputed log-prob: 0 unless sampling is truncated",
+    "response_length": "mean tokens of a response, EOS included",
+    "response_length_max": "longest response",
+    "eos_share": "share of responses that ended by themselves",
+    "score_length_corr": "correlation of score and response length: near 1 smells of length "
+    "hacking",
+    "learning_rate": "the actor's",
+    "critic_learning_rate": "the critic's",
+    "grad_norm_actor": "mean gradient norm before clipping",
+    "grad_norm_critic": "mean gradient norm before clipping",
+    "optimizer_steps": "optimiser steps taken in this PPO step",
+    "skipped_steps": "optimiser steps skipped for a gradient that was not finite",
+    "early_stopped": "1 where the step's epochs were cut short by target_kl",
+    "response_tokens": "response tokens in the rollout",
+    "seconds_rollout": "sampling (a clock)",
+    "seconds_score": "log-probs, reference, values, reward (a clock)",
+    "seconds_advantage": "KL reward, GAE, whitening (a clock)",
+    "seconds_update": "PPO epochs (a clock)",
+    "seconds": "the whole step (a clock)",
+}
+
+
+class MetricsWriter:
+    """Writes rows as they come. An earlier run's files are moved aside, never mixed with."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rows: list[dict[str, float]] = []
+        self.is_open = False
+
+    def ensure_open(self) -> None:
+        """Open on the first write: a run that fails before it leaves earlier files alone."""
+        if not self.is_open:
+            self.is_open = True
+            self._open()
+
+    def _open(self) -> None:
+        """Make the folder, move an earlier run's files to previous-<time>, write the header."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        names = [CSV, CURVES, SUMMARY, SAMPLES]
+        earlier = [self.folder / name for name in names if (self.folder / name).exists()]
+        if earlier:
+            aside = self.folder / time.strftime("previous-%Y%m%d-%H%M%S")
+            number = 1
+            while aside.exists():
+                number += 1
+                aside = self.folder / f"{time.strftime('previous-%Y%m%d-%H%M%S')}-{number}"
+            aside.mkdir()
+            for path in earlier:
+                path.rename(aside / path.name)
+        with (self.folder / CSV).open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerow(COLUMNS)
+
+    def add(self, row: Mapping[str, float]) -> None:
+        """Append one step."""
+        self.ensure_open()
+        missing, unknown = COLUMNS.keys() - row.keys(), row.keys() - COLUMNS.keys()
+        assert not missing, missing
+        assert not unknown, unknown
+        self.rows.append(dict(row))
+        with (self.folder / CSV).open("a", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerow([_number(row[name]) for name in COLUMNS])
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write beside, then rename: a reader never sees half a file."""
+        write_atomically(
+            self.folder / name,
+            json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+        )
+
+    def draw(self, title: str) -> None:
+        """The curves of all rows so far."""
+        draw_curves(self.rows, self.folder / CURVES, title)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write UTF-8 text to a neighbour and rename it over `path`."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if float(value).is_integer() else f"{value:.9g}"
+
+
+def draw_curves(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> None:
+    """Eight panels against the PPO step, for a person to read at a glance."""
+    # The Agg figure directly, without pyplot: no global state, no display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 7.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=13)
+    axes = figure.subplots(2, 4).flatten()
+    steps = [row["step"] for row in rows]
+
+    def line(axis: Axes, name: str, label: str | None = None, **style: Any) -> None:
+        marker = "o" if len(steps) < 40 else None
+        values = [row[name] for row in rows]
+        axis.plot(steps, values, label=label, marker=marker, markersize=3, **style)
+
+    score, kl, beta, entropy, clip, value, length, seconds = axes
+    line(score, "score", color="tab:green")
+    low = [row["score"] - row["score_std"] for row in rows]
+    high = [row["score"] + row["score_std"] for row in rows]
+    score.fill_between(steps, low, high, alpha=0.15, color="tab:green", linewidth=0)
+    score.set_title("score (mean, ± one standard deviation)")
+
+    line(kl, "kl", "KL", color="tab:blue")
+    line(kl, "kl_target", "target", color="grey", linestyle="--")
+    kl.legend(fontsize=8)
+    kl.set_title("KL to the reference (nats a response)")
+
+    line(beta, "kl_coef", color="tab:blue")
+    beta.set_title("KL coefficient")
+
+    line(entropy, "entropy", color="tab:purple")
+    entropy.set_title("entropy (nats a token)")
+
+    line(clip, "clipfrac", "policy", color="tab:orange")
+    line(clip, "value_clipfrac", "value", color="tab:red")
+    clip.legend(fontsize=8)
+    clip.set_title("clip fraction")
+
+    line(value, "value_loss", "value loss", color="tab:red")
+    value.set_title("value loss, explained variance")
+    twin = value.twinx()
+    line(twin, "explained_variance", "explained variance", color="tab:cyan")
+    twin.set_ylim(-1.05, 1.05)
+    lines = [*value.get_lines(), *twin.get_lines()]
+    value.legend(lines, [str(entry.get_label()) for entry in lines], fontsize=8)
+
+    line(length, "response_length", color="tab:brown")
+    length.set_title("response length (tokens)")
+
+    names = ("rollout", "score", "advantage", "update")
+    seconds.stackplot(
+        steps,
+        *([row[f"seconds_{name}"] for row in rows] for name in names),
+        labels=names,
+        alpha=0.8,
+    )
+    seconds.legend(fontsize=8, loc="lower right")
+    seconds.set_title("seconds a step, by phase")
+
+    for axis in axes:
+        axis.grid(alpha=0.25)
+        axis.set_xlabel("PPO step")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    figure.savefig(path, dpi=100)

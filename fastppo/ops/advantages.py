@@ -1,0 +1,183 @@
+"""From scores and log-probs to whitened advantages: the KL-shaped reward, GAE, returns."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastppo.ops import checks
+from fastppo.ops.config import check_kl_kind
+from fastppo.ops.gae import gae_reference, gae_scan
+from fastppo.ops.registry import Op, Shape, even_offsets, register
+from fastppo.ops.token_kl import kl_and_slope, token_kl_reference
+from fastppo.ops.whiten import whiten, whiten_reference
+
+KL_LIMIT = 20.0
+
+
+class Advantages(NamedTuple):
+    """All (N,) and without gradient; rewards are those that the returns were made of."""
+
+    advantage_N: Tensor
+    return_N: Tensor
+    reward_N: Tensor
+    kl_N: Tensor
+
+
+def advantages(
+    score_B: Tensor,
+    logprob_N: Tensor,
+    ref_logprob_N: Tensor,
+    value_N: Tensor,
+    offsets: Tensor,
+    *,
+    kl_coef: float | Tensor,
+    kl_kind: str = "k1",
+    kl_N: Tensor | None = None,
+    extra_reward_N: Tensor | None = None,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    bootstrap_value_B: Tensor | None = None,
+    whiten_rewards: bool = False,
+    whiten_advantages: bool = True,
+) -> Advantages:
+    r"""Advantages, returns, rewards and KL of every token of a packed rollout, in the score's
+    units.
+
+        r_t = -kl_coef * kl_t + extra_t,    plus score at a sequence's last token
+        A, R = GAE(r, V),    then A is whitened over the whole batch, R is not
+
+    Args:
+        score_B: float (B,), score of each response.
+        logprob_N: float (N,), log-prob of each sampled token under the policy that sampled.
+        ref_logprob_N: float (N,), the same under the reference.
+        value_N: float (N,), V of the state before each token.
+        offsets: int32 (B+1,), where each sequence starts; a sequence without tokens loses its
+            score.
+        kl_coef: beta >= 0, a float or a 0-d tensor.
+        kl_kind: "k1", "abs", "k2" or "k3": how kl_t is estimated from the two log-probs.
+        kl_N: float (N,), an exact KL to take in its place.
+        extra_reward_N: float (N,), further rewards by token.
+        gamma: discount, in [0, 1].
+        lam: trace decay, in [0, 1].
+        bootstrap_value_B: float (B,), see `gae`.
+        whiten_rewards: scale rewards to variance 1 before GAE; their mean stays.
+        whiten_advantages: shift and scale advantages to mean 0 and variance 1.
+
+    Returns:
+        Advantages(advantage_N, return_N, reward_N, kl_N), float32 (float64 where an input is),
+        without gradient.
+
+    Raises:
+        ValueError: shapes that disagree, another kind, a setting out of range.
+        TypeError: inputs that hold no floats, offsets that hold no integers.
+
+    Source: Stiennon et al. 2020, Learning to Summarize from Human Feedback, section 3.4 (KL in the
+    reward); Schulman et al. 2016, eq. 16 (GAE).
+    """
+    op = "advantages"
+    check_kl_kind(op, kl_kind)
+    checks.floating(op, "logprob_N", logprob_N, ndim=1)
+    n = logprob_N.numel()
+    optional = {"kl_N": kl_N, "extra_reward_N": extra_reward_N}
+    given = {"ref_logprob_N": ref_logprob_N, "value_N": value_N, **optional}
+    for name, tensor in given.items():
+        checks.row_vector(op, name, tensor, logprob_N, n=n)
+    checks.offsets(op, offsets, logprob_N, n=n)
+    batch = offsets.numel() - 1
+    for name, tensor in {"score_B": score_B, "bootstrap_value_B": bootstrap_value_B}.items():
+        checks.row_vector(op, name, tensor, logprob_N, n=batch)
+    checks.unit_interval(op, "gamma", gamma)
+    checks.unit_interval(op, "lam", lam)
+    floats = [score_B, logprob_N, ref_logprob_N, value_N]
+    dtype = checks.stat_dtype(*floats)
+    score_B, logprob_N, ref_N, value_N = (x.detach().to(dtype) for x in floats)
+    if kl_N is None:
+        kl_N, _ = kl_and_slope(logprob_N, ref_N, kl_kind, KL_LIMIT)
+    else:
+        kl_N = kl_N.detach().to(dtype)
+    beta = kl_coef.detach().to(dtype) if isinstance(kl_coef, Tensor) else kl_coef
+    reward_N = -beta * kl_N
+    if extra_reward_N is not None:
+        reward_N = reward_N + extra_reward_N.detach().to(dtype)
+    reward_N = reward_N + _at_last_token(score_B, offsets, n)
+    if whiten_rewards:
+        reward_N = whiten(reward_N, shift_mean=False)
+    bootstrap_B = None if bootstrap_value_B is None else bootstrap_value_B.detach().to(dtype)
+    advantage_N, return_N = gae_scan(reward_N, value_N, offsets, gamma, lam, bootstrap_B)
+    if whiten_advantages:
+        advantage_N = whiten(advantage_N)
+    return Advantages(advantage_N, return_N, reward_N, kl_N)
+
+
+def _at_last_token(score_B: Tensor, offsets: Tensor, n: int) -> Tensor:
+    """The scores at their sequences' last tokens, (n,), 0 elsewhere."""
+    if n == 0:
+        return score_B.new_zeros(0)
+    # A sequence without tokens would point at its neighbour's last token: it adds 0 there.
+    last_B = (offsets[1:].long() - 1).clamp(min=0)
+    given_B = torch.where(offsets.diff() > 0, score_B, 0)
+    return score_B.new_zeros(n).index_add(0, last_B, given_B)
+
+
+def advantages_reference(
+    score_B: Tensor,
+    logprob_N: Tensor,
+    ref_logprob_N: Tensor,
+    value_N: Tensor,
+    offsets: Tensor,
+    *,
+    kl_coef: float | Tensor,
+    kl_kind: str = "k1",
+    kl_N: Tensor | None = None,
+    extra_reward_N: Tensor | None = None,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    bootstrap_value_B: Tensor | None = None,
+    whiten_rewards: bool = False,
+    whiten_advantages: bool = True,
+) -> Advantages:
+    """The definition of `advantages`, sequence by sequence."""
+    kl = token_kl_reference(logprob_N, ref_logprob_N, kind=kl_kind) if kl_N is None else kl_N
+    reward = -kl_coef * kl if extra_reward_N is None else -kl_coef * kl + extra_reward_N
+    for b, (start, end) in enumerate(pairwise(offsets)):
+        if end > start:
+            reward[end - 1] = reward[end - 1] + score_B[b]
+    if whiten_rewards:
+        reward = whiten_reference(reward, shift_mean=False)
+    advantage, returns = gae_reference(
+        reward, value_N, offsets, gamma=gamma, lam=lam, bootstrap_value_B=bootstrap_value_B
+    )
+    if whiten_advantages:
+        advantage = whiten_reference(advantage)
+    return Advantages(advantage, returns, reward, kl)
+
+
+def _make_inputs(shape: Shape, dtype: torch.dtype, seed: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    logprob_N, noise_N, value_N = torch.randn(3, shape.n, generator=generator)
+    score_B = torch.randn(shape.batch, generator=generator)
+    return {
+        "score_B": score_B.to(dtype),
+        "logprob_N": (-logprob_N.abs()).to(dtype),
+        "ref_logprob_N": (-logprob_N.abs() + 0.1 * noise_N).to(dtype),
+        "value_N": value_N.to(dtype),
+        "offsets": even_offsets(shape),
+        "kl_coef": 0.1,
+    }
+
+
+register(
+    Op(
+        name="advantages",
+        function=advantages,
+        reference=advantages_reference,
+        make_inputs=_make_inputs,
+        # three reads and four writes of a float, and whitening's read and write
+        bytes_moved=lambda s, dtype: s.n * (3 * dtype.itemsize + 16 + 8),
+        flops=lambda s: 16 * s.n,
+    )
+)

@@ -1,0 +1,145 @@
+"""Generalised advantage estimation over packed sequences."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastppo.ops import checks
+from fastppo.ops.registry import Op, Shape, even_offsets, register
+
+
+def gae(
+    reward_N: Tensor,
+    value_N: Tensor,
+    offsets: Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    bootstrap_value_B: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Advantages and returns of every token of a packed batch, in the reward's units.
+
+        delta_t = r_t + gamma * V_{t+1} - V_t
+        A_t     = delta_t + gamma * lam * A_{t+1}
+
+    A is 0 past a sequence's last token, and V is its bootstrap value there.
+
+    Args:
+        reward_N: float (N,), reward of each token.
+        value_N: float (N,), V of the state before each token.
+        offsets: int32 (B+1,), where each sequence starts; offsets[-1] == N.
+        gamma: discount, in [0, 1].
+        lam: trace decay, in [0, 1]; 1 is Monte Carlo, 0 is one-step TD.
+        bootstrap_value_B: float (B,), V of the state after a sequence's last token, for sequences
+            that were cut off; None is 0 for all: they ended.
+
+    Returns:
+        advantage_N and return_N = advantage_N + value_N, float32 (float64 where an input is),
+        without gradient.
+
+    Raises:
+        ValueError: shapes that disagree, offsets that do not ascend, gamma or lam out of range.
+        TypeError: inputs that hold no floats, offsets that hold no integers.
+
+    Source: Schulman et al. 2016, High-Dimensional Continuous Control Using GAE, eq. 16.
+    """
+    op = "gae"
+    checks.floating(op, "reward_N", reward_N, ndim=1)
+    checks.row_vector(op, "value_N", value_N, reward_N, n=reward_N.numel())
+    checks.offsets(op, offsets, reward_N, n=reward_N.numel())
+    checks.unit_interval(op, "gamma", gamma)
+    checks.unit_interval(op, "lam", lam)
+    checks.row_vector(op, "bootstrap_value_B", bootstrap_value_B, reward_N, n=offsets.numel() - 1)
+    dtype = checks.stat_dtype(reward_N, value_N)
+    return gae_scan(
+        reward_N.detach().to(dtype),
+        value_N.detach().to(dtype),
+        offsets,
+        gamma,
+        lam,
+        None if bootstrap_value_B is None else bootstrap_value_B.detach().to(dtype),
+    )
+
+
+def gae_scan(
+    reward_N: Tensor,
+    value_N: Tensor,
+    offsets: Tensor,
+    gamma: float,
+    lam: float,
+    bootstrap_value_B: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`gae` on checked inputs of one dtype: a loop over time, all sequences side by side.
+
+    Sequences lie right-aligned in a (T, B) table, so that step t of the loop is the t-th last token
+    of each; where a shorter one has ended, the table holds zeros that lead nowhere.
+    """
+    batch = offsets.numel() - 1
+    if reward_N.numel() == 0 or batch == 0:
+        return torch.empty_like(reward_N), torch.empty_like(reward_N)
+    length_B = offsets.diff().long()
+    longest = int(length_B.max())
+    back_T = torch.arange(longest, device=offsets.device)
+    live_TB = back_T[:, None] < length_B
+    index_TB = torch.where(live_TB, offsets[1:].long() - 1 - back_T[:, None], 0)
+    value_TB = value_N[index_TB]
+    after_B = reward_N.new_zeros(batch) if bootstrap_value_B is None else bootstrap_value_B
+    next_TB = torch.cat([after_B[None], value_TB[:-1]])
+    delta_TB = reward_N[index_TB] + gamma * next_TB - value_TB
+    carry_B = reward_N.new_zeros(batch)
+    rows = []
+    for delta_B in delta_TB.unbind(0):
+        carry_B = delta_B + gamma * lam * carry_B
+        rows.append(carry_B)
+    advantage_N = torch.empty_like(reward_N)
+    advantage_N[index_TB[live_TB]] = torch.stack(rows)[live_TB]
+    return advantage_N, advantage_N + value_N
+
+
+def gae_reference(
+    reward_N: Tensor,
+    value_N: Tensor,
+    offsets: Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    bootstrap_value_B: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The definition of `gae`: A_t as the sum of (gamma lam)^l delta_{t+l}, in O(T^2)."""
+    advantage_N = torch.zeros_like(reward_N)
+    bounds = offsets.tolist()
+    for b, (start, end) in enumerate(pairwise(bounds)):
+        after = 0.0 if bootstrap_value_B is None else bootstrap_value_B[b]
+        for t in range(start, end):
+            for k in range(t, end):
+                following = value_N[k + 1] if k + 1 < end else after
+                delta = reward_N[k] + gamma * following - value_N[k]
+                advantage_N[t] += (gamma * lam) ** (k - t) * delta
+    return advantage_N, advantage_N + value_N
+
+
+def _make_inputs(shape: Shape, dtype: torch.dtype, seed: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    reward_N, value_N = torch.randn(2, shape.n, generator=generator)
+    return {
+        "reward_N": reward_N.to(dtype),
+        "value_N": value_N.to(dtype),
+        "offsets": even_offsets(shape),
+        "gamma": 0.99,
+    }
+
+
+register(
+    Op(
+        name="gae",
+        function=gae,
+        reference=gae_reference,
+        make_inputs=_make_inputs,
+        bytes_moved=lambda s, dtype: s.n * (2 * dtype.itemsize + 8),
+        flops=lambda s: 6 * s.n,
+    )
+)

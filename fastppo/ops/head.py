@@ -1,0 +1,160 @@
+"""Logits made chunk by chunk from hidden states, and their gradient turned back; never [N, V].
+
+A chunk of tokens goes through one library GEMM, is shown to a visitor, and if the visitor gives
+back the gradient of its logits a second GEMM makes it that of the hidden states. Only a trained
+head costs a third.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastppo.ops import checks
+from fastppo.ops.config import HeadLora
+from fastppo.ops.rows import Visitor, block_slices
+
+# On a GPU a chunk re-reads the whole weight, so it is large; on a CPU it should stay near the
+# caches.
+_CHUNK_BYTES_CPU = 64 << 20
+_CHUNK_BYTES_DEVICE = 512 << 20
+
+
+@dataclass(frozen=True)
+class Head:
+    """An output head: logits = h W^T + bias + scaling (h A^T) B^T."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    lora: HeadLora | None = None
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What may train, in the order in which autograd sees it."""
+        a, b = (None, None) if self.lora is None else (self.lora.A_RD, self.lora.B_VR)
+        return self.weight_VD, self.bias_V, a, b
+
+    def detach(self) -> Head:
+        """The same head, out of autograd's sight."""
+        lora = self.lora
+        if lora is not None:
+            lora = HeadLora(lora.A_RD.detach(), lora.B_VR.detach(), lora.scaling)
+        bias = None if self.bias_V is None else self.bias_V.detach()
+        return Head(self.weight_VD.detach(), bias, lora)
+
+    def logits(self, hidden_ND: Tensor, dtype: torch.dtype) -> Tensor:
+        """Logits of some tokens; `dtype` is what the GEMM gives, whatever its operands are."""
+        out = _mm(hidden_ND, self.weight_VD.T, dtype)
+        if self.lora is not None:
+            low = hidden_ND.to(self.lora.A_RD.dtype) @ self.lora.A_RD.T
+            out = out.add_((low @ self.lora.B_VR.T).to(out.dtype), alpha=self.lora.scaling)
+        return out if self.bias_V is None else out.add_(self.bias_V.to(out.dtype))
+
+
+def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b in `dtype`. A wider result than the operands is the accumulator's own on CUDA."""
+    if a.dtype == dtype:
+        return a @ b
+    if a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=dtype)
+    return a.to(dtype) @ b.to(dtype)
+
+
+def check_head(op: str, hidden_ND: Tensor, head: Head) -> None:
+    """Shapes and dtypes that fit together."""
+    checks.floating(op, "hidden_ND", hidden_ND, ndim=2)
+    checks.floating(op, "weight_VD", head.weight_VD, ndim=2)
+    checks.same_device(op, "weight_VD", head.weight_VD, hidden_ND)
+    vocab, size = head.weight_VD.shape
+    if hidden_ND.shape[1] != size:
+        raise ValueError(
+            f"{op}: hidden_ND must have {size} columns, as weight_VD has, came {hidden_ND.shape[1]}"
+        )
+    if hidden_ND.dtype != head.weight_VD.dtype:
+        raise TypeError(
+            f"{op}: hidden_ND and weight_VD must have one dtype, came {hidden_ND.dtype} and "
+            f"{head.weight_VD.dtype}; cast one of them"
+        )
+    checks.row_vector(op, "bias_V", head.bias_V, hidden_ND, n=vocab)
+    if head.lora is not None:
+        a, b = tuple(head.lora.A_RD.shape), tuple(head.lora.B_VR.shape)
+        if len(a) != 2 or b != (vocab, a[0]) or a[1] != size:
+            raise ValueError(
+                f"{op}: head_lora must be A (R, {size}) and B ({vocab}, R), came {checks.show(a)} "
+                f"and "
+                f"{checks.show(b)}"
+            )
+
+
+@dataclass
+class LinearRows:
+    """Rows of logits that exist a chunk at a time. Gradients of what trains are left in `grads`.
+
+    `wanted` says of hidden, weight, bias, A and B whether a gradient is asked for. Gradients of the
+    head are accumulated in the statistics' dtype.
+    """
+
+    hidden_ND: Tensor
+    head: Head
+    dtype: torch.dtype
+    logits_dtype: torch.dtype
+    chunk_bytes: int | None
+    wanted: tuple[bool, bool, bool, bool, bool] = (False,) * 5
+    grads: list[Tensor | None] = field(default_factory=lambda: [None] * 5)
+
+    def __post_init__(self) -> None:
+        hidden, *head = self.wanted
+        if hidden:
+            self.grads[0] = torch.empty_like(self.hidden_ND)
+        for i, (needed, tensor) in enumerate(zip(head, self.head.tensors(), strict=True), 1):
+            if needed:
+                assert tensor is not None
+                self.grads[i] = torch.zeros_like(tensor, dtype=self.dtype)
+
+    def chunks(self) -> list[slice]:
+        """Consecutive tokens whose logits fit the budget."""
+        default = _CHUNK_BYTES_CPU if self.hidden_ND.device.type == "cpu" else _CHUNK_BYTES_DEVICE
+        budget = self.chunk_bytes or default
+        n, vocab = self.hidden_ND.shape[0], self.head.weight_VD.shape[0]
+        rows = max(1, budget // (vocab * self.dtype.itemsize))
+        return [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
+
+    def visit(self, visitor: Visitor) -> None:
+        """Show every row to `visitor`; turn the gradients it gives into those of what trains."""
+        vocab = self.head.weight_VD.shape[0]
+        for chunk in self.chunks():
+            hidden = self.hidden_ND[chunk]
+            x_NV = self.head.logits(hidden, self.logits_dtype).to(self.dtype)
+            got = False
+            # Blocks that stay in the caches while they are swept; their memory is this chunk's own.
+            for block in block_slices(len(hidden), vocab, self.dtype, hidden.device):
+                at = slice(chunk.start + block.start, chunk.start + block.stop)
+                grad = visitor(at, x_NV[block])
+                if grad is not None:
+                    x_NV[block] = grad
+                    got = True
+            if got:
+                self._backward(chunk, hidden, x_NV)
+
+    def _backward(self, chunk: slice, hidden: Tensor, dx_NV: Tensor) -> None:
+        weight_VD, lora = self.head.weight_VD, self.head.lora
+        d_hidden, d_weight, d_bias, d_a, d_b = self.grads
+        small_NV = dx_NV.to(weight_VD.dtype)
+        if lora is not None and (d_hidden is not None or d_a is not None or d_b is not None):
+            lora_dx_NV = dx_NV.to(lora.B_VR.dtype)
+            d_low_NR = lora_dx_NV @ lora.B_VR * lora.scaling
+            hidden_lora = hidden.to(lora.A_RD.dtype)
+            if d_a is not None:
+                d_a.add_(d_low_NR.T @ hidden_lora)
+            if d_b is not None:
+                low_NR = hidden_lora @ lora.A_RD.T
+                d_b.add_(lora_dx_NV.T @ low_NR, alpha=lora.scaling)
+        if d_hidden is not None:
+            d_hidden[chunk] = small_NV @ weight_VD
+            if lora is not None:
+                d_hidden[chunk] += (d_low_NR @ lora.A_RD).to(d_hidden.dtype)
+        if d_weight is not None:
+            d_weight.add_(small_NV.T @ hidden)
+        if d_bias is not None:
+            d_bias.add_(dx_NV.sum(0))

@@ -1,0 +1,130 @@
+"""Actor and reference side by side, straight from their hidden states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastppo.ops import checks
+from fastppo.ops.backend import choose
+from fastppo.ops.config import HeadLora
+from fastppo.ops.head import Head, LinearRows, check_head
+from fastppo.ops.linear_token_logprobs import dense_logits, make_hidden
+from fastppo.ops.registry import Op, Shape, register
+from fastppo.ops.rows import row_spec
+from fastppo.ops.score_tokens import Scores, empty_scores, score_block, score_tokens_reference
+
+
+def linear_score_tokens(
+    hidden_ND: Tensor,
+    ref_hidden_ND: Tensor,
+    weight_VD: Tensor,
+    token_N: Tensor,
+    *,
+    ref_weight_VD: Tensor | None = None,
+    bias_V: Tensor | None = None,
+    head_lora: HeadLora | None = None,
+    ref_head_lora: HeadLora | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    chunk_bytes: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    ignore_index: int = checks.IGNORE_INDEX,
+    check: bool = False,
+    backend: str | None = None,
+) -> Scores:
+    r"""`score_tokens` of two policies' hidden states, in nats, one GEMM each and no logits kept.
+
+    Args:
+        hidden_ND: float (N, D), the actor's.
+        ref_hidden_ND: float (N, D'), the reference's.
+        weight_VD: float (V, D), the head.
+        token_N: int64 (N,), in [0, V), or `ignore_index`.
+        ref_weight_VD: float (V, D'), the reference's head; None is the same one.
+        bias_V: float (V,), of both heads.
+        head_lora, ref_head_lora: adapters on the heads, see HeadLora.
+        temperature, softcap, check, backend: as in `score_tokens`.
+        chunk_bytes: how many bytes of one policy's logits may exist at a time.
+        logits_dtype: what the GEMM gives; None is the operands' dtype.
+
+    Returns:
+        Scores(logprob_N, ref_logprob_N, entropy_N, exact_kl_N), float32 (float64 for float64
+        input).
+
+    Raises:
+        ValueError: shapes that disagree, a setting out of range, a backend that cannot run.
+        TypeError: inputs of the wrong kind.
+    """
+    op = "linear_score_tokens"
+    choose(op, backend)
+    head = Head(weight_VD, bias_V, head_lora)
+    ref_head = Head(weight_VD if ref_weight_VD is None else ref_weight_VD, bias_V, ref_head_lora)
+    check_head(op, hidden_ND, head)
+    check_head(op, ref_hidden_ND, ref_head)
+    n, vocab = hidden_ND.shape[0], weight_VD.shape[0]
+    if ref_hidden_ND.shape[0] != n or ref_head.weight_VD.shape[0] != vocab:
+        raise ValueError(
+            f"{op}: the reference must have {n} rows and {vocab} words, came "
+            f"{ref_hidden_ND.shape[0]} "
+            f"and {ref_head.weight_VD.shape[0]}"
+        )
+    checks.tokens(op, token_N, hidden_ND, n=n, vocab=vocab, ignore_index=ignore_index, check=check)
+    checks.temperature(op, temperature, hidden_ND, n=n)
+    checks.softcap(op, softcap)
+    dtype = checks.stat_dtype(hidden_ND, ref_hidden_ND)
+    spec = row_spec(token_N, token_N != ignore_index, temperature, softcap, dtype)
+    scores = empty_scores(hidden_ND, n, dtype)
+    ref_dtype = logits_dtype or ref_hidden_ND.dtype
+    with torch.no_grad():
+        rows = LinearRows(
+            hidden_ND, head.detach(), dtype, logits_dtype or hidden_ND.dtype, chunk_bytes
+        )
+
+        def visitor(at: slice, x: Tensor) -> None:
+            ref_x = ref_head.logits(ref_hidden_ND[at], ref_dtype).to(dtype)
+            score_block(scores, at, x, ref_x, spec)
+
+        rows.visit(visitor)
+    return scores
+
+
+def linear_score_tokens_reference(
+    hidden_ND: Tensor,
+    ref_hidden_ND: Tensor,
+    weight_VD: Tensor,
+    token_N: Tensor,
+    *,
+    ref_weight_VD: Tensor | None = None,
+    bias_V: Tensor | None = None,
+    head_lora: HeadLora | None = None,
+    ref_head_lora: HeadLora | None = None,
+    **keywords: Any,
+) -> Scores:
+    """The definition of `linear_score_tokens`."""
+    ref_weight_VD = weight_VD if ref_weight_VD is None else ref_weight_VD
+    return score_tokens_reference(
+        dense_logits(hidden_ND, weight_VD, bias_V, head_lora),
+        dense_logits(ref_hidden_ND, ref_weight_VD, bias_V, ref_head_lora),
+        token_N,
+        **keywords,
+    )
+
+
+def _make_inputs(shape: Shape, dtype: torch.dtype, seed: int) -> dict[str, Any]:
+    inputs = make_hidden(shape, dtype, seed)
+    moved = make_hidden(shape, dtype, seed + 1)["hidden_ND"]
+    return {**inputs, "ref_hidden_ND": inputs["hidden_ND"] + 0.1 * moved}
+
+
+register(
+    Op(
+        name="linear_score_tokens",
+        function=linear_score_tokens,
+        reference=linear_score_tokens_reference,
+        make_inputs=_make_inputs,
+        bytes_moved=lambda s, dtype: 2 * (s.n + s.vocab) * s.hidden * dtype.itemsize,
+        flops=lambda s: 4 * s.n * s.vocab * s.hidden,
+    )
+)

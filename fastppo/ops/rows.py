@@ -1,0 +1,167 @@
+"""The arithmetic of one row of logits: its normaliser, its entropy, its gradient.
+
+Every per-token loss reaches the logits through two scalars, g = dL/dlogprob and h = dL/dentropy:
+
+    z = s tanh(x / s) / tau,  p = softmax(z),  lp = z[a] - LSE(z),  H = LSE(z) - sum p z
+    dL/dz_v = g (1[v = a] - p_v) - h p_v (log p_v + H)
+    dL/dx_v = dL/dz_v (1 - tanh^2(x_v / s)) / tau
+
+Rows go through in blocks that stay in the CPU's caches: a sweep over a block costs arithmetic, not
+memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Below this exp is 0 in float32 and in float64, and 0 * this is 0 where 0 * -inf would be NaN.
+_FLOOR = -1e4
+
+_BLOCK_BYTES_CPU = 2 << 20
+_BLOCK_BYTES_DEVICE = 256 << 20
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """What a row needs besides its logits.
+
+    `token_N` is in [0, V) on every row; a row that is not live is computed and thrown away.
+    """
+
+    token_N: Tensor
+    live_N: Tensor
+    temperature: float | Tensor
+    softcap: float | None
+
+    def at(self, rows: slice) -> RowSpec:
+        tau = self.temperature
+        if isinstance(tau, Tensor) and tau.ndim == 1:
+            tau = tau[rows]
+        return RowSpec(self.token_N[rows], self.live_N[rows], tau, self.softcap)
+
+
+def row_spec(
+    token_N: Tensor,
+    live_N: Tensor,
+    temperature: float | Tensor,
+    softcap: float | None,
+    dtype: torch.dtype,
+) -> RowSpec:
+    """A RowSpec whose tokens can be gathered and whose temperature has the statistics' dtype."""
+    if isinstance(temperature, Tensor):
+        temperature = temperature.detach().to(dtype=dtype, device=token_N.device)
+        if temperature.ndim == 1:
+            temperature = torch.where(live_N, temperature, 1)
+    token_N = torch.where(live_N, token_N, 0).long()
+    return RowSpec(token_N, live_N, temperature, softcap)
+
+
+class RowStats(NamedTuple):
+    """Statistics of a block of rows, and what its gradient needs again."""
+
+    logprob: Tensor  # (n,), 0 on rows that are not live
+    entropy: Tensor  # (n,), likewise
+    shifted: Tensor  # (n, V), z - max z, no -inf left in it
+    exp: Tensor  # (n, V), exp(z - max z)
+    total: Tensor  # (n, 1), sum exp(z - max z)
+    log_sum: Tensor  # (n, 1), its logarithm
+    row_entropy: Tensor  # (n, 1)
+    slope: Tensor | None  # (n, V), 1 - tanh^2, with a softcap
+
+
+def statistics(x_NV: Tensor, spec: RowSpec) -> RowStats:
+    """Log-prob and entropy of each row, in nats. `x_NV` is overwritten."""
+    slope = None
+    if spec.softcap is not None:
+        masked = x_NV == float("-inf")
+        bent = x_NV.div_(spec.softcap).tanh_()
+        slope = 1 - bent * bent
+        x_NV = bent.mul_(spec.softcap).masked_fill_(masked, float("-inf"))
+    tau = spec.temperature
+    if isinstance(tau, Tensor):
+        x_NV.div_(tau[:, None] if tau.ndim else tau)
+    elif tau != 1.0:
+        x_NV.div_(tau)
+    highest = x_NV.amax(-1, keepdim=True)
+    # A row of nothing but masked vocabulary has no probabilities: lp -inf, entropy 0, no NaN.
+    x_NV.sub_(highest.masked_fill_(highest == float("-inf"), 0.0))
+    sampled = x_NV.gather(1, spec.token_N[:, None])
+    x_NV.clamp_(min=_FLOOR)
+    exp = x_NV.exp()
+    total = exp.sum(-1, keepdim=True)
+    total.masked_fill_(total == 0, 1.0)
+    log_sum = total.log()
+    entropy = log_sum - (exp * x_NV).sum(-1, keepdim=True) / total
+    dead = ~spec.live_N
+    return RowStats(
+        logprob=(sampled - log_sum).squeeze(1).masked_fill_(dead, 0.0),
+        entropy=entropy.squeeze(1).masked_fill(dead, 0.0),
+        shifted=x_NV,
+        exp=exp,
+        total=total,
+        log_sum=log_sum,
+        row_entropy=entropy,
+        slope=slope,
+    )
+
+
+def gradient(stats: RowStats, spec: RowSpec, g_N: Tensor, h_N: Tensor | None) -> Tensor:
+    """dL/dlogits of the block, zero on rows that are not live. `stats` is overwritten."""
+    # A sampled token of masked vocabulary cannot be made likelier: its log-prob passes no gradient.
+    g_N = g_N.masked_fill(stats.logprob == float("-inf"), 0.0)
+    tau = spec.temperature
+    g = (g_N / tau)[:, None]
+    p_or_dx = stats.exp.div_(stats.total)
+    if h_N is None:
+        p_or_dx.mul_(-g)
+    else:
+        h = (h_N / tau)[:, None]
+        # -p (g + h (log p + H)), with log p = shifted - log_sum
+        inner = stats.shifted.mul_(h).add_(g + h * (stats.row_entropy - stats.log_sum))
+        p_or_dx.mul_(inner.neg_())
+    p_or_dx.scatter_add_(1, spec.token_N[:, None], g)
+    if stats.slope is not None:
+        p_or_dx.mul_(stats.slope)
+    return p_or_dx.masked_fill_(~spec.live_N[:, None], 0.0)
+
+
+# What is done with a block: given its place and a private copy of its logits in the statistics'
+# dtype, it returns their gradient, or None where none is wanted.
+Visitor = Callable[[slice, Tensor], "Tensor | None"]
+
+
+def block_slices(n: int, vocab: int, dtype: torch.dtype, device: torch.device) -> list[slice]:
+    """Consecutive slices of n rows, each a block of the size that suits the device."""
+    budget = _BLOCK_BYTES_CPU if device.type == "cpu" else _BLOCK_BYTES_DEVICE
+    rows = max(1, budget // (vocab * dtype.itemsize))
+    return [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
+
+
+@dataclass(frozen=True)
+class DenseRows:
+    """Logits that exist, block by block; gradients go to `out_NV`, which may be the logits."""
+
+    logits_NV: Tensor
+    dtype: torch.dtype
+    out_NV: Tensor | None = None
+
+    def visit(self, visitor: Visitor) -> None:
+        n, vocab = self.logits_NV.shape
+        for rows in block_slices(n, vocab, self.dtype, self.logits_NV.device):
+            grad = visitor(rows, self.logits_NV[rows].to(self.dtype, copy=True))
+            if grad is not None:
+                assert self.out_NV is not None
+                self.out_NV[rows] = grad
+
+
+def row_outputs(like: Tensor, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Two uninitialised vectors for log-prob and entropy."""
+    return (
+        torch.empty(n, dtype=dtype, device=like.device),
+        torch.empty(n, dtype=dtype, device=like.device),
+    )

@@ -1,0 +1,123 @@
+"""KL divergence to the reference, estimated from the sampled token alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastppo.ops import checks
+from fastppo.ops.config import check_kl_kind
+from fastppo.ops.registry import Op, Shape, register
+
+
+def kl_and_slope(
+    logprob_N: Tensor, ref_logprob_N: Tensor, kind: str, limit: float
+) -> tuple[Tensor, Tensor]:
+    """k and dk/dlogprob; both 0 where the sampled token is masked vocabulary (logprob -inf)."""
+    masked = logprob_N == float("-inf")
+    diff = torch.where(masked, 0, logprob_N - ref_logprob_N)
+    if kind == "k1":
+        kl, slope = diff, torch.ones_like(diff)
+    elif kind == "abs":
+        kl, slope = diff.abs(), diff.sign()
+    elif kind == "k2":
+        kl, slope = diff.square() / 2, diff
+    else:
+        e = (-diff).clamp(-limit, limit)
+        kl = torch.expm1(e) - e
+        slope = torch.where(diff.abs() <= limit, -torch.expm1(e), 0)
+    return kl, slope.masked_fill(masked, 0)
+
+
+def token_kl(
+    logprob_N: Tensor,
+    ref_logprob_N: Tensor,
+    *,
+    kind: str = "k1",
+    log_ratio_limit: float = 20.0,
+) -> Tensor:
+    r"""KL from the policy to the reference at each sampled token, in nats.
+
+        d = logprob - ref_logprob
+        k1 = d,   abs = |d|,   k2 = d^2 / 2,   k3 = exp(-d) - 1 + d   with d clamped to +-limit
+
+    k1 is unbiased and may be negative on a token; k3 is unbiased where the clamp is not met, and >=
+    0.
+
+    Args:
+        logprob_N: float (N,), log-prob of the sampled token; differentiable. -inf (masked
+            vocabulary) gives 0.
+        ref_logprob_N: float (N,), its log-prob under the reference; no gradient.
+        kind: "k1", "abs", "k2" or "k3".
+        log_ratio_limit: where k3 clamps d; > 0.
+
+    Returns:
+        kl_N, float32 (float64 where an input is float64).
+
+    Raises:
+        ValueError: another kind, shapes that disagree.
+        TypeError: inputs that hold no floats.
+
+    Source: Schulman 2020, Approximating KL Divergence.
+    """
+    op = "token_kl"
+    check_kl_kind(op, kind)
+    checks.floating(op, "logprob_N", logprob_N, ndim=1)
+    checks.row_vector(op, "ref_logprob_N", ref_logprob_N, logprob_N, n=logprob_N.numel())
+    if not log_ratio_limit > 0:
+        raise ValueError(f"{op}: log_ratio_limit must be > 0, came {log_ratio_limit}")
+    dtype = checks.stat_dtype(logprob_N, ref_logprob_N)
+    logprob_N, ref_logprob_N = logprob_N.to(dtype), ref_logprob_N.detach().to(dtype)
+    kl_N, slope_N = kl_and_slope(logprob_N.detach(), ref_logprob_N, kind, log_ratio_limit)
+    if not (logprob_N.requires_grad and torch.is_grad_enabled()):
+        return kl_N
+    # kl + slope * (x - x): the value of the first term, the gradient of the second; -inf has slope
+    # 0.
+    finite_N = logprob_N.masked_fill(logprob_N == float("-inf"), 0)
+    return kl_N + slope_N * (finite_N - finite_N.detach())
+
+
+def token_kl_reference(
+    logprob_N: Tensor,
+    ref_logprob_N: Tensor,
+    *,
+    kind: str = "k1",
+    log_ratio_limit: float = 20.0,
+) -> Tensor:
+    """The definition of `token_kl`, for autograd."""
+    masked = logprob_N == float("-inf")
+    diff = torch.where(masked, 0, logprob_N) - torch.where(masked, 0, ref_logprob_N)
+    if kind == "k1":
+        return diff
+    if kind == "abs":
+        return diff.abs()
+    if kind == "k2":
+        return diff**2 / 2
+    e = (-diff).clamp(-log_ratio_limit, log_ratio_limit)
+    return e.exp() - 1 - e
+
+
+def _make_inputs(shape: Shape, dtype: torch.dtype, seed: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    logprob_N = -3 * torch.rand(shape.n, generator=generator, dtype=torch.float64)
+    noise_N = 0.3 * torch.randn(shape.n, generator=generator, dtype=torch.float64)
+    return {
+        "logprob_N": logprob_N.to(dtype),
+        "ref_logprob_N": (logprob_N + noise_N).to(dtype),
+        "kind": "k3",
+    }
+
+
+register(
+    Op(
+        name="token_kl",
+        function=token_kl,
+        reference=token_kl_reference,
+        make_inputs=_make_inputs,
+        bytes_moved=lambda s, dtype: s.n * (2 * dtype.itemsize + 4),
+        flops=lambda s: 4 * s.n,
+        differentiable=("logprob_N",),
+    )
+)

@@ -1,0 +1,146 @@
+"""The critic's loss, clipped around the values of the rollout."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastppo.ops import checks
+from fastppo.ops.registry import Op, Shape, register
+
+
+class ValueMetrics(NamedTuple):
+    """Sums over the live tokens, 0-d tensors: add with `merge`, divide by `count` at the end."""
+
+    count: Tensor  # type: ignore[assignment]  # tuple's own count() gives way
+    clipped_sum: Tensor  # tokens whose gradient the clip cut: the clipped error is the larger
+    error_sum: Tensor  # squared error of the value before the clip
+    value_sum: Tensor
+    return_sum: Tensor
+
+    def merge(self, other: ValueMetrics) -> ValueMetrics:
+        """Metrics of two batches together."""
+        return ValueMetrics(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+class ValueLoss(NamedTuple):
+    """A scalar, differentiable in the values, and detached metrics."""
+
+    loss: Tensor
+    metrics: ValueMetrics
+
+
+def value_loss(
+    value_N: Tensor,
+    old_value_N: Tensor,
+    return_N: Tensor,
+    weight_N: Tensor,
+    *,
+    clip: float | None = 0.2,
+) -> ValueLoss:
+    r"""Half the weighted squared error of the values, the larger of it and its clipped twin.
+
+        1/2 sum_i w_i max((v - R)^2, (clip(v, v_old - c, v_old + c) - R)^2)
+
+    Args:
+        value_N: float (N,), V of the state before each token; differentiable.
+        old_value_N: float (N,), the same at rollout.
+        return_N: float (N,).
+        weight_N: float (N,), mask and aggregation in one; tokens of weight 0 are not read.
+        clip: c > 0, in the reward's units; None is the plain squared error.
+
+    Returns:
+        ValueLoss(loss, metrics), float32 (float64 where an input is).
+
+    Raises:
+        ValueError: shapes that disagree, clip not above 0.
+        TypeError: inputs that hold no floats.
+
+    Source: Huang et al. 2022, The 37 Implementation Details of PPO, detail 9.
+    """
+    op = "value_loss"
+    checks.floating(op, "value_N", value_N, ndim=1)
+    n = value_N.numel()
+    for name, tensor in (
+        ("old_value_N", old_value_N),
+        ("return_N", return_N),
+        ("weight_N", weight_N),
+    ):
+        checks.row_vector(op, name, tensor, value_N, n=n)
+    if clip is not None and not clip > 0:
+        raise ValueError(f"{op}: clip must be > 0 or None, came {clip}")
+    dtype = checks.stat_dtype(value_N, old_value_N, return_N, weight_N)
+    live_N = weight_N != 0
+    # where before the arithmetic: a NaN behind weight 0 would come back through 0 * NaN.
+    value_N, old_N, goal_N, weight_N = (
+        torch.where(live_N, x, 0).to(dtype)
+        for x in (value_N, old_value_N.detach(), return_N.detach(), weight_N.detach())
+    )
+    error_N = (value_N - goal_N).square()
+    worst_N = error_N
+    clipped_N = torch.zeros_like(live_N)
+    if clip is not None:
+        held_N = torch.minimum(torch.maximum(value_N, old_N - clip), old_N + clip)
+        held_error_N = (held_N - goal_N).square()
+        clipped_N = live_N & (held_error_N > error_N)
+        worst_N = torch.where(clipped_N, held_error_N, error_N)
+    loss = (weight_N * worst_N).sum() / 2
+    metrics = ValueMetrics(
+        count=live_N.sum().to(dtype),
+        clipped_sum=clipped_N.sum().to(dtype),
+        error_sum=error_N.detach().sum(),
+        value_sum=value_N.detach().sum(),
+        return_sum=goal_N.sum(),
+    )
+    return ValueLoss(loss, metrics)
+
+
+def value_loss_reference(
+    value_N: Tensor,
+    old_value_N: Tensor,
+    return_N: Tensor,
+    weight_N: Tensor,
+    *,
+    clip: float | None = 0.2,
+) -> ValueLoss:
+    """The definition of `value_loss`, live tokens one by one."""
+    zero = value_N.new_zeros(())
+    loss = zero + 0.0 * value_N.nan_to_num().sum()
+    sums = [zero] * 5
+    for i in range(value_N.numel()):
+        if weight_N[i] == 0:
+            continue
+        v, old, goal = value_N[i], old_value_N[i], return_N[i]
+        error = (v - goal) ** 2
+        held = error if clip is None else (v.clamp(old - clip, old + clip) - goal) ** 2
+        loss = loss + weight_N[i] * torch.max(error, held) / 2
+        parts = (zero + 1, (held > error).to(v.dtype), error.detach(), v.detach(), goal)
+        sums = [a + b for a, b in zip(sums, parts, strict=True)]
+    return ValueLoss(loss, ValueMetrics(*sums))
+
+
+def _make_inputs(shape: Shape, dtype: torch.dtype, seed: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    value_N, moved_N, goal_N = torch.randn(3, shape.n, generator=generator)
+    return {
+        "value_N": value_N.to(dtype),
+        "old_value_N": (value_N + 0.3 * moved_N).to(dtype),
+        "return_N": goal_N.to(dtype),
+        "weight_N": torch.full((shape.n,), 1.0 / max(shape.n, 1), dtype=dtype),
+    }
+
+
+register(
+    Op(
+        name="value_loss",
+        function=value_loss,
+        reference=value_loss_reference,
+        make_inputs=_make_inputs,
+        bytes_moved=lambda s, dtype: 5 * s.n * dtype.itemsize,
+        flops=lambda s: 12 * s.n,
+        differentiable=("value_N",),
+        loss="loss",
+    )
+)

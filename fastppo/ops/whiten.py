@@ -1,0 +1,144 @@
+"""Mean 0 and variance 1 over the live tokens, and the moments that say how far off they are."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastppo.ops import checks
+from fastppo.ops.registry import Op, Shape, register
+
+EPS = 1e-8  # inside the root, as in TRL
+
+
+class Moments(NamedTuple):
+    """Count, mean and sum of squared deviations; 0-d tensors that `merge` adds up exactly."""
+
+    count: Tensor  # type: ignore[assignment]  # tuple's own count() gives way
+    mean: Tensor
+    m2: Tensor
+
+    def merge(self, other: Moments) -> Moments:
+        """Moments of both sets together.
+
+        Source: Chan, Golub, LeVeque 1979, Updating Formulae and a Pairwise Algorithm for Computing
+        Sample Variances.
+        """
+        count = self.count + other.count
+        share = other.count / count.clamp(min=1)
+        delta = other.mean - self.mean
+        return Moments(
+            count,
+            self.mean + delta * share,
+            self.m2 + other.m2 + delta.square() * self.count * share,
+        )
+
+    @property
+    def variance(self) -> Tensor:
+        """Unbiased; 0 for fewer than two values."""
+        return torch.where(self.count > 1, self.m2 / (self.count - 1).clamp(min=1), 0)
+
+
+def moments(x_N: Tensor, *, weight_N: Tensor | None = None) -> Moments:
+    """Count, mean and sum of squared deviations of the values whose weight is not 0.
+
+    Args:
+        x_N: float (N,).
+        weight_N: float or bool (N,), a mask: values of weight 0 are not read; None takes all.
+
+    Returns:
+        Moments(count, mean, m2), float32 (float64 for float64 input), without gradient; mean and m2
+        are 0 where nothing counts.
+
+    Raises:
+        ValueError: shapes that disagree.
+        TypeError: inputs that hold no floats.
+    """
+    checks.floating("moments", "x_N", x_N, ndim=1)
+    checks.row_vector("moments", "weight_N", weight_N, x_N, n=x_N.numel(), mask=True)
+    return _moments(x_N.detach(), _live(x_N, weight_N))
+
+
+def _live(x_N: Tensor, weight_N: Tensor | None) -> Tensor:
+    return torch.ones_like(x_N, dtype=torch.bool) if weight_N is None else weight_N != 0
+
+
+def _moments(x_N: Tensor, live_N: Tensor) -> Moments:
+    x_N = torch.where(live_N, x_N, 0).to(checks.stat_dtype(x_N))
+    count = live_N.sum().to(x_N.dtype)
+    mean = x_N.sum() / count.clamp(min=1)
+    # Two passes: the squares of deviations from the mean, not the difference of two large numbers.
+    m2 = torch.where(live_N, x_N - mean, 0).square().sum()
+    return Moments(count, mean, m2)
+
+
+def whiten(
+    x_N: Tensor,
+    *,
+    weight_N: Tensor | None = None,
+    shift_mean: bool = True,
+    moments: Moments | None = None,
+) -> Tensor:
+    r"""The values shifted and scaled to mean 0 and (unbiased) variance 1, without unit.
+
+        y = (x - mean) / sqrt(var + 1e-8),    plus mean where shift_mean is False
+
+    Args:
+        x_N: float (N,).
+        weight_N: float or bool (N,), a mask: values of weight 0 are not read and come back as 0.
+        shift_mean: False adds the mean back, so that the sign of rewards is kept.
+        moments: of a larger set (other micro-batches or ranks, by `merge`); None takes those of
+            x_N.
+
+    Returns:
+        y_N, float32 (float64 for float64 input), without gradient.
+
+    Raises:
+        ValueError: shapes that disagree.
+        TypeError: inputs that hold no floats.
+
+    Source: Huang et al. 2024, The N+ Implementation Details of RLHF with PPO, on whitening.
+    """
+    checks.floating("whiten", "x_N", x_N, ndim=1)
+    checks.row_vector("whiten", "weight_N", weight_N, x_N, n=x_N.numel(), mask=True)
+    x_N = x_N.detach()
+    live_N = _live(x_N, weight_N)
+    found = _moments(x_N, live_N) if moments is None else moments
+    y_N = (x_N.to(found.mean.dtype) - found.mean) * torch.rsqrt(found.variance + EPS)
+    if not shift_mean:
+        y_N = y_N + found.mean
+    return torch.where(live_N, y_N, 0)
+
+
+def whiten_reference(
+    x_N: Tensor, *, weight_N: Tensor | None = None, shift_mean: bool = True
+) -> Tensor:
+    """The definition of `whiten`: the live values alone, by torch's own mean and variance."""
+    live_N = torch.ones_like(x_N, dtype=torch.bool) if weight_N is None else weight_N != 0
+    live = x_N[live_N]
+    y_N = torch.zeros_like(x_N)
+    if live.numel():
+        variance = live.var() if live.numel() > 1 else torch.zeros((), dtype=x_N.dtype)
+        y = (live - live.mean()) / (variance + EPS).sqrt()
+        y_N[live_N] = y if shift_mean else y + live.mean()
+    return y_N
+
+
+def _make_inputs(shape: Shape, dtype: torch.dtype, seed: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    return {"x_N": (3 + 2 * torch.randn(shape.n, generator=generator)).to(dtype)}
+
+
+register(
+    Op(
+        name="whiten",
+        function=whiten,
+        reference=whiten_reference,
+        make_inputs=_make_inputs,
+        # one read for the moments, one read and one write to apply them
+        bytes_moved=lambda s, dtype: s.n * (2 * dtype.itemsize + 4),
+        flops=lambda s: 6 * s.n,
+    )
+)

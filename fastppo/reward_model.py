@@ -1,0 +1,252 @@
+"""Stage rm: a reward model (an adapter and a head) from pairs of better and worse answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from fastppo import __version__, checkpoint, console
+from fastppo.data import encode_pairs
+from fastppo.errors import TrainingStopped
+from fastppo.reward import RECORD
+from fastppo.roles import (
+    enable_checkpointing,
+    load_base,
+    load_tokenizer,
+    lora_config,
+    new_value_head,
+)
+from fastppo.templates import get_template
+from fastppo.types import Pair
+
+if TYPE_CHECKING:
+    from fastppo.config import Config
+    from fastppo.data import Records
+
+HEAD_STD = 0.01  # the head starts near 0: every pair even, and none of them by much
+
+
+class RewardModel(nn.Module):
+    """The trunk under LoRA and a linear head, read at a sequence's last token."""
+
+    def __init__(self, model: Any, head: nn.Linear, *, autocast: bool) -> None:
+        super().__init__()
+        self.model, self.head, self.autocast = model, head, autocast
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Scores (B,) float32 of right-padded sequences."""
+        base = self.model.get_base_model()
+        trunk = getattr(base, base.base_model_prefix)
+        device = input_ids.device.type
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=self.autocast):
+            hidden_BTD = trunk(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+            ).last_hidden_state
+        rows = torch.arange(len(input_ids), device=input_ids.device)
+        last_BD = hidden_BTD[rows, attention_mask.sum(1) - 1]
+        return self.head(last_BD.float()).squeeze(-1)
+
+
+def pair_loss(score_2B: Tensor) -> Tensor:
+    """mean of -log sigmoid(chosen - rejected); the first half of the scores are the chosen.
+
+    Source: Ouyang et al. 2022, Training language models to follow instructions, equation 1.
+    """
+    chosen_B, rejected_B = score_2B.chunk(2)
+    return -nn.functional.logsigmoid(chosen_B - rejected_B).mean()
+
+
+class Pairs(Dataset[Pair]):
+    """Pairs as a map-style data set."""
+
+    def __init__(self, pairs: list[Pair]) -> None:
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Pair:
+        return self.pairs[index]
+
+
+def collate(pairs: list[Pair], pad_id: int) -> dict[str, Tensor]:
+    """All chosen, then all rejected, padded right to the longest."""
+    rows = [pair.prompt_ids + pair.chosen_ids for pair in pairs]
+    rows += [pair.prompt_ids + pair.rejected_ids for pair in pairs]
+    width = max(map(len, rows))
+    return {
+        "input_ids": torch.tensor([row + [pad_id] * (width - len(row)) for row in rows]),
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
+    }
+
+
+class PairTrainer(Trainer):
+    """transformers' loop over pairs; saves what stage ppo, and LLaMA-Factory, load."""
+
+    tokenizer: Any
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
+    ) -> Any:
+        """The pairwise loss of a micro-batch."""
+        scores = model(**inputs)
+        loss = pair_loss(scores)
+        return (loss, {"scores": scores}) if return_outputs else loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, and chosen and rejected scores side by side (B, 2)."""
+        with torch.no_grad():
+            scores = model(**self._prepare_inputs(inputs))
+        both_B2 = torch.stack(scores.chunk(2), dim=1)
+        return pair_loss(scores), both_B2, torch.zeros(len(both_B2))
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        checkpoint.save_adapter(self.model.model, self.model.head, self.tokenizer, folder)
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Share of pairs whose chosen answer scores higher."""
+    chosen, rejected = prediction.predictions[:, 0], prediction.predictions[:, 1]
+    return {
+        "accuracy": float((chosen > rejected).mean()),
+        "margin": float((chosen - rejected).mean()),
+    }
+
+
+@torch.no_grad()
+def calibrate(head: nn.Linear, score_N: Tensor) -> None:
+    """Fold into the head what makes these scores mean 0 and standard deviation 1.
+
+    The order of all answers stays as it is; beta then means the same for every reward model.
+    Source: Huang et al. 2024, The N+ Implementation Details of RLHF with PPO, detail on normalising
+    the reward model's output.
+    """
+    mean, std = score_N.mean(), score_N.std().clamp_min(1e-6)
+    head.bias.copy_((head.bias - mean) / std)
+    head.weight.div_(std)
+
+
+class Lines(TrainerCallback):
+    """A line a log entry, with the time left, in place of transformers' bare dictionaries."""
+
+    def __init__(self) -> None:
+        self.clock = console.Clock()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Print a training or evaluation entry."""
+        if not logs:
+            return
+        if "loss" in logs:
+            elapsed = self.clock.columns()["seconds"]
+            left = elapsed / state.global_step * (state.max_steps - state.global_step)
+            console.console.print(
+                f"step {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.4f}  "
+                f"learning rate {float(logs['learning_rate']):.2g}  {console.clock_face(left)} left"
+            )
+        elif "eval_accuracy" in logs:
+            console.console.print(
+                f"evaluation: accuracy {logs['eval_accuracy']:.3f}, loss {logs['eval_loss']:.4f}, "
+                f"mean margin {logs['eval_margin']:+.3f}"
+            )
+
+
+def training_arguments(config: Config, train_pairs: int) -> TrainingArguments:
+    """The YAML's keys as transformers' arguments."""
+    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    steps = max(1, -(-train_pairs // per_step))
+    total = config.max_steps if config.max_steps > 0 else int(steps * config.num_train_epochs)
+    return TrainingArguments(
+        output_dir=config.output_dir,
+        per_device_train_batch_size=config.per_device_train_batch_size,
+        per_device_eval_batch_size=config.per_device_eval_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        learning_rate=config.learning_rate,
+        num_train_epochs=config.num_train_epochs,
+        max_steps=config.max_steps,
+        lr_scheduler_type=config.lr_scheduler_type,
+        warmup_steps=config.warmup_steps or int(total * config.warmup_ratio),
+        weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_epsilon=config.adam_epsilon,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        logging_steps=min(config.logging_steps, max(1, total // 10)),
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        save_total_limit=config.save_total_limit,
+        save_only_model=config.save_only_model,
+        eval_strategy=config.eval_strategy,
+        eval_steps=config.eval_steps,
+        report_to=config.report_to,
+        remove_unused_columns=False,
+        label_names=[],
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def run(config: Config, records: Records) -> None:
+    """Train on the pairs, evaluate on those held out, write the adapter and its head."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    output_dir = Path(config.output_dir)
+    tokenizer = load_tokenizer(config)
+    template = get_template(config.template, tokenizer)
+    train = Pairs(encode_pairs(records.train, template, config.cutoff_len, config.default_system))
+    held_out = Pairs(encode_pairs(records.eval, template, config.cutoff_len, config.default_system))
+    torch.manual_seed(config.seed)
+    base = load_base(config, device)
+    model = get_peft_model(base, lora_config(config, base), adapter_name="default")
+    if not config.disable_gradient_checkpointing:
+        enable_checkpointing(base)
+    head = new_value_head(base.config.get_text_config().hidden_size, device)
+    nn.init.normal_(head.weight, std=HEAD_STD)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say = console.console.print
+    say(f"[bold]fastppo {__version__}[/bold], stage rm, {config.model_name_or_path}")
+    say(
+        f"  device {device}, {'bf16' if config.bf16 else 'float32'}, {len(train)} pairs to train "
+        f"on, "
+        f"{len(held_out)} held out; adapter and head train {trainable + head.weight.numel() + 1:,}"
+    )
+    say(f"  writes {output_dir}")
+    for line in config.ignored:
+        say(f"  [yellow]note:[/yellow] {line}")
+    checkpoint.prepare_output_dir(output_dir)
+    trainer = PairTrainer(
+        model=RewardModel(model, head, autocast=config.bf16),
+        args=training_arguments(config, len(train)),
+        train_dataset=train,
+        eval_dataset=held_out if len(held_out) else None,
+        data_collator=lambda pairs: collate(pairs, template.pad_id),
+        compute_metrics=accuracy,
+        callbacks=[Lines()],
+    )
+    trainer.tokenizer = tokenizer
+    trainer.remove_callback(PrinterCallback)
+    result = trainer.train()
+    metrics = dict(result.metrics)
+    if len(held_out):
+        metrics |= trainer.evaluate()
+    if not all(torch.isfinite(p).all() for p in head.parameters()):
+        raise TrainingStopped("the reward model's head is not finite; lower learning_rate")
+    if config.calibrate_reward:
+        calibrate(head, torch.as_tensor(trainer.predict(held_out or train).predictions).flatten())
+    trainer.save_model()
+    trainer.save_state()
+    trainer.save_metrics("all", metrics)
+    record = {"score_at": "eos", "template": template.name, "fastppo": __version__}
+    (output_dir / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    say(f"  reward model: {output_dir}")

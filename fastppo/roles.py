@@ -1,0 +1,354 @@
+"""Four roles on one frozen base: which adapter and head a pass runs through, and what trains.
+
+| role      | weights                                              | trains |
+|-----------|------------------------------------------------------|--------|
+| actor     | base + LoRA `default`                                | yes    |
+| reference | base, adapters off                                   | no     |
+| reward    | base + LoRA `reward` + head                          | no     |
+| critic    | base + LoRA `critic` + head, or a head on the actor  | yes    |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from fastppo.errors import UserError
+from fastppo.ops import token_logprobs
+
+if TYPE_CHECKING:
+    from fastppo.config import Config
+
+Role = Literal["actor", "reference", "reward", "critic"]
+VALUE_HEAD_FILE = "value_head.safetensors"
+
+
+class LMHead(NamedTuple):
+    """What stands between the last hidden state and the logits."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    softcap: float | None
+
+
+def load_tokenizer(config: Config) -> Any:
+    """The tokenizer of `model_name_or_path`."""
+    return AutoTokenizer.from_pretrained(
+        config.model_name_or_path,
+        revision=config.model_revision,
+        cache_dir=config.cache_dir,
+        trust_remote_code=config.trust_remote_code,
+        **_gguf(config),
+    )
+
+
+def load_base(config: Config, device: torch.device) -> nn.Module:
+    """The frozen base, in the dtype that the run computes in."""
+    disable_progress_bar()
+    base = AutoModelForCausalLM.from_pretrained(
+        config.model_name_or_path,
+        revision=config.model_revision,
+        cache_dir=config.cache_dir,
+        trust_remote_code=config.trust_remote_code,
+        dtype=torch.bfloat16 if config.bf16 else torch.float32,
+        attn_implementation=attention(config.flash_attn),
+        **_gguf(config),
+    )
+    base.requires_grad_(False)
+    base.config.use_cache = False
+    silence_dropout(base)
+    return base.to(device)
+
+
+def _gguf(config: Config) -> dict[str, str]:
+    return {"gguf_file": config.model_gguf_file} if config.model_gguf_file else {}
+
+
+def attention(flash_attn: str) -> str:
+    """transformers' name for LLaMA-Factory's `flash_attn`."""
+    if flash_attn == "fa2":
+        try:
+            import flash_attn as _  # noqa: F401
+        except ImportError:
+            raise UserError(
+                "flash_attn: fa2 needs the flash-attn package; pip install 'fastppo[flash-attn]', "
+                "or set flash_attn: sdpa"
+            ) from None
+        return "flash_attention_2"
+    return {"auto": "sdpa", "sdpa": "sdpa", "disabled": "eager"}[flash_attn]
+
+
+def silence_dropout(model: nn.Module) -> None:
+    """Dropout off in every pass: with it, log-probs before and after no update at all would differ.
+
+    Modules and the functional kinds alike: attention reads its rate from an attribute, not a
+    module.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout", "hidden_dropout", "dropout_p"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def enable_checkpointing(base: nn.Module) -> None:
+    """Recompute layers in the backward. Non-reentrant: those below the adapters stay out of it."""
+    # Renamed within transformers 5; both take the same arguments.
+    enable = getattr(base, "activation_checkpointing_enable", None)
+    if enable is None:
+        enable = base.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def linear_names(base: nn.Module) -> list[str]:
+    """`lora_target: all`: every linear layer by its last name, never the output head."""
+    head = base.get_output_embeddings()
+    return sorted(
+        {
+            name.rsplit(".", 1)[-1]
+            for name, module in base.named_modules()
+            if isinstance(module, nn.Linear) and module is not head
+        }
+    )
+
+
+def lora_config(config: Config, base: nn.Module) -> LoraConfig:
+    """The actor's (or, in stage rm, the reward model's) adapter as the YAML asks for it."""
+    known = linear_names(base)
+    if config.lora_target == "all":
+        targets = known
+    else:
+        targets = [name.strip() for name in config.lora_target.split(",")]
+        for name in targets:
+            if not any(module == name or module.endswith(f".{name}") for module in known):
+                raise UserError(
+                    f"{config.source}: lora_target: this model has no linear layer '{name}'; "
+                    f"it has {', '.join(known)}"
+                )
+    layers = None
+    if config.lora_layers is not None:
+        depth = base.config.num_hidden_layers
+        layers = list(range(max(0, depth - config.lora_layers), depth))
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_rank,
+        lora_alpha=config.resolved_lora_alpha,
+        lora_dropout=config.lora_dropout if config.stage == "rm" else 0.0,
+        target_modules=targets,
+        layers_to_transform=layers,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+    )
+
+
+def new_value_head(hidden_size: int, device: torch.device) -> nn.Linear:
+    """A head that says 0 of everything: no noise in the first advantages."""
+    head = nn.Linear(hidden_size, 1).to(device)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def load_value_head(folder: Path, hidden_size: int, device: torch.device) -> nn.Linear:
+    """The head that stage rm, or LLaMA-Factory, wrote into `folder`."""
+    tensors = load_file(folder / VALUE_HEAD_FILE)
+    weight, bias = tensors["v_head.summary.weight"], tensors["v_head.summary.bias"]
+    if weight.shape != (1, hidden_size):
+        raise UserError(
+            f"reward_model {folder}: its head is for hidden size {weight.shape[-1]}, the base has "
+            f"{hidden_size}; train the reward model on the same model_name_or_path"
+        )
+    head = new_value_head(hidden_size, device)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+        head.bias.copy_(bias)
+    return head
+
+
+def value_head_state(head: nn.Linear) -> dict[str, Tensor]:
+    """The head under LLaMA-Factory's keys."""
+    return {
+        "v_head.summary.weight": head.weight.detach().cpu().contiguous(),
+        "v_head.summary.bias": head.bias.detach().cpu().contiguous(),
+    }
+
+
+@dataclass
+class Roles:
+    """One base with its adapters and heads. `use(role)` is the only way to switch between them."""
+
+    model: PeftModel
+    adapters: dict[Role, str | None]  # None: adapters off
+    reward_head: nn.Linear | None
+    critic_head: nn.Linear
+    device: torch.device
+    autocast: bool
+
+    def __post_init__(self) -> None:
+        self._active: Role = "actor"
+        trained = {self.adapters["actor"], self.adapters["critic"]}
+        # PEFT's own switches set requires_grad on adapters as they go; this is what stays true.
+        self._requires_grad = {
+            parameter: any(f".{name}." in key or key.endswith(f".{name}") for name in trained)
+            for key, parameter in self.model.named_parameters()
+        }
+        self.critic_head.requires_grad_(True)
+        if self.reward_head is not None:
+            self.reward_head.requires_grad_(False)
+        self._activate("actor")
+
+    @property
+    def shares_trunk(self) -> bool:
+        """Whether the critic is a head on the actor's trunk."""
+        return self.adapters["critic"] == self.adapters["actor"]
+
+    @contextmanager
+    def use(self, role: Role) -> Iterator[None]:
+        """Run as `role` inside the block; every role trains after it as it did before.
+
+        Backward passes of what ran inside belong inside too: checkpointed layers are recomputed
+        with whatever adapter is active in the backward.
+        """
+        previous = self._active
+        self._activate(role)
+        try:
+            yield
+        finally:
+            self._activate(previous)
+
+    def _activate(self, role: Role) -> None:
+        adapter = self.adapters[role]
+        if adapter is None:
+            self.model.base_model.disable_adapter_layers()
+        else:
+            self.model.base_model.enable_adapter_layers()
+            self.model.set_adapter(adapter)
+        for parameter, trains in self._requires_grad.items():
+            parameter.requires_grad_(trains)
+        self._active = role
+
+    def hidden(self, input_ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """The last hidden states (B, T, D) of the active role; right-padded rows, no logits."""
+        with self.precision():
+            return self.trunk(
+                input_ids=input_ids_BT, attention_mask=mask_BT, use_cache=False
+            ).last_hidden_state
+
+    def precision(self) -> Any:
+        """Autocast where the base is bf16: PEFT keeps adapters in float32, GEMMs should not be."""
+        if not self.autocast:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    @property
+    def base(self) -> nn.Module:
+        """The causal language model inside the PEFT wrapper."""
+        return self.model.get_base_model()
+
+    @property
+    def trunk(self) -> nn.Module:
+        """The base without its output head."""
+        return getattr(self.base, self.base.base_model_prefix)
+
+    @property
+    def lm_head(self) -> LMHead:
+        """The output head, for the `linear_*` ops."""
+        head = self.base.get_output_embeddings()
+        softcap = getattr(self.base.config.get_text_config(), "final_logit_softcapping", None)
+        return LMHead(head.weight, getattr(head, "bias", None), softcap)
+
+    def value(self, hidden_ND: Tensor) -> Tensor:
+        """The critic's V (N,), in the head's float32 whatever the trunk computes in."""
+        return self.critic_head(hidden_ND.to(self.critic_head.weight.dtype)).squeeze(-1)
+
+    def trained_parameters(self, role: Role) -> list[nn.Parameter]:
+        """What an optimiser of `role` holds; with a shared trunk the critic has only its head."""
+        if role in ("reference", "reward"):
+            return []
+        if role == "critic" and self.shares_trunk:
+            return list(self.critic_head.parameters())
+        adapter = self.adapters[role]
+        own = [
+            parameter
+            for key, parameter in self.model.named_parameters()
+            if f".{adapter}." in key or key.endswith(f".{adapter}")
+        ]
+        return own + (list(self.critic_head.parameters()) if role == "critic" else [])
+
+    def table(self) -> list[tuple[str, str, int]]:
+        """Role, weights in words, trainable count: what the first lines of a run print."""
+        reward = "base + LoRA 'reward' + head" if self.reward_head is not None else "a function"
+        critic = "head on the actor" if self.shares_trunk else "base + LoRA 'critic' + head"
+        words: dict[Role, str] = {
+            "actor": "base + LoRA 'default'",
+            "reference": "base, adapters off",
+            "reward": reward,
+            "critic": critic,
+        }
+        return [
+            (role, text, sum(p.numel() for p in self.trained_parameters(role)))
+            for role, text in words.items()
+        ]
+
+    @torch.no_grad()
+    def check_head(self, input_ids_T: list[int]) -> None:
+        """Refuse an architecture that does more between trunk and logits than `lm_head` knows."""
+        ids = torch.tensor([input_ids_T[:16]], device=self.device)
+        hidden = self.hidden(ids, torch.ones_like(ids))[0, -1:]
+        with self.precision():
+            logits = self.base(input_ids=ids).logits[0, -1:].float()
+        head = self.lm_head
+        token = logits.argmax(-1)
+        mine = nn.functional.linear(hidden.to(head.weight_VD.dtype), head.weight_VD, head.bias_V)
+        mine_logprob = token_logprobs(mine.float(), token, softcap=head.softcap).logprob_N
+        error = (mine_logprob - token_logprobs(logits, token).logprob_N).abs().item()
+        if not error < (0.05 if self.autocast else 1e-3):
+            raise UserError(
+                f"model {self.base.config.model_type}: its logits are not head(hidden) (log-prob "
+                f"off "
+                f"by {error:.3g}); this architecture is not supported"
+            )
+
+
+def build(config: Config, device: torch.device, base: nn.Module | None = None) -> Roles:
+    """Load the base once and hang the four roles on it."""
+    base = load_base(config, device) if base is None else base
+    own_adapter = lora_config(config, base)
+    model = get_peft_model(base, own_adapter, adapter_name="default")
+    hidden_size = base.config.get_text_config().hidden_size
+    adapters: dict[Role, str | None] = {"actor": "default", "reference": None, "reward": None}
+    reward_head = None
+    if config.reward_model_type == "lora":
+        folder = Path(config.reward_model)
+        # Frozen, so it stays in the base's dtype instead of PEFT's float32.
+        model.load_adapter(str(folder), adapter_name="reward", autocast_adapter_dtype=False)
+        reward_head = load_value_head(folder, hidden_size, device)
+        adapters["reward"] = "reward"
+    critic_head = new_value_head(hidden_size, device)
+    if config.critic == "shared":
+        adapters["critic"] = "default"
+    else:
+        adapters["critic"] = "critic"
+        if config.reward_model_type == "lora":
+            model.load_adapter(config.reward_model, adapter_name="critic", is_trainable=True)
+            if config.value_head_init == "reward":
+                critic_head.load_state_dict(reward_head.state_dict())
+        else:
+            model.add_adapter("critic", own_adapter)
+    silence_dropout(model)
+    model.to(device)
+    if not config.disable_gradient_checkpointing:
+        enable_checkpointing(base)
+    model.eval()
+    return Roles(model, adapters, reward_head, critic_head, device, autocast=config.bf16)

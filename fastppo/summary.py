@@ -1,0 +1,72 @@
+"""A finished PPO step as the row that `training_metrics.csv` keeps of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastppo.types import Experience
+
+if TYPE_CHECKING:
+    from fastppo.console import Clock
+    from fastppo.trainer import State
+
+
+def correlation(x_B: Tensor, y_B: Tensor) -> float:
+    """Pearson's; 0 where one of the two does not vary."""
+    x_B, y_B = x_B.double() - x_B.double().mean(), y_B.double() - y_B.double().mean()
+    scale = (x_B.square().sum() * y_B.square().sum()).sqrt().item()
+    return (x_B * y_B).sum().item() / scale if scale > 0 else 0.0
+
+
+def spread(x: Tensor) -> float:
+    """Standard deviation, unbiased; 0 for fewer than two values."""
+    return x.std().item() if x.numel() > 1 else 0.0
+
+
+def explained_variance(value_N: Tensor, return_N: Tensor) -> float:
+    """1 - var(return - value) / var(return); 0 where the returns do not vary."""
+    variance = return_N.var(correction=0).item()
+    return 1.0 - (return_N - value_N).var(correction=0).item() / variance if variance > 0 else 0.0
+
+
+def step_row(
+    state: State, experience: Experience, learned: dict[str, float], clock: Clock
+) -> dict[str, float]:
+    """Every column of the step, by the names of `fastppo.metrics.COLUMNS`."""
+    scored, config = experience.scored, state.config
+    rollout = scored.rollout
+    sequences = len(rollout.prompts)
+    length_B = torch.tensor(rollout.response_lengths, device=scored.score_B.device).float()
+    sampler_gap = (rollout.sampler_logprob_N - scored.logprob_N).mean().item()
+    actor_group, critic_group = state.optimizer.param_groups
+    norms = {"grad_norm_actor": 0.0, "grad_norm_critic": 0.0}
+    return {
+        "step": state.step,
+        "epoch": state.step * config.rollout_batch_size / len(state.prompts),
+        "score": scored.score_B.mean().item(),
+        "score_std": spread(scored.score_B),
+        "score_shaped": experience.score_B.mean().item(),
+        "kl": (scored.logprob_N - scored.ref_logprob_N).sum().item() / sequences,
+        "kl_target": config.ppo_target,
+        "kl_coef": experience.kl_coef,
+        "entropy": scored.entropy_N.mean().item(),
+        "explained_variance": explained_variance(scored.value_N, experience.return_N),
+        "value_mean": scored.value_N.mean().item(),
+        "value_std": spread(scored.value_N),
+        "return_mean": experience.return_N.mean().item(),
+        "return_std": spread(experience.return_N),
+        "sampler_gap": sampler_gap,
+        "response_length": length_B.mean().item(),
+        "response_length_max": length_B.max().item(),
+        "eos_share": sum(rollout.terminated) / sequences,
+        "score_length_corr": correlation(scored.score_B, length_B),
+        "learning_rate": actor_group["lr"],
+        "critic_learning_rate": critic_group["lr"],
+        "response_tokens": sum(rollout.response_lengths),
+        **norms,
+        **learned,
+        **clock.columns(),
+    }

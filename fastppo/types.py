@@ -1,0 +1,83 @@
+"""The values that pass between the stages: prompts -> rollout -> scored -> experience -> metrics.
+
+Shape suffixes: B sequences, T padded length, N live response tokens after packing, D hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question to the policy, encoded with its generation header."""
+
+    ids: list[int]
+    text: str  # what the person asked, without template
+    reference: str | None = (
+        None  # the record's own answer: shown beside samples, never learned from
+    )
+    columns: dict[str, Any] = field(default_factory=dict)  # the record, for reward functions
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One preference: the same prompt, a better and a worse answer, each ending in EOS."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Sampled responses in the layout of all that follows: prompt, response, right padding."""
+
+    prompts: list[Prompt]
+    input_ids_BT: Tensor  # int64
+    prompt_lengths: list[int]
+    response_lengths: list[int]  # EOS included; at least 1
+    terminated: list[bool]  # ended by itself, not by max_new_tokens
+    sampler_logprob_N: Tensor  # float32, as the sampler computed them
+    texts: list[str]  # decoded responses, without special tokens
+
+    @property
+    def lengths(self) -> list[int]:
+        """Prompt plus response, in tokens."""
+        return [p + r for p, r in zip(self.prompt_lengths, self.response_lengths, strict=True)]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A rollout with what the frozen roles and the critic say of it; float32, without gradient.
+
+    Sequence b owns the tokens offsets[b]:offsets[b + 1] of everything named _N.
+    """
+
+    rollout: Rollout
+    offsets: Tensor  # int32 (B+1,)
+    logprob_N: Tensor  # behaviour policy, recomputed with the training forward
+    ref_logprob_N: Tensor
+    entropy_N: Tensor
+    value_N: Tensor  # of the state before the token
+    final_value_B: (
+        Tensor  # of the state after the last token: what a truncated response might go on to
+    )
+    score_B: Tensor  # as the reward gave it
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What the update learns from: packed tokens with their advantages."""
+
+    scored: Scored
+    score_B: Tensor  # after normalisation, clipping and penalties: what entered the reward
+    advantage_N: Tensor
+    return_N: Tensor
+    reward_N: Tensor
+    kl_N: Tensor
+    kl_coef: float  # the beta that made reward_N

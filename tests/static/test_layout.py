@@ -1,0 +1,107 @@
+"""The plan of the house, held against the code: what imports what, and what lies where."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from pathlib import Path
+
+import pytest
+
+from fastppo import ops
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "fastppo"
+CODE = sorted(
+    path
+    for folder in ("fastppo", "kernels", "benchmarks", "examples", "tests")
+    for path in (ROOT / folder).rglob("*.py")
+    if "fastppo/kernels" not in path.as_posix()
+)
+# A module imports from its own row and the rows below it, never from above. `types` and `errors` are
+# what passes between rooms, and everybody's.
+LEVELS = [
+    {"cli"},
+    {"trainer", "reward_model"},
+    {"checkpoint", "console", "evaluation", "summary", "toy"},
+    {"preflight"},
+    {"advantage", "metrics", "reward", "rollout", "score", "update"},
+    {"batch", "data", "roles", "templates"},
+    {"config"},
+    {"ops"},
+    {"errors", "types", "__init__"},
+]
+INFRASTRUCTURE = {"__init__", "backend", "checks", "config", "head", "registry", "rows", "surrogate"}
+
+
+def level_of(name: str) -> int:
+    (level,) = [i for i, names in enumerate(LEVELS) if name in names]
+    return level
+
+
+def imports_of(path: Path) -> set[str]:
+    """First-level modules of fastppo that a file imports when it runs (not for type checking)."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and id(node) not in skipped and node.module:
+            parts = node.module.split(".")
+            if parts[0] == "fastppo" and len(parts) > 1:
+                found.add(parts[1])
+            elif parts == ["fastppo"]:
+                modules = {path.stem for path in PACKAGE.glob("*.py")}
+                found |= {a.name for a in node.names if a.name in modules}
+    return found
+
+
+def test_every_module_has_its_place():
+    modules = {path.stem for path in PACKAGE.glob("*.py")} | {"ops"}
+    assert modules == set().union(*LEVELS)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+def test_imports_point_one_way(path):
+    above = [name for name in imports_of(path) if level_of(name) < level_of(path.stem)]
+    assert not above
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "ops").glob("*.py")), ids=lambda path: path.stem)
+def test_ops_import_nothing_of_the_trainer(path):
+    assert imports_of(path) <= {"ops"}
+
+
+def test_every_op_has_a_test_file_of_its_stem():
+    stems = {path.stem for path in (PACKAGE / "ops").glob("*.py")} - INFRASTRUCTURE
+    tested = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "ops").glob("test_*.py")}
+    assert stems <= tested
+
+
+def test_no_file_is_over_500_lines():
+    long = {
+        str(path.relative_to(ROOT)): count
+        for path in CODE
+        if (count := len(path.read_text(encoding="utf-8").splitlines())) > 500
+    }
+    assert not long
+
+
+def test_kernels_are_installed_under_fastppo_and_never_as_kernels():
+    assert (PACKAGE / "kernels").is_symlink()
+    assert (PACKAGE / "kernels").resolve() == ROOT / "kernels"
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("name", [name for name in ops.__all__ if name[0].islower()])
+def test_public_ops_say_what_they_take_give_and_refuse(name):
+    text = inspect.getdoc(getattr(ops, name)) or ""
+    for section in ("Args:", "Raises:"):
+        assert section in text, f"{name} has no {section}"
+    for parameter in inspect.signature(getattr(ops, name)).parameters:
+        if parameter not in ("ignore_index", "self"):
+            assert parameter in text, f"{name} does not document {parameter}"

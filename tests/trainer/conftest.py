@@ -1,0 +1,141 @@
+"""One tiny Llama with a real tokenizer for all trainer tests; adapters far from 0."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastppo import checkpoint, roles, toy, trainer
+from fastppo.config import Config
+from fastppo.templates import Template, get_template
+from fastppo.types import Prompt, Rollout
+
+PROMPTS = ["Hi", "What is rain?", "A line on tea, please.", "Tell me of the sea and of bread."]
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    toy.write_model(folder)
+    return folder
+
+
+def stir(parameters: list[torch.nn.Parameter], seed: int, scale: float = 0.1) -> None:
+    """Random weights: LoRA's B starts at 0, where every role says the same."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+@pytest.fixture(scope="session")
+def reward_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reward model as stage rm writes it, with random weights."""
+    folder = tmp_path_factory.mktemp("reward")
+    config = make_config(model_dir, folder, reward_model_type="function", critic="adapter")
+    made = roles.build(config, torch.device("cpu"))
+    stir(made.trained_parameters("actor"), 1)
+    stir(list(made.critic_head.parameters()), 2, 1.0)
+    checkpoint.save_adapter(made.model, made.critic_head, toy.byte_tokenizer(), folder)
+    record = {"score_at": "eos", "template": "chatml", "fastppo": "test"}
+    (folder / "fastppo_reward.json").write_text(json.dumps(record))
+    return folder
+
+
+def make_config(model_dir: Path, folder: Path, **changes: Any) -> Config:
+    """A small PPO configuration whose files all lie below `folder`."""
+    prompts = folder / "prompts.json"
+    if not prompts.exists():
+        prompts.write_text(json.dumps([{"instruction": text} for text in PROMPTS]))
+    settings: dict[str, Any] = {
+        "stage": "ppo",
+        "model_name_or_path": str(model_dir),
+        "reward_model": "fastppo.toy:vowels",
+        "reward_model_type": "function",
+        "dataset": str(prompts),
+        "template": "chatml",
+        "default_system": "",
+        "output_dir": str(folder / "out"),
+        "metrics_dir": str(folder / "metrics"),
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "max_new_tokens": 8,
+        "max_steps": 2,
+        "ppo_epochs": 2,
+        "learning_rate": 1e-3,
+        "disable_gradient_checkpointing": True,
+        **changes,
+    }
+    return Config(**settings)
+
+
+@pytest.fixture
+def config(model_dir: Path, tmp_path: Path) -> Callable[..., Config]:
+    return lambda **changes: make_config(model_dir, tmp_path, **changes)
+
+
+@pytest.fixture
+def tiny_roles(config: Callable[..., Config]) -> Callable[..., roles.Roles]:
+    """Roles with every adapter stirred, so that no two of them say the same."""
+
+    def make(stirred: bool = True, **changes: Any) -> roles.Roles:
+        made = roles.build(config(**changes), torch.device("cpu"))
+        if stirred:
+            stir(made.trained_parameters("actor"), 3)
+            if not made.shares_trunk:
+                stir(made.trained_parameters("critic"), 4)
+            stir(list(made.critic_head.parameters()), 5, 1.0)
+        return made
+
+    return make
+
+
+@pytest.fixture
+def state(config: Callable[..., Config]) -> Callable[..., trainer.State]:
+    return lambda **changes: trainer.init_state(config(**changes))
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return toy.byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def template(tokenizer: Any) -> Template:
+    return get_template("chatml", tokenizer)
+
+
+@pytest.fixture
+def rollout(template: Template, tokenizer: Any) -> Rollout:
+    """Four hand-made responses: an EOS alone, a truncated one, and two ordinary ones."""
+    responses = [
+        [template.eos_id],
+        [70, 71, 72],
+        [80, 81, 82, 83, template.eos_id],
+        [90, template.eos_id],
+    ]
+    return make_rollout(PROMPTS, responses, template)
+
+
+def make_rollout(texts: list[str], responses: list[list[int]], template: Template) -> Rollout:
+    """Lay prompts and given response ids side by side, padded right."""
+    prompts = [
+        Prompt(template.encode_prompt([{"role": "user", "content": text}], ""), text)
+        for text in texts
+    ]
+    rows = [prompt.ids + ids for prompt, ids in zip(prompts, responses, strict=True)]
+    width = max(map(len, rows))
+    return Rollout(
+        prompts=prompts,
+        input_ids_BT=torch.tensor([row + [template.pad_id] * (width - len(row)) for row in rows]),
+        prompt_lengths=[len(prompt.ids) for prompt in prompts],
+        response_lengths=[len(ids) for ids in responses],
+        terminated=[ids[-1] in template.stop_ids for ids in responses],
+        sampler_logprob_N=torch.zeros(sum(map(len, responses))),
+        texts=["x"] * len(texts),
+    )

@@ -1,0 +1,185 @@
+"""The loop: step 0, seeds, resume, schedules, files."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastppo import checkpoint, trainer
+from fastppo.console import notices
+from fastppo.errors import UserError
+from fastppo.evaluation import evaluate
+from fastppo.metrics import COLUMNS
+from fastppo.preflight import check
+
+CLOCKS = {name for name in COLUMNS if name.startswith("seconds")}
+ROOT = Path(__file__).parents[2]
+
+
+def without_clocks(rows):
+    return [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows]
+
+
+def test_kl_is_0_before_anything_was_learned(state):
+    first = trainer.step_update(state())
+    row = first.metrics.rows[0]
+    assert row["kl"] == 0.0
+    assert row["ratio_first_pass"] == 0.0
+    assert row["sampler_gap"] == pytest.approx(0.0, abs=1e-5)
+    second = trainer.step_update(first)
+    assert second.metrics.rows[1]["kl"] != 0.0
+
+
+def test_36_a_seeded_run_twice_is_identical(state, tmp_path):
+    runs = []
+    for name in ("a", "b"):
+        run = state(seed=7, metrics_dir=str(tmp_path / name))
+        for _ in range(2):
+            run = trainer.step_update(run)
+        runs.append(run)
+    assert without_clocks(runs[0].metrics.rows) == without_clocks(runs[1].metrics.rows)
+    pairs = zip(checkpoint.trained(runs[0]), checkpoint.trained(runs[1]), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    other = trainer.step_update(state(seed=8, metrics_dir=str(tmp_path / "c")))
+    assert without_clocks(other.metrics.rows)[0] != without_clocks(runs[0].metrics.rows)[0]
+
+
+@pytest.mark.parametrize("critic", ["adapter", "shared"])
+def test_19_a_resumed_run_is_the_unbroken_one_bit_for_bit(state, tmp_path, critic):
+    changes = {"critic": critic, "ppo_score_norm": True, "horizon": 50, "max_steps": 4}
+    changes["lr_scheduler_type"] = "cosine"
+    straight = state(metrics_dir=str(tmp_path / "straight"), **changes)
+    for step in range(4):
+        straight = trainer.step_update(straight)
+        if step == 1:
+            checkpoint.save_to_resume(straight, tmp_path)
+    resumed = state(metrics_dir=str(tmp_path / "resumed"), **changes)
+    checkpoint.resume(resumed, checkpoint.newest(tmp_path))
+    assert resumed.step == 2
+    for _ in range(2):
+        resumed = trainer.step_update(resumed)
+    assert without_clocks(resumed.metrics.rows) == without_clocks(straight.metrics.rows)
+    assert resumed.controller == straight.controller
+    assert resumed.running_score == straight.running_score
+    pairs = zip(checkpoint.trained(resumed), checkpoint.trained(straight), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_resuming_from_nothing_or_from_another_shape_is_refused(state, tmp_path):
+    run = state()
+    with pytest.raises(UserError, match="no checkpoint-N"):
+        trainer.resume(state(resume_from_checkpoint=True), tmp_path)
+    with pytest.raises(UserError, match=r"no training_state\.pt"):
+        checkpoint.resume(run, tmp_path)
+    checkpoint.save_to_resume(trainer.step_update(run), tmp_path)
+    with pytest.raises(UserError, match="other shapes; keep lora_rank"):
+        checkpoint.resume(state(lora_rank=4), tmp_path / "checkpoint-1")
+
+
+def test_36_every_prompt_is_seen_once_an_epoch_and_none_is_dropped(state):
+    run = state(per_device_train_batch_size=3)  # 4 prompts: TRL's drop_last would lose one
+    seen = []
+    for step in range(4):
+        run.step = step
+        seen += [prompt.text for prompt in trainer.prompts_of_step(run)]
+    epochs = [seen[start : start + 4] for start in range(0, 12, 4)]
+    assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_a_data_set_smaller_than_the_batch_still_trains(state):
+    run = state(per_device_train_batch_size=6)
+    assert trainer.total_steps(run.config.model_copy(update={"max_steps": -1}), 4) == 2
+    assert len(trainer.prompts_of_step(run)) == 6
+
+
+def test_warm_up_does_not_waste_the_first_rollout(state):
+    run = state(warmup_steps=2, learning_rate=1e-3, max_steps=10)
+    row = trainer.step_update(run).metrics.rows[0]
+    assert row["learning_rate"] == pytest.approx(5e-4)
+
+
+def test_a_run_too_short_for_the_kl_controller_says_so(config):
+    short = notices(config(horizon=10000), 10)
+    assert any("too short for the KL controller" in line for line in short)
+    assert not any("KL controller" in line for line in notices(config(horizon=20), 10))
+
+
+def test_truncated_sampling_is_announced(config):
+    assert any(
+        line.startswith("top_p, top_k:") for line in notices(config(top_p=0.9, top_k=20), 1000)
+    )
+
+
+def test_evaluation_writes_the_files_and_compares_on_the_same_prompts(state, tmp_path):
+    run = trainer.step_update(state(val_size=0.25, eval_judge="fastppo.toy:vowels"))
+    summary = evaluate(run)
+    folder = tmp_path / "metrics"
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    for key in ("steps", "seconds", "reward_before", "reward_after", "kl", "judge_before"):
+        assert isinstance(summary[key], (int, float)), key
+    assert all(not isinstance(value, (dict, list)) for value in summary.values())
+    # The judge is the reward here, so the two must agree.
+    assert summary["judge_after"] == pytest.approx(summary["reward_after"])
+    with (folder / "training_metrics.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert list(row) == list(COLUMNS)
+    (sample,) = json.loads((folder / "samples.json").read_text())
+    assert {"prompt", "before", "after", "reward_before", "judge_after"} <= sample.keys()
+    assert (folder / "training_curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_before_any_step_before_and_after_are_the_same_texts(state):
+    summary = evaluate(state())
+    assert summary["kl"] == 0.0
+    assert summary["reward_before"] == summary["reward_after"]
+
+
+def test_an_earlier_runs_files_are_moved_aside_and_never_mixed(state, tmp_path):
+    trainer.step_update(state(seed=1))
+    old = (tmp_path / "metrics" / "training_metrics.csv").read_text()
+    trainer.step_update(state(seed=2))
+    (aside,) = (tmp_path / "metrics").glob("previous-*")
+    assert (aside / "training_metrics.csv").read_text() == old
+    assert len((tmp_path / "metrics" / "training_metrics.csv").read_text().splitlines()) == 2
+
+
+def test_save_total_limit_keeps_the_newest(tmp_path):
+    for step in (1, 2, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    checkpoint.keep_newest(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
+
+
+def test_the_classic_sketch_runs_as_printed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    from fastppo import evaluate, init_state, step_update
+
+    num_steps = 2
+    state = init_state()
+    for _step in range(num_steps):
+        state = step_update(state)
+    metrics = evaluate(state)
+    assert metrics["steps"] == 2
+    assert (tmp_path / "output" / "ppo_metrics" / "summary.json").is_file()
+
+
+def test_every_metric_is_defined_in_the_docs():
+    text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    for name, meaning in COLUMNS.items():
+        assert f"| `{name}` | {meaning} |" in text
+
+
+def test_trainer_reads_straight_down_in_under_250_lines():
+    lines = (ROOT / "fastppo" / "trainer.py").read_text(encoding="utf-8").splitlines()
+    assert len(lines) < 250
+
+
+def test_preflight_gives_the_records_that_the_run_uses(config):
+    settings = config(val_size=0.25)
+    records = check(settings)
+    assert (len(records.train), len(records.eval)) == (3, 1)

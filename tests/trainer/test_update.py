@@ -1,0 +1,246 @@
+"""PPO's update: ratio 1 before it, the same gradient however the batch is split, clean guards."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastppo.advantage import KLController, RunningScore, estimate
+from fastppo.batch import batches, make_batch, token_index
+from fastppo.errors import TrainingStopped
+from fastppo.reward import FunctionReward
+from fastppo.score import score, token_scores
+from fastppo.update import (
+    Totals,
+    backward,
+    check_first_pass,
+    clip_and_step,
+    make_optimizer,
+    mini_batches,
+    update,
+)
+
+VOWELS = "fastppo.toy:vowels"
+
+
+def experience_of(made, rollout, settings, batch_size=4):
+    scored = score(
+        made,
+        rollout,
+        FunctionReward(VOWELS),
+        temperature=settings.temperature,
+        batch_size=batch_size,
+    )
+    return estimate(scored, settings, KLController(0.1, 6.0, 10000), RunningScore())
+
+
+def grads(made):
+    both = [*made.trained_parameters("actor"), *made.trained_parameters("critic")]
+    return torch.cat([p.grad.flatten() for p in both if p.grad is not None])
+
+
+def in_float64(made):
+    made.model.double()
+    made.critic_head.double()
+    return made
+
+
+def test_05_a_token_is_scored_by_the_state_before_it(tiny_roles, rollout):
+    """Against the plain model, token by token, one row at a time."""
+    made = tiny_roles()
+    scored = score(made, rollout, FunctionReward(VOWELS), temperature=1.0, batch_size=4)
+    expected, values = [], []
+    for row in range(4):
+        ids = rollout.input_ids_BT[row : row + 1, : rollout.lengths[row]]
+        with torch.no_grad(), made.use("actor"):
+            logprobs = made.base(input_ids=ids).logits[0].log_softmax(-1)
+        with torch.no_grad(), made.use("critic"):
+            hidden = made.hidden(ids, torch.ones_like(ids))[0]
+        for t in range(rollout.prompt_lengths[row], rollout.lengths[row]):
+            expected.append(logprobs[t - 1, ids[0, t]])
+            values.append(made.critic_head(hidden[t - 1])[0].detach())
+    torch.testing.assert_close(scored.logprob_N, torch.stack(expected), atol=1e-5, rtol=0)
+    torch.testing.assert_close(scored.value_N, torch.stack(values), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("critic", ["adapter", "shared"])
+def test_08_ratio_is_bitwise_1_before_the_first_update(tiny_roles, config, rollout, critic):
+    settings = config(critic=critic, learning_rate=0.0, critic_learning_rate=0.0)
+    made = tiny_roles(critic=critic)
+    experience = experience_of(made, rollout, settings)
+    learned = update(made, experience, settings, make_optimizer(settings, made), seed=0)
+    assert learned["ratio_first_pass"] == 0.0
+    assert learned["ratio_mean"] == learned["ratio_max"] == 1.0
+    assert learned["clipfrac"] == 0.0
+
+
+def test_08_other_micro_batches_change_it_by_rounding_only(tiny_roles, config, rollout):
+    settings = config(per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    made = tiny_roles()
+    experience = experience_of(made, rollout, settings, batch_size=1)
+    learned = update(made, experience, settings, make_optimizer(settings, made), seed=0)
+    assert learned["ratio_first_pass"] <= 1e-5
+
+
+def test_08_a_ratio_off_before_any_update_stops_the_run(tiny_roles, config, rollout):
+    settings = config()
+    made = tiny_roles()
+    experience = experience_of(made, rollout, settings)
+    moved = replace(
+        experience, scored=replace(experience.scored, logprob_N=experience.scored.logprob_N + 0.01)
+    )
+    with pytest.raises(TrainingStopped, match=r"before the first update.*likeliest cause"):
+        update(made, moved, settings, make_optimizer(settings, made), seed=0)
+    check_first_pass(0.1, config(bf16=True))
+    with pytest.raises(TrainingStopped):
+        check_first_pass(float("nan"), settings)
+
+
+@pytest.mark.parametrize("critic", ["adapter", "shared"])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_30_31_micro_batches_add_up_to_the_gradient_of_the_whole(
+    tiny_roles, config, rollout, critic, size
+):
+    """Ragged responses of 1 to 5 tokens, in float64: a mean of means would be off by far more."""
+    settings = config(critic=critic)
+    made = in_float64(tiny_roles(critic=critic))
+    experience = experience_of(made, rollout, settings)
+    # As if some updates had already moved the policy, so that both branches of the clip occur.
+    behaviour_N = experience.scored.logprob_N + torch.linspace(-0.5, 0.5, 11, dtype=torch.float64)
+    experience = replace(experience, scored=replace(experience.scored, logprob_N=behaviour_N))
+    (mini,) = mini_batches(experience, settings, seed=0)
+    found = []
+    for micro in (4, size):
+        made.model.zero_grad(set_to_none=True)
+        made.critic_head.zero_grad(set_to_none=True)
+        for batch in batches(rollout, mini.rows, micro):
+            backward(made, experience, batch, mini, settings, Totals())
+        found.append(grads(made))
+    assert found[0].abs().max() > 1e-4
+    torch.testing.assert_close(found[0], found[1], atol=1e-10, rtol=0)
+
+
+def test_31_gradients_start_from_zero_in_every_optimiser_step(tiny_roles, config, rollout):
+    settings = config(ppo_epochs=1)
+    results = []
+    for dirty in (False, True):
+        made = tiny_roles()
+        experience = experience_of(made, rollout, settings)
+        for parameter in made.trained_parameters("actor") if dirty else []:
+            parameter.grad = torch.full_like(parameter, 100.0)
+        update(made, experience, settings, make_optimizer(settings, made), seed=0)
+        results.append(torch.cat([p.flatten() for p in made.trained_parameters("actor")]))
+    assert torch.equal(*results)
+
+
+def test_32_each_role_is_clipped_once_by_its_own_norm(tiny_roles, config):
+    settings = config(max_grad_norm=0.5, critic="adapter")
+    made = tiny_roles(critic="adapter")
+    optimizer = make_optimizer(settings, made)
+    for role, size in (("actor", 3.0), ("critic", 0.001)):
+        for parameter in made.trained_parameters(role):
+            parameter.grad = torch.full_like(parameter, size)
+    critic_before = [p.grad.clone() for p in made.trained_parameters("critic")]
+    totals = Totals()
+    clip_and_step(made, optimizer, settings, totals)
+    actor = torch.cat([p.grad.flatten() for p in made.trained_parameters("actor")])
+    assert actor.norm().item() == pytest.approx(0.5, rel=1e-3)
+    assert totals.grad_norms["actor"][0] == pytest.approx(3.0 * actor.numel() ** 0.5, rel=1e-4)
+    after = [p.grad for p in made.trained_parameters("critic")]
+    assert all(torch.equal(a, b) for a, b in zip(critic_before, after, strict=True))
+
+
+def test_33_adams_epsilon_is_the_one_asked_for(tiny_roles, config):
+    settings = config(adam_epsilon=1e-5, learning_rate=1e-4, critic_learning_rate=1e-3)
+    made = tiny_roles()
+    groups = make_optimizer(settings, made).param_groups
+    assert [group["eps"] for group in groups] == [1e-5, 1e-5]
+    assert [group["lr"] for group in groups] == [1e-4, 1e-3]
+
+
+def test_36_every_epoch_takes_every_row_once_in_an_order_of_its_own(tiny_roles, config, rollout):
+    settings = config(per_device_train_batch_size=1, ppo_buffer_size=4)
+    experience = experience_of(tiny_roles(), rollout, settings)
+    orders = [
+        [row for mini in mini_batches(experience, settings, seed) for row in mini.rows]
+        for seed in range(8)
+    ]
+    assert all(sorted(order) == [0, 1, 2, 3] for order in orders)
+    assert len({tuple(order) for order in orders}) > 1
+    assert orders[0] == [row for mini in mini_batches(experience, settings, 0) for row in mini.rows]
+
+
+def test_29_a_runaway_ratio_teaches_nothing(tiny_roles, config, rollout):
+    settings = config(ratio_threshold=10.0)
+    made = tiny_roles()
+    experience = experience_of(made, rollout, settings)
+    far = replace(
+        experience, scored=replace(experience.scored, logprob_N=experience.scored.logprob_N - 100.0)
+    )
+    (mini,) = mini_batches(far, settings, seed=0)
+    moved = backward(made, far, make_batch(rollout, mini.rows), mini, settings, Totals())
+    assert torch.isfinite(moved)
+    assert not grads(made).any()
+
+
+def test_44_a_gradient_that_is_not_finite_skips_the_step(tiny_roles, config):
+    settings = config()
+    made = tiny_roles()
+    optimizer = make_optimizer(settings, made)
+    for parameter in made.trained_parameters("actor"):
+        parameter.grad = torch.full_like(parameter, float("nan"))
+    before = [p.detach().clone() for p in made.trained_parameters("actor")]
+    totals = Totals()
+    clip_and_step(made, optimizer, settings, totals)
+    assert totals.skipped == 1
+    assert not optimizer.state
+    after = made.trained_parameters("actor")
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_28_early_stop_takes_no_step_past_the_limit(tiny_roles, config, rollout):
+    settings = config(early_stopping=True, target_kl=1e-6, ppo_epochs=4, learning_rate=0.05)
+    made = tiny_roles()
+    experience = experience_of(made, rollout, settings)
+    learned = update(made, experience, settings, make_optimizer(settings, made), seed=0)
+    assert learned["early_stopped"] == 1.0
+    assert learned["optimizer_steps"] < 4
+
+
+@pytest.mark.parametrize("critic", ["adapter", "shared"])
+def test_an_update_raises_what_was_better_and_lowers_what_was_worse(
+    tiny_roles, config, rollout, critic
+):
+    settings = config(critic=critic, ppo_epochs=4, learning_rate=5e-3, vf_coef=0.0)
+    made = tiny_roles(critic=critic)
+    experience = experience_of(made, rollout, settings)
+    advantage = experience.advantage_N
+    update(made, experience, settings, make_optimizer(settings, made), seed=0)
+    batch = make_batch(rollout, range(4))
+    with torch.no_grad(), made.use("actor"):
+        now = token_scores(
+            made, made.hidden(batch.input_ids_BT, batch.mask_BT), batch, 1.0
+        ).logprob_N
+    change = now - experience.scored.logprob_N
+    assert (change * advantage).sum() > 0
+    assert change[advantage.argmax()] > 0 > change[advantage.argmin()]
+
+
+def test_only_the_two_trained_roles_change(tiny_roles, config, reward_dir, rollout):
+    extra = {"reward_model_type": "lora", "reward_model": str(reward_dir), "critic": "adapter"}
+    settings = config(**extra)
+    made = tiny_roles(**extra)
+    before = {name: p.detach().clone() for name, p in made.model.named_parameters()}
+    experience = experience_of(made, rollout, settings)
+    update(made, experience, settings, make_optimizer(settings, made), seed=0)
+    changed = {n for n, p in made.model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed
+    assert all(".default." in name or ".critic." in name for name in changed)
+    assert {".default." in name for name in changed} == {True, False}
+
+
+def test_token_index_finds_the_tokens_of_the_rows_in_their_order():
+    offsets = torch.tensor([0, 1, 4, 9, 11], dtype=torch.int32)
+    assert token_index(offsets, [1, 3]).tolist() == [1, 2, 3, 9, 10]
