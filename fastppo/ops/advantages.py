@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastppo.ops import checks
+from fastppo.ops.backend import choose
 from fastppo.ops.config import check_kl_kind
 from fastppo.ops.gae import gae_reference, gae_scan
 from fastppo.ops.registry import Op, Shape, even_offsets, register
@@ -79,6 +80,7 @@ def advantages(
     reward); Schulman et al. 2016, eq. 16 (GAE).
     """
     op = "advantages"
+    choose(op, None)
     check_kl_kind(op, kl_kind)
     checks.floating(op, "logprob_N", logprob_N, ndim=1)
     n = logprob_N.numel()

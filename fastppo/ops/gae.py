@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastppo.ops import checks
+from fastppo.ops.backend import choose
 from fastppo.ops.registry import Op, Shape, even_offsets, register
 
 
@@ -48,6 +49,7 @@ def gae(
     Source: Schulman et al. 2016, High-Dimensional Continuous Control Using GAE, eq. 16.
     """
     op = "gae"
+    choose(op, None)
     checks.floating(op, "reward_N", reward_N, ndim=1)
     checks.row_vector(op, "value_N", value_N, reward_N, n=reward_N.numel())
     checks.offsets(op, offsets, reward_N, n=reward_N.numel())

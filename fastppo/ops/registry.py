@@ -57,4 +57,4 @@ def register(op: Op) -> None:
 
 def even_offsets(shape: Shape) -> torch.Tensor:
     """Offsets that cut shape.n tokens into shape.batch sequences of nearly one length."""
-    return (torch.arange(shape.batch + 1) * shape.n // shape.batch).int()
+    return (torch.arange(shape.batch + 1) * shape.n // max(shape.batch, 1)).int()

@@ -142,6 +142,11 @@ def block_slices(n: int, vocab: int, dtype: torch.dtype, device: torch.device) -
     return [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
 
 
+def private(x_NV: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy to write over, in `dtype`, contiguous: strides must not decide the order of sums."""
+    return x_NV.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
 @dataclass(frozen=True)
 class DenseRows:
     """Logits that exist, block by block; gradients go to `out_NV`, which may be the logits."""
@@ -153,7 +158,7 @@ class DenseRows:
     def visit(self, visitor: Visitor) -> None:
         n, vocab = self.logits_NV.shape
         for rows in block_slices(n, vocab, self.dtype, self.logits_NV.device):
-            grad = visitor(rows, self.logits_NV[rows].to(self.dtype, copy=True))
+            grad = visitor(rows, private(self.logits_NV[rows], self.dtype))
             if grad is not None:
                 assert self.out_NV is not None
                 self.out_NV[rows] = grad

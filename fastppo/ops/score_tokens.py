@@ -10,7 +10,7 @@ from torch import Tensor
 from fastppo.ops import checks
 from fastppo.ops.backend import choose
 from fastppo.ops.registry import Op, Shape, register
-from fastppo.ops.rows import RowSpec, RowStats, block_slices, row_spec, statistics
+from fastppo.ops.rows import RowSpec, RowStats, block_slices, private, row_spec, statistics
 from fastppo.ops.token_logprobs import log_probs_reference, make_logits
 
 
@@ -74,8 +74,7 @@ def score_tokens(
     scores = empty_scores(logits_NV, n, dtype)
     with torch.no_grad():
         for at in block_slices(n, vocab, dtype, logits_NV.device):
-            mine = logits_NV[at].to(dtype, copy=True)
-            theirs = ref_logits_NV[at].to(dtype, copy=True)
+            mine, theirs = (private(x[at], dtype) for x in (logits_NV, ref_logits_NV))
             score_block(scores, at, mine, theirs, spec)
     return scores
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastppo.ops import checks
+from fastppo.ops.backend import choose
 from fastppo.ops.config import check_kl_kind
 from fastppo.ops.registry import Op, Shape, register
 
@@ -63,6 +64,7 @@ def token_kl(
     Source: Schulman 2020, Approximating KL Divergence.
     """
     op = "token_kl"
+    choose(op, None)
     check_kl_kind(op, kind)
     checks.floating(op, "logprob_N", logprob_N, ndim=1)
     checks.row_vector(op, "ref_logprob_N", ref_logprob_N, logprob_N, n=logprob_N.numel())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastppo.ops import checks
+from fastppo.ops.backend import choose
 from fastppo.ops.registry import Op, Shape, register
 
 
@@ -61,6 +62,7 @@ def value_loss(
     Source: Huang et al. 2022, The 37 Implementation Details of PPO, detail 9.
     """
     op = "value_loss"
+    choose(op, None)
     checks.floating(op, "value_N", value_N, ndim=1)
     n = value_N.numel()
     for name, tensor in (

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastppo.ops import checks
+from fastppo.ops.backend import choose
 from fastppo.ops.registry import Op, Shape, register
 
 EPS = 1e-8  # inside the root, as in TRL
@@ -56,6 +57,7 @@ def moments(x_N: Tensor, *, weight_N: Tensor | None = None) -> Moments:
         ValueError: shapes that disagree.
         TypeError: inputs that hold no floats.
     """
+    choose("moments", None)
     checks.floating("moments", "x_N", x_N, ndim=1)
     checks.row_vector("moments", "weight_N", weight_N, x_N, n=x_N.numel(), mask=True)
     return _moments(x_N.detach(), _live(x_N, weight_N))
@@ -101,6 +103,7 @@ def whiten(
 
     Source: Huang et al. 2024, The N+ Implementation Details of RLHF with PPO, on whitening.
     """
+    choose("whiten", None)
     checks.floating("whiten", "x_N", x_N, ndim=1)
     checks.row_vector("whiten", "weight_N", weight_N, x_N, n=x_N.numel(), mask=True)
     x_N = x_N.detach()

@@ -31,7 +31,16 @@ LEVELS = [
     {"ops"},
     {"errors", "types", "__init__"},
 ]
-INFRASTRUCTURE = {"__init__", "backend", "checks", "config", "head", "registry", "rows", "surrogate"}
+INFRASTRUCTURE = {
+    "__init__",
+    "backend",
+    "checks",
+    "config",
+    "head",
+    "registry",
+    "rows",
+    "surrogate",
+}
 
 
 def level_of(name: str) -> int:
@@ -78,7 +87,9 @@ def test_ops_import_nothing_of_the_trainer(path):
 
 def test_every_op_has_a_test_file_of_its_stem():
     stems = {path.stem for path in (PACKAGE / "ops").glob("*.py")} - INFRASTRUCTURE
-    tested = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "ops").glob("test_*.py")}
+    tested = {
+        path.stem.removeprefix("test_") for path in (ROOT / "tests" / "ops").glob("test_*.py")
+    }
     assert stems <= tested
 
 

@@ -200,7 +200,7 @@ def test_44_a_gradient_that_is_not_finite_skips_the_step(tiny_roles, config):
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_28_early_stop_takes_no_step_past_the_limit(tiny_roles, config, rollout):
+def test_early_stopping_takes_no_step_past_the_limit(tiny_roles, config, rollout):
     settings = config(early_stopping=True, target_kl=1e-6, ppo_epochs=4, learning_rate=0.05)
     made = tiny_roles()
     experience = experience_of(made, rollout, settings)

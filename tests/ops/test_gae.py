@@ -1,0 +1,84 @@
+"""Advantages and returns of packed sequences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastppo.ops import gae
+from fastppo.ops.gae import gae_reference
+
+
+def t(values, dtype=torch.float64):
+    return torch.tensor(values, dtype=dtype)
+
+
+def offsets(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def test_two_steps_by_hand():
+    # lam=1, gamma=1: A_1 = r_1 - V_1 = 3 - 1; A_0 = (r_0 + V_1 - V_0) + A_1 = (0 + 1 - 2) + 2
+    advantage, returns = gae(t([0.0, 3.0]), t([2.0, 1.0]), offsets(0, 2), lam=1.0)
+    assert advantage.tolist() == [1.0, 2.0]
+    assert returns.tolist() == [3.0, 3.0]
+
+
+def test_lam_0_is_one_step_and_lam_1_is_the_rest_of_the_sequence():
+    r, v = t([1.0, 2.0, 4.0]), t([10.0, 20.0, 40.0])
+    one, _ = gae(r, v, offsets(0, 3), lam=0.0, gamma=0.5)
+    assert one.tolist() == [1 + 10 - 10, 2 + 20 - 20, 4 - 40]
+    _, returns = gae(r, v, offsets(0, 3), lam=1.0, gamma=0.5)
+    assert returns.tolist() == [1 + 1 + 1, 2 + 2, 4]
+
+
+@pytest.mark.parametrize("bootstrap", [False, True])
+def test_24_gae_against_the_quadratic_sum_on_ragged_sequences(bootstrap):
+    torch.manual_seed(0)
+    r, v = torch.randn(2, 20, dtype=torch.float64)
+    at = offsets(0, 1, 1, 8, 9, 20)  # an empty sequence too
+    after = torch.randn(5, dtype=torch.float64) if bootstrap else None
+    settings = {"gamma": 0.97, "lam": 0.9, "bootstrap_value_B": after}
+    for a, b in zip(gae(r, v, at, **settings), gae_reference(r, v, at, **settings), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+def test_a_sequence_knows_nothing_of_its_neighbours():
+    torch.manual_seed(0)
+    r, v = torch.randn(2, 9)
+    together = gae(r, v, offsets(0, 4, 9))[0]
+    alone = torch.cat([gae(r[:4], v[:4], offsets(0, 4))[0], gae(r[4:], v[4:], offsets(0, 5))[0]])
+    assert torch.equal(together, alone)
+
+
+def test_no_gradient_flows_back():
+    r, v = torch.randn(2, 3).requires_grad_()
+    advantage, returns = gae(r, v, offsets(0, 3))
+    assert not advantage.requires_grad
+    assert not returns.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"offsets": offsets(0, 2)}, ValueError, "start at 0 and end at N=3, came 0 and 2"),
+        ({"offsets": offsets(0, 3, 2, 3)}, ValueError, "offsets must ascend"),
+        ({"offsets": t([0, 3])}, TypeError, "offsets must be int32"),
+        ({"gamma": 1.5}, ValueError, r"gamma must lie in \[0, 1\], came 1.5"),
+        ({"lam": -0.1}, ValueError, r"lam must lie in \[0, 1\], came -0.1"),
+        ({"value_N": t([1.0])}, ValueError, r"value_N must have shape \(3,\).*came \(1,\)"),
+        (
+            {"bootstrap_value_B": t([1.0, 2.0])},
+            ValueError,
+            r"bootstrap_value_B must have shape \(1,\)",
+        ),
+    ],
+)
+def test_refusals_name_op_argument_wanted_and_came(change, error, message):
+    inputs = {
+        "reward_N": t([1.0, 2.0, 3.0]),
+        "value_N": t([1.0, 2.0, 3.0]),
+        "offsets": offsets(0, 3),
+    }
+    with pytest.raises(error, match="^gae: .*" + message):
+        gae(**{**inputs, **change})

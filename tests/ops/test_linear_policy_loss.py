@@ -1,0 +1,151 @@
+"""The loss from hidden states: what trains, how many GEMMs, and that chunks change only rounding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastppo.ops import HeadLora, PolicyLossConfig, linear_policy_loss, policy_loss
+from fastppo.ops.linear_policy_loss import linear_policy_loss_reference
+from fastppo.ops.registry import OPS, Shape
+
+F64 = torch.float64
+N, V, D = 24, 301, 16
+
+
+def make(dtype=F64, n=N):
+    return OPS["linear_policy_loss"].make_inputs(Shape(n=n, vocab=V, hidden=D, batch=3), dtype, 0)
+
+
+def whole_head(trained):
+    """Weight, bias and an adapter of rank 3; those named in `trained` ask for a gradient."""
+    generator = torch.Generator().manual_seed(9)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=F64) * 0.3
+
+    head = {
+        "weight_VD": random(V, D),
+        "bias_V": random(V),
+        "A_RD": random(3, D),
+        "B_VR": random(V, 3),
+    }
+    for name in trained:
+        head[name].requires_grad_()
+    return head
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize(
+    "trained",
+    [(), ("weight_VD",), ("A_RD", "B_VR"), ("weight_VD", "bias_V", "A_RD", "B_VR")],
+    ids=str,
+)
+def test_what_trains_gets_its_gradient_and_what_does_not_gets_none(trained, level):
+    changes = {
+        "config": PolicyLossConfig(ratio_level=level, dual_clip=3.0),
+        "offsets": torch.tensor([0, 1, 9, N], dtype=torch.int32),
+        "softcap": 6.0,
+        "temperature": 0.8,
+    }
+    grads = []
+    for function in (linear_policy_loss, linear_policy_loss_reference):
+        head = whole_head(trained)
+        inputs = {**make(), **changes, "weight_VD": head["weight_VD"], "bias_V": head["bias_V"]}
+        inputs["hidden_ND"] = inputs["hidden_ND"].clone().requires_grad_()
+        inputs["head_lora"] = HeadLora(head["A_RD"], head["B_VR"], scaling=0.5)
+        function(**inputs).loss.backward()
+        grads.append([inputs["hidden_ND"].grad, *(head[name].grad for name in trained)])
+        assert all(head[name].grad is None for name in head if name not in trained)
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 5 * V * 8, 10**9])
+def test_chunks_change_nothing_but_rounding(chunk_bytes):
+    results = []
+    for budget in (None, chunk_bytes):
+        inputs = make()
+        inputs["hidden_ND"].requires_grad_()
+        result = linear_policy_loss(**inputs, chunk_bytes=budget)
+        result.loss.backward()
+        results.append((result.loss, result.logprob_N, inputs["hidden_ND"].grad))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+
+
+def test_it_is_the_loss_of_the_logits():
+    inputs = make()
+    want = policy_loss(
+        inputs["hidden_ND"] @ inputs["weight_VD"].T,
+        **{k: v for k, v in inputs.items() if k not in ("hidden_ND", "weight_VD")},
+    )
+    got = linear_policy_loss(**inputs)
+    for a, b in zip(got[:4], want[:4], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def gemm_flops(function):
+    """Multiply-adds of all matrix products, those inside autograd functions included."""
+    with torch.profiler.profile(with_flops=True) as profile:
+        function()
+    names = ("aten::mm", "aten::addmm", "aten::bmm")
+    return sum(event.flops for event in profile.events() if event.name in names)
+
+
+@pytest.mark.parametrize(("mode", "gemms"), [("frozen", 2), ("trained", 3), ("no_grad", 1)])
+def test_a_frozen_head_costs_two_gemms_a_trained_one_three_and_scoring_one(mode, gemms):
+    inputs = make(torch.float32, n=96)
+    inputs["hidden_ND"].requires_grad_()
+    inputs["weight_VD"].requires_grad_(mode == "trained")
+
+    def step():
+        if mode == "no_grad":
+            with torch.no_grad():
+                linear_policy_loss(**inputs)
+        else:
+            linear_policy_loss(**inputs).loss.backward()
+
+    assert gemm_flops(step) == pytest.approx(gemms * 2 * 96 * V * D, rel=0.01)
+
+
+def test_a_second_backward_with_retain_graph_adds_the_same_again():
+    inputs = make()
+    hidden = inputs["hidden_ND"].requires_grad_()
+    loss = linear_policy_loss(**inputs).loss
+    loss.backward(retain_graph=True)
+    first = hidden.grad.clone()
+    loss.backward()
+    torch.testing.assert_close(hidden.grad, 2 * first)
+
+
+def test_float32_logits_of_bf16_operands_lose_nothing_to_rounding():
+    inputs = make(torch.bfloat16)
+    exact = linear_policy_loss(
+        **{
+            k: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+            for k, x in inputs.items()
+        }
+    ).logprob_N
+    kept = linear_policy_loss(**inputs, logits_dtype=torch.float32).logprob_N
+    rounded = linear_policy_loss(**inputs).logprob_N
+    assert (kept - exact).abs().max() < 1e-5
+    assert (rounded - exact).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"weight_VD": torch.zeros(V, 5, dtype=F64)}, ValueError, "hidden_ND must have 5 columns"),
+        ({"weight_VD": torch.zeros(V, D)}, TypeError, "must have one dtype.*cast one of them"),
+        ({"bias_V": torch.zeros(3, dtype=F64)}, ValueError, rf"bias_V must have shape \({V},\)"),
+        (
+            {"head_lora": HeadLora(torch.zeros(3, D), torch.zeros(V, 4))},
+            ValueError,
+            r"head_lora must be A \(R, 16\) and B \(301, R\)",
+        ),
+    ],
+)
+def test_refusals_name_op_argument_wanted_and_came(change, error, message):
+    with pytest.raises(error, match="^linear_policy_loss: .*" + message):
+        linear_policy_loss(**{**make(), **change})

@@ -1,0 +1,30 @@
+"""The pages quote code and name tests: both have to be there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PPO = (ROOT / "docs" / "ppo.md").read_text(encoding="utf-8")
+
+
+def squeezed(text: str) -> str:
+    return re.sub(r"\s+", "", text)
+
+
+def test_every_line_of_code_that_ppo_md_quotes_is_in_the_file_it_names():
+    quotes = re.findall(r"```python\n\s*# (\S+)\n(.*?)```", PPO, flags=re.DOTALL)
+    assert len(quotes) >= 6
+    for name, code in quotes:
+        source = squeezed((ROOT / name).read_text(encoding="utf-8"))
+        for line in code.strip().splitlines():
+            assert squeezed(line) in source, f"{name} has no line {line.strip()!r}"
+
+
+def test_every_item_of_the_checklist_names_a_test_that_is_there():
+    rows = re.findall(r"^\| (\d+) \|.*\| `(test_\w+)` \|$", PPO, flags=re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(range(1, 37))
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/**/test_*.py"))
+    missing = [name for _, name in rows if f"def {name}(" not in tests]
+    assert not missing
