@@ -1,4 +1,4 @@
-"""The loss from hidden states: what trains, how many GEMMs, and that chunks change only rounding."""
+"""The loss from hidden states: what trains, how many GEMMs, and that chunks do not matter."""
 
 from __future__ import annotations
 

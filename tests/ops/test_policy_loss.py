@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -139,7 +140,7 @@ def test_30_loss_is_by_global_tokens_not_mean_of_means(cuts):
     inputs = make()
     whole, grad = loss_and_grad(policy_loss, inputs)
     loss, grads = 0.0, []
-    for start, end in zip(cuts[:-1], cuts[1:], strict=True):
+    for start, end in pairwise(cuts):
         part = {k: x[start:end] if isinstance(x, torch.Tensor) else x for k, x in inputs.items()}
         result, piece = loss_and_grad(policy_loss, part)
         loss, grads = loss + result.loss, [*grads, piece]

@@ -18,8 +18,8 @@ CODE = sorted(
     for path in (ROOT / folder).rglob("*.py")
     if "fastppo/kernels" not in path.as_posix()
 )
-# A module imports from its own row and the rows below it, never from above. `types` and `errors` are
-# what passes between rooms, and everybody's.
+# A module imports from its own row and the rows below it, never from above. `types` and `errors`
+# are what passes between rooms, and everybody's.
 LEVELS = [
     {"cli"},
     {"trainer", "reward_model"},

@@ -1,0 +1,49 @@
+"""docs/config.md, made from the code:  python tests/input/config_page.py > docs/config.md"""
+
+from __future__ import annotations
+
+from fastppo.config import IGNORED, NOT_HERE, REFUSED, Config
+
+INTRODUCTION = """# Keys
+
+A run is one YAML (or JSON) file with LLaMA-Factory's keys; what TRL 0.9.6 has a name for has that name,
+and what neither has is fastppo's own. Any key can be overridden on the command line as `key=value`.
+A key that is not on this page is an error that suggests the nearest one; `ALLOW_EXTRA_ARGS=1` ignores it.
+Relative paths are relative to the working directory. *needed* marks keys without a default.
+
+| key | default | from | meaning |
+|---|---|---|---|
+"""
+
+
+def value(default: object) -> str:
+    """A default as YAML would have it."""
+    words = {None: "null", True: "true", False: "false"}
+    return f"`{words[default] if default is None or isinstance(default, bool) else default}`"
+
+
+def page() -> str:
+    """The whole page."""
+    text = INTRODUCTION
+    for name, field in Config.model_fields.items():
+        extra = field.json_schema_extra
+        if not isinstance(extra, dict):
+            continue
+        default = "*needed*" if field.is_required() else value(field.default)
+        meaning = (field.description or "").replace("|", "\\|")
+        text += f"| `{name}` | {default} | {extra['owner']} | {meaning} |\n"
+    text += "\n## Accepted, and without meaning here\n\n| key | because |\n|---|---|\n"
+    text += "".join(f"| `{name}` | {why} |\n" for name, why in IGNORED.items())
+    text += (
+        "\n## Refused, and what to do instead\n\n| key | unless it is | instead |\n|---|---|---|\n"
+    )
+    for name, (harmless, cure) in REFUSED.items():
+        allowed = ", ".join(value(x) for x in harmless)
+        text += f"| `{name}` | {allowed} | {cure} |\n"
+    for (name, wrong), cure in NOT_HERE.items():
+        text += f"| `{name}: {wrong}` | | {cure} |\n"
+    return text
+
+
+if __name__ == "__main__":
+    print(page(), end="")

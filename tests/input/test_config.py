@@ -1,0 +1,155 @@
+"""Files that are right: tutorials, spellings, overrides, defaults; and the page about them."""
+
+from __future__ import annotations
+
+import json
+import string
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from fastppo.config import Config, config_from_dict, load_config
+from fastppo.errors import UserError
+
+from .config_page import page
+from .conftest import PPO
+
+ROOT = Path(__file__).resolve().parents[2]
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def test_the_tutorials_reward_file_means_train():
+    config = load_config(FIXTURES / "tutorial_reward.yaml")
+    assert config.stage == "rm"
+    assert config.do_train is None
+    assert config.template == "qwen"
+    assert config.num_train_epochs == 3.0
+    assert config.ignored == ()
+
+
+def test_the_tutorials_ppo_file_means_what_it_does_in_llamafactory():
+    config = load_config(FIXTURES / "tutorial_ppo.yaml")
+    assert config.learning_rate == 1e-6
+    assert config.rollout_batch_size == 8
+    assert config.lora_rank == 64
+    assert config.resolved_lora_alpha == 128
+    assert (config.ppo_epochs, config.ppo_target, config.bf16) == (4, 6.0, True)
+    trl = (config.init_kl_coef, config.horizon, config.gamma, config.lam, config.cliprange)
+    assert trl == (0.2, 10000, 1.0, 0.95, 0.2)
+    assert (config.cliprange_value, config.vf_coef, config.ratio_threshold) == (0.2, 0.1, 10)
+
+
+def load(tmp_path: Path, text: str, *overrides: str, name: str = "run.yaml") -> Config:
+    base = "".join(f"{key}: {value}\n" for key, value in PPO.items())
+    (tmp_path / name).write_text(base + text, encoding="utf-8")
+    return load_config(tmp_path / name, overrides)
+
+
+@pytest.mark.parametrize("text", ["1e-5", "1.0e-5", "0.00001", "1E-5", "'1e-5'"])
+def test_every_spelling_of_a_number_is_one(tmp_path, text):
+    assert load(tmp_path, f"learning_rate: {text}\n").learning_rate == 1e-5
+
+
+def test_overrides_win_and_are_read_as_yaml(tmp_path):
+    config = load(
+        tmp_path,
+        "seed: 1\n",
+        "seed=2",
+        "learning_rate=2e-5",
+        "bf16=true",
+        "output_dir=a=b",
+        "lora_target=[q_proj, v_proj]",
+        "cache_dir=",
+    )
+    assert (config.seed, config.learning_rate, config.bf16) == (2, 2e-5, True)
+    assert (config.output_dir, config.lora_target) == ("a=b", "q_proj,v_proj")
+    assert config.cache_dir is None
+
+
+def test_a_key_with_nothing_behind_it_is_its_default(tmp_path):
+    assert load(tmp_path, "ppo_epochs:\nresume_from_checkpoint: null\n").ppo_epochs == 4
+
+
+def test_a_byte_order_mark_and_chinese_comments_do_not_matter(tmp_path):
+    text = "# 训练\n" + "".join(f"{key}: {value}  # 注释\n" for key, value in PPO.items())
+    (tmp_path / "bom.yaml").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert load_config(tmp_path / "bom.yaml").stage == "ppo"
+
+
+def test_json_files_do_too(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({**PPO, "eval_strategy": "no"}))
+    assert load_config(tmp_path / "run.json").stage == "ppo"
+
+
+def test_yamls_no_is_a_word_here(tmp_path):
+    assert load(tmp_path, "eval_strategy: no\nreport_to: [none]\n").eval_strategy == "no"
+
+
+def test_llamafactorys_hidden_sampling_is_there_for_who_asks(tmp_path):
+    plain = load(tmp_path, "")
+    assert (plain.temperature, plain.top_p, plain.top_k) == (1.0, 1.0, 0)
+    hidden = load(tmp_path, "lf_sampling: true\ntop_k: 5\n")
+    assert (hidden.temperature, hidden.top_p, hidden.top_k) == (0.95, 0.7, 5)
+
+
+def test_keys_without_meaning_are_accepted_with_a_line_each(tmp_path):
+    config = load(tmp_path, "ddp_timeout: 180000000\noverwrite_cache: true\nfp16: false\n")
+    assert [line.split("'")[1] for line in config.ignored] == ["ddp_timeout", "overwrite_cache"]
+
+
+def test_allow_extra_args_lets_unknown_keys_pass(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALLOW_EXTRA_ARGS", "1")
+    assert "'zzz' is unknown and ignored" in load(tmp_path, "zzz: 1\n").ignored[0]
+
+
+def test_a_configuration_is_frozen(tmp_path):
+    with pytest.raises(ValidationError, match="frozen"):
+        load(tmp_path, "").seed = 3
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda p: p.name)
+def test_the_examples_load(path):
+    assert load_config(path).ignored == ()
+
+
+def test_every_key_says_what_it_means_and_whose_it_is():
+    for name, field in Config.model_fields.items():
+        if name in ("source", "ignored"):
+            continue
+        assert field.description, name
+        assert field.description.endswith("."), name
+        assert field.json_schema_extra["owner"] in (
+            "LLaMA-Factory",
+            "transformers",
+            "TRL 0.9.6",
+            "fastppo",
+        )
+
+
+def test_docs_config_md_is_what_the_code_says():
+    assert (ROOT / "docs" / "config.md").read_text(encoding="utf-8") == page()
+
+
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(string.printable, max_size=8),
+    st.lists(st.integers(), max_size=2),
+    st.dictionaries(st.text(max_size=2), st.integers(), max_size=1),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.sampled_from(sorted(Config.model_fields)), SCALARS, max_size=5))
+def test_any_values_give_a_configuration_or_one_clean_error(values):
+    try:
+        config = config_from_dict({**PPO, **values})
+    except UserError as error:
+        assert len(str(error)) < 1000
+    else:
+        assert isinstance(config, Config)
