@@ -65,8 +65,8 @@ def main() -> None:
     RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     for one in runs:
         print(
-            f"seed {one['seed']}: judge {one['judge_before']:+.2f} -> {one['judge_after']:+.2f}, reward "
-            f"{one['reward_before']:+.2f} -> {one['reward_after']:+.2f}, kl {one['kl']:.2f}"
+            f"seed {one['seed']}: judge {one['judge_before']:+.2f} -> {one['judge_after']:+.2f}, "
+            f"reward {one['reward_before']:+.2f} -> {one['reward_after']:+.2f}, kl {one['kl']:.2f}"
         )
 
 

@@ -145,9 +145,8 @@ def draw_curves(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> 
     steps = [row["step"] for row in rows]
 
     def line(axis: Axes, name: str, label: str | None = None, **style: Any) -> None:
-        marker = "o" if len(steps) < 40 else None
-        values = [row[name] for row in rows]
-        axis.plot(steps, values, label=label, marker=marker, markersize=3, **style)
+        style = {"marker": "o" if len(steps) < 40 else None, "markersize": 3, **style}
+        axis.plot(steps, [row[name] for row in rows], label=label, **style)
 
     score, kl, beta, entropy, clip, value, length, seconds = axes
     line(score, "score", color="tab:green")
@@ -157,7 +156,7 @@ def draw_curves(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> 
     score.set_title("score (mean, ± one standard deviation)")
 
     line(kl, "kl", "KL", color="tab:blue")
-    line(kl, "kl_target", "target", color="grey", linestyle="--")
+    line(kl, "kl_target", "target", color="grey", linestyle="--", marker=None)
     kl.legend(fontsize=8)
     kl.set_title("KL to the reference (nats a response)")
 

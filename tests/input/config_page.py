@@ -6,10 +6,11 @@ from fastppo.config import IGNORED, NOT_HERE, REFUSED, Config
 
 INTRODUCTION = """# Keys
 
-A run is one YAML (or JSON) file with LLaMA-Factory's keys; what TRL 0.9.6 has a name for has that name,
-and what neither has is fastppo's own. Any key can be overridden on the command line as `key=value`.
-A key that is not on this page is an error that suggests the nearest one; `ALLOW_EXTRA_ARGS=1` ignores it.
-Relative paths are relative to the working directory. *needed* marks keys without a default.
+A run is one YAML (or JSON) file with LLaMA-Factory's keys; what TRL 0.9.6 has a name for has that
+name, and what neither has is fastppo's own. Any key can be overridden on the command line as
+`key=value`. A key that is not on this page is an error that suggests the nearest one;
+`ALLOW_EXTRA_ARGS=1` ignores it. Relative paths are relative to the working directory. *needed*
+marks keys without a default.
 
 | key | default | from | meaning |
 |---|---|---|---|
