@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-
-@cache
-def _analyser() -> Any:
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-
-    return SentimentIntensityAnalyzer()
+ANALYSER = SentimentIntensityAnalyzer()
 
 
 def judge(prompts: list[str], completions: list[str]) -> list[float]:
@@ -18,4 +12,4 @@ def judge(prompts: list[str], completions: list[str]) -> list[float]:
 
     Source: Hutto and Gilbert 2014, VADER: A Parsimonious Rule-based Model for Sentiment Analysis.
     """
-    return [_analyser().polarity_scores(text)["compound"] for text in completions]
+    return [ANALYSER.polarity_scores(text)["compound"] for text in completions]

@@ -8,7 +8,9 @@ The held-out prompts of demo_eval_prompts.json are never read here.
 from __future__ import annotations
 
 import json
+import random
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -18,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 DATA = Path(__file__).parent / "data"
 SAMPLES, TEMPERATURE, MAX_NEW_TOKENS, BATCH, SEED = 8, 0.7, 40, 84, 0
-GAP = 0.3  # of the judge, from which on one answer is clearly the more positive
-PAIRS_A_PROMPT = 3
+GAP = 0.4  # of the judge, from which on one answer is clearly the more positive
+PAIRS_A_PROMPT, USES_OF_AN_ANSWER = 6, 3
 
 
 def sample(prompts: list[str]) -> list[tuple[str, int, bool]]:
@@ -49,31 +51,33 @@ def sample(prompts: list[str]) -> list[tuple[str, int, bool]]:
     return answers
 
 
-def pairs_of(answers: list[tuple[str, int, bool]]) -> list[tuple[str, str]]:
-    """Up to three pairs of complete answers with a clear gap; no answer twice.
-
-    The longer answer is the chosen one as often as the rejected one, as near as the samples allow:
-    otherwise the reward model would learn length.
-    """
+def pairs_of(answers: list[tuple[str, int, bool]]) -> list[tuple[str, str, int]]:
+    """Pairs of complete answers, the widest gap first: chosen, rejected, extra tokens."""
     complete = sorted({(text, length) for text, length, ended in answers if ended and text})
-    scored = sorted((judge([], [text])[0], length, text) for text, length in complete)
+    scored = [(judge([], [text])[0], length, text) for text, length in complete]
+    wide = [(high, low) for high in scored for low in scored if high[0] - low[0] >= GAP]
+    wide.sort(key=lambda pair: pair[1][0] - pair[0][0])
+    uses: Counter[str] = Counter()
     found = []
-    while len(scored) >= 2 and len(found) < PAIRS_A_PROMPT:
-        low, high = scored.pop(0), scored.pop()
-        if high[0] - low[0] < GAP:
-            break
-        found.append((high, low))
-    return [(high[2], low[2], high[1] - low[1]) for high, low in found]
+    for high, low in wide:
+        if max(uses[high[2]], uses[low[2]]) < USES_OF_AN_ANSWER and len(found) < PAIRS_A_PROMPT:
+            uses.update((high[2], low[2]))
+            found.append((high[2], low[2], high[1] - low[1]))
+    return found
 
 
 def balance(pairs: list[dict[str, object]]) -> list[dict[str, object]]:
-    """Drop pairs in which the chosen answer is the longer, until it is in one half of them."""
+    """Drop pairs until the chosen answer is the longer one as often as the shorter one.
+
+    Otherwise the reward model would learn length.
+    """
     longer = [pair for pair in pairs if pair["gap"] > 0]
     shorter = [pair for pair in pairs if pair["gap"] < 0]
     even = [pair for pair in pairs if pair["gap"] == 0]
     keep = min(len(longer), len(shorter))
-    kept = longer[:: max(1, len(longer) // max(keep, 1))][:keep] + shorter[:keep] + even
-    return sorted(kept, key=lambda pair: pairs.index(pair))
+    chance = random.Random(SEED)
+    kept = chance.sample(longer, keep) + chance.sample(shorter, keep) + even
+    return sorted(kept, key=pairs.index)
 
 
 if __name__ == "__main__":
@@ -98,10 +102,9 @@ if __name__ == "__main__":
     text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
     (DATA / "demo_preferences.json").write_text(text, encoding="utf-8")
     scores = judge([], [text for text, _, _ in answers])
+    n = len(answers)
     print(
-        f"{len(rows)} pairs of {len(pairs)} (balanced by length), from {len(answers)} answers: "
-        f"judge "
-        f"{sum(scores) / len(scores):+.3f}, {sum(e for _, _, e in answers) / len(answers):.0%} "
-        f"ended by "
-        f"themselves, {sum(n for _, n, _ in answers) / len(answers):.1f} tokens"
+        f"{len(rows)} pairs of {len(pairs)} (balanced by length), from {n} answers: "
+        f"judge {sum(scores) / n:+.3f}, {sum(ended for _, _, ended in answers) / n:.0%} ended by "
+        f"themselves, {sum(length for _, length, _ in answers) / n:.1f} tokens"
     )

@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "evaluate", "init_state", "step_update"]
 
 _HOMES = {
-    "init_state": "fastppo.trainer",
+    "init_state": "fastppo.state",
     "step_update": "fastppo.trainer",
     "evaluate": "fastppo.evaluation",
 }

@@ -18,7 +18,7 @@ from fastppo.errors import UserError
 from fastppo.roles import VALUE_HEAD_FILE, value_head_state
 
 if TYPE_CHECKING:
-    from fastppo.trainer import State
+    from fastppo.state import State
 
 TRAINING_STATE = "training_state.pt"
 

@@ -17,7 +17,7 @@ from fastppo.rollout import Sampling
 
 if TYPE_CHECKING:
     from fastppo.config import Config
-    from fastppo.trainer import State
+    from fastppo.state import State
 
 console = Console(highlight=False, soft_wrap=True)
 

@@ -12,7 +12,7 @@ from fastppo.score import score
 
 if TYPE_CHECKING:
     from fastppo.roles import Role
-    from fastppo.trainer import State
+    from fastppo.state import State
     from fastppo.types import Prompt
 
 SAMPLES_KEPT = 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import struct
 from pathlib import Path
@@ -21,11 +22,30 @@ def check(config: Config) -> Records:
         check_name(config.template)
     except UserError as error:
         raise UserError(f"{config.source}: {error}") from None
+    check_packages(config)
     check_model(config)
     if config.stage == "ppo" and config.reward_model_type == "lora":
         check_reward_model(config)
     check_output_dir(config)
     return read_records(config)
+
+
+def check_packages(config: Config) -> None:
+    """Optional packages that the file asks for are there."""
+    for key, asked, package, extra in (
+        ("report_to", config.report_to, config.report_to, "tracking"),
+        (
+            "flash_attn",
+            config.flash_attn if config.flash_attn == "fa2" else "none",
+            "flash_attn",
+            "flash-attn",
+        ),
+    ):
+        if asked != "none" and importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"{config.source}: {key}: {asked} needs a package that is not installed; "
+                f"pip install 'fastppo[{extra}]', or leave {key} out"
+            )
 
 
 def looks_local(name: str) -> bool:

@@ -76,16 +76,8 @@ def _gguf(config: Config) -> dict[str, str]:
 
 def attention(flash_attn: str) -> str:
     """transformers' name for LLaMA-Factory's `flash_attn`."""
-    if flash_attn == "fa2":
-        try:
-            import flash_attn as _  # noqa: F401
-        except ImportError:
-            raise UserError(
-                "flash_attn: fa2 needs the flash-attn package; pip install 'fastppo[flash-attn]', "
-                "or set flash_attn: sdpa"
-            ) from None
-        return "flash_attention_2"
-    return {"auto": "sdpa", "sdpa": "sdpa", "disabled": "eager"}[flash_attn]
+    names = {"auto": "sdpa", "sdpa": "sdpa", "disabled": "eager", "fa2": "flash_attention_2"}
+    return names[flash_attn]
 
 
 def silence_dropout(model: nn.Module) -> None:

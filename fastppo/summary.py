@@ -11,7 +11,7 @@ from fastppo.types import Experience
 
 if TYPE_CHECKING:
     from fastppo.console import Clock
-    from fastppo.trainer import State
+    from fastppo.state import State
 
 
 def correlation(x_B: Tensor, y_B: Tensor) -> float:

@@ -2,142 +2,22 @@
 
 from __future__ import annotations
 
-import time
-import warnings
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
-from transformers import get_scheduler
+from typing import TYPE_CHECKING
 
 from fastppo import checkpoint, console
-from fastppo.advantage import KLController, RunningScore, estimate
-from fastppo.config import Config, load_config
-from fastppo.data import encode_prompts
+from fastppo.advantage import estimate
 from fastppo.errors import UserError
 from fastppo.evaluation import evaluate
-from fastppo.metrics import MetricsWriter
-from fastppo.reward import Reward, load_function, make_reward
-from fastppo.roles import Roles, build, load_tokenizer
 from fastppo.rollout import Sampling, sample
 from fastppo.score import score
+from fastppo.state import State, init_state, prompts_of_step, total_steps
 from fastppo.summary import step_row
-from fastppo.templates import Template, get_template
-from fastppo.types import Prompt
-from fastppo.update import make_optimizer, update
+from fastppo.update import update
 
 if TYPE_CHECKING:
+    from fastppo.config import Config
     from fastppo.data import Records
-    from fastppo.evaluation import Answers
-
-
-@dataclass
-class State:
-    """All that a run is between two steps."""
-
-    config: Config
-    roles: Roles
-    tokenizer: Any
-    template: Template
-    reward: Reward
-    prompts: list[Prompt]
-    eval_prompts: list[Prompt]
-    held_out: bool  # eval_prompts were kept out of training
-    optimizer: torch.optim.Optimizer
-    scheduler: Any
-    controller: KLController
-    running_score: RunningScore
-    metrics: MetricsWriter
-    tracker: Any
-    step: int = 0
-    before: Answers | None = None
-    began: float = field(default_factory=time.monotonic)
-
-    def seconds(self) -> float:
-        """Wall time since the run began."""
-        return time.monotonic() - self.began
-
-
-def total_steps(config: Config, n_prompts: int) -> int:
-    """PPO steps of the whole run; no prompt is dropped for not filling a batch."""
-    if config.max_steps > 0:
-        return config.max_steps
-    return max(1, round(config.num_train_epochs * n_prompts / config.rollout_batch_size))
-
-
-def prompts_of_step(state: State) -> list[Prompt]:
-    """The next batch of an endless stream that shuffles all prompts anew in every epoch.
-
-    It depends on the seed and the step alone, so a step is the same whatever ran before it.
-    """
-    n, size = len(state.prompts), state.config.rollout_batch_size
-    orders: dict[int, list[int]] = {}
-    batch = []
-    for position in range(state.step * size, (state.step + 1) * size):
-        epoch, place = divmod(position, n)
-        if epoch not in orders:
-            generator = torch.Generator().manual_seed(state.config.seed + epoch)
-            shuffled = torch.randperm(n, generator=generator).tolist()
-            orders[epoch] = list(range(n)) if state.config.disable_shuffling else shuffled
-        batch.append(state.prompts[orders[epoch][place]])
-    return batch
-
-
-def init_state(config: Config | str | Path | None = None, records: Records | None = None) -> State:
-    """Everything a run needs, loaded; `None` is the built-in toy, a path is a YAML file."""
-    if config is None:
-        from fastppo import toy
-
-        config = toy.config()
-    elif not isinstance(config, Config):
-        config = load_config(config)
-    if records is None:
-        from fastppo.preflight import check
-
-        records = check(config)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(config.seed)
-    if config.eval_judge is not None:
-        load_function(config.eval_judge, "eval_judge")
-    tokenizer = load_tokenizer(config)
-    template = get_template(config.template, tokenizer)
-    prompts = encode_prompts(records.train, template, config.cutoff_len, config.default_system)
-    held_out = bool(records.eval)
-    eval_prompts = (
-        encode_prompts(records.eval, template, config.cutoff_len, config.default_system)
-        if held_out
-        else prompts
-    )[: config.eval_max_samples]
-    roles = build(config, device)
-    roles.check_head(prompts[0].ids)
-    optimizer = make_optimizer(config, roles)
-    steps = total_steps(config, len(prompts))
-    warmup = config.warmup_steps or int(steps * config.warmup_ratio)
-    scheduler = get_scheduler(config.lr_scheduler_type, optimizer, warmup, steps)
-    if warmup > 0:
-        # transformers' warm-up starts at 0, and a rollout is too dear to learn nothing from.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch wants an optimiser step first; none was taken
-            scheduler.step()
-    return State(
-        config=config,
-        roles=roles,
-        tokenizer=tokenizer,
-        template=template,
-        reward=make_reward(config, roles, template),
-        prompts=prompts,
-        eval_prompts=eval_prompts,
-        held_out=held_out,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        controller=KLController(
-            config.init_kl_coef, config.ppo_target, config.horizon, config.adap_kl_ctrl
-        ),
-        running_score=RunningScore(),
-        metrics=MetricsWriter(Path(config.metrics_dir)),
-        tracker=console.tracker(config),
-    )
 
 
 def step_update(state: State) -> State:

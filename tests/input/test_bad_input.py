@@ -282,6 +282,16 @@ def test_damaged_files(project, capsys, damage, words):
     refused(write(project, PPO), project, capsys, *words)
 
 
+@pytest.mark.parametrize(
+    ("key", "asked", "extra"),
+    [("report_to", "wandb", "tracking"), ("flash_attn", "fa2", "flash-attn")],
+)
+def test_a_package_that_is_not_installed(project, capsys, monkeypatch, key, asked, extra):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    words = (f"{key}: {asked} needs a package", f"pip install 'fastppo[{extra}]'")
+    refused(write(project, {**PPO, key: asked}), project, capsys, *words)
+
+
 def test_a_stopped_run_is_exit_code_1_and_ctrl_c_130(project, capsys, monkeypatch):
     from fastppo import cli
     from fastppo.errors import TrainingStopped

@@ -7,6 +7,7 @@ Not a pytest file: it builds environments, once, before the tests.
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -29,17 +30,31 @@ def tracked() -> list[str]:
     return [name for name in out.splitlines() if not (ROOT / name).is_symlink()]
 
 
-def build(folder: Path) -> tuple[Path, Path]:
-    """A wheel made from the sdist, and the sdist."""
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    (wheel,) = folder.glob("*.whl")
-    (sdist,) = folder.glob("*.tar.gz")
-    return wheel, sdist
+def export(folder: Path) -> Path:
+    """The tracked files alone: a list left by an earlier build would hide a forgotten one."""
+    source = folder / "source"
+    names = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    for name in names.stdout.splitlines():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, source / name, follow_symlinks=False)
+    return source
+
+
+def build(source: Path, out: Path, *what: str) -> tuple[Path, Path | None]:
+    """The wheel, and the sdist that it was made from where no `--wheel` asks for the direct way."""
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), *what]
+    made = subprocess.run(command, cwd=source, capture_output=True, text=True)
+    if made.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{made.stdout}{made.stderr}")
+    (wheel,) = out.glob("*.whl")
+    return wheel, next(out.glob("*.tar.gz"), None)
 
 
 def check_wheel(wheel: Path) -> None:
     """Every tracked package file is there under its installed name, and nothing else is."""
+    assert wheel.name.startswith(f"fastppo-{version()}-"), f"{wheel.name} is not {version()}"
     expected = {
         place + name.removeprefix(top)
         for name in tracked()
@@ -58,6 +73,12 @@ def check_sdist(sdist: Path) -> None:
     needed = {"LICENSE", "README.md", "pyproject.toml", "setup.py"}
     needed |= {name for name in tracked() if name.startswith(code)}
     assert needed <= found, f"sdist: {sorted(needed - found)} are missing"
+
+
+def version() -> str:
+    """What fastppo/__init__.py says: the one place where the version stands."""
+    text = (ROOT / "fastppo" / "__init__.py").read_text(encoding="utf-8")
+    return text.split('__version__ = "')[1].split('"')[0]
 
 
 def run_elsewhere(wheel: Path, folder: Path) -> None:
@@ -85,17 +106,32 @@ def run_elsewhere(wheel: Path, folder: Path) -> None:
 
     where = run("python", "-c", "import fastppo, fastppo.ops; print(fastppo.__file__)").strip()
     assert Path(where).is_relative_to(site), f"{where} is not the wheel's"
-    finder = "import importlib.util as u; print(u.find_spec('kernels'))"
-    assert run("python", "-c", finder).strip() == "None", "the wheel installs a package 'kernels'"
-    readme = "from importlib.resources import files; print(files('fastppo.kernels') / 'README.md')"
-    assert Path(run("python", "-c", readme).strip()).is_file(), "kernels/ is not in the wheel"
+    check_kernels(str(folder / "env" / "bin" / "python"), folder / "elsewhere")
     assert "usage: fastppo-train" in run("fastppo-train", "--help")
+    assert version() in run("fastppo-train", "--version")
+
+
+def check_kernels(python: str, cwd: Path) -> None:
+    """kernels/ came along as fastppo.kernels, and not as another project's name."""
+    code = (
+        "import importlib.util as u; from importlib.resources import files; "
+        "print(u.find_spec('kernels'), (files('fastppo.kernels') / 'README.md').is_file())"
+    )
+    said = subprocess.run([python, "-c", code], cwd=cwd, check=True, capture_output=True, text=True)
+    assert said.stdout.split() == ["None", "True"], f"{python}: kernels, README.md: {said.stdout}"
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as name:
-        wheel, sdist = build(Path(name))
-        check_wheel(wheel)
+        folder = Path(name)
+        source = export(folder)
+        wheel, sdist = build(source, folder / "dist")
+        assert sdist is not None
         check_sdist(sdist)
-        run_elsewhere(wheel, Path(name))
-    print(f"wheel and sdist: {wheel.name}, complete, and the wheel runs on its own")
+        check_wheel(wheel)
+        # From the checkout the link fastppo/kernels is in the way, from the sdist it is not.
+        check_wheel(build(source, folder / "direct", "--wheel")[0])
+        run_elsewhere(wheel, folder)
+        # The environment that runs this has the project installed in place.
+        check_kernels(sys.executable, folder)
+    print(f"{wheel.name}: complete from sdist and checkout, and runs on its own")

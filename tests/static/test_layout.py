@@ -23,7 +23,9 @@ CODE = sorted(
 LEVELS = [
     {"cli"},
     {"trainer", "reward_model"},
-    {"checkpoint", "console", "evaluation", "summary", "toy"},
+    {"evaluation", "summary"},
+    {"state"},
+    {"checkpoint", "console", "toy"},
     {"preflight"},
     {"advantage", "metrics", "reward", "rollout", "score", "update"},
     {"batch", "data", "roles", "templates"},
