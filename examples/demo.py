@@ -31,7 +31,7 @@ def train(config: Path) -> None:
 def reward_model_is_there() -> bool:
     """Trained before, and neither its YAML nor its pairs are newer."""
     made = REWARD_DIR / "fastppo_reward.json"
-    sources = (REWARD, HERE / "data" / "demo_preferences.json")
+    sources = (REWARD, *(HERE / "data").glob("demo_preferences*.json"))
     return made.is_file() and all(made.stat().st_mtime > path.stat().st_mtime for path in sources)
 
 

@@ -22,6 +22,7 @@ DATA = Path(__file__).parent / "data"
 SAMPLES, TEMPERATURE, MAX_NEW_TOKENS, BATCH, SEED = 8, 0.7, 40, 84, 0
 GAP = 0.4  # of the judge, from which on one answer is clearly the more positive
 PAIRS_A_PROMPT, USES_OF_AN_ANSWER = 6, 3
+HELD_OUT_EVERY = 9  # prompt, whose pairs measure the reward model: no answer is on both sides
 
 
 def sample(prompts: list[str]) -> list[tuple[str, int, bool]]:
@@ -99,8 +100,11 @@ if __name__ == "__main__":
             )
     kept = balance(pairs)
     rows = [{name: pair[name] for name in ("instruction", "chosen", "rejected")} for pair in kept]
-    text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
-    (DATA / "demo_preferences.json").write_text(text, encoding="utf-8")
+    held_out = prompts[::HELD_OUT_EVERY]
+    for name, among in (("demo_preferences", False), ("demo_preferences_eval", True)):
+        mine = [row for row in rows if (row["instruction"] in held_out) == among]
+        text = json.dumps(mine, indent=1, ensure_ascii=False) + "\n"
+        (DATA / f"{name}.json").write_text(text, encoding="utf-8")
     scores = judge([], [text for text, _, _ in answers])
     n = len(answers)
     print(

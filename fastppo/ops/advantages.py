@@ -45,8 +45,7 @@ def advantages(
     whiten_rewards: bool = False,
     whiten_advantages: bool = True,
 ) -> Advantages:
-    r"""Advantages, returns, rewards and KL of every token of a packed rollout, in the score's
-    units.
+    r"""Advantages, returns, rewards and KL of a rollout's packed tokens, in the score's units.
 
         r_t = -kl_coef * kl_t + extra_t,    plus score at a sequence's last token
         A, R = GAE(r, V),    then A is whitened over the whole batch, R is not

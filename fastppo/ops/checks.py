@@ -46,10 +46,7 @@ def row_vector(
     if not mask and not tensor.is_floating_point():
         raise TypeError(f"{op}: {name} must hold floats, came {tensor.dtype}")
     if tuple(tensor.shape) != (n,):
-        raise ValueError(
-            f"{op}: {name} must have shape ({n},), one entry a token, "
-            f"came {show(tuple(tensor.shape))}"
-        )
+        raise ValueError(f"{op}: {name} must have shape ({n},), came {show(tuple(tensor.shape))}")
     same_device(op, name, tensor, like)
 
 

@@ -16,8 +16,7 @@ from fastppo.ops import checks
 from fastppo.ops.config import HeadLora
 from fastppo.ops.rows import Visitor, block_slices
 
-# On a GPU a chunk re-reads the whole weight, so it is large; on a CPU it should stay near the
-# caches.
+# On a GPU a chunk re-reads the whole weight, so it is large; on a CPU it stays near the caches.
 _CHUNK_BYTES_CPU = 64 << 20
 _CHUNK_BYTES_DEVICE = 512 << 20
 
@@ -52,6 +51,20 @@ class Head:
         return out if self.bias_V is None else out.add_(self.bias_V.to(out.dtype))
 
 
+def chunk_slices(
+    n: int, vocab: int, dtype: torch.dtype, device: torch.device, chunk_bytes: int | None
+) -> list[slice]:
+    """Consecutive slices of n tokens whose logits fit the budget; None is what suits the device."""
+    default = _CHUNK_BYTES_CPU if device.type == "cpu" else _CHUNK_BYTES_DEVICE
+    rows = max(1, (default if chunk_bytes is None else chunk_bytes) // (vocab * dtype.itemsize))
+    return [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
+
+
+def full_precision(device: torch.device) -> torch.autocast:
+    """No autocast: it would round logits that were asked for in float32, forward or backward."""
+    return torch.autocast(device.type, enabled=False)
+
+
 def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a @ b in `dtype`. A wider result than the operands is the accumulator's own on CUDA."""
     if a.dtype == dtype:
@@ -59,6 +72,19 @@ def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     if a.device.type == "cuda":
         return torch.mm(a, b, out_dtype=dtype)
     return a.to(dtype) @ b.to(dtype)
+
+
+def logits_dtype_of(op: str, hidden_ND: Tensor, asked: torch.dtype | None) -> torch.dtype:
+    """What the GEMM is to give: the operands' dtype, or float32 from narrower ones."""
+    own = hidden_ND.dtype
+    if asked is None or asked == own:
+        return own
+    if asked != torch.float32 or own == torch.float64:
+        raise ValueError(
+            f"{op}: logits_dtype must be that of hidden_ND, {own}, or a wider torch.float32, "
+            f"came {asked}"
+        )
+    return asked
 
 
 def check_head(op: str, hidden_ND: Tensor, head: Head) -> None:
@@ -81,9 +107,8 @@ def check_head(op: str, hidden_ND: Tensor, head: Head) -> None:
         a, b = tuple(head.lora.A_RD.shape), tuple(head.lora.B_VR.shape)
         if len(a) != 2 or b != (vocab, a[0]) or a[1] != size:
             raise ValueError(
-                f"{op}: head_lora must be A (R, {size}) and B ({vocab}, R), came {checks.show(a)} "
-                f"and "
-                f"{checks.show(b)}"
+                f"{op}: head_lora must be A (R, {size}) and B ({vocab}, R), "
+                f"came {checks.show(a)} and {checks.show(b)}"
             )
 
 
@@ -92,7 +117,7 @@ class LinearRows:
     """Rows of logits that exist a chunk at a time. Gradients of what trains are left in `grads`.
 
     `wanted` says of hidden, weight, bias, A and B whether a gradient is asked for. Gradients of the
-    head are accumulated in the statistics' dtype.
+    head are accumulated in the statistics' dtype; rows that are not live have no part in them.
     """
 
     hidden_ND: Tensor
@@ -100,6 +125,7 @@ class LinearRows:
     dtype: torch.dtype
     logits_dtype: torch.dtype
     chunk_bytes: int | None
+    live_N: Tensor
     wanted: tuple[bool, bool, bool, bool, bool] = (False,) * 5
     grads: list[Tensor | None] = field(default_factory=lambda: [None] * 5)
 
@@ -114,14 +140,15 @@ class LinearRows:
 
     def chunks(self) -> list[slice]:
         """Consecutive tokens whose logits fit the budget."""
-        default = _CHUNK_BYTES_CPU if self.hidden_ND.device.type == "cpu" else _CHUNK_BYTES_DEVICE
-        budget = self.chunk_bytes or default
         n, vocab = self.hidden_ND.shape[0], self.head.weight_VD.shape[0]
-        rows = max(1, budget // (vocab * self.dtype.itemsize))
-        return [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
+        return chunk_slices(n, vocab, self.dtype, self.hidden_ND.device, self.chunk_bytes)
 
     def visit(self, visitor: Visitor) -> None:
         """Show every row to `visitor`; turn the gradients it gives into those of what trains."""
+        with full_precision(self.hidden_ND.device):
+            self._visit(visitor)
+
+    def _visit(self, visitor: Visitor) -> None:
         vocab = self.head.weight_VD.shape[0]
         for chunk in self.chunks():
             hidden = self.hidden_ND[chunk]
@@ -141,6 +168,9 @@ class LinearRows:
         weight_VD, lora = self.head.weight_VD, self.head.lora
         d_hidden, d_weight, d_bias, d_a, d_b = self.grads
         small_NV = dx_NV.to(weight_VD.dtype)
+        if any(self.wanted[1:]):
+            # Their gradient is 0, but 0 times a NaN in the hidden state is NaN.
+            hidden = hidden.masked_fill(~self.live_N[chunk, None], 0)
         if lora is not None and (d_hidden is not None or d_a is not None or d_b is not None):
             lora_dx_NV = dx_NV.to(lora.B_VR.dtype)
             d_low_NR = lora_dx_NV @ lora.B_VR * lora.scaling

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from fastppo.ops import checks
 from fastppo.ops.backend import choose
 from fastppo.ops.config import HeadLora, PolicyLossConfig
-from fastppo.ops.head import Head, LinearRows, check_head
+from fastppo.ops.head import Head, LinearRows, check_head, logits_dtype_of
 from fastppo.ops.linear_token_logprobs import cast_like, dense_logits, make_hidden
 from fastppo.ops.policy_loss import (
     PolicyLoss,
@@ -45,19 +45,18 @@ def linear_policy_loss(
     kl_coef: float | Tensor | None = None,
     entropy_coef: float | Tensor | None = None,
     config: PolicyLossConfig | None = None,
-    grad_scale: float | None = None,
+    grad_scale: float | Tensor | None = None,
     chunk_bytes: int | None = None,
     logits_dtype: torch.dtype | None = None,
     ignore_index: int = checks.IGNORE_INDEX,
     check: bool = False,
     backend: str | None = None,
 ) -> PolicyLoss:
-    r"""`policy_loss` of logits = h W^T + bias, in units of the advantage, without ever holding
-    them.
+    r"""`policy_loss` of logits h W^T + bias that are never held, in units of the advantage.
 
     The gradient is made in the forward, chunk by chunk: two GEMMs for a frozen head, three for a
-    trained
-    one, one under no_grad. A ratio by sequence needs all log-probs first and costs one more.
+    trained one, one under no_grad. A ratio by sequence needs all log-probs first and costs one
+    more. Operands are multiplied in the dtype they have; autocast is not consulted.
 
     Args:
         hidden_ND: float (N, D); differentiable.
@@ -72,8 +71,7 @@ def linear_policy_loss(
         logits_dtype: what the GEMM gives; None is the operands' dtype, float32 keeps what bf16
             rounds.
         ref_logprob_N, importance_weight_N, offsets, temperature, softcap, kl_coef, entropy_coef,
-        config,
-            grad_scale, check, backend: as in `policy_loss`.
+            config, grad_scale, check, backend: as in `policy_loss`.
 
     Returns:
         PolicyLoss(loss, logprob_N, entropy_N, kl_N, metrics), float32 (float64 for float64 input).
@@ -113,7 +111,7 @@ def linear_policy_loss(
     tensors = (hidden_ND, *head.tensors())
     wanted = tuple(enabled and tensor is not None and tensor.requires_grad for tensor in tensors)
     scale = 1.0 if grad_scale is None else grad_scale
-    settings = (dtype, logits_dtype or hidden_ND.dtype, chunk_bytes)
+    settings = (dtype, logits_dtype_of(op, hidden_ND, logits_dtype), chunk_bytes)
     outputs = _LinearPolicyLoss.apply(  # type: ignore[no-untyped-call]
         *tensors, head, spec, inputs, settings, wanted, scale
     )
@@ -134,9 +132,9 @@ class _LinearPolicyLoss(torch.autograd.Function):
         inputs: PolicyInputs,
         settings: tuple[torch.dtype, torch.dtype, int | None],
         wanted: tuple[bool, bool, bool, bool, bool],
-        scale: float,
+        scale: float | Tensor,
     ) -> tuple[Tensor, ...]:
-        rows = LinearRows(hidden_ND, head.detach(), *settings, wanted)
+        rows = LinearRows(hidden_ND, head.detach(), *settings, spec.live_N, wanted)
         outputs = sweep(
             rows, spec, inputs, hidden_ND, settings[0], need_grad=any(wanted), scale=scale
         )

@@ -10,10 +10,10 @@ from torch import Tensor
 from fastppo.ops import checks
 from fastppo.ops.backend import choose
 from fastppo.ops.config import HeadLora
-from fastppo.ops.head import Head, LinearRows, check_head
+from fastppo.ops.head import Head, check_head, chunk_slices, full_precision, logits_dtype_of
 from fastppo.ops.linear_token_logprobs import dense_logits, make_hidden
 from fastppo.ops.registry import Op, Shape, register
-from fastppo.ops.rows import row_spec
+from fastppo.ops.rows import block_slices, row_spec
 from fastppo.ops.score_tokens import Scores, empty_scores, score_block, score_tokens_reference
 
 
@@ -66,9 +66,8 @@ def linear_score_tokens(
     n, vocab = hidden_ND.shape[0], weight_VD.shape[0]
     if ref_hidden_ND.shape[0] != n or ref_head.weight_VD.shape[0] != vocab:
         raise ValueError(
-            f"{op}: the reference must have {n} rows and {vocab} words, came "
-            f"{ref_hidden_ND.shape[0]} "
-            f"and {ref_head.weight_VD.shape[0]}"
+            f"{op}: the reference must have {n} rows and {vocab} words, "
+            f"came {ref_hidden_ND.shape[0]} and {ref_head.weight_VD.shape[0]}"
         )
     checks.tokens(op, token_N, hidden_ND, n=n, vocab=vocab, ignore_index=ignore_index, check=check)
     checks.temperature(op, temperature, hidden_ND, n=n)
@@ -76,17 +75,16 @@ def linear_score_tokens(
     dtype = checks.stat_dtype(hidden_ND, ref_hidden_ND)
     spec = row_spec(token_N, token_N != ignore_index, temperature, softcap, dtype)
     scores = empty_scores(hidden_ND, n, dtype)
-    ref_dtype = logits_dtype or ref_hidden_ND.dtype
-    with torch.no_grad():
-        rows = LinearRows(
-            hidden_ND, head.detach(), dtype, logits_dtype or hidden_ND.dtype, chunk_bytes
-        )
-
-        def visitor(at: slice, x: Tensor) -> None:
-            ref_x = ref_head.logits(ref_hidden_ND[at], ref_dtype).to(dtype)
-            score_block(scores, at, x, ref_x, spec)
-
-        rows.visit(visitor)
+    own_dtype = logits_dtype_of(op, hidden_ND, logits_dtype)
+    ref_dtype = logits_dtype_of(op, ref_hidden_ND, logits_dtype)
+    device = hidden_ND.device
+    with torch.no_grad(), full_precision(device):
+        for chunk in chunk_slices(n, vocab, dtype, device, chunk_bytes):
+            x_NV = head.logits(hidden_ND[chunk], own_dtype).to(dtype)
+            ref_x_NV = ref_head.logits(ref_hidden_ND[chunk], ref_dtype).to(dtype)
+            for block in block_slices(len(x_NV), vocab, dtype, device):
+                at = slice(chunk.start + block.start, chunk.start + block.stop)
+                score_block(scores, at, x_NV[block], ref_x_NV[block], spec)
     return scores
 
 

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from fastppo.ops import checks
 from fastppo.ops.backend import choose
 from fastppo.ops.config import HeadLora
-from fastppo.ops.head import Head, LinearRows, check_head
+from fastppo.ops.head import Head, LinearRows, check_head, logits_dtype_of
 from fastppo.ops.registry import Op, Shape, register
 from fastppo.ops.rows import RowSpec, row_outputs, row_spec, statistics
 from fastppo.ops.token_logprobs import TokenLogprobs, token_logprobs_reference, upstream
@@ -36,7 +36,8 @@ def linear_token_logprobs(
 
     Differentiable in the hidden states and in whatever of the head asks for a gradient: one GEMM
     without a gradient; with one, the backward makes the logits again (three GEMMs, four for a
-    trained head). Where the loss is PPO's, `linear_policy_loss` needs two and three.
+    trained head). Where the loss is PPO's, `linear_policy_loss` needs two and three. Operands are
+    multiplied in the dtype they have; autocast is not consulted.
 
     Args:
         hidden_ND: float (N, D).
@@ -69,7 +70,7 @@ def linear_token_logprobs(
     checks.softcap(op, softcap)
     dtype = checks.stat_dtype(hidden_ND)
     spec = row_spec(token_N, token_N != ignore_index, temperature, softcap, dtype)
-    settings = (dtype, logits_dtype or hidden_ND.dtype, chunk_bytes)
+    settings = (dtype, logits_dtype_of(op, hidden_ND, logits_dtype), chunk_bytes)
     logprob_N, entropy_N = _LinearTokenLogprobs.apply(  # type: ignore[no-untyped-call]
         hidden_ND, *head.tensors(), head, spec, settings
     )
@@ -95,7 +96,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
             stats = statistics(x, spec.at(at))
             logprob_N[at], entropy_N[at] = stats.logprob, stats.entropy
 
-        LinearRows(hidden_ND, head.detach(), *settings).visit(visitor)
+        LinearRows(hidden_ND, head.detach(), *settings, spec.live_N).visit(visitor)
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, a_RD, b_VR)
         ctx.scaling = head.lora.scaling if head.lora is not None else 1.0
         ctx.spec, ctx.settings = spec, settings
@@ -108,8 +109,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         hidden_ND, weight_VD, bias_V, a_RD, b_VR = ctx.saved_tensors
         lora = None if a_RD is None else HeadLora(a_RD, b_VR, ctx.scaling)
         head, wanted = Head(weight_VD, bias_V, lora), ctx.needs_input_grad[:5]
-        dtype, logits_dtype, chunk_bytes = ctx.settings
-        rows = LinearRows(hidden_ND, head, dtype, logits_dtype, chunk_bytes, wanted)
+        rows = LinearRows(hidden_ND, head, *ctx.settings, ctx.spec.live_N, wanted)
         rows.visit(upstream(ctx.spec, g_N, h_N))
         return (*cast_like(rows.grads, ctx.saved_tensors), None, None, None)
 

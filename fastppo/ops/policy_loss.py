@@ -60,13 +60,12 @@ def policy_loss(
     entropy_coef: float | Tensor | None = None,
     config: PolicyLossConfig | None = None,
     inplace: bool = False,
-    grad_scale: float | None = None,
+    grad_scale: float | Tensor | None = None,
     ignore_index: int = checks.IGNORE_INDEX,
     check: bool = False,
     backend: str | None = None,
 ) -> PolicyLoss:
-    r"""PPO's loss over packed tokens, with KL and entropy terms; a scalar in units of the
-    advantage.
+    r"""PPO's loss over packed tokens, KL and entropy included, in units of the advantage.
 
         rho = exp(clamp(logprob - behaviour, +-limit))
         L   = max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high))
@@ -90,10 +89,11 @@ def policy_loss(
         softcap: > 0, or None for none.
         kl_coef, entropy_coef: a float or 0-d tensor in place of the configuration's.
         config: clipping and regularisers; None is PPO's own, PolicyLossConfig().
-        inplace: write the gradient over the logits. They must not be a leaf, nor expanded; without
-            a gradient to write it does nothing.
-        grad_scale: what is written is multiplied by it and grad_output divided: the scale of an
-            fp16 loss scaler, before which the gradient would underflow.
+        inplace: write the gradient over the logits, or over the memory that they are a view of:
+            whoever saved them gets autograd's error. They must be no leaf, nor a view of one, nor
+            expanded; without a gradient to write it does nothing.
+        grad_scale: > 0, a float or 0-d tensor; what is written is multiplied by it and grad_output
+            divided: the scale of an fp16 loss scaler, before which the gradient would underflow.
         check: also refuse tokens out of range; waits for the device.
         backend: "torch", or None to choose by device.
 
@@ -103,7 +103,8 @@ def policy_loss(
     Raises:
         ValueError: shapes that disagree, a setting out of range, a missing reference or offsets.
         TypeError: inputs of the wrong kind.
-        RuntimeError: a second backward through an in-place loss.
+        RuntimeError: a second backward through an in-place loss, or one after the logits were used
+            or written to again.
 
     Source: Schulman et al. 2017, Proximal Policy Optimization Algorithms, eq. 7; see
         PolicyLossConfig.
@@ -217,7 +218,7 @@ def sweep(
     dtype: torch.dtype,
     *,
     need_grad: bool,
-    scale: float,
+    scale: float | Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Visit all rows; the gradient, if wanted, goes where `rows` keeps it.
 
@@ -304,7 +305,12 @@ class _PolicyLoss(torch.autograd.Function):
 
 
 class _PolicyLossInPlace(torch.autograd.Function):
-    """The gradient overwrites the logits, marked dirty: whoever saved them gets an error."""
+    """The gradient overwrites the logits, marked dirty: whoever saved them gets an error.
+
+    Autograd lets no function with several outputs mark a view dirty. A view's version is its base's
+    and the write has raised it, so the error comes all the same; only a later use of the logits
+    themselves goes unseen.
+    """
 
     @staticmethod
     def forward(
@@ -318,10 +324,13 @@ class _PolicyLossInPlace(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         rows = DenseRows(logits_NV, dtype, logits_NV)
         outputs = sweep(rows, spec, inputs, logits_NV, dtype, need_grad=need_grad, scale=scale)
-        ctx.mark_dirty(logits_NV)
         ctx.mark_non_differentiable(*outputs[1:])
-        ctx.grad_NV, ctx.scale = logits_NV.detach(), scale
+        ctx.save_for_backward(logits_NV)
+        ctx.scale, ctx.taken = scale, False
         ctx.set_materialize_grads(False)
+        if logits_NV._is_view():
+            return outputs
+        ctx.mark_dirty(logits_NV)
         return (*outputs, logits_NV)
 
     @staticmethod
@@ -330,36 +339,45 @@ class _PolicyLossInPlace(torch.autograd.Function):
         if rest[-1] is not None:
             raise RuntimeError(
                 "policy_loss: the logits were used after inplace=True wrote their gradient over "
-                "them; "
-                "use them before, or leave inplace out"
+                "them; use them before, or leave inplace out"
             )
-        if ctx.grad_NV is None:
+        if ctx.taken:
             raise RuntimeError(
                 "policy_loss: a second backward through inplace=True, whose gradient the first "
-                "one took; "
-                "leave inplace out to keep the graph"
+                "one took; leave inplace out to keep the graph"
             )
-        grad_NV, ctx.grad_NV = ctx.grad_NV, None
+        ctx.taken = True
+        (logits_NV,) = ctx.saved_tensors  # refuses where something has written to it since
         if grad_output is None:
             return (None,) * 6
-        return times(grad_NV, grad_output / ctx.scale, own=True), None, None, None, None, None
+        grad_NV = times(logits_NV.detach(), grad_output / ctx.scale, own=True)
+        return grad_NV, None, None, None, None, None
 
 
 def _check_inplace(op: str, logits_NV: Tensor) -> None:
-    if logits_NV.is_leaf:
+    base = logits_NV._base
+    if logits_NV.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
+        what = "a leaf" if logits_NV.is_leaf else "a view of a leaf"
         raise ValueError(
-            f"{op}: inplace=True needs logits that some operation made, came a leaf; leave it out"
+            f"{op}: inplace=True needs logits that some operation made, came {what}; leave it out"
         )
-    if any(
-        stride == 0 and size > 1
-        for size, stride in zip(logits_NV.shape, logits_NV.stride(), strict=True)
-    ):
+    if _overlaps(logits_NV):
         raise ValueError(
-            f"{op}: inplace=True needs logits of their own memory, came an expanded tensor; leave "
-            f"it out"
+            f"{op}: inplace=True needs logits of their own memory, "
+            "came an expanded or overlapping tensor; leave it out"
         )
     if torch.compiler.is_compiling():
         raise ValueError(f"{op}: inplace=True does not go through torch.compile; leave it out")
+
+
+def _overlaps(x_NV: Tensor) -> bool:
+    """Whether two entries of a matrix may share memory."""
+    reach = 0  # of the dimensions seen so far, the innermost first
+    for stride, size in sorted(zip(x_NV.stride(), x_NV.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 def policy_loss_reference(

@@ -63,8 +63,7 @@ def score_tokens(
     if ref_logits_NV.shape != logits_NV.shape:
         raise ValueError(
             f"{op}: ref_logits_NV must have the shape of logits_NV, {checks.show((n, vocab))}, "
-            f"came "
-            f"{checks.show(tuple(ref_logits_NV.shape))}"
+            f"came {checks.show(tuple(ref_logits_NV.shape))}"
         )
     checks.tokens(op, token_N, logits_NV, n=n, vocab=vocab, ignore_index=ignore_index, check=check)
     checks.temperature(op, temperature, logits_NV, n=n)

@@ -19,9 +19,8 @@ from fastppo.ops.token_kl import kl_and_slope
 class PolicyMetrics(NamedTuple):
     """Sums over the live tokens of a batch, 0-d tensors: add with `merge`, divide at the end.
 
-    `count` is the number of live tokens; the `*_sum` fields divide by it. The last three are
-    already
-    weighted: they add up to the loss.
+    `count` is the number of live tokens; the `*_sum` fields divide by it. The last three carry
+    their weights already: they add up to the loss.
     """
 
     count: Tensor  # type: ignore[assignment]  # tuple's own count() gives way
@@ -178,13 +177,9 @@ def totals(
     def total(x: Tensor) -> Tensor:
         return x.masked_fill(~live, 0).sum()
 
-    surrogate, kl_loss, entropy_loss, kl, kl_sum = (
-        total(weight * terms.loss),
-        zero,
-        zero,
-        None,
-        zero,
-    )
+    surrogate = total(weight * terms.loss)
+    kl_loss = entropy_loss = kl_sum = zero
+    kl = None
     if inputs.ref_logprob_N is not None:
         config = inputs.config
         kl, _ = kl_and_slope(

@@ -44,8 +44,8 @@ def token_kl(
         d = logprob - ref_logprob
         k1 = d,   abs = |d|,   k2 = d^2 / 2,   k3 = exp(-d) - 1 + d   with d clamped to +-limit
 
-    k1 is unbiased and may be negative on a token; k3 is unbiased where the clamp is not met, and >=
-    0.
+    k1 is unbiased and may be negative on a token; k3 is never negative, and unbiased where the
+    clamp is not met.
 
     Args:
         logprob_N: float (N,), log-prob of the sampled token; differentiable. -inf (masked
@@ -75,8 +75,7 @@ def token_kl(
     kl_N, slope_N = kl_and_slope(logprob_N.detach(), ref_logprob_N, kind, log_ratio_limit)
     if not (logprob_N.requires_grad and torch.is_grad_enabled()):
         return kl_N
-    # kl + slope * (x - x): the value of the first term, the gradient of the second; -inf has slope
-    # 0.
+    # kl + slope * (x - x): the value of the first term, the gradient of the second. -inf has slope 0.
     finite_N = logprob_N.masked_fill(logprob_N == float("-inf"), 0)
     return kl_N + slope_N * (finite_N - finite_N.detach())
 

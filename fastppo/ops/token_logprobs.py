@@ -31,8 +31,7 @@ def token_logprobs(
     check: bool = False,
     backend: str | None = None,
 ) -> TokenLogprobs:
-    r"""Log-prob of each sampled token and entropy of each row, in nats, differentiable in the
-    logits.
+    r"""Log-prob of each sampled token and entropy of each row, in nats; both differentiable.
 
         z = softcap tanh(x / softcap) / temperature
         logprob = z[token] - log sum exp z,    entropy = - sum p log p

@@ -13,13 +13,18 @@ from fastppo.ops.registry import Op, Shape, register
 
 
 class ValueMetrics(NamedTuple):
-    """Sums over the live tokens, 0-d tensors: add with `merge`, divide by `count` at the end."""
+    """Sums over the live tokens, 0-d tensors: add with `merge`, divide by `count` at the end.
+
+    Explained variance is 1 - var(return - value) / var(return): the first from error_sum and the
+    difference of the two plain sums, the second from return_square_sum and return_sum.
+    """
 
     count: Tensor  # type: ignore[assignment]  # tuple's own count() gives way
     clipped_sum: Tensor  # tokens whose gradient the clip cut: the clipped error is the larger
     error_sum: Tensor  # squared error of the value before the clip
     value_sum: Tensor
     return_sum: Tensor
+    return_square_sum: Tensor
 
     def merge(self, other: ValueMetrics) -> ValueMetrics:
         """Metrics of two batches together."""
@@ -95,6 +100,7 @@ def value_loss(
         error_sum=error_N.detach().sum(),
         value_sum=value_N.detach().sum(),
         return_sum=goal_N.sum(),
+        return_square_sum=goal_N.square().sum(),
     )
     return ValueLoss(loss, metrics)
 
@@ -110,7 +116,7 @@ def value_loss_reference(
     """The definition of `value_loss`, live tokens one by one."""
     zero = value_N.new_zeros(())
     loss = zero + 0.0 * value_N.nan_to_num().sum()
-    sums = [zero] * 5
+    sums = [zero] * len(ValueMetrics._fields)
     for i in range(value_N.numel()):
         if weight_N[i] == 0:
             continue
@@ -118,7 +124,7 @@ def value_loss_reference(
         error = (v - goal) ** 2
         held = error if clip is None else (v.clamp(old - clip, old + clip) - goal) ** 2
         loss = loss + weight_N[i] * torch.max(error, held) / 2
-        parts = (zero + 1, (held > error).to(v.dtype), error.detach(), v.detach(), goal)
+        parts = (zero + 1, (held > error).to(v.dtype), error.detach(), v.detach(), goal, goal**2)
         sums = [a + b for a, b in zip(sums, parts, strict=True)]
     return ValueLoss(loss, ValueMetrics(*sums))
 
