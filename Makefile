@@ -17,7 +17,7 @@ help:
 	@echo "make bench      the operators against eager PyTorch"
 	@echo "make demo-data  make the demo's preference pairs anew"
 	@echo "make demo-seeds the demo's PPO over three seeds, into benchmarks/results"
-	@echo "make clean      remove what the demo and the builds wrote"
+	@echo "make clean      remove what builds, tests and linters left; results in output/ stay"
 
 venv: $(VENV)/.installed
 
@@ -54,4 +54,4 @@ bench: venv
 	$(BIN)/python -m pytest benchmarks/bench_ops.py --benchmark-only --benchmark-group-by=group
 
 clean:
-	rm -rf output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis

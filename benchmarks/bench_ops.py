@@ -2,7 +2,8 @@
 
     pytest benchmarks/bench_ops.py --benchmark-only --benchmark-group-by=group
 
-The answer is checked before anything is timed. Sizes come from FASTPPO_BENCH_N, _V and _D.
+Eager is what a trainer writes, not the definition that the tests compare with: that one masks and
+copies more. The answer is checked before anything is timed. Sizes come from FASTPPO_BENCH_N, _V and _D.
 """
 
 from __future__ import annotations
@@ -16,10 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import fastppo.ops
+from fastppo.ops import PolicyLoss, PolicyMetrics, Scores
 from fastppo.ops.registry import OPS, Op, Shape
 
-assert fastppo.ops.__all__  # importing the package is what fills the registry
 SHAPE = Shape(
     n=int(os.environ.get("FASTPPO_BENCH_N", "128")),
     vocab=int(os.environ.get("FASTPPO_BENCH_V", "8192")),
@@ -78,7 +78,80 @@ def eager_value_loss(
     return (weight_N * worst_N).sum() / 2
 
 
+def eager_token_logprobs(logits_NV: Tensor, token_N: Tensor) -> tuple[Tensor, Tensor]:
+    """One log-softmax, a gather and a sum."""
+    log_p_NV = torch.log_softmax(logits_NV.float(), dim=-1)
+    logprob_N = log_p_NV.gather(1, token_N[:, None]).squeeze(1)
+    return logprob_N, -(log_p_NV.exp() * log_p_NV).sum(-1)
+
+
+def eager_policy_loss(
+    logits_NV: Tensor,
+    token_N: Tensor,
+    behaviour_logprob_N: Tensor,
+    advantage_N: Tensor,
+    weight_N: Tensor,
+    ref_logprob_N: Tensor,
+    kl_coef: float,
+    entropy_coef: float,
+) -> PolicyLoss:
+    """What trainers write after the model's forward, with autograd for the rest."""
+    logprob_N, entropy_N = eager_token_logprobs(logits_NV, token_N)
+    ratio_N = (logprob_N - behaviour_logprob_N).exp()
+    worst_N = torch.max(-advantage_N * ratio_N, -advantage_N * ratio_N.clamp(0.8, 1.2))
+    away_N = ref_logprob_N - logprob_N
+    kl_N = away_N.exp() - 1 - away_N
+    loss = (weight_N * (worst_N + kl_coef * kl_N - entropy_coef * entropy_N)).sum()
+    ratio_N = ratio_N.detach()
+    zero = ratio_N.new_zeros(())
+    metrics = PolicyMetrics(*[zero] * len(PolicyMetrics._fields))._replace(
+        ratio_sum=ratio_N.sum(), clipped_sum=((ratio_N - 1).abs() > 0.2).sum()
+    )
+    return PolicyLoss(loss, logprob_N.detach(), entropy_N.detach(), kl_N.detach(), metrics)
+
+
+def eager_score_tokens(logits_NV: Tensor, ref_logits_NV: Tensor, token_N: Tensor) -> Scores:
+    """Two log-softmaxes and three sums."""
+    with torch.no_grad():
+        log_p_NV = torch.log_softmax(logits_NV.float(), dim=-1)
+        log_q_NV = torch.log_softmax(ref_logits_NV.float(), dim=-1)
+        p_NV, at_N1 = log_p_NV.exp(), token_N[:, None]
+        return Scores(
+            log_p_NV.gather(1, at_N1).squeeze(1),
+            log_q_NV.gather(1, at_N1).squeeze(1),
+            -(p_NV * log_p_NV).sum(-1),
+            (p_NV * (log_p_NV - log_q_NV)).sum(-1),
+        )
+
+
+def eager_linear_token_logprobs(
+    hidden_ND: Tensor, weight_VD: Tensor, token_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """All logits at once."""
+    return eager_token_logprobs(hidden_ND @ weight_VD.T, token_N)
+
+
+def eager_linear_policy_loss(
+    hidden_ND: Tensor, weight_VD: Tensor, token_N: Tensor, *rest: Any, **keywords: Any
+) -> PolicyLoss:
+    """All logits at once."""
+    return eager_policy_loss(hidden_ND @ weight_VD.T, token_N, *rest, **keywords)
+
+
+def eager_linear_score_tokens(
+    hidden_ND: Tensor, ref_hidden_ND: Tensor, weight_VD: Tensor, token_N: Tensor
+) -> Scores:
+    """All logits of both policies at once."""
+    return eager_score_tokens(hidden_ND @ weight_VD.T, ref_hidden_ND @ weight_VD.T, token_N)
+
+
 EAGER: dict[str, Callable[..., Any]] = {
+    "token_logprobs": eager_token_logprobs,
+    "policy_loss": eager_policy_loss,
+    "score_tokens": eager_score_tokens,
+    "linear_token_logprobs": eager_linear_token_logprobs,
+    "linear_policy_loss": eager_linear_policy_loss,
+    "linear_score_tokens": eager_linear_score_tokens,
     "gae": eager_gae,
     "advantages": eager_advantages,
     "value_loss": eager_value_loss,

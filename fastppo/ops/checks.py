@@ -121,3 +121,30 @@ def offsets(op: str, value: Tensor, like: Tensor, *, n: int) -> None:
 def unit_interval(op: str, name: str, value: float) -> None:
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{op}: {name} must lie in [0, 1], came {value}")
+
+
+def inplace(op: str, logits_NV: Tensor) -> None:
+    """Logits that an op may write over: their own memory, and no parameter's."""
+    base = logits_NV._base
+    if logits_NV.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
+        what = "a leaf" if logits_NV.is_leaf else "a view of a leaf"
+        raise ValueError(
+            f"{op}: inplace=True needs logits that some operation made, came {what}; leave it out"
+        )
+    if _overlaps(logits_NV):
+        raise ValueError(
+            f"{op}: inplace=True needs logits of their own memory, "
+            "came an expanded or overlapping tensor; leave it out"
+        )
+    if torch.compiler.is_compiling():
+        raise ValueError(f"{op}: inplace=True does not go through torch.compile; leave it out")
+
+
+def _overlaps(x_NV: Tensor) -> bool:
+    """Whether two entries of a matrix may share memory."""
+    reach = 0  # of the dimensions seen so far, the innermost first
+    for stride, size in sorted(zip(x_NV.stride(), x_NV.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False

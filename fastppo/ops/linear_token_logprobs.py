@@ -109,7 +109,9 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         hidden_ND, weight_VD, bias_V, a_RD, b_VR = ctx.saved_tensors
         lora = None if a_RD is None else HeadLora(a_RD, b_VR, ctx.scaling)
         head, wanted = Head(weight_VD, bias_V, lora), ctx.needs_input_grad[:5]
-        rows = LinearRows(hidden_ND, head, *ctx.settings, ctx.spec.live_N, wanted)
+        dtype, logits_dtype, chunk_bytes = ctx.settings
+        live_N = ctx.spec.live_N
+        rows = LinearRows(hidden_ND, head, dtype, logits_dtype, chunk_bytes, live_N, wanted)
         rows.visit(upstream(ctx.spec, g_N, h_N))
         return (*cast_like(rows.grads, ctx.saved_tensors), None, None, None)
 

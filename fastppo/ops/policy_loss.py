@@ -135,7 +135,7 @@ def policy_loss(
     )
     need_grad = torch.is_grad_enabled() and logits_NV.requires_grad
     if inplace and need_grad:
-        _check_inplace(op, logits_NV)
+        checks.inplace(op, logits_NV)
     scale = 1.0 if grad_scale is None else grad_scale
     function = _PolicyLossInPlace if inplace and need_grad else _PolicyLoss
     outputs = function.apply(  # type: ignore[no-untyped-call]
@@ -352,32 +352,6 @@ class _PolicyLossInPlace(torch.autograd.Function):
             return (None,) * 6
         grad_NV = times(logits_NV.detach(), grad_output / ctx.scale, own=True)
         return grad_NV, None, None, None, None, None
-
-
-def _check_inplace(op: str, logits_NV: Tensor) -> None:
-    base = logits_NV._base
-    if logits_NV.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
-        what = "a leaf" if logits_NV.is_leaf else "a view of a leaf"
-        raise ValueError(
-            f"{op}: inplace=True needs logits that some operation made, came {what}; leave it out"
-        )
-    if _overlaps(logits_NV):
-        raise ValueError(
-            f"{op}: inplace=True needs logits of their own memory, "
-            "came an expanded or overlapping tensor; leave it out"
-        )
-    if torch.compiler.is_compiling():
-        raise ValueError(f"{op}: inplace=True does not go through torch.compile; leave it out")
-
-
-def _overlaps(x_NV: Tensor) -> bool:
-    """Whether two entries of a matrix may share memory."""
-    reach = 0  # of the dimensions seen so far, the innermost first
-    for stride, size in sorted(zip(x_NV.stride(), x_NV.shape, strict=True)):
-        if size > 1 and stride <= reach:
-            return True
-        reach += stride * (size - 1)
-    return False
 
 
 def policy_loss_reference(

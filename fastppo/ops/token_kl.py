@@ -75,7 +75,7 @@ def token_kl(
     kl_N, slope_N = kl_and_slope(logprob_N.detach(), ref_logprob_N, kind, log_ratio_limit)
     if not (logprob_N.requires_grad and torch.is_grad_enabled()):
         return kl_N
-    # kl + slope * (x - x): the value of the first term, the gradient of the second. -inf has slope 0.
+    # kl + slope * (x - x): the value of the first term, the gradient of the second.
     finite_N = logprob_N.masked_fill(logprob_N == float("-inf"), 0)
     return kl_N + slope_N * (finite_N - finite_N.detach())
 

@@ -20,6 +20,35 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_ops_need_torch_and_nothing_else_that_is_installed():
+    # Whatever fastppo asks for is looked at, loaded by torch already or not (numpy is), at import
+    # and while every op runs.
+    code = """
+import builtins, sys, torch
+plain = builtins.__import__
+allowed = {'fastppo', 'torch', *sys.stdlib_module_names}
+def guarded(name, globals=None, locals=None, fromlist=(), level=0):
+    asking = (globals or {}).get('__name__', '')
+    if level == 0 and asking.startswith('fastppo') and name.split('.')[0] not in allowed:
+        raise ImportError(f'{asking} imports {name}')
+    return plain(name, globals, locals, fromlist, level)
+builtins.__import__ = guarded
+import fastppo.ops
+from fastppo.ops.registry import OPS, Shape
+for op in OPS.values():
+    inputs = op.make_inputs(Shape(n=6, vocab=5, hidden=3, batch=2), torch.float32, 0)
+    for name in op.differentiable:
+        inputs[name].requires_grad_()
+    result = op.function(**inputs)
+    if op.loss:
+        getattr(result, op.loss).backward()
+print(len(OPS), 'ops ran')
+"""
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "11 ops ran"
+
+
+def test_no_module_comes_in_with_the_ops_but_their_own():
     code = """
 import sys, torch
 before = set(sys.modules)

@@ -109,6 +109,34 @@ def test_a_frozen_head_costs_two_gemms_a_trained_one_three_and_scoring_one(mode,
     assert gemm_flops(step) == pytest.approx(gemms * 2 * 96 * V * D, rel=0.01)
 
 
+def test_nans_behind_weight_0_do_not_leak_into_a_trained_head():
+    grads = []
+    for poison in (0.0, float("nan")):
+        head = whole_head(("weight_VD", "bias_V", "A_RD", "B_VR"))
+        inputs = {**make(), "weight_VD": head["weight_VD"], "bias_V": head["bias_V"]}
+        inputs["head_lora"] = HeadLora(head["A_RD"], head["B_VR"], scaling=0.5)
+        inputs["weight_N"][3] = 0
+        inputs["hidden_ND"][3] = poison
+        inputs["hidden_ND"].requires_grad_()
+        linear_policy_loss(**inputs).loss.backward()
+        grads.append([inputs["hidden_ND"].grad, *(x.grad for x in head.values())])
+    for clean, poisoned in zip(*grads, strict=True):
+        assert torch.equal(clean, poisoned)
+
+
+def test_autocast_does_not_round_what_was_asked_for_in_float32():
+    inputs = make(torch.float32)
+    results = []
+    for enabled in (False, True):
+        hidden = inputs["hidden_ND"].detach().clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            result = linear_policy_loss(**{**inputs, "hidden_ND": hidden})
+            result.loss.backward()
+        results.append((result.loss, result.logprob_N, hidden.grad))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_a_second_backward_with_retain_graph_adds_the_same_again():
     inputs = make()
     hidden = inputs["hidden_ND"].requires_grad_()
@@ -137,6 +165,11 @@ def test_float32_logits_of_bf16_operands_lose_nothing_to_rounding():
     ("change", "error", "message"),
     [
         ({"weight_VD": torch.zeros(V, 5, dtype=F64)}, ValueError, "hidden_ND must have 5 columns"),
+        (
+            {"logits_dtype": torch.bfloat16},
+            ValueError,
+            "logits_dtype must be .*came torch.bfloat16",
+        ),
         ({"weight_VD": torch.zeros(V, D)}, TypeError, "must have one dtype.*cast one of them"),
         ({"bias_V": torch.zeros(3, dtype=F64)}, ValueError, rf"bias_V must have shape \({V},\)"),
         (

@@ -125,6 +125,70 @@ def test_every_setting_against_the_definition(kind, level):
     torch.testing.assert_close(got_grad, want_grad, atol=1e-12, rtol=1e-12)
 
 
+AGGREGATIONS = {  # weight of a token in a batch of 3 sequences of 2, 1 and 4 tokens, padded to 5
+    "token-mean": lambda length: 1 / 7,
+    "seq-mean-token-mean": lambda length: 1 / (3 * length),
+    "seq-mean-token-sum": lambda length: 1 / 3,
+    "seq-mean-token-sum-norm": lambda length: 1 / (3 * 5),
+}
+
+
+@pytest.mark.parametrize("kind", AGGREGATIONS)
+def test_weights_are_the_aggregation(kind):
+    lengths = [2, 1, 4]
+    inputs = {**make(n=7), "kl_coef": 0.0, "entropy_coef": 0.0}
+    losses = [
+        policy_loss(
+            **{k: x[i : i + 1] if isinstance(x, torch.Tensor) else x for k, x in inputs.items()}
+            | {"weight_N": torch.ones(1, dtype=F64)}
+        ).loss
+        for i in range(7)
+    ]
+    by_sequence = torch.stack(losses).split(lengths)
+    want = {
+        "token-mean": torch.stack(losses).mean(),
+        "seq-mean-token-mean": torch.stack([x.mean() for x in by_sequence]).mean(),
+        "seq-mean-token-sum": torch.stack([x.sum() for x in by_sequence]).mean(),
+        "seq-mean-token-sum-norm": torch.stack([x.sum() / 5 for x in by_sequence]).mean(),
+    }[kind]
+    weight = [AGGREGATIONS[kind](length) for length in lengths for _ in range(length)]
+    got = policy_loss(**{**inputs, "weight_N": torch.tensor(weight, dtype=F64)}).loss
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
+
+
+def test_a_sequence_with_a_masked_sample_against_the_definition():
+    changes = {
+        "config": PolicyLossConfig(ratio_level="sequence"),
+        "offsets": torch.tensor([0, 0, 4, 13], dtype=torch.int32),
+    }
+    inputs = make()
+    inputs["logits_NV"][2, inputs["token_N"][2]] = -INF
+    got, got_grad = loss_and_grad(policy_loss, inputs, **changes)
+    want, want_grad = loss_and_grad(policy_loss_reference, inputs, **changes)
+    torch.testing.assert_close(got.loss, want.loss, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(got_grad, want_grad, atol=1e-12, rtol=1e-12)
+
+
+def test_a_sequence_ratio_by_hand():
+    # log ratios 0.1 and 0.3: both tokens have ratio exp(0.2) > 1.2, so with A > 0 both are clipped;
+    # with A < 0 each moves the ratio by half: slope 1/2 (2 + 4) exp(0.2) a token.
+    behaviour = math.log(0.5) - torch.tensor([0.1, 0.3], dtype=F64)
+    for sign, loss, slope in ((1, -1.2 * 6, 0.0), (-1, math.exp(0.2) * 6, 3 * math.exp(0.2))):
+        logits = torch.zeros(2, 2, dtype=F64, requires_grad=True)
+        result = policy_loss(
+            logits,
+            torch.tensor([0, 0]),
+            behaviour,
+            sign * torch.tensor([2.0, 4.0], dtype=F64),
+            torch.ones(2, dtype=F64),
+            offsets=torch.tensor([0, 2], dtype=torch.int32),
+            config=PolicyLossConfig(ratio_level="sequence"),
+        )
+        result.loss.backward()
+        assert result.loss.item() == pytest.approx(loss, abs=1e-12)
+        assert (logits.grad[:, 0] / 0.5).tolist() == pytest.approx([slope, slope], abs=1e-12)
+
+
 def test_the_ratio_on_the_behaviour_policy_is_1():
     inputs = make()
     first = policy_loss(**inputs)
@@ -235,7 +299,7 @@ def test_in_place_misuse_is_an_error_and_not_a_wrong_number():
         policy_loss(**{**inputs, "logits_NV": inputs["logits_NV"].requires_grad_()}, inplace=True)
     inputs = make()
     expanded = (inputs["logits_NV"][:1].requires_grad_() * 1).expand(13, 37)
-    with pytest.raises(ValueError, match="came an expanded tensor"):
+    with pytest.raises(ValueError, match="came an expanded or overlapping tensor"):
         policy_loss(**{**inputs, "logits_NV": expanded}, inplace=True)
     leaf, _, result = in_place(make())
     result.loss.backward(retain_graph=True)
@@ -251,11 +315,59 @@ def test_in_place_misuse_is_an_error_and_not_a_wrong_number():
         policy_loss(saved, **rest, inplace=True).loss.backward()
 
 
+def test_in_place_through_a_view_reaches_what_it_is_a_view_of():
+    want, grad = loss_and_grad(policy_loss, make(n=12))
+    rest = {k: v for k, v in make(n=12).items() if k != "logits_NV"}
+    leaf = make(n=12)["logits_NV"].view(3, 4, 37).clone().requires_grad_()
+    logits_BTV = leaf * 1.0  # what trainers have: (B, T, V), flattened for the loss
+    result = policy_loss(logits_BTV.view(-1, 37), **rest, inplace=True)
+    assert torch.equal(logits_BTV.detach().view(-1, 37), grad)
+    result.loss.backward()
+    assert result.loss == want.loss
+    assert torch.equal(leaf.grad.view(-1, 37), grad)
+    saved = leaf.exp()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        policy_loss(saved.view(-1, 37), **rest, inplace=True).loss.backward()
+
+
+def test_in_place_never_writes_over_a_parameter_through_a_view_of_it():
+    inputs = make()
+    leaf = inputs.pop("logits_NV").requires_grad_()
+    before = leaf.detach().clone()
+    with pytest.raises(ValueError, match="came a view of a leaf; leave it out"):
+        policy_loss(leaf.view(-1, 37), **inputs, inplace=True)
+    assert torch.equal(leaf.detach(), before)
+
+
+def test_in_place_memory_that_overlaps_is_refused():
+    inputs = make()
+    windows = (inputs.pop("logits_NV").requires_grad_() * 1).as_strided((13, 37), (3, 1))
+    with pytest.raises(ValueError, match="came an expanded or overlapping tensor"):
+        policy_loss(windows, **inputs, inplace=True)
+
+
+@pytest.mark.parametrize("as_view", [False, True])
+def test_a_gradient_written_over_before_the_backward_is_an_error(as_view):
+    inputs = make()
+    logits = inputs.pop("logits_NV").requires_grad_() * 1.0
+    result = policy_loss(logits.view(-1, 37) if as_view else logits, **inputs, inplace=True)
+    with torch.no_grad():
+        logits.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.loss.backward()
+
+
 def test_in_place_without_a_gradient_leaves_the_logits_alone():
     inputs = make()
     before = inputs["logits_NV"].clone()
     policy_loss(**inputs, inplace=True)
     assert torch.equal(inputs["logits_NV"], before)
+
+
+def test_grad_scale_may_stay_on_the_device():
+    _, want = loss_and_grad(policy_loss, make())
+    _, got = loss_and_grad(policy_loss, make(), grad_scale=torch.tensor(4.0))
+    torch.testing.assert_close(got, want, atol=1e-15, rtol=1e-15)
 
 
 def test_grad_scale_keeps_what_fp16_would_lose():

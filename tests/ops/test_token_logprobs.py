@@ -92,6 +92,17 @@ def test_huge_logits_stay_finite():
     assert got.entropy_N.tolist() == pytest.approx([0.0, math.log(2)])
 
 
+@pytest.mark.parametrize(("n", "vocab"), [(2, 2**17 + 3), (2**16 + 1, 3)])
+def test_vocabularies_past_2_17_and_tokens_past_2_16(n, vocab):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(n, vocab, generator=generator)
+    token = torch.randint(vocab, (n,), generator=generator)
+    token[-1] = vocab - 1
+    got, want = token_logprobs(logits, token), token_logprobs_reference(logits.double(), token)
+    torch.testing.assert_close(got.logprob_N.double(), want.logprob_N, atol=1e-5, rtol=0)
+    torch.testing.assert_close(got.entropy_N.double(), want.entropy_N, atol=1e-4, rtol=0)
+
+
 def test_any_strides_give_the_same():
     base = torch.randn(12, 22)
     token = torch.tensor([0, 3, 7, 10])

@@ -42,7 +42,7 @@ def test_tokens_of_weight_0_are_not_read():
     result.loss.backward()
     assert result.loss.item() == 2.0
     assert v.grad.tolist() == [-2.0, 0.0]
-    assert [m.item() for m in result.metrics] == [1, 0, 4, 1, 3]
+    assert [m.item() for m in result.metrics] == [1, 0, 4, 1, 3, 9]
 
 
 def test_split_batches_add_up():
@@ -54,6 +54,17 @@ def test_split_batches_add_up():
     torch.testing.assert_close(sum(p.loss for p in parts), whole.loss, atol=1e-12, rtol=0)
     for a, b in zip(parts[0].metrics.merge(parts[1].metrics), whole.metrics, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_metrics_give_the_explained_variance():
+    torch.manual_seed(1)
+    v, goal = torch.randn(2, 50, dtype=torch.float64)
+    m = value_loss(v, v, goal, torch.ones_like(v)).metrics
+    gap = (m.return_sum - m.value_sum) / m.count
+    unexplained = m.error_sum / m.count - gap.square()
+    spread = m.return_square_sum / m.count - (m.return_sum / m.count).square()
+    want = 1 - (goal - v).var(correction=0) / goal.var(correction=0)
+    assert (1 - unexplained / spread).item() == pytest.approx(want.item(), abs=1e-12)
 
 
 def test_refusals():
