@@ -3,7 +3,8 @@
     pytest benchmarks/bench_ops.py --benchmark-only --benchmark-group-by=group
 
 Eager is what a trainer writes, not the definition that the tests compare with: that one masks and
-copies more. The answer is checked before anything is timed. Sizes come from FASTPPO_BENCH_N, _V and _D.
+copies more. The answer is checked before anything is timed. Sizes come from FASTPPO_BENCH_N, _V
+and _D.
 """
 
 from __future__ import annotations
