@@ -6,18 +6,17 @@ No torch here: `--help` and a wrong key must answer at once.
 from __future__ import annotations
 
 import difflib
-import json
 import os
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fastppo.config_file import parse_override, read_file
 from fastppo.errors import UserError
 
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Above0 = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
@@ -136,7 +135,7 @@ class Config(BaseModel):
     adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = key(0.999, HF, "AdamW's beta 2.")
     adam_epsilon: Above0 = key(1e-8, HF, "AdamW's epsilon; PPO's classic is 1e-5.")
     max_grad_norm: NonNegative = key(1.0, HF, "Gradient norm a role is clipped to; 0 is off.")
-    seed: Annotated[int, Field(ge=0)] = key(42, HF, "Seed of everything random.")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = key(42, HF, "Seed of everything random.")
     bf16: bool = key(False, HF, "Base in bfloat16, compute under autocast; adapters stay float32.")
     disable_gradient_checkpointing: bool = key(
         False, LF, "Keep activations in place of recomputing them."
@@ -253,6 +252,17 @@ class Config(BaseModel):
             )
         if self.val_size > 1 and self.val_size != int(self.val_size):
             raise ValueError("val_size: above 1 it is a count of records; give a whole number")
+        for name in ("output_dir", "metrics_dir", "model_name_or_path", "dataset"):
+            if not getattr(self, name).strip() or "\0" in getattr(self, name):
+                raise ValueError(f"{name}: is empty or no path; give it a value")
+        functions = {"eval_judge": self.eval_judge}
+        if self.stage == "ppo" and self.reward_model_type == "function":
+            functions["reward_model"] = self.reward_model
+        for name, function in functions.items():
+            if function is not None and not all(function.partition(":")):
+                raise ValueError(
+                    f"{name}: '{function}' is not module:function; write for example mine:short"
+                )
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError("min_new_tokens: is above max_new_tokens; lower it")
         return self
@@ -312,83 +322,16 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_unsloth": ((False, None), "leave it out"),
 }
 NOT_HERE = {
-    ("stage", "sft"): "fastppo trains stage rm and stage ppo; for sft use a trainer made for it",
-    ("stage", "pt"): "fastppo trains stage rm and stage ppo; for pt use a trainer made for it",
-    ("stage", "dpo"): "fastppo trains stage rm and stage ppo; for dpo use a trainer made for it",
-    ("stage", "kto"): "fastppo trains stage rm and stage ppo; for kto use a trainer made for it",
+    **{
+        ("stage", name): f"fastppo trains stage rm and stage ppo; for {name} use another trainer"
+        for name in ("sft", "pt", "dpo", "kto")
+    },
     ("finetuning_type", "full"): "not supported; use finetuning_type: lora",
     ("finetuning_type", "freeze"): "not supported; use finetuning_type: lora",
     ("finetuning_type", "oft"): "not supported; use finetuning_type: lora",
     ("reward_model_type", "full"): "not supported; use lora (what stage rm writes) or function",
     ("reward_model_type", "api"): "not supported; use lora (what stage rm writes) or function",
 }
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, where YAML would keep the last in silence."""
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
-    seen: set[Hashable] = set()
-    for key_node, _ in node.value:
-        name = loader.construct_object(key_node)
-        if name in seen:
-            raise UserError(
-                f"line {key_node.start_mark.line + 1}: '{name}' is given twice; keep one"
-            )
-        seen.add(name)
-    return loader.construct_mapping(node)
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-
-
-def read_file(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML or JSON file; UTF-8, with or without a byte order mark."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file; name a YAML file, for example examples/demo_ppo.yaml"
-        ) from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: is a folder; name the YAML file in it") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; check the path and its permissions") from None
-    try:
-        # JSON is read by its own parser: YAML's misses tabs. yaml.load with a SafeLoader is safe.
-        data = json.loads(text) if path.suffix == ".json" else yaml.load(text, _Loader)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON, line {error.lineno}: {error.msg}") from None
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UserError(f"{path}: not YAML, line {line}: {error.problem}; mend the line") from None
-    except (yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{path}: not YAML: {str(error).splitlines()[0]}; mend the file") from None
-    if data is None:
-        raise UserError(
-            f"{path}: is empty; it needs at least stage, model_name_or_path, dataset, output_dir"
-        )
-    if not isinstance(data, dict):
-        raise UserError(
-            f"{path}: is a {type(data).__name__}, not a mapping; write 'key: value' lines"
-        )
-    return data
-
-
-def parse_override(text: str) -> tuple[str, Any]:
-    """`key=value` of the command line; the value is read as YAML."""
-    name, equals, value = text.partition("=")
-    if not equals or not name.strip():
-        raise UserError(f"'{text}': not key=value; write for example learning_rate=2e-5")
-    try:
-        return name.strip(), yaml.load(value, _Loader) if value else None
-    except (yaml.YAMLError, UserError):
-        return name.strip(), value
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -425,6 +368,11 @@ def config_from_dict(data: Mapping[Any, Any], source: str = "<python>") -> Confi
                 raise UserError(f"{source}: {name}: has no value; give it one")
             del given[name]
     given = {name: _listed(name, value) for name, value in given.items()}
+    for name, value in given.items():
+        if isinstance(value, bool) and "bool" not in str(Config.model_fields[name].annotation):
+            raise UserError(
+                f"{source}: {name}: {str(value).lower()} is wrong; it should be a value"
+            )
     try:
         return Config(**given, source=source, ignored=tuple(ignored))
     except ValidationError as error:

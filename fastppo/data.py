@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,7 @@ class Source:
     name: str
     path: Path | None  # None: on the hub
     info: dict[str, Any]
+    plain: bool = False  # named by its path, with nothing said of it
 
     @property
     def ranking(self) -> bool:
@@ -92,11 +93,17 @@ def read_sets(config: Config, names: str, key: str) -> list[Record]:
     records: list[Record] = []
     for name in names.split(","):
         source = find_source(config, name.strip(), key)
+        gate(config, source)
         rows = read_rows(source, config)
         if config.max_samples is not None:
             rows = rows[: config.max_samples]
-        if source.path is not None and source.path.is_file():
-            gate(config, source, rows)
+        if (
+            source.plain
+            and config.stage == "ppo"
+            and rows
+            and {"chosen", "rejected"} <= set(rows[0])
+        ):
+            gate(config, replace(source, info={"ranking": True}))
         read = read_sharegpt if source.info.get("formatting") == "sharegpt" else read_alpaca
         found = [
             read(row, f"{source.path or name} row {i}", source) for i, row in enumerate(rows, 1)
@@ -109,7 +116,7 @@ def read_sets(config: Config, names: str, key: str) -> list[Record]:
     return records
 
 
-def gate(config: Config, source: Source, rows: list[dict[str, Any]]) -> None:
+def gate(config: Config, source: Source) -> None:
     """Pairs train reward models, prompts train policies."""
     if config.stage == "rm" and not source.ranking:
         raise UserError(
@@ -131,7 +138,7 @@ def find_source(config: Config, name: str, key: str) -> Source:
     if direct.suffix in (".json", ".jsonl"):
         if not direct.is_file():
             raise UserError(f"{config.source}: {key}: no file {name}; check the path")
-        return Source(name, direct, {"ranking": config.stage == "rm"})
+        return Source(name, direct, {"ranking": config.stage == "rm"}, plain=True)
     folder = Path(config.dataset_dir)
     info_path = folder / "dataset_info.json"
     if not info_path.is_file():
@@ -141,13 +148,16 @@ def find_source(config: Config, name: str, key: str) -> Source:
         )
     try:
         infos = json.loads(info_path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{info_path}: not JSON ({error}); mend it") from None
+    if not isinstance(infos, dict):
+        raise UserError(f"{info_path}: is not an object of data sets by name; mend it")
     if name not in infos:
         near = difflib.get_close_matches(name, infos, n=1, cutoff=0.5)
         cure = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(list(infos)[:8])}"
         raise UserError(f"{config.source}: {key}: {info_path} names no '{name}'; {cure}")
     info = infos[name]
+    check_entry(info, f"{info_path}: '{name}'")
     if "file_name" not in info:
         if "hf_hub_url" in info:
             return Source(name, None, info)
@@ -158,20 +168,45 @@ def find_source(config: Config, name: str, key: str) -> Source:
     return Source(name, path, info)
 
 
+def check_entry(info: Any, what: str) -> None:
+    """An entry of dataset_info.json has the shape that the readers count on."""
+    if not isinstance(info, dict):
+        raise UserError(f"{what} is a {type(info).__name__}, not an object; mend it")
+    for key in ("file_name", "hf_hub_url", "split"):
+        if not isinstance(info.get(key, ""), str):
+            raise UserError(f"{what}: {key} is not text; mend it")
+    for key in ("columns", "tags"):
+        names = info.get(key) or {}
+        if not isinstance(names, dict) or not all(isinstance(x, str) for x in names.values()):
+            raise UserError(f"{what}: {key} is not an object of names; mend it")
+    if info.get("formatting", "alpaca") not in ("alpaca", "sharegpt"):
+        raise UserError(
+            f"{what}: formatting '{info['formatting']}' is not supported; use alpaca or sharegpt"
+        )
+
+
 def read_rows(source: Source, config: Config) -> list[dict[str, Any]]:
     """Raw rows. JSON by its own parser, for line numbers; the rest through `datasets`."""
     path = source.path
-    if path is not None and path.suffix in (".json", ".jsonl"):
+    if path is not None and path.is_file() and path.suffix in (".json", ".jsonl"):
         return read_json(path)
-    from datasets import load_dataset
-
-    if path is None:
-        loaded = load_dataset(source.info["hf_hub_url"], split=source.info.get("split", "train"))
-    else:
+    kind, files = str(source.info.get("hf_hub_url")), None
+    if path is not None:
         files = sorted(map(str, path.iterdir())) if path.is_dir() else [str(path)]
-        kind = Path(files[0]).suffix.removeprefix(".").replace("jsonl", "json")
-        loaded = load_dataset(kind, data_files=files, split="train", cache_dir=config.cache_dir)
-    return [dict(row) for row in loaded]
+        kind = Path(files[0]).suffix.removeprefix(".").replace("jsonl", "json") if files else ""
+        if kind not in ("json", "csv", "parquet"):
+            raise UserError(f"{path}: holds no json, jsonl, csv or parquet file; check file_name")
+    from datasets import disable_progress_bars, load_dataset
+
+    disable_progress_bars()
+
+    split = source.info.get("split", "train") if path is None else "train"
+    try:
+        loaded = load_dataset(kind, data_files=files, split=split, cache_dir=config.cache_dir)
+        return [dict(row) for row in loaded]
+    except Exception as error:  # whatever `datasets` raises, the user can mend the file or the name
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path or kind}: cannot be read ({why}); mend or replace it") from None
 
 
 def read_json(path: Path) -> list[dict[str, Any]]:
@@ -193,6 +228,8 @@ def read_json(path: Path) -> list[dict[str, Any]]:
     except json.JSONDecodeError as error:
         number = number or error.lineno
         raise UserError(f"{path}: not JSON, line {number}: {error.msg}; mend the line") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); mend it") from None
     for i, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise UserError(
@@ -210,6 +247,10 @@ def text_of(
         if needed:
             raise UserError(f"{where}: has no '{column}'; add it, or drop the row")
         return None
+    if isinstance(value, str) and value.encode("utf-8", "ignore").decode() != value:
+        raise UserError(f"{where}: '{column}' holds half a character; mend the row")
+    if isinstance(value, str) and needed and not value.strip():
+        raise UserError(f"{where}: '{column}' is blank; fill it in, or drop the row")
     if not isinstance(value, str):
         raise UserError(f"{where}: '{column}' is a {type(value).__name__}, not text; mend the row")
     return value
@@ -221,7 +262,10 @@ def read_alpaca(row: dict[str, Any], where: str, source: Source) -> Record:
     question = text_of(row, columns.get("prompt", "instruction"), where, needed=True)
     query = text_of(row, columns.get("query"), where)
     messages = []
-    for turn in row.get(columns.get("history", "")) or []:
+    history = row.get(columns.get("history", "")) or []
+    for turn in history if isinstance(history, list) else [history]:
+        if not isinstance(turn, list) or [type(part) for part in turn] != [str, str]:
+            raise UserError(f"{where}: history is not a list of [question, answer]; mend the row")
         messages += [
             {"role": "user", "content": turn[0]},
             {"role": "assistant", "content": turn[1]},
@@ -251,12 +295,14 @@ def read_sharegpt(row: dict[str, Any], where: str, source: Source) -> Record:
         raise UserError(f"{where}: has no '{columns.get('messages', 'conversations')}'; add it")
     messages: list[Message] = []
     for turn in turns:
-        role = roles.get(turn.get(tags["role_tag"])) if isinstance(turn, dict) else None
+        role = roles.get(str(turn.get(tags["role_tag"]))) if isinstance(turn, dict) else None
         if role is None:
             raise UserError(
                 f"{where}: a turn by nobody known ({turn!r:.60}); it needs {list(roles)}"
             )
-        messages.append({"role": role, "content": str(turn.get(tags["content_tag"], ""))})
+        messages.append(
+            {"role": role, "content": str(text_of(turn, tags["content_tag"], where, needed=True))}
+        )
     system = text_of(row, columns.get("system"), where)
     if messages[0]["role"] == "system":
         system = messages.pop(0)["content"]

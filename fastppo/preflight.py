@@ -22,6 +22,16 @@ def check(config: Config) -> Records:
         check_name(config.template)
     except UserError as error:
         raise UserError(f"{config.source}: {error}") from None
+    try:
+        return check_files(config)
+    except OSError as error:
+        raise UserError(
+            f"{config.source}: {str(error.filename)[:200]}: {error.strerror}; check the path"
+        ) from None
+
+
+def check_files(config: Config) -> Records:
+    """What lies on disk, or should."""
     check_packages(config)
     check_model(config)
     if config.stage == "ppo" and config.reward_model_type == "lora":
@@ -76,6 +86,11 @@ def check_model(config: Config) -> None:
             f"model on "
             "the hub as owner/name"
         )
+    gguf = config.model_gguf_file
+    if gguf and not (folder / gguf).is_file():
+        raise UserError(
+            f"{config.source}: model_gguf_file: no {gguf} in {name}; check its name"
+        )
     if not (folder / "config.json").is_file() and not config.model_gguf_file:
         raise UserError(
             f"{config.source}: model_name_or_path: {name} has no config.json; name a folder that "
@@ -99,6 +114,7 @@ def check_reward_model(config: Config) -> None:
             raise UserError(
                 f"{config.source}: reward_model: {folder} has no {what} ({name}); {cure}"
             )
+    read_json_file(folder / "adapter_config.json", f"{config.source}: reward_model")
     head = head_size(folder / "value_head.safetensors", config.source)
     base = hidden_size(config)
     if base is not None and head != base:
@@ -127,15 +143,39 @@ def hidden_size(config: Config) -> int | None:
     if not path.is_file():
         return None
     data = read_json_file(path, f"{config.source}: model_name_or_path")
-    size = data.get("hidden_size", (data.get("text_config") or {}).get("hidden_size"))
-    return int(size) if size is not None else None
+    inner = data.get("text_config")
+    size = data.get("hidden_size", inner.get("hidden_size") if isinstance(inner, dict) else None)
+    if size is not None and not isinstance(size, int):
+        raise UserError(
+            f"{config.source}: model_name_or_path: hidden_size in {path} is {size!r}; mend it"
+        )
+    return size
 
 
 def check_output_dir(config: Config) -> None:
     """An earlier run's folder is not written into unless the file says so."""
     folder = Path(config.output_dir)
-    if folder.is_file():
-        raise UserError(f"{config.source}: output_dir: {folder} is a file; name a folder")
+    places = {"output_dir": folder}
+    if config.stage == "ppo":
+        places["metrics_dir"] = Path(config.metrics_dir)
+    for key, place in places.items():
+        for above in (place, *place.parents):
+            if above.exists() and not above.is_dir():
+                raise UserError(f"{config.source}: {key}: {above} is a file; name a folder")
+    sources = {"model_name_or_path": config.model_name_or_path, "reward_model": config.reward_model}
+    for key, name in sources.items():
+        if name and Path(name).exists() and Path(name).resolve() == folder.resolve():
+            raise UserError(f"{config.source}: output_dir: is {key} itself; name another")
+    wanted = config.resume_from_checkpoint
+    if isinstance(wanted, str) and not (Path(wanted) / "training_state.pt").is_file():
+        raise UserError(
+            f"{config.source}: resume_from_checkpoint: no training_state.pt in {wanted}; name a "
+            "checkpoint-N folder"
+        )
+    if wanted is True and not list(folder.glob("checkpoint-*/training_state.pt")):
+        raise UserError(
+            f"{config.source}: resume_from_checkpoint: {folder} has no checkpoint-N; leave it out"
+        )
     allowed = config.overwrite_output_dir or config.resume_from_checkpoint
     if not allowed and folder.is_dir() and any(folder.iterdir()):
         raise UserError(

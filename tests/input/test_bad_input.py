@@ -292,6 +292,84 @@ def test_a_package_that_is_not_installed(project, capsys, monkeypatch, key, aske
     refused(write(project, {**PPO, key: asked}), project, capsys, *words)
 
 
+MORE: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    ({"lora_rank": True}, ("lora_rank: true is wrong",)),
+    ({"seed": 10**30}, ("seed: ", "is wrong")),
+    ({"output_dir": " "}, ("output_dir: is empty or no path",)),
+    ({"output_dir": "run.yaml/out"}, ("output_dir: run.yaml is a file",)),
+    ({"metrics_dir": "run.yaml"}, ("metrics_dir: run.yaml is a file", "name a folder")),
+    ({"output_dir": "model", "overwrite_output_dir": True}, ("is model_name_or_path itself",)),
+    ({"output_dir": "reward", "overwrite_output_dir": True}, ("is reward_model itself",)),
+    ({"reward_model_type": "function"}, ("reward_model: 'reward' is not module:function",)),
+    ({"eval_judge": "x"}, ("eval_judge: 'x' is not module:function", "mine:short")),
+    ({"model_gguf_file": "m.gguf"}, ("model_gguf_file: no m.gguf in ./model",)),
+    ({"model_name_or_path": "./" + "x" * 5000}, ("File name too long", "check the path")),
+    ({"resume_from_checkpoint": "gone"}, ("no training_state.pt in gone", "checkpoint-N")),
+    ({"resume_from_checkpoint": True}, ("out has no checkpoint-N", "leave it out")),
+    ({"dataset": "data/pairs.json"}, ("stage ppo learns from prompts", "set of pairs")),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), MORE, ids=lambda value: str(value)[:50])
+def test_values_that_only_the_disk_or_another_key_shows_wrong(project, capsys, change, words):
+    refused(write(project, {**PPO, **change}), project, capsys, "run.yaml: ", *words)
+
+
+ENTRIES: list[tuple[Any, tuple[str, ...]]] = [
+    ([1], ("is not an object of data sets by name",)),
+    ({"d": "prompts.json"}, ("'d' is a str, not an object",)),
+    ({"d": {"file_name": 5}}, ("file_name is not text",)),
+    (
+        {"d": {"file_name": "prompts.json", "columns": ["a"]}},
+        ("columns is not an object of names",),
+    ),
+    ({"d": {"file_name": "prompts.json", "columns": {"prompt": ["a"]}}}, ("columns is not an",)),
+    ({"d": {"file_name": "prompts.json", "tags": ["a"]}}, ("tags is not an object of names",)),
+    ({"d": {"file_name": "prompts.json", "formatting": "openai"}}, ("use alpaca or sharegpt",)),
+    ({"d": {"file_name": "empty"}}, ("data/empty: holds no json, jsonl, csv or parquet",)),
+    ({"d": {"file_name": "bad.parquet"}}, ("data/bad.parquet: cannot be read", "replace it")),
+]
+
+
+@pytest.mark.parametrize(("info", "words"), ENTRIES, ids=lambda value: str(value)[:50])
+def test_entries_of_dataset_info_of_another_shape(project, capsys, tmp_path_factory, info, words):
+    (project / "data" / "empty").mkdir()
+    (project / "data" / "bad.parquet").write_bytes(b"x")
+    write_json(project / "data" / "dataset_info.json", info)
+    settings = {**PPO, "dataset": "d", "cache_dir": str(tmp_path_factory.mktemp("cache"))}
+    refused(write(project, settings), project, capsys, *words)
+
+
+CONTENT: list[tuple[str, tuple[str, ...]]] = [
+    ('[{"instruction": "  "}]', ("row 1: 'instruction' is blank",)),
+    ('[{"instruction": "\\ud800"}]', ("row 1: 'instruction' holds half a character",)),
+    ('[{"instruction": ' + "1" * 5000 + "}]", ("data/prompts.json: cannot be read",)),
+    ("[" * 100_000, ("data/prompts.json: cannot be read",)),
+]
+
+
+@pytest.mark.parametrize(("content", "words"), CONTENT, ids=lambda value: str(value)[:30])
+def test_data_that_json_or_unicode_cannot_hold(project, capsys, content, words):
+    (project / "data" / "prompts.json").write_text(content)
+    refused(write(project, PPO), project, capsys, *words)
+
+
+@pytest.mark.parametrize("history", [5, [5], [["a"]], [["a", None]]], ids=str)
+def test_a_history_that_is_no_list_of_turns(project, capsys, history):
+    info = {"d": {"file_name": "prompts.json", "columns": {"history": "past"}}}
+    write_json(project / "data" / "dataset_info.json", info)
+    write_json(project / "data" / "prompts.json", [{"instruction": "a", "past": history}])
+    words = ("row 1: history is not a list of [question, answer]",)
+    refused(write(project, {**PPO, "dataset": "d"}), project, capsys, *words)
+
+
+def test_keys_that_are_no_text_or_given_twice(project, capsys):
+    base = yaml.safe_dump(PPO)
+    refused(write(project, base + "? [a]\n: 1\n"), project, capsys, "a key is not text")
+    (project / "run.json").write_text('{"stage": "ppo", "stage": "rm"}')
+    refused(["run.json"], project, capsys, "run.json: 'stage' is given twice; keep one")
+
+
 def test_a_stopped_run_is_exit_code_1_and_ctrl_c_130(project, capsys, monkeypatch):
     from fastppo import cli
     from fastppo.errors import TrainingStopped

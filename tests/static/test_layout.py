@@ -31,6 +31,7 @@ LEVELS = [
     {"reward"},
     {"batch", "data", "roles", "templates"},
     {"config"},
+    {"config_file"},
     {"ops"},
     {"errors", "types", "__init__"},
 ]

@@ -1,0 +1,100 @@
+"""A YAML or JSON file as a mapping: its syntax is checked here, what its keys mean in config.py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastppo.errors import UserError
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, where YAML would keep the last in silence."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
+    seen: set[Hashable] = set()
+    for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            continue
+        name = loader.construct_object(key_node, deep=True)
+        if not isinstance(name, Hashable):
+            raise UserError(f"line {key_node.start_mark.line + 1}: a key is not text; mend it")
+        if name in seen:
+            raise UserError(
+                f"line {key_node.start_mark.line + 1}: '{name}' is given twice; keep one"
+            )
+        seen.add(name)
+    loader.flatten_mapping(node)
+    return loader.construct_mapping(node)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"'{name}' is given twice; keep one")
+    return dict(pairs)
+
+
+def _parse(text: str, path: Path) -> Any:
+    if path.suffix == ".json":
+        return json.loads(text, object_pairs_hook=_object)
+    return yaml.load(text, _Loader)
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML or JSON file; UTF-8, with or without a byte order mark."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such file; name a YAML file, for example examples/demo_ppo.yaml"
+        ) from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder; name the YAML file in it") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; check the path and its permissions") from None
+    try:
+        # JSON is read by its own parser: YAML's misses tabs. yaml.load with a SafeLoader is safe.
+        data = _parse(text, path)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON, line {error.lineno}: {error.msg}") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{path}: not YAML, line {line}: {error.problem}; mend the line") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise UserError(
+            f"{path}: cannot be read: {str(error).splitlines()[0]}; mend the file"
+        ) from None
+    if data is None:
+        raise UserError(
+            f"{path}: is empty; it needs at least stage, model_name_or_path, dataset, output_dir"
+        )
+    if not isinstance(data, dict):
+        raise UserError(
+            f"{path}: is a {type(data).__name__}, not a mapping; write 'key: value' lines"
+        )
+    return data
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`key=value` of the command line; the value is read as YAML."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise UserError(f"'{text}': not key=value; write for example learning_rate=2e-5")
+    try:
+        return name.strip(), yaml.load(value, _Loader) if value else None
+    except (yaml.YAMLError, UserError):
+        return name.strip(), value
