@@ -10,6 +10,7 @@ and _D.
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,10 @@ SHAPE = Shape(
 
 def processor() -> str:
     """The CPU by name."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    info = Path("/proc/cpuinfo")  # Linux alone has it
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else "unknown"
+    return names[0] if names else platform.processor() or "unknown"
 
 
 def eager_gae(
@@ -172,8 +174,9 @@ def step(op: Op, function: Callable[..., Any], inputs: dict[str, Any]) -> list[T
         inputs[name].grad = None
     result = function(**inputs)
     if op.differentiable:
-        loss_of(op, result).backward()
-        return [inputs[name].grad for name in op.differentiable]
+        loss = loss_of(op, result)
+        loss.backward()
+        return [loss.detach(), *(inputs[name].grad for name in op.differentiable)]
     return [result] if isinstance(result, Tensor) else list(result)
 
 

@@ -196,13 +196,17 @@ def read_rows(source: Source, config: Config) -> list[dict[str, Any]]:
         kind = Path(files[0]).suffix.removeprefix(".").replace("jsonl", "json") if files else ""
         if kind not in ("json", "csv", "parquet"):
             raise UserError(f"{path}: holds no json, jsonl, csv or parquet file; check file_name")
-    from datasets import disable_progress_bars, load_dataset
+    import datasets
 
-    disable_progress_bars()
+    # Errors are raised and said in one line here; its own log would say them a second time.
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
 
     split = source.info.get("split", "train") if path is None else "train"
     try:
-        loaded = load_dataset(kind, data_files=files, split=split, cache_dir=config.cache_dir)
+        loaded = datasets.load_dataset(
+            kind, data_files=files, split=split, cache_dir=config.cache_dir
+        )
         return [dict(row) for row in loaded]
     except Exception as error:  # whatever `datasets` raises, the user can mend the file or the name
         why = (str(error) or type(error).__name__).splitlines()[0]

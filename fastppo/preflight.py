@@ -88,9 +88,7 @@ def check_model(config: Config) -> None:
         )
     gguf = config.model_gguf_file
     if gguf and not (folder / gguf).is_file():
-        raise UserError(
-            f"{config.source}: model_gguf_file: no {gguf} in {name}; check its name"
-        )
+        raise UserError(f"{config.source}: model_gguf_file: no {gguf} in {name}; check its name")
     if not (folder / "config.json").is_file() and not config.model_gguf_file:
         raise UserError(
             f"{config.source}: model_name_or_path: {name} has no config.json; name a folder that "

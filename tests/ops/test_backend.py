@@ -86,3 +86,22 @@ def test_a_forced_backend_that_cannot_run_says_why(name, message):
 
 def test_torch_can_be_forced():
     assert run(CALLED, FASTPPO_BACKEND="torch").returncode == 0
+
+
+def test_a_forced_backend_is_refused_by_every_op():
+    code = """
+import torch
+from fastppo.ops.registry import OPS, Shape
+import fastppo.ops
+for op in OPS.values():
+    try:
+        op.function(**op.make_inputs(Shape(n=6, vocab=5, hidden=3, batch=2), torch.float32, 0))
+    except ValueError as error:
+        assert str(error).startswith(f"{op.name}: FASTPPO_BACKEND='triton' cannot run"), error
+    else:
+        raise AssertionError(f"{op.name} fell back in silence")
+print(len(OPS))
+"""
+    done = run(code, FASTPPO_BACKEND="triton")
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 0

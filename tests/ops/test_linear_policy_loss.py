@@ -182,3 +182,19 @@ def test_float32_logits_of_bf16_operands_lose_nothing_to_rounding():
 def test_refusals_name_op_argument_wanted_and_came(change, error, message):
     with pytest.raises(error, match="^linear_policy_loss: .*" + message):
         linear_policy_loss(**{**make(), **change})
+
+
+def test_a_masked_sample_in_a_row_passes_no_gradient_to_hidden_states_or_head():
+    inputs = make()
+    bias = torch.zeros(V, dtype=F64)
+    bias[inputs["token_N"][3]] = -float("inf")
+    hit = inputs["token_N"] == inputs["token_N"][3]
+    inputs["hidden_ND"].requires_grad_()
+    inputs["weight_VD"].requires_grad_()
+    result = linear_policy_loss(**inputs, bias_V=bias, softcap=6.0, temperature=0.7)
+    result.loss.backward()
+    assert (result.logprob_N[hit] == -float("inf")).all()
+    assert torch.isfinite(result.loss)
+    assert not inputs["hidden_ND"].grad[hit].any()
+    assert not inputs["weight_VD"].grad[inputs["token_N"][3]].any()
+    assert torch.isfinite(inputs["weight_VD"].grad).all()

@@ -78,6 +78,20 @@ def test_28_at_ratio_1_the_full_gradient_flows(advantage):
     assert two_way(1.0, advantage)[1] == pytest.approx(-advantage, abs=1e-12)
 
 
+@pytest.mark.parametrize("advantage", [1.5, -1.5])
+@pytest.mark.parametrize("ratio", [0.8, 1.2])
+def test_28_at_the_very_edge_the_full_gradient_flows(ratio, advantage):
+    # exp rounds, so the edge is laid where the ratio came out: 1 +- (r - 1) is r to the bit.
+    came = two_way(ratio, advantage)[2].metrics.ratio_max.item()
+    for inward, slope in ((0.0, -advantage * came), (1e-9, 0.0)):
+        width = abs(came - 1) - inward
+        config = PolicyLossConfig(clip_low=width, clip_high=width)
+        at_risk = (came > 1) == (advantage > 0)  # the other edge never clips
+        _, got, result = two_way(ratio, advantage, config=config)
+        assert got == pytest.approx(slope if at_risk else -advantage * came, abs=1e-12)
+        assert result.metrics.clipped_sum.item() == (at_risk and inward > 0)
+
+
 def test_dual_clip_bounds_the_loss_of_bad_tokens():
     config = PolicyLossConfig(dual_clip=3.0)
     assert two_way(5.0, -2.0, config=config)[:2] == pytest.approx((6.0, 0.0))
@@ -123,6 +137,44 @@ def test_every_setting_against_the_definition(kind, level):
     torch.testing.assert_close(got.loss, want.loss, atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(got.kl_N, want.kl_N, atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(got_grad, want_grad, atol=1e-12, rtol=1e-12)
+
+
+def test_a_coefficient_as_a_0_d_tensor_is_the_float_to_the_bit():
+    floats = {"kl_coef": 0.3, "entropy_coef": 0.05}
+    of_tensors = {name: torch.tensor(x, dtype=F64) for name, x in floats.items()}
+    config = PolicyLossConfig(**floats)  # and so is the configuration's
+    rest = {k: x for k, x in make().items() if k not in floats}
+    want, want_grad = loss_and_grad(policy_loss, rest, **floats)
+    for changes in (of_tensors, {"config": config}):
+        got, grad = loss_and_grad(policy_loss, rest, **changes)
+        assert got.loss == want.loss
+        assert torch.equal(grad, want_grad)
+
+
+def test_masked_vocabulary_is_as_if_it_were_not_there():
+    settings = {"softcap": 4.0, "temperature": 0.7}
+    want, want_grad = loss_and_grad(policy_loss, make(), **settings)
+    wide = torch.cat([make()["logits_NV"], torch.full((13, 5), -INF, dtype=F64)], 1)
+    got, grad = loss_and_grad(policy_loss, make(), logits_NV=wide, **settings)
+    torch.testing.assert_close(got.loss, want.loss, atol=1e-14, rtol=0)
+    torch.testing.assert_close(grad[:, :37], want_grad, atol=1e-14, rtol=0)
+    assert not grad[:, 37:].any()
+
+
+@pytest.mark.parametrize("cut", [(slice(None, None, 2), slice(37)), (slice(7), slice(4, None, 2))])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_strided_logits_give_the_same_to_the_bit(cut, inplace):
+    base = torch.randn(14, 80, generator=torch.Generator().manual_seed(2), dtype=F64)
+    rest = make(n=7, vocab=37)
+    want, want_grad = loss_and_grad(policy_loss, {**rest, "logits_NV": base[cut].contiguous()})
+    del rest["logits_NV"]
+    leaf = base.requires_grad_()
+    result = policy_loss((leaf * 1.0)[cut], **rest, inplace=inplace)
+    result.loss.backward()
+    assert result.loss == want.loss
+    assert torch.equal(leaf.grad[cut], want_grad)
+    leaf.grad[cut] = 0
+    assert not leaf.grad.any()
 
 
 AGGREGATIONS = {  # weight of a token in a batch of 3 sequences of 2, 1 and 4 tokens, padded to 5
@@ -213,10 +265,19 @@ def test_30_loss_is_by_global_tokens_not_mean_of_means(cuts):
 
 
 @pytest.mark.parametrize(
-    "poisoned", ["logits_NV", "behaviour_logprob_N", "advantage_N", "ref_logprob_N"]
+    "poisoned",
+    [
+        "logits_NV",
+        "behaviour_logprob_N",
+        "advantage_N",
+        "ref_logprob_N",
+        "importance_weight_N",
+        "temperature",
+    ],
 )
 def test_rows_of_weight_0_change_nothing_and_their_nans_do_not_leak(poisoned):
-    inputs = make()
+    drawn = 0.5 + torch.rand(2, 13, generator=torch.Generator().manual_seed(3), dtype=F64)
+    inputs = {**make(), "importance_weight_N": drawn[0], "temperature": drawn[1]}
     want, want_grad = loss_and_grad(policy_loss, inputs)
     dead = {
         k: torch.cat([x, x[:2]]) if isinstance(x, torch.Tensor) else x for k, x in inputs.items()
@@ -234,13 +295,15 @@ def test_rows_of_weight_0_change_nothing_and_their_nans_do_not_leak(poisoned):
         torch.testing.assert_close(a, b)
 
 
-def test_an_ignored_token_is_as_weight_0():
+@pytest.mark.parametrize("mark", [-100, 36])
+def test_an_ignored_token_is_as_weight_0(mark):
     inputs = make()
+    inputs["token_N"] %= 36  # 36 is a word that nobody sampled, as a pad token is
     token = inputs["token_N"].clone()
-    token[3] = -100
+    token[3] = mark
     weight = inputs["weight_N"].clone()
     weight[3] = 0
-    one, grad = loss_and_grad(policy_loss, inputs, token_N=token)
+    one, grad = loss_and_grad(policy_loss, inputs, token_N=token, ignore_index=mark)
     other, other_grad = loss_and_grad(policy_loss, inputs, weight_N=weight)
     assert one.loss == other.loss
     assert torch.equal(grad, other_grad)

@@ -67,3 +67,23 @@ def test_a_reference_of_another_shape_is_refused():
         ValueError, match=r"ref_logits_NV must have the shape .*\(2, 3\), came \(2, 4\)"
     ):
         score_tokens(torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(2).long())
+
+
+@pytest.mark.parametrize("poisoned", [0, 1])
+def test_ignored_rows_are_0_and_their_nans_do_not_leak(poisoned):
+    logits = list(torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(2)))
+    want = score_tokens(*logits, torch.tensor([0, 3, 5, 8]))
+    logits[poisoned][1] = float("nan")
+    got = score_tokens(*logits, torch.tensor([0, -100, 5, 8]))
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a[[0, 2, 3]], b[[0, 2, 3]])
+        assert a[1] == 0
+
+
+@pytest.mark.parametrize("cut", [(slice(None, None, 2),), (slice(4), slice(3, None, 2))])
+def test_strided_logits_give_the_same_to_the_bit(cut):
+    p, q = torch.randn(2, 8, 22, generator=torch.Generator().manual_seed(3))
+    token = torch.tensor([0, 3, 5, 8])
+    got = score_tokens(p[cut], q[cut], token)
+    want = score_tokens(p[cut].contiguous(), q[cut].contiguous(), token)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
