@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastppo.ops import checks
+from fastppo.ops.arguments import join, split
 from fastppo.ops.backend import choose
 from fastppo.ops.config import check_kl_kind
 from fastppo.ops.gae import gae_reference, gae_scan
@@ -44,6 +45,7 @@ def advantages(
     bootstrap_value_B: Tensor | None = None,
     whiten_rewards: bool = False,
     whiten_advantages: bool = True,
+    backend: str | None = None,
 ) -> Advantages:
     r"""Advantages, returns, rewards and KL of a rollout's packed tokens, in the score's units.
 
@@ -66,6 +68,7 @@ def advantages(
         bootstrap_value_B: float (B,), see `gae`.
         whiten_rewards: scale rewards to variance 1 before GAE; their mean stays.
         whiten_advantages: shift and scale advantages to mean 0 and variance 1.
+        backend: "triton" or "torch"; None chooses by device.
 
     Returns:
         Advantages(advantage_N, return_N, reward_N, kl_N), float32 (float64 where an input is),
@@ -79,7 +82,6 @@ def advantages(
     reward); Schulman et al. 2016, eq. 16 (GAE).
     """
     op = "advantages"
-    choose(op, None)
     check_kl_kind(op, kl_kind)
     checks.floating(op, "logprob_N", logprob_N, ndim=1)
     n = logprob_N.numel()
@@ -93,25 +95,104 @@ def advantages(
         checks.row_vector(op, name, tensor, logprob_N, n=batch)
     checks.unit_interval(op, "gamma", gamma)
     checks.unit_interval(op, "lam", lam)
-    floats = [score_B, logprob_N, ref_logprob_N, value_N]
-    dtype = checks.stat_dtype(*floats)
-    score_B, logprob_N, ref_N, value_N = (x.detach().to(dtype) for x in floats)
+    checks.scalar(op, "kl_coef", kl_coef, logprob_N)
+    chosen = choose(op, backend, logprob_N, score_B, ref_logprob_N, value_N)
+    with torch.no_grad():
+        outputs = torch.ops.fastppo.advantages(
+            score_B,
+            logprob_N,
+            ref_logprob_N,
+            value_N,
+            offsets,
+            *split(kl_coef),
+            kl_kind,
+            kl_N,
+            extra_reward_N,
+            gamma,
+            lam,
+            bootstrap_value_B,
+            whiten_rewards,
+            whiten_advantages,
+            chosen,
+        )
+    return Advantages(*outputs)
+
+
+@torch.library.custom_op(
+    "fastppo::advantages",
+    mutates_args=(),
+    schema="(Tensor score_B, Tensor logprob_N, Tensor ref_logprob_N, Tensor value_N, "
+    "Tensor offsets, Tensor? kl_coef_tensor, float kl_coef, str kl_kind, Tensor? kl_N, "
+    "Tensor? extra_reward_N, float gamma, float lam, Tensor? bootstrap_value_B, "
+    "bool whiten_rewards, bool whiten_advantages, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _forward(
+    score_B: Tensor,
+    logprob_N: Tensor,
+    ref_logprob_N: Tensor,
+    value_N: Tensor,
+    offsets: Tensor,
+    kl_coef_tensor: Tensor | None,
+    kl_coef: float,
+    kl_kind: str,
+    kl_N: Tensor | None,
+    extra_reward_N: Tensor | None,
+    gamma: float,
+    lam: float,
+    bootstrap_value_B: Tensor | None,
+    whiten_rewards: bool,
+    whiten_advantages: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    beta = join(kl_coef_tensor, kl_coef)
+    if backend == "triton":
+        from fastppo.ops import launch_tokens
+
+        return launch_tokens.advantages(
+            score_B,
+            logprob_N,
+            ref_logprob_N,
+            kl_N,
+            extra_reward_N,
+            value_N,
+            offsets,
+            bootstrap_value_B,
+            beta,
+            kl_kind,
+            KL_LIMIT,
+            gamma,
+            lam,
+            whiten_rewards,
+            whiten_advantages,
+        )
+    dtype = checks.stat_dtype(score_B, logprob_N, ref_logprob_N, value_N)
     if kl_N is None:
-        kl_N, _ = kl_and_slope(logprob_N, ref_N, kl_kind, KL_LIMIT)
+        kl_N, _ = kl_and_slope(logprob_N.to(dtype), ref_logprob_N.to(dtype), kl_kind, KL_LIMIT)
     else:
-        kl_N = kl_N.detach().to(dtype)
-    beta = kl_coef.detach().to(dtype) if isinstance(kl_coef, Tensor) else kl_coef
-    reward_N = -beta * kl_N
+        kl_N = kl_N.to(dtype, copy=True)
+    reward_N = -(beta.to(dtype) if isinstance(beta, Tensor) else beta) * kl_N
     if extra_reward_N is not None:
-        reward_N = reward_N + extra_reward_N.detach().to(dtype)
-    reward_N = reward_N + _at_last_token(score_B, offsets, n)
+        reward_N = reward_N + extra_reward_N.to(dtype)
+    reward_N = reward_N + _at_last_token(score_B.to(dtype), offsets, logprob_N.numel())
     if whiten_rewards:
-        reward_N = whiten(reward_N, shift_mean=False)
-    bootstrap_B = None if bootstrap_value_B is None else bootstrap_value_B.detach().to(dtype)
+        reward_N = whiten(reward_N, shift_mean=False, backend="torch")
+    bootstrap_B = None if bootstrap_value_B is None else bootstrap_value_B.to(dtype)
+    value_N = value_N.to(dtype)
     advantage_N, return_N = gae_scan(reward_N, value_N, offsets, gamma, lam, bootstrap_B)
     if whiten_advantages:
-        advantage_N = whiten(advantage_N)
-    return Advantages(advantage_N, return_N, reward_N, kl_N)
+        advantage_N = whiten(advantage_N, backend="torch")
+    return advantage_N, return_N, reward_N, kl_N
+
+
+@_forward.register_fake
+def _(
+    score_B: Tensor, logprob_N: Tensor, ref_logprob_N: Tensor, value_N: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = checks.stat_dtype(score_B, logprob_N, ref_logprob_N, value_N)
+    n = logprob_N.shape[0]
+    a, b, c, d = (logprob_N.new_empty(n, dtype=dtype) for _ in Advantages._fields)
+    return a, b, c, d
 
 
 def _at_last_token(score_B: Tensor, offsets: Tensor, n: int) -> Tensor:

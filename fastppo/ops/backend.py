@@ -7,39 +7,71 @@ FASTPPO_BACKEND. A forced backend that cannot run is an error; nothing falls bac
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from typing import Final
+
+import torch
+from torch import Tensor
 
 BACKENDS: Final = ("triton", "native", "torch")
 
 # Read once: a process that changed backend half-way would compare unlike numbers.
 FORCED: Final = os.environ.get("FASTPPO_BACKEND") or None
+HAS_TRITON: Final = importlib.util.find_spec("triton") is not None
+# Triton looks at this when a kernel is defined: with it kernels run on CPU tensors, slowly.
+INTERPRETED: Final = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def choose(op: str, backend: str | None) -> str:
+def choose(op: str, backend: str | None, *tensors: Tensor | None) -> str:
     """Name of the backend that runs `op`: the caller's, else FASTPPO_BACKEND, else by device.
+
+    On a GPU that is `triton`, but for float64, which only the definition computes in.
 
     Args:
         op: name of the public function, for the message.
         backend: the caller's `backend=`; None leaves the choice open.
+        tensors: the inputs that decide by device and dtype.
 
     Raises:
         ValueError: a name that is no backend, or a backend that cannot run this op.
     """
     wanted, source = (backend, "backend=") if backend is not None else (FORCED, "FASTPPO_BACKEND=")
-    if wanted is None or wanted == "torch":
-        return "torch"
+    given = [t for t in tensors if t is not None]
+    if wanted is None:
+        on_gpu = given[0].device.type == "cuda"
+        if not on_gpu or any(t.dtype == torch.float64 for t in given):
+            return "torch"
+        wanted, source = "triton", "on a GPU "
+    if wanted == "torch":
+        return wanted
     if wanted not in BACKENDS:
         raise ValueError(
             f"{op}: {source}{wanted!r} is no backend; wanted one of {', '.join(BACKENDS)}"
         )
-    raise ValueError(
-        f"{op}: {source}{wanted!r} cannot run: this version has no {wanted} kernel of {op}; "
-        "leave it out, or use 'torch'"
+    why = _obstacle(op, wanted, given)
+    if why is not None:
+        raise ValueError(f"{op}: {source}{wanted!r} cannot run: {why}; or use 'torch'")
+    return wanted
+
+
+def _obstacle(op: str, backend: str, tensors: list[Tensor]) -> str | None:
+    """Why a backend cannot run these inputs, and the cure; None if it can."""
+    if backend == "native":
+        return f"this version has no native kernel of {op}; leave it out"
+    if not HAS_TRITON:
+        return "triton is not installed; run: pip install triton"
+    if any(t.dtype == torch.float64 for t in tensors):
+        return "its kernels compute in float32 and float64 came; cast it"
+    device = tensors[0].device
+    if device.type != "cuda" and not INTERPRETED:
+        return f"the inputs are on {device}; move them to a GPU, or set TRITON_INTERPRET=1"
+    return None
+
+
+def available(device: torch.device | str = "cpu") -> tuple[str, ...]:
+    """Backends that can run the ops on float32 tensors of `device`; `torch` always can."""
+    probe = torch.empty(0, device=device)
+    return tuple(
+        name for name in BACKENDS if name == "torch" or _obstacle("", name, [probe]) is None
     )
-
-
-def available(op: str) -> tuple[str, ...]:
-    """Backends that can run `op` here; `torch` is always one of them."""
-    del op  # every op has the definition, and nothing else yet
-    return ("torch",)

@@ -81,10 +81,25 @@ def tokens(
             )
 
 
+def scalar(op: str, name: str, value: float | Tensor | None, like: Tensor) -> None:
+    """A float, or a 0-d tensor of floats on the device of `like`."""
+    if not isinstance(value, Tensor):
+        return
+    if value.ndim != 0:
+        raise ValueError(
+            f"{op}: {name} must be a float or a 0-d tensor, came {show(tuple(value.shape))}"
+        )
+    if not value.is_floating_point():
+        raise TypeError(f"{op}: {name} must hold a float, came {value.dtype}")
+    same_device(op, name, value, like)
+
+
 def temperature(op: str, value: float | Tensor, like: Tensor, *, n: int) -> None:
     """A positive float, a 0-d tensor, or a tensor (n,)."""
     if isinstance(value, Tensor):
-        if value.ndim != 0:
+        if value.ndim == 0:
+            scalar(op, "temperature", value, like)
+        else:
             row_vector(op, "temperature", value, like, n=n)
         return
     if not value > 0:
@@ -108,7 +123,7 @@ def offsets(op: str, value: Tensor, like: Tensor, *, n: int) -> None:
             "it holds the start of each sequence and, last, N"
         )
     same_device(op, "offsets", value, like)
-    if value.device.type == "cpu":
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
         if int(value[0]) != 0 or int(value[-1]) != n:
             raise ValueError(
                 f"{op}: offsets must start at 0 and end at N={n}, "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ def gae(
     gamma: float = 1.0,
     lam: float = 0.95,
     bootstrap_value_B: Tensor | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Advantages and returns of every token of a packed batch, in the reward's units.
 
@@ -37,6 +38,7 @@ def gae(
         lam: trace decay, in [0, 1]; 1 is Monte Carlo, 0 is one-step TD.
         bootstrap_value_B: float (B,), V of the state after a sequence's last token, for sequences
             that were cut off; None is 0 for all: they ended.
+        backend: "triton" or "torch"; None chooses by device.
 
     Returns:
         advantage_N and return_N = advantage_N + value_N, float32 (float64 where an input is),
@@ -49,22 +51,48 @@ def gae(
     Source: Schulman et al. 2016, High-Dimensional Continuous Control Using GAE, eq. 16.
     """
     op = "gae"
-    choose(op, None)
     checks.floating(op, "reward_N", reward_N, ndim=1)
     checks.row_vector(op, "value_N", value_N, reward_N, n=reward_N.numel())
     checks.offsets(op, offsets, reward_N, n=reward_N.numel())
     checks.unit_interval(op, "gamma", gamma)
     checks.unit_interval(op, "lam", lam)
     checks.row_vector(op, "bootstrap_value_B", bootstrap_value_B, reward_N, n=offsets.numel() - 1)
+    chosen = choose(op, backend, reward_N, value_N, bootstrap_value_B)
+    with torch.no_grad():
+        found = torch.ops.fastppo.gae(
+            reward_N, value_N, offsets, gamma, lam, bootstrap_value_B, chosen
+        )
+    return cast("tuple[Tensor, Tensor]", tuple(found))
+
+
+@torch.library.custom_op(
+    "fastppo::gae",
+    mutates_args=(),
+    schema="(Tensor reward_N, Tensor value_N, Tensor offsets, float gamma, float lam, "
+    "Tensor? bootstrap_value_B, str backend) -> (Tensor, Tensor)",
+)
+def _forward(
+    reward_N: Tensor,
+    value_N: Tensor,
+    offsets: Tensor,
+    gamma: float,
+    lam: float,
+    bootstrap_value_B: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    if backend == "triton":
+        from fastppo.ops import launch_tokens
+
+        return launch_tokens.gae(reward_N, value_N, offsets, gamma, lam, bootstrap_value_B)
     dtype = checks.stat_dtype(reward_N, value_N)
-    return gae_scan(
-        reward_N.detach().to(dtype),
-        value_N.detach().to(dtype),
-        offsets,
-        gamma,
-        lam,
-        None if bootstrap_value_B is None else bootstrap_value_B.detach().to(dtype),
-    )
+    after_B = None if bootstrap_value_B is None else bootstrap_value_B.to(dtype)
+    return gae_scan(reward_N.to(dtype), value_N.to(dtype), offsets, gamma, lam, after_B)
+
+
+@_forward.register_fake
+def _(reward_N: Tensor, value_N: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    dtype, n = checks.stat_dtype(reward_N, value_N), reward_N.shape[0]
+    return reward_N.new_empty(n, dtype=dtype), reward_N.new_empty(n, dtype=dtype)
 
 
 def gae_scan(

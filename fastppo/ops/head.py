@@ -1,24 +1,32 @@
 """Logits made chunk by chunk from hidden states, and their gradient turned back; never [N, V].
 
-A chunk of tokens goes through one library GEMM, is shown to a visitor, and if the visitor gives
-back the gradient of its logits a second GEMM makes it that of the hidden states. Only a trained
-head costs a third.
+A chunk of tokens goes through one library GEMM, a kernel turns its logits into their gradient, and a
+second GEMM makes it that of the hidden states. Only a trained head costs a third.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from fastppo.ops import checks
 from fastppo.ops.config import HeadLora
-from fastppo.ops.rows import Visitor, block_slices
+from fastppo.ops.rows import ChunkKernel
 
 # On a GPU a chunk re-reads the whole weight, so it is large; on a CPU it stays near the caches.
 _CHUNK_BYTES_CPU = 64 << 20
 _CHUNK_BYTES_DEVICE = 512 << 20
+
+
+# The schema of a head and of one token chunk's budget, as the registered operators take them.
+HEAD_SCHEMA: Final = (
+    "Tensor weight_VD, Tensor? bias_V, Tensor? lora_A_RD, Tensor? lora_B_VR, float lora_scaling"
+)
+CHUNK_SCHEMA: Final = "ScalarType logits_dtype, int? chunk_bytes"
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,16 @@ class Head:
         """What may train, in the order in which autograd sees it."""
         a, b = (None, None) if self.lora is None else (self.lora.A_RD, self.lora.B_VR)
         return self.weight_VD, self.bias_V, a, b
+
+    def flat(self) -> tuple[Any, ...]:
+        """The values of HEAD_SCHEMA."""
+        return (*self.tensors(), 1.0 if self.lora is None else self.lora.scaling)
+
+    @classmethod
+    def of(cls, flat: tuple[Any, ...]) -> Head:
+        """From the values of HEAD_SCHEMA."""
+        weight_VD, bias_V, a_RD, b_VR, scaling = flat
+        return cls(weight_VD, bias_V, None if a_RD is None else HeadLora(a_RD, b_VR, scaling))
 
     def detach(self) -> Head:
         """The same head, out of autograd's sight."""
@@ -126,13 +144,15 @@ class LinearRows:
     logits_dtype: torch.dtype
     chunk_bytes: int | None
     live_N: Tensor
-    wanted: tuple[bool, bool, bool, bool, bool] = (False,) * 5
+    wanted: Sequence[bool] = (False,) * 5
     grads: list[Tensor | None] = field(default_factory=lambda: [None] * 5)
 
     def __post_init__(self) -> None:
         hidden, *head = self.wanted
         if hidden:
-            self.grads[0] = torch.empty_like(self.hidden_ND)
+            self.grads[0] = torch.empty_like(
+                self.hidden_ND, memory_format=torch.contiguous_format
+            )
         for i, (needed, tensor) in enumerate(zip(head, self.head.tensors(), strict=True), 1):
             if needed:
                 assert tensor is not None
@@ -141,28 +161,30 @@ class LinearRows:
     def chunks(self) -> list[slice]:
         """Consecutive tokens whose logits fit the budget."""
         n, vocab = self.hidden_ND.shape[0], self.head.weight_VD.shape[0]
-        return chunk_slices(n, vocab, self.dtype, self.hidden_ND.device, self.chunk_bytes)
+        return chunk_slices(n, vocab, self.logits_dtype, self.hidden_ND.device, self.chunk_bytes)
 
-    def visit(self, visitor: Visitor) -> None:
-        """Show every row to `visitor`; turn the gradients it gives into those of what trains."""
+    def visit(self, kernel: ChunkKernel, *, write: bool) -> None:
+        """Show every chunk to `kernel`; turn the gradients it writes into those of what trains."""
         with full_precision(self.hidden_ND.device):
-            self._visit(visitor)
+            for chunk in self.chunks():
+                hidden = self.hidden_ND[chunk]
+                x_NV = self.head.logits(hidden, self.logits_dtype)
+                if not write:
+                    kernel(chunk, x_NV, None)
+                    continue
+                wide = self._gradient_dtype()
+                # Over the logits where both have one dtype: the chunk is nobody else's.
+                dx_NV = x_NV if x_NV.dtype == wide else torch.empty_like(x_NV, dtype=wide)
+                kernel(chunk, x_NV, dx_NV)
+                self._backward(chunk, hidden, dx_NV)
 
-    def _visit(self, visitor: Visitor) -> None:
-        vocab = self.head.weight_VD.shape[0]
-        for chunk in self.chunks():
-            hidden = self.hidden_ND[chunk]
-            x_NV = self.head.logits(hidden, self.logits_dtype).to(self.dtype)
-            got = False
-            # Blocks that stay in the caches while they are swept; their memory is this chunk's own.
-            for block in block_slices(len(hidden), vocab, self.dtype, hidden.device):
-                at = slice(chunk.start + block.start, chunk.start + block.stop)
-                grad = visitor(at, x_NV[block])
-                if grad is not None:
-                    x_NV[block] = grad
-                    got = True
-            if got:
-                self._backward(chunk, hidden, x_NV)
+    def _gradient_dtype(self) -> torch.dtype:
+        """That of the GEMM's operands; what trains in a wider one is not given rounded gradients."""
+        dtype = self.hidden_ND.dtype
+        for needed, tensor in zip(self.wanted[1:], self.head.tensors(), strict=True):
+            if needed and tensor is not None:
+                dtype = torch.promote_types(dtype, tensor.dtype)
+        return dtype
 
     def _backward(self, chunk: slice, hidden: Tensor, dx_NV: Tensor) -> None:
         weight_VD, lora = self.head.weight_VD, self.head.lora
@@ -187,4 +209,29 @@ class LinearRows:
         if d_weight is not None:
             d_weight.add_(small_NV.T @ hidden)
         if d_bias is not None:
-            d_bias.add_(dx_NV.sum(0))
+            d_bias.add_(dx_NV.sum(0, dtype=self.dtype))
+
+    def results(self) -> tuple[Tensor, ...]:
+        """The gradients in their inputs' dtypes, as autograd wants them; empty where unwanted."""
+        inputs = (self.hidden_ND, *self.head.tensors())
+        return tuple(
+            self.hidden_ND.new_empty(0) if grad is None or tensor is None else grad.to(tensor.dtype)
+            for grad, tensor in zip(self.grads, inputs, strict=True)
+        )
+
+
+def fake_results(
+    hidden_ND: Tensor, head: Head, wanted: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """The shapes of `LinearRows.results`."""
+    return tuple(
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        if needed and tensor is not None
+        else hidden_ND.new_empty(0)
+        for needed, tensor in zip(wanted, (hidden_ND, *head.tensors()), strict=True)
+    )
+
+
+def asked(needed: Sequence[bool], grads: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients with None in place of the empty ones."""
+    return [grad if need else None for need, grad in zip(needed, grads, strict=True)]

@@ -9,22 +9,32 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastppo.ops import checks
+from fastppo.ops.arguments import LossArguments
 from fastppo.ops.backend import choose
 from fastppo.ops.config import HeadLora, PolicyLossConfig
-from fastppo.ops.head import Head, LinearRows, check_head, logits_dtype_of
-from fastppo.ops.linear_token_logprobs import cast_like, dense_logits, make_hidden
+from fastppo.ops.head import (
+    CHUNK_SCHEMA,
+    HEAD_SCHEMA,
+    Head,
+    LinearRows,
+    asked,
+    check_head,
+    fake_results,
+    logits_dtype_of,
+)
+from fastppo.ops.linear_token_logprobs import dense_logits, make_hidden
 from fastppo.ops.policy_loss import (
     PolicyLoss,
+    fake_outputs,
+    loss_arguments,
     make_policy_inputs,
     policy_loss_reference,
-    prepare,
+    saved_settings,
+    scaled,
     sweep,
-    times,
     unpack,
 )
 from fastppo.ops.registry import Op, Shape, register
-from fastppo.ops.rows import RowSpec
-from fastppo.ops.surrogate import PolicyInputs
 
 
 def linear_policy_loss(
@@ -83,13 +93,12 @@ def linear_policy_loss(
     Source: as `policy_loss`.
     """
     op = "linear_policy_loss"
-    choose(op, backend)
     head = Head(weight_VD, bias_V, head_lora)
     check_head(op, hidden_ND, head)
+    chosen = choose(op, backend, hidden_ND)
     n, vocab = hidden_ND.shape[0], weight_VD.shape[0]
     checks.tokens(op, token_N, hidden_ND, n=n, vocab=vocab, ignore_index=ignore_index, check=check)
-    dtype = checks.stat_dtype(hidden_ND)
-    spec, inputs = prepare(
+    arguments = loss_arguments(
         op,
         hidden_ND,
         token_N,
@@ -104,51 +113,58 @@ def linear_policy_loss(
         kl_coef=kl_coef,
         entropy_coef=entropy_coef,
         config=PolicyLossConfig() if config is None else config,
+        grad_scale=grad_scale,
         ignore_index=ignore_index,
-        dtype=dtype,
     )
     enabled = torch.is_grad_enabled()
     tensors = (hidden_ND, *head.tensors())
-    wanted = tuple(enabled and tensor is not None and tensor.requires_grad for tensor in tensors)
-    scale = 1.0 if grad_scale is None else grad_scale
-    settings = (dtype, logits_dtype_of(op, hidden_ND, logits_dtype), chunk_bytes)
-    outputs = _LinearPolicyLoss.apply(  # type: ignore[no-untyped-call]
-        *tensors, head, spec, inputs, settings, wanted, scale
-    )
-    return unpack(outputs)
-
-
-class _LinearPolicyLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        a_RD: Tensor | None,
-        b_VR: Tensor | None,
-        head: Head,
-        spec: RowSpec,
-        inputs: PolicyInputs,
-        settings: tuple[torch.dtype, torch.dtype, int | None],
-        wanted: tuple[bool, bool, bool, bool, bool],
-        scale: float | Tensor,
-    ) -> tuple[Tensor, ...]:
-        rows = LinearRows(hidden_ND, head.detach(), *settings, spec.live_N, wanted)
-        outputs = sweep(
-            rows, spec, inputs, hidden_ND, settings[0], need_grad=any(wanted), scale=scale
+    wanted = [enabled and tensor is not None and tensor.requires_grad for tensor in tensors]
+    dtype = logits_dtype_of(op, hidden_ND, logits_dtype)
+    return unpack(
+        torch.ops.fastppo.linear_policy_loss(
+            hidden_ND, *head.flat(), *arguments.flat(), dtype, chunk_bytes, wanted, chosen
         )
-        ctx.mark_non_differentiable(*outputs[1:])
-        ctx.save_for_backward(*cast_like(rows.grads, (hidden_ND, weight_VD, bias_V, a_RD, b_VR)))
-        ctx.scale = scale
-        return outputs
+    )
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        factor = grad_output / ctx.scale
-        grads = (None if g is None else times(g, factor, own=False) for g in ctx.saved_tensors)
-        return (*grads, *([None] * 6))
+
+@torch.library.custom_op(
+    "fastppo::linear_policy_loss",
+    mutates_args=(),
+    schema=f"(Tensor hidden_ND, {HEAD_SCHEMA}, {LossArguments.SCHEMA}, {CHUNK_SCHEMA}, "
+    f"bool[] wanted, str backend) -> ({', '.join(['Tensor'] * 10)})",
+)
+def _forward(hidden_ND: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+    """Loss, log-prob, entropy, KL, metrics; then the gradients of hidden states and head."""
+    head, arguments = Head.of(flat[:5]), LossArguments.of(flat[5:-4])
+    logits_dtype, chunk_bytes, wanted, backend = flat[-4:]
+    stat, live_N = checks.stat_dtype(hidden_ND), arguments.live_N()
+    rows = LinearRows(hidden_ND, head, stat, logits_dtype, chunk_bytes, live_N, wanted)
+    return (*sweep(rows, arguments, hidden_ND, any(wanted), backend), *rows.results())
+
+
+@_forward.register_fake
+def _(hidden_ND: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+    outputs = fake_outputs(hidden_ND, hidden_ND.shape[0])
+    return (*outputs, *fake_results(hidden_ND, Head.of(flat[:5]), flat[-2]))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[5:])
+    ctx.wanted = inputs[-2]
+    saved_settings(ctx, LossArguments.of(inputs[6:-4]), inputs[-1])
+
+
+@once_differentiable
+def _autograd(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    nothing = (None,) * (1 + LossArguments.COUNT + 4)
+    if grad_loss is None:
+        return (*[None] * 5, *nothing)
+    grads = asked(ctx.wanted, ctx.saved_tensors)
+    return (*scaled("linear_policy_loss", ctx, grads, grad_loss), *nothing)
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def linear_policy_loss_reference(

@@ -8,13 +8,26 @@ import torch
 from torch import Tensor
 
 from fastppo.ops import checks
+from fastppo.ops.arguments import RowArguments, row_arguments
 from fastppo.ops.backend import choose
 from fastppo.ops.config import HeadLora
-from fastppo.ops.head import Head, check_head, chunk_slices, full_precision, logits_dtype_of
+from fastppo.ops.head import (
+    HEAD_SCHEMA,
+    Head,
+    check_head,
+    chunk_slices,
+    full_precision,
+    logits_dtype_of,
+)
 from fastppo.ops.linear_token_logprobs import dense_logits, make_hidden
 from fastppo.ops.registry import Op, Shape, register
-from fastppo.ops.rows import block_slices, row_spec
-from fastppo.ops.score_tokens import Scores, empty_scores, score_block, score_tokens_reference
+from fastppo.ops.score_tokens import (
+    Scores,
+    Vectors,
+    empty_scores,
+    make_scorer,
+    score_tokens_reference,
+)
 
 
 def linear_score_tokens(
@@ -58,11 +71,11 @@ def linear_score_tokens(
         TypeError: inputs of the wrong kind.
     """
     op = "linear_score_tokens"
-    choose(op, backend)
     head = Head(weight_VD, bias_V, head_lora)
     ref_head = Head(weight_VD if ref_weight_VD is None else ref_weight_VD, bias_V, ref_head_lora)
     check_head(op, hidden_ND, head)
     check_head(op, ref_hidden_ND, ref_head)
+    chosen = choose(op, backend, hidden_ND, ref_hidden_ND)
     n, vocab = hidden_ND.shape[0], weight_VD.shape[0]
     if ref_hidden_ND.shape[0] != n or ref_head.weight_VD.shape[0] != vocab:
         raise ValueError(
@@ -72,20 +85,50 @@ def linear_score_tokens(
     checks.tokens(op, token_N, hidden_ND, n=n, vocab=vocab, ignore_index=ignore_index, check=check)
     checks.temperature(op, temperature, hidden_ND, n=n)
     checks.softcap(op, softcap)
-    dtype = checks.stat_dtype(hidden_ND, ref_hidden_ND)
-    spec = row_spec(token_N, token_N != ignore_index, temperature, softcap, dtype)
-    scores = empty_scores(hidden_ND, n, dtype)
+    checks.same_device(op, "ref_hidden_ND", ref_hidden_ND, hidden_ND)
+    rows = row_arguments(token_N, temperature, softcap, ignore_index)
     own_dtype = logits_dtype_of(op, hidden_ND, logits_dtype)
     ref_dtype = logits_dtype_of(op, ref_hidden_ND, logits_dtype)
-    device = hidden_ND.device
-    with torch.no_grad(), full_precision(device):
-        for chunk in chunk_slices(n, vocab, dtype, device, chunk_bytes):
-            x_NV = head.logits(hidden_ND[chunk], own_dtype).to(dtype)
-            ref_x_NV = ref_head.logits(ref_hidden_ND[chunk], ref_dtype).to(dtype)
-            for block in block_slices(len(x_NV), vocab, dtype, device):
-                at = slice(chunk.start + block.start, chunk.start + block.stop)
-                score_block(scores, at, x_NV[block], ref_x_NV[block], spec)
-    return scores
+    with torch.no_grad():
+        outputs = torch.ops.fastppo.linear_score_tokens(
+            hidden_ND,
+            *head.flat(),
+            ref_hidden_ND,
+            *ref_head.flat(),
+            *rows.flat(),
+            own_dtype,
+            ref_dtype,
+            chunk_bytes,
+            chosen,
+        )
+    return Scores(*outputs)
+
+
+@torch.library.custom_op(
+    "fastppo::linear_score_tokens",
+    mutates_args=(),
+    schema=f"(Tensor hidden_ND, {HEAD_SCHEMA}, Tensor ref_hidden_ND, "
+    + ", ".join(part.replace(" ", " ref_", 1) for part in HEAD_SCHEMA.split(", "))
+    + f", {RowArguments.SCHEMA}, ScalarType logits_dtype, ScalarType ref_logits_dtype, "
+    "int? chunk_bytes, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _forward(hidden_ND: Tensor, *flat: Any) -> Vectors:
+    head, ref_hidden_ND, ref_head = Head.of(flat[:5]), flat[5], Head.of(flat[6:11])
+    rows = RowArguments(*flat[11:16])
+    own_dtype, ref_dtype, chunk_bytes, backend = flat[16:]
+    scorer = make_scorer(hidden_ND, ref_hidden_ND, rows, backend)
+    n, vocab, device = hidden_ND.shape[0], head.weight_VD.shape[0], hidden_ND.device
+    wider = own_dtype if own_dtype.itemsize > ref_dtype.itemsize else ref_dtype
+    with full_precision(device):
+        for chunk in chunk_slices(n, vocab, wider, device, chunk_bytes):
+            x_NV = head.logits(hidden_ND[chunk], own_dtype)
+            scorer.score(chunk, x_NV, ref_head.logits(ref_hidden_ND[chunk], ref_dtype))
+    return scorer.scores
+
+
+@_forward.register_fake
+def _(hidden_ND: Tensor, *flat: Any) -> Vectors:
+    return empty_scores(hidden_ND, flat[5])
 
 
 def linear_score_tokens_reference(

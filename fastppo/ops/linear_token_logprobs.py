@@ -9,12 +9,28 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastppo.ops import checks
+from fastppo.ops.arguments import RowArguments, row_arguments
 from fastppo.ops.backend import choose
 from fastppo.ops.config import HeadLora
-from fastppo.ops.head import Head, LinearRows, check_head, logits_dtype_of
+from fastppo.ops.head import (
+    CHUNK_SCHEMA,
+    HEAD_SCHEMA,
+    Head,
+    LinearRows,
+    asked,
+    check_head,
+    fake_results,
+    logits_dtype_of,
+)
 from fastppo.ops.registry import Op, Shape, register
-from fastppo.ops.rows import RowSpec, row_outputs, row_spec, statistics
-from fastppo.ops.token_logprobs import TokenLogprobs, token_logprobs_reference, upstream
+from fastppo.ops.token_logprobs import (
+    Statistics,
+    TokenLogprobs,
+    fake_statistics,
+    token_logprobs_reference,
+    visit_gradient,
+    visit_statistics,
+)
 
 
 def linear_token_logprobs(
@@ -51,7 +67,7 @@ def linear_token_logprobs(
         logits_dtype: what the GEMM gives; None is the operands' dtype, float32 keeps what bf16
             rounds.
         check: also refuse tokens out of range; waits for the device.
-        backend: "torch", or None to choose by device.
+        backend: "triton" or "torch"; None chooses by device.
 
     Returns:
         TokenLogprobs(logprob_N, entropy_N), float32 (float64 for float64 hidden states).
@@ -61,69 +77,101 @@ def linear_token_logprobs(
         TypeError: inputs of the wrong kind, hidden states and weight of two dtypes.
     """
     op = "linear_token_logprobs"
-    choose(op, backend)
     head = Head(weight_VD, bias_V, head_lora)
     check_head(op, hidden_ND, head)
+    chosen = choose(op, backend, hidden_ND)
     n, vocab = hidden_ND.shape[0], weight_VD.shape[0]
     checks.tokens(op, token_N, hidden_ND, n=n, vocab=vocab, ignore_index=ignore_index, check=check)
     checks.temperature(op, temperature, hidden_ND, n=n)
     checks.softcap(op, softcap)
-    dtype = checks.stat_dtype(hidden_ND)
-    spec = row_spec(token_N, token_N != ignore_index, temperature, softcap, dtype)
-    settings = (dtype, logits_dtype_of(op, hidden_ND, logits_dtype), chunk_bytes)
-    logprob_N, entropy_N = _LinearTokenLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, *head.tensors(), head, spec, settings
+    rows = row_arguments(token_N, temperature, softcap, ignore_index)
+    dtype = logits_dtype_of(op, hidden_ND, logits_dtype)
+    outputs = torch.ops.fastppo.linear_token_logprobs(
+        hidden_ND, *head.flat(), *rows.flat(), dtype, chunk_bytes, chosen
     )
-    return TokenLogprobs(logprob_N, entropy_N)
+    return TokenLogprobs(outputs[0], outputs[1])
 
 
-class _LinearTokenLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        a_RD: Tensor | None,
-        b_VR: Tensor | None,
-        head: Head,
-        spec: RowSpec,
-        settings: tuple[torch.dtype, torch.dtype, int | None],
-    ) -> tuple[Tensor, Tensor]:
-        logprob_N, entropy_N = row_outputs(hidden_ND, hidden_ND.shape[0], settings[0])
-
-        def visitor(at: slice, x: Tensor) -> None:
-            stats = statistics(x, spec.at(at))
-            logprob_N[at], entropy_N[at] = stats.logprob, stats.entropy
-
-        LinearRows(hidden_ND, head.detach(), *settings, spec.live_N).visit(visitor)
-        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, a_RD, b_VR)
-        ctx.scaling = head.lora.scaling if head.lora is not None else 1.0
-        ctx.spec, ctx.settings = spec, settings
-        ctx.set_materialize_grads(False)
-        return logprob_N, entropy_N
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g_N: Tensor | None, h_N: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden_ND, weight_VD, bias_V, a_RD, b_VR = ctx.saved_tensors
-        lora = None if a_RD is None else HeadLora(a_RD, b_VR, ctx.scaling)
-        head, wanted = Head(weight_VD, bias_V, lora), ctx.needs_input_grad[:5]
-        dtype, logits_dtype, chunk_bytes = ctx.settings
-        live_N = ctx.spec.live_N
-        rows = LinearRows(hidden_ND, head, dtype, logits_dtype, chunk_bytes, live_N, wanted)
-        rows.visit(upstream(ctx.spec, g_N, h_N))
-        return (*cast_like(rows.grads, ctx.saved_tensors), None, None, None)
+@torch.library.custom_op(
+    "fastppo::linear_token_logprobs",
+    mutates_args=(),
+    schema=f"(Tensor hidden_ND, {HEAD_SCHEMA}, {RowArguments.SCHEMA}, {CHUNK_SCHEMA}, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _forward(hidden_ND: Tensor, *flat: Any) -> Statistics:
+    """Log-prob, entropy, and two vectors between this op and its backward."""
+    head, rows = Head.of(flat[:5]), RowArguments(*flat[5:10])
+    logits_dtype, chunk_bytes, backend = flat[10:]
+    live_N = rows.token_N != rows.ignore_index
+    stat = checks.stat_dtype(hidden_ND)
+    visited = LinearRows(hidden_ND, head, stat, logits_dtype, chunk_bytes, live_N)
+    return visit_statistics(visited, rows, hidden_ND, backend, live_N=live_N)
 
 
-def cast_like(
-    grads: list[Tensor | None], like: tuple[Tensor | None, ...]
-) -> tuple[Tensor | None, ...]:
-    """Gradients in their inputs' dtypes, as autograd wants them."""
-    return tuple(
-        None if grad is None or tensor is None else grad.to(tensor.dtype)
-        for grad, tensor in zip(grads, like, strict=True)
+@_forward.register_fake
+def _(hidden_ND: Tensor, *flat: Any) -> Statistics:
+    return fake_statistics(hidden_ND, flat[-1])
+
+
+@torch.library.custom_op(
+    "fastppo::linear_token_logprobs_backward",
+    mutates_args=(),
+    schema=f"(Tensor? g_N, Tensor? h_N, bool[] wanted, Tensor hidden_ND, {HEAD_SCHEMA}, "
+    f"{RowArguments.SCHEMA}, {CHUNK_SCHEMA}, Tensor logprob_N, Tensor entropy_N, "
+    "Tensor highest_N, Tensor total_N, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _backward(
+    g_N: Tensor | None, h_N: Tensor | None, wanted: list[bool], hidden_ND: Tensor, *flat: Any
+) -> tuple[Tensor, ...]:
+    """Gradients of hidden states, weight, bias, A and B; empty where not wanted."""
+    head, rows = Head.of(flat[:5]), RowArguments(*flat[5:10])
+    logits_dtype, chunk_bytes, *stats, backend = flat[10:]
+    live_N = rows.token_N != rows.ignore_index
+    stat = checks.stat_dtype(hidden_ND)
+    visited = LinearRows(hidden_ND, head, stat, logits_dtype, chunk_bytes, live_N, wanted)
+    visit_gradient(visited, rows, hidden_ND, backend, tuple(stats), g_N, h_N, live_N=live_N)
+    return visited.results()
+
+
+@_backward.register_fake
+def _(
+    g_N: Tensor | None, h_N: Tensor | None, wanted: list[bool], hidden_ND: Tensor, *flat: Any
+) -> tuple[Tensor, ...]:
+    return fake_results(hidden_ND, Head.of(flat[:5]), wanted)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Statistics) -> None:
+    hidden_ND, weight_VD, bias_V, a_RD, b_VR, scaling, token_N, tau, *rest = inputs
+    ctx.scaling, ctx.rest, ctx.backend = scaling, rest[:-1], rest[-1]
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden_ND, weight_VD, bias_V, a_RD, b_VR, token_N, tau, *output)
+
+
+@once_differentiable
+def _autograd(ctx: Any, g_N: Tensor | None, h_N: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    hidden_ND, weight_VD, bias_V, a_RD, b_VR, token_N, tau, *stats = ctx.saved_tensors
+    wanted = list(ctx.needs_input_grad[:5])
+    grads = torch.ops.fastppo.linear_token_logprobs_backward(
+        g_N,
+        h_N,
+        wanted,
+        hidden_ND,
+        weight_VD,
+        bias_V,
+        a_RD,
+        b_VR,
+        ctx.scaling,
+        token_N,
+        tau,
+        *ctx.rest,
+        *stats,
+        ctx.backend,
     )
+    return (*asked(wanted, grads), *[None] * 9)
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def dense_logits(

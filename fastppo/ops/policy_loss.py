@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastppo.ops import checks
+from fastppo.ops.arguments import LossArguments, row_arguments, split
 from fastppo.ops.backend import choose
 from fastppo.ops.config import PolicyLossConfig
 from fastppo.ops.registry import Op, Shape, register
-from fastppo.ops.rows import (
-    DenseRows,
-    RowSpec,
-    Visitor,
-    gradient,
-    row_outputs,
-    row_spec,
-    statistics,
-)
-from fastppo.ops.surrogate import PolicyInputs, PolicyMetrics, token_gradient, totals
+from fastppo.ops.rows import DenseRows, Rows, gradient, in_blocks, row_outputs, statistics
+from fastppo.ops.surrogate import PolicyMetrics, token_gradient, totals
 from fastppo.ops.token_kl import token_kl_reference
-from fastppo.ops.token_logprobs import log_probs_reference, make_logits
+from fastppo.ops.token_logprobs import (
+    log_probs_reference,
+    make_logits,
+    visit_gradient,
+    visit_statistics,
+)
+
+# Loss, log-prob, entropy, KL, and the vector of metrics.
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class PolicyLoss(NamedTuple):
@@ -35,13 +36,6 @@ class PolicyLoss(NamedTuple):
     entropy_N: Tensor
     kl_N: Tensor
     metrics: PolicyMetrics
-
-
-class Rows(Protocol):
-    """Logits that exist, or that are made chunk by chunk from hidden states."""
-
-    def visit(self, visitor: Visitor) -> None:
-        """Show every row to `visitor` once; keep the gradient that it gives back, if it does."""
 
 
 def policy_loss(
@@ -95,7 +89,7 @@ def policy_loss(
         grad_scale: > 0, a float or 0-d tensor; what is written is multiplied by it and grad_output
             divided: the scale of an fp16 loss scaler, before which the gradient would underflow.
         check: also refuse tokens out of range; waits for the device.
-        backend: "torch", or None to choose by device.
+        backend: "triton" or "torch"; None chooses by device.
 
     Returns:
         PolicyLoss(loss, logprob_N, entropy_N, kl_N, metrics), float32 (float64 for float64 logits).
@@ -110,12 +104,11 @@ def policy_loss(
         PolicyLossConfig.
     """
     op = "policy_loss"
-    choose(op, backend)
     checks.floating(op, "logits_NV", logits_NV, ndim=2)
+    chosen = choose(op, backend, logits_NV)
     n, vocab = logits_NV.shape
     checks.tokens(op, token_N, logits_NV, n=n, vocab=vocab, ignore_index=ignore_index, check=check)
-    dtype = checks.stat_dtype(logits_NV)
-    spec, inputs = prepare(
+    arguments = loss_arguments(
         op,
         logits_NV,
         token_N,
@@ -130,21 +123,19 @@ def policy_loss(
         kl_coef=kl_coef,
         entropy_coef=entropy_coef,
         config=PolicyLossConfig() if config is None else config,
+        grad_scale=grad_scale,
         ignore_index=ignore_index,
-        dtype=dtype,
     )
     need_grad = torch.is_grad_enabled() and logits_NV.requires_grad
     if inplace and need_grad:
         checks.inplace(op, logits_NV)
-    scale = 1.0 if grad_scale is None else grad_scale
-    function = _PolicyLossInPlace if inplace and need_grad else _PolicyLoss
-    outputs = function.apply(  # type: ignore[no-untyped-call]
-        logits_NV, spec, inputs, dtype, need_grad, scale
-    )
-    return unpack(outputs)
+        in_place = _PolicyLossInPlace.apply(logits_NV, arguments, chosen)  # type: ignore[no-untyped-call]
+        return unpack(in_place)
+    flat = (*arguments.flat(), need_grad, chosen)
+    return unpack(torch.ops.fastppo.policy_loss(logits_NV, *flat))
 
 
-def prepare(
+def loss_arguments(
     op: str,
     like: Tensor,
     token_N: Tensor,
@@ -160,10 +151,10 @@ def prepare(
     kl_coef: float | Tensor | None,
     entropy_coef: float | Tensor | None,
     config: PolicyLossConfig,
+    grad_scale: float | Tensor | None,
     ignore_index: int,
-    dtype: torch.dtype,
-) -> tuple[RowSpec, PolicyInputs]:
-    """Check what the host can see, and give rows that are not live finite filler."""
+) -> LossArguments:
+    """Check what the host can see, and put it into the form of the registered operators."""
     n = token_N.numel()
     optional = {"ref_logprob_N": ref_logprob_N, "importance_weight_N": importance_weight_N}
     needed = {
@@ -177,136 +168,179 @@ def prepare(
     checks.softcap(op, softcap)
     beta = config.kl_coef if kl_coef is None else kl_coef
     bonus = config.entropy_coef if entropy_coef is None else entropy_coef
+    for name, value in {"kl_coef": beta, "entropy_coef": bonus, "grad_scale": grad_scale}.items():
+        checks.scalar(op, name, value, like)
     if ref_logprob_N is None and (isinstance(beta, Tensor) or beta != 0):
         raise ValueError(f"{op}: ref_logprob_N is needed where kl_coef is not 0, came None")
     if config.ratio_level == "sequence":
         if offsets is None:
             raise ValueError(f"{op}: offsets are needed by ratio_level='sequence', came None")
         checks.offsets(op, offsets, like, n=n)
-    live_N = (weight_N != 0) & (token_N != ignore_index)
-
-    def filled(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else torch.where(live_N, tensor.detach(), 0).to(dtype)
-
-    def coefficient(value: float | Tensor) -> float | Tensor:
-        return value.detach().to(dtype) if isinstance(value, Tensor) else value
-
-    behaviour, advantage, weight = (filled(tensor) for tensor in needed.values())
-    assert behaviour is not None
-    assert advantage is not None
-    assert weight is not None
-    inputs = PolicyInputs(
-        behaviour_logprob_N=behaviour,
-        advantage_N=advantage,
-        weight_N=weight,
-        live_N=live_N,
-        ref_logprob_N=filled(ref_logprob_N),
-        importance_weight_N=filled(importance_weight_N),
-        kl_coef=coefficient(beta),
-        entropy_coef=coefficient(bonus),
-        config=config,
-        offsets=offsets,
+    return LossArguments(
+        row_arguments(token_N, temperature, softcap, ignore_index),
+        behaviour_logprob_N.detach(),
+        advantage_N.detach(),
+        weight_N.detach(),
+        None if ref_logprob_N is None else ref_logprob_N.detach(),
+        None if importance_weight_N is None else importance_weight_N.detach(),
+        offsets if config.ratio_level == "sequence" else None,
+        *split(beta),
+        *split(bonus),
+        *split(1.0 if grad_scale is None else grad_scale),
+        config.clip_low,
+        config.clip_high,
+        config.dual_clip,
+        config.kl_kind,
+        config.ratio_level,
+        config.log_ratio_limit,
     )
-    return row_spec(token_N, live_N, temperature, softcap, dtype), inputs
 
 
-def sweep(
-    rows: Rows,
-    spec: RowSpec,
-    inputs: PolicyInputs,
-    like: Tensor,
-    dtype: torch.dtype,
-    *,
-    need_grad: bool,
-    scale: float | Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def sweep(rows: Rows, arguments: LossArguments, like: Tensor, need_grad: bool, backend: str) -> Outputs:
     """Visit all rows; the gradient, if wanted, goes where `rows` keeps it.
 
     A token's loss is its own, so one visit gives statistics and gradient. A ratio by sequence needs
     all of its tokens' log-probs first: a visit for those, then one for the gradient.
     """
-    n = spec.token_N.numel()
-    logprob_N, entropy_N = row_outputs(like, n, dtype)
-    by_token = need_grad and not inputs.by_sequence
+    if arguments.by_sequence:
+        return _sweep_by_sequence(rows, arguments, like, need_grad, backend)
+    if backend == "triton":
+        from fastppo.ops import launch
 
-    def first(at: slice, x: Tensor) -> Tensor | None:
+        into = launch.empty_policy_outputs(arguments.rows.token_N.numel(), like.device)
+        rows.visit(
+            lambda at, x, out: launch.policy_loss(x, out, arguments, at, into), write=need_grad
+        )
+        loss, metrics = into.sums()
+        return loss, into.logprob_N, into.entropy_N, into.kl_N, metrics
+    dtype = checks.stat_dtype(like)
+    spec, inputs = arguments.prepare(dtype)
+    logprob_N, entropy_N = row_outputs(like, spec.token_N.numel(), dtype)
+    scale = arguments.scale
+
+    def visitor(at: slice, x: Tensor) -> Tensor | None:
         here = spec.at(at)
         stats = statistics(x, here)
         logprob_N[at], entropy_N[at] = stats.logprob, stats.entropy
-        if not by_token:
+        if not need_grad:
             return None
         g, h = token_gradient(inputs.at(at), stats.logprob)
         return gradient(stats, here, scale * g, None if h is None else scale * h)
 
-    rows.visit(first)
-    if need_grad and inputs.by_sequence:
-        g_N, h_N = token_gradient(inputs, logprob_N)
-
-        def second(at: slice, x: Tensor) -> Tensor:
-            here = spec.at(at)
-            h = None if h_N is None else scale * h_N[at]
-            return gradient(statistics(x, here), here, scale * g_N[at], h)
-
-        rows.visit(second)
+    rows.visit(in_blocks(visitor, dtype), write=need_grad)
     loss, kl_N, metrics = totals(inputs, logprob_N, entropy_N)
-    return (
-        loss,
-        logprob_N,
-        entropy_N,
-        torch.zeros_like(logprob_N) if kl_N is None else kl_N,
-        metrics,
-    )
+    return loss, logprob_N, entropy_N, kl_N, metrics
+
+
+def _sweep_by_sequence(
+    rows: Rows, arguments: LossArguments, like: Tensor, need_grad: bool, backend: str
+) -> Outputs:
+    _, inputs = arguments.prepare(checks.stat_dtype(like))
+    which: dict[str, Tensor] = {"live_N": inputs.live_N, "weight_N": arguments.weight_N}
+    stats = visit_statistics(rows, arguments.rows, like, backend, **which)
+    if need_grad:
+        g_N, h_N = token_gradient(inputs, stats[0])
+        scale = arguments.scale
+        h_N = None if h_N is None else scale * h_N
+        visit_gradient(rows, arguments.rows, like, backend, stats, scale * g_N, h_N, **which)
+    loss, kl_N, metrics = totals(inputs, stats[0], stats[1])
+    return loss, stats[0], stats[1], kl_N, metrics
 
 
 def unpack(outputs: tuple[Tensor, ...]) -> PolicyLoss:
     """The functional tuple as the public one; metrics are slices of one vector."""
-    loss, logprob_N, entropy_N, kl_N, vector = outputs[:5]
+    loss, *rest = outputs[:5]
+    logprob_N, entropy_N, kl_N, vector = (x.detach() for x in rest)
     return PolicyLoss(loss, logprob_N, entropy_N, kl_N, PolicyMetrics(*vector.unbind(0)))
 
 
-def times(grad: Tensor, factor: Tensor, *, own: bool) -> Tensor:
-    """grad * factor; `own` allows to write over grad. On the CPU a factor of 1 costs nothing."""
-    if factor.device.type == "cpu" and factor.item() == 1.0:
-        return grad
-    return grad.mul_(factor) if own else grad * factor
+def scaled(op: str, ctx: Any, grads: list[Tensor | None], grad_loss: Tensor) -> list[Tensor | None]:
+    """Gradients written in the forward times grad_loss / grad_scale, most often 1.
 
-
-class _PolicyLoss(torch.autograd.Function):
-    """The gradient lies in a buffer of its own until the backward scales it."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits_NV: Tensor,
-        spec: RowSpec,
-        inputs: PolicyInputs,
-        dtype: torch.dtype,
-        need_grad: bool,
-        scale: float,
-    ) -> tuple[Tensor, ...]:
-        grad_NV = (
-            torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
-            if need_grad
-            else None
+    On a GPU the device decides whether there is anything to do, and does it in place: the host does
+    not wait and a factor of 1 costs no pass. So a second backward there is an error.
+    """
+    factor = grad_loss / ctx.scale
+    if torch.compiler.is_compiling():
+        return [None if grad is None else (grad * factor).to(grad.dtype) for grad in grads]
+    if ctx.backend != "triton":
+        if factor.device.type == "cpu" and factor.item() == 1.0:
+            return grads
+        return [None if grad is None else grad * factor for grad in grads]
+    if ctx.taken:
+        raise RuntimeError(
+            f"{op}: a second backward, whose gradient the first one took; call {op} again"
         )
-        rows = DenseRows(logits_NV, dtype, grad_NV)
-        outputs = sweep(rows, spec, inputs, logits_NV, dtype, need_grad=need_grad, scale=scale)
-        ctx.mark_non_differentiable(*outputs[1:])
-        if grad_NV is not None:
-            ctx.save_for_backward(grad_NV)
-        ctx.scale = scale
-        return outputs
+    ctx.taken = True
+    from fastppo.ops import launch
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        (grad_NV,) = ctx.saved_tensors
-        return times(grad_NV, grad_output / ctx.scale, own=False), None, None, None, None, None
+    for grad in grads:
+        if grad is not None:
+            launch.scale_unless_one(grad.detach(), grad_loss, ctx.scale)
+    return grads
+
+
+def saved_settings(ctx: Any, arguments: LossArguments, backend: str) -> None:
+    """What `scaled` needs of the forward."""
+    ctx.scale, ctx.backend, ctx.taken = arguments.scale, backend, False
+    ctx.set_materialize_grads(False)
+
+
+@torch.library.custom_op(
+    "fastppo::policy_loss",
+    mutates_args=(),
+    schema=f"(Tensor logits_NV, {LossArguments.SCHEMA}, bool need_grad, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _forward(logits_NV: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+    """Loss, log-prob, entropy, KL, metrics, and the gradient of the logits (empty if unwanted)."""
+    *values, need_grad, backend = flat
+    grad_NV = _grad_buffer(logits_NV, need_grad)
+    rows = DenseRows(logits_NV, grad_NV)
+    outputs = sweep(rows, LossArguments.of(tuple(values)), logits_NV, need_grad, backend)
+    return (*outputs, grad_NV)
+
+
+def _grad_buffer(logits_NV: Tensor, need_grad: bool) -> Tensor:
+    if not need_grad:
+        return logits_NV.new_empty(0)
+    return torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
+
+
+def fake_outputs(like: Tensor, n: Any) -> tuple[Tensor, ...]:
+    """The shapes of `Outputs`."""
+    dtype = checks.stat_dtype(like)
+    sizes: tuple[tuple[Any, ...], ...] = ((), (n,), (n,), (n,), (len(PolicyMetrics._fields),))
+    return tuple(like.new_empty(size, dtype=dtype) for size in sizes)
+
+
+@_forward.register_fake
+def _(logits_NV: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+    return (*fake_outputs(logits_NV, logits_NV.shape[0]), _grad_buffer(logits_NV, flat[-2]))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(output[5])
+    saved_settings(ctx, LossArguments.of(inputs[1:-2]), inputs[-1])
+
+
+@once_differentiable
+def _autograd(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    nothing = (None,) * (LossArguments.COUNT + 2)
+    if grad_loss is None or not ctx.needs_input_grad[0]:
+        return (None, *nothing)
+    (grad_NV,) = scaled("policy_loss", ctx, list(ctx.saved_tensors), grad_loss)
+    return (grad_NV, *nothing)
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 class _PolicyLossInPlace(torch.autograd.Function):
     """The gradient overwrites the logits, marked dirty: whoever saved them gets an error.
 
+    torch gives no autograd to a registered operator that writes over its input, so this is none.
     Autograd lets no function with several outputs mark a view dirty. A view's version is its base's
     and the write has raised it, so the error comes all the same; only a later use of the logits
     themselves goes unseen.
@@ -314,28 +348,24 @@ class _PolicyLossInPlace(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        logits_NV: Tensor,
-        spec: RowSpec,
-        inputs: PolicyInputs,
-        dtype: torch.dtype,
-        need_grad: bool,
-        scale: float,
+        ctx: Any, logits_NV: Tensor, arguments: LossArguments, backend: str
     ) -> tuple[Tensor, ...]:
-        rows = DenseRows(logits_NV, dtype, logits_NV)
-        outputs = sweep(rows, spec, inputs, logits_NV, dtype, need_grad=need_grad, scale=scale)
+        target_NV = logits_NV.detach()
+        outputs = sweep(DenseRows(target_NV, target_NV), arguments, target_NV, True, backend)
+        # A kernel's write is not torch's: raise the version that others' saved tensors compare.
+        torch.autograd.graph.increment_version(logits_NV)
         ctx.mark_non_differentiable(*outputs[1:])
-        ctx.save_for_backward(logits_NV)
-        ctx.scale, ctx.taken = scale, False
-        ctx.set_materialize_grads(False)
+        saved_settings(ctx, arguments, backend)
         if logits_NV._is_view():
+            ctx.save_for_backward(logits_NV)
             return outputs
         ctx.mark_dirty(logits_NV)
+        ctx.save_for_backward(logits_NV)
         return (*outputs, logits_NV)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor | None, *rest: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, *rest: Any) -> tuple[Tensor | None, ...]:
         if rest[-1] is not None:
             raise RuntimeError(
                 "policy_loss: the logits were used after inplace=True wrote their gradient over "
@@ -346,12 +376,12 @@ class _PolicyLossInPlace(torch.autograd.Function):
                 "policy_loss: a second backward through inplace=True, whose gradient the first "
                 "one took; leave inplace out to keep the graph"
             )
-        ctx.taken = True
         (logits_NV,) = ctx.saved_tensors  # refuses where something has written to it since
-        if grad_output is None:
-            return (None,) * 6
-        grad_NV = times(logits_NV.detach(), grad_output / ctx.scale, own=True)
-        return grad_NV, None, None, None, None, None
+        if grad_loss is None:
+            return (None,) * 3
+        (grad_NV,) = scaled("policy_loss", ctx, [logits_NV.detach()], grad_loss)
+        ctx.taken = True
+        return grad_NV, None, None
 
 
 def policy_loss_reference(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -134,6 +134,10 @@ def gradient(stats: RowStats, spec: RowSpec, g_N: Tensor, h_N: Tensor | None) ->
 # dtype, it returns their gradient, or None where none is wanted.
 Visitor = Callable[[slice, Tensor], "Tensor | None"]
 
+# What is done with a chunk of rows: given its place, its logits, and where their gradient goes (which
+# may be the logits), or None where none is wanted.
+ChunkKernel = Callable[[slice, Tensor, "Tensor | None"], None]
+
 
 def block_slices(n: int, vocab: int, dtype: torch.dtype, device: torch.device) -> list[slice]:
     """Consecutive slices of n rows, each a block of the size that suits the device."""
@@ -147,21 +151,38 @@ def private(x_NV: Tensor, dtype: torch.dtype) -> Tensor:
     return x_NV.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
+class Rows(Protocol):
+    """Logits that exist, or that are made chunk by chunk from hidden states."""
+
+    def visit(self, kernel: ChunkKernel, *, write: bool) -> None:
+        """Show every chunk to `kernel` once; with `write` the gradient it gives back is kept."""
+
+
+def in_blocks(visitor: Visitor, dtype: torch.dtype) -> ChunkKernel:
+    """A chunk kernel that shows the chunk to `visitor` in blocks that stay in the caches."""
+
+    def run(at: slice, x_NV: Tensor, out_NV: Tensor | None) -> None:
+        n, vocab = x_NV.shape
+        for block in block_slices(n, vocab, dtype, x_NV.device):
+            place = slice(at.start + block.start, at.start + block.stop)
+            grad = visitor(place, private(x_NV[block], dtype))
+            if grad is not None:
+                assert out_NV is not None
+                out_NV[block] = grad
+
+    return run
+
+
 @dataclass(frozen=True)
 class DenseRows:
-    """Logits that exist, block by block; gradients go to `out_NV`, which may be the logits."""
+    """Logits that exist: one chunk. Gradients go to `out_NV`, which may be the logits."""
 
     logits_NV: Tensor
-    dtype: torch.dtype
     out_NV: Tensor | None = None
 
-    def visit(self, visitor: Visitor) -> None:
-        n, vocab = self.logits_NV.shape
-        for rows in block_slices(n, vocab, self.dtype, self.logits_NV.device):
-            grad = visitor(rows, private(self.logits_NV[rows], self.dtype))
-            if grad is not None:
-                assert self.out_NV is not None
-                self.out_NV[rows] = grad
+    def visit(self, kernel: ChunkKernel, *, write: bool) -> None:
+        everything = slice(0, self.logits_NV.shape[0])
+        kernel(everything, self.logits_NV, self.out_NV if write else None)
 
 
 def row_outputs(like: Tensor, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -168,8 +168,8 @@ def token_gradient(inputs: PolicyInputs, logprob_N: Tensor) -> tuple[Tensor, Ten
 
 def totals(
     inputs: PolicyInputs, logprob_N: Tensor, entropy_N: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Loss, KL of each token (None without a reference) and the vector of metrics."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, KL of each token (0 without a reference) and the vector of metrics."""
     live, weight = inputs.live_N, inputs.weight_N
     terms = _surrogate(inputs, logprob_N)
     zero = logprob_N.new_zeros(())
@@ -179,7 +179,7 @@ def totals(
 
     surrogate = total(weight * terms.loss)
     kl_loss = entropy_loss = kl_sum = zero
-    kl = None
+    kl = torch.zeros_like(logprob_N)
     if inputs.ref_logprob_N is not None:
         config = inputs.config
         kl, _ = kl_and_slope(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastppo.ops import checks
 from fastppo.ops.backend import choose
@@ -38,6 +39,7 @@ def token_kl(
     *,
     kind: str = "k1",
     log_ratio_limit: float = 20.0,
+    backend: str | None = None,
 ) -> Tensor:
     r"""KL from the policy to the reference at each sampled token, in nats.
 
@@ -53,6 +55,7 @@ def token_kl(
         ref_logprob_N: float (N,), its log-prob under the reference; no gradient.
         kind: "k1", "abs", "k2" or "k3".
         log_ratio_limit: where k3 clamps d; > 0.
+        backend: "triton" or "torch"; None chooses by device.
 
     Returns:
         kl_N, float32 (float64 where an input is float64).
@@ -64,20 +67,57 @@ def token_kl(
     Source: Schulman 2020, Approximating KL Divergence.
     """
     op = "token_kl"
-    choose(op, None)
     check_kl_kind(op, kind)
     checks.floating(op, "logprob_N", logprob_N, ndim=1)
     checks.row_vector(op, "ref_logprob_N", ref_logprob_N, logprob_N, n=logprob_N.numel())
     if not log_ratio_limit > 0:
         raise ValueError(f"{op}: log_ratio_limit must be > 0, came {log_ratio_limit}")
+    chosen = choose(op, backend, logprob_N, ref_logprob_N)
+    ref_N = ref_logprob_N.detach()
+    kl_N, _ = torch.ops.fastppo.token_kl(logprob_N, ref_N, kind, log_ratio_limit, chosen)
+    return cast(Tensor, kl_N)
+
+
+@torch.library.custom_op(
+    "fastppo::token_kl",
+    mutates_args=(),
+    schema="(Tensor logprob_N, Tensor ref_logprob_N, str kind, float log_ratio_limit, "
+    "str backend) -> (Tensor, Tensor)",
+)
+def _forward(
+    logprob_N: Tensor, ref_logprob_N: Tensor, kind: str, limit: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    """k and dk/dlogprob."""
+    if backend == "triton":
+        from fastppo.ops import launch_tokens
+
+        return launch_tokens.token_kl(logprob_N, ref_logprob_N, kind, limit)
     dtype = checks.stat_dtype(logprob_N, ref_logprob_N)
-    logprob_N, ref_logprob_N = logprob_N.to(dtype), ref_logprob_N.detach().to(dtype)
-    kl_N, slope_N = kl_and_slope(logprob_N.detach(), ref_logprob_N, kind, log_ratio_limit)
-    if not (logprob_N.requires_grad and torch.is_grad_enabled()):
-        return kl_N
-    # kl + slope * (x - x): the value of the first term, the gradient of the second.
-    finite_N = logprob_N.masked_fill(logprob_N == float("-inf"), 0)
-    return kl_N + slope_N * (finite_N - finite_N.detach())
+    kl_N, slope_N = kl_and_slope(logprob_N.to(dtype), ref_logprob_N.to(dtype), kind, limit)
+    return kl_N.clone(), slope_N.clone()  # a registered op hands out neither inputs nor twins
+
+
+@_forward.register_fake
+def _(logprob_N: Tensor, ref_logprob_N: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    dtype, n = checks.stat_dtype(logprob_N, ref_logprob_N), logprob_N.shape[0]
+    return logprob_N.new_empty(n, dtype=dtype), logprob_N.new_empty(n, dtype=dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.dtype = inputs[0].dtype
+    ctx.save_for_backward(output[1])
+
+
+@once_differentiable
+def _autograd(ctx: Any, grad_N: Tensor, _: Any) -> tuple[Any, ...]:
+    (slope_N,) = ctx.saved_tensors
+    # where before the product: the slope of masked vocabulary is 0, whatever comes from above.
+    grad_N = torch.where(slope_N == 0, 0, grad_N * slope_N)
+    return grad_N.to(ctx.dtype), None, None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def token_kl_reference(

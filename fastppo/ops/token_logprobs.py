@@ -9,9 +9,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastppo.ops import checks
+from fastppo.ops.arguments import RowArguments, row_arguments
 from fastppo.ops.backend import choose
 from fastppo.ops.registry import Op, Shape, register
-from fastppo.ops.rows import DenseRows, RowSpec, gradient, row_outputs, row_spec, statistics
+from fastppo.ops.rows import (
+    ChunkKernel,
+    DenseRows,
+    Rows,
+    gradient,
+    in_blocks,
+    row_outputs,
+    statistics,
+)
+
+# Log-prob, entropy, and what a backend keeps for its backward.
+Statistics = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class TokenLogprobs(NamedTuple):
@@ -45,7 +57,7 @@ def token_logprobs(
         temperature: > 0, a float or a float tensor () or (N,); no gradient flows to it.
         softcap: > 0, or None for none.
         check: also refuse tokens out of range; waits for the device.
-        backend: "torch", or None to choose by device.
+        backend: "triton" or "torch"; None chooses by device.
 
     Returns:
         TokenLogprobs(logprob_N, entropy_N), float32 (float64 for float64 logits).
@@ -55,58 +67,166 @@ def token_logprobs(
         TypeError: logits that hold no floats, tokens that hold no integers.
     """
     op = "token_logprobs"
-    choose(op, backend)
     checks.floating(op, "logits_NV", logits_NV, ndim=2)
+    chosen = choose(op, backend, logits_NV)
     n, vocab = logits_NV.shape
     checks.tokens(op, token_N, logits_NV, n=n, vocab=vocab, ignore_index=ignore_index, check=check)
     checks.temperature(op, temperature, logits_NV, n=n)
     checks.softcap(op, softcap)
-    dtype = checks.stat_dtype(logits_NV)
-    spec = row_spec(token_N, token_N != ignore_index, temperature, softcap, dtype)
-    logprob_N, entropy_N = _TokenLogprobs.apply(logits_NV, spec, dtype)  # type: ignore[no-untyped-call]
-    return TokenLogprobs(logprob_N, entropy_N)
+    rows = row_arguments(token_N, temperature, softcap, ignore_index)
+    outputs = torch.ops.fastppo.token_logprobs(logits_NV, *rows.flat(), chosen)
+    return TokenLogprobs(outputs[0], outputs[1])
 
 
-class _TokenLogprobs(torch.autograd.Function):
-    """Two sweeps over the logits, one forward and one backward; nothing of size N x V is kept."""
+def statistics_kernel(
+    rows: RowArguments, live_N: Tensor, dtype: torch.dtype, into: Statistics
+) -> ChunkKernel:
+    """The definition's chunk kernel that fills in log-prob and entropy."""
+    spec = rows.spec(live_N, dtype)
 
-    @staticmethod
-    def forward(
-        ctx: Any, logits_NV: Tensor, spec: RowSpec, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        logprob_N, entropy_N = row_outputs(logits_NV, logits_NV.shape[0], dtype)
+    def visitor(at: slice, x: Tensor) -> None:
+        found = statistics(x, spec.at(at))
+        into[0][at], into[1][at] = found.logprob, found.entropy
 
-        def visitor(rows: slice, x: Tensor) -> None:
-            stats = statistics(x, spec.at(rows))
-            logprob_N[rows], entropy_N[rows] = stats.logprob, stats.entropy
-
-        DenseRows(logits_NV, dtype).visit(visitor)
-        ctx.save_for_backward(logits_NV)
-        ctx.spec, ctx.dtype = spec, dtype
-        ctx.set_materialize_grads(False)
-        return logprob_N, entropy_N
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, g_N: Tensor | None, h_N: Tensor | None
-    ) -> tuple[Tensor | None, None, None]:
-        (logits_NV,) = ctx.saved_tensors
-        grad_NV = torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
-        DenseRows(logits_NV, ctx.dtype, grad_NV).visit(upstream(ctx.spec, g_N, h_N))
-        return grad_NV, None, None
+    return in_blocks(visitor, dtype)
 
 
-def upstream(spec: RowSpec, g_N: Tensor | None, h_N: Tensor | None) -> Any:
-    """A visitor that gives a block's gradient for those of log-prob and entropy."""
+def gradient_kernel(
+    rows: RowArguments, live_N: Tensor, dtype: torch.dtype, g_N: Tensor | None, h_N: Tensor | None
+) -> ChunkKernel:
+    """The definition's chunk kernel that gives the gradient for those of log-prob and entropy."""
+    spec = rows.spec(live_N, dtype)
 
-    def visitor(rows: slice, x: Tensor) -> Tensor:
-        here = spec.at(rows)
+    def visitor(at: slice, x: Tensor) -> Tensor:
+        here = spec.at(at)
         stats = statistics(x, here)
-        g = torch.zeros_like(stats.logprob) if g_N is None else g_N[rows]
-        return gradient(stats, here, g, None if h_N is None else h_N[rows])
+        g = torch.zeros_like(stats.logprob) if g_N is None else g_N[at]
+        return gradient(stats, here, g, None if h_N is None else h_N[at])
 
-    return visitor
+    return in_blocks(visitor, dtype)
+
+
+def visit_statistics(
+    visited: Rows,
+    rows: RowArguments,
+    like: Tensor,
+    backend: str,
+    *,
+    live_N: Tensor,
+    weight_N: Tensor | None = None,
+) -> Statistics:
+    """Log-prob and entropy of every row, and what the backward of this backend needs again."""
+    n = rows.token_N.numel()
+    if backend == "triton":
+        from fastppo.ops import launch
+
+        into = launch.empty_statistics(n, like.device)
+        visited.visit(
+            lambda at, x, _: launch.token_logprobs(x, rows, at, into, weight_N), write=False
+        )
+        return into.logprob_N, into.entropy_N, into.highest_N, into.total_N
+    dtype = checks.stat_dtype(like)
+    logprob_N, entropy_N = row_outputs(like, n, dtype)
+    nothing = (logprob_N.new_empty(0), logprob_N.new_empty(0))  # the definition starts again
+    into_torch = (logprob_N, entropy_N, *nothing)
+    visited.visit(statistics_kernel(rows, live_N, dtype, into_torch), write=False)
+    return into_torch
+
+
+def visit_gradient(
+    visited: Rows,
+    rows: RowArguments,
+    like: Tensor,
+    backend: str,
+    stats: Statistics,
+    g_N: Tensor | None,
+    h_N: Tensor | None,
+    *,
+    live_N: Tensor,
+    weight_N: Tensor | None = None,
+) -> None:
+    """The gradient of every row for those of its log-prob and entropy."""
+    if backend == "triton":
+        from fastppo.ops import launch
+
+        into = launch.Statistics(*stats)
+
+        def kernel(at: slice, x: Tensor, out: Tensor | None) -> None:
+            assert out is not None
+            launch.token_logprobs_backward(x, out, rows, at, into, g_N, h_N, weight_N)
+
+        visited.visit(kernel, write=True)
+        return
+    visited.visit(gradient_kernel(rows, live_N, checks.stat_dtype(like), g_N, h_N), write=True)
+
+
+@torch.library.custom_op(
+    "fastppo::token_logprobs",
+    mutates_args=(),
+    schema=f"(Tensor logits_NV, {RowArguments.SCHEMA}, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _forward(logits_NV: Tensor, *flat: Any) -> Statistics:
+    """Log-prob, entropy, and two vectors between this op and its backward."""
+    *values, backend = flat
+    rows = RowArguments(*values)
+    live_N = rows.token_N != rows.ignore_index
+    return visit_statistics(DenseRows(logits_NV), rows, logits_NV, backend, live_N=live_N)
+
+
+def fake_statistics(like: Tensor, backend: str) -> Statistics:
+    """The shapes of `Statistics`."""
+    n, dtype = like.shape[0], checks.stat_dtype(like)
+    between = n if backend == "triton" else 0
+    sizes = (n, n, between, between)
+    return tuple(like.new_empty(size, dtype=dtype) for size in sizes)  # type: ignore[return-value]
+
+
+@_forward.register_fake
+def _(logits_NV: Tensor, *flat: Any) -> Statistics:
+    return fake_statistics(logits_NV, flat[-1])
+
+
+@torch.library.custom_op(
+    "fastppo::token_logprobs_backward",
+    mutates_args=(),
+    schema=f"(Tensor? g_N, Tensor? h_N, Tensor logits_NV, {RowArguments.SCHEMA}, "
+    "Tensor logprob_N, Tensor entropy_N, Tensor highest_N, Tensor total_N, str backend) -> Tensor",
+)
+def _backward(g_N: Tensor | None, h_N: Tensor | None, logits_NV: Tensor, *flat: Any) -> Tensor:
+    """One sweep: the gradient of the logits; nothing else of size N x V is made."""
+    rows, stats, backend = RowArguments(*flat[:5]), flat[5:9], flat[9]
+    grad_NV = torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
+    live_N = rows.token_N != rows.ignore_index
+    visited = DenseRows(logits_NV, grad_NV)
+    visit_gradient(visited, rows, logits_NV, backend, stats, g_N, h_N, live_N=live_N)
+    return grad_NV
+
+
+@_backward.register_fake
+def _(g_N: Tensor | None, h_N: Tensor | None, logits_NV: Tensor, *flat: Any) -> Tensor:
+    return torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Statistics) -> None:
+    logits_NV, token_N, tau, *ctx.settings, ctx.backend = inputs
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits_NV, token_N, tau, *output)
+
+
+@once_differentiable
+def _autograd(ctx: Any, g_N: Tensor | None, h_N: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if not ctx.needs_input_grad[0]:
+        return (None,) * 7
+    logits_NV, token_N, tau, *stats = ctx.saved_tensors
+    grad_NV = torch.ops.fastppo.token_logprobs_backward(
+        g_N, h_N, logits_NV, token_N, tau, *ctx.settings, *stats, ctx.backend
+    )
+    return (grad_NV, *[None] * 6)
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def token_logprobs_reference(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -42,12 +42,15 @@ class Moments(NamedTuple):
         return torch.where(self.count > 1, self.m2 / (self.count - 1).clamp(min=1), 0)
 
 
-def moments(x_N: Tensor, *, weight_N: Tensor | None = None) -> Moments:
+def moments(
+    x_N: Tensor, *, weight_N: Tensor | None = None, backend: str | None = None
+) -> Moments:
     """Count, mean and sum of squared deviations of the values whose weight is not 0.
 
     Args:
         x_N: float (N,).
         weight_N: float or bool (N,), a mask: values of weight 0 are not read; None takes all.
+        backend: "triton" or "torch"; None chooses by device.
 
     Returns:
         Moments(count, mean, m2), float32 (float64 for float64 input), without gradient; mean and m2
@@ -57,10 +60,31 @@ def moments(x_N: Tensor, *, weight_N: Tensor | None = None) -> Moments:
         ValueError: shapes that disagree.
         TypeError: inputs that hold no floats.
     """
-    choose("moments", None)
-    checks.floating("moments", "x_N", x_N, ndim=1)
-    checks.row_vector("moments", "weight_N", weight_N, x_N, n=x_N.numel(), mask=True)
-    return _moments(x_N.detach(), _live(x_N, weight_N))
+    op = "moments"
+    checks.floating(op, "x_N", x_N, ndim=1)
+    checks.row_vector(op, "weight_N", weight_N, x_N, n=x_N.numel(), mask=True)
+    chosen = choose(op, backend, x_N)
+    with torch.no_grad():
+        return Moments(*torch.ops.fastppo.moments(x_N, weight_N, chosen).unbind(0))
+
+
+@torch.library.custom_op(
+    "fastppo::moments",
+    mutates_args=(),
+    schema="(Tensor x_N, Tensor? weight_N, str backend) -> Tensor",
+)
+def _moments_op(x_N: Tensor, weight_N: Tensor | None, backend: str) -> Tensor:
+    """(3,): count, mean, m2."""
+    if backend == "triton":
+        from fastppo.ops import launch_tokens
+
+        return launch_tokens.merge_moments(launch_tokens.moments(x_N, weight_N))
+    return torch.stack(_moments(x_N, _live(x_N, weight_N)))
+
+
+@_moments_op.register_fake
+def _(x_N: Tensor, weight_N: Tensor | None, backend: str) -> Tensor:
+    return x_N.new_empty(3, dtype=checks.stat_dtype(x_N))
 
 
 def _live(x_N: Tensor, weight_N: Tensor | None) -> Tensor:
@@ -82,6 +106,7 @@ def whiten(
     weight_N: Tensor | None = None,
     shift_mean: bool = True,
     moments: Moments | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     r"""The values shifted and scaled to mean 0 and (unbiased) variance 1, without unit.
 
@@ -93,6 +118,7 @@ def whiten(
         shift_mean: False adds the mean back, so that the sign of rewards is kept.
         moments: of a larger set (other micro-batches or ranks, by `merge`); None takes those of
             x_N.
+        backend: "triton" or "torch"; None chooses by device.
 
     Returns:
         y_N, float32 (float64 for float64 input), without gradient.
@@ -103,16 +129,42 @@ def whiten(
 
     Source: Huang et al. 2024, The N+ Implementation Details of RLHF with PPO, on whitening.
     """
-    choose("whiten", None)
-    checks.floating("whiten", "x_N", x_N, ndim=1)
-    checks.row_vector("whiten", "weight_N", weight_N, x_N, n=x_N.numel(), mask=True)
-    x_N = x_N.detach()
+    op = "whiten"
+    checks.floating(op, "x_N", x_N, ndim=1)
+    checks.row_vector(op, "weight_N", weight_N, x_N, n=x_N.numel(), mask=True)
+    chosen = choose(op, backend, x_N)
+    dtype = checks.stat_dtype(x_N)
+    given = None if moments is None else torch.stack([x.to(dtype) for x in moments])
+    with torch.no_grad():
+        y_N = torch.ops.fastppo.whiten(x_N, weight_N, given, shift_mean, chosen)
+    return cast(Tensor, y_N)
+
+
+@torch.library.custom_op(
+    "fastppo::whiten",
+    mutates_args=(),
+    schema="(Tensor x_N, Tensor? weight_N, Tensor? moments, bool shift_mean, str backend) "
+    "-> Tensor",
+)
+def _forward(
+    x_N: Tensor, weight_N: Tensor | None, moments: Tensor | None, shift_mean: bool, backend: str
+) -> Tensor:
+    if backend == "triton":
+        from fastppo.ops import launch_tokens
+
+        parts = launch_tokens.moments(x_N, weight_N) if moments is None else moments[:, None]
+        return launch_tokens.whiten(x_N, weight_N, parts, shift_mean)
     live_N = _live(x_N, weight_N)
-    found = _moments(x_N, live_N) if moments is None else moments
+    found = _moments(x_N, live_N) if moments is None else Moments(*moments.unbind(0))
     y_N = (x_N.to(found.mean.dtype) - found.mean) * torch.rsqrt(found.variance + EPS)
     if not shift_mean:
         y_N = y_N + found.mean
     return torch.where(live_N, y_N, 0)
+
+
+@_forward.register_fake
+def _(x_N: Tensor, *_: Any) -> Tensor:
+    return x_N.new_empty(x_N.shape[0], dtype=checks.stat_dtype(x_N))
 
 
 def whiten_reference(

@@ -1,0 +1,85 @@
+"""GAE of packed sequences: one program a sequence, its blocks scanned from the end.
+
+A_t = delta_t + decay * A_{t+1} is linear: a pair (factor, value) a token, composed by a scan within a
+block and carried over from the block after it.
+"""
+
+import triton
+import triton.language as tl
+
+from fastppo.kernels.whiten import block_moments, merge, merged_moments, whitened
+
+
+@triton.jit
+def compose(later_factor, later_value, factor, value):
+    """A step after what comes later in time."""
+    return later_factor * factor, value + factor * later_value
+
+
+@triton.jit
+def scan_block(delta, live, decay, carry, BLOCK: tl.constexpr):
+    """Advantages of a block, and that of its first token: the carry of the block before it."""
+    # Lanes past the end hand the carry on unchanged.
+    factor = tl.where(live, decay + delta * 0.0, 1.0)
+    factor, value = tl.associative_scan((factor, delta), 0, compose, reverse=True)
+    advantage = value + factor * carry
+    first = tl.sum(tl.where(tl.arange(0, BLOCK) == 0, advantage, 0.0), 0)
+    return advantage, first
+
+
+@triton.jit(do_not_specialize=["reward_parts", "parts"])
+def gae_kernel(
+    reward_ptr,
+    reward_part_ptr,
+    value_ptr,
+    offsets_ptr,
+    bootstrap_ptr,
+    advantage_ptr,
+    return_ptr,
+    part_ptr,
+    gamma,
+    lam,
+    reward_parts,
+    parts,
+    BLOCK: tl.constexpr,
+):
+    """Advantages, returns and, unless `part_ptr` is None, the moments of a sequence's advantages.
+
+    With `reward_part_ptr` the rewards are first scaled to variance 1 by these moments, in place.
+    """
+    sequence = tl.program_id(0)
+    start = tl.load(offsets_ptr + sequence).to(tl.int64)
+    end = tl.load(offsets_ptr + sequence + 1).to(tl.int64)
+    after = 0.0
+    if bootstrap_ptr is not None:
+        after = tl.load(bootstrap_ptr + sequence).to(tl.float32)
+    scaled = reward_part_ptr is not None
+    if scaled:
+        reward_count, reward_mean, reward_m2 = merged_moments(reward_part_ptr, reward_parts, BLOCK)
+    lane = tl.arange(0, BLOCK)
+    carry = 0.0
+    count = 0.0
+    mean = 0.0
+    m2 = 0.0
+    blocks = ((end - start + BLOCK - 1) // BLOCK).to(tl.int32)
+    for back in range(0, blocks):
+        at = start + (blocks - 1 - back).to(tl.int64) * BLOCK + lane
+        live = at < end
+        reward = tl.load(reward_ptr + at, mask=live, other=0.0).to(tl.float32)
+        if scaled:
+            reward = whitened(reward, reward_count, reward_mean, reward_m2, False)
+            tl.store(reward_ptr + at, reward, mask=live)
+        value = tl.load(value_ptr + at, mask=live, other=0.0).to(tl.float32)
+        following = tl.load(value_ptr + at + 1, mask=at + 1 < end, other=0.0).to(tl.float32)
+        following = tl.where(at + 1 == end, after, following)
+        delta = tl.where(live, reward + gamma * following - value, 0.0)
+        advantage, carry = scan_block(delta, live, gamma * lam, carry, BLOCK)
+        tl.store(advantage_ptr + at, advantage, mask=live)
+        tl.store(return_ptr + at, advantage + value, mask=live)
+        if part_ptr is not None:
+            more_count, more_mean, more_m2 = block_moments(advantage, live)
+            count, mean, m2 = merge(count, mean, m2, more_count, more_mean, more_m2)
+    if part_ptr is not None:
+        tl.store(part_ptr + sequence, count)
+        tl.store(part_ptr + parts + sequence, mean)
+        tl.store(part_ptr + 2 * parts + sequence, m2)

@@ -1,0 +1,177 @@
+"""PPO's loss of a row of logits and its gradient, in one launch: one program a row.
+
+Sweep, the scalars of PPO, sweep back. Every per-token loss reaches the logits through two scalars,
+g = dL/dlogprob and h = dL/dentropy: another loss is another `surrogate`.
+Logits are those of rows first_row onwards, a chunk; what is one a token is whole.
+"""
+
+import triton
+import triton.language as tl
+
+from fastppo.kernels.row import (
+    LOG2E,
+    fill_zero,
+    finish_statistics,
+    row_statistics,
+    row_temperature,
+    sampled_logit,
+    scalar,
+    write_gradient,
+)
+from fastppo.kernels.token_kl import exp_less_line, kl_and_slope
+
+
+@triton.jit
+def surrogate(
+    logprob, behaviour, advantage, low, high, dual_clip, limit, HAS_DUAL_CLIP: tl.constexpr
+):
+    """Clipped loss, dloss/dlogprob, ratio, clamped log ratio, whether clipped, whether clamped."""
+    # A sampled token of masked vocabulary has ratio 0, whatever the clamp would make of it.
+    masked = logprob == float("-inf")
+    raw = tl.where(masked, -limit, logprob - behaviour)
+    log_ratio = tl.clamp(raw, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
+    clamped = (tl.abs(raw) > limit) & (masked == 0)
+    ratio = tl.where(masked, 0.0, tl.exp(log_ratio))
+    held = tl.clamp(ratio, low, high, propagate_nan=tl.PropagateNan.ALL)
+    loss = tl.maximum(-advantage * ratio, -advantage * held, propagate_nan=tl.PropagateNan.ALL)
+    clipped = ((advantage > 0) & (ratio > high)) | ((advantage < 0) & (ratio < low))
+    if HAS_DUAL_CLIP:
+        bound = -dual_clip * advantage
+        loss = tl.where((advantage < 0) & (loss > bound), bound, loss)
+        clipped = clipped | ((advantage < 0) & (ratio > dual_clip))
+    slope = tl.where(clipped | clamped | masked, 0.0, -advantage * ratio)
+    return loss, slope, ratio, log_ratio, clipped, clamped
+
+
+@triton.jit(do_not_specialize=["ignore_index", "first_row", "term_stride"])
+def policy_loss_kernel(
+    x_ptr,
+    dx_ptr,
+    token_ptr,
+    behaviour_ptr,
+    advantage_ptr,
+    weight_ptr,
+    ref_ptr,
+    importance_ptr,
+    logprob_ptr,
+    entropy_ptr,
+    kl_ptr,
+    term_ptr,
+    temperature,
+    kl_coef,
+    entropy_coef,
+    grad_scale,
+    softcap,
+    clip_low,
+    clip_high,
+    dual_clip,
+    limit,
+    ignore_index,
+    first_row,
+    V,
+    x_stride,
+    dx_stride,
+    term_stride,
+    KL_KIND: tl.constexpr,
+    KL_COEF_ON_DEVICE: tl.constexpr,
+    ENTROPY_COEF_ON_DEVICE: tl.constexpr,
+    GRAD_SCALE_ON_DEVICE: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    HAS_DUAL_CLIP: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    TEMPERATURE_KIND: tl.constexpr,
+    TERMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Statistics, the row's share of every metric and of the loss, and dL/dx unless dx_ptr is None.
+
+    `term_ptr` is (TERMS, N): the metrics in the order of PolicyMetrics, the loss last.
+    """
+    own = tl.program_id(0).to(tl.int64)
+    row = first_row + own
+    token = tl.load(token_ptr + row)
+    weight = tl.load(weight_ptr + row).to(tl.float32)
+    term_ptr += row
+    if (weight != 0) & (token != ignore_index):
+        row_ptr = x_ptr + own * x_stride
+        tau = row_temperature(temperature, row, TEMPERATURE_KIND)
+        behaviour = tl.load(behaviour_ptr + row).to(tl.float32)
+        advantage = tl.load(advantage_ptr + row).to(tl.float32)
+        beta = scalar(kl_coef, KL_COEF_ON_DEVICE)
+        bonus = scalar(entropy_coef, ENTROPY_COEF_ON_DEVICE)
+        u = sampled_logit(row_ptr, token, V, softcap, HAS_SOFTCAP)
+        highest, total, weighted = row_statistics(
+            row_ptr, V, softcap, LOG2E / tau, HAS_SOFTCAP, BLOCK
+        )
+        logprob, entropy, _ = finish_statistics(u, highest, total, weighted, 1.0 / tau)
+
+        loss, slope, ratio, log_ratio, clipped, clamped = surrogate(
+            logprob,
+            behaviour,
+            advantage,
+            1.0 - clip_low,
+            1.0 + clip_high,
+            dual_clip,
+            limit,
+            HAS_DUAL_CLIP,
+        )
+        if importance_ptr is not None:
+            importance = tl.load(importance_ptr + row).to(tl.float32)
+            loss = loss * importance
+            slope = slope * importance
+        g = weight * slope
+        kl = 0.0
+        kl_loss = 0.0
+        if ref_ptr is not None:
+            ref = tl.load(ref_ptr + row).to(tl.float32)
+            kl, kl_slope = kl_and_slope(logprob, ref, limit, KL_KIND)
+            g += tl.where(beta == 0, 0.0, weight * beta * kl_slope)
+            kl_loss = tl.where(beta == 0, 0.0, weight * beta * kl)
+        # The row of a masked sample takes no part in the loss, so its entropy passes no gradient.
+        sampled = logprob > float("-inf")
+        h = tl.where(sampled & (bonus != 0), -weight * bonus, 0.0)
+        entropy_loss = h * entropy
+        tl.store(logprob_ptr + row, logprob)
+        tl.store(entropy_ptr + row, entropy)
+        tl.store(kl_ptr + row, kl)
+        tl.store(term_ptr, 1.0)
+        tl.store(term_ptr + 1 * term_stride, ratio)
+        tl.store(term_ptr + 2 * term_stride, ratio)
+        tl.store(term_ptr + 3 * term_stride, tl.abs(log_ratio))
+        tl.store(term_ptr + 4 * term_stride, tl.where(clipped, 1.0, 0.0))
+        tl.store(term_ptr + 5 * term_stride, tl.where(clamped, 1.0, 0.0))
+        tl.store(term_ptr + 6 * term_stride, exp_less_line(log_ratio))
+        tl.store(term_ptr + 7 * term_stride, -log_ratio)
+        tl.store(term_ptr + 8 * term_stride, entropy)
+        tl.store(term_ptr + 9 * term_stride, kl)
+        tl.store(term_ptr + 10 * term_stride, weight * loss)
+        tl.store(term_ptr + 11 * term_stride, kl_loss)
+        tl.store(term_ptr + 12 * term_stride, entropy_loss)
+        tl.store(term_ptr + 13 * term_stride, weight * loss + kl_loss + entropy_loss)
+        if dx_ptr is not None:
+            scale = scalar(grad_scale, GRAD_SCALE_ON_DEVICE)
+            write_gradient(
+                row_ptr,
+                dx_ptr + own * dx_stride,
+                V,
+                token,
+                highest,
+                total,
+                entropy,
+                tl.where(sampled, g * scale, 0.0),
+                h * scale,
+                softcap,
+                1.0 / tau,
+                LOG2E / tau,
+                HAS_SOFTCAP,
+                HAS_ENTROPY,
+                BLOCK,
+            )
+    else:
+        tl.store(logprob_ptr + row, 0.0)
+        tl.store(entropy_ptr + row, 0.0)
+        tl.store(kl_ptr + row, 0.0)
+        for term in range(TERMS):
+            tl.store(term_ptr + term * term_stride, 0.0)
+        if dx_ptr is not None:
+            fill_zero(dx_ptr + own * dx_stride, V, BLOCK)

@@ -1,0 +1,46 @@
+"""What finishes a two-stage reduction, in one order: the same bits every time."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["n", "stride"])
+def sum_rows_kernel(
+    x_ptr, out_ptr, last_ptr, n, stride, MAXIMUM: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out[r] = sum of x[r, :n], one program a row; row LAST goes to `last_ptr`, a tensor of its own.
+
+    Of row MAXIMUM it is the largest, at least 0.
+    """
+    row = tl.program_id(0)
+    lane = tl.arange(0, BLOCK)
+    row_ptr = x_ptr + row.to(tl.int64) * stride
+    total = tl.zeros([BLOCK], tl.float32)
+    highest = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, n, BLOCK):
+        x = tl.load(row_ptr + start + lane, mask=start + lane < n, other=0.0)
+        total += x
+        highest = tl.maximum(highest, x, propagate_nan=tl.PropagateNan.ALL)
+    if row == MAXIMUM:
+        # tl.max drops NaN, a sum of 0 * x does not.
+        tl.store(out_ptr + row, tl.max(highest, 0) + tl.sum(highest * 0.0, 0))
+    elif row == LAST:
+        tl.store(last_ptr, tl.sum(total, 0))
+    else:
+        tl.store(out_ptr + row, tl.sum(total, 0))
+
+
+@triton.jit(do_not_specialize=["n"])
+def scale_unless_one_kernel(
+    x_ptr, factor_ptr, divisor, n, DIVISOR_ON_DEVICE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """x *= factor / divisor; nothing is read where that is 1, and the host need not know."""
+    factor = tl.load(factor_ptr).to(tl.float32)
+    if DIVISOR_ON_DEVICE:
+        divisor = tl.load(divisor).to(tl.float32)
+    factor = factor / divisor
+    if factor != 1.0:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + at, mask=at < n, other=0.0)
+        scaled = x.to(tl.float32) * factor
+        tl.store(x_ptr + at, scaled.to(x_ptr.dtype.element_ty), mask=at < n)

@@ -1,0 +1,123 @@
+"""Log-prob of the sampled token and entropy of a row: one program a row, forward and backward.
+
+Logits are those of rows first_row onwards, a chunk; what is one a token is whole.
+"""
+
+import triton
+import triton.language as tl
+
+from fastppo.kernels.row import (
+    LOG2E,
+    fill_zero,
+    finish_statistics,
+    row_statistics,
+    row_temperature,
+    sampled_logit,
+    write_gradient,
+)
+
+
+@triton.jit(do_not_specialize=["ignore_index", "first_row"])
+def token_logprobs_kernel(
+    x_ptr,
+    token_ptr,
+    live_ptr,
+    logprob_ptr,
+    entropy_ptr,
+    highest_ptr,
+    total_ptr,
+    temperature,
+    softcap,
+    ignore_index,
+    first_row,
+    V,
+    x_stride,
+    HAS_SOFTCAP: tl.constexpr,
+    TEMPERATURE_KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`live_ptr` is a weight a row, 0 where the row takes no part, or None: the token decides."""
+    own = tl.program_id(0).to(tl.int64)
+    row = first_row + own
+    token = tl.load(token_ptr + row)
+    live = token != ignore_index
+    if live_ptr is not None:
+        live = live & (tl.load(live_ptr + row).to(tl.float32) != 0)
+    logprob = 0.0
+    entropy = 0.0
+    highest = 0.0
+    total = 1.0
+    if live:
+        row_ptr = x_ptr + own * x_stride
+        tau = row_temperature(temperature, row, TEMPERATURE_KIND)
+        u = sampled_logit(row_ptr, token, V, softcap, HAS_SOFTCAP)
+        highest, total, weighted = row_statistics(
+            row_ptr, V, softcap, LOG2E / tau, HAS_SOFTCAP, BLOCK
+        )
+        logprob, entropy, _ = finish_statistics(u, highest, total, weighted, 1.0 / tau)
+    tl.store(logprob_ptr + row, logprob)
+    tl.store(entropy_ptr + row, entropy)
+    tl.store(highest_ptr + row, highest)
+    tl.store(total_ptr + row, total)
+
+
+@triton.jit(do_not_specialize=["ignore_index", "first_row"])
+def token_logprobs_backward_kernel(
+    x_ptr,
+    dx_ptr,
+    token_ptr,
+    live_ptr,
+    g_ptr,
+    h_ptr,
+    logprob_ptr,
+    entropy_ptr,
+    highest_ptr,
+    total_ptr,
+    temperature,
+    softcap,
+    ignore_index,
+    first_row,
+    V,
+    x_stride,
+    dx_stride,
+    HAS_SOFTCAP: tl.constexpr,
+    TEMPERATURE_KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`g_ptr` and `h_ptr`, gradients of log-prob and entropy; either may be None."""
+    own = tl.program_id(0).to(tl.int64)
+    row = first_row + own
+    token = tl.load(token_ptr + row)
+    live = token != ignore_index
+    if live_ptr is not None:
+        live = live & (tl.load(live_ptr + row).to(tl.float32) != 0)
+    out_ptr = dx_ptr + own * dx_stride
+    if live:
+        tau = row_temperature(temperature, row, TEMPERATURE_KIND)
+        g = 0.0
+        if g_ptr is not None:
+            g = tl.load(g_ptr + row).to(tl.float32)
+            # A sampled token of masked vocabulary cannot be made likelier.
+            g = tl.where(tl.load(logprob_ptr + row) == float("-inf"), 0.0, g)
+        h = 0.0
+        if h_ptr is not None:
+            h = tl.load(h_ptr + row).to(tl.float32)
+        write_gradient(
+            x_ptr + own * x_stride,
+            out_ptr,
+            V,
+            token,
+            tl.load(highest_ptr + row),
+            tl.load(total_ptr + row),
+            tl.load(entropy_ptr + row),
+            g,
+            h,
+            softcap,
+            1.0 / tau,
+            LOG2E / tau,
+            HAS_SOFTCAP,
+            h_ptr is not None,
+            BLOCK,
+        )
+    else:
+        fill_zero(out_ptr, V, BLOCK)
