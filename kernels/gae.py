@@ -1,7 +1,7 @@
 """GAE of packed sequences: one program a sequence, its blocks scanned from the end.
 
-A_t = delta_t + decay * A_{t+1} is linear: a pair (factor, value) a token, composed by a scan within a
-block and carried over from the block after it.
+A_t = delta_t + decay * A_{t+1} is linear: a pair (factor, value) a token, composed by a scan within
+a block and carried over from the block after it.
 """
 
 import triton

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from fastppo.kernels.row import (
-    LOG2E,
+    bits_of,
     fill_zero,
     finish_statistics,
     row_statistics,
@@ -101,9 +101,9 @@ def policy_loss_kernel(
         bonus = scalar(entropy_coef, ENTROPY_COEF_ON_DEVICE)
         u = sampled_logit(row_ptr, token, V, softcap, HAS_SOFTCAP)
         highest, total, weighted = row_statistics(
-            row_ptr, V, softcap, LOG2E / tau, HAS_SOFTCAP, BLOCK
+            row_ptr, V, softcap, bits_of(tau), HAS_SOFTCAP, BLOCK
         )
-        logprob, entropy, _ = finish_statistics(u, highest, total, weighted, 1.0 / tau)
+        logprob, entropy, _ = finish_statistics(u, highest, total, weighted, tau)
 
         loss, slope, ratio, log_ratio, clipped, clamped = surrogate(
             logprob,
@@ -161,8 +161,7 @@ def policy_loss_kernel(
                 tl.where(sampled, g * scale, 0.0),
                 h * scale,
                 softcap,
-                1.0 / tau,
-                LOG2E / tau,
+                tau,
                 HAS_SOFTCAP,
                 HAS_ENTROPY,
                 BLOCK,

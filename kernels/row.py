@@ -1,4 +1,4 @@
-"""One row of logits: what bends it, its normaliser and entropy in one sweep, its gradient in the next.
+"""One row of logits: its normaliser and entropy in one sweep, its gradient in the next.
 
     z = u / tau with u = x, or softcap * tanh(x / softcap);  p = softmax(z)
     highest = max u,  total = sum exp((u - highest) / tau),  weighted = sum (u - highest) exp(...)
@@ -33,14 +33,20 @@ def row_temperature(temperature, row, KIND: tl.constexpr):
         temperature = tl.load(temperature + row).to(tl.float32)
     elif KIND == 1:
         temperature = tl.load(temperature).to(tl.float32)
-    return temperature
+    return tl.zeros([], tl.float32) + temperature
+
+
+@triton.jit
+def bits_of(tau):
+    """log2(e) / tau: what turns a difference of logits into an exponent of 2."""
+    return tl.div_rn(tau * 0.0 + LOG2E, tau)
 
 
 @triton.jit
 def tanh(y):
     """Odd, and accurate near 0, where the quotient of exponentials cancels."""
     a = tl.abs(y)
-    e = tl.exp2(-2 * LOG2E * a)
+    e = tl.exp2(a * (-2.0 * LOG2E))
     far = (1 - e) / (1 + e)
     s = a * a
     near = a + a * s * (-0.33333333 + s * (0.13333333 + s * (-0.053968254 + s * 0.021869488)))
@@ -113,12 +119,13 @@ def sampled_logit(row_ptr, token, V, softcap, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def finish_statistics(u_sampled, highest, total, weighted, inv_tau):
+def finish_statistics(u_sampled, highest, total, weighted, tau):
     """Log-prob and entropy in nats, and log total; a row of masked vocabulary has -inf and 0."""
     some = tl.where(total == 0, 1.0, total)
     log_total = tl.log(some)
-    logprob = (u_sampled - highest) * inv_tau - log_total
-    entropy = log_total - weighted / some * inv_tau
+    # Divisions by the temperature are rounded as torch's: large log ratios are made of these.
+    logprob = tl.div_rn(u_sampled - highest, tau) - log_total
+    entropy = log_total - tl.div_rn(tl.div_rn(weighted, some), tau)
     return tl.where(total == 0, MASKED, logprob), entropy, log_total
 
 
@@ -163,8 +170,7 @@ def write_gradient(
     g,
     h,
     softcap,
-    inv_tau,
-    bits,
+    tau,
     HAS_SOFTCAP: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -175,11 +181,13 @@ def write_gradient(
     """
     lane = tl.arange(0, BLOCK)
     some = tl.where(total == 0, 1.0, total)
-    inv_total = 1.0 / some
-    # dL/dz_v = g (1[v = token] - p_v) - h p_v (log p_v + H),  log p = (u - highest) / tau - log some
-    a = (g + h * (entropy - tl.log(some))) * inv_tau
-    b = h * inv_tau * inv_tau
-    g = g * inv_tau
+    inv_total = tl.div_rn(some * 0.0 + 1.0, some)
+    # dL/dz_v = g (1[v = token] - p_v) - h p_v (log p_v + H)
+    # with log p_v = (u_v - highest) / tau - log total
+    bits = bits_of(tau)
+    a = tl.div_rn(g + h * (entropy - tl.log(some)), tau)
+    b = tl.div_rn(h, tau * tau)
+    g = tl.div_rn(g, tau)
     full = V // BLOCK * BLOCK
     if full < V:
         at = full + lane

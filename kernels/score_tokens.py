@@ -5,11 +5,11 @@ import triton.language as tl
 
 from fastppo.kernels.row import (
     FAR,
-    LOG2E,
     LOWEST,
     MASKED,
     accumulate,
     bend,
+    bits_of,
     finish_statistics,
     merge_lanes,
     row_temperature,
@@ -44,9 +44,7 @@ def both(
     e = tl.exp2(-tl.abs(d) * bits)
     gap = tl.where(d > 0, gap * e + differs, gap + e * differs)
     highest, total, weighted = accumulate(u, highest, total, weighted, bits)
-    ref_highest, ref_total, ref_weighted = accumulate(
-        v, ref_highest, ref_total, ref_weighted, bits
-    )
+    ref_highest, ref_total, ref_weighted = accumulate(v, ref_highest, ref_total, ref_weighted, bits)
     return highest, total, weighted, gap, lacks, ref_highest, ref_total, ref_weighted
 
 
@@ -80,8 +78,7 @@ def score_tokens_kernel(
     kl = 0.0
     if token != ignore_index:
         tau = row_temperature(temperature, row, TEMPERATURE_KIND)
-        bits = LOG2E / tau
-        inv_tau = 1.0 / tau
+        bits = bits_of(tau)
         x_row = x_ptr + own * x_stride
         ref_row = ref_ptr + own * ref_stride
         u = sampled_logit(x_row, token, V, softcap, HAS_SOFTCAP)
@@ -139,13 +136,15 @@ def score_tokens_kernel(
         ref_top, ref_row_total, ref_row_weighted = merge_lanes(
             ref_highest, ref_total, ref_weighted, bits
         )
-        logprob, entropy, log_total = finish_statistics(u, top, row_total, row_weighted, inv_tau)
+        logprob, entropy, log_total = finish_statistics(u, top, row_total, row_weighted, tau)
         ref_logprob, _, ref_log_total = finish_statistics(
-            v, ref_top, ref_row_total, ref_row_weighted, inv_tau
+            v, ref_top, ref_row_total, ref_row_weighted, tau
         )
         some = tl.where(row_total == 0, 1.0, row_total)
         # KL = sum p (z - z_ref) - LSE(z) + LSE(z_ref)
-        kl = (gap_sum / some - (top - ref_top)) * inv_tau - (log_total - ref_log_total)
+        kl = tl.div_rn(tl.div_rn(gap_sum, some) - (top - ref_top), tau) - (
+            log_total - ref_log_total
+        )
         kl = tl.where(tl.max(lacks, 0) > 0, float("inf"), kl)
         kl = tl.where(row_total == 0, 0.0, kl)
     tl.store(logprob_ptr + row, logprob)

@@ -6,9 +6,16 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["n", "stride"])
 def sum_rows_kernel(
-    x_ptr, out_ptr, last_ptr, n, stride, MAXIMUM: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr,
+    out_ptr,
+    last_ptr,
+    n,
+    stride,
+    MAXIMUM: tl.constexpr,
+    LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """out[r] = sum of x[r, :n], one program a row; row LAST goes to `last_ptr`, a tensor of its own.
+    """out[r] = sum of x[r, :n], one program a row; row LAST goes to a tensor of its own.
 
     Of row MAXIMUM it is the largest, at least 0.
     """

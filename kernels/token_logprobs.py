@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from fastppo.kernels.row import (
-    LOG2E,
+    bits_of,
     fill_zero,
     finish_statistics,
     row_statistics,
@@ -52,9 +52,9 @@ def token_logprobs_kernel(
         tau = row_temperature(temperature, row, TEMPERATURE_KIND)
         u = sampled_logit(row_ptr, token, V, softcap, HAS_SOFTCAP)
         highest, total, weighted = row_statistics(
-            row_ptr, V, softcap, LOG2E / tau, HAS_SOFTCAP, BLOCK
+            row_ptr, V, softcap, bits_of(tau), HAS_SOFTCAP, BLOCK
         )
-        logprob, entropy, _ = finish_statistics(u, highest, total, weighted, 1.0 / tau)
+        logprob, entropy, _ = finish_statistics(u, highest, total, weighted, tau)
     tl.store(logprob_ptr + row, logprob)
     tl.store(entropy_ptr + row, entropy)
     tl.store(highest_ptr + row, highest)
@@ -113,8 +113,7 @@ def token_logprobs_backward_kernel(
             g,
             h,
             softcap,
-            1.0 / tau,
-            LOG2E / tau,
+            tau,
             HAS_SOFTCAP,
             h_ptr is not None,
             BLOCK,

@@ -1,7 +1,7 @@
 """Logits made chunk by chunk from hidden states, and their gradient turned back; never [N, V].
 
-A chunk of tokens goes through one library GEMM, a kernel turns its logits into their gradient, and a
-second GEMM makes it that of the hidden states. Only a trained head costs a third.
+A chunk of tokens goes through one library GEMM, a kernel turns its logits into their gradient, and
+a second GEMM makes it that of the hidden states. Only a trained head costs a third.
 """
 
 from __future__ import annotations
@@ -150,9 +150,7 @@ class LinearRows:
     def __post_init__(self) -> None:
         hidden, *head = self.wanted
         if hidden:
-            self.grads[0] = torch.empty_like(
-                self.hidden_ND, memory_format=torch.contiguous_format
-            )
+            self.grads[0] = torch.empty_like(self.hidden_ND, memory_format=torch.contiguous_format)
         for i, (needed, tensor) in enumerate(zip(head, self.head.tensors(), strict=True), 1):
             if needed:
                 assert tensor is not None
@@ -179,7 +177,7 @@ class LinearRows:
                 self._backward(chunk, hidden, dx_NV)
 
     def _gradient_dtype(self) -> torch.dtype:
-        """That of the GEMM's operands; what trains in a wider one is not given rounded gradients."""
+        """That of the GEMM's operands, or a wider one where something of the head trains in it."""
         dtype = self.hidden_ND.dtype
         for needed, tensor in zip(self.wanted[1:], self.head.tensors(), strict=True):
             if needed and tensor is not None:
@@ -220,9 +218,7 @@ class LinearRows:
         )
 
 
-def fake_results(
-    hidden_ND: Tensor, head: Head, wanted: Sequence[bool]
-) -> tuple[Tensor, ...]:
+def fake_results(hidden_ND: Tensor, head: Head, wanted: Sequence[bool]) -> tuple[Tensor, ...]:
     """The shapes of `LinearRows.results`."""
     return tuple(
         torch.empty_like(tensor, memory_format=torch.contiguous_format)

@@ -130,7 +130,9 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """Advantages and returns."""
     advantage_N, return_N = _like(reward_N, reward_N.numel()), _like(reward_N, reward_N.numel())
-    _gae(reward_N, None, value_N, offsets, bootstrap_value_B, advantage_N, return_N, None, gamma, lam)
+    _gae(
+        reward_N, None, value_N, offsets, bootstrap_value_B, advantage_N, return_N, None, gamma, lam
+    )
     return advantage_N, return_N
 
 

@@ -187,7 +187,9 @@ def linear_policy_loss_reference(
 
 
 def _make_inputs(shape: Shape, dtype: torch.dtype, seed: int) -> dict[str, Any]:
-    return {**make_hidden(shape, dtype, seed), **make_policy_inputs(shape, dtype, seed)}
+    inputs = make_hidden(shape, dtype, seed)
+    logits_NV = inputs["hidden_ND"].double() @ inputs["weight_VD"].double().T
+    return {**inputs, **make_policy_inputs(logits_NV, inputs["token_N"], dtype, seed)}
 
 
 register(

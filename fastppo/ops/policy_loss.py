@@ -196,7 +196,9 @@ def loss_arguments(
     )
 
 
-def sweep(rows: Rows, arguments: LossArguments, like: Tensor, need_grad: bool, backend: str) -> Outputs:
+def sweep(
+    rows: Rows, arguments: LossArguments, like: Tensor, need_grad: bool, backend: str
+) -> Outputs:
     """Visit all rows; the gradient, if wanted, goes where `rows` keeps it.
 
     A token's loss is its own, so one visit gives statistics and gradient. A ratio by sequence needs
@@ -462,17 +464,22 @@ def policy_loss_reference(
     )
 
 
-def make_policy_inputs(shape: Shape, dtype: torch.dtype, seed: int) -> dict[str, Any]:
+def make_policy_inputs(
+    logits_NV: Tensor, token_N: Tensor, dtype: torch.dtype, seed: int
+) -> dict[str, Any]:
     """Everything but the logits: a policy that has moved, so that every branch occurs."""
     generator = torch.Generator().manual_seed(seed + 1)
-    n = shape.n
-    behaviour_N, moved_N, advantage_N = torch.randn(3, n, generator=generator, dtype=torch.float64)
+    n = token_N.numel()
+    moved_N, advantage_N = torch.randn(2, n, generator=generator, dtype=torch.float64)
+    live_N = torch.ones(n, dtype=torch.bool)
+    log_p_NV = log_probs_reference(logits_NV.double(), live_N, 1.0, None)
+    behaviour_N = log_p_NV.gather(1, token_N[:, None]).squeeze(1) + 0.3 * moved_N
     stat = torch.float64 if dtype == torch.float64 else torch.float32
     return {
-        "behaviour_logprob_N": (-3 - behaviour_N.abs()).to(stat),
+        "behaviour_logprob_N": behaviour_N.to(stat),
         "advantage_N": advantage_N.to(stat),
         "weight_N": torch.full((n,), 1.0 / max(n, 1), dtype=stat),
-        "ref_logprob_N": (-3 - behaviour_N.abs() + 0.2 * moved_N).to(stat),
+        "ref_logprob_N": (behaviour_N - 0.1).to(stat),
         "kl_coef": 0.1,
         "entropy_coef": 0.01,
     }
@@ -480,13 +487,7 @@ def make_policy_inputs(shape: Shape, dtype: torch.dtype, seed: int) -> dict[str,
 
 def _make_inputs(shape: Shape, dtype: torch.dtype, seed: int) -> dict[str, Any]:
     logits_NV, token_N = make_logits(shape, dtype, seed)
-    others = make_policy_inputs(shape, dtype, seed)
-    logprob_N = log_probs_reference(
-        logits_NV.double(), torch.ones(shape.n, dtype=torch.bool), 1.0, None
-    ).gather(1, token_N[:, None])
-    step_N = 0.3 * torch.randn(shape.n, generator=torch.Generator().manual_seed(seed + 2))
-    behaviour_N = (logprob_N.squeeze(1) + step_N).to(others["behaviour_logprob_N"].dtype)
-    others |= {"behaviour_logprob_N": behaviour_N, "ref_logprob_N": behaviour_N - 0.1}
+    others = make_policy_inputs(logits_NV, token_N, dtype, seed)
     return {"logits_NV": logits_NV, "token_N": token_N, **others}
 
 

@@ -134,8 +134,8 @@ def gradient(stats: RowStats, spec: RowSpec, g_N: Tensor, h_N: Tensor | None) ->
 # dtype, it returns their gradient, or None where none is wanted.
 Visitor = Callable[[slice, Tensor], "Tensor | None"]
 
-# What is done with a chunk of rows: given its place, its logits, and where their gradient goes (which
-# may be the logits), or None where none is wanted.
+# What is done with a chunk of rows: given its place, its logits, and where their gradient goes
+# (which may be the logits), or None where none is wanted.
 ChunkKernel = Callable[[slice, Tensor, "Tensor | None"], None]
 
 

@@ -15,7 +15,6 @@ from fastppo.ops.registry import Op, Shape, register
 from fastppo.ops.rows import RowSpec, RowStats, block_slices, private, statistics
 from fastppo.ops.token_logprobs import log_probs_reference, make_logits
 
-
 Vectors = tuple[Tensor, Tensor, Tensor, Tensor]
 
 

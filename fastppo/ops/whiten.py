@@ -42,9 +42,7 @@ class Moments(NamedTuple):
         return torch.where(self.count > 1, self.m2 / (self.count - 1).clamp(min=1), 0)
 
 
-def moments(
-    x_N: Tensor, *, weight_N: Tensor | None = None, backend: str | None = None
-) -> Moments:
+def moments(x_N: Tensor, *, weight_N: Tensor | None = None, backend: str | None = None) -> Moments:
     """Count, mean and sum of squared deviations of the values whose weight is not 0.
 
     Args:

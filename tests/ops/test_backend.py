@@ -14,7 +14,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        env={**os.environ, **environment},
+        env={**os.environ, "TRITON_INTERPRET": "0", **environment},
         check=False,
     )
 
@@ -73,7 +73,10 @@ CALLED = "import torch; from fastppo.ops import whiten; whiten(torch.ones(2))"
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("triton", "FASTPPO_BACKEND='triton' cannot run: this version has no triton kernel"),
+        (
+            "triton",
+            "FASTPPO_BACKEND='triton' cannot run: the inputs are on cpu; move them to a GPU",
+        ),
         ("native", "FASTPPO_BACKEND='native' cannot run: this version has no native kernel"),
         ("gpu", "FASTPPO_BACKEND='gpu' is no backend; wanted one of triton, native, torch"),
     ],

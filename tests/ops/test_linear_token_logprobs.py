@@ -33,8 +33,8 @@ def test_gradients_of_hidden_states_weight_bias_and_adapter(chunk_bytes):
 
 
 def test_no_more_logits_exist_at_a_time_than_the_budget_allows():
-    inputs = make_hidden(Shape(n=256, vocab=2000, hidden=8), torch.float32, 0)
-    budget = 16 * 2000 * 4
+    inputs = make_hidden(Shape(n=256, vocab=20_000, hidden=8), torch.float32, 0)
+    budget = 32 * 20_000 * 4
     with torch.profiler.profile(profile_memory=True) as profile, torch.no_grad():
         linear_token_logprobs(**inputs, chunk_bytes=budget)
     live = peak = 0
@@ -42,8 +42,8 @@ def test_no_more_logits_exist_at_a_time_than_the_budget_allows():
         if event.name() == "[memory]":
             live += event.nbytes()
             peak = max(peak, live)
-    # The chunk, its exponentials, and a few columns; all logits would be 16 chunks.
-    assert peak < 3.5 * budget
+    # The chunk, a copy of its block, their exponentials; all logits would be 8 chunks.
+    assert peak < 4 * budget
 
 
 def test_ignored_rows_are_0():
