@@ -263,7 +263,8 @@ def scaled(op: str, ctx: Any, grads: list[Tensor | None], grad_loss: Tensor) -> 
     not wait and a factor of 1 costs no pass. So a second backward there is an error.
     """
     factor = grad_loss / ctx.scale
-    if torch.compiler.is_compiling():
+    # While a compiler traces, tensors are stand-ins without values, or it says so itself.
+    if torch.compiler.is_compiling() or type(grad_loss) is not Tensor:
         return [None if grad is None else (grad * factor).to(grad.dtype) for grad in grads]
     if ctx.backend != "triton":
         if factor.device.type == "cpu" and factor.item() == 1.0:

@@ -1,0 +1,102 @@
+"""The ops as torch.library sees them: schemas, fakes, autograd, and torch.compile without breaks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastppo.ops import PolicyLossConfig, policy_loss, token_logprobs
+from fastppo.ops.registry import OPS, Op, Shape
+from tests.ops.oracle import place, run
+
+SHAPE = Shape(n=6, vocab=19, hidden=5, batch=2)
+ALL = pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+
+
+def recorded(op: Op, inputs: dict[str, Any], backend: str) -> list[tuple[Any, tuple[Any, ...]]]:
+    """The registered operators that a call goes through, with what they were given."""
+    calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    class Recorder(torch.overrides.TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if getattr(func, "namespace", "") == "fastppo" or "fastppo" in str(func):
+                calls.append((func, args))
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():
+        op.function(**inputs, backend=backend)
+    return calls
+
+
+@ALL
+def test_opcheck(op, backend):
+    inputs = place(op.make_inputs(SHAPE, torch.float32, 0), backend)
+    for name in op.differentiable:
+        inputs[name] = inputs[name].requires_grad_()
+    calls = recorded(op, inputs, backend)
+    assert [str(call).split(".")[1] for call, _ in calls] == [op.name]
+    for call, args in calls:
+        torch.library.opcheck(call, args)
+
+
+@pytest.mark.parametrize("name", ["token_logprobs", "linear_token_logprobs"])
+def test_opcheck_of_backwards(name, backend):
+    op = OPS[name]
+    inputs = place(op.make_inputs(SHAPE, torch.float32, 0), backend)
+    ((_, args),) = recorded(op, inputs, backend)
+    forward = getattr(torch.ops.fastppo, name)
+    stats = forward(*args)
+    g_N = torch.ones_like(stats[0])
+    *given, last = args
+    wanted = () if name == "token_logprobs" else ([True] * 2 + [False] * 3,)
+    backward = getattr(torch.ops.fastppo, f"{name}_backward").default
+    torch.library.opcheck(backward, (g_N, None, *wanted, *given, *stats, last))
+
+
+@ALL
+def test_compiled_whole_it_gives_the_same_numbers(op, backend):
+    inputs = place(op.make_inputs(SHAPE, torch.float32, 1), backend)
+    compiled = torch.compile(op.function, fullgraph=True, backend="aot_eager")
+    want = run(op, op.function, inputs, backend=backend)
+    got = run(op, compiled, inputs, backend=backend)
+    for a, b in zip([*got[0], *got[1]], [*want[0], *want[1]], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["policy_loss", "token_logprobs"])
+def test_50_changing_steps_recompile_once(name, backend):
+    """N, beta, epsilon and temperature change as in training; the one is N's turning dynamic."""
+    torch._dynamo.reset()
+    compilations = 0
+
+    def count(graph: Any, example: list[Tensor]) -> Any:
+        nonlocal compilations
+        compilations += 1
+        return graph.forward
+
+    def step(
+        logits: Tensor, token: Tensor, beta: Tensor, tau: Tensor, rest: dict[str, Tensor]
+    ) -> Any:
+        if name == "token_logprobs":
+            return token_logprobs(logits, token, temperature=tau, backend=backend).logprob_N.sum()
+        config = PolicyLossConfig(clip_low=0.2, clip_high=0.3)
+        return policy_loss(
+            logits, token, kl_coef=beta, temperature=tau, config=config, backend=backend, **rest
+        ).loss
+
+    compiled = torch.compile(step, fullgraph=True, backend=count)
+    for i in range(50):
+        inputs = place(
+            OPS["policy_loss"].make_inputs(Shape(n=3 + i % 7, vocab=19), torch.float32, i), backend
+        )
+        device = inputs["logits_NV"].device
+        rest = {k: inputs[k] for k in inputs if k.endswith("_N") and k != "token_N"}
+        beta, tau = (torch.tensor(x, device=device) for x in (0.1 + 0.01 * i, 1.0 + 0.01 * i))
+        args = (inputs["logits_NV"], inputs["token_N"], beta, tau, rest)
+        torch.testing.assert_close(compiled(*args), step(*args))
+    assert compilations == 2
