@@ -53,8 +53,7 @@ def gae_kernel(
     after = 0.0
     if bootstrap_ptr is not None:
         after = tl.load(bootstrap_ptr + sequence).to(tl.float32)
-    scaled = reward_part_ptr is not None
-    if scaled:
+    if reward_part_ptr is not None:
         reward_count, reward_mean, reward_m2 = merged_moments(reward_part_ptr, reward_parts, BLOCK)
     lane = tl.arange(0, BLOCK)
     carry = 0.0
@@ -66,7 +65,7 @@ def gae_kernel(
         at = start + (blocks - 1 - back).to(tl.int64) * BLOCK + lane
         live = at < end
         reward = tl.load(reward_ptr + at, mask=live, other=0.0).to(tl.float32)
-        if scaled:
+        if reward_part_ptr is not None:
             reward = whitened(reward, reward_count, reward_mean, reward_m2, False)
             tl.store(reward_ptr + at, reward, mask=live)
         value = tl.load(value_ptr + at, mask=live, other=0.0).to(tl.float32)

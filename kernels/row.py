@@ -14,7 +14,6 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32
 # Differences are held within +-FAR: its exponential is 0, and 0 * FAR is 0 where 0 * inf is NaN.
 FAR = tl.constexpr(1e30)
-NAN = tl.constexpr(float("nan"))
 MASKED = tl.constexpr(float("-inf"))
 
 
@@ -67,13 +66,26 @@ def bend(x, softcap, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def accumulate(u, highest, total, weighted, bits):
-    """Each lane's running highest, total and weighted, one more logit a lane; one exponential."""
+    """Each lane's running highest, total and weighted, one more logit a lane; one exponential.
+
+    Also what a sum weighted by the exponentials is multiplied by, and what the new logit weighs.
+    """
     d = tl.clamp(u - highest, -FAR, FAR, propagate_nan=tl.PropagateNan.ALL)
     e = tl.exp2(-tl.abs(d) * bits)
     up = d > 0
     weighted = tl.where(up, (weighted - d * total) * e, weighted + d * e)
-    total = tl.where(up, total * e + 1.0, total + e)
-    return tl.where(up, u, highest), total, weighted
+    keep = tl.where(up, e, 1.0)
+    new = tl.where(up, 1.0, e)
+    return tl.where(up, u, highest), total * keep + new, weighted, keep, new
+
+
+@triton.jit
+def accumulate_total(u, highest, total, bits):
+    """Highest and total alone: without a product of d nothing has to hold its infinities."""
+    d = u - highest
+    e = tl.exp2(-tl.abs(d) * bits)
+    up = d > 0
+    return tl.where(up, u, highest), tl.where(up, total * e + 1.0, total + e)
 
 
 @triton.jit
@@ -96,12 +108,12 @@ def row_statistics(row_ptr, V, softcap, bits, HAS_SOFTCAP: tl.constexpr, BLOCK: 
     for start in range(0, full, BLOCK):
         x = tl.load(row_ptr + start + lane, eviction_policy="evict_last").to(tl.float32)
         u, _ = bend(x, softcap, HAS_SOFTCAP)
-        highest, total, weighted = accumulate(u, highest, total, weighted, bits)
+        highest, total, weighted, _, _ = accumulate(u, highest, total, weighted, bits)
     if full < V:
         at = full + lane
         x = tl.load(row_ptr + at, mask=at < V, other=MASKED, eviction_policy="evict_last")
         u, _ = bend(x.to(tl.float32), softcap, HAS_SOFTCAP)
-        highest, total, weighted = accumulate(u, highest, total, weighted, bits)
+        highest, total, weighted, _, _ = accumulate(u, highest, total, weighted, bits)
     return merge_lanes(highest, total, weighted, bits)
 
 
@@ -113,7 +125,7 @@ def sampled_logit(row_ptr, token, V, softcap, HAS_SOFTCAP: tl.constexpr):
     stores of a gradient in place.
     """
     known = (token >= 0) & (token < V)
-    x = tl.load(row_ptr + tl.where(known, token, 0), mask=known, other=NAN).to(tl.float32)
+    x = tl.load(row_ptr + tl.where(known, token, 0), mask=known, other=float("nan")).to(tl.float32)
     u, _ = bend(x, softcap, HAS_SOFTCAP)
     return u
 
@@ -188,6 +200,7 @@ def write_gradient(
     a = tl.div_rn(g + h * (entropy - tl.log(some)), tau)
     b = tl.div_rn(h, tau * tau)
     g = tl.div_rn(g, tau)
+    token = token.to(tl.int32)  # a comparison of 64 bits costs two instructions a logit
     full = V // BLOCK * BLOCK
     if full < V:
         at = full + lane

@@ -8,6 +8,7 @@ from fastppo.kernels.row import (
     LOWEST,
     MASKED,
     accumulate,
+    accumulate_total,
     bend,
     bits_of,
     finish_statistics,
@@ -25,27 +26,27 @@ def both(
     total,
     weighted,
     gap,
-    lacks,
+    lowest,
     ref_highest,
     ref_total,
-    ref_weighted,
     softcap,
     bits,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """One more logit of each policy a lane; gap = sum (u - v) exp((u - highest) / tau)."""
+    """One more logit of each policy a lane; gap = sum (u - v) exp((u - highest) / tau).
+
+    `lowest` is the least v of words that the actor allows: -inf where the reference masks one.
+    """
     u, _ = bend(x, softcap, HAS_SOFTCAP)
     v, _ = bend(y, softcap, HAS_SOFTCAP)
     possible = u != MASKED
-    forbidden = v == MASKED
-    lacks = lacks | (possible & forbidden).to(tl.int32)
-    differs = tl.where(possible & (forbidden == 0), u - v, 0.0)
-    d = tl.clamp(u - highest, -FAR, FAR, propagate_nan=tl.PropagateNan.ALL)
-    e = tl.exp2(-tl.abs(d) * bits)
-    gap = tl.where(d > 0, gap * e + differs, gap + e * differs)
-    highest, total, weighted = accumulate(u, highest, total, weighted, bits)
-    ref_highest, ref_total, ref_weighted = accumulate(v, ref_highest, ref_total, ref_weighted, bits)
-    return highest, total, weighted, gap, lacks, ref_highest, ref_total, ref_weighted
+    theirs = tl.where(possible, v, 0.0)
+    differs = tl.where(possible, u, 0.0) - theirs
+    lowest = tl.minimum(lowest, theirs)
+    highest, total, weighted, keep, new = accumulate(u, highest, total, weighted, bits)
+    gap = gap * keep + differs * new
+    ref_highest, ref_total = accumulate_total(v, ref_highest, ref_total, bits)
+    return highest, total, weighted, gap, lowest, ref_highest, ref_total
 
 
 @triton.jit(do_not_specialize=["ignore_index", "first_row"])
@@ -89,24 +90,22 @@ def score_tokens_kernel(
         total = tl.zeros([BLOCK], tl.float32)
         weighted = tl.zeros([BLOCK], tl.float32)
         gap = tl.zeros([BLOCK], tl.float32)
-        lacks = tl.zeros([BLOCK], tl.int32)
+        lowest = tl.zeros([BLOCK], tl.float32)
         ref_total = tl.zeros([BLOCK], tl.float32)
-        ref_weighted = tl.zeros([BLOCK], tl.float32)
         full = V // BLOCK * BLOCK
         for start in range(0, full, BLOCK):
             x = tl.load(x_row + start + lane, eviction_policy="evict_first").to(tl.float32)
             y = tl.load(ref_row + start + lane, eviction_policy="evict_first").to(tl.float32)
-            highest, total, weighted, gap, lacks, ref_highest, ref_total, ref_weighted = both(
+            highest, total, weighted, gap, lowest, ref_highest, ref_total = both(
                 x,
                 y,
                 highest,
                 total,
                 weighted,
                 gap,
-                lacks,
+                lowest,
                 ref_highest,
                 ref_total,
-                ref_weighted,
                 softcap,
                 bits,
                 HAS_SOFTCAP,
@@ -115,17 +114,16 @@ def score_tokens_kernel(
             at = full + lane
             x = tl.load(x_row + at, mask=at < V, other=MASKED, eviction_policy="evict_first")
             y = tl.load(ref_row + at, mask=at < V, other=MASKED, eviction_policy="evict_first")
-            highest, total, weighted, gap, lacks, ref_highest, ref_total, ref_weighted = both(
+            highest, total, weighted, gap, lowest, ref_highest, ref_total = both(
                 x.to(tl.float32),
                 y.to(tl.float32),
                 highest,
                 total,
                 weighted,
                 gap,
-                lacks,
+                lowest,
                 ref_highest,
                 ref_total,
-                ref_weighted,
                 softcap,
                 bits,
                 HAS_SOFTCAP,
@@ -133,19 +131,17 @@ def score_tokens_kernel(
         d = tl.maximum(highest - tl.max(highest, 0), -FAR)
         gap_sum = tl.sum(gap * tl.exp2(d * bits), 0)
         top, row_total, row_weighted = merge_lanes(highest, total, weighted, bits)
-        ref_top, ref_row_total, ref_row_weighted = merge_lanes(
-            ref_highest, ref_total, ref_weighted, bits
-        )
+        ref_top, ref_row_total, _ = merge_lanes(ref_highest, ref_total, ref_total, bits)
         logprob, entropy, log_total = finish_statistics(u, top, row_total, row_weighted, tau)
         ref_logprob, _, ref_log_total = finish_statistics(
-            v, ref_top, ref_row_total, ref_row_weighted, tau
+            v, ref_top, ref_row_total, ref_row_total, tau
         )
         some = tl.where(row_total == 0, 1.0, row_total)
         # KL = sum p (z - z_ref) - LSE(z) + LSE(z_ref)
         kl = tl.div_rn(tl.div_rn(gap_sum, some) - (top - ref_top), tau) - (
             log_total - ref_log_total
         )
-        kl = tl.where(tl.max(lacks, 0) > 0, float("inf"), kl)
+        kl = tl.where(tl.min(lowest, 0) == MASKED, float("inf"), kl)
         kl = tl.where(row_total == 0, 0.0, kl)
     tl.store(logprob_ptr + row, logprob)
     tl.store(ref_logprob_ptr + row, ref_logprob)

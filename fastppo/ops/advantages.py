@@ -171,7 +171,8 @@ def _forward(
         kl_N, _ = kl_and_slope(logprob_N.to(dtype), ref_logprob_N.to(dtype), kl_kind, KL_LIMIT)
     else:
         kl_N = kl_N.to(dtype, copy=True)
-    reward_N = -(beta.to(dtype) if isinstance(beta, Tensor) else beta) * kl_N
+    beta = beta.to(dtype) if isinstance(beta, Tensor) else beta
+    reward_N = -beta * kl_N
     if extra_reward_N is not None:
         reward_N = reward_N + extra_reward_N.to(dtype)
     reward_N = reward_N + _at_last_token(score_B.to(dtype), offsets, logprob_N.numel())

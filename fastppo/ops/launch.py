@@ -30,7 +30,7 @@ _RATIO_MAX: Final = PolicyMetrics._fields.index("ratio_max")
 
 @dataclass(frozen=True)
 class RowConfig:
-    """Logits that a program takes at a time, and the warps that share them."""
+    """Logits that a program takes at a time, and the warps of 32 threads that share them."""
 
     block: int
     warps: int
@@ -49,6 +49,11 @@ ROW_CONFIGS: Final[dict[int, tuple[tuple[int, RowConfig], ...]]] = {
         (1 << 62, RowConfig(2048, 8)),
     ),
 }
+# Two rows side by side hold twice the sums: half the logits a thread.
+PAIR_CONFIGS: Final[dict[int, tuple[tuple[int, RowConfig], ...]]] = {
+    2: ((8192, RowConfig(1024, 4)), (1 << 62, RowConfig(2048, 8))),
+    4: ((1024, RowConfig(512, 4)), (1 << 62, RowConfig(1024, 8))),
+}
 # What autotuning and the GPU suite try.
 CANDIDATES: Final = tuple(
     RowConfig(block, warps)
@@ -58,9 +63,15 @@ CANDIDATES: Final = tuple(
 )
 
 
-def row_config(itemsize: int, vocab: int) -> RowConfig:
+def row_config(itemsize: int, vocab: int, *, pair: bool = False) -> RowConfig:
     """The table's size for logits of `itemsize` bytes."""
-    return next(config for most, config in ROW_CONFIGS[itemsize] if vocab <= most)
+    table = PAIR_CONFIGS if pair else ROW_CONFIGS
+    return next(config for most, config in table[itemsize] if vocab <= most)
+
+
+def warps_of(config: RowConfig) -> int:
+    """How many warps make its threads; AMD's have 64."""
+    return config.warps // 2 if torch.version.hip else config.warps
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:
@@ -72,7 +83,7 @@ def on(device: torch.device) -> AbstractContextManager[object]:
 def _tuned(kernel: Any) -> Any:
     import triton
 
-    configs = [triton.Config({"BLOCK": c.block}, num_warps=c.warps) for c in CANDIDATES]
+    configs = [triton.Config({"BLOCK": c.block}, num_warps=warps_of(c)) for c in CANDIDATES]
     # The trials write their gradient, perhaps over the logits.
     return triton.autotune(configs=configs, key=["V"], restore_value=["x_ptr"])(kernel)
 
@@ -88,8 +99,9 @@ def _launch(
         if AUTOTUNE and config is None and x_NV.device.type == "cuda":
             _tuned(kernel)[(n,)](*arguments, **meta)
             return
-        size = config or row_config(x_NV.element_size(), vocab)
-        kernel[(n,)](*arguments, BLOCK=size.block, num_warps=size.warps, **meta)
+        pair = kernel is score_tokens_kernels.score_tokens_kernel
+        size = config or row_config(x_NV.element_size(), vocab, pair=pair)
+        kernel[(n,)](*arguments, BLOCK=size.block, num_warps=warps_of(size), **meta)
 
 
 def rows_of(x_NV: Tensor) -> Tensor:
@@ -200,8 +212,12 @@ class PolicyOutputs:
 
 
 def empty_policy_outputs(n: int, device: torch.device) -> PolicyOutputs:
-    vectors = (torch.empty(n, dtype=torch.float32, device=device) for _ in range(3))
-    return PolicyOutputs(*vectors, torch.empty(TERMS, n, dtype=torch.float32, device=device))
+    # Tensors of their own: a registered op's results share no memory.
+    logprob_N, entropy_N, kl_N = (
+        torch.empty(n, dtype=torch.float32, device=device) for _ in range(3)
+    )
+    term_MN = torch.empty(TERMS, n, dtype=torch.float32, device=device)
+    return PolicyOutputs(logprob_N, entropy_N, kl_N, term_MN)
 
 
 def policy_loss(

@@ -31,10 +31,10 @@ from fastppo.ops.policy_loss import (
     policy_loss_reference,
     saved_settings,
     scaled,
-    sweep,
     unpack,
 )
 from fastppo.ops.registry import Op, Shape, register
+from fastppo.ops.sweep import sweep
 
 
 def linear_policy_loss(

@@ -23,13 +23,11 @@ from fastppo.ops.head import (
     logits_dtype_of,
 )
 from fastppo.ops.registry import Op, Shape, register
+from fastppo.ops.sweep import Statistics, visit_gradient, visit_statistics
 from fastppo.ops.token_logprobs import (
-    Statistics,
     TokenLogprobs,
     fake_statistics,
     token_logprobs_reference,
-    visit_gradient,
-    visit_statistics,
 )
 
 

@@ -14,18 +14,14 @@ from fastppo.ops.arguments import LossArguments, row_arguments, split
 from fastppo.ops.backend import choose
 from fastppo.ops.config import PolicyLossConfig
 from fastppo.ops.registry import Op, Shape, register
-from fastppo.ops.rows import DenseRows, Rows, gradient, in_blocks, row_outputs, statistics
-from fastppo.ops.surrogate import PolicyMetrics, token_gradient, totals
+from fastppo.ops.rows import DenseRows
+from fastppo.ops.surrogate import PolicyMetrics
+from fastppo.ops.sweep import sweep
 from fastppo.ops.token_kl import token_kl_reference
 from fastppo.ops.token_logprobs import (
     log_probs_reference,
     make_logits,
-    visit_gradient,
-    visit_statistics,
 )
-
-# Loss, log-prob, entropy, KL, and the vector of metrics.
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class PolicyLoss(NamedTuple):
@@ -194,59 +190,6 @@ def loss_arguments(
         config.ratio_level,
         config.log_ratio_limit,
     )
-
-
-def sweep(
-    rows: Rows, arguments: LossArguments, like: Tensor, need_grad: bool, backend: str
-) -> Outputs:
-    """Visit all rows; the gradient, if wanted, goes where `rows` keeps it.
-
-    A token's loss is its own, so one visit gives statistics and gradient. A ratio by sequence needs
-    all of its tokens' log-probs first: a visit for those, then one for the gradient.
-    """
-    if arguments.by_sequence:
-        return _sweep_by_sequence(rows, arguments, like, need_grad, backend)
-    if backend == "triton":
-        from fastppo.ops import launch
-
-        into = launch.empty_policy_outputs(arguments.rows.token_N.numel(), like.device)
-        rows.visit(
-            lambda at, x, out: launch.policy_loss(x, out, arguments, at, into), write=need_grad
-        )
-        loss, metrics = into.sums()
-        return loss, into.logprob_N, into.entropy_N, into.kl_N, metrics
-    dtype = checks.stat_dtype(like)
-    spec, inputs = arguments.prepare(dtype)
-    logprob_N, entropy_N = row_outputs(like, spec.token_N.numel(), dtype)
-    scale = arguments.scale
-
-    def visitor(at: slice, x: Tensor) -> Tensor | None:
-        here = spec.at(at)
-        stats = statistics(x, here)
-        logprob_N[at], entropy_N[at] = stats.logprob, stats.entropy
-        if not need_grad:
-            return None
-        g, h = token_gradient(inputs.at(at), stats.logprob)
-        return gradient(stats, here, scale * g, None if h is None else scale * h)
-
-    rows.visit(in_blocks(visitor, dtype), write=need_grad)
-    loss, kl_N, metrics = totals(inputs, logprob_N, entropy_N)
-    return loss, logprob_N, entropy_N, kl_N, metrics
-
-
-def _sweep_by_sequence(
-    rows: Rows, arguments: LossArguments, like: Tensor, need_grad: bool, backend: str
-) -> Outputs:
-    _, inputs = arguments.prepare(checks.stat_dtype(like))
-    which: dict[str, Tensor] = {"live_N": inputs.live_N, "weight_N": arguments.weight_N}
-    stats = visit_statistics(rows, arguments.rows, like, backend, **which)
-    if need_grad:
-        g_N, h_N = token_gradient(inputs, stats[0])
-        scale = arguments.scale
-        h_N = None if h_N is None else scale * h_N
-        visit_gradient(rows, arguments.rows, like, backend, stats, scale * g_N, h_N, **which)
-    loss, kl_N, metrics = totals(inputs, stats[0], stats[1])
-    return loss, stats[0], stats[1], kl_N, metrics
 
 
 def unpack(outputs: tuple[Tensor, ...]) -> PolicyLoss:

@@ -13,17 +13,9 @@ from fastppo.ops.arguments import RowArguments, row_arguments
 from fastppo.ops.backend import choose
 from fastppo.ops.registry import Op, Shape, register
 from fastppo.ops.rows import (
-    ChunkKernel,
     DenseRows,
-    Rows,
-    gradient,
-    in_blocks,
-    row_outputs,
-    statistics,
 )
-
-# Log-prob, entropy, and what a backend keeps for its backward.
-Statistics = tuple[Tensor, Tensor, Tensor, Tensor]
+from fastppo.ops.sweep import Statistics, visit_gradient, visit_statistics
 
 
 class TokenLogprobs(NamedTuple):
@@ -76,88 +68,6 @@ def token_logprobs(
     rows = row_arguments(token_N, temperature, softcap, ignore_index)
     outputs = torch.ops.fastppo.token_logprobs(logits_NV, *rows.flat(), chosen)
     return TokenLogprobs(outputs[0], outputs[1])
-
-
-def statistics_kernel(
-    rows: RowArguments, live_N: Tensor, dtype: torch.dtype, into: Statistics
-) -> ChunkKernel:
-    """The definition's chunk kernel that fills in log-prob and entropy."""
-    spec = rows.spec(live_N, dtype)
-
-    def visitor(at: slice, x: Tensor) -> None:
-        found = statistics(x, spec.at(at))
-        into[0][at], into[1][at] = found.logprob, found.entropy
-
-    return in_blocks(visitor, dtype)
-
-
-def gradient_kernel(
-    rows: RowArguments, live_N: Tensor, dtype: torch.dtype, g_N: Tensor | None, h_N: Tensor | None
-) -> ChunkKernel:
-    """The definition's chunk kernel that gives the gradient for those of log-prob and entropy."""
-    spec = rows.spec(live_N, dtype)
-
-    def visitor(at: slice, x: Tensor) -> Tensor:
-        here = spec.at(at)
-        stats = statistics(x, here)
-        g = torch.zeros_like(stats.logprob) if g_N is None else g_N[at]
-        return gradient(stats, here, g, None if h_N is None else h_N[at])
-
-    return in_blocks(visitor, dtype)
-
-
-def visit_statistics(
-    visited: Rows,
-    rows: RowArguments,
-    like: Tensor,
-    backend: str,
-    *,
-    live_N: Tensor,
-    weight_N: Tensor | None = None,
-) -> Statistics:
-    """Log-prob and entropy of every row, and what the backward of this backend needs again."""
-    n = rows.token_N.numel()
-    if backend == "triton":
-        from fastppo.ops import launch
-
-        into = launch.empty_statistics(n, like.device)
-        visited.visit(
-            lambda at, x, _: launch.token_logprobs(x, rows, at, into, weight_N), write=False
-        )
-        return into.logprob_N, into.entropy_N, into.highest_N, into.total_N
-    dtype = checks.stat_dtype(like)
-    logprob_N, entropy_N = row_outputs(like, n, dtype)
-    nothing = (logprob_N.new_empty(0), logprob_N.new_empty(0))  # the definition starts again
-    into_torch = (logprob_N, entropy_N, *nothing)
-    visited.visit(statistics_kernel(rows, live_N, dtype, into_torch), write=False)
-    return into_torch
-
-
-def visit_gradient(
-    visited: Rows,
-    rows: RowArguments,
-    like: Tensor,
-    backend: str,
-    stats: Statistics,
-    g_N: Tensor | None,
-    h_N: Tensor | None,
-    *,
-    live_N: Tensor,
-    weight_N: Tensor | None = None,
-) -> None:
-    """The gradient of every row for those of its log-prob and entropy."""
-    if backend == "triton":
-        from fastppo.ops import launch
-
-        into = launch.Statistics(*stats)
-
-        def kernel(at: slice, x: Tensor, out: Tensor | None) -> None:
-            assert out is not None
-            launch.token_logprobs_backward(x, out, rows, at, into, g_N, h_N, weight_N)
-
-        visited.visit(kernel, write=True)
-        return
-    visited.visit(gradient_kernel(rows, live_N, checks.stat_dtype(like), g_N, h_N), write=True)
 
 
 @torch.library.custom_op(

@@ -1,4 +1,4 @@
-"""The ops as torch.library sees them: schemas, fakes, autograd, and torch.compile without breaks."""
+"""The ops as torch.library sees them: schemas, fakes, autograd; and under torch.compile."""
 
 from __future__ import annotations
 

@@ -37,13 +37,17 @@ LEVELS = [
 ]
 INFRASTRUCTURE = {
     "__init__",
+    "arguments",
     "backend",
     "checks",
     "config",
     "head",
+    "launch",
+    "launch_tokens",
     "registry",
     "rows",
     "surrogate",
+    "sweep",
 }
 
 
@@ -92,7 +96,8 @@ def test_imports_point_one_way(path):
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "ops").glob("*.py")), ids=lambda path: path.stem)
 def test_ops_import_nothing_of_the_trainer(path):
-    assert imports_of(path) <= {"ops"}
+    below = {"ops", "kernels"} if path.stem.startswith("launch") else {"ops"}
+    assert imports_of(path) <= below
 
 
 def test_every_op_has_a_test_file_of_its_stem():
