@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-data demo-seeds test test-all lint bench clean
+.PHONY: help venv demo demo-data demo-seeds test test-all lint bench gpu clean
 
 help:
 	@echo "make demo       install, then reward model, PPO and the comparison on a real model (two cores, 12 min)"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-all   all tests, the slow ones too"
 	@echo "make lint       ruff, and mypy on fastppo/ops and fastppo/config.py"
 	@echo "make bench      the operators against eager PyTorch"
+	@echo "make gpu        where there is a GPU: its tests and measurements, into benchmarks/results"
 	@echo "make demo-data  make the demo's preference pairs anew"
 	@echo "make demo-seeds the demo's PPO over three seeds, into benchmarks/results"
 	@echo "make clean      remove what builds, tests and linters left; results in output/ stay"
@@ -52,6 +53,10 @@ lint: venv
 
 bench: venv
 	$(BIN)/python -m pytest benchmarks/bench_ops.py --benchmark-only --benchmark-group-by=group
+
+# From a checkout without installing: whatever python has torch, triton and pytest.
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis

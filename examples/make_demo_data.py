@@ -1,6 +1,6 @@
 """The demo's preference pairs: the model's own answers, the more positive one of each two chosen.
 
-    python examples/make_demo_data.py        (make demo-data; about five minutes on two cores)
+    python examples/make_demo_data.py        (make demo-data; some ten minutes on two cores)
 
 The held-out prompts of demo_eval_prompts.json are never read here.
 """
@@ -19,9 +19,9 @@ from demo_model import FOLDER
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 DATA = Path(__file__).parent / "data"
-SAMPLES, TEMPERATURE, MAX_NEW_TOKENS, BATCH, SEED = 8, 0.7, 40, 84, 0
+SAMPLES, TEMPERATURE, MAX_NEW_TOKENS, BATCH, SEED = 24, 0.7, 40, 168, 0
 GAP = 0.4  # of the judge, from which on one answer is clearly the more positive
-PAIRS_A_PROMPT, USES_OF_AN_ANSWER = 6, 3
+PAIRS_A_PROMPT, USES_OF_AN_ANSWER = 5, 1
 HELD_OUT_EVERY = 9  # prompt, whose pairs measure the reward model: no answer is on both sides
 
 

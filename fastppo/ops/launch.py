@@ -52,7 +52,7 @@ ROW_CONFIGS: Final[dict[int, tuple[tuple[int, RowConfig], ...]]] = {
 # Two rows side by side hold twice the sums: half the logits a thread.
 PAIR_CONFIGS: Final[dict[int, tuple[tuple[int, RowConfig], ...]]] = {
     2: ((8192, RowConfig(1024, 4)), (1 << 62, RowConfig(2048, 8))),
-    4: ((1024, RowConfig(512, 4)), (1 << 62, RowConfig(1024, 8))),
+    4: ((1024, RowConfig(512, 4)), (1 << 62, RowConfig(1024, 4))),
 }
 # What autotuning and the GPU suite try.
 CANDIDATES: Final = tuple(

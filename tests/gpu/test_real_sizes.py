@@ -1,0 +1,157 @@
+"""What a GPU alone shows: real vocabularies, 64-bit addresses, races, waits, compilations."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from fastppo.ops import launch, policy_loss, token_logprobs
+from fastppo.ops.registry import OPS, Shape
+from tests.ops.oracle import check, place
+
+DENSE = ("token_logprobs", "policy_loss", "score_tokens")
+VOCABULARIES = (32000, 49152, 50257, 128256, 151936, 152064, 256000)
+
+
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", DENSE)
+def test_the_rule_at_real_vocabularies(name, dtype, vocab):
+    check(OPS[name], OPS[name].make_inputs(Shape(n=16, vocab=vocab), dtype, 0), "triton")
+
+
+@pytest.mark.parametrize("name", ["linear_token_logprobs", "linear_policy_loss"])
+def test_the_rule_from_hidden_states(name):
+    shape = Shape(n=48, vocab=32000, hidden=64)
+    check(OPS[name], OPS[name].make_inputs(shape, torch.float32, 1), "triton")
+
+
+def test_more_rows_than_a_grid_is_wide():
+    n = 70_000
+    inputs = place(OPS["policy_loss"].make_inputs(Shape(n=n, vocab=64), torch.float32, 2), "triton")
+    got, want = (policy_loss(**inputs, backend=b) for b in ("triton", "torch"))
+    torch.testing.assert_close(got.loss, want.loss, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got.logprob_N[-9:], want.logprob_N[-9:], atol=1e-5, rtol=1e-5)
+
+
+def test_addresses_past_31_bits():
+    """The last row of N*V > 2^31 logits is the row that it would be alone."""
+    vocab = 151936
+    n = 2**31 // vocab + 8
+    logits = torch.randn(n, vocab, device="cuda", dtype=torch.bfloat16)
+    token = torch.randint(vocab, (n,), device="cuda")
+    assert logits.numel() > 2**31
+    for rows in (slice(n - 1, n), slice(0, 1)):
+        with torch.no_grad():
+            whole, alone = token_logprobs(logits, token), token_logprobs(logits[rows], token[rows])
+        assert torch.equal(whole.logprob_N[rows], alone.logprob_N)
+    flat = {"behaviour_logprob_N": whole.logprob_N, "weight_N": torch.ones(n, device="cuda")}
+    advantage = torch.randn(n, device="cuda")
+    last = slice(n - 1, n)
+    few = {k: x[last] for k, x in flat.items()}
+    want = logits[last].clone().requires_grad_()
+    policy_loss(want, token[last], advantage_N=advantage[last], **few).loss.backward()
+    logits = logits.requires_grad_() * 1  # no leaf
+    result = policy_loss(logits, token, advantage_N=advantage, inplace=True, **flat)
+    result.loss.backward()
+    assert torch.equal(logits.detach()[last], want.grad)
+
+
+@pytest.mark.parametrize("warps", [4, 8, 16])
+@pytest.mark.parametrize("vocab", [4096, 4097, 32000])
+def test_in_place_is_no_race(vocab, warps):
+    """200 repeats, bit for bit, sampled tokens at both ends and at the borders of tiles."""
+    config = launch.RowConfig(2048, warps)
+    borders = [0, vocab - 1, 2047, 2048, 4095, vocab // 2]
+    n = 264
+    inputs = place(
+        OPS["policy_loss"].make_inputs(Shape(n=n, vocab=vocab), torch.bfloat16, 3), "triton"
+    )
+    inputs["token_N"] = torch.tensor([borders[i % len(borders)] for i in range(n)], device="cuda")
+    logits = inputs.pop("logits_NV")
+    arguments = _arguments(logits, inputs)
+    everything = slice(0, n)
+    apart = torch.empty_like(logits)
+    first = launch.empty_policy_outputs(n, logits.device)
+    launch.policy_loss(logits, apart, arguments, everything, first, config)
+    for _ in range(200):
+        together = logits.clone()
+        into = launch.empty_policy_outputs(n, logits.device)
+        launch.policy_loss(together, together, arguments, everything, into, config)
+        assert torch.equal(together, apart)
+        assert torch.equal(into.term_MN, first.term_MN)
+
+
+def _arguments(logits: Any, inputs: dict[str, Any]) -> Any:
+    from fastppo.ops.config import PolicyLossConfig
+    from fastppo.ops.policy_loss import loss_arguments
+
+    tensors = {k: x for k, x in inputs.items() if k.endswith("_N")}
+    return loss_arguments(
+        "test",
+        logits,
+        **tensors,
+        importance_weight_N=None,
+        offsets=None,
+        temperature=1.0,
+        softcap=None,
+        kl_coef=inputs["kl_coef"],
+        entropy_coef=inputs["entropy_coef"],
+        config=PolicyLossConfig(),
+        grad_scale=None,
+        ignore_index=-100,
+    )
+
+
+def test_nothing_waits_for_the_device():
+    """Forward and backward of every op; a wait is an error in this mode."""
+    for op in OPS.values():
+        shape = Shape(n=64, vocab=512, hidden=32, batch=4)
+        inputs = place(op.make_inputs(shape, torch.float32, 4), "triton")
+        for name in op.differentiable:
+            inputs[name] = inputs[name].requires_grad_()
+        op.function(**inputs)  # compiled and loaded before
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            result = op.function(**inputs)
+            if op.loss:
+                getattr(result, op.loss).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_50_changing_steps_compile_nothing_new():
+    """Lengths, coefficients and temperature change as in training."""
+    op = OPS["policy_loss"]
+    kernel = launch.policy_loss_kernels.policy_loss_kernel
+    compiled = []
+    for i in range(50):
+        inputs = place(
+            op.make_inputs(Shape(n=32 + 16 * i, vocab=1024), torch.bfloat16, i), "triton"
+        )
+        inputs |= {"kl_coef": 0.1 + 0.01 * i, "temperature": 1 + 0.01 * i}
+        leaf = inputs["logits_NV"].requires_grad_()
+        policy_loss(**{**inputs, "logits_NV": leaf}).loss.backward()
+        compiled.append(sum(len(cache[0]) for cache in kernel.device_caches.values()))
+    assert compiled[-1] == compiled[0]
+
+
+def test_memory_above_the_logits_is_their_gradient_alone():
+    op = OPS["policy_loss"]
+    shape = Shape(n=512, vocab=128256)
+    inputs = place(op.make_inputs(dataclasses.replace(shape), torch.bfloat16, 5), "triton")
+    inputs["logits_NV"] = inputs["logits_NV"].requires_grad_()
+    bytes_NV = shape.n * shape.vocab * 2
+    for inplace, most in ((False, 1.0), (True, 0.0)):
+        source = inputs["logits_NV"] * 1
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        policy_loss(**{**inputs, "logits_NV": source}, inplace=inplace)
+        above = torch.cuda.max_memory_allocated() - before
+        assert above <= most * bytes_NV + (1 << 20)
+        del source
