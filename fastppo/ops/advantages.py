@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastppo.ops import checks
 from fastppo.ops.arguments import join, split
-from fastppo.ops.backend import choose
+from fastppo.ops.backend import choose, token_kernels
 from fastppo.ops.config import check_kl_kind
 from fastppo.ops.gae import gae_reference, gae_scan
 from fastppo.ops.registry import Op, Shape, even_offsets, register
@@ -68,7 +68,7 @@ def advantages(
         bootstrap_value_B: float (B,), see `gae`.
         whiten_rewards: scale rewards to variance 1 before GAE; their mean stays.
         whiten_advantages: shift and scale advantages to mean 0 and variance 1.
-        backend: "triton" or "torch"; None chooses by device.
+        backend: "triton", "native" or "torch"; None chooses by device.
 
     Returns:
         Advantages(advantage_N, return_N, reward_N, kl_N), float32 (float64 where an input is),
@@ -146,10 +146,8 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     beta = join(kl_coef_tensor, kl_coef)
-    if backend == "triton":
-        from fastppo.ops import launch_tokens
-
-        return launch_tokens.advantages(
+    if backend != "torch":
+        found: tuple[Tensor, Tensor, Tensor, Tensor] = token_kernels(backend).advantages(
             score_B,
             logprob_N,
             ref_logprob_N,
@@ -166,6 +164,7 @@ def _forward(
             whiten_rewards,
             whiten_advantages,
         )
+        return found
     dtype = checks.stat_dtype(score_B, logprob_N, ref_logprob_N, value_N)
     if kl_N is None:
         kl_N, _ = kl_and_slope(logprob_N.to(dtype), ref_logprob_N.to(dtype), kl_kind, KL_LIMIT)

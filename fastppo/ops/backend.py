@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Final
+import warnings
+from typing import Any, Final
 
 import torch
 from torch import Tensor
+
+from fastppo.ops import native_library
 
 BACKENDS: Final = ("triton", "native", "torch")
 
@@ -26,7 +29,8 @@ INTERPRETED: Final = os.environ.get("TRITON_INTERPRET") == "1"
 def choose(op: str, backend: str | None, *tensors: Tensor | None) -> str:
     """Name of the backend that runs `op`: the caller's, else FASTPPO_BACKEND, else by device.
 
-    On a GPU that is `triton`, but for float64, which only the definition computes in.
+    On a GPU that is `triton`, on the CPU `native`, but for float64, which only the definition
+    computes in. A CPU without the native kernels has the definition, and a warning once.
 
     Args:
         op: name of the public function, for the message.
@@ -39,10 +43,13 @@ def choose(op: str, backend: str | None, *tensors: Tensor | None) -> str:
     wanted, source = (backend, "backend=") if backend is not None else (FORCED, "FASTPPO_BACKEND=")
     given = [t for t in tensors if t is not None]
     if wanted is None:
-        on_gpu = given[0].device.type == "cuda"
-        if not on_gpu or any(t.dtype == torch.float64 for t in given):
+        kind = given[0].device.type
+        if kind not in ("cuda", "cpu") or any(t.dtype == torch.float64 for t in given):
             return "torch"
-        wanted, source = "triton", "on a GPU "
+        if kind == "cpu" and native_library.OBSTACLE is not None:
+            _say_once(native_library.OBSTACLE)
+            return "torch"
+        wanted, source = ("triton", "on a GPU ") if kind == "cuda" else ("native", "on a CPU ")
     if wanted == "torch":
         return wanted
     if wanted not in BACKENDS:
@@ -57,16 +64,50 @@ def choose(op: str, backend: str | None, *tensors: Tensor | None) -> str:
 
 def _obstacle(op: str, backend: str, tensors: list[Tensor]) -> str | None:
     """Why a backend cannot run these inputs, and the cure; None if it can."""
-    if backend == "native":
-        return f"this version has no native kernel of {op}; leave it out"
-    if not HAS_TRITON:
+    device = tensors[0].device
+    if backend == "native" and native_library.OBSTACLE is not None:
+        return native_library.OBSTACLE
+    if backend == "triton" and not HAS_TRITON:
         return "triton is not installed; run: pip install triton"
     if any(t.dtype == torch.float64 for t in tensors):
         return "its kernels compute in float32 and float64 came; cast it"
-    device = tensors[0].device
+    if backend == "native":
+        return None if device.type == "cpu" else f"the inputs are on {device}; move them to the CPU"
     if device.type != "cuda" and not INTERPRETED:
         return f"the inputs are on {device}; move them to a GPU, or set TRITON_INTERPRET=1"
     return None
+
+
+_said: list[str] = []
+
+
+def _say_once(why: str) -> None:
+    """That the CPU's own kernels are missing: numbers are right without them, and late."""
+    if not _said and not torch.compiler.is_compiling():
+        _said.append(why)
+        warnings.warn(f"fastppo.ops runs in PyTorch, several times slower: {why}", stacklevel=3)
+
+
+def row_kernels(backend: str) -> Any:
+    """The module that calls the kernels over rows of logits of `triton` or `native`."""
+    if backend == "triton":
+        from fastppo.ops import launch
+
+        return launch
+    from fastppo.ops import native
+
+    return native
+
+
+def token_kernels(backend: str) -> Any:
+    """The same for those over tokens and sequences."""
+    if backend == "triton":
+        from fastppo.ops import launch_tokens
+
+        return launch_tokens
+    from fastppo.ops import native_tokens
+
+    return native_tokens
 
 
 def available(device: torch.device | str = "cpu") -> tuple[str, ...]:

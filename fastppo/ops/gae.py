@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastppo.ops import checks
-from fastppo.ops.backend import choose
+from fastppo.ops.backend import choose, token_kernels
 from fastppo.ops.registry import Op, Shape, even_offsets, register
 
 
@@ -38,7 +38,7 @@ def gae(
         lam: trace decay, in [0, 1]; 1 is Monte Carlo, 0 is one-step TD.
         bootstrap_value_B: float (B,), V of the state after a sequence's last token, for sequences
             that were cut off; None is 0 for all: they ended.
-        backend: "triton" or "torch"; None chooses by device.
+        backend: "triton", "native" or "torch"; None chooses by device.
 
     Returns:
         advantage_N and return_N = advantage_N + value_N, float32 (float64 where an input is),
@@ -80,10 +80,11 @@ def _forward(
     bootstrap_value_B: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    if backend == "triton":
-        from fastppo.ops import launch_tokens
-
-        return launch_tokens.gae(reward_N, value_N, offsets, gamma, lam, bootstrap_value_B)
+    if backend != "torch":
+        found: tuple[Tensor, Tensor] = token_kernels(backend).gae(
+            reward_N, value_N, offsets, gamma, lam, bootstrap_value_B
+        )
+        return found
     dtype = checks.stat_dtype(reward_N, value_N)
     after_B = None if bootstrap_value_B is None else bootstrap_value_B.to(dtype)
     return gae_scan(reward_N.to(dtype), value_N.to(dtype), offsets, gamma, lam, after_B)

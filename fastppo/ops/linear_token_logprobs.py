@@ -65,7 +65,7 @@ def linear_token_logprobs(
         logits_dtype: what the GEMM gives; None is the operands' dtype, float32 keeps what bf16
             rounds.
         check: also refuse tokens out of range; waits for the device.
-        backend: "triton" or "torch"; None chooses by device.
+        backend: "triton", "native" or "torch"; None chooses by device.
 
     Returns:
         TokenLogprobs(logprob_N, entropy_N), float32 (float64 for float64 hidden states).

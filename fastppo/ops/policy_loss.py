@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from fastppo.ops import checks
 from fastppo.ops.arguments import LossArguments, row_arguments, split
-from fastppo.ops.backend import choose
+from fastppo.ops.backend import choose, row_kernels
 from fastppo.ops.config import PolicyLossConfig
 from fastppo.ops.registry import Op, Shape, register
 from fastppo.ops.rows import DenseRows
@@ -85,7 +85,7 @@ def policy_loss(
         grad_scale: > 0, a float or 0-d tensor; what is written is multiplied by it and grad_output
             divided: the scale of an fp16 loss scaler, before which the gradient would underflow.
         check: also refuse tokens out of range; waits for the device.
-        backend: "triton" or "torch"; None chooses by device.
+        backend: "triton", "native" or "torch"; None chooses by device.
 
     Returns:
         PolicyLoss(loss, logprob_N, entropy_N, kl_N, metrics), float32 (float64 for float64 logits).
@@ -202,14 +202,14 @@ def unpack(outputs: tuple[Tensor, ...]) -> PolicyLoss:
 def scaled(op: str, ctx: Any, grads: list[Tensor | None], grad_loss: Tensor) -> list[Tensor | None]:
     """Gradients written in the forward times grad_loss / grad_scale, most often 1.
 
-    On a GPU the device decides whether there is anything to do, and does it in place: the host does
-    not wait and a factor of 1 costs no pass. So a second backward there is an error.
+    Kernels' gradients are scaled in place, and where there is nothing to do no pass is made: on a
+    GPU the device decides, and the host does not wait. So a second backward is an error there.
     """
     factor = grad_loss / ctx.scale
     # While a compiler traces, tensors are stand-ins without values, or it says so itself.
     if torch.compiler.is_compiling() or type(grad_loss) is not Tensor:
         return [None if grad is None else (grad * factor).to(grad.dtype) for grad in grads]
-    if ctx.backend != "triton":
+    if ctx.backend == "torch":
         if factor.device.type == "cpu" and factor.item() == 1.0:
             return grads
         return [None if grad is None else grad * factor for grad in grads]
@@ -218,11 +218,9 @@ def scaled(op: str, ctx: Any, grads: list[Tensor | None], grad_loss: Tensor) -> 
             f"{op}: a second backward, whose gradient the first one took; call {op} again"
         )
     ctx.taken = True
-    from fastppo.ops import launch
-
     for grad in grads:
         if grad is not None:
-            launch.scale_unless_one(grad.detach(), grad_loss, ctx.scale)
+            row_kernels(ctx.backend).scale_unless_one(grad.detach(), grad_loss, ctx.scale)
     return grads
 
 
@@ -242,6 +240,8 @@ def _forward(logits_NV: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     """Loss, log-prob, entropy, KL, metrics, and the gradient of the logits (empty if unwanted)."""
     *values, need_grad, backend = flat
     grad_NV = _grad_buffer(logits_NV, need_grad)
+    if backend == "native":
+        row_kernels(backend).advise(grad_NV)
     rows = DenseRows(logits_NV, grad_NV)
     outputs = sweep(rows, LossArguments.of(tuple(values)), logits_NV, need_grad, backend)
     return (*outputs, grad_NV)

@@ -181,8 +181,14 @@ class DenseRows:
     out_NV: Tensor | None = None
 
     def visit(self, kernel: ChunkKernel, *, write: bool) -> None:
-        everything = slice(0, self.logits_NV.shape[0])
-        kernel(everything, self.logits_NV, self.out_NV if write else None)
+        everything, out_NV = slice(0, self.logits_NV.shape[0]), self.out_NV if write else None
+        if out_NV is None or out_NV.shape[1] <= 1 or out_NV.stride(1) == 1:
+            kernel(everything, self.logits_NV, out_NV)
+            return
+        # In place over logits whose neighbours lie apart, where kernels write side by side.
+        apart_NV = torch.empty(out_NV.shape, dtype=out_NV.dtype, device=out_NV.device)
+        kernel(everything, self.logits_NV, apart_NV)
+        out_NV.copy_(apart_NV)
 
 
 def row_outputs(like: Tensor, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastppo.ops import checks
 from fastppo.ops.arguments import RowArguments, row_arguments
-from fastppo.ops.backend import choose
+from fastppo.ops.backend import choose, row_kernels
 from fastppo.ops.registry import Op, Shape, register
 from fastppo.ops.rows import RowSpec, RowStats, block_slices, private, statistics
 from fastppo.ops.token_logprobs import log_probs_reference, make_logits
@@ -49,7 +49,7 @@ def score_tokens(
         temperature: > 0, a float or a float tensor () or (N,), of both.
         softcap: > 0, or None for none, of both.
         check: also refuse tokens out of range; waits for the device.
-        backend: "triton" or "torch"; None chooses by device.
+        backend: "triton", "native" or "torch"; None chooses by device.
 
     Returns:
         Scores(logprob_N, ref_logprob_N, entropy_N, exact_kl_N), float32 (float64 for float64
@@ -114,10 +114,8 @@ class Scorer:
 
     def score(self, at: slice, x_NV: Tensor, ref_x_NV: Tensor) -> None:
         """The rows `at`, whose logits these are."""
-        if self.backend == "triton":
-            from fastppo.ops import launch
-
-            launch.score_tokens(x_NV, ref_x_NV, self.rows, at, self.scores)
+        if self.backend != "torch":
+            row_kernels(self.backend).score_tokens(x_NV, ref_x_NV, self.rows, at, self.scores)
             return
         n, vocab = x_NV.shape
         dtype = self.scores[0].dtype

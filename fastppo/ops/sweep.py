@@ -1,7 +1,7 @@
 """How a backend goes over rows of logits: statistics, gradients, PPO's loss.
 
 `Rows` says whether they lie in memory or are made chunk by chunk; what is done with a chunk is a
-Triton launch, or the definition block by block.
+Triton launch, a call of the C++ library, or the definition block by block.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastppo.ops import checks
 from fastppo.ops.arguments import LossArguments, RowArguments
+from fastppo.ops.backend import row_kernels
 from fastppo.ops.rows import (
     ChunkKernel,
     Rows,
@@ -67,12 +68,11 @@ def visit_statistics(
 ) -> Statistics:
     """Log-prob and entropy of every row, and what the backward of this backend needs again."""
     n = rows.token_N.numel()
-    if backend == "triton":
-        from fastppo.ops import launch
-
-        into = launch.empty_statistics(n, like.device)
+    if backend != "torch":
+        kernels = row_kernels(backend)
+        into = kernels.empty_statistics(n, like.device)
         visited.visit(
-            lambda at, x, _: launch.token_logprobs(x, rows, at, into, weight_N), write=False
+            lambda at, x, _: kernels.token_logprobs(x, rows, at, into, weight_N), write=False
         )
         return into.logprob_N, into.entropy_N, into.highest_N, into.total_N
     dtype = checks.stat_dtype(like)
@@ -96,14 +96,13 @@ def visit_gradient(
     weight_N: Tensor | None = None,
 ) -> None:
     """The gradient of every row for those of its log-prob and entropy."""
-    if backend == "triton":
-        from fastppo.ops import launch
-
-        into = launch.Statistics(*stats)
+    if backend != "torch":
+        kernels = row_kernels(backend)
+        into = kernels.Statistics(*stats)
 
         def kernel(at: slice, x: Tensor, out: Tensor | None) -> None:
             assert out is not None
-            launch.token_logprobs_backward(x, out, rows, at, into, g_N, h_N, weight_N)
+            kernels.token_logprobs_backward(x, out, rows, at, into, g_N, h_N, weight_N)
 
         visited.visit(kernel, write=True)
         return
@@ -120,12 +119,11 @@ def sweep(
     """
     if arguments.by_sequence:
         return _sweep_by_sequence(rows, arguments, like, need_grad, backend)
-    if backend == "triton":
-        from fastppo.ops import launch
-
-        into = launch.empty_policy_outputs(arguments.rows.token_N.numel(), like.device)
+    if backend != "torch":
+        kernels = row_kernels(backend)
+        into = kernels.empty_policy_outputs(arguments.rows.token_N.numel(), like.device)
         rows.visit(
-            lambda at, x, out: launch.policy_loss(x, out, arguments, at, into), write=need_grad
+            lambda at, x, out: kernels.policy_loss(x, out, arguments, at, into), write=need_grad
         )
         loss, metrics = into.sums()
         return loss, into.logprob_N, into.entropy_N, into.kl_N, metrics

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastppo.ops import checks
-from fastppo.ops.backend import choose
+from fastppo.ops.backend import choose, token_kernels
 from fastppo.ops.config import check_kl_kind
 from fastppo.ops.registry import Op, Shape, register
 
@@ -55,7 +55,7 @@ def token_kl(
         ref_logprob_N: float (N,), its log-prob under the reference; no gradient.
         kind: "k1", "abs", "k2" or "k3".
         log_ratio_limit: where k3 clamps d; > 0.
-        backend: "triton" or "torch"; None chooses by device.
+        backend: "triton", "native" or "torch"; None chooses by device.
 
     Returns:
         kl_N, float32 (float64 where an input is float64).
@@ -88,10 +88,11 @@ def _forward(
     logprob_N: Tensor, ref_logprob_N: Tensor, kind: str, limit: float, backend: str
 ) -> tuple[Tensor, Tensor]:
     """k and dk/dlogprob."""
-    if backend == "triton":
-        from fastppo.ops import launch_tokens
-
-        return launch_tokens.token_kl(logprob_N, ref_logprob_N, kind, limit)
+    if backend != "torch":
+        found: tuple[Tensor, Tensor] = token_kernels(backend).token_kl(
+            logprob_N, ref_logprob_N, kind, limit
+        )
+        return found
     dtype = checks.stat_dtype(logprob_N, ref_logprob_N)
     kl_N, slope_N = kl_and_slope(logprob_N.to(dtype), ref_logprob_N.to(dtype), kind, limit)
     return kl_N.clone(), slope_N.clone()  # a registered op hands out neither inputs nor twins

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from fastppo.ops import checks
 from fastppo.ops.arguments import RowArguments, row_arguments
-from fastppo.ops.backend import choose
+from fastppo.ops.backend import choose, row_kernels
 from fastppo.ops.registry import Op, Shape, register
 from fastppo.ops.rows import (
     DenseRows,
@@ -49,7 +49,7 @@ def token_logprobs(
         temperature: > 0, a float or a float tensor () or (N,); no gradient flows to it.
         softcap: > 0, or None for none.
         check: also refuse tokens out of range; waits for the device.
-        backend: "triton" or "torch"; None chooses by device.
+        backend: "triton", "native" or "torch"; None chooses by device.
 
     Returns:
         TokenLogprobs(logprob_N, entropy_N), float32 (float64 for float64 logits).
@@ -87,7 +87,7 @@ def _forward(logits_NV: Tensor, *flat: Any) -> Statistics:
 def fake_statistics(like: Tensor, backend: str) -> Statistics:
     """The shapes of `Statistics`."""
     n, dtype = like.shape[0], checks.stat_dtype(like)
-    between = n if backend == "triton" else 0
+    between = 0 if backend == "torch" else n
     sizes = (n, n, between, between)
     return tuple(like.new_empty(size, dtype=dtype) for size in sizes)  # type: ignore[return-value]
 
@@ -107,6 +107,8 @@ def _backward(g_N: Tensor | None, h_N: Tensor | None, logits_NV: Tensor, *flat: 
     """One sweep: the gradient of the logits; nothing else of size N x V is made."""
     rows, stats, backend = RowArguments(*flat[:5]), flat[5:9], flat[9]
     grad_NV = torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
+    if backend == "native":
+        row_kernels(backend).advise(grad_NV)
     live_N = rows.token_N != rows.ignore_index
     visited = DenseRows(logits_NV, grad_NV)
     visit_gradient(visited, rows, logits_NV, backend, stats, g_N, h_N, live_N=live_N)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastppo.ops import checks
-from fastppo.ops.backend import choose
+from fastppo.ops.backend import choose, token_kernels
 from fastppo.ops.registry import Op, Shape, register
 
 
@@ -58,7 +58,7 @@ def value_loss(
         return_N: float (N,).
         weight_N: float (N,), mask and aggregation in one; tokens of weight 0 are not read.
         clip: c > 0, in the reward's units; None is the plain squared error.
-        backend: "triton" or "torch"; None chooses by device.
+        backend: "triton", "native" or "torch"; None chooses by device.
 
     Returns:
         ValueLoss(loss, metrics), float32 (float64 where an input is).
@@ -101,10 +101,11 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, the vector of metrics, and dloss/dvalue."""
-    if backend == "triton":
-        from fastppo.ops import launch_tokens
-
-        return launch_tokens.value_loss(value_N, old_value_N, return_N, weight_N, clip)
+    if backend != "torch":
+        found: tuple[Tensor, Tensor, Tensor] = token_kernels(backend).value_loss(
+            value_N, old_value_N, return_N, weight_N, clip
+        )
+        return found
     dtype = checks.stat_dtype(value_N, old_value_N, return_N, weight_N)
     live_N = weight_N != 0
     # where before the arithmetic: a NaN behind weight 0 would come back through 0 * NaN.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastppo.ops import checks
-from fastppo.ops.backend import choose
+from fastppo.ops.backend import choose, token_kernels
 from fastppo.ops.registry import Op, Shape, register
 
 EPS = 1e-8  # inside the root, as in TRL
@@ -48,7 +48,7 @@ def moments(x_N: Tensor, *, weight_N: Tensor | None = None, backend: str | None 
     Args:
         x_N: float (N,).
         weight_N: float or bool (N,), a mask: values of weight 0 are not read; None takes all.
-        backend: "triton" or "torch"; None chooses by device.
+        backend: "triton", "native" or "torch"; None chooses by device.
 
     Returns:
         Moments(count, mean, m2), float32 (float64 for float64 input), without gradient; mean and m2
@@ -73,10 +73,9 @@ def moments(x_N: Tensor, *, weight_N: Tensor | None = None, backend: str | None 
 )
 def _moments_op(x_N: Tensor, weight_N: Tensor | None, backend: str) -> Tensor:
     """(3,): count, mean, m2."""
-    if backend == "triton":
-        from fastppo.ops import launch_tokens
-
-        return launch_tokens.merge_moments(launch_tokens.moments(x_N, weight_N))
+    if backend != "torch":
+        kernels = token_kernels(backend)
+        return cast(Tensor, kernels.merge_moments(kernels.moments(x_N, weight_N)))
     return torch.stack(_moments(x_N, _live(x_N, weight_N)))
 
 
@@ -116,7 +115,7 @@ def whiten(
         shift_mean: False adds the mean back, so that the sign of rewards is kept.
         moments: of a larger set (other micro-batches or ranks, by `merge`); None takes those of
             x_N.
-        backend: "triton" or "torch"; None chooses by device.
+        backend: "triton", "native" or "torch"; None chooses by device.
 
     Returns:
         y_N, float32 (float64 for float64 input), without gradient.
@@ -147,11 +146,10 @@ def whiten(
 def _forward(
     x_N: Tensor, weight_N: Tensor | None, moments: Tensor | None, shift_mean: bool, backend: str
 ) -> Tensor:
-    if backend == "triton":
-        from fastppo.ops import launch_tokens
-
-        parts = launch_tokens.moments(x_N, weight_N) if moments is None else moments[:, None]
-        return launch_tokens.whiten(x_N, weight_N, parts, shift_mean)
+    if backend != "torch":
+        kernels = token_kernels(backend)
+        parts = kernels.moments(x_N, weight_N) if moments is None else moments[:, None]
+        return cast(Tensor, kernels.whiten(x_N, weight_N, parts, shift_mean))
     live_N = _live(x_N, weight_N)
     found = _moments(x_N, live_N) if moments is None else Moments(*moments.unbind(0))
     y_N = (x_N.to(found.mean.dtype) - found.mean) * torch.rsqrt(found.variance + EPS)

@@ -77,7 +77,6 @@ CALLED = "import torch; from fastppo.ops import whiten; whiten(torch.ones(2))"
             "triton",
             "FASTPPO_BACKEND='triton' cannot run: the inputs are on cpu; move them to a GPU",
         ),
-        ("native", "FASTPPO_BACKEND='native' cannot run: this version has no native kernel"),
         ("gpu", "FASTPPO_BACKEND='gpu' is no backend; wanted one of triton, native, torch"),
     ],
 )

@@ -7,6 +7,7 @@ Not a pytest file: it builds environments, once, before the tests.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -53,7 +54,7 @@ def build(source: Path, out: Path, *what: str) -> tuple[Path, Path | None]:
 
 
 def check_wheel(wheel: Path) -> None:
-    """Every tracked package file is there under its installed name, and nothing else is."""
+    """Every tracked package file is there under its installed name, and the built kernels."""
     assert wheel.name.startswith(f"fastppo-{version()}-"), f"{wheel.name} is not {version()}"
     expected = {
         place + name.removeprefix(top)
@@ -61,7 +62,10 @@ def check_wheel(wheel: Path) -> None:
         for top, place in INSTALLED.items()
         if name.startswith(top)
     }
-    found = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    built = {name for name in names if name.startswith("fastppo/_native")}
+    assert len(built) == 1, f"wheel: the C++ kernels were not built; is there a compiler? {built}"
+    found = names - built
     assert found == expected, f"wheel: {sorted(found ^ expected)} are on one side only"
 
 
@@ -107,6 +111,7 @@ def run_elsewhere(wheel: Path, folder: Path) -> None:
     where = run("python", "-c", "import fastppo, fastppo.ops; print(fastppo.__file__)").strip()
     assert Path(where).is_relative_to(site), f"{where} is not the wheel's"
     check_kernels(str(folder / "env" / "bin" / "python"), folder / "elsewhere")
+    assert "native on cpu" in run("python", "-m", "fastppo.info")
     assert "usage: fastppo-train" in run("fastppo-train", "--help")
     assert version() in run("fastppo-train", "--version")
 
@@ -121,6 +126,24 @@ def check_kernels(python: str, cwd: Path) -> None:
     assert said.stdout.split() == ["None", "True"], f"{python}: kernels, README.md: {said.stdout}"
 
 
+def install_without_a_compiler(source: Path, folder: Path) -> None:
+    """It installs, says why it is slow, and computes."""
+    venv.create(folder / "bare", with_pip=True)
+    python = str(folder / "bare" / "bin" / "python")
+    site = next((folder / "bare" / "lib").glob("python*/site-packages"))
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "."]
+    subprocess.run(
+        install, cwd=source, check=True, env={**os.environ, "CC": "false", "CXX": "false"}
+    )
+    code = "import torch; from fastppo.ops import whiten; print(whiten(torch.ones(3)).tolist())"
+    done = subprocess.run(
+        [python, "-c", code], cwd=folder, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "[0.0, 0.0, 0.0]"
+    assert done.stderr.count("the C++ kernels were not built") == 1, done.stderr
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -132,6 +155,10 @@ if __name__ == "__main__":
         # From the checkout the link fastppo/kernels is in the way, from the sdist it is not.
         check_wheel(build(source, folder / "direct", "--wheel")[0])
         run_elsewhere(wheel, folder)
+        install_without_a_compiler(source, folder)
         # The environment that runs this has the project installed in place.
         check_kernels(sys.executable, folder)
-    print(f"{wheel.name}: complete from sdist and checkout, and runs on its own")
+    print(
+        f"{wheel.name}: complete from sdist and checkout, runs on its own, and installs without "
+        "a compiler"
+    )

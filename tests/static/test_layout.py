@@ -21,7 +21,7 @@ CODE = sorted(
 # A module imports from the rows below its own: not from above, and not from its neighbours. `types`
 # and `errors` are what passes between rooms, and everybody's.
 LEVELS = [
-    {"cli"},
+    {"cli", "info"},
     {"trainer", "reward_model"},
     {"evaluation", "summary"},
     {"state"},
@@ -44,6 +44,9 @@ INFRASTRUCTURE = {
     "head",
     "launch",
     "launch_tokens",
+    "native",
+    "native_library",
+    "native_tokens",
     "registry",
     "rows",
     "surrogate",

@@ -1,0 +1,205 @@
+"""The C++ kernels for CPUs as a library with a plain C interface, loaded once.
+
+`setup.py` builds it where there is a compiler. It is compiled with OpenMP and linked without: its
+symbols resolve to the runtime that torch has loaded, since two pools of threads in a process spin
+against each other. So torch comes first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from ctypes import POINTER, c_double, c_float, c_int, c_int32, c_int64, c_void_p
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+import torch  # before the library: see above
+
+ISAS: Final = ("portable", "avx2", "avx512")
+INSTALL: Final = "install fastppo where there is a C++ compiler: pip install ."
+
+
+class _Struct(ctypes.Structure):
+    """As kernels/cpu/abi.h has it."""
+
+    _fields_: ClassVar[Any]
+
+
+class RowsStruct(_Struct):
+    """FastppoRows: rows of logits, and what a row needs besides."""
+
+    _fields_: ClassVar = [
+        ("x", c_void_p),
+        ("x_stride", c_int64),
+        ("n", c_int64),
+        ("vocab", c_int64),
+        ("first_row", c_int64),
+        ("token", c_void_p),
+        ("live", c_void_p),
+        ("temperature", c_void_p),
+        ("ignore_index", c_int64),
+        ("dtype", c_int32),
+        ("tau", c_float),
+        ("softcap", c_float),
+        ("padding", c_int32),
+    ]
+
+
+class GradientStruct(_Struct):
+    """FastppoGradient: where a gradient goes."""
+
+    _fields_: ClassVar = [
+        ("out", c_void_p),
+        ("stride", c_int64),
+        ("dtype", c_int32),
+        ("stream", c_int32),
+    ]
+
+
+class LossStruct(_Struct):
+    """FastppoLoss: what a row needs to become PPO's loss, and what it leaves."""
+
+    _fields_: ClassVar = [
+        *(
+            (name, c_void_p)
+            for name in (
+                "behaviour",
+                "advantage",
+                "weight",
+                "ref",
+                "importance",
+                "logprob",
+                "entropy",
+                "kl",
+                "term",
+            )
+        ),
+        ("term_stride", c_int64),
+        *(
+            (name, c_float)
+            for name in (
+                "kl_coef",
+                "entropy_coef",
+                "grad_scale",
+                "clip_low",
+                "clip_high",
+                "dual_clip",
+                "limit",
+            )
+        ),
+        ("kl_kind", c_int32),
+    ]
+
+
+class StatisticsStruct(_Struct):
+    """FastppoStatistics: (N,) each."""
+
+    _fields_: ClassVar = [(name, c_void_p) for name in ("logprob", "entropy", "highest", "total")]
+
+
+class ScoresStruct(_Struct):
+    """FastppoScores: (N,) each."""
+
+    _fields_: ClassVar = [(name, c_void_p) for name in ("logprob", "ref_logprob", "entropy", "kl")]
+
+
+class AdvantagesStruct(_Struct):
+    """FastppoAdvantages."""
+
+    _fields_: ClassVar = [
+        *(
+            (name, c_void_p)
+            for name in (
+                "score",
+                "logprob",
+                "ref",
+                "exact_kl",
+                "extra",
+                "value",
+                "offsets",
+                "bootstrap",
+                "advantage",
+                "returns",
+                "reward",
+                "kl",
+                "part",
+            )
+        ),
+        ("batch", c_int64),
+        ("gamma", c_double),
+        ("lam", c_double),
+        ("kl_coef", c_float),
+        ("limit", c_float),
+        ("kl_kind", c_int32),
+        ("whiten_rewards", c_int32),
+        ("whiten_advantages", c_int32),
+        ("padding", c_int32),
+    ]
+
+
+# What fastppo_sizeof counts, in its order.
+STRUCTS: Final = (
+    RowsStruct,
+    GradientStruct,
+    LossStruct,
+    StatisticsStruct,
+    ScoresStruct,
+    AdvantagesStruct,
+)
+
+_ROWS, _GRADIENT, _LOSS, _STATISTICS, _SCORES, _ADVANTAGES = (POINTER(s) for s in STRUCTS)
+_SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
+    "isa": (c_int, []),
+    "use_isa": (c_int, [c_int]),
+    "sizeof": (c_int64, [c_int]),
+    "policy_loss": (None, [_ROWS, _GRADIENT, _LOSS]),
+    "token_logprobs": (None, [_ROWS, _STATISTICS]),
+    "token_logprobs_backward": (None, [_ROWS, _GRADIENT, _STATISTICS, c_void_p, c_void_p]),
+    "score_tokens": (None, [_ROWS, c_void_p, c_int64, _SCORES]),
+    "sum_rows": (None, [c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p]),
+    "token_kl": (None, [*[c_void_p] * 4, c_int64, c_float, c_int]),
+    "value_loss_parts": (c_int64, [c_int64]),
+    "value_loss": (None, [*[c_void_p] * 4, c_float, c_int64, *[c_void_p] * 3]),
+    "moments_parts": (c_int64, [c_int64]),
+    "moments": (None, [c_void_p, c_void_p, c_int64, c_void_p, c_void_p]),
+    "whiten": (None, [*[c_void_p] * 3, c_int64, c_int, c_void_p]),
+    "gae": (
+        None,
+        [*[c_void_p] * 3, c_int64, c_void_p, c_double, c_double, c_void_p, c_void_p],
+    ),
+    "advantages": (None, [_ADVANTAGES]),
+    "advise": (None, [c_void_p, c_int64]),
+}
+
+
+def _load() -> tuple[Any, str | None]:
+    """The library, or why it is not there."""
+    found = sorted(Path(__file__).parents[1].glob("_native*.so"))
+    if not found:
+        return None, f"the C++ kernels were not built; {INSTALL}"
+    try:
+        library = ctypes.CDLL(str(found[-1]))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(library, f"fastppo_{name}")
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        return None, f"{found[-1].name} does not load ({error}); {INSTALL}"
+    sizes = [ctypes.sizeof(struct) for struct in STRUCTS]
+    if [library.fastppo_sizeof(i) for i in range(len(STRUCTS))] != sizes:
+        return None, f"{found[-1].name} is of another version; {INSTALL}"
+    wanted = os.environ.get("FASTPPO_CPU") or None
+    if wanted is not None:
+        if wanted not in ISAS:
+            return None, f"FASTPPO_CPU={wanted!r} is none of {', '.join(ISAS)}"
+        if library.fastppo_use_isa(ISAS.index(wanted)) < 0:
+            return None, f"FASTPPO_CPU={wanted!r}: this processor has no {wanted}"
+    return library, None
+
+
+assert torch  # its OpenMP is loaded by now
+LIBRARY, OBSTACLE = _load()
+
+
+def isa() -> str:
+    """The vector width that runs: portable, avx2 or avx512."""
+    return ISAS[LIBRARY.fastppo_isa()]

@@ -1,0 +1,99 @@
+// What passes between fastppo/ops/native.py and the kernels: plain structs, no torch headers.
+// native.py has the same fields in the same order; fastppo_sizeof lets it check that.
+#pragma once
+
+#include <cstdint>
+
+enum FastppoIsa { FASTPPO_PORTABLE = 0, FASTPPO_AVX2 = 1, FASTPPO_AVX512 = 2 };
+enum FastppoDtype { FASTPPO_F32 = 0, FASTPPO_BF16 = 1, FASTPPO_F16 = 2 };
+enum FastppoKl { FASTPPO_K1 = 0, FASTPPO_ABS = 1, FASTPPO_K2 = 2, FASTPPO_K3 = 3 };
+
+// Rows of logits, `first_row` of the whole onwards; what is one a token is whole.
+struct FastppoRows {
+  const void* x;
+  int64_t x_stride;  // in logits; neighbours within a row lie side by side
+  int64_t n;
+  int64_t vocab;
+  int64_t first_row;
+  const int64_t* token;
+  const float* live;         // null: all rows; else rows of 0 take no part
+  const float* temperature;  // null: `tau` for all
+  int64_t ignore_index;
+  int32_t dtype;
+  float tau;
+  float softcap;  // 0: none
+  int32_t padding;
+};
+
+struct FastppoGradient {
+  void* out;  // of the logits' dtype or, where they are float32, of `dtype`; null: none wanted
+  int64_t stride;
+  int32_t dtype;
+  int32_t stream;  // write past the caches: the memory is not wanted again soon
+};
+
+struct FastppoLoss {
+  const float* behaviour;
+  const float* advantage;
+  const float* weight;
+  const float* ref;         // null: no reference
+  const float* importance;  // null: 1
+  float* logprob;
+  float* entropy;
+  float* kl;
+  float* term;  // (FASTPPO_TERMS, whole N): PolicyMetrics in its order, the loss last
+  int64_t term_stride;
+  float kl_coef;
+  float entropy_coef;
+  float grad_scale;
+  float clip_low;
+  float clip_high;
+  float dual_clip;  // 0: none
+  float limit;
+  int32_t kl_kind;
+};
+
+struct FastppoStatistics {
+  float* logprob;
+  float* entropy;
+  float* highest;
+  float* total;
+};
+
+struct FastppoScores {
+  float* logprob;
+  float* ref_logprob;
+  float* entropy;
+  float* kl;
+};
+
+struct FastppoAdvantages {
+  const float* score;
+  const float* logprob;
+  const float* ref;
+  const float* exact_kl;  // null: estimated from the two log-probs
+  const float* extra;     // null: none
+  const float* value;
+  const int64_t* offsets;
+  const float* bootstrap;  // null: 0
+  float* advantage;
+  float* returns;
+  float* reward;
+  float* kl;
+  void* part;  // FastppoMoments (batch,)
+  int64_t batch;
+  double gamma;
+  double lam;
+  float kl_coef;
+  float limit;
+  int32_t kl_kind;
+  int32_t whiten_rewards;
+  int32_t whiten_advantages;
+  int32_t padding;
+};
+
+constexpr int FASTPPO_TERMS = 14;
+// Logits below which starting threads costs more than they save.
+constexpr int64_t FASTPPO_ALONE = 1 << 15;
+
+extern "C" int fastppo_isa();

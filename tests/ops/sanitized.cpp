@@ -1,0 +1,126 @@
+// The CPU kernels over many shapes, with nothing around them: built with the address and
+// undefined-behaviour sanitizers, it ends with 0 if no kernel touches what is not its own.
+#include <cstdio>
+#include <cstring>
+#include <vector>
+
+#include "abi.h"
+#include "moments.h"
+
+extern "C" {
+int fastppo_use_isa(int);
+void fastppo_policy_loss(const FastppoRows*, const FastppoGradient*, const FastppoLoss*);
+void fastppo_token_logprobs(const FastppoRows*, const FastppoStatistics*);
+void fastppo_token_logprobs_backward(
+    const FastppoRows*, const FastppoGradient*, const FastppoStatistics*, const float*, const float*);
+void fastppo_score_tokens(const FastppoRows*, const void*, int64_t, const FastppoScores*);
+void fastppo_sum_rows(const float*, int64_t, int64_t, int64_t, int64_t, float*);
+void fastppo_token_kl(const float*, const float*, float*, float*, int64_t, float, int);
+int64_t fastppo_value_loss_parts(int64_t);
+void fastppo_value_loss(
+    const float*, const float*, const float*, const float*, float, int64_t, float*, double*, float*);
+int64_t fastppo_moments_parts(int64_t);
+void fastppo_moments(const float*, const float*, int64_t, FastppoMoments*, float*);
+void fastppo_whiten(const float*, const float*, const float*, int64_t, int, float*);
+void fastppo_gae(
+    const float*, const float*, const int64_t*, int64_t, const float*, double, double, float*, float*);
+void fastppo_advantages(const FastppoAdvantages*);
+}
+
+using Bytes = std::vector<unsigned char>;
+
+static unsigned state = 1;
+static float random_float() { return (float)((state = state * 1664525u + 1013904223u) >> 8) / (1 << 23) - 1.0f; }
+
+static std::vector<float> floats(int64_t n) {
+  std::vector<float> v(n);
+  for (float& x : v) x = 4 * random_float();
+  return v;
+}
+
+// Logits of a dtype, in memory of exactly their size: one byte further is somebody else's.
+static Bytes logits(int64_t count, int dtype) {
+  const int64_t item = dtype == FASTPPO_F32 ? 4 : 2;
+  Bytes bytes(count * item);
+  for (int64_t i = 0; i < count; i++) {
+    float x = 4 * random_float();
+    uint32_t w;
+    std::memcpy(&w, &x, 4);
+    // Any pattern is a number of 16 bits to read; these are finite in both kinds.
+    uint16_t half = (uint16_t)(w >> 16) & 0xbfff;
+    std::memcpy(&bytes[i * item], item == 4 ? (void*)&x : (void*)&half, item);
+  }
+  return bytes;
+}
+
+static void rows_of_logits(int64_t n, int64_t vocab, int dtype, int out_dtype, float softcap, bool stream) {
+  const int64_t item = dtype == FASTPPO_F32 ? 4 : 2, out_item = out_dtype == FASTPPO_F32 ? 4 : 2;
+  Bytes x = logits(n * vocab, dtype), y = logits(n * vocab, dtype), out(n * vocab * out_item);
+  std::vector<int64_t> token(n);
+  for (int64_t i = 0; i < n; i++) token[i] = i % 5 == 4 ? -100 : (i * 7919) % vocab;
+  auto behaviour = floats(n), advantage = floats(n), weight = floats(n), ref = floats(n);
+  std::vector<float> logprob(n), entropy(n), kl(n), highest(n), total(n), term(FASTPPO_TERMS * n);
+  if (n > 1) weight[1] = 0;
+  FastppoRows rows = {x.data(), vocab, n, vocab, 0, token.data(), nullptr, nullptr, -100, dtype, 0.7f, softcap, 0};
+  FastppoGradient grad = {out.data(), vocab, out_dtype, stream};
+  FastppoLoss loss = {
+      behaviour.data(), advantage.data(), weight.data(), ref.data(), nullptr, logprob.data(),
+      entropy.data(), kl.data(), term.data(), n, 0.1f, 0.01f, 1, 0.2f, 0.2f, 3, 20, FASTPPO_K3};
+  fastppo_policy_loss(&rows, &grad, &loss);
+  FastppoStatistics stats = {logprob.data(), entropy.data(), highest.data(), total.data()};
+  fastppo_token_logprobs(&rows, &stats);
+  fastppo_token_logprobs_backward(&rows, &grad, &stats, advantage.data(), weight.data());
+  FastppoScores scores = {logprob.data(), ref.data(), entropy.data(), kl.data()};
+  fastppo_score_tokens(&rows, y.data(), vocab, &scores);
+  if (dtype == out_dtype) {
+    grad.out = x.data();
+    fastppo_policy_loss(&rows, &grad, &loss);
+  }
+  grad.out = nullptr;
+  fastppo_policy_loss(&rows, &grad, &loss);
+  std::vector<float> sums(FASTPPO_TERMS);
+  fastppo_sum_rows(term.data(), n, FASTPPO_TERMS, n, 2, sums.data());
+  (void)item;
+}
+
+static void tokens(int64_t n, int64_t batch) {
+  auto a = floats(n), b = floats(n), c = floats(n), d = floats(n);
+  std::vector<float> e(n), f(n), g(n), h(n), out(7);
+  for (int kind = 0; kind < 4; kind++)
+    fastppo_token_kl(a.data(), b.data(), e.data(), f.data(), n, 20, kind);
+  std::vector<double> part(fastppo_value_loss_parts(n) * 7);
+  fastppo_value_loss(a.data(), b.data(), c.data(), d.data(), 0.2f, n, e.data(), part.data(), out.data());
+  std::vector<FastppoMoments> moments(fastppo_moments_parts(n) + batch);
+  fastppo_moments(a.data(), nullptr, n, moments.data(), out.data());
+  fastppo_whiten(a.data(), b.data(), out.data(), n, 0, e.data());
+  std::vector<int64_t> offsets(batch + 1);
+  for (int64_t i = 0; i <= batch; i++) offsets[i] = i * n / batch;
+  auto score = floats(batch);
+  fastppo_gae(a.data(), b.data(), offsets.data(), batch, score.data(), 0.99, 0.95, e.data(), f.data());
+  for (int whiten = 0; whiten < 2; whiten++) {
+    FastppoAdvantages all = {
+        score.data(), a.data(), b.data(), nullptr, c.data(), d.data(), offsets.data(), nullptr,
+        e.data(), f.data(), g.data(), h.data(), moments.data(), batch, 0.99, 0.95, 0.1f, 20,
+        FASTPPO_K1, whiten, 1, 0};
+    fastppo_advantages(&all);
+  }
+}
+
+int main() {
+  int widths = 0;
+  for (int isa = FASTPPO_PORTABLE; isa <= FASTPPO_AVX512; isa++) {
+    if (fastppo_use_isa(isa) < 0) continue;
+    widths++;
+    for (int64_t vocab : {1, 3, 15, 16, 17, 64, 100, 2047, 2048, 2049, 4500, 6144})
+      for (int dtype : {FASTPPO_F32, FASTPPO_BF16, FASTPPO_F16})
+        for (int out_dtype : {FASTPPO_F32, FASTPPO_BF16, FASTPPO_F16}) {
+          if (dtype != FASTPPO_F32 && dtype != out_dtype) continue;
+          for (float softcap : {0.0f, 30.0f})
+            for (bool stream : {false, true})
+              for (int64_t n : {0, 1, 6}) rows_of_logits(n, vocab, dtype, out_dtype, softcap, stream);
+        }
+  }
+  for (int64_t n : {1, 2, 4095, 4096, 4097, 70000})
+    for (int64_t batch : {1, 3}) tokens(n, batch);
+  std::printf("%d vector widths, nothing found\n", widths);
+}

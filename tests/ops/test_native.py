@@ -1,0 +1,144 @@
+"""What is true of the C++ kernels alone: threads, vector widths, memory, how they are found."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastppo.ops import backend, gae, native, native_library, policy_loss, token_logprobs
+from fastppo.ops.registry import OPS, Shape
+from tests.ops.oracle import run
+
+pytestmark = pytest.mark.skipif(
+    native_library.LIBRARY is None, reason=f"no native kernels: {native_library.OBSTACLE}"
+)
+ROOT = Path(__file__).parents[2]
+FORCED = "import torch; from fastppo.ops import whiten; whiten(torch.ones(2), backend='native')"
+# Past the sizes below which one thread does it all, past a block, and no multiple of a register.
+LARGE = Shape(n=48, vocab=4099, hidden=24, batch=5)
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_one_two_and_four_threads_give_the_same_bits(op):
+    by_token = op.name in ("gae", "advantages", "whiten", "token_kl", "value_loss")
+    shape = Shape(n=70_000, batch=9) if by_token else LARGE
+    inputs = op.make_inputs(shape, torch.float32, 1)
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 4):
+            # A GEMM's own order is the library's affair.
+            if op.name.startswith("linear") and threads != before:
+                continue
+            torch.set_num_threads(threads)
+            results, grads = run(op, op.function, inputs, backend="native")
+            found.append([*results, *grads])
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_written_past_the_caches_or_not_is_the_same_to_the_bit(monkeypatch):
+    """A large gradient is streamed where its rows begin a line; the numbers must not show it."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        inputs = OPS["policy_loss"].make_inputs(Shape(n=6, vocab=4096 + 32), dtype, 2)
+        grads = []
+        for least in (1, 1 << 40):
+            monkeypatch.setattr(native, "_STREAM_BYTES", least)
+            leaf = inputs["logits_NV"].clone().requires_grad_()
+            policy_loss(**{**inputs, "logits_NV": leaf}, backend="native").loss.backward()
+            grads.append(leaf.grad)
+        assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("op_name", ["policy_loss", "token_logprobs"])
+def test_autograd_takes_the_buffer_that_the_kernel_wrote(op_name, monkeypatch):
+    """No copy of N x V on the way to x.grad."""
+    made = []
+    advise = native.advise
+    monkeypatch.setattr(native, "advise", lambda x: (made.append(x.data_ptr()), advise(x)))
+    inputs = OPS[op_name].make_inputs(LARGE, torch.float32, 3)
+    leaf = inputs.pop("logits_NV").requires_grad_()
+    result = OPS[op_name].function(leaf, **inputs, backend="native")
+    (result.loss if op_name == "policy_loss" else result.logprob_N.sum()).backward()
+    assert [leaf.grad.data_ptr()] == made
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.7, 3.0])
+def test_the_exponential_keeps_its_stated_error(tau):
+    """2.5e-7 + 6e-8 |d / tau|, seen through the gradient of a row of two words."""
+    d = torch.linspace(0, 80 * tau, 20001)
+    logits = torch.stack([torch.zeros_like(d), -d], dim=1)
+    # dlogprob[0] / dlogits[1] = -p[1] / tau, and p[1] = exp(-d / tau) / (1 + exp(-d / tau))
+    p = torch.softmax(logits.double() / tau, -1)
+    leaf = logits.clone().requires_grad_()
+    first = torch.zeros_like(d).long()
+    found = token_logprobs(leaf, first, temperature=tau, backend="native")
+    found.logprob_N.sum().backward()
+    relative = (tau * leaf.grad[:, 1].double() + p[:, 1]).abs() / p[:, 1]
+    # three roundings more: the quotient by the total, by tau, and the product here
+    assert (relative <= 2.5e-7 + 6e-8 * d.double() / tau + 2e-7).all()
+
+
+def test_there_is_one_openmp_runtime():
+    """Two pools of threads would spin against each other."""
+    done = python(
+        "import torch; from fastppo.ops import policy_loss, whiten; whiten(torch.ones(100_000));"
+        "print({line.split()[-1] for line in open('/proc/self/maps')"
+        " if 'gomp' in line or 'iomp' in line or 'libomp' in line})"
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(eval(done.stdout)) == 1, done.stdout
+
+
+@pytest.mark.parametrize("isa", native_library.ISAS)
+def test_every_vector_width_obeys_the_oracle(isa):
+    """The dense ops' oracle tests again; a width that this processor lacks says so."""
+    if native_library.ISAS.index(isa) > native_library.LIBRARY.fastppo_isa():
+        done = python(FORCED, FASTPPO_CPU=isa)
+        assert f"this processor has no {isa}" in done.stderr
+        return
+    asked = ["-q", "-p", "no:cacheprovider", "tests/ops/test_edges.py", "-k", "native"]
+    command = f"import pytest, sys; sys.exit(pytest.main({asked}))"
+    done = python(command, FASTPPO_CPU=isa, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+def test_an_unknown_vector_width_is_refused():
+    done = python(FORCED, FASTPPO_CPU="avx1024")
+    assert done.returncode == 1
+    assert "FASTPPO_CPU='avx1024' is none of portable, avx2, avx512" in done.stderr
+
+
+def test_without_the_library_it_says_so_once_and_runs(monkeypatch):
+    monkeypatch.setattr(native_library, "OBSTACLE", "the C++ kernels were not built; build them")
+    monkeypatch.setattr(backend, "_said", [])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            gae(torch.ones(3), torch.ones(3), torch.tensor([0, 3]))
+    messages = [str(w.message) for w in caught]
+    assert messages == [
+        "fastppo.ops runs in PyTorch, several times slower: "
+        "the C++ kernels were not built; build them"
+    ]
+    with pytest.raises(ValueError, match=r"cannot run: .* were not built"):
+        gae(torch.ones(3), torch.ones(3), torch.tensor([0, 3]), backend="native")
