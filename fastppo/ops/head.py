@@ -105,19 +105,19 @@ def logits_dtype_of(op: str, hidden_ND: Tensor, asked: torch.dtype | None) -> to
     return asked
 
 
-def check_head(op: str, hidden_ND: Tensor, head: Head) -> None:
-    """Shapes and dtypes that fit together."""
-    checks.floating(op, "hidden_ND", hidden_ND, ndim=2)
+def check_head(op: str, hidden_ND: Tensor, head: Head, name: str = "hidden_ND") -> None:
+    """Shapes and dtypes that fit together; `name` is the argument that hidden_ND came as."""
+    checks.floating(op, name, hidden_ND, ndim=2)
     checks.floating(op, "weight_VD", head.weight_VD, ndim=2)
     checks.same_device(op, "weight_VD", head.weight_VD, hidden_ND)
     vocab, size = head.weight_VD.shape
     if hidden_ND.shape[1] != size:
         raise ValueError(
-            f"{op}: hidden_ND must have {size} columns, as weight_VD has, came {hidden_ND.shape[1]}"
+            f"{op}: {name} must have {size} columns, as weight_VD has, came {hidden_ND.shape[1]}"
         )
     if hidden_ND.dtype != head.weight_VD.dtype:
         raise TypeError(
-            f"{op}: hidden_ND and weight_VD must have one dtype, came {hidden_ND.dtype} and "
+            f"{op}: {name} and weight_VD must have one dtype, came {hidden_ND.dtype} and "
             f"{head.weight_VD.dtype}; cast one of them"
         )
     checks.row_vector(op, "bias_V", head.bias_V, hidden_ND, n=vocab)

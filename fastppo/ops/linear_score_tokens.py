@@ -74,7 +74,7 @@ def linear_score_tokens(
     head = Head(weight_VD, bias_V, head_lora)
     ref_head = Head(weight_VD if ref_weight_VD is None else ref_weight_VD, bias_V, ref_head_lora)
     check_head(op, hidden_ND, head)
-    check_head(op, ref_hidden_ND, ref_head)
+    check_head(op, ref_hidden_ND, ref_head, "ref_hidden_ND")
     chosen = choose(op, backend, hidden_ND, ref_hidden_ND)
     n, vocab = hidden_ND.shape[0], weight_VD.shape[0]
     if ref_hidden_ND.shape[0] != n or ref_head.weight_VD.shape[0] != vocab:
