@@ -106,6 +106,12 @@ def resume(state: State, folder: Path) -> None:
     state.controller.kl_coef = saved["kl_coef"]
     state.running_score = RunningScore(**saved["running_score"])
     state.step = saved["step"]
+    names = {name for row in saved["rows"] for name in row if name.startswith("reward/")}
+    if not names <= set(state.metrics.reward_columns):
+        raise UserError(
+            f"resume_from_checkpoint {folder}: it has rewards {', '.join(sorted(names))}; keep "
+            "reward_model as it was"
+        )
     for row in saved["rows"]:
         state.metrics.add(row)
 

@@ -15,10 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fastppo.config_file import parse_override, read_file
 from fastppo.errors import UserError
+from fastppo.reward_spec import RewardSpec, check_function_name, reward_specs, split
 
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Above0 = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
 LF, HF, TRL, OWN = "LLaMA-Factory", "transformers", "TRL 0.9.6", "fastppo"
@@ -70,10 +72,27 @@ class Config(BaseModel):
     use_dora: bool = key(False, LF, "Weight-decomposed adapters.")
 
     reward_model: str | None = key(
-        None, LF, "Folder that stage rm wrote, or module:function for reward_model_type: function."
+        None,
+        LF,
+        "Folder, hub name, URL or module:function, as reward_model_type says; several make a list.",
     )
-    reward_model_type: Literal["lora", "function"] = key(
-        "lora", LF, "lora is an adapter and head on the base, function a Python function."
+    reward_model_type: str = key(
+        "lora", LF, "lora, full, api or function (docs/rewards.md); a list where there are several."
+    )
+    reward_weights: tuple[Finite, ...] | None = key(
+        None, OWN, "A weight for each reward; null is 1 for each."
+    )
+    reward_model_adapters: str | None = key(
+        None, LF, "Adapters on a reward of type full, comma separated, merged in their order."
+    )
+    reward_model_quantization_bit: Literal[4, 8] | None = key(
+        None, LF, "Load a reward of type full in so many bits, with bitsandbytes."
+    )
+    reward_api_timeout: Annotated[float, Field(gt=0.0, le=86400.0)] = key(
+        60.0, OWN, "Seconds that an attempt at a reward of type api may take."
+    )
+    reward_api_retries: Annotated[int, Field(ge=0, le=100)] = key(
+        5, OWN, "Attempts after the first, with waits that double from half a second up to 30."
     )
     critic: Literal["adapter", "shared"] = key(
         "adapter",
@@ -226,6 +245,19 @@ class Config(BaseModel):
         """lora_alpha, or LLaMA-Factory's twice the rank."""
         return self.lora_alpha if self.lora_alpha is not None else 2 * self.lora_rank
 
+    @property
+    def rewards(self) -> tuple[RewardSpec, ...]:
+        """What scores the policy's responses; stage rm has nothing that does."""
+        if self.stage != "ppo" or not self.reward_model:
+            return ()
+        return reward_specs(self.reward_model, self.reward_model_type, self.reward_weights)
+
+    @property
+    def reward_adapters(self) -> dict[str, str]:
+        """Adapter name -> folder of each reward of type lora: `reward`, `reward_2`, ..."""
+        folders = [spec.target for spec in self.rewards if spec.kind == "lora"]
+        return {f"reward_{i}" if i > 1 else "reward": name for i, name in enumerate(folders, 1)}
+
     @model_validator(mode="before")
     @classmethod
     def _hidden_sampling(cls, data: Any) -> Any:
@@ -244,6 +276,13 @@ class Config(BaseModel):
                 "reward_model: stage ppo needs one; name the folder that stage rm wrote, or a "
                 "module:function with reward_model_type: function"
             )
+        kinds = [spec.kind for spec in self.rewards]
+        for name in ("reward_model_adapters", "reward_model_quantization_bit"):
+            if getattr(self, name) is not None and kinds.count("full") != 1:
+                raise ValueError(
+                    f"{name}: is for the one reward of reward_model_type: full, and there are "
+                    f"{kinds.count('full')}; leave it out"
+                )
         if self.stage == "rm" and self.resume_from_checkpoint:
             raise ValueError("resume_from_checkpoint: only stage ppo resumes; leave it out")
         if self.val_size and self.eval_dataset:
@@ -255,14 +294,8 @@ class Config(BaseModel):
         for name in ("output_dir", "metrics_dir", "model_name_or_path", "dataset"):
             if not getattr(self, name).strip() or "\0" in getattr(self, name):
                 raise ValueError(f"{name}: is empty or no path; give it a value")
-        functions = {"eval_judge": self.eval_judge}
-        if self.stage == "ppo" and self.reward_model_type == "function":
-            functions["reward_model"] = self.reward_model
-        for name, function in functions.items():
-            if function is not None and not all(function.partition(":")):
-                raise ValueError(
-                    f"{name}: '{function}' is not module:function; write for example mine:short"
-                )
+        if self.eval_judge is not None:
+            check_function_name(self.eval_judge, "eval_judge")
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError("min_new_tokens: is above max_new_tokens; lower it")
         return self
@@ -316,11 +349,19 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "pure_bf16": ((False, None), "use bf16: true: adapters train in float32"),
     "quantization_bit": ((None,), "the base is not quantised; leave it out"),
     "ref_model": ((None,), "the reference is the base with adapters off; leave it out"),
-    "reward_model_adapters": ((None,), "use reward_model with an adapter that stage rm wrote"),
     "streaming": ((False, None), "data is read whole; leave it out"),
     "train_on_prompt": ((False, None), "the loss is on responses; leave it out"),
     "use_unsloth": ((False, None), "leave it out"),
 }
+# LLaMA-Factory's comma strings, which may be YAML lists too.
+COMMA_LISTS = (
+    "dataset",
+    "eval_dataset",
+    "lora_target",
+    "reward_model",
+    "reward_model_type",
+    "reward_model_adapters",
+)
 NOT_HERE = {
     **{
         ("stage", name): f"fastppo trains stage rm and stage ppo; for {name} use another trainer"
@@ -329,8 +370,6 @@ NOT_HERE = {
     ("finetuning_type", "full"): "not supported; use finetuning_type: lora",
     ("finetuning_type", "freeze"): "not supported; use finetuning_type: lora",
     ("finetuning_type", "oft"): "not supported; use finetuning_type: lora",
-    ("reward_model_type", "full"): "not supported; use lora (what stage rm writes) or function",
-    ("reward_model_type", "api"): "not supported; use lora (what stage rm writes) or function",
 }
 
 
@@ -381,8 +420,10 @@ def config_from_dict(data: Mapping[Any, Any], source: str = "<python>") -> Confi
 
 def _listed(name: str, value: Any) -> Any:
     """A YAML list where LLaMA-Factory has a comma string; report_to as a list of one."""
-    if name in ("dataset", "eval_dataset", "lora_target") and isinstance(value, list):
+    if name in COMMA_LISTS and isinstance(value, list):
         return ",".join(str(item) for item in value)
+    if name == "reward_weights" and isinstance(value, str | int | float):
+        return split(value) if isinstance(value, str) else [value]
     if name == "report_to" and isinstance(value, list) and len(value) == 1:
         return value[0]
     # YAML 1.1 reads `eval_strategy: no` as false.

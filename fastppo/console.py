@@ -97,7 +97,7 @@ def first_lines(state: State, steps: int) -> None:
         f"{config.ppo_epochs} epochs each; evaluation on {len(state.eval_prompts)} prompts {length}"
     )
     table = Table("role", "weights", "trainable", box=None, padding=(0, 2))
-    for role, weights, count in state.roles.table():
+    for role, weights, count in state.roles.table(state.reward.table()):
         table.add_row(role, weights, f"{count:,}")
     console.print(table)
     console.print(f"  writes {config.output_dir} and {config.metrics_dir}/")
@@ -117,14 +117,25 @@ def step_line(state: State, steps: int) -> None:
     )
 
 
+def signed(value: float | None) -> str:
+    """A score with its sign; a dash where there is none."""
+    return "-" if value is None else f"{value:+.3f}"
+
+
 def evaluation_line(summary: dict[str, Any]) -> None:
     """Before and after in one line."""
     judge = ""
     if "judge_before" in summary:
         judge = f", judge {summary['judge_before']:+.3f} -> {summary['judge_after']:+.3f}"
+    parts = ""
+    for key in summary:
+        if key.startswith("reward/") and key.endswith("_before"):
+            name = key.removesuffix("_before")
+            before, after = summary[key], summary[f"{name}_after"]
+            parts += f", {name} {signed(before)} -> {signed(after)}"
     console.print(
         f"evaluation: reward {summary['reward_before']:+.3f} -> {summary['reward_after']:+.3f}"
-        f"{judge}, kl {summary['kl']:.2f}, length {summary['length_before']:.1f} -> "
+        f"{parts}{judge}, kl {summary['kl']:.2f}, length {summary['length_before']:.1f} -> "
         f"{summary['length_after']:.1f}"
     )
 

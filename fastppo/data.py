@@ -346,15 +346,22 @@ def encode_prompts(
     records: list[Record], template: Template, cutoff_len: int, default_system: str | None = None
 ) -> list[Prompt]:
     """Prompts with the generation header at their end, at most `cutoff_len` tokens each."""
-    return [
-        Prompt(
-            ids=fit(record, template, cutoff_len, default_system),
-            text=record.messages[-1]["content"],
-            reference=record.response,
-            columns=record.columns,
+    prompts = []
+    for record in records:
+        system = record.system if record.system is not None else default_system
+        prompts.append(
+            Prompt(
+                ids=fit(record, template, cutoff_len, default_system),
+                text=record.messages[-1]["content"],
+                reference=record.response,
+                columns=record.columns,
+                messages=[
+                    *([{"role": "system", "content": system}] if system else []),
+                    *record.messages,
+                ],
+            )
         )
-        for record in records
-    ]
+    return prompts
 
 
 def encode_pairs(

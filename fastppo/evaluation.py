@@ -5,8 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
+from fastppo.errors import UserError
 from fastppo.metrics import SAMPLES, SUMMARY
-from fastppo.reward import call_scores, load_function
+from fastppo.reward import mean_of_known
+from fastppo.reward_function import call_scores, load_function
 from fastppo.rollout import Sampling, sample
 from fastppo.score import score
 
@@ -24,6 +29,7 @@ class Answers:
 
     texts: list[str]
     rewards: list[float]
+    reward_parts: dict[str, Tensor]  # of several rewards each one's scores; NaN: does not apply
     judged: list[float] | None
     lengths: list[int]
     terminated: list[bool]
@@ -35,6 +41,7 @@ def answer(state: State, role: Role, prompts: list[Prompt]) -> Answers:
     config, roles = state.config, state.roles
     texts: list[str] = []
     rewards: list[float] = []
+    parts: list[dict[str, Tensor]] = []
     lengths: list[int] = []
     terminated: list[bool] = []
     kl = 0.0
@@ -53,7 +60,9 @@ def answer(state: State, role: Role, prompts: list[Prompt]) -> Answers:
         lengths += rollout.response_lengths
         terminated += rollout.terminated
         if role == "reference":
-            rewards += state.reward(rollout).tolist()
+            score_B, reward_parts = state.reward(rollout)
+            rewards += score_B.tolist()
+            parts.append(reward_parts)
         else:
             scored = score(
                 roles,
@@ -63,12 +72,17 @@ def answer(state: State, role: Role, prompts: list[Prompt]) -> Answers:
                 batch_size=size,
             )
             rewards += scored.score_B.tolist()
+            parts.append(scored.reward_parts)
             kl += (scored.logprob_N - scored.ref_logprob_N).sum().item()
     judged = None
     if config.eval_judge is not None:
         judge = load_function(config.eval_judge, "eval_judge")
-        judged = call_scores(judge, "eval_judge", [p.text for p in prompts], texts)
-    return Answers(texts, rewards, judged, lengths, terminated, kl / len(prompts))
+        scores = call_scores(judge, "eval_judge", [p.text for p in prompts], texts)
+        judged = [score for score in scores if score is not None]
+        if len(judged) < len(scores):
+            raise UserError("eval_judge: gave None for a completion; a judge scores every one")
+    joined = {name: torch.cat([part[name] for part in parts]) for name in state.reward.extra_names}
+    return Answers(texts, rewards, joined, judged, lengths, terminated, kl / len(prompts))
 
 
 def mean(values: list[Any]) -> float:
@@ -102,6 +116,9 @@ def evaluate(state: State) -> dict[str, Any]:
     if before.judged is not None and after.judged is not None:
         summary["judge_before"] = mean(before.judged)
         summary["judge_after"] = mean(after.judged)
+    for name in state.reward.extra_names:
+        for when, answers in (("before", before), ("after", after)):
+            summary[f"reward/{name}_{when}"] = mean_of_known(answers.reward_parts[name])
     state.metrics.ensure_open()
     state.metrics.write_json(SUMMARY, summary)
     state.metrics.write_json(SAMPLES, side_by_side(prompts, before, after))
@@ -120,6 +137,8 @@ def side_by_side(prompts: list[Prompt], before: Answers, after: Answers) -> list
         for name, answers in (("before", before), ("after", after)):
             row[name] = answers.texts[i]
             row[f"reward_{name}"] = answers.rewards[i]
+            for part, part_B in answers.reward_parts.items():
+                row[f"reward/{part}_{name}"] = mean_of_known(part_B[i])
             if answers.judged is not None:
                 row[f"judge_{name}"] = answers.judged[i]
         rows.append(row)

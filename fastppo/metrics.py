@@ -24,7 +24,7 @@ CSV, CURVES, SUMMARY, SAMPLES = (
 COLUMNS = {
     "step": "PPO step, from 1",
     "epoch": "passes over the prompts so far",
-    "score": "mean score of the rollout as the reward gave it",
+    "score": "mean score of the rollout as the reward gave it; of several, their weighted sum",
     "score_std": "standard deviation of those scores",
     "score_shaped": "mean score after normalisation, clipping and penalties: what entered the "
     "reward",
@@ -66,13 +66,17 @@ COLUMNS = {
     "seconds_update": "PPO epochs (a clock)",
     "seconds": "the whole step (a clock)",
 }
+# Of several rewards each has a column more; its cell is empty where it applied to no response.
+REWARD_COLUMN = "reward/{name}"
+REWARD_MEANING = "of several rewards: mean score by that one, before its weight"
 
 
 class MetricsWriter:
     """Writes rows as they come. An earlier run's files are moved aside, never mixed with."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, rewards: Sequence[str] = ()) -> None:
         self.folder = folder
+        self.reward_columns = [REWARD_COLUMN.format(name=name) for name in rewards]
         self.rows: list[dict[str, float]] = []
         self.is_open = False
 
@@ -97,17 +101,20 @@ class MetricsWriter:
             for path in earlier:
                 path.rename(aside / path.name)
         with (self.folder / CSV).open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerow(COLUMNS)
+            csv.writer(file).writerow([*COLUMNS, *self.reward_columns])
 
     def add(self, row: Mapping[str, float]) -> None:
         """Append one step."""
         self.ensure_open()
-        missing, unknown = COLUMNS.keys() - row.keys(), row.keys() - COLUMNS.keys()
+        missing = COLUMNS.keys() - row.keys()
+        unknown = row.keys() - COLUMNS.keys() - set(self.reward_columns)
         assert not missing, missing
         assert not unknown, unknown
         self.rows.append(dict(row))
         with (self.folder / CSV).open("a", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerow([_number(row[name]) for name in COLUMNS])
+            cells = [_number(row[name]) for name in COLUMNS]
+            extra = [_number(row[name]) if name in row else "" for name in self.reward_columns]
+            csv.writer(file).writerow([*cells, *extra])
 
     def write_json(self, name: str, value: Any) -> None:
         """Write beside, then rename: a reader never sees half a file."""

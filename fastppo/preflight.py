@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastppo.data import Records, read_records
 from fastppo.errors import UserError
+from fastppo.reward_spec import HEAD_FILES, split
 from fastppo.templates import check_name
 
 if TYPE_CHECKING:
@@ -34,8 +35,7 @@ def check_files(config: Config) -> Records:
     """What lies on disk, or should."""
     check_packages(config)
     check_model(config)
-    if config.stage == "ppo" and config.reward_model_type == "lora":
-        check_reward_model(config)
+    check_rewards(config)
     check_output_dir(config)
     return read_records(config)
 
@@ -49,6 +49,12 @@ def check_packages(config: Config) -> None:
             config.flash_attn if config.flash_attn == "fa2" else "none",
             "flash_attn",
             "flash-attn",
+        ),
+        (
+            "reward_model_quantization_bit",
+            config.reward_model_quantization_bit or "none",
+            "bitsandbytes",
+            "quantization",
         ),
     ):
         if asked != "none" and importlib.util.find_spec(package) is None:
@@ -96,24 +102,66 @@ def check_model(config: Config) -> None:
         )
 
 
-def check_reward_model(config: Config) -> None:
+def check_rewards(config: Config) -> None:
+    """Rewards that lie on disk are whole; URLs and function names were checked with the YAML."""
+    for spec in config.rewards:
+        if spec.kind == "lora":
+            check_reward_adapter(config, Path(spec.target))
+        elif spec.kind == "full":
+            check_reward_full(config, spec.target)
+
+
+def check_reward_full(config: Config, name: str) -> None:
+    """Local folders: a causal LM with a value head, or a classifier with one label."""
+    adapters = split(config.reward_model_adapters) if config.reward_model_adapters else []
+    for key, folder in [("reward_model", name), *(("reward_model_adapters", x) for x in adapters)]:
+        file = "config.json" if key == "reward_model" else "adapter_config.json"
+        if looks_local(folder) and not (Path(folder) / file).is_file():
+            raise UserError(
+                f"{config.source}: {key}: {folder} has no {file}; check the path, or name "
+                "one on the hub as owner/name"
+            )
+    path = Path(name) / "config.json"
+    if not path.is_file():
+        return
+    data = read_json_file(path, f"{config.source}: reward_model")
+    if any((Path(f) / head).is_file() for f in (name, *adapters[-1:]) for head in HEAD_FILES):
+        return
+    classes = data.get("architectures")
+    if isinstance(classes, list) and classes and "SequenceClassification" not in str(classes[0]):
+        raise UserError(
+            f"{config.source}: reward_model: {name} is a {classes[0]} without "
+            f"{' or '.join(HEAD_FILES)}; name a sequence classifier with one label, or a model "
+            "with its value head"
+        )
+    labels = data.get("id2label")
+    # What a classifier's file does not say is 2 in transformers.
+    count = len(labels) if isinstance(labels, dict) else data.get("num_labels", 2)
+    if count != 1 and not adapters:
+        raise UserError(
+            f"{config.source}: reward_model: {name} has {count} labels, and a score is one number; "
+            "name a classifier with num_labels 1"
+        )
+
+
+def check_reward_adapter(config: Config, folder: Path) -> None:
     """An adapter, a head, and a head of the base's hidden size."""
-    assert config.reward_model is not None
-    folder = Path(config.reward_model)
     cure = "train one with stage: rm and name its output_dir"
     if not folder.is_dir():
         raise UserError(f"{config.source}: reward_model: no folder {folder}; {cure}")
-    for name, what in (
-        ("adapter_config.json", "adapter"),
-        ("adapter_model.safetensors", "adapter"),
-        ("value_head.safetensors", "value head"),
+    for names, what in (
+        (("adapter_config.json",), "adapter"),
+        (("adapter_model.safetensors", "adapter_model.bin"), "adapter"),
+        (HEAD_FILES, "value head"),
     ):
-        if not (folder / name).is_file():
+        if not any((folder / name).is_file() for name in names):
             raise UserError(
-                f"{config.source}: reward_model: {folder} has no {what} ({name}); {cure}"
+                f"{config.source}: reward_model: {folder} has no {what} ({names[0]}); {cure}"
             )
     read_json_file(folder / "adapter_config.json", f"{config.source}: reward_model")
-    head = head_size(folder / "value_head.safetensors", config.source)
+    if not (folder / HEAD_FILES[0]).is_file():
+        return  # a .bin is read by torch, which is not here yet
+    head = head_size(folder / HEAD_FILES[0], config.source)
     base = hidden_size(config)
     if base is not None and head != base:
         raise UserError(
@@ -160,9 +208,10 @@ def check_output_dir(config: Config) -> None:
         for above in (place, *place.parents):
             if above.exists() and not above.is_dir():
                 raise UserError(f"{config.source}: {key}: {above} is a file; name a folder")
-    sources = {"model_name_or_path": config.model_name_or_path, "reward_model": config.reward_model}
-    for key, name in sources.items():
-        if name and Path(name).exists() and Path(name).resolve() == folder.resolve():
+    sources = [("model_name_or_path", config.model_name_or_path)]
+    sources += [("reward_model", spec.target) for spec in config.rewards if spec.kind != "api"]
+    for key, name in sources:
+        if Path(name).exists() and Path(name).resolve() == folder.resolve():
             raise UserError(f"{config.source}: output_dir: is {key} itself; name another")
     wanted = config.resume_from_checkpoint
     if isinstance(wanted, str) and not (Path(wanted) / "training_state.pt").is_file():

@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 from fastppo import __version__, checkpoint, console
 from fastppo.data import encode_pairs
 from fastppo.errors import TrainingStopped
-from fastppo.reward import RECORD
+from fastppo.reward_spec import RECORD
 from fastppo.roles import (
     enable_checkpointing,
     load_base,

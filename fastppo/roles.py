@@ -4,7 +4,7 @@
 |-----------|------------------------------------------------------|--------|
 | actor     | base + LoRA `default`                                | yes    |
 | reference | base, adapters off                                   | no     |
-| reward    | base + LoRA `reward` + head                          | no     |
+| reward    | base + LoRA `reward` + head (`reward_2`, ... if more) | no     |
 | critic    | base + LoRA `critic` + head, or a head on the actor  | yes    |
 """
 
@@ -14,10 +14,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -25,12 +27,30 @@ from transformers.utils.logging import disable_progress_bar
 
 from fastppo.errors import UserError
 from fastppo.ops import token_logprobs
+from fastppo.reward_spec import HEAD_FILES
 
 if TYPE_CHECKING:
     from fastppo.config import Config
 
 Role = Literal["actor", "reference", "reward", "critic"]
-VALUE_HEAD_FILE = "value_head.safetensors"
+VALUE_HEAD_FILE = HEAD_FILES[0]
+# What transformers, PEFT, safetensors and torch raise at files that are not what they should be.
+LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    SafetensorError,
+    UnpicklingError,
+)
+
+
+def first_line(error: Exception) -> str:
+    """Libraries explain at length; the first line says what."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 class LMHead(NamedTuple):
@@ -152,10 +172,35 @@ def new_value_head(hidden_size: int, device: torch.device) -> nn.Linear:
     return head
 
 
+def read_value_head(folder: Path) -> tuple[Tensor, Tensor]:
+    """Weight (1, D) and bias (1,) of the head in `folder`, from safetensors where there is one."""
+    path = next((folder / name for name in HEAD_FILES if (folder / name).is_file()), None)
+    cure = "train one with stage: rm and name its output_dir"
+    if path is None:
+        raise UserError(f"reward_model: {folder} has no value head ({HEAD_FILES[0]}); {cure}")
+    try:
+        if path.suffix == ".safetensors":
+            tensors = load_file(path)
+        else:  # tensors only: a pickle that would run code is refused
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        weight, bias = tensors["v_head.summary.weight"], tensors["v_head.summary.bias"]
+        shapes = weight.dim(), tuple(bias.shape)
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"reward_model: {path} has no v_head.summary.weight and .bias; {cure}"
+        ) from None
+    except LOAD_ERRORS as error:
+        raise UserError(
+            f"reward_model: {path} cannot be read ({first_line(error)}); {cure}"
+        ) from None
+    if shapes != (2, (1,)):
+        raise UserError(f"reward_model: {path} holds no head with one score; {cure}")
+    return weight, bias
+
+
 def load_value_head(folder: Path, hidden_size: int, device: torch.device) -> nn.Linear:
     """The head that stage rm, or LLaMA-Factory, wrote into `folder`."""
-    tensors = load_file(folder / VALUE_HEAD_FILE)
-    weight, bias = tensors["v_head.summary.weight"], tensors["v_head.summary.bias"]
+    weight, bias = read_value_head(folder)
     if weight.shape != (1, hidden_size):
         raise UserError(
             f"reward_model {folder}: its head is for hidden size {weight.shape[-1]}, the base has "
@@ -181,14 +226,14 @@ class Roles:
     """One base with its adapters and heads. `use(role)` is the only way to switch between them."""
 
     model: PeftModel
-    adapters: dict[Role, str | None]  # None: adapters off
-    reward_head: nn.Linear | None
+    adapters: dict[str, str | None]  # by role; None: adapters off
+    reward_heads: dict[str, nn.Linear]  # by the adapter that each goes with
     critic_head: nn.Linear
     device: torch.device
     autocast: bool
 
     def __post_init__(self) -> None:
-        self._active: Role = "actor"
+        self._active = "actor"
         trained = {self.adapters["actor"], self.adapters["critic"]}
         # PEFT's own switches set requires_grad on adapters as they go; this is what stays true.
         self._requires_grad = {
@@ -196,8 +241,8 @@ class Roles:
             for key, parameter in self.model.named_parameters()
         }
         self.critic_head.requires_grad_(True)
-        if self.reward_head is not None:
-            self.reward_head.requires_grad_(False)
+        for head in self.reward_heads.values():
+            head.requires_grad_(False)
         self._activate("actor")
 
     @property
@@ -206,7 +251,7 @@ class Roles:
         return self.adapters["critic"] == self.adapters["actor"]
 
     @contextmanager
-    def use(self, role: Role) -> Iterator[None]:
+    def use(self, role: str) -> Iterator[None]:
         """Run as `role` inside the block; every role trains after it as it did before.
 
         Backward passes of what ran inside belong inside too: checkpointed layers are recomputed
@@ -219,7 +264,7 @@ class Roles:
         finally:
             self._activate(previous)
 
-    def _activate(self, role: Role) -> None:
+    def _activate(self, role: str) -> None:
         adapter = self.adapters[role]
         if adapter is None:
             self.model.base_model.disable_adapter_layers()
@@ -278,9 +323,8 @@ class Roles:
         ]
         return own + (list(self.critic_head.parameters()) if role == "critic" else [])
 
-    def table(self) -> list[tuple[str, str, int]]:
+    def table(self, reward: str) -> list[tuple[str, str, int]]:
         """Role, weights in words, trainable count: what the first lines of a run print."""
-        reward = "base + LoRA 'reward' + head" if self.reward_head is not None else "a function"
         critic = "head on the actor" if self.shares_trunk else "base + LoRA 'critic' + head"
         words: dict[Role, str] = {
             "actor": "base + LoRA 'default'",
@@ -313,29 +357,39 @@ class Roles:
             )
 
 
+def load_adapter(model: PeftModel, folder: str, name: str, **how: bool) -> None:
+    """Hang the adapter in `folder` on the base; one that is broken or another base's is refused."""
+    try:
+        model.load_adapter(folder, adapter_name=name, **how)
+    except LOAD_ERRORS as error:
+        raise UserError(
+            f"reward_model: the adapter in {folder} cannot be loaded ({first_line(error)}); train "
+            "it with stage: rm on the same model_name_or_path"
+        ) from None
+
+
 def build(config: Config, device: torch.device, base: nn.Module | None = None) -> Roles:
     """Load the base once and hang the four roles on it."""
     base = load_base(config, device) if base is None else base
     own_adapter = lora_config(config, base)
     model = get_peft_model(base, own_adapter, adapter_name="default")
     hidden_size = base.config.get_text_config().hidden_size
-    adapters: dict[Role, str | None] = {"actor": "default", "reference": None, "reward": None}
-    reward_head = None
-    if config.reward_model_type == "lora":
-        folder = Path(config.reward_model)
+    adapters: dict[str, str | None] = {"actor": "default", "reference": None}
+    reward_heads: dict[str, nn.Linear] = {}
+    for name, folder in config.reward_adapters.items():
         # Frozen, so it stays in the base's dtype instead of PEFT's float32.
-        model.load_adapter(str(folder), adapter_name="reward", autocast_adapter_dtype=False)
-        reward_head = load_value_head(folder, hidden_size, device)
-        adapters["reward"] = "reward"
+        load_adapter(model, folder, name, autocast_adapter_dtype=False)
+        reward_heads[name] = load_value_head(Path(folder), hidden_size, device)
+        adapters[name] = name
     critic_head = new_value_head(hidden_size, device)
     if config.critic == "shared":
         adapters["critic"] = "default"
     else:
         adapters["critic"] = "critic"
-        if config.reward_model_type == "lora":
-            model.load_adapter(config.reward_model, adapter_name="critic", is_trainable=True)
+        if reward_heads:
+            load_adapter(model, config.reward_adapters["reward"], "critic", is_trainable=True)
             if config.value_head_init == "reward":
-                critic_head.load_state_dict(reward_head.state_dict())
+                critic_head.load_state_dict(reward_heads["reward"].state_dict())
         else:
             model.add_adapter("critic", own_adapter)
     silence_dropout(model)
@@ -343,4 +397,4 @@ def build(config: Config, device: torch.device, base: nn.Module | None = None) -
     if not config.disable_gradient_checkpointing:
         enable_checkpointing(base)
     model.eval()
-    return Roles(model, adapters, reward_head, critic_head, device, autocast=config.bf16)
+    return Roles(model, adapters, reward_heads, critic_head, device, autocast=config.bf16)

@@ -58,6 +58,7 @@ def score(
         values.append(roles.value(batch.packing.gather(critic_BTD)))
         rows = torch.arange(len(batch.rows), device=critic_BTD.device)
         finals.append(roles.value(critic_BTD[rows, batch.last_B]))
+    score_B, reward_parts = reward(rollout)
     starts = torch.tensor([0, *rollout.response_lengths]).cumsum(0)
     return Scored(
         rollout=rollout,
@@ -67,5 +68,6 @@ def score(
         entropy_N=torch.cat(entropies),
         value_N=torch.cat(values),
         final_value_B=torch.cat(finals),
-        score_B=reward(rollout).float(),
+        score_B=score_B,
+        reward_parts=reward_parts,
     )

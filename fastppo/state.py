@@ -17,7 +17,8 @@ from fastppo.config import Config, load_config
 from fastppo.data import encode_prompts
 from fastppo.metrics import MetricsWriter
 from fastppo.preflight import check
-from fastppo.reward import Reward, load_function, make_reward
+from fastppo.reward import Reward, make_reward
+from fastppo.reward_function import load_function
 from fastppo.roles import Roles, build, load_tokenizer
 from fastppo.templates import Template, get_template
 from fastppo.types import Prompt
@@ -94,6 +95,9 @@ def init_state(config: Config | str | Path | None = None, records: Records | Non
     torch.manual_seed(config.seed)
     if config.eval_judge is not None:
         load_function(config.eval_judge, "eval_judge")
+    for spec in config.rewards:  # before the base is loaded, which takes a while
+        if spec.kind == "function":
+            load_function(spec.target, "reward_model")
     tokenizer = load_tokenizer(config)
     template = get_template(config.template, tokenizer)
     prompts = encode_prompts(records.train, template, config.cutoff_len, config.default_system)
@@ -114,12 +118,13 @@ def init_state(config: Config | str | Path | None = None, records: Records | Non
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch wants an optimiser step first; none was taken
             scheduler.step()
+    reward = make_reward(config, roles, template, tokenizer, prompts)
     return State(
         config=config,
         roles=roles,
         tokenizer=tokenizer,
         template=template,
-        reward=make_reward(config, roles, template),
+        reward=reward,
         prompts=prompts,
         eval_prompts=eval_prompts,
         held_out=held_out,
@@ -129,6 +134,6 @@ def init_state(config: Config | str | Path | None = None, records: Records | Non
             config.init_kl_coef, config.ppo_target, config.horizon, config.adap_kl_ctrl
         ),
         running_score=RunningScore(),
-        metrics=MetricsWriter(Path(config.metrics_dir)),
+        metrics=MetricsWriter(Path(config.metrics_dir), reward.extra_names),
         tracker=console.tracker(config),
     )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastppo.reward import mean_of_known
 from fastppo.types import Experience
 
 if TYPE_CHECKING:
@@ -43,11 +44,13 @@ def step_row(
     sampler_gap = (rollout.sampler_logprob_N - scored.logprob_N).mean().item()
     actor_group, critic_group = state.optimizer.param_groups
     norms = {"grad_norm_actor": 0.0, "grad_norm_critic": 0.0}
+    means = {name: mean_of_known(scored.reward_parts[name]) for name in state.reward.extra_names}
     return {
         "step": state.step,
         "epoch": state.step * config.rollout_batch_size / len(state.prompts),
         "score": scored.score_B.mean().item(),
         "score_std": spread(scored.score_B),
+        **{f"reward/{name}": mean for name, mean in means.items() if mean is not None},
         "score_shaped": experience.score_B.mean().item(),
         "kl": (scored.logprob_N - scored.ref_logprob_N).sum().item() / sequences,
         "kl_target": config.ppo_target,

@@ -22,6 +22,8 @@ class Prompt:
         None  # the record's own answer: shown beside samples, never learned from
     )
     columns: dict[str, Any] = field(default_factory=dict)  # the record, for reward functions
+    # The conversation, its system prompt first, for reward models that have a template of their own
+    messages: list[dict[str, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,9 @@ class Scored:
     final_value_B: (
         Tensor  # of the state after the last token: what a truncated response might go on to
     )
-    score_B: Tensor  # as the reward gave it
+    score_B: Tensor  # as the reward gave it; of several, their weighted sum
+    # Each reward's own score (B,) before its weight; NaN where it does not apply
+    reward_parts: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

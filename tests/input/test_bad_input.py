@@ -134,8 +134,6 @@ VALUES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         ("finetuning_type: full: not supported", "use finetuning_type: lora"),
     ),
     ({"finetuning_type": "freeze"}, ("finetuning_type: freeze: not supported",)),
-    ({"reward_model_type": "api"}, ("reward_model_type: api: not supported", "use lora")),
-    ({"reward_model_type": "full"}, ("reward_model_type: full: not supported", "use lora")),
     ({"critic": "both"}, ("critic: 'both' is none of adapter or shared",)),
     ({"kl_penalty": "full"}, ("kl_penalty: 'full' is none of kl, abs, mse or low_var_kl",)),
     ({"lr_scheduler_type": "cosin"}, ("lr_scheduler_type: 'cosin'", "did you mean cosine?")),

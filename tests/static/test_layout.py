@@ -29,9 +29,11 @@ LEVELS = [
     {"preflight"},
     {"advantage", "metrics", "rollout", "score", "update"},
     {"reward"},
+    {"reward_api", "reward_full", "reward_function"},
+    {"reward_head"},
     {"batch", "data", "roles", "templates"},
     {"config"},
-    {"config_file"},
+    {"config_file", "reward_spec"},
     {"ops"},
     {"errors", "types", "__init__"},
 ]

@@ -125,7 +125,11 @@ def rollout(template: Template, tokenizer: Any) -> Rollout:
 def make_rollout(texts: list[str], responses: list[list[int]], template: Template) -> Rollout:
     """Lay prompts and given response ids side by side, padded right."""
     prompts = [
-        Prompt(template.encode_prompt([{"role": "user", "content": text}], ""), text)
+        Prompt(
+            template.encode_prompt([{"role": "user", "content": text}], ""),
+            text,
+            messages=[{"role": "user", "content": text}],
+        )
         for text in texts
     ]
     rows = [prompt.ids + ids for prompt, ids in zip(prompts, responses, strict=True)]

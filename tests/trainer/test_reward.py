@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fastppo.errors import UserError
-from fastppo.reward import AdapterReward, FunctionReward, append, call_scores, load_function
+from fastppo.reward_function import FunctionReward, call_scores, load_function
+from fastppo.reward_head import AdapterReward, append
 from fastppo.reward_model import calibrate
 
 

@@ -24,7 +24,7 @@ def hidden_as(made, role, batch):
 
 def test_two_roles_train_and_two_do_not(tiny_roles, reward_dir):
     made = tiny_roles(reward_model_type="lora", reward_model=str(reward_dir), critic="adapter")
-    counts = {role: count for role, _, count in made.table()}
+    counts = {role: count for role, _, count in made.table("one")}
     assert counts["reference"] == counts["reward"] == 0
     assert counts["actor"] > 0
     assert counts["critic"] == counts["actor"] + made.critic_head.in_features + 1
@@ -151,7 +151,7 @@ def test_34_the_critic_starts_from_the_reward_model(tiny_roles, reward_dir, roll
     )
     batch = make_batch(rollout, range(4))
     assert torch.equal(hidden_as(made, "critic", batch), hidden_as(made, "reward", batch))
-    assert torch.equal(made.critic_head.weight, made.reward_head.weight)
+    assert torch.equal(made.critic_head.weight, made.reward_heads["reward"].weight)
 
 
 def test_34_or_from_zero_where_asked(tiny_roles, reward_dir):

@@ -13,7 +13,7 @@ from fastppo import checkpoint, trainer
 from fastppo.console import notices
 from fastppo.errors import UserError
 from fastppo.evaluation import evaluate
-from fastppo.metrics import COLUMNS
+from fastppo.metrics import COLUMNS, REWARD_COLUMN, REWARD_MEANING
 from fastppo.preflight import check
 
 CLOCKS = {name for name in COLUMNS if name.startswith("seconds")}
@@ -172,6 +172,7 @@ def test_every_metric_is_defined_in_the_docs():
     text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     for name, meaning in COLUMNS.items():
         assert f"| `{name}` | {meaning} |" in text
+    assert f"| `{REWARD_COLUMN.format(name='<name>')}` | {REWARD_MEANING} |" in text
 
 
 def test_trainer_reads_straight_down_in_under_150_lines():

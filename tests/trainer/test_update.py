@@ -10,7 +10,9 @@ import torch
 from fastppo.advantage import KLController, RunningScore, estimate
 from fastppo.batch import batches, make_batch, token_index
 from fastppo.errors import TrainingStopped
-from fastppo.reward import FunctionReward
+from fastppo.reward import Reward
+from fastppo.reward_function import FunctionReward
+from fastppo.reward_spec import reward_specs
 from fastppo.score import score, token_scores
 from fastppo.update import (
     Totals,
@@ -22,14 +24,15 @@ from fastppo.update import (
     update,
 )
 
-VOWELS = "fastppo.toy:vowels"
+NAME = "fastppo.toy:vowels"
+VOWELS = Reward(reward_specs(NAME, "function", None), (FunctionReward(NAME),))
 
 
 def experience_of(made, rollout, settings, batch_size=4):
     scored = score(
         made,
         rollout,
-        FunctionReward(VOWELS),
+        VOWELS,
         temperature=settings.temperature,
         batch_size=batch_size,
     )
@@ -50,7 +53,7 @@ def in_float64(made):
 def test_05_a_token_is_scored_by_the_state_before_it(tiny_roles, rollout):
     """Against the plain model, token by token, one row at a time."""
     made = tiny_roles()
-    scored = score(made, rollout, FunctionReward(VOWELS), temperature=1.0, batch_size=4)
+    scored = score(made, rollout, VOWELS, temperature=1.0, batch_size=4)
     expected, values = [], []
     for row in range(4):
         ids = rollout.input_ids_BT[row : row + 1, : rollout.lengths[row]]

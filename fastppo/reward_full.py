@@ -1,0 +1,231 @@
+"""Scores by a model of its own: a sequence classifier, or a causal LM with a value head."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
+
+from fastppo.errors import UserError
+from fastppo.reward_head import HeadReward
+from fastppo.reward_spec import HEAD_FILES, split
+from fastppo.roles import LOAD_ERRORS, attention, first_line, load_value_head
+from fastppo.types import Prompt, Rollout
+
+if TYPE_CHECKING:
+    from fastppo.config import Config
+    from fastppo.templates import Template
+
+
+class ClassifierReward:
+    """Scores (B,) float32 by a sequence classifier with one label.
+
+    The prompt's messages and the response's text are written anew with the classifier's own chat
+    template and tokenizer, and the score is its own logit of the conversation.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, name: str, batch_size: int) -> None:
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.key = f"reward_model: {name}"
+        inner = model.config.get_text_config()
+        self.pad_id: int | None = inner.pad_token_id
+        self.max_length = min(
+            getattr(inner, "max_position_embeddings", None) or 1 << 30,
+            getattr(tokenizer, "model_max_length", None) or 1 << 30,
+        )
+        self.cut = False
+
+    def encode(self, prompt: Prompt, text: str) -> list[int]:
+        """Ids of the conversation that `text` ends; the last ones where it is too long."""
+        chat = [*prompt.messages, {"role": "assistant", "content": text}]
+        try:
+            ids = self.tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
+        except Exception as error:  # a template is a program of its own, and may raise anything
+            raise UserError(
+                f"{self.key}: its chat template refuses a conversation of "
+                f"{', '.join(turn['role'] for turn in chat)} ({error}); mend the template or the "
+                "records"
+            ) from None
+        if len(ids) > self.max_length and not self.cut:
+            self.cut = True
+            warnings.warn(
+                f"{self.key}: a conversation has {len(ids)} tokens and it takes "
+                f"{self.max_length}; it sees the last of them. Lower max_new_tokens or cutoff_len",
+                stacklevel=2,
+            )
+        return list(ids[-self.max_length :])
+
+    @torch.no_grad()
+    def __call__(self, rollout: Rollout) -> Tensor:
+        device = rollout.input_ids_BT.device
+        rows = [self.encode(p, t) for p, t in zip(rollout.prompts, rollout.texts, strict=True)]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        score_B = torch.empty(len(rows), device=device)
+        for start in range(0, len(rows), self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            score_B[chosen] = self.logits([rows[i] for i in chosen], device)
+        return score_B
+
+    def logits(self, rows: list[list[int]], device: torch.device) -> Tensor:
+        """Logits (B,) float32 of conversations, padded on the right."""
+        pad_id = self.pad_id
+        if pad_id is None:
+            # Such a model reads the last position, and refuses a batch. It takes one whose pad is
+            # a token that no row holds: the last other token is then each row's last.
+            used = {token for row in rows for token in row}
+            pad_id = next(token for token in range(len(used) + 1) if token not in used)
+        width = max(map(len, rows))
+        ids_BT = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows], device=device)
+        lengths_B = torch.tensor([len(row) for row in rows], device=device)
+        mask_BT = (torch.arange(width, device=device) < lengths_B[:, None]).long()
+        inner = self.model.config.get_text_config()
+        inner.pad_token_id = pad_id
+        try:
+            return self.model(input_ids=ids_BT, attention_mask=mask_BT).logits[:, 0].float()
+        finally:
+            inner.pad_token_id = self.pad_id
+
+
+def adapters_of(config: Config) -> list[str]:
+    """The folders in `reward_model_adapters`."""
+    return split(config.reward_model_adapters) if config.reward_model_adapters else []
+
+
+def head_folder(name: str, config: Config) -> Path | None:
+    """Where the value head lies: with the last adapter, or with the model; None for no such."""
+    for folder in (*(Path(path) for path in adapters_of(config)[-1:]), Path(name)):
+        if any((folder / file).is_file() for file in HEAD_FILES):
+            return folder
+    return None
+
+
+def load_full(
+    name: str, config: Config, device: torch.device, tokenizer: Any, template: Template
+) -> ClassifierReward | HeadReward:
+    """The reward model of `reward_model_type: full`, frozen, in the dtype of the run.
+
+    A value head beside the weights makes it LLaMA-Factory's: a causal LM that scores the policy's
+    own tokens. Anything else has to be a sequence classifier with one label.
+    """
+    folder = head_folder(name, config)
+    size = config.per_device_train_batch_size
+    if folder is None:
+        model = load_model(AutoModelForSequenceClassification, name, config, device)
+        labels = model.config.num_labels
+        if labels != 1:
+            raise UserError(
+                f"reward_model: {name} has {labels} labels, and a score is one number; name a "
+                "classifier with num_labels 1"
+            )
+        own = load_own_tokenizer(name, config)
+        if not getattr(own, "chat_template", None):
+            raise UserError(
+                f"reward_model: the tokenizer of {name} has no chat template to write the "
+                "conversation with; put a chat_template.jinja beside it"
+            )
+        return ClassifierReward(model, own, name, size)
+    model = load_model(AutoModelForCausalLM, name, config, device)
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    check_same_tokens(name, config, inner, tokenizer)
+    trunk = getattr(inner, inner.base_model_prefix)
+    head = load_value_head(folder, inner.config.get_text_config().hidden_size, device)
+    head.requires_grad_(False)
+
+    def hidden(input_ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        output = trunk(input_ids=input_ids_BT, attention_mask=mask_BT, use_cache=False)
+        return output.last_hidden_state
+
+    return HeadReward(hidden, head, folder, template, size)
+
+
+def load_model(kind: Any, name: str, config: Config, device: torch.device) -> Any:
+    """Weights and adapters, frozen and in eval mode; every weight has to be in the files."""
+    own: dict[str, Any] = {}
+    if config.flash_attn != "auto":  # auto leaves it to transformers: not all classifiers have sdpa
+        own["attn_implementation"] = attention(config.flash_attn)
+    bits = config.reward_model_quantization_bit
+    if bits is not None:
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise UserError(
+                f"reward_model_quantization_bit: {bits} needs a package that is not installed; "
+                "pip install 'fastppo[quantization]', or leave it out"
+            )
+        own["device_map"] = {"": device}
+        own["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=bits == 4,
+            load_in_8bit=bits == 8,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16 if config.bf16 else torch.float32,
+        )
+    try:
+        model, info = kind.from_pretrained(
+            name,
+            cache_dir=config.cache_dir,
+            trust_remote_code=config.trust_remote_code,
+            dtype=torch.bfloat16 if config.bf16 else torch.float32,
+            output_loading_info=True,
+            **own,
+        )
+    except LOAD_ERRORS as error:
+        raise UserError(
+            f"reward_model: {name} cannot be loaded ({first_line(error)}); check the folder or the "
+            "hub name"
+        ) from None
+    adapters = adapters_of(config)
+    if info["missing_keys"] and not adapters:
+        raise UserError(
+            f"reward_model: {name} has no weights for {sorted(info['missing_keys'])[0]}; name a "
+            "finished reward model: a classifier, or a causal LM with value_head.safetensors"
+        )
+    for adapter in adapters:
+        try:
+            model = PeftModel.from_pretrained(model, adapter)
+        except LOAD_ERRORS as error:
+            raise UserError(
+                f"reward_model_adapters: {adapter} cannot be loaded on {name} "
+                f"({first_line(error)}); name adapters that were trained on it"
+            ) from None
+        if bits is None:  # into 4 or 8 bits nothing merges without loss
+            model = model.merge_and_unload()
+    if bits is None:
+        model = model.to(device)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def load_own_tokenizer(name: str, config: Config) -> Any:
+    """The tokenizer that lies with a reward model."""
+    try:
+        return AutoTokenizer.from_pretrained(
+            name, cache_dir=config.cache_dir, trust_remote_code=config.trust_remote_code
+        )
+    except LOAD_ERRORS as error:
+        raise UserError(
+            f"reward_model: the tokenizer of {name} cannot be loaded ({first_line(error)}); put it "
+            "beside the weights"
+        ) from None
+
+
+def check_same_tokens(name: str, config: Config, model: Any, tokenizer: Any) -> None:
+    """A value head scores the policy's ids as they are: they have to mean the same to it."""
+    same = model.get_input_embeddings().num_embeddings >= len(tokenizer)
+    if same and (Path(name) / "tokenizer_config.json").is_file():
+        same = load_own_tokenizer(name, config).get_vocab() == tokenizer.get_vocab()
+    if not same:
+        raise UserError(
+            f"reward_model: {name} has another tokenizer than {config.model_name_or_path}, and a "
+            "value head scores the policy's own tokens; train it on the same base, or name a "
+            "sequence classifier"
+        )

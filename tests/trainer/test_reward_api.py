@@ -1,0 +1,273 @@
+"""A reward server over real HTTP: what is sent, what is taken, and every way that it can fail."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from fastppo import reward_api
+from fastppo.cli import main
+from fastppo.errors import UserError
+from fastppo.reward_api import MAX_ANSWER, TOKEN, ApiReward
+
+
+@dataclass
+class Reply:
+    """One answer of the server; `body` None scores each message by its length."""
+
+    body: bytes | None = None
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    pause: float = 0.0
+    trickle: float = 0.0  # seconds between the bytes of the body
+
+
+def scores(*values: Any) -> Reply:
+    return Reply(json.dumps({"scores": list(values)}).encode())
+
+
+class Server(ThreadingHTTPServer):
+    """Gives the replies in `script` one by one, then goes on with plain good ones."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.script: list[Reply] = []
+        self.seen: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.url = f"http://127.0.0.1:{self.server_port}/v1/score/evaluation"
+
+    def handle_error(self, *_: Any) -> None:
+        pass  # a client that hung up
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.seen.append(json.loads(body))
+        self.server.headers.append(dict(self.headers))
+        reply = self.server.script.pop(0) if self.server.script else Reply()
+        time.sleep(reply.pause)
+        data = reply.body
+        if data is None:
+            lengths = [float(len(text)) for text in self.server.seen[-1]["messages"]]
+            data = json.dumps({"id": "x", "model": "model", "scores": lengths}).encode()
+        self.send_response(reply.status)
+        for name, value in {"Content-Length": str(len(data)), **reply.headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        for i in range(0, len(data), 1 if reply.trickle else len(data)):
+            self.wfile.write(data[i : i + 1] if reply.trickle else data)
+            self.wfile.flush()
+            time.sleep(reply.trickle)
+
+    do_GET = do_POST
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(reward_api, "FIRST_WAIT", 0.01)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.delenv(TOKEN, raising=False)
+    made = Server()
+    thread = threading.Thread(target=made.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    yield made
+    made.shutdown()
+    made.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def reward(server, tokenizer):
+    return ApiReward(server.url, tokenizer, timeout=5.0, retries=2, batch_size=4)
+
+
+def test_sends_the_texts_that_llamafactory_sends(reward, server, rollout, tokenizer):
+    values = reward(rollout).tolist()
+    ids = [row[:n] for row, n in zip(rollout.input_ids_BT.tolist(), rollout.lengths, strict=True)]
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=False)
+    assert server.seen == [{"model": "model", "messages": texts}]
+    assert texts[0] == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<|im_end|>"
+    assert not any("<|endoftext|>" in text for text in texts), "padding was sent"
+    assert values == [len(text) for text in texts]
+    assert server.headers[0]["Content-Type"] == "application/json"
+    assert "Authorization" not in server.headers[0]
+
+
+def test_a_request_has_no_more_texts_than_a_micro_batch(reward, server, rollout):
+    together = reward(rollout)
+    reward.batch_size = 3
+    assert reward(rollout).tolist() == together.tolist()
+    assert [len(seen["messages"]) for seen in server.seen] == [4, 3, 1]
+
+
+def test_the_token_comes_from_the_environment_and_is_in_no_message(
+    reward, server, monkeypatch, capsys
+):
+    monkeypatch.setenv(TOKEN, "s3cret")
+    reward.scores(["a"])
+    assert server.headers[-1]["Authorization"] == "Bearer s3cret"
+    server.script = [Reply(b"", 401)]
+    with pytest.raises(UserError, match=f"HTTP 401; set the environment variable {TOKEN}") as error:
+        reward.scores(["a"])
+    monkeypatch.setenv(TOKEN, "s3cret\nHost: evil")
+    with pytest.raises(UserError, match="a character no header can have") as other:
+        reward.scores(["a"])
+    said = str(error.value) + str(other.value) + "".join(capsys.readouterr())
+    assert "s3cret" not in said
+
+
+def test_a_query_is_sent_and_never_shown(server, tokenizer):
+    url = f"{server.url}?key=s3cret"
+    made = ApiReward(url, tokenizer, timeout=5.0, retries=0, batch_size=4)
+    server.script = [Reply(b"no")]
+    with pytest.raises(UserError) as error:
+        made.scores(["a"])
+    assert "s3cret" not in str(error.value)
+
+
+@pytest.mark.parametrize("status", [500, 503, 429])
+def test_failures_that_pass_are_tried_again(reward, server, status):
+    server.script = [Reply(b"", status), Reply(b"", status), scores(0.5)]
+    assert reward.scores(["a"]) == [0.5]
+    assert len(server.seen) == 3
+
+
+def test_waits_double_from_one_attempt_to_the_next(reward, server, monkeypatch):
+    waits: list[float] = []
+    monkeypatch.setattr(reward_api.time, "sleep", waits.append)
+    monkeypatch.setattr(reward_api, "FIRST_WAIT", 0.5)
+    monkeypatch.setattr(reward_api, "LONGEST_WAIT", 3.0)
+    reward.retries = 5
+    reward.url = f"http://127.0.0.1:{free_port()}/"
+    with pytest.raises(UserError, match=r"no connection .* in each of 6 attempts"):
+        reward.scores(["a"])
+    assert waits == [0.5, 1.0, 2.0, 3.0, 3.0]
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+def test_a_failure_that_stays_ends_in_one_line(reward, server):
+    server.script = [Reply(b"", 500)] * 3
+    with pytest.raises(UserError, match="answers HTTP 500, in each of 3 attempts; check the serv"):
+        reward.scores(["a"])
+
+
+@pytest.mark.parametrize(
+    "reply", [Reply(pause=0.6), Reply(trickle=0.05)], ids=["silence", "trickle"]
+)
+def test_a_slow_answer_is_a_failed_attempt(reward, server, reply):
+    reward.timeout, reward.retries = 0.2, 0
+    server.script = [reply]
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"no answer in 0\.2 s, in each of 1 attempts"):
+        reward.scores(["a"])
+    assert time.monotonic() - began < 0.55
+    reward.timeout, reward.retries = 5.0, 1
+    assert reward.scores(["a"]) == [1.0]
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_redirects_are_not_followed(reward, server, status):
+    server.script = [Reply(b"", status, {"Location": server.url})]
+    with pytest.raises(UserError, match=f"redirects elsewhere .HTTP {status}., which is not foll"):
+        reward.scores(["a"])
+    assert len(server.seen) == 1
+
+
+def test_other_refusals_are_not_tried_again(reward, server):
+    server.script = [Reply(b"", 404)]
+    with pytest.raises(UserError, match="HTTP 404; check the URL"):
+        reward.scores(["a"])
+    assert len(server.seen) == 1
+
+
+def test_a_connection_that_breaks_within_an_answer_is_tried_again(reward, server):
+    server.script = [Reply(b'{"scores"', headers={"Content-Length": "99", "Connection": "close"})]
+    assert reward.scores(["a"]) == [1.0]
+    assert len(server.seen) == 2
+
+
+BAD_ANSWERS = {
+    "short": (scores(1.0), "answers 1 scores for 2"),
+    "long": (scores(1.0, 2.0, 3.0), "answers 3 scores for 2"),
+    "nan": (scores(1.0, float("nan")), "answers nan as a score"),
+    "infinite": (scores(float("-inf"), 1.0), "answers -inf as a score"),
+    "past float32": (scores(1e300, 1.0), r"answers 1e\+300 as a score"),
+    "an integer without end": (scores(10**400, 1), "answers 1000"),
+    "null": (scores(None, 1.0), "answers 'None' as a score"),
+    "text": (scores("1.0", 1.0), r"answers '1\.0' as a score"),
+    "truth": (scores(True, 1.0), "answers 'True' as a score"),
+    "nested": (scores([1.0], [2.0]), r"answers '\[1\.0\]' as a score"),
+    "no list": (Reply(b'{"scores": 1.0}'), "without scores; it should be"),
+    "no scores": (Reply(b'{"rewards": [1, 2]}'), "without scores; it should be"),
+    "no object": (Reply(b"[1.0, 2.0]"), "without scores; it should be"),
+    "empty": (Reply(b""), "answers b'', not JSON"),
+    "html": (Reply(b"<html>\n<body>no</body>"), "answers b'<html>.*, not JSON"),
+    "not utf-8": (Reply(b'{"scores": "\xff\xfe"}'), "not JSON"),
+    "deep": (Reply(b"[" * 200_000), "not JSON"),
+    "huge": (Reply(b" " * (MAX_ANSWER + 1)), f"is over {MAX_ANSWER} bytes"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ANSWERS)
+def test_bad_answers_are_refused_at_once(reward, server, name):
+    reply, words = BAD_ANSWERS[name]
+    server.script = [reply]
+    with pytest.raises(UserError, match=words) as error:
+        reward.scores(["a", "b"])
+    assert str(error.value).startswith(f"reward_model: {server.url}: ")
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 300
+    assert len(server.seen) == 1
+
+
+def test_integers_are_numbers(reward, server):
+    server.script = [scores(2, -1)]
+    assert reward.scores(["a", "b"]) == [2.0, -1.0]
+
+
+def command(config, tmp_path, **changes) -> list[str]:
+    settings = config(reward_model_type="api", **changes).model_dump(exclude_none=True)
+    (tmp_path / "run.json").write_text(json.dumps(settings))
+    return [str(tmp_path / "run.json")]
+
+
+def test_a_server_that_is_wrong_is_noticed_before_anything_is_written(
+    config, tmp_path, server, capsys
+):
+    server.script = [Reply(b"<html>")]
+    before = {*tmp_path.iterdir()}
+    argv = command(config, tmp_path, reward_model=server.url)
+    before = {*tmp_path.iterdir()}
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"fastppo-train: error: reward_model: {server.url}: answers b'<html>'")
+    assert err.count("\n") == 1
+    assert {*tmp_path.iterdir()} == before
+
+
+def test_a_run_on_a_server_that_stumbles_once(config, tmp_path, server, capsys):
+    server.script = [Reply(b"", 503)]
+    assert main(command(config, tmp_path, reward_model=server.url, max_steps=1)) == 0
+    assert "server 'api'" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "metrics" / "summary.json").read_text())
+    assert summary["reward_after"] > 0
