@@ -422,8 +422,10 @@ def _listed(name: str, value: Any) -> Any:
     """A YAML list where LLaMA-Factory has a comma string; report_to as a list of one."""
     if name in COMMA_LISTS and isinstance(value, list):
         return ",".join(str(item) for item in value)
-    if name == "reward_weights" and isinstance(value, str | int | float):
-        return split(value) if isinstance(value, str) else [value]
+    if name == "reward_weights" and not isinstance(value, bool):
+        if isinstance(value, str):
+            return split(value)
+        return [value] if isinstance(value, int | float) else value
     if name == "report_to" and isinstance(value, list) and len(value) == 1:
         return value[0]
     # YAML 1.1 reads `eval_strategy: no` as false.

@@ -128,6 +128,8 @@ def check_reward_full(config: Config, name: str) -> None:
     if any((Path(f) / head).is_file() for f in (name, *adapters[-1:]) for head in HEAD_FILES):
         return
     classes = data.get("architectures")
+    if adapters:
+        return  # the head may be theirs
     if isinstance(classes, list) and classes and "SequenceClassification" not in str(classes[0]):
         raise UserError(
             f"{config.source}: reward_model: {name} is a {classes[0]} without "
@@ -137,7 +139,7 @@ def check_reward_full(config: Config, name: str) -> None:
     labels = data.get("id2label")
     # What a classifier's file does not say is 2 in transformers.
     count = len(labels) if isinstance(labels, dict) else data.get("num_labels", 2)
-    if count != 1 and not adapters:
+    if count != 1:
         raise UserError(
             f"{config.source}: reward_model: {name} has {count} labels, and a score is one number; "
             "name a classifier with num_labels 1"

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, load_peft_weights
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -122,6 +123,7 @@ def load_full(
     size = config.per_device_train_batch_size
     if folder is None:
         model = load_model(AutoModelForSequenceClassification, name, config, device)
+        model.config.use_cache = False
         labels = model.config.num_labels
         if labels != 1:
             raise UserError(
@@ -169,7 +171,10 @@ def load_model(kind: Any, name: str, config: Config, device: torch.device) -> An
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16 if config.bf16 else torch.float32,
         )
+    adapters = adapters_of(config)
     try:
+        if adapters and kind is AutoModelForSequenceClassification:
+            own["config"] = config_under_adapters(name, config)
         model, info = kind.from_pretrained(
             name,
             cache_dir=config.cache_dir,
@@ -183,14 +188,11 @@ def load_model(kind: Any, name: str, config: Config, device: torch.device) -> An
             f"reward_model: {name} cannot be loaded ({first_line(error)}); check the folder or the "
             "hub name"
         ) from None
-    adapters = adapters_of(config)
-    if info["missing_keys"] and not adapters:
-        raise UserError(
-            f"reward_model: {name} has no weights for {sorted(info['missing_keys'])[0]}; name a "
-            "finished reward model: a classifier, or a causal LM with value_head.safetensors"
-        )
+    missing = set(info["missing_keys"])
     for adapter in adapters:
         try:
+            saved = load_peft_weights(adapter, device="cpu")
+            missing = {key for key in missing if not any(k.endswith(f".{key}") for k in saved)}
             model = PeftModel.from_pretrained(model, adapter)
         except LOAD_ERRORS as error:
             raise UserError(
@@ -199,10 +201,25 @@ def load_model(kind: Any, name: str, config: Config, device: torch.device) -> An
             ) from None
         if bits is None:  # into 4 or 8 bits nothing merges without loss
             model = model.merge_and_unload()
+    if missing:
+        raise UserError(
+            f"reward_model: {name} has no weights for {min(missing)}; name a finished reward "
+            "model: a classifier, or a causal LM with value_head.safetensors"
+        )
     if bits is None:
         model = model.to(device)
     model.requires_grad_(False)
     return model.eval()
+
+
+def config_under_adapters(name: str, config: Config) -> Any:
+    """One label, not the default 2, for a base whose head is its adapter's (as TRL saves it)."""
+    found = AutoConfig.from_pretrained(
+        name, cache_dir=config.cache_dir, trust_remote_code=config.trust_remote_code
+    )
+    if not any("SequenceClassification" in kind for kind in found.architectures or ()):
+        found.num_labels = 1
+    return found
 
 
 def load_own_tokenizer(name: str, config: Config) -> Any:

@@ -94,7 +94,8 @@ def check_function_name(name: str, key: str) -> None:
     """`module:function`, each part an identifier: a path to a file is no importable name."""
     module, _, function = name.partition(":")
     parts = [*module.split("."), function]
-    if not all(part.isidentifier() and not keyword.iskeyword(part) for part in parts):
+    named = all(part.isidentifier() and not keyword.iskeyword(part) for part in parts)
+    if not named or module.endswith(".py"):
         raise ValueError(
             f"{key}: '{name}' is not module:function with importable names; write for example "
             "mine.rewards:short"

@@ -299,7 +299,7 @@ MORE: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"output_dir": "model", "overwrite_output_dir": True}, ("is model_name_or_path itself",)),
     ({"output_dir": "reward", "overwrite_output_dir": True}, ("is reward_model itself",)),
     ({"reward_model_type": "function"}, ("reward_model: 'reward' is not module:function",)),
-    ({"eval_judge": "x"}, ("eval_judge: 'x' is not module:function", "mine:short")),
+    ({"eval_judge": "x"}, ("eval_judge: 'x' is not module:function", "mine.rewards:short")),
     ({"model_gguf_file": "m.gguf"}, ("model_gguf_file: no m.gguf in ./model",)),
     ({"model_name_or_path": "./" + "x" * 5000}, ("File name too long", "check the path")),
     ({"resume_from_checkpoint": "gone"}, ("no training_state.pt in gone", "checkpoint-N")),

@@ -5,6 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import yaml
+
+from fastppo.config import config_from_dict
+from fastppo.reward_api import FIRST_WAIT, LONGEST_WAIT, MAX_ANSWER, TOKEN
+
 ROOT = Path(__file__).resolve().parents[2]
 PPO = (ROOT / "docs" / "ppo.md").read_text(encoding="utf-8")
 
@@ -28,3 +33,22 @@ def test_every_item_of_the_checklist_names_a_test_that_is_there():
     tests = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/**/test_*.py"))
     missing = [name for _, name in rows if f"def {name}(" not in tests]
     assert not missing
+
+
+def test_every_yaml_of_rewards_md_is_a_configuration():
+    page = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    base = {"stage": "ppo", "model_name_or_path": "m", "dataset": "d", "output_dir": "o"}
+    kinds = [
+        spec.kind
+        for block in blocks
+        for spec in config_from_dict({**base, **yaml.safe_load(block)}).rewards
+    ]
+    assert kinds == ["lora", "full", "api", "function", "lora", "function", "function"]
+
+
+def test_what_rewards_md_says_of_the_server_is_in_the_code():
+    page = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
+    for words in (f"`{TOKEN}`", f"0.5, 1, 2, ... {LONGEST_WAIT:g} s", "over 1 MiB"):
+        assert words in page
+    assert (FIRST_WAIT, MAX_ANSWER) == (0.5, 2**20)

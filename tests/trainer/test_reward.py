@@ -1,14 +1,16 @@
-"""Where a response is scored, and what a reward function may give back."""
+"""Reward adapters: where a response is scored, and the folders that hold one."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from fastppo.errors import UserError
-from fastppo.reward_function import FunctionReward, call_scores, load_function
+from fastppo.cli import main
 from fastppo.reward_head import AdapterReward, append
 from fastppo.reward_model import calibrate
 
@@ -73,45 +75,135 @@ def test_35_calibration_gives_mean_0_and_std_1_and_keeps_the_order():
     assert torch.equal(before.argsort(), after.argsort())
 
 
-def test_functions_get_the_columns_that_they_ask_for(rollout):
-    seen = {}
-
-    def score(prompts, completions, answer):
-        seen.update(prompts=prompts, answer=answer)
-        return [0.0] * len(completions)
-
-    columns = {"answer": [1, 2, 3, 4], "other": [0, 0, 0, 0]}
-    call_scores(score, "reward_model", ["a"] * 4, ["b"] * 4, columns)
-    assert seen == {"prompts": ["a"] * 4, "answer": [1, 2, 3, 4]}
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [([1.0], "gave 1 scores for 2"), ([1.0, float("nan")], "gave nan for the completion 'b2'")],
-)
-def test_bad_scores_are_refused(given, message):
-    with pytest.raises(UserError, match=message):
-        call_scores(lambda prompts, completions: given, "reward_model x", ["a", "a"], ["b1", "b2"])
+@pytest.fixture
+def llamafactory_dir(reward_dir, tmp_path):
+    """The files that LLaMA-Factory's stage rm leaves, and no record of ours."""
+    folder = tmp_path / "lf"
+    shutil.copytree(reward_dir, folder)
+    (folder / "fastppo_reward.json").unlink()
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    # What a PEFT of its time wrote, a new key of which another PEFT may not know.
+    for name in ("qalora_group_size", "use_qalora", "corda_config", "eva_config"):
+        settings.pop(name, None)
+    settings |= {"inference_mode": True, "task_type": "CAUSAL_LM", "revision": None}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    (folder / "training_args.bin").write_bytes(b"a pickle that nobody opens")
+    (folder / "README.md").write_text("x")
+    return folder
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("vowels", "is not module:function"),
-        ("no_such_module_here:f", "cannot import 'no_such_module_here'"),
-        ("fastppo.toy:consonants", "has no function 'consonants'"),
-    ],
-)
-def test_functions_that_are_not_there(name, message):
-    with pytest.raises(UserError, match=message):
-        load_function(name, "reward_model")
+def as_bin(folder) -> None:
+    """`save_safetensors: false`: torch's files, adapter and head."""
+    for name in ("adapter_model", "value_head"):
+        tensors = load_file(folder / f"{name}.safetensors")
+        torch.save(tensors, folder / f"{name}.bin")
+        (folder / f"{name}.safetensors").unlink()
 
 
-def test_function_reward_scores_the_texts(rollout):
-    texts = ["aaaa", "abab", "bbbb", ""]
-    assert FunctionReward("fastppo.toy:vowels")(replace(rollout, texts=texts)).tolist() == [
-        1.0,
-        0.5,
-        0.0,
-        0.0,
-    ]
+@pytest.mark.parametrize("change", [None, as_bin], ids=["safetensors", "bin"])
+def test_llamafactorys_folder_loads_and_says_the_same(
+    tiny_roles, reward_dir, llamafactory_dir, template, rollout, change
+):
+    ours = tiny_roles(reward_model_type="lora", reward_model=str(reward_dir))
+    expected = AdapterReward(ours, reward_dir, template, 4)
+    if change:
+        change(llamafactory_dir)
+    theirs = tiny_roles(reward_model_type="lora", reward_model=str(llamafactory_dir))
+    loaded = AdapterReward(theirs, llamafactory_dir, template, 4)
+    assert (expected.score_at, loaded.score_at) == ("eos", "suffix")
+    loaded.score_at = "eos"
+    assert torch.equal(loaded(rollout), expected(rollout))
+
+
+def test_safetensors_are_read_where_both_are(tiny_roles, llamafactory_dir):
+    (llamafactory_dir / "value_head.bin").write_bytes(b"not even a pickle")
+    tiny_roles(reward_model_type="lora", reward_model=str(llamafactory_dir))
+
+
+class Evil:
+    """A pickle that leaves a file behind where it is opened without care."""
+
+    def __init__(self, path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def evil_head(folder):
+    as_bin(folder)
+    torch.save({"v_head.summary.weight": Evil(folder / "owned")}, folder / "value_head.bin")
+
+
+def evil_adapter(folder):
+    as_bin(folder)
+    torch.save({"x": Evil(folder / "owned")}, folder / "adapter_model.bin")
+
+
+def other_head(folder):
+    as_bin(folder)
+    tensors = {"v_head.summary.weight": torch.zeros(1, 48), "v_head.summary.bias": torch.zeros(1)}
+    torch.save(tensors, folder / "value_head.bin")
+
+
+def two_scores(folder):
+    as_bin(folder)
+    tensors = {"v_head.summary.weight": torch.zeros(2, 32), "v_head.summary.bias": torch.zeros(2)}
+    torch.save(tensors, folder / "value_head.bin")
+
+
+def no_head(folder):
+    as_bin(folder)
+    torch.save({"weight": torch.zeros(1)}, folder / "value_head.bin")
+
+
+def torn_head(folder):
+    as_bin(folder)
+    head = folder / "value_head.bin"
+    head.write_bytes(head.read_bytes()[:100])
+
+
+def torn_adapter(folder):
+    adapter = folder / "adapter_model.safetensors"
+    adapter.write_bytes(adapter.read_bytes()[:100])
+
+
+def adapter_of_another_model(folder):
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    settings["target_modules"] = ["no_such_layer"]
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+
+
+def record_without_place(folder):
+    (folder / "fastppo_reward.json").write_text('{"score_at": "somewhere"}')
+
+
+DAMAGE = [
+    (evil_head, ("value_head.bin cannot be read",)),
+    (evil_adapter, ("the adapter in", "cannot be loaded")),
+    (other_head, ("its head is for hidden size 48, the base has 32", "same model")),
+    (two_scores, ("value_head.bin holds no head with one score",)),
+    (no_head, ("value_head.bin has no v_head.summary.weight and .bias",)),
+    (torn_head, ("value_head.bin cannot be read",)),
+    (torn_adapter, ("the adapter in", "cannot be loaded")),
+    (adapter_of_another_model, ("the adapter in", "cannot be loaded")),
+    (record_without_place, ("fastppo_reward.json does not say score_at eos or suffix",)),
+]
+
+
+@pytest.mark.parametrize(("damage", "words"), DAMAGE, ids=lambda v: getattr(v, "__name__", ""))
+def test_folders_that_are_no_reward_model(
+    config, llamafactory_dir, tmp_path, capsys, damage, words
+):
+    damage(llamafactory_dir)
+    settings = config(reward_model=str(llamafactory_dir), reward_model_type="lora")
+    (tmp_path / "run.json").write_text(json.dumps(settings.model_dump(exclude_none=True)))
+    before = {*tmp_path.rglob("*")}
+    assert main([str(tmp_path / "run.json")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("fastppo-train: error: reward_model")
+    assert err.count("\n") == 1
+    for word in words:
+        assert word in err
+    assert {*tmp_path.rglob("*")} == before
+    assert not (llamafactory_dir / "owned").exists()

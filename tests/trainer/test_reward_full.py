@@ -164,6 +164,20 @@ def test_bf16_as_the_run(load, tmp_path, rollout):
     torch.testing.assert_close(score_B, exact, atol=0.1, rtol=0.1)
 
 
+@pytest.mark.parametrize(("bits", "near"), [(8, 0.03), (4, 0.2)])
+def test_a_classifier_in_few_bits_keeps_its_head_whole(load, tmp_path, rollout, bits, near):
+    pytest.importorskip("bitsandbytes", reason="needs pip install 'fastppo[quantization]'")
+    write_classifier(tmp_path / "c", hidden_size=64, intermediate_size=128, initializer_range=0.05)
+    rollout = replace(rollout, texts=TEXTS)
+    exact = load(tmp_path / "c")(rollout)
+    made = load(tmp_path / "c", reward_model_quantization_bit=bits)
+    assert f"{bits}bit" in type(made.model.model.layers[0].mlp.up_proj).__name__
+    assert type(made.model.score) is torch.nn.Linear
+    score_B = made(rollout)
+    assert not torch.equal(score_B, exact)
+    torch.testing.assert_close(score_B, exact, atol=near, rtol=0)
+
+
 def test_adapters_on_a_classifier_are_merged_in_their_order(load, tmp_path, rollout):
     write_classifier(tmp_path / "c")
     names = []
@@ -185,6 +199,31 @@ def test_adapters_on_a_classifier_are_merged_in_their_order(load, tmp_path, roll
     both = load(tmp_path / "c", reward_model_adapters=",".join(names))(rollout)
     assert not torch.allclose(both, one)
     assert not torch.allclose(made(rollout), one)
+
+
+def test_a_classification_adapter_on_a_plain_language_model(load, tmp_path, rollout):
+    """What TRL's RewardTrainer leaves of a LoRA run: the head is the adapter's."""
+    write_classifier(tmp_path / "c")
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "c")
+    plain = LlamaForCausalLM(classifier.config)
+    plain.model.load_state_dict(classifier.model.state_dict())
+    plain.config.num_labels = 2
+    plain.save_pretrained(tmp_path / "plain")
+    word_tokenizer().save_pretrained(tmp_path / "plain")
+    wanted = {"task_type": "SEQ_CLS", "r": 2, "target_modules": ["q_proj"]}
+    tuned = get_peft_model(classifier, LoraConfig(**wanted, init_lora_weights=False))
+    tuned.save_pretrained(tmp_path / "adapter")
+    rollout = replace(rollout, texts=TEXTS)
+    made = load(tmp_path / "plain", reward_model_adapters=str(tmp_path / "adapter"))
+    rows = [torch.tensor([made.encode(p, t)]) for p, t in zip(rollout.prompts, TEXTS, strict=True)]
+    with torch.no_grad():
+        expected = torch.stack([tuned.eval()(input_ids=ids).logits[0, 0] for ids in rows])
+    torch.testing.assert_close(made(rollout), expected, atol=1e-5, rtol=1e-5)
+
+    headless = get_peft_model(plain, LoraConfig(r=2, target_modules=["q_proj"]))
+    headless.save_pretrained(tmp_path / "headless")
+    with pytest.raises(UserError, match=r"has no weights for score\.weight; name a finished"):
+        load(tmp_path / "plain", reward_model_adapters=str(tmp_path / "headless"))
 
 
 def write_llamafactory_full(folder, model_dir, tokenizer, *, head=".safetensors") -> None:

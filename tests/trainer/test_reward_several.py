@@ -164,8 +164,9 @@ def test_comma_lists_and_yaml_lists_are_the_same(models, types, weights):
 
 
 def test_one_weight_may_be_a_number_and_one_type_is_all_types():
-    one = config_from_dict({**BASE, "reward_model": "a", "reward_weights": 2})
-    assert [(spec.kind, spec.weight) for spec in one.rewards] == [("lora", 2.0)]
+    for weight in (1, 2.5):
+        one = config_from_dict({**BASE, "reward_model": "a", "reward_weights": weight})
+        assert [(spec.kind, spec.weight) for spec in one.rewards] == [("lora", weight)]
     two = config_from_dict({**BASE, "reward_model": "a:b,c:d", "reward_model_type": "function"})
     assert [spec.kind for spec in two.rewards] == ["function", "function"]
 
