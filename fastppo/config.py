@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fastppo.config_file import parse_override, read_file
 from fastppo.errors import UserError
-from fastppo.reward_spec import RewardSpec, check_function_name, reward_specs, split
+from fastppo.reward_spec import RewardSpec, check_function_name, check_kind, reward_specs, split
 
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -89,7 +89,7 @@ class Config(BaseModel):
         None, LF, "Load a reward of type full in so many bits, with bitsandbytes."
     )
     reward_api_timeout: Annotated[float, Field(gt=0.0, le=86400.0)] = key(
-        60.0, OWN, "Seconds that an attempt at a reward of type api may take."
+        60.0, OWN, "Seconds until an attempt at a reward of type api has failed."
     )
     reward_api_retries: Annotated[int, Field(ge=0, le=100)] = key(
         5, OWN, "Attempts after the first, with waits that double from half a second up to 30."
@@ -276,6 +276,8 @@ class Config(BaseModel):
                 "reward_model: stage ppo needs one; name the folder that stage rm wrote, or a "
                 "module:function with reward_model_type: function"
             )
+        for kind in split(self.reward_model_type):
+            check_kind(kind)
         kinds = [spec.kind for spec in self.rewards]
         for name in ("reward_model_adapters", "reward_model_quantization_bit"):
             if getattr(self, name) is not None and kinds.count("full") != 1:

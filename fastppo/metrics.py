@@ -160,6 +160,10 @@ def draw_curves(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> 
     low = [row["score"] - row["score_std"] for row in rows]
     high = [row["score"] + row["score_std"] for row in rows]
     score.fill_between(steps, low, high, alpha=0.15, color="tab:green", linewidth=0)
+    for name in sorted({name for row in rows for name in row if name.startswith("reward/")}):
+        values = [row.get(name, float("nan")) for row in rows]
+        score.plot(steps, values, linestyle=":", label=name.removeprefix("reward/"))
+        score.legend(fontsize=8)
     score.set_title("score (mean, ± one standard deviation)")
 
     line(kl, "kl", "KL", color="tab:blue")

@@ -27,12 +27,13 @@ if TYPE_CHECKING:
 Part = Callable[[Rollout], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Reward:
     """score_b = sum over the rewards that apply to response b of weight * their score."""
 
     specs: tuple[RewardSpec, ...]
     parts: tuple[Part, ...]
+    worked: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -45,7 +46,22 @@ class Reward:
         return self.names if len(self.specs) > 1 else []
 
     def __call__(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-        """The score (B,) float32, and each reward's own (B,), NaN where it does not apply."""
+        """The score (B,) float32, and each reward's own (B,), NaN where it does not apply.
+
+        A reward that fails the first time is the user's to mend: UserError. One that has worked
+        and then fails stops the run: TrainingStopped.
+        """
+        try:
+            result = self.judge(rollout)
+        except UserError as error:
+            if self.worked:
+                raise TrainingStopped(str(error)) from None
+            raise
+        self.worked = True
+        return result
+
+    def judge(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same, with a UserError for whatever fails."""
         parts: dict[str, Tensor] = {}
         device = rollout.input_ids_BT.device
         score_B = torch.zeros(len(rollout.prompts), device=device)

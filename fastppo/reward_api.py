@@ -11,6 +11,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import ssl
 import time
 import urllib.error
 import urllib.request
@@ -70,7 +71,7 @@ class ApiReward:
             except TryAgain as error:
                 if attempt == self.retries:
                     raise UserError(
-                        f"{self.key}: {error}, in each of {attempt + 1} attempts; check the "
+                        f"{self.key}: {error}, attempt {attempt + 1} of {attempt + 1}; check the "
                         "server, or raise reward_api_timeout or reward_api_retries"
                     ) from None
             time.sleep(wait)
@@ -83,10 +84,11 @@ class ApiReward:
         if token := os.environ.get(TOKEN):
             headers["Authorization"] = f"Bearer {token}"
         body = json.dumps({"model": "model", "messages": messages}).encode()
+        ends = time.monotonic() + self.timeout
         request = urllib.request.Request(self.url, body, headers, method="POST")
         try:
             with self.opener.open(request, timeout=self.timeout) as response:
-                return self.read(response)
+                return self.read(response, ends)
         except urllib.error.HTTPError as error:
             error.close()
             raise self.refusal(error.code) from None
@@ -95,15 +97,20 @@ class ApiReward:
         except urllib.error.URLError as error:
             if isinstance(error.reason, TimeoutError):
                 raise TryAgain(f"no answer in {self.timeout:g} s") from None
+            if isinstance(error.reason, ssl.SSLCertVerificationError):
+                raise UserError(
+                    f"{self.key}: its certificate is not trusted ({error.reason.verify_message}); "
+                    "name the host that it was made for, or set SSL_CERT_FILE to its authority"
+                ) from None
             raise TryAgain(f"no connection ({error.reason})") from None
         except (http.client.HTTPException, OSError) as error:
             raise TryAgain(f"the connection broke ({type(error).__name__})") from None
         except ValueError:  # http.client on a header it cannot send; the value is not repeated
             raise UserError(f"{self.key}: {TOKEN} has a character no header can have") from None
 
-    def read(self, response: Any) -> bytes:
-        """At most MAX_ANSWER bytes, all within the timeout: a trickle is no answer either."""
-        ends, parts, size = time.monotonic() + self.timeout, [], 0
+    def read(self, response: Any, ends: float) -> bytes:
+        """At most MAX_ANSWER bytes, and in time: a trickle is no answer either."""
+        parts, size = [], 0
         while part := response.read1(1 << 16):
             parts.append(part)
             size += len(part)

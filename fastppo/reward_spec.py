@@ -104,6 +104,7 @@ def check_function_name(name: str, key: str) -> None:
 
 def check_url(url: str) -> None:
     """http or https to a host, with no password in it."""
+    shown = url.partition("?")[0]
     cure = "write for example http://127.0.0.1:8000/v1/score/evaluation"
     try:
         parts = urlsplit(url)
@@ -116,9 +117,9 @@ def check_url(url: str) -> None:
             "it out and set the environment variable FASTPPO_REWARD_TOKEN"
         )
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"reward_model: '{url}' is no http(s) URL; {cure}")
+        raise ValueError(f"reward_model: '{shown}' is no http(s) URL; {cure}")
     if not url.isascii() or not url.isprintable() or " " in url:
-        raise ValueError(f"reward_model: {url!r} has characters that a URL cannot have; {cure}")
+        raise ValueError(f"reward_model: {shown!r} has characters that a URL cannot have; {cure}")
 
 
 def without_query(url: str) -> str:

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from .conftest import PPO, write_head
+from fastppo.cli import main
+
+from .conftest import PPO, RM, write_head
 from .test_bad_input import refused, write
 
 URL = "http://127.0.0.1:9/score"
@@ -69,12 +71,22 @@ def test_urls(project, capsys, url, words):
     refused(write(project, settings), project, capsys, "run.yaml: reward_model: ", *words)
 
 
+def test_a_broken_url_is_shown_without_its_query(project, capsys):
+    for url in ("htp://h/?key=s3cret", "http://h/ x?key=s3cret"):
+        settings = {**PPO, "reward_model": url, "reward_model_type": "api"}
+        refused(write(project, settings), project, capsys, "run.yaml: reward_model: ")
+        main(["run.yaml"])
+        assert "s3cret" not in capsys.readouterr().err
+
+
+def test_a_type_that_is_none_in_stage_rm_too(project, capsys):
+    words = ("reward_model_type: 'lorra' is none of", "did you mean lora?")
+    refused(write(project, {**RM, "reward_model_type": "lorra"}), project, capsys, *words)
+
+
 def test_a_password_in_a_url_is_refused_and_not_repeated(project, capsys):
     settings = {**PPO, "reward_model": "http://me:s3cret@host/", "reward_model_type": "api"}
-    argv = write(project, settings)
-    from fastppo.cli import main
-
-    assert main(argv) == 2
+    assert main(write(project, settings)) == 2
     err = capsys.readouterr().err
     assert "holds a user name or password" in err
     assert "FASTPPO_REWARD_TOKEN" in err

@@ -41,6 +41,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.script: list[Reply] = []
+        self.raw: list[bytes] = []
         self.seen: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.url = f"http://127.0.0.1:{self.server_port}/v1/score/evaluation"
@@ -54,6 +55,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.raw.append(body)
         self.server.seen.append(json.loads(body))
         self.server.headers.append(dict(self.headers))
         reply = self.server.script.pop(0) if self.server.script else Reply()
@@ -104,6 +106,8 @@ def test_sends_the_texts_that_llamafactory_sends(reward, server, rollout, tokeni
     assert texts[0] == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<|im_end|>"
     assert not any("<|endoftext|>" in text for text in texts), "padding was sent"
     assert values == [len(text) for text in texts]
+    # requests.post(url, json=...), which LLaMA-Factory calls, writes these bytes.
+    assert server.raw[0] == json.dumps({"model": "model", "messages": texts}).encode()
     assert server.headers[0]["Content-Type"] == "application/json"
     assert "Authorization" not in server.headers[0]
 
@@ -154,7 +158,7 @@ def test_waits_double_from_one_attempt_to_the_next(reward, server, monkeypatch):
     monkeypatch.setattr(reward_api, "LONGEST_WAIT", 3.0)
     reward.retries = 5
     reward.url = f"http://127.0.0.1:{free_port()}/"
-    with pytest.raises(UserError, match=r"no connection .* in each of 6 attempts"):
+    with pytest.raises(UserError, match=r"no connection .*, attempt 6 of 6; check the server"):
         reward.scores(["a"])
     assert waits == [0.5, 1.0, 2.0, 3.0, 3.0]
 
@@ -167,7 +171,7 @@ def free_port() -> int:
 
 def test_a_failure_that_stays_ends_in_one_line(reward, server):
     server.script = [Reply(b"", 500)] * 3
-    with pytest.raises(UserError, match="answers HTTP 500, in each of 3 attempts; check the serv"):
+    with pytest.raises(UserError, match="answers HTTP 500, attempt 3 of 3; check the serv"):
         reward.scores(["a"])
 
 
@@ -178,7 +182,7 @@ def test_a_slow_answer_is_a_failed_attempt(reward, server, reply):
     reward.timeout, reward.retries = 0.2, 0
     server.script = [reply]
     began = time.monotonic()
-    with pytest.raises(UserError, match=r"no answer in 0\.2 s, in each of 1 attempts"):
+    with pytest.raises(UserError, match=r"no answer in 0\.2 s, attempt 1 of 1"):
         reward.scores(["a"])
     assert time.monotonic() - began < 0.55
     reward.timeout, reward.retries = 5.0, 1
@@ -255,7 +259,6 @@ def test_a_server_that_is_wrong_is_noticed_before_anything_is_written(
     config, tmp_path, server, capsys
 ):
     server.script = [Reply(b"<html>")]
-    before = {*tmp_path.iterdir()}
     argv = command(config, tmp_path, reward_model=server.url)
     before = {*tmp_path.iterdir()}
     assert main(argv) == 2
@@ -263,6 +266,17 @@ def test_a_server_that_is_wrong_is_noticed_before_anything_is_written(
     assert err.startswith(f"fastppo-train: error: reward_model: {server.url}: answers b'<html>'")
     assert err.count("\n") == 1
     assert {*tmp_path.iterdir()} == before
+
+
+def test_a_server_that_fails_in_mid_run_stops_it(config, tmp_path, server, capsys):
+    # The probe before the run and the first step are answered; the second step is not.
+    server.script = [Reply(), Reply(), Reply(b"", 404)]
+    argv = command(config, tmp_path, reward_model=server.url, max_steps=3)
+    assert main(argv) == 1
+    err = capsys.readouterr().err
+    assert err == f"fastppo-train: stopped: reward_model: {server.url}: HTTP 404; check the URL\n"
+    lines = (tmp_path / "metrics" / "training_metrics.csv").read_text().splitlines()
+    assert len(lines) == 2
 
 
 def test_a_run_on_a_server_that_stumbles_once(config, tmp_path, server, capsys):

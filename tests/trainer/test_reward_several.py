@@ -119,7 +119,11 @@ def test_a_response_that_nothing_applies_to_is_refused(mine, rollout, template, 
     reward = make_reward(
         config(**keys), tiny_roles(**keys), template, template.tokenizer, rollout.prompts
     )
-    with pytest.raises(UserError, match=r"no reward applies to 'Hi'; give .* in nothing or rainy"):
+    words = r"no reward applies to 'Hi'; give .* in nothing or rainy"
+    with pytest.raises(UserError, match=words):
+        reward(rollout)
+    reward.worked = True  # what has worked and then fails is the run's trouble, not the input's
+    with pytest.raises(TrainingStopped, match=words):
         reward(rollout)
 
 
