@@ -13,12 +13,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from fastppo.ops import checks
+from fastppo.ops import checks, native_library
 from fastppo.ops.config import HeadLora
 from fastppo.ops.rows import ChunkKernel
 
-# On a GPU a chunk re-reads the whole weight, so it is large; on a CPU it stays near the caches.
-_CHUNK_BYTES_CPU = 64 << 20
+# A chunk re-reads the whole weight, and a GEMM of few rows is slow: so it is large, most of all on a
+# GPU. This much leaves the vocabularies of today more than 128 rows on a CPU.
+_CHUNK_BYTES_CPU = 80 << 20
 _CHUNK_BYTES_DEVICE = 512 << 20
 
 
@@ -60,9 +61,9 @@ class Head:
         bias = None if self.bias_V is None else self.bias_V.detach()
         return Head(self.weight_VD.detach(), bias, lora)
 
-    def logits(self, hidden_ND: Tensor, dtype: torch.dtype) -> Tensor:
-        """Logits of some tokens; `dtype` is what the GEMM gives, whatever its operands are."""
-        out = _mm(hidden_ND, self.weight_VD.T, dtype)
+    def logits(self, hidden_ND: Tensor, into_NV: Tensor) -> Tensor:
+        """Logits of some tokens, in the dtype of `into_NV`, whatever the GEMM's operands are."""
+        out = _mm(hidden_ND, self.weight_VD.T, into_NV)
         if self.lora is not None:
             low = hidden_ND.to(self.lora.A_RD.dtype) @ self.lora.A_RD.T
             out = out.add_((low @ self.lora.B_VR.T).to(out.dtype), alpha=self.lora.scaling)
@@ -72,10 +73,24 @@ class Head:
 def chunk_slices(
     n: int, vocab: int, dtype: torch.dtype, device: torch.device, chunk_bytes: int | None
 ) -> list[slice]:
-    """Consecutive slices of n tokens whose logits fit the budget; None is what suits the device."""
+    """Consecutive slices of n tokens whose logits fit the budget, all of nearly one length.
+
+    None is the budget that suits the device.
+    """
     default = _CHUNK_BYTES_CPU if device.type == "cpu" else _CHUNK_BYTES_DEVICE
     rows = max(1, (default if chunk_bytes is None else chunk_bytes) // (vocab * dtype.itemsize))
-    return [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
+    count = -(-n // rows)
+    return [slice(i * n // count, (i + 1) * n // count) for i in range(count)]
+
+
+def fresh(size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised memory for a chunk of logits."""
+    out = torch.empty(size, dtype=dtype, device=device)
+    if device.type == "cpu" and native_library.LIBRARY is not None:
+        from fastppo.ops import native
+
+        native.advise(out)
+    return out
 
 
 def full_precision(device: torch.device) -> torch.autocast:
@@ -83,13 +98,13 @@ def full_precision(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
-def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b in `dtype`. A wider result than the operands is the accumulator's own on CUDA."""
-    if a.dtype == dtype:
-        return a @ b
+def _mm(a: Tensor, b: Tensor, into: Tensor) -> Tensor:
+    """a @ b. A wider result than the operands is the accumulator's own on CUDA."""
+    if a.dtype == into.dtype:
+        return torch.mm(a, b, out=into)
     if a.device.type == "cuda":
-        return torch.mm(a, b, out_dtype=dtype)
-    return a.to(dtype) @ b.to(dtype)
+        return torch.mm(a, b, out_dtype=into.dtype, out=into)
+    return torch.mm(a.to(into.dtype), b.to(into.dtype), out=into)
 
 
 def logits_dtype_of(op: str, hidden_ND: Tensor, asked: torch.dtype | None) -> torch.dtype:
@@ -163,16 +178,22 @@ class LinearRows:
 
     def visit(self, kernel: ChunkKernel, *, write: bool) -> None:
         """Show every chunk to `kernel`; turn the gradients it writes into those of what trains."""
+        chunks, wide = self.chunks(), self._gradient_dtype()
+        # One buffer for all chunks: fresh memory costs as much as the arithmetic on it.
+        rows = max((chunk.stop - chunk.start for chunk in chunks), default=0)
+        size = (rows, self.head.weight_VD.shape[0])
+        logits_NV = fresh(size, self.logits_dtype, self.hidden_ND.device)
+        # Over the logits where both have one dtype: the chunk is nobody else's.
+        apart = write and logits_NV.dtype != wide
+        grad_NV = fresh(size, wide, self.hidden_ND.device) if apart else logits_NV
         with full_precision(self.hidden_ND.device):
-            for chunk in self.chunks():
-                hidden = self.hidden_ND[chunk]
-                x_NV = self.head.logits(hidden, self.logits_dtype)
+            for chunk in chunks:
+                hidden, own = self.hidden_ND[chunk], slice(0, chunk.stop - chunk.start)
+                x_NV = self.head.logits(hidden, logits_NV[own])
                 if not write:
                     kernel(chunk, x_NV, None)
                     continue
-                wide = self._gradient_dtype()
-                # Over the logits where both have one dtype: the chunk is nobody else's.
-                dx_NV = x_NV if x_NV.dtype == wide else torch.empty_like(x_NV, dtype=wide)
+                dx_NV = grad_NV[own]
                 kernel(chunk, x_NV, dx_NV)
                 self._backward(chunk, hidden, dx_NV)
 
@@ -201,11 +222,14 @@ class LinearRows:
                 low_NR = hidden_lora @ lora.A_RD.T
                 d_b.add_(lora_dx_NV.T @ low_NR, alpha=lora.scaling)
         if d_hidden is not None:
-            d_hidden[chunk] = small_NV @ weight_VD
+            torch.mm(small_NV, weight_VD, out=d_hidden[chunk])
             if lora is not None:
                 d_hidden[chunk] += (d_low_NR @ lora.A_RD).to(d_hidden.dtype)
         if d_weight is not None:
-            d_weight.add_(small_NV.T @ hidden)
+            if d_weight.dtype == hidden.dtype:
+                d_weight.addmm_(small_NV.T, hidden)
+            else:
+                d_weight.add_(small_NV.T @ hidden)
         if d_bias is not None:
             d_bias.add_(dx_NV.sum(0, dtype=self.dtype))
 

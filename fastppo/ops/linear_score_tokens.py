@@ -16,6 +16,7 @@ from fastppo.ops.head import (
     Head,
     check_head,
     chunk_slices,
+    fresh,
     full_precision,
     logits_dtype_of,
 )
@@ -119,10 +120,14 @@ def _forward(hidden_ND: Tensor, *flat: Any) -> Vectors:
     scorer = make_scorer(hidden_ND, ref_hidden_ND, rows, backend)
     n, vocab, device = hidden_ND.shape[0], head.weight_VD.shape[0], hidden_ND.device
     wider = own_dtype if own_dtype.itemsize > ref_dtype.itemsize else ref_dtype
+    chunks = chunk_slices(n, vocab, wider, device, chunk_bytes)
+    size = (max((chunk.stop - chunk.start for chunk in chunks), default=0), vocab)
+    own_NV, ref_NV = fresh(size, own_dtype, device), fresh(size, ref_dtype, device)
     with full_precision(device):
-        for chunk in chunk_slices(n, vocab, wider, device, chunk_bytes):
-            x_NV = head.logits(hidden_ND[chunk], own_dtype)
-            scorer.score(chunk, x_NV, ref_head.logits(ref_hidden_ND[chunk], ref_dtype))
+        for chunk in chunks:
+            part = slice(0, chunk.stop - chunk.start)
+            x_NV = head.logits(hidden_ND[chunk], own_NV[part])
+            scorer.score(chunk, x_NV, ref_head.logits(ref_hidden_ND[chunk], ref_NV[part]))
     return scorer.scores
 
 
