@@ -17,8 +17,8 @@ from fastppo.ops import checks, native_library
 from fastppo.ops.config import HeadLora
 from fastppo.ops.rows import ChunkKernel
 
-# A chunk re-reads the whole weight, and a GEMM of few rows is slow: so it is large, most of all on a
-# GPU. This much leaves the vocabularies of today more than 128 rows on a CPU.
+# A chunk re-reads the whole weight, and a GEMM of few rows is slow: so it is large, and more so on
+# a GPU. On a CPU this much is 130 rows of the largest vocabularies of today.
 _CHUNK_BYTES_CPU = 80 << 20
 _CHUNK_BYTES_DEVICE = 512 << 20
 

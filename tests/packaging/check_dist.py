@@ -43,10 +43,12 @@ def export(folder: Path) -> Path:
     return source
 
 
-def build(source: Path, out: Path, *what: str) -> tuple[Path, Path | None]:
+def build(source: Path, out: Path, *what: str, **environment: str) -> tuple[Path, Path | None]:
     """The wheel, and the sdist that it was made from where no `--wheel` asks for the direct way."""
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), *what]
-    made = subprocess.run(command, cwd=source, capture_output=True, text=True)
+    made = subprocess.run(
+        command, cwd=source, capture_output=True, text=True, env={**os.environ, **environment}
+    )
     if made.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{made.stdout}{made.stderr}")
     (wheel,) = out.glob("*.whl")
@@ -128,14 +130,13 @@ def check_kernels(python: str, cwd: Path) -> None:
 
 def install_without_a_compiler(source: Path, folder: Path) -> None:
     """It installs, says why it is slow, and computes."""
+    wheel, _ = build(source, folder / "uncompiled", "--wheel", CC="false", CXX="false")
     venv.create(folder / "bare", with_pip=True)
     python = str(folder / "bare" / "bin" / "python")
+    install = [python, "-m", "pip", "install", "--quiet", "--no-deps", str(wheel)]
+    subprocess.run(install, check=True)
     site = next((folder / "bare" / "lib").glob("python*/site-packages"))
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "."]
-    subprocess.run(
-        install, cwd=source, check=True, env={**os.environ, "CC": "false", "CXX": "false"}
-    )
     code = "import torch; from fastppo.ops import whiten; print(whiten(torch.ones(3)).tolist())"
     done = subprocess.run(
         [python, "-c", code], cwd=folder, check=True, capture_output=True, text=True
@@ -155,7 +156,8 @@ if __name__ == "__main__":
         # From the checkout the link fastppo/kernels is in the way, from the sdist it is not.
         check_wheel(build(source, folder / "direct", "--wheel")[0])
         run_elsewhere(wheel, folder)
-        install_without_a_compiler(source, folder)
+        # Afresh: what an earlier build left would be taken for built.
+        install_without_a_compiler(export(folder / "again"), folder)
         # The environment that runs this has the project installed in place.
         check_kernels(sys.executable, folder)
     print(
