@@ -12,7 +12,7 @@ from setuptools import Extension, setup
 CPU = Path("kernels/cpu")
 
 setup(
-    packages=["fastppo", "fastppo.ops", "fastppo.kernels"],
+    packages=["fastppo", "fastppo.data", "fastppo.ops", "fastppo.templates", "fastppo.kernels"],
     package_dir={"fastppo.kernels": "kernels"},
     package_data={
         "fastppo": ["py.typed"],

@@ -109,10 +109,21 @@ class Config(BaseModel):
     )
 
     dataset: str = key(
-        ..., LF, "Names in dataset_info.json, or paths of json files; comma separated."
+        ..., LF, "Names in dataset_info.json, or paths of files; comma separated. docs/data.md."
     )
     eval_dataset: str | None = key(None, LF, "The same, for evaluation.")
-    dataset_dir: str = key("data", LF, "Folder of dataset_info.json and the files that it names.")
+    dataset_dir: str = key(
+        "data", LF, "Folder of dataset_info.json and its files; ONLINE: names are the hub's."
+    )
+    mix_strategy: Literal["concat", "interleave_under", "interleave_over", "interleave_once"] = key(
+        "concat",
+        LF,
+        "Several data sets: one after the other, or by turns until the first (under) or the last "
+        "(over; once repeats no row) is used up.",
+    )
+    interleave_probs: str | None = key(
+        None, LF, "Shares of the data sets in an interleaved mix, comma separated."
+    )
     val_size: NonNegative = key(
         0.0, LF, "Held out of dataset for evaluation: a share below 1, or a count."
     )
@@ -120,7 +131,16 @@ class Config(BaseModel):
         2048, LF, "Most tokens of a prompt (ppo) or of prompt and answer (rm)."
     )
     max_samples: Positive | None = key(None, LF, "Only the first so many records of each data set.")
+    lf_truncation: bool = key(
+        False, OWN, "Cut an over-long prompt as LLaMA-Factory does, generation header and all."
+    )
     template: str | None = key(None, LF, "Chat template by name; null is the tokenizer's own.")
+    enable_thinking: bool = key(
+        True, LF, "false writes an empty thought before every answer of a reasoning template."
+    )
+    preserve_thinking: bool = key(
+        False, LF, "Keep the thoughts of earlier turns; reasoning templates forget them."
+    )
     default_system: str | None = key(None, LF, "System prompt in place of the template's.")
 
     output_dir: str = key(..., HF, "Where adapters, heads and checkpoints go.")
@@ -258,6 +278,12 @@ class Config(BaseModel):
         folders = [spec.target for spec in self.rewards if spec.kind == "lora"]
         return {f"reward_{i}" if i > 1 else "reward": name for i, name in enumerate(folders, 1)}
 
+    @property
+    def mixing_probabilities(self) -> list[float] | None:
+        """interleave_probs as numbers."""
+        text = self.interleave_probs
+        return None if text is None else [float(part) for part in text.split(",")]
+
     @model_validator(mode="before")
     @classmethod
     def _hidden_sampling(cls, data: Any) -> Any:
@@ -293,6 +319,8 @@ class Config(BaseModel):
             )
         if self.val_size > 1 and self.val_size != int(self.val_size):
             raise ValueError("val_size: above 1 it is a count of records; give a whole number")
+        if self.interleave_probs is not None:
+            self._check_probabilities()
         for name in ("output_dir", "metrics_dir", "model_name_or_path", "dataset"):
             if not getattr(self, name).strip() or "\0" in getattr(self, name):
                 raise ValueError(f"{name}: is empty or no path; give it a value")
@@ -302,19 +330,40 @@ class Config(BaseModel):
             raise ValueError("min_new_tokens: is above max_new_tokens; lower it")
         return self
 
+    def _check_probabilities(self) -> None:
+        if self.mix_strategy == "concat":
+            raise ValueError(
+                "interleave_probs: means nothing to mix_strategy: concat; leave it out, or "
+                "interleave"
+            )
+        try:
+            shares = self.mixing_probabilities or []
+        except ValueError:
+            shares = []
+        if not shares or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+            raise ValueError(
+                f"interleave_probs: '{self.interleave_probs}' is no list of shares that add up to "
+                "1; write for example 0.7,0.3"
+            )
+
 
 # LLaMA-Factory's and transformers' keys that say nothing to a single process on one device.
 IGNORED = {
     "dataloader_num_workers": "records are encoded once, at the start",
     "dataloader_pin_memory": "records are encoded once, at the start",
+    "buffer_size": "data is read whole",
+    "data_shared_file_system": "one process",
     "ddp_find_unused_parameters": "one process",
     "ddp_timeout": "one process",
+    "eval_num_beams": "a policy is sampled, not searched",
     "group_by_length": "micro-batches are trimmed to their longest row",
     "gradient_checkpointing": "as in LLaMA-Factory; use disable_gradient_checkpointing",
+    "ignore_pad_token_for_loss": "padding never enters a loss",
     "include_num_input_tokens_seen": "tokens are counted in the metrics",
     "local_rank": "one process",
     "logging_dir": "trackers write below output_dir",
     "low_cpu_mem_usage": "always on",
+    "media_dir": "data is text",
     "optim": "the optimiser is AdamW",
     "overwrite_cache": "nothing is cached",
     "plot_loss": "curves are always drawn",
@@ -341,9 +390,15 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "create_new_adapter": ((False, None), "start from a merged model; leave it out"),
     "deepspeed": ((None,), "fastppo trains on one device; leave it out"),
     "freeze_trainable_layers": ((2, None), "use finetuning_type: lora"),
+    "eval_on_each_dataset": (
+        (False, None),
+        "evaluation is over all of eval_dataset together; evaluate one set a run",
+    ),
     "fp16": ((False, None), "use bf16: true, or leave both out for float32"),
     "fsdp": ((None, "", False), "fastppo trains on one device; leave it out"),
     "load_best_model_at_end": ((False, None), "PPO has no single best; leave it out"),
+    "mask_history": ((False, None), "the loss is on the last response; leave it out"),
+    "neat_packing": ((False, None), "responses are packed anyway; leave it out"),
     "num_beams": ((1, None), "a policy is sampled, not searched; leave it out"),
     "packing": ((False, None), "responses are packed anyway; leave it out"),
     "pissa_init": ((False, None), "the reference is the base with adapters off; leave it out"),
@@ -352,6 +407,8 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "quantization_bit": ((None,), "the base is not quantised; leave it out"),
     "ref_model": ((None,), "the reference is the base with adapters off; leave it out"),
     "streaming": ((False, None), "data is read whole; leave it out"),
+    "tokenized_path": ((None,), "records are encoded at the start of each run; leave it out"),
+    "tool_format": ((None,), "tool calls are not supported; leave it out"),
     "train_on_prompt": ((False, None), "the loss is on responses; leave it out"),
     "use_unsloth": ((False, None), "leave it out"),
 }
@@ -359,6 +416,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 COMMA_LISTS = (
     "dataset",
     "eval_dataset",
+    "interleave_probs",
     "lora_target",
     "reward_model",
     "reward_model_type",

@@ -1,4 +1,8 @@
-"""What the program says when it cannot go on."""
+"""What the program says when it cannot go on, or goes on with less than it was given."""
+
+from __future__ import annotations
+
+import sys
 
 
 class UserError(Exception):
@@ -10,3 +14,8 @@ class TrainingStopped(Exception):
 
     Exit code 1: the input was fine, the run was not.
     """
+
+
+def note(text: str) -> None:
+    """One line on stderr: something was left out, and the run goes on."""
+    print(f"fastppo-train: note: {' '.join(text.split())}", file=sys.stderr)

@@ -203,9 +203,17 @@ def run(config: Config, records: Records) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     output_dir = Path(config.output_dir)
     tokenizer = load_tokenizer(config)
-    template = get_template(config.template, tokenizer)
-    train = Pairs(encode_pairs(records.train, template, config.cutoff_len, config.default_system))
-    held_out = Pairs(encode_pairs(records.eval, template, config.cutoff_len, config.default_system))
+    template = get_template(
+        config.template,
+        tokenizer,
+        enable_thinking=config.enable_thinking,
+        preserve_thinking=config.preserve_thinking,
+    )
+    room = (config.cutoff_len, config.default_system)
+    train, held_out = (
+        Pairs(encode_pairs(rows, template, *room, lf_truncation=config.lf_truncation))
+        for rows in (records.train, records.eval)
+    )
     torch.manual_seed(config.seed)
     base = load_base(config, device)
     model = get_peft_model(base, lora_config(config, base), adapter_name="default")

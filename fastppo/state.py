@@ -99,11 +99,17 @@ def init_state(config: Config | str | Path | None = None, records: Records | Non
         if spec.kind == "function":
             load_function(spec.target, "reward_model")
     tokenizer = load_tokenizer(config)
-    template = get_template(config.template, tokenizer)
-    prompts = encode_prompts(records.train, template, config.cutoff_len, config.default_system)
+    template = get_template(
+        config.template,
+        tokenizer,
+        enable_thinking=config.enable_thinking,
+        preserve_thinking=config.preserve_thinking,
+    )
+    room = (config.cutoff_len, config.default_system)
+    prompts = encode_prompts(records.train, template, *room, lf_truncation=config.lf_truncation)
     held_out = bool(records.eval)
     eval_prompts = (
-        encode_prompts(records.eval, template, config.cutoff_len, config.default_system)
+        encode_prompts(records.eval, template, *room, lf_truncation=config.lf_truncation)
         if held_out
         else prompts
     )[: config.eval_max_samples]

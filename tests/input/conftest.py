@@ -10,6 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from fastppo import toy
+from fastppo.config import config_from_dict
+from fastppo.data import Record, Records, read_records
+from fastppo.templates import Template, get_template
+
 PROMPTS = [{"instruction": f"Say {i}", "output": "unused"} for i in range(4)]
 PAIRS = [{"instruction": f"Say {i}", "chosen": "yes", "rejected": "no"} for i in range(4)]
 INFO = {
@@ -31,6 +36,33 @@ RM = {**{k: v for k, v in PPO.items() if k != "reward_model"}, "stage": "rm", "d
 
 def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+
+
+def records(
+    project: Path, rows: Any = None, info: dict[str, Any] | None = None, **changes: Any
+) -> Records:
+    """Read `rows` as a data set that `info` describes."""
+    if rows is not None:
+        write_json(project / "data" / "rows.json", rows)
+        describe(project, rows={"file_name": "rows.json", **(info or {})})
+        changes = {"dataset": "rows", **changes}
+    base = RM if (info or {}).get("ranking") else PPO
+    return read_records(config_from_dict({**base, **changes}))
+
+
+def describe(project: Path, **entries: dict[str, Any]) -> None:
+    """dataset_info.json with these entries."""
+    write_json(project / "data" / "dataset_info.json", entries)
+
+
+def asked(found: list[Record]) -> list[str]:
+    """The last questions."""
+    return [record.messages[-1]["content"] for record in found]
+
+
+@pytest.fixture(scope="session")
+def chatml() -> Template:
+    return get_template("chatml", toy.byte_tokenizer())
 
 
 def write_head(folder: Path, size: int) -> None:

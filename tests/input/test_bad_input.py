@@ -18,7 +18,7 @@ import yaml
 
 from fastppo.cli import main
 
-from .conftest import PAIRS, PPO, PROMPTS, RM, write_head, write_json
+from .conftest import PPO, PROMPTS, RM, write_head, write_json
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -205,17 +205,25 @@ RECORDS: list[tuple[str, Any, tuple[str, ...]]] = [
     ("prompts", [], ("'prompts' (data/prompts.json) has no records", "add some")),
     (
         "prompts",
-        [*PROMPTS, {"input": "x"}],
-        ("data/prompts.json row 5: has no 'instruction'", "add it"),
+        [{"input": ""}, *PROMPTS[:1], {"output": "x"}],
+        (
+            "data/prompts.json: 2 of 3 rows are bad (row 1: has no 'instruction'; row 3: has no "
+            "'instruction'); mend them, or what describes them",
+        ),
+    ),
+    (
+        "prompts",
+        [{"instruction": i} for i in range(9)],
+        ("9 of 9 rows are bad (row 1: ", "row 3: 'instruction' is a int, not text; ...)"),
     ),
     ("prompts", [{"instruction": ""}], ("row 1: has no 'instruction'",)),
-    ("prompts", [{"instruction": 7}], ("row 1: 'instruction' is a int, not text", "mend the row")),
+    ("prompts", [{"instruction": 7}], ("row 1: 'instruction' is a int, not text", "mend them")),
     ("prompts", [{"instruction": "a", "output": [1]}], ("row 1: 'output' is a list, not text",)),
     ("prompts", ["text"], ("row 1: is a str, not an object",)),
     (
         "pairs",
-        [*PAIRS, {"instruction": "a", "chosen": "b"}],
-        ("row 5: has no 'rejected'", "drop the row"),
+        [{"instruction": "a", "chosen": "b"}],
+        ("row 1: has no 'rejected'", "mend them"),
     ),
     ("pairs", [{"instruction": "a", "rejected": "b"}], ("row 1: has no 'chosen'",)),
     ("chats", [{"conversations": []}], ("row 1: has no 'conversations'",)),
@@ -251,8 +259,8 @@ def broken(name: str, content: str) -> Callable[[Path], None]:
 BROKEN: list[tuple[Callable[[Path], None], tuple[str, ...]]] = [
     (broken("data/prompts.json", '[\n {"instruction": "a"},\n {"b" 1}\n]'), ("not JSON, line 3",)),
     (
-        broken("data/prompts.json", '{"instruction": "a"}\n{"instruction" "b"}\n'),
-        ("not JSON, line 2",),
+        broken("data/prompts.json", '{"instruction" "a"}\n{"instruction" "b"}\n'),
+        ("2 of 2 rows are bad (row 1: not JSON (Expecting ':' delimiter)", "mend them"),
     ),
     (broken("data/dataset_info.json", "{"), ("data/dataset_info.json: not JSON", "mend it")),
     (
@@ -304,6 +312,29 @@ MORE: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"model_name_or_path": "./" + "x" * 5000}, ("File name too long", "check the path")),
     ({"resume_from_checkpoint": "gone"}, ("no training_state.pt in gone", "checkpoint-N")),
     ({"resume_from_checkpoint": True}, ("out has no checkpoint-N", "leave it out")),
+    ({"dataset": "prompts,,chats"}, ("dataset: names nothing between two commas",)),
+    ({"dataset": "mine.parquet"}, ("dataset: no file mine.parquet", "check the path")),
+    ({"dataset_dir": "REMOTE:a/b"}, ("dataset_dir: REMOTE: is not supported", "download")),
+    ({"mix_strategy": "mixed"}, ("mix_strategy: 'mixed' is none of concat",)),
+    ({"interleave_probs": "0.5,0.5"}, ("means nothing to mix_strategy: concat",)),
+    (
+        {"mix_strategy": "interleave_under", "interleave_probs": "0.5,x"},
+        ("interleave_probs: '0.5,x' is no list of shares",),
+    ),
+    (
+        {"mix_strategy": "interleave_under", "interleave_probs": [0.5, 0.6]},
+        ("interleave_probs: '0.5,0.6'", "add up to 1"),
+    ),
+    (
+        {
+            "mix_strategy": "interleave_under",
+            "interleave_probs": "1.0",
+            "dataset": "prompts,chats",
+        },
+        ("interleave_probs: has 1 numbers for 2 data sets",),
+    ),
+    ({"tool_format": "qwen"}, ("tool_format: not supported",)),
+    ({"eval_on_each_dataset": True}, ("eval_on_each_dataset: not supported", "one set a run")),
     ({"dataset": "data/pairs.json"}, ("stage ppo learns from prompts", "set of pairs")),
 ]
 
@@ -323,15 +354,47 @@ ENTRIES: list[tuple[Any, tuple[str, ...]]] = [
     ),
     ({"d": {"file_name": "prompts.json", "columns": {"prompt": ["a"]}}}, ("columns is not an",)),
     ({"d": {"file_name": "prompts.json", "tags": ["a"]}}, ("tags is not an object of names",)),
-    ({"d": {"file_name": "prompts.json", "formatting": "openai"}}, ("use alpaca or sharegpt",)),
-    ({"d": {"file_name": "empty"}}, ("data/empty: holds no json, jsonl, csv or parquet",)),
+    ({"d": {"file_name": "prompts.json", "formatting": "chat"}}, ("alpaca, sharegpt or openai",)),
+    ({"d": {"file_name": "prompts.json", "ranking": "yes"}}, ("ranking is 'yes'", "true or false")),
+    ({"d": {"file_name": "prompts.json", "num_samples": 0}}, ("num_samples is 0", "a count")),
+    (
+        {"d": {"file_name": "prompts.json", "columns": {"response": "output"}}},
+        ("columns names no prompt", "none has a default"),
+    ),
+    (
+        {"d": {"file_name": "chats.json", "formatting": "openai", "columns": {"system": "s"}}},
+        ("columns names no messages",),
+    ),
+    (
+        {"d": {"file_name": "prompts.json", "columns": {"prompt": "a", "images": "i"}}},
+        ("has pictures (columns: images)", "learns from text"),
+    ),
+    (
+        {"d": {"file_name": "prompts.json", "columns": {"prompt": "a", "kto_tag": "label"}}},
+        ("(KTO) (columns: kto_tag)", "pairs of answers"),
+    ),
+    ({"d": {"ms_hub_url": "a/b"}}, ("is on ModelScope (ms_hub_url)", "give a file_name")),
+    ({"d": {"om_hub_url": "a/b"}}, ("is on openMind (om_hub_url)",)),
+    ({"d": {"script_url": "load.py", "file_name": "x"}}, ("is a script to run (script_url)",)),
+    ({"d": {"cloud_file_name": "s3://a/b.json"}}, ("in a cloud's storage (cloud_file_name)",)),
+    ({"d": {"file_name": "../run.yaml"}}, ("file_name ../run.yaml leads out of data", "move the")),
+    ({"d": {"file_name": "/etc/hostname"}}, ("file_name /etc/hostname leads out of data",)),
+    ({"d": {"file_name": "link.json"}}, ("file_name link.json leads out of data",)),
+    ({"d": {"file_name": "mixed"}}, ("data/mixed: holds csv, json files", "one type")),
+    ({"d": {"file_name": "notes.md"}}, ("data/notes.md: holds no json, jsonl, csv",)),
+    ({"d": {"file_name": "prompts.json", "split": "test"}}, ("prompts.json: cannot be read",)),
+    ({"d": {"file_name": "empty"}}, ("data/empty: holds no json, jsonl, csv, parquet",)),
     ({"d": {"file_name": "bad.parquet"}}, ("data/bad.parquet: cannot be read", "replace it")),
 ]
 
 
 @pytest.mark.parametrize(("info", "words"), ENTRIES, ids=lambda value: str(value)[:50])
 def test_entries_of_dataset_info_of_another_shape(project, capsys, tmp_path_factory, info, words):
-    (project / "data" / "empty").mkdir()
+    for name in ("empty", "mixed"):
+        (project / "data" / name).mkdir()
+    for name in ("mixed/a.json", "mixed/b.csv", "notes.md"):
+        (project / "data" / name).write_text("[]")
+    (project / "data" / "link.json").symlink_to(project / "model" / "config.json")
     (project / "data" / "bad.parquet").write_bytes(b"x")
     write_json(project / "data" / "dataset_info.json", info)
     settings = {**PPO, "dataset": "d", "cache_dir": str(tmp_path_factory.mktemp("cache"))}
@@ -354,7 +417,9 @@ def test_data_that_json_or_unicode_cannot_hold(project, capsys, content, words):
 
 @pytest.mark.parametrize("history", [5, [5], [["a"]], [["a", None]]], ids=str)
 def test_a_history_that_is_no_list_of_turns(project, capsys, history):
-    info = {"d": {"file_name": "prompts.json", "columns": {"history": "past"}}}
+    info = {
+        "d": {"file_name": "prompts.json", "columns": {"prompt": "instruction", "history": "past"}}
+    }
     write_json(project / "data" / "dataset_info.json", info)
     write_json(project / "data" / "prompts.json", [{"instruction": "a", "past": history}])
     words = ("row 1: history is not a list of [question, answer]",)

@@ -37,6 +37,12 @@ LEVELS = [
     {"ops"},
     {"errors", "types", "__init__"},
 ]
+# Packages among the modules, and their modules from the first to the last.
+INNER = {
+    "data": ["info", "files", "records", "mixing", "encode"],
+    "templates": ["formats", "jinja", "template"],
+}
+PACKAGES = {"ops", *INNER}
 INFRASTRUCTURE = {
     "__init__",
     "arguments",
@@ -83,20 +89,39 @@ def imports_of(path: Path) -> set[str]:
             if parts[0] == "fastppo" and len(parts) > 1:
                 found.add(parts[1])
             elif parts == ["fastppo"]:
-                modules = {path.stem for path in PACKAGE.glob("*.py")}
+                modules = {path.stem for path in PACKAGE.glob("*.py")} | PACKAGES
                 found |= {a.name for a in node.names if a.name in modules}
     return found
 
 
 def test_every_module_has_its_place():
-    modules = {path.stem for path in PACKAGE.glob("*.py")} | {"ops"}
+    modules = {path.stem for path in PACKAGE.glob("*.py")} | PACKAGES
     assert modules == set().union(*LEVELS)
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        *sorted(PACKAGE.glob("*.py")),
+        *(x for name in INNER for x in sorted((PACKAGE / name).glob("*.py"))),
+    ],
+    ids=lambda path: path.relative_to(PACKAGE).as_posix(),
+)
 def test_imports_point_one_way(path):
-    not_below = [name for name in imports_of(path) if level_of(name) <= level_of(path.stem)]
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    not_below = [name for name in imports_of(path) - {own} if level_of(name) <= level_of(own)]
     assert not not_below
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_modules_of_a_package_import_those_before_them(name):
+    """`__init__` says in which order a package is read, and that is the order of its imports."""
+    order = INNER[name]
+    assert {path.stem for path in (PACKAGE / name).glob("*.py")} == {*order, "__init__"}
+    for place, stem in enumerate(order):
+        text = (PACKAGE / name / f"{stem}.py").read_text(encoding="utf-8")
+        later = [x for x in order[place:] if f"from fastppo.{name}.{x} import" in text]
+        assert not later
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "ops").glob("*.py")), ids=lambda path: path.stem)

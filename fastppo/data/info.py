@@ -1,0 +1,173 @@
+"""What a name in `dataset` means: an entry of dataset_info.json, a path, or a name on the hub."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastppo.errors import UserError
+
+if TYPE_CHECKING:
+    from fastppo.config import Config
+
+# Extension -> what `datasets` calls a reader of it.
+READERS = {
+    "json": "json",
+    "jsonl": "json",
+    "csv": "csv",
+    "parquet": "parquet",
+    "arrow": "arrow",
+    "txt": "text",
+}
+FORMATS = ("alpaca", "sharegpt", "openai")
+ELSEWHERE = {
+    "ms_hub_url": "on ModelScope",
+    "om_hub_url": "on openMind",
+    "script_url": "a script to run",
+    "cloud_file_name": "in a cloud's storage",
+}
+NOT_TEXT = {
+    "images": "pictures",
+    "videos": "videos",
+    "audios": "sound",
+    "kto_tag": "single answers marked good or bad (KTO)",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set as dataset_info.json describes it."""
+
+    name: str
+    info: dict[str, Any]
+    path: Path | None = None  # a file, or a folder of files of one type
+    hub: str | None = None  # its name on the Hugging Face hub, where it has no path
+    plain: bool = False  # named by its path, with nothing said of its rows
+
+    @property
+    def ranking(self) -> bool:
+        """Whether its rows are pairs."""
+        return bool(self.info.get("ranking", False))
+
+    @property
+    def split(self) -> str:
+        """Part of the set, in the words of `datasets`."""
+        return str(self.info.get("split") or "train")
+
+
+def gate(config: Config, source: Source) -> None:
+    """Pairs train reward models, prompts train policies."""
+    if config.stage == "rm" and not source.ranking:
+        raise UserError(
+            f"{config.source}: dataset: stage rm learns from pairs, and '{source.name}' is not "
+            'marked "ranking": true in dataset_info.json; name a set of pairs (chosen, rejected)'
+        )
+    if config.stage == "ppo" and source.ranking:
+        raise UserError(
+            f"{config.source}: dataset: stage ppo learns from prompts, and '{source.name}' is a "
+            'set of pairs ("ranking": true); name a set of prompts, or use stage: rm'
+        )
+
+
+def find_source(config: Config, name: str, key: str) -> Source:
+    """The entry of dataset_info.json, a path that is plainly one, or with ONLINE a hub's name."""
+    if not name:
+        raise UserError(f"{config.source}: {key}: names nothing between two commas; take one out")
+    direct = Path(name)
+    if direct.suffix.removeprefix(".") in READERS:
+        if not direct.is_file():
+            raise UserError(f"{config.source}: {key}: no file {name}; check the path")
+        return Source(name, {"ranking": config.stage == "rm"}, direct, plain=True)
+    if config.dataset_dir == "ONLINE":
+        return Source(name, {"ranking": config.stage == "rm"}, hub=name, plain=True)
+    if config.dataset_dir.startswith("REMOTE:"):
+        raise UserError(
+            f"{config.source}: dataset_dir: REMOTE: is not supported; download "
+            "dataset_info.json and name its folder"
+        )
+    infos, path = read_info(config)
+    if name not in infos:
+        near = difflib.get_close_matches(name, infos, n=1, cutoff=0.5)
+        cure = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(list(infos)[:8])}"
+        raise UserError(f"{config.source}: {key}: {path} names no '{name}'; {cure}")
+    what = f"{path}: '{name}'"
+    check_entry(infos[name], what)
+    return locate(name, infos[name], path.parent, what)
+
+
+def read_info(config: Config) -> tuple[dict[str, Any], Path]:
+    """dataset_info.json, and where it is."""
+    path = Path(config.dataset_dir) / "dataset_info.json"
+    if not path.is_file():
+        raise UserError(
+            f"{config.source}: dataset_dir: no {path}; set dataset_dir to the folder that has it"
+        )
+    try:
+        infos = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error}); mend it") from None
+    if not isinstance(infos, dict):
+        raise UserError(f"{path}: is not an object of data sets by name; mend it")
+    return infos, path
+
+
+def locate(name: str, info: dict[str, Any], folder: Path, what: str) -> Source:
+    """Where the rows are: a name on the hub wins over a file's, as in LLaMA-Factory."""
+    if "hf_hub_url" in info:
+        return Source(name, info, hub=info["hf_hub_url"])
+    for key, where in ELSEWHERE.items():
+        if key in info:
+            raise UserError(
+                f"{what} is {where} ({key}), which is not read; download it and give a file_name"
+            )
+    if not info.get("file_name"):
+        raise UserError(f"{what} has no file_name; add one")
+    path = folder / info["file_name"]
+    # Data may come from anywhere, and must not lead this program out of its folder.
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(
+            f"{what}: file_name {info['file_name']} leads out of {folder}; move the file in, or "
+            "name its path in dataset"
+        )
+    if not path.exists():
+        raise UserError(f"{what} names {path}, which is not there; check file_name")
+    return Source(name, info, path)
+
+
+def check_entry(info: Any, what: str) -> None:
+    """An entry of dataset_info.json has the shape that the readers count on."""
+    if not isinstance(info, dict):
+        raise UserError(f"{what} is a {type(info).__name__}, not an object; mend it")
+    for key in ("file_name", "hf_hub_url", "split", "subset", "folder"):
+        if not isinstance(info.get(key) or "", str):
+            raise UserError(f"{what}: {key} is not text; mend it")
+    if not isinstance(info.get("ranking", False), bool):
+        raise UserError(f"{what}: ranking is {info['ranking']!r}; it should be true or false")
+    count = info.get("num_samples")
+    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+        raise UserError(f"{what}: num_samples is {count!r}; it should be a count of rows")
+    for key in ("columns", "tags"):
+        names = info.get(key) or {}
+        if not isinstance(names, dict) or not all(isinstance(x, str) for x in names.values()):
+            raise UserError(f"{what}: {key} is not an object of names; mend it")
+    if info.get("formatting", "alpaca") not in FORMATS:
+        raise UserError(
+            f"{what}: formatting {info['formatting']!r} is not supported; "
+            f"use {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+        )
+    columns = info.get("columns") or {}
+    asked = ("prompt", "query") if info.get("formatting", "alpaca") == "alpaca" else ("messages",)
+    if columns and not any(columns.get(name) for name in asked):
+        raise UserError(
+            f"{what}: columns names no {asked[0]}, and where there are columns none has a default; "
+            "add it"
+        )
+    for column, words in NOT_TEXT.items():
+        if columns.get(column):
+            raise UserError(
+                f"{what} has {words} (columns: {column}); fastppo learns from text: prompts, or "
+                "pairs of answers"
+            )

@@ -1,0 +1,145 @@
+"""Several data sets to one list of records, and the part of it that is held out."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from fastppo.data.files import read_rows
+from fastppo.data.info import Source, find_source, gate
+from fastppo.data.records import Dropped, Record, to_records
+from fastppo.errors import UserError, note
+
+if TYPE_CHECKING:
+    from fastppo.config import Config
+
+STRATEGIES = {
+    "interleave_under": "first_exhausted",
+    "interleave_over": "all_exhausted",
+    "interleave_once": "all_exhausted_without_replacement",
+}
+
+
+@dataclass(frozen=True)
+class Records:
+    """What a run trains on, and what it holds out."""
+
+    train: list[Record]
+    eval: list[Record]
+
+
+def read_records(config: Config) -> Records:
+    """Everything that `dataset` and `eval_dataset` name, checked for the stage.
+
+    Bad rows are noted on stderr once all sets are read: an error is one line alone.
+    """
+    notes: list[str] = []
+    train = read_sets(config, config.dataset, "dataset", notes)
+    held_out: list[Record] = []
+    if config.eval_dataset:
+        held_out = read_sets(config, config.eval_dataset, "eval_dataset", notes)
+    elif config.val_size:
+        train, held_out = split(train, config)
+    for line in dict.fromkeys(notes):
+        note(line)
+    return Records(train, held_out)
+
+
+def read_sets(config: Config, names: str, key: str, notes: list[str]) -> list[Record]:
+    """The records of a comma list of data sets, mixed."""
+    sets = [read_set(config, name.strip(), key, notes) for name in names.split(",")]
+    return mix(sets, config)
+
+
+def read_set(config: Config, name: str, key: str, notes: list[str]) -> list[Record]:
+    """The good rows of one set, after num_samples and max_samples."""
+    source = find_source(config, name, key)
+    gate(config, source)
+    rows = read_rows(source, config)
+    first = next(rows, None)
+    if first is None:
+        raise UserError(
+            f"{config.source}: {key}: '{name}' ({source.path or source.hub}) has no records; "
+            "add some"
+        )
+    if source.plain and isinstance(first.content, dict):
+        source = guess(source, first.content, config)
+    wanted = source.info.get("num_samples")
+    dropped = Dropped(str(source.path or source.hub))
+    limit = config.max_samples if wanted is None else None
+    records = to_records(chain([first], rows), source, dropped, limit)
+    line = dropped.note()
+    if line:
+        notes.append(line)
+    if wanted is not None:
+        records = draw(records, wanted, config.seed)
+    return records[: config.max_samples]
+
+
+def guess(source: Source, row: dict[str, object], config: Config) -> Source:
+    """What a file named by its path holds, from its first row."""
+    if config.stage == "ppo" and {"chosen", "rejected"} <= set(row):
+        gate(config, replace(source, info={"ranking": True}))
+    kinds = {"conversations": "sharegpt", "messages": "openai"}
+    found = [kind for column, kind in kinds.items() if column in row]
+    info = {**source.info, **({"formatting": found[0]} if found else {})}
+    if source.path is not None and source.path.suffix == ".txt":
+        info["columns"] = {"prompt": "text"}
+    return replace(source, info=info)
+
+
+def draw(records: list[Record], count: int, seed: int) -> list[Record]:
+    """Exactly `count` at random: every record before any comes a second time."""
+    generator = random.Random(seed)
+    drawn = generator.sample(records, min(count, len(records)))
+    return drawn + generator.choices(records, k=count - len(drawn))
+
+
+def mix(sets: list[list[Record]], config: Config) -> list[Record]:
+    """One after the other, or interleaved in the order that `datasets` gives LLaMA-Factory."""
+    if len(sets) == 1 or config.mix_strategy == "concat":
+        return list(chain.from_iterable(sets))
+    probabilities = config.mixing_probabilities
+    if probabilities is not None and len(probabilities) != len(sets):
+        raise UserError(
+            f"{config.source}: interleave_probs: has {len(probabilities)} numbers for "
+            f"{len(sets)} data sets; give one for each"
+        )
+    from datasets import Dataset, interleave_datasets
+
+    places = [
+        Dataset.from_dict({"set": [number] * len(records), "row": list(range(len(records)))})
+        for number, records in enumerate(sets)
+    ]
+    order = interleave_datasets(
+        places,
+        probabilities=probabilities,
+        seed=config.seed,
+        stopping_strategy=STRATEGIES[config.mix_strategy],
+    )
+    return [sets[number][row] for number, row in zip(order["set"], order["row"], strict=True)]
+
+
+def split(records: list[Record], config: Config) -> tuple[list[Record], list[Record]]:
+    """The records to train on and those held out, both in the order of the file.
+
+    The same rows as `datasets.Dataset.train_test_split(val_size, seed=seed)` holds out, which is
+    what LLaMA-Factory calls.
+    """
+    import numpy as np
+
+    size = config.val_size
+    count = int(size) if size >= 1 else math.ceil(size * len(records))
+    if count >= len(records):
+        raise UserError(
+            f"{config.source}: val_size: holds out {count} of {len(records)} records and leaves "
+            "none to train on; lower it"
+        )
+    held = set(np.random.default_rng(config.seed).permutation(len(records))[:count].tolist())
+    return (
+        [record for i, record in enumerate(records) if i not in held],
+        [records[i] for i in sorted(held)],
+    )

@@ -1,0 +1,217 @@
+"""Rows to conversations: alpaca, sharegpt and openai; bad rows are counted, shown and dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from fastppo.data.files import NotJson, Row
+from fastppo.data.info import Source
+from fastppo.errors import UserError
+
+if TYPE_CHECKING:
+    from fastppo.templates import Message
+
+ALPACA_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
+MESSAGES = {"sharegpt": "conversations", "openai": "messages"}
+TAGS = {
+    "sharegpt": {
+        "role_tag": "from",
+        "content_tag": "value",
+        "user_tag": "human",
+        "assistant_tag": "gpt",
+        "observation_tag": "observation",
+        "function_tag": "function_call",
+        "system_tag": "system",
+    },
+    "openai": {
+        "role_tag": "role",
+        "content_tag": "content",
+        "user_tag": "user",
+        "assistant_tag": "assistant",
+        "observation_tag": "tool",
+        "function_tag": "function",
+        "system_tag": "system",
+    },
+}
+SHOWN = 3  # bad rows that are shown; the rest are counted
+NO_TOOLS = "tool calls are not supported"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row, whatever its file's format: a conversation up to a question, and answers."""
+
+    messages: list[Message]
+    where: str  # file and row, for errors
+    system: str | None = None
+    response: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+class BadRow(Exception):
+    """Why a row is dropped."""
+
+
+@dataclass
+class Dropped:
+    """The rows of one source that could not be used."""
+
+    source: str  # what to mend
+    seen: int = 0
+    bad: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, where: str, why: object) -> None:
+        """Count a bad row, and keep it if it is one of the first."""
+        self.bad += 1
+        if len(self.first) < SHOWN:
+            # The file is named once; where there are several, it stands before the row.
+            self.first.append(f"{where.removeprefix(self.source).strip()}: {why}")
+
+    def note(self) -> str | None:
+        """A line for the user; None where nothing was dropped, an error where most was."""
+        if not self.bad:
+            return None
+        rows = "; ".join(self.first) + ("; ..." if self.bad > SHOWN else "")
+        counted = f"{self.source}: {self.bad} of {self.seen} rows are bad"
+        if 2 * self.bad > self.seen:
+            raise UserError(f"{counted} ({rows}); mend them, or what describes them")
+        return f"{counted} and dropped ({rows})"
+
+
+def to_records(
+    rows: Iterable[Row], source: Source, dropped: Dropped, limit: int | None = None
+) -> list[Record]:
+    """The good rows of a source, the first `limit` of them."""
+    records: list[Record] = []
+    read: Callable[[Row, Source], Record] | None = None
+    for row in rows:
+        if limit is not None and len(records) >= limit:
+            break
+        dropped.seen += 1
+        read = read or reader(source)
+        try:
+            if isinstance(row.content, NotJson):
+                raise BadRow(f"not JSON ({row.content})")
+            if not isinstance(row.content, dict):
+                raise BadRow(f"is a {type(row.content).__name__}, not an object")
+            records.append(read(row, source))
+        except BadRow as why:
+            dropped.add(row.where, why)
+    return records
+
+
+def reader(source: Source) -> Callable[[Row, Source], Record]:
+    """The reader of the source's format."""
+    return read_alpaca if source.info.get("formatting", "alpaca") == "alpaca" else read_turns
+
+
+def text_of(row: dict[str, Any], column: str | None, *, needed: bool = False) -> str | None:
+    """The text in a column; None where it is absent or empty."""
+    value = row.get(column) if column else None
+    if value is None or value == "":
+        if needed:
+            raise BadRow(f"has no '{column}'")
+        return None
+    if not isinstance(value, str):
+        raise BadRow(f"'{column}' is a {type(value).__name__}, not text")
+    if value.encode("utf-8", "ignore").decode() != value:
+        raise BadRow(f"'{column}' holds half a character")
+    if needed and not value.strip():
+        raise BadRow(f"'{column}' is blank")
+    return value
+
+
+def refuse_tools(row: dict[str, Any], column: str | None) -> None:
+    """A row whose answer may call tools is not one that this program understands."""
+    if column and row.get(column) not in (None, "", "[]", []):
+        raise BadRow(f"has '{column}', and {NO_TOOLS}")
+
+
+def read_alpaca(row: Row, source: Source) -> Record:
+    """instruction and input, joined by a line break; output, or chosen and rejected."""
+    content: dict[str, Any] = row.content
+    columns = source.info.get("columns") or ALPACA_COLUMNS
+    refuse_tools(content, columns.get("tools"))
+    asked = [text_of(content, columns.get(name)) for name in ("prompt", "query")]
+    question = "\n".join(part for part in asked if part)
+    if not question.strip():
+        column = columns.get("prompt", columns.get("query", "instruction"))
+        raise BadRow(f"'{column}' is blank" if question else f"has no '{column}'")
+    messages = past(content.get(columns.get("history", "")))
+    messages.append({"role": "user", "content": question})
+    answers: dict[str, str | None] = {}
+    if source.ranking:
+        for name in ("chosen", "rejected"):
+            answers[name] = text_of(content, columns.get(name, name), needed=True)
+    else:
+        answers["response"] = text_of(content, columns.get("response"))
+    system = text_of(content, columns.get("system"))
+    return Record(messages, row.where, system=system, columns=content, **answers)
+
+
+def past(history: Any) -> list[Message]:
+    """Earlier questions and answers."""
+    messages: list[Message] = []
+    for turn in (history if isinstance(history, list) else [history]) if history else []:
+        if not isinstance(turn, list) or [type(part) for part in turn] != [str, str]:
+            raise BadRow("history is not a list of [question, answer]")
+        messages += [
+            {"role": "user", "content": turn[0]},
+            {"role": "assistant", "content": turn[1]},
+        ]
+    return messages
+
+
+def read_turns(row: Row, source: Source) -> Record:
+    """A list of turns, user and assistant by turns; pairs end with a user's."""
+    content: dict[str, Any] = row.content
+    kind = source.info["formatting"]
+    columns = source.info.get("columns") or {"messages": MESSAGES[kind]}
+    tags = TAGS[kind] | (source.info.get("tags") or {})
+    refuse_tools(content, columns.get("tools"))
+    name = columns["messages"]
+    turns = content.get(name)
+    if not isinstance(turns, list) or not turns:
+        raise BadRow(f"has no '{name}'")
+    messages = [read_turn(turn, tags) for turn in turns]
+    system = text_of(content, columns.get("system"))
+    if messages[0]["role"] == "system":
+        system = messages.pop(0)["content"]
+    response = None
+    if messages and messages[-1]["role"] == "assistant" and not source.ranking:
+        response = messages.pop()["content"]
+    order = [message["role"] for message in messages]
+    if order != ["user", "assistant"] * (len(order) // 2) + ["user"]:
+        raise BadRow(
+            f"turns are {', '.join(order) or 'none'}; user and assistant must alternate, and the "
+            "last question must be the user's"
+        )
+    answers: dict[str, str | None] = {}
+    if source.ranking:
+        for name in ("chosen", "rejected"):
+            turn = content.get(columns.get(name, name))
+            if not isinstance(turn, dict):
+                raise BadRow(f"has no '{columns.get(name, name)}' with a role and a text")
+            answer = read_turn({tags["role_tag"]: tags["assistant_tag"], **turn}, tags)
+            if answer["role"] != "assistant":
+                raise BadRow(f"'{columns.get(name, name)}' is the {answer['role']}'s")
+            answers[name] = answer["content"]
+    return Record(messages, row.where, system=system, response=response, columns=content, **answers)
+
+
+def read_turn(turn: Any, tags: dict[str, str]) -> Message:
+    """Who says what."""
+    roles = {tags[f"{role}_tag"]: role for role in ("user", "assistant", "system")}
+    said = str(turn.get(tags["role_tag"])) if isinstance(turn, dict) else None
+    tools = {tags["observation_tag"], tags["function_tag"]}
+    if said in tools - set(roles) or (isinstance(turn, dict) and turn.get("tool_calls")):
+        raise BadRow(f"has a turn by '{said}', and {NO_TOOLS}")
+    if said not in roles:
+        raise BadRow(f"a turn by nobody known ({turn!r:.60}); it needs {list(roles)}")
+    text = text_of(turn, tags["content_tag"], needed=True)
+    return {"role": roles[said], "content": str(text)}
