@@ -148,7 +148,8 @@ def read_alpaca(row: Row, source: Source) -> Record:
     if source.ranking:
         for name in ("chosen", "rejected"):
             answers[name] = text_of(content, columns.get(name, name), needed=True)
-    else:
+    elif isinstance(content.get(columns.get("response", "")), str):
+        # One that is no text is left to reward functions, which are given all columns.
         answers["response"] = text_of(content, columns.get("response"))
     system = text_of(content, columns.get("system"))
     return Record(messages, row.where, system=system, columns=content, **answers)

@@ -192,7 +192,7 @@ class Template:
         while len(ids) > limit and len(messages) > 2:
             messages = messages[2:]
             ids = self.encode_prompt(messages, system)
-        kept = self._encode(messages[-1]["content"])
+        kept = self._encode(messages[-1]["content"]) if len(ids) > limit else []
         while len(ids) > limit:
             if not kept:
                 return None

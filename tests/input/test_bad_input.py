@@ -218,7 +218,6 @@ RECORDS: list[tuple[str, Any, tuple[str, ...]]] = [
     ),
     ("prompts", [{"instruction": ""}], ("row 1: has no 'instruction'",)),
     ("prompts", [{"instruction": 7}], ("row 1: 'instruction' is a int, not text", "mend them")),
-    ("prompts", [{"instruction": "a", "output": [1]}], ("row 1: 'output' is a list, not text",)),
     ("prompts", ["text"], ("row 1: is a str, not an object",)),
     (
         "pairs",
@@ -404,6 +403,7 @@ def test_entries_of_dataset_info_of_another_shape(project, capsys, tmp_path_fact
 CONTENT: list[tuple[str, tuple[str, ...]]] = [
     ('[{"instruction": "  "}]', ("row 1: 'instruction' is blank",)),
     ('[{"instruction": "\\ud800"}]', ("row 1: 'instruction' holds half a character",)),
+    ('[{"instruction": "a", "output": "\\ud800"}]', ("row 1: 'output' holds half a character",)),
     ('[{"instruction": ' + "1" * 5000 + "}]", ("data/prompts.json: cannot be read",)),
     ("[" * 100_000, ("data/prompts.json: cannot be read",)),
 ]

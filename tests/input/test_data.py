@@ -140,6 +140,12 @@ def test_columns_that_are_not_listed_are_not_read(project):
     assert (record.response, record.system) == (None, None)
 
 
+def test_an_output_that_is_no_text_is_for_reward_functions(project, chatml):
+    got = records(project, [{"instruction": "6 * 7 = ?", "output": 42}]).train
+    (prompt,) = encode_prompts(got, chatml, 2048)
+    assert (prompt.reference, prompt.columns["output"]) == (None, 42)
+
+
 def test_the_input_alone_may_be_the_question(project):
     (record,) = records(project, [{"instruction": "", "input": "b"}]).train
     assert asked([record]) == ["b"]
