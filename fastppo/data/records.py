@@ -88,12 +88,11 @@ def to_records(
 ) -> list[Record]:
     """The good rows of a source, the first `limit` of them."""
     records: list[Record] = []
-    read: Callable[[Row, Source], Record] | None = None
+    read = reader(source)
     for row in rows:
         if limit is not None and len(records) >= limit:
             break
         dropped.seen += 1
-        read = read or reader(source)
         try:
             if isinstance(row.content, NotJson):
                 raise BadRow(f"not JSON ({row.content})")
