@@ -11,30 +11,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from fastppo.config_data import DATA_LISTS, DataKeys
 from fastppo.config_file import parse_override, read_file
+from fastppo.config_key import HF, LF, OWN, TRL, Above0, Finite, NonNegative, Positive, Share, key
 from fastppo.errors import UserError
 from fastppo.reward_spec import RewardSpec, check_function_name, check_kind, reward_specs, split
 
-Positive = Annotated[int, Field(ge=1, lt=2**31)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Above0 = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
-LF, HF, TRL, OWN = "LLaMA-Factory", "transformers", "TRL 0.9.6", "fastppo"
-
-
-def key(default: Any, owner: str, meaning: str) -> Any:
-    """A key with its default, whose name it is, and a sentence on what it does here."""
-    return Field(default, description=meaning, json_schema_extra={"owner": owner})
-
-
-class Config(BaseModel):
+class Config(DataKeys):
     """One run, as its YAML file describes it. Frozen; checked; one sentence a key."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     stage: Literal["rm", "ppo"] = key(..., LF, "rm trains a reward model from pairs, ppo a policy.")
     do_train: bool | None = key(None, HF, "Train; with no do_* key at all a file means train.")
@@ -107,41 +94,6 @@ class Config(BaseModel):
         OWN,
         "In stage rm: scale the head so that scores of held-out answers have mean 0, std 1.",
     )
-
-    dataset: str = key(
-        ..., LF, "Names in dataset_info.json, or paths of files; comma separated. docs/data.md."
-    )
-    eval_dataset: str | None = key(None, LF, "The same, for evaluation.")
-    dataset_dir: str = key(
-        "data", LF, "Folder of dataset_info.json and its files; ONLINE: names are the hub's."
-    )
-    mix_strategy: Literal["concat", "interleave_under", "interleave_over", "interleave_once"] = key(
-        "concat",
-        LF,
-        "Several data sets: one after the other, or by turns until the first (under) or the last "
-        "(over; once repeats no row) is used up.",
-    )
-    interleave_probs: str | None = key(
-        None, LF, "Shares of the data sets in an interleaved mix, comma separated."
-    )
-    val_size: NonNegative = key(
-        0.0, LF, "Held out of dataset for evaluation: a share below 1, or a count."
-    )
-    cutoff_len: Positive = key(
-        2048, LF, "Most tokens of a prompt (ppo) or of prompt and answer (rm)."
-    )
-    max_samples: Positive | None = key(None, LF, "Only the first so many records of each data set.")
-    lf_truncation: bool = key(
-        False, OWN, "Cut an over-long prompt as LLaMA-Factory does, generation header and all."
-    )
-    template: str | None = key(None, LF, "Chat template by name; null is the tokenizer's own.")
-    enable_thinking: bool = key(
-        True, LF, "false writes an empty thought before every answer of a reasoning template."
-    )
-    preserve_thinking: bool = key(
-        False, LF, "Keep the thoughts of earlier turns; reasoning templates forget them."
-    )
-    default_system: str | None = key(None, LF, "System prompt in place of the template's.")
 
     output_dir: str = key(..., HF, "Where adapters, heads and checkpoints go.")
     overwrite_output_dir: bool = key(False, LF, "Allow an output_dir that is not empty.")
@@ -278,12 +230,6 @@ class Config(BaseModel):
         folders = [spec.target for spec in self.rewards if spec.kind == "lora"]
         return {f"reward_{i}" if i > 1 else "reward": name for i, name in enumerate(folders, 1)}
 
-    @property
-    def mixing_probabilities(self) -> list[float] | None:
-        """interleave_probs as numbers."""
-        text = self.interleave_probs
-        return None if text is None else [float(part) for part in text.split(",")]
-
     @model_validator(mode="before")
     @classmethod
     def _hidden_sampling(cls, data: Any) -> Any:
@@ -313,14 +259,6 @@ class Config(BaseModel):
                 )
         if self.stage == "rm" and self.resume_from_checkpoint:
             raise ValueError("resume_from_checkpoint: only stage ppo resumes; leave it out")
-        if self.val_size and self.eval_dataset:
-            raise ValueError(
-                "val_size: leave it out where eval_dataset is given, or the other way round"
-            )
-        if self.val_size > 1 and self.val_size != int(self.val_size):
-            raise ValueError("val_size: above 1 it is a count of records; give a whole number")
-        if self.interleave_probs is not None:
-            self._check_probabilities()
         for name in ("output_dir", "metrics_dir", "model_name_or_path", "dataset"):
             if not getattr(self, name).strip() or "\0" in getattr(self, name):
                 raise ValueError(f"{name}: is empty or no path; give it a value")
@@ -329,22 +267,6 @@ class Config(BaseModel):
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError("min_new_tokens: is above max_new_tokens; lower it")
         return self
-
-    def _check_probabilities(self) -> None:
-        if self.mix_strategy == "concat":
-            raise ValueError(
-                "interleave_probs: means nothing to mix_strategy: concat; leave it out, or "
-                "interleave"
-            )
-        try:
-            shares = self.mixing_probabilities or []
-        except ValueError:
-            shares = []
-        if not shares or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-            raise ValueError(
-                f"interleave_probs: '{self.interleave_probs}' is no list of shares that add up to "
-                "1; write for example 0.7,0.3"
-            )
 
 
 # LLaMA-Factory's and transformers' keys that say nothing to a single process on one device.
@@ -414,9 +336,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 # LLaMA-Factory's comma strings, which may be YAML lists too.
 COMMA_LISTS = (
-    "dataset",
-    "eval_dataset",
-    "interleave_probs",
+    *DATA_LISTS,
     "lora_target",
     "reward_model",
     "reward_model_type",

@@ -33,7 +33,8 @@ LEVELS = [
     {"reward_head"},
     {"batch", "data", "roles", "templates"},
     {"config"},
-    {"config_file", "reward_spec"},
+    {"config_data"},
+    {"config_file", "config_key", "reward_spec"},
     {"ops"},
     {"errors", "types", "__init__"},
 ]
