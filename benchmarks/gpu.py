@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,12 @@ class Plan:
     vocabularies: tuple[int, ...]
     hidden: int
     rounds: int
+    # A 7B's head, which has to fit in 1 GB above its weight: tokens, vocabulary, hidden size.
+    large: tuple[int, int, int]
 
 
-REAL = Plan("cuda", 4096, (32000, 128256, 151936), 4096, ROUNDS)
-TOY = Plan("cpu", 4, (96,), 8, 2)
+REAL = Plan("cuda", 4096, (32000, 128256, 151936), 4096, ROUNDS, (2048, 152064, 3584))
+TOY = Plan("cpu", 4, (96,), 8, 2, (3, 64, 8))
 
 Contender = Callable[[], Any]
 
@@ -257,7 +259,9 @@ def dense_case(plan: Plan, vocab: int, dtype: torch.dtype) -> list[dict[str, Any
 
 def linear(plan: Plan) -> list[dict[str, Any]]:
     """From hidden states: the loss against its two GEMMs and against eager on all logits."""
-    return [row for vocab in plan.vocabularies for row in linear_case(plan, vocab)]
+    rows = [row for vocab in plan.vocabularies for row in linear_case(plan, vocab)]
+    n, vocab, hidden = plan.large
+    return rows + linear_case(replace(plan, rows=n, hidden=hidden), vocab)
 
 
 def linear_case(plan: Plan, vocab: int) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ CODE = sorted(
     path
     for folder in ("fastppo", "kernels", "benchmarks", "examples", "tests")
     for path in (ROOT / folder).rglob("*.py")
-    if "fastppo/kernels" not in path.as_posix()
+    if "fastppo/kernels" not in path.as_posix() and ".site" not in path.parts  # the peers
 )
 # A module imports from the rows below its own: not from above, and not from its neighbours. `types`
 # and `errors` are what passes between rooms, and everybody's.

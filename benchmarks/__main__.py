@@ -1,0 +1,79 @@
+"""python -m benchmarks linear|ops|seven_b_head [--quick] [--out FILE]: the interleaved tables."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import linear, ops, report, seven_b_head
+from benchmarks.harness import ROUNDS, Case, measure
+from fastppo.ops.registry import OPS
+
+# A round of the large head is a minute.
+SEVEN_B_ROUNDS = 3
+
+
+def run(cases: Iterable[Case], rounds: int, load: report.Load) -> list[dict[str, Any]]:
+    """All rows, each case's contenders among themselves."""
+    rows = []
+    for case in cases:
+        began = time.perf_counter()
+        found = measure(case, rounds, load)
+        rows += found
+        title = ", ".join(str(value) for value in case.fields.values())
+        print(f"{title}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+        torch._dynamo.reset()  # a case's compilations are no other's
+    return rows
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = made.add_subparsers(dest="name", required=True)
+    for name, module in (("linear", linear), ("ops", ops), ("seven_b_head", seven_b_head)):
+        one = commands.add_parser(name, help=(module.__doc__ or "").splitlines()[0])
+        one.add_argument("--quick", action="store_true", help="toy sizes: a walk, no measurement")
+        one.add_argument("--out", type=Path, metavar="FILE", help="the JSON; a .md goes beside it")
+        rounds = SEVEN_B_ROUNDS if name == "seven_b_head" else ROUNDS
+        one.add_argument("--rounds", type=int, default=rounds, help=f"default {rounds}")
+        if name == "ops":
+            one.add_argument("--only", nargs="+", choices=list(OPS), metavar="OP")
+        if name == "seven_b_head":
+            one.add_argument("--n", type=int, default=seven_b_head.HEAD.n, help="tokens")
+    return made
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0, or 1 where an operator of ours gave a wrong answer, failed, or took too much memory."""
+    argv = sys.argv[1:] if argv is None else argv
+    asked = parser().parse_args(argv)
+    before, load = report.Load(), report.Load()
+    with before:
+        time.sleep(0.1 if asked.quick else 1.0)
+    if not asked.quick and (said := report.warning(before.others())):
+        print(f"benchmarks: {said}", file=sys.stderr)
+    notes, within = [], True
+    if asked.name == "linear":
+        rows = run(linear.cases(asked.quick), asked.rounds, load)
+    elif asked.name == "ops":
+        rows = run(ops.cases(asked.quick, asked.only), asked.rounds, load)
+    else:
+        rows = run(seven_b_head.cases(asked.quick, asked.n), asked.rounds, load)
+        notes, within = seven_b_head.memory_note(rows)
+    if asked.quick:
+        notes.append("toy sizes: a walk through the code, no measurement")
+    found = report.result(asked.name, rows, before, load, notes, argv)
+    print(report.markdown(found))
+    for path in report.save(found, asked.out, keep=not asked.quick):
+        print(path)
+    ours = [row for row in rows if row.get("ours")]
+    return 0 if within and all(row["status"] == "timed" for row in ours) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""The benchmarks walk through, compare right answers only, and say what is not there."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import contenders, peers, report
+from benchmarks.harness import Case, Contender, allocations, distance, measure, peak_bytes
+from fastppo.ops.registry import OPS, Shape
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_eager_gives_the_definitions_answer(op):
+    """It is the oracle where the definition is too slow."""
+    shape = Shape(n=24, vocab=37, hidden=8, batch=4)
+    inputs = contenders.make_inputs(op, shape, torch.float32)
+    found = [
+        contenders.answer(op, function, contenders.leaves(op, inputs))
+        for function in (contenders.EAGER[op.name], op.reference)
+    ]
+    assert distance(*found) < 1e-5
+
+
+def test_the_masked_loop_is_the_same_advantage():
+    inputs = OPS["gae"].make_inputs(Shape(n=24, batch=4), torch.float32, 0)
+    want = OPS["gae"].reference(**inputs)
+    assert distance(contenders.gae_masked_loop(**inputs), want) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["linear", "ops", "seven_b_head"])
+def test_a_quick_walk_leaves_a_result_and_its_table(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(peers, "SITE", tmp_path / "nothing")
+    out = tmp_path / "found.json"
+    extra = ["--only", "policy_loss", "gae"] if name == "ops" else []
+    assert command.main([name, "--quick", "--rounds", "1", "--out", str(out), *extra]) == 0
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert {"name", "date", "command", "machine", "cores_busy_with_others", "rows"} <= set(found)
+    assert {"cpu", "cores", "threads", "vectors", "torch"} <= set(found["machine"])
+    by_status = {}
+    for row in found["rows"]:
+        by_status.setdefault(row["status"], []).append(row)
+    assert set(by_status) == {"timed", "absent"}
+    assert all(row["note"] for row in by_status["absent"])
+    timed = by_status["timed"]
+    answered = {row["what"].split(",")[0] for row in timed if "error" in row}
+    assert {"eager", "fastppo torch"} <= answered
+    assert all(row["share"] > 0 for row in timed if "error" in row)
+    absent = {row["what"].split()[0] for row in by_status["absent"]}
+    wanted = {"linear": {"liger-kernel", "cut-cross-entropy", "verl"}, "ops": {"torchrl"}}
+    assert wanted.get(name, set()) <= absent
+    table = out.with_suffix(".md").read_text(encoding="utf-8")
+    assert table in capsys.readouterr().out
+    assert "no measurement" in table
+
+
+def test_a_wrong_answer_is_reported_and_never_timed():
+    calls = []
+    case = Case({"op": "none"}, [torch.ones(3)], tolerance=1e-3)
+    case.add(Contender("bound", lambda: None))
+    case.add(Contender("right", lambda: None, lambda: [torch.ones(3)], "bound"))
+    for name, wrong in (("off", 1.1 * torch.ones(3)), ("nan", torch.full((3,), float("nan")))):
+        case.add(Contender(name, lambda: calls.append(1), lambda wrong=wrong: [wrong], "bound"))
+    rows = {row["what"]: row for row in measure(case, rounds=2)}
+    assert [rows[name]["status"] for name in ("right", "off", "nan")] == ["timed", "wrong", "wrong"]
+    assert not calls
+    assert "ms" not in rows["off"]
+
+
+def test_what_breaks_is_a_line_of_the_table():
+    case = Case({"op": "none"}, [torch.ones(1)], tolerance=1e-3)
+    case.add(Contender("broken", lambda: None, lambda: 1 / 0))
+    (row,) = measure(case, rounds=1)
+    assert row["status"] == "failed"
+    assert row["note"] == "ZeroDivisionError: division by zero"
+
+
+def test_the_peak_is_what_lived_at_once():
+    def call():
+        first = torch.empty(1000, dtype=torch.uint8)
+        second = torch.empty(500, dtype=torch.uint8)
+        del first
+        third = torch.empty(700, dtype=torch.uint8)
+        return second.numel() + third.numel()
+
+    assert peak_bytes(allocations(call)) == 1500
+    assert peak_bytes([-300, 200, -200]) == 200  # what was there before is not this call's
+
+
+def test_busy_cores_make_a_warning_and_quiet_ones_none():
+    assert "2.0 cores busy" in report.warning(2.0)
+    assert report.warning(0.01) is None
+
+
+def test_load_counts_what_others_burn_and_not_what_this_process_does(monkeypatch):
+    # Two seconds of a machine that was busy for 3, of which this process burnt 2.
+    moments = iter([(10.0, 100.0), (12.0, 101.0)])
+    load = report.Load()
+    load.known = True
+    monkeypatch.setattr(load, "_now", lambda: next(moments))
+    with load:
+        pass
+    assert load.others() == 0.5
+
+
+def test_the_fastest_is_marked_among_those_who_do_the_same():
+    def row(what, ms, bound, ours):
+        return {"what": what, "ms": ms, "bound": bound, "ours": ours, "error": 0.0}
+
+    given = row("given", 1.0, "copy, given", True)
+    rows = [row("mine", 3.0, "copy", True), row("eager", 2.0, "copy", False), given]
+    assert [report.is_fastest(one, rows) for one in rows] == [False, True, False]
