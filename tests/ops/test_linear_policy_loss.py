@@ -85,30 +85,6 @@ def test_it_is_the_loss_of_the_logits():
         torch.testing.assert_close(a, b)
 
 
-def gemm_flops(function):
-    """Multiply-adds of all matrix products, those inside autograd functions included."""
-    with torch.profiler.profile(with_flops=True) as profile:
-        function()
-    names = ("aten::mm", "aten::addmm", "aten::bmm")
-    return sum(event.flops for event in profile.events() if event.name in names)
-
-
-@pytest.mark.parametrize(("mode", "gemms"), [("frozen", 2), ("trained", 3), ("no_grad", 1)])
-def test_a_frozen_head_costs_two_gemms_a_trained_one_three_and_scoring_one(mode, gemms):
-    inputs = make(torch.float32, n=96)
-    inputs["hidden_ND"].requires_grad_()
-    inputs["weight_VD"].requires_grad_(mode == "trained")
-
-    def step():
-        if mode == "no_grad":
-            with torch.no_grad():
-                linear_policy_loss(**inputs)
-        else:
-            linear_policy_loss(**inputs).loss.backward()
-
-    assert gemm_flops(step) == pytest.approx(gemms * 2 * 96 * V * D, rel=0.01)
-
-
 def test_nans_behind_weight_0_do_not_leak_into_a_trained_head():
     grads = []
     for poison in (0.0, float("nan")):

@@ -1,0 +1,115 @@
+"""What the ops from hidden states cost: GEMMs by the profiler, memory by the allocator's events."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from benchmarks.harness import allocations, peak_bytes
+from fastppo.ops import rows
+from fastppo.ops.backend import available
+from fastppo.ops.registry import OPS, Shape
+from tests.ops.oracle import place, run
+
+LINEAR = [op for op in OPS.values() if op.name.startswith("linear")]
+# GEMMs of N x V x D. A frozen head's loss makes the logits and d hidden; log-probs, whose upstream
+# gradients come later, make the logits again; a trained head adds its own gradient.
+GEMMS = {
+    "linear_policy_loss": {"no_grad": 1, "frozen": 2, "trained": 3},
+    "linear_token_logprobs": {"no_grad": 1, "frozen": 3, "trained": 4},
+    "linear_score_tokens": {"no_grad": 2},
+}
+# Chunks and GEMMs are made above the kernels: Triton's interpreter would add its minutes alone.
+ON_CPU = [name for name in available("cpu") if name != "triton"]
+HERE = [*ON_CPU, *(["triton"] if torch.cuda.is_available() else [])]
+VOCAB = 4099
+ROW = VOCAB * 4
+BUDGET = 16 * ROW
+SMALL = 6 * ROW + 32 * 128 * 4  # the definition's block of a row, vectors by the dozen
+MODES = [(name, mode) for name, modes in GEMMS.items() for mode in modes]
+
+
+def step_of(name, mode, shape, backend, **keywords):
+    """A call of the op in which that much trains, its inputs made outside."""
+    op = OPS[name]
+    inputs = place(op.make_inputs(shape, torch.float32, 0), backend)
+    for leaf in op.differentiable:
+        inputs[leaf] = inputs[leaf].requires_grad_()
+    inputs["weight_VD"].requires_grad_(mode == "trained")
+
+    def step():
+        inputs["weight_VD"].grad = inputs["hidden_ND"].grad = None
+        with torch.set_grad_enabled(mode != "no_grad"):
+            result = op.function(**inputs, backend=backend, **keywords)
+            if mode != "no_grad":
+                (result.loss if op.loss else result.logprob_N.sum()).backward()
+
+    return step
+
+
+def test_every_op_from_hidden_states_has_its_costs_stated():
+    assert set(GEMMS) == {op.name for op in LINEAR}
+
+
+def flops_of(event):
+    """Of a matrix product; the profiler knows the products in place by their shapes alone."""
+    if event.name in ("aten::addmm_", "aten::baddbmm_"):
+        *batch, rows, inner = event.input_shapes[1]
+        return 2 * math.prod(batch) * rows * inner * event.input_shapes[2][-1]
+    products = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+    return event.flops if event.name in products else 0
+
+
+@pytest.mark.parametrize("on", HERE)
+@pytest.mark.parametrize(("name", "mode"), MODES)
+def test_it_costs_that_many_gemms_and_no_more(name, mode, on):
+    shape = Shape(n=24, vocab=67, hidden=16)
+    step = step_of(name, mode, shape, on)
+    # It sees inside custom ops, which FlopCounterMode does not.
+    with torch.profiler.profile(with_flops=True, record_shapes=True) as profile:
+        step()
+    flops = sum(flops_of(event) for event in profile.events())
+    one = 2 * shape.n * shape.vocab * shape.hidden
+    assert flops == pytest.approx(GEMMS[name][mode] * one, rel=0.01)
+
+
+@pytest.mark.parametrize("on", ON_CPU)
+@pytest.mark.parametrize(("name", "mode"), MODES)
+def test_memory_does_not_grow_with_the_logits(name, mode, on, monkeypatch):
+    few, many = (above(name, mode, on, n, monkeypatch) for n in (32, 128))
+    assert many - few <= 32 * 96 * 4  # vectors by the dozen; one row of logits is more
+
+
+@pytest.mark.parametrize("on", ON_CPU)
+@pytest.mark.parametrize(("name", "mode"), [at for at in MODES if at[0] != "linear_score_tokens"])
+def test_memory_above_inputs_and_outputs_is_one_chunk(name, mode, on, monkeypatch):
+    assert BUDGET <= above(name, mode, on, 128, monkeypatch) <= BUDGET + SMALL
+
+
+@pytest.mark.parametrize("on", ON_CPU)
+def test_memory_of_scoring_is_one_chunk_a_policy(on, monkeypatch):
+    peak = above("linear_score_tokens", "no_grad", on, 128, monkeypatch)
+    assert 2 * BUDGET <= peak <= 2 * (BUDGET + SMALL)
+
+
+def above(name, mode, on, n, monkeypatch):
+    """Peak of the tensors above inputs and outputs, in bytes, with chunks of 16 tokens."""
+    # The definition goes over a chunk in blocks of a constant size: here of one row.
+    monkeypatch.setattr(rows, "_BLOCK_BYTES_CPU", ROW)
+    step = step_of(name, mode, Shape(n=n, vocab=VOCAB, hidden=8), on, chunk_bytes=BUDGET)
+    step()
+    outputs = (mode == "trained") * VOCAB * 8 * 4 + (mode != "no_grad") * n * 8 * 4
+    return peak_bytes(allocations(step)) - outputs
+
+
+@pytest.mark.parametrize("on", HERE)
+@pytest.mark.parametrize("op", LINEAR, ids=lambda op: op.name)
+@pytest.mark.parametrize("chunk_bytes", [1, 7 * 67 * 4, 10**9])
+def test_the_size_of_a_chunk_changes_nothing_but_rounding(op, chunk_bytes, on):
+    inputs = place(op.make_inputs(Shape(n=15, vocab=67, hidden=16), torch.float32, 0), on)
+    want = run(op, op.function, inputs, backend=on)
+    got = run(op, op.function, inputs, backend=on, chunk_bytes=chunk_bytes)
+    for a, b in zip([*got[0], *got[1]], [*want[0], *want[1]], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
