@@ -17,6 +17,7 @@ from fastppo.config_data import DATA_LISTS, DataKeys
 from fastppo.config_file import parse_override, read_file
 from fastppo.config_key import HF, LF, OWN, TRL, Above0, Finite, NonNegative, Positive, Share, key
 from fastppo.errors import UserError
+from fastppo.offload_config import check_offload
 from fastppo.reward_spec import RewardSpec, check_function_name, check_kind, reward_specs, split
 
 
@@ -129,7 +130,38 @@ class Config(DataKeys):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = key(42, HF, "Seed of everything random.")
     bf16: bool = key(False, HF, "Base in bfloat16, compute under autocast; adapters stay float32.")
     disable_gradient_checkpointing: bool = key(
-        False, LF, "Keep activations in place of recomputing them."
+        False, LF, "Keep activations in place of recomputing them: activation_offloading: none."
+    )
+    use_unsloth_gc: bool = key(False, LF, "The same as activation_offloading: checkpoint+offload.")
+    activation_offloading: (
+        Literal["none", "checkpoint", "offload", "checkpoint+offload", "auto"] | None
+    ) = key(
+        None,
+        OWN,
+        "What happens to activations between forward and backward, see docs/offload.md; null "
+        "follows the two keys above, and is checkpoint without them.",
+    )
+    offload_dir: str | None = key(
+        None, OWN, "Offload to memory-mapped files in this folder, in place of host memory."
+    )
+    stream_frozen: bool = key(
+        False,
+        OWN,
+        "Whole frozen models beside the base (ref_model, reward_model_type: full) lie in host "
+        "memory and pass through the device layer by layer.",
+    )
+    optim: (
+        Literal[
+            "adamw_torch",
+            "adamw_torch_fused",
+            "adamw_8bit",
+            "adamw_bnb_8bit",
+            "paged_adamw_8bit",
+            "paged_adamw_32bit",
+        ]
+        | None
+    ) = key(
+        None, HF, "AdamW: PyTorch's, or bitsandbytes' with 8-bit or paged state; null is PyTorch's."
     )
     disable_shuffling: bool = key(False, LF, "Take prompts in the order of the file.")
     logging_steps: Positive = key(10, HF, "Steps between log lines in stage rm; ppo prints each.")
@@ -266,6 +298,7 @@ class Config(DataKeys):
             check_function_name(self.eval_judge, "eval_judge")
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError("min_new_tokens: is above max_new_tokens; lower it")
+        check_offload(self)
         return self
 
 
@@ -286,7 +319,6 @@ IGNORED = {
     "logging_dir": "trackers write below output_dir",
     "low_cpu_mem_usage": "always on",
     "media_dir": "data is text",
-    "optim": "the optimiser is AdamW",
     "overwrite_cache": "nothing is cached",
     "plot_loss": "curves are always drawn",
     "predict_with_generate": "there is no predict here",

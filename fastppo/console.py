@@ -90,7 +90,8 @@ def first_lines(state: State, steps: int) -> None:
     console.print(f"[bold]fastppo {__version__}[/bold], stage ppo, {config.model_name_or_path}")
     console.print(
         f"  device {state.roles.device}, {'bf16' if config.bf16 else 'float32'}, "
-        f"attention {state.roles.base.config._attn_implementation}, ops: torch"
+        f"attention {state.roles.base.config._attn_implementation}, ops: torch, "
+        f"activations: {state.roles.base.activation_offload.mode}"
     )
     console.print(
         f"  {steps} steps of {batch} prompts ({len(state.prompts)} in the set), "

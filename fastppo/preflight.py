@@ -56,6 +56,12 @@ def check_packages(config: Config) -> None:
             "bitsandbytes",
             "quantization",
         ),
+        (
+            "optim",
+            config.optim if config.optim and "adamw_torch" not in config.optim else "none",
+            "bitsandbytes",
+            "quantization",
+        ),
     ):
         if asked != "none" and importlib.util.find_spec(package) is None:
             raise UserError(

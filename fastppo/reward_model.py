@@ -18,11 +18,11 @@ from fastppo.data import encode_pairs
 from fastppo.errors import TrainingStopped
 from fastppo.reward_spec import RECORD
 from fastppo.roles import (
-    enable_checkpointing,
     load_base,
     load_tokenizer,
     lora_config,
     new_value_head,
+    wrap_activations,
 )
 from fastppo.templates import get_template
 from fastppo.types import Pair
@@ -167,6 +167,7 @@ def training_arguments(config: Config, train_pairs: int) -> TrainingArguments:
     steps = max(1, -(-train_pairs // per_step))
     total = config.max_steps if config.max_steps > 0 else int(steps * config.num_train_epochs)
     return TrainingArguments(
+        **({} if config.optim is None else {"optim": config.optim}),
         output_dir=config.output_dir,
         per_device_train_batch_size=config.per_device_train_batch_size,
         per_device_eval_batch_size=config.per_device_eval_batch_size,
@@ -217,8 +218,7 @@ def run(config: Config, records: Records) -> None:
     torch.manual_seed(config.seed)
     base = load_base(config, device)
     model = get_peft_model(base, lora_config(config, base), adapter_name="default")
-    if not config.disable_gradient_checkpointing:
-        enable_checkpointing(base)
+    offload = wrap_activations(config, base)
     head = new_value_head(base.config.get_text_config().hidden_size, device)
     nn.init.normal_(head.weight, std=HEAD_STD)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -229,7 +229,7 @@ def run(config: Config, records: Records) -> None:
         f"on, "
         f"{len(held_out)} held out; adapter and head train {trainable + head.weight.numel() + 1:,}"
     )
-    say(f"  writes {output_dir}")
+    say(f"  activations: {offload.mode}; writes {output_dir}")
     for line in config.ignored:
         say(f"  [yellow]note:[/yellow] {line}")
     checkpoint.prepare_output_dir(output_dir)

@@ -26,6 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from fastppo.errors import UserError
+from fastppo.offload import ActivationOffload, wrap
+from fastppo.offload_config import micro_batch_tokens, offload_mode
 from fastppo.ops import token_logprobs
 from fastppo.reward_spec import HEAD_FILES
 
@@ -114,13 +116,10 @@ def silence_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def enable_checkpointing(base: nn.Module) -> None:
-    """Recompute layers in the backward. Non-reentrant: those below the adapters stay out of it."""
-    # Renamed within transformers 5; both take the same arguments.
-    enable = getattr(base, "activation_checkpointing_enable", None)
-    if enable is None:
-        enable = base.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+def wrap_activations(config: Config, base: nn.Module) -> ActivationOffload:
+    """Recompute or move activations as the file says; layers below the adapters stay out of it."""
+    tokens = micro_batch_tokens(config)
+    return wrap(base, offload_mode(config), tokens=tokens, offload_dir=config.offload_dir)
 
 
 def linear_names(base: nn.Module) -> list[str]:
@@ -394,7 +393,6 @@ def build(config: Config, device: torch.device, base: nn.Module | None = None) -
             model.add_adapter("critic", own_adapter)
     silence_dropout(model)
     model.to(device)
-    if not config.disable_gradient_checkpointing:
-        enable_checkpointing(base)
+    wrap_activations(config, base)
     model.eval()
     return Roles(model, adapters, reward_heads, critic_head, device, autocast=config.bf16)

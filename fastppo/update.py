@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastppo.batch import Batch, batches, token_index
 from fastppo.errors import TrainingStopped
 from fastppo.ops import PolicyLossConfig, linear_policy_loss, value_loss
+from fastppo.optim import adamw
 from fastppo.types import Experience
 
 if TYPE_CHECKING:
@@ -23,9 +24,10 @@ if TYPE_CHECKING:
 FIRST_PASS_LIMIT = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-def make_optimizer(config: Config, roles: Roles) -> torch.optim.AdamW:
+def make_optimizer(config: Config, roles: Roles) -> torch.optim.Optimizer:
     """AdamW over two groups: the actor's parameters and the critic's."""
-    return torch.optim.AdamW(
+    return adamw(
+        config.optim,
         [
             {"params": roles.trained_parameters("actor"), "lr": config.learning_rate},
             {

@@ -1,0 +1,53 @@
+"""What the keys on activations and frozen models say together. No torch here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastppo.config import Config
+
+
+def offload_mode(config: Config) -> str:
+    """activation_offloading, or what LLaMA-Factory's keys for it say."""
+    if config.activation_offloading is not None:
+        return config.activation_offloading
+    if config.use_unsloth_gc:
+        return "checkpoint+offload"
+    return "none" if config.disable_gradient_checkpointing else "checkpoint"
+
+
+def micro_batch_tokens(config: Config) -> int:
+    """Most tokens of a micro-batch, padding included."""
+    rows = config.per_device_train_batch_size
+    if config.stage == "rm":
+        return 2 * rows * config.cutoff_len
+    return rows * (config.cutoff_len + config.max_new_tokens)
+
+
+def check_offload(config: Config) -> None:
+    """Refuse keys that contradict each other.
+
+    Raises:
+        ValueError: names the key, and the cure.
+    """
+    mode = offload_mode(config)
+    if config.disable_gradient_checkpointing and mode.startswith("checkpoint"):
+        raise ValueError(
+            f"disable_gradient_checkpointing: contradicts {mode}; leave one of the keys out"
+        )
+    if config.use_unsloth_gc and mode != "checkpoint+offload":
+        raise ValueError(
+            f"use_unsloth_gc: contradicts activation_offloading: {mode}; leave one of them out"
+        )
+    on_base = config.reward_model_type in ("lora", "function")
+    if config.stream_frozen and on_base and not getattr(config, "ref_model", None):
+        raise ValueError(
+            "stream_frozen: no role has a whole model of its own here, all run on the base; leave "
+            "it out"
+        )
+    if config.offload_dir and mode in ("none", "checkpoint") and not config.stream_frozen:
+        raise ValueError(
+            f"offload_dir: activation_offloading: {mode} moves nothing there; use "
+            "checkpoint+offload, or leave it out"
+        )
