@@ -32,7 +32,7 @@ def check_offload(config: Config) -> None:
         ValueError: names the key, and the cure.
     """
     mode = offload_mode(config)
-    if config.disable_gradient_checkpointing and mode.startswith("checkpoint"):
+    if config.disable_gradient_checkpointing and mode not in ("none", "offload"):
         raise ValueError(
             f"disable_gradient_checkpointing: contradicts {mode}; leave one of the keys out"
         )

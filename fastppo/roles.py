@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from fastppo.errors import UserError
-from fastppo.offload import ActivationOffload, wrap
+from fastppo.offload import ActivationOffload
+from fastppo.offload_auto import wrap
 from fastppo.offload_config import micro_batch_tokens, offload_mode
 from fastppo.ops import token_logprobs
 from fastppo.reward_spec import HEAD_FILES

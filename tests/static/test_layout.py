@@ -32,7 +32,7 @@ LEVELS = [
     {"reward_api", "reward_full", "reward_function"},
     {"reward_head"},
     {"batch", "data", "roles", "templates"},
-    {"streaming"},
+    {"offload_auto", "streaming"},
     {"offload", "optim"},
     {"stash"},
     {"streams"},

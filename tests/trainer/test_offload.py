@@ -11,14 +11,7 @@ from torch import nn
 
 from fastppo.batch import batches, make_batch
 from fastppo.errors import UserError
-from fastppo.offload import (
-    ActivationOffload,
-    activation_bytes,
-    auto_mode,
-    choose,
-    find_layers,
-    wrap,
-)
+from fastppo.offload import ActivationOffload, find_layers
 from fastppo.ops import linear_policy_loss
 from fastppo.stash import Stash
 from fastppo.update import Totals, backward, mini_batches
@@ -433,91 +426,3 @@ def test_offload_dir_leaves_no_file(model, plain, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"offload_dir.*name a folder"):
         step(model, offload(model, "checkpoint+offload", offload_dir=tmp_path / "file"))
-
-
-def test_bad_uses_say_what_to_do(model):
-    with pytest.raises(ValueError, match="one of none, checkpoint"):
-        offload(model, "auto")
-    with pytest.raises(ValueError, match="layers="):
-        offload(nn.Linear(2, 2), "checkpoint")
-    with pytest.raises(ValueError, match="use_cache=False"), offload(model, "checkpoint"):
-        model(input_ids=ids(), use_cache=True)
-    own = llama(2)
-    own.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
-    with pytest.raises(ValueError, match="gradient_checkpointing_disable"), offload(own, "offload"):
-        pass
-
-
-def test_the_estimate_has_the_figures_of_a_7b():
-    """Qwen2.5-7B: 28 layers of 3584, MLP 18944; bf16. GiB by hand: 28 x 2048 x 7 KiB = 0.383."""
-    shape = {"layers": 28, "hidden_size": 3584, "intermediate_size": 18944}
-
-    def gib(mode, tokens):
-        return activation_bytes(mode, tokens=tokens, **shape) / 2**30
-
-    layer = 2048 * (4 * 18944 + 10 * 3584) * 2 / 2**30
-    assert gib("none", 2048) == pytest.approx(12.0 + layer, abs=0.1)
-    assert gib("checkpoint", 2048) == pytest.approx(0.383 + 2 * layer, abs=0.01)
-    saved = gib("checkpoint", 8192) - gib("checkpoint+offload", 8192)
-    assert saved == pytest.approx(1.53 * 24 / 28, abs=0.01)
-
-
-def test_auto_takes_the_fastest_that_fits(model, monkeypatch):
-    needs = {"none": 100, "checkpoint": 10, "checkpoint+offload": 1}
-    assert [choose(free, needs) for free in (100, 99, 9, 0)] == [
-        "none",
-        "checkpoint",
-        "checkpoint+offload",
-        "checkpoint+offload",
-    ]
-    base = model.get_base_model()
-    monkeypatch.setattr("fastppo.offload.free_bytes", lambda _: 1 << 40)
-    assert auto_mode(base, 8, None) == "none"
-    monkeypatch.setattr("fastppo.offload.free_bytes", lambda _: 0)
-    # Moving to host memory where the device is the host frees nothing; a file does.
-    assert auto_mode(base, 8, None) == "checkpoint"
-    assert auto_mode(base, 8, "spill") == "checkpoint+offload"
-
-
-def test_wrap_stays_on_and_comes_once():
-    wrapped = llama(2)
-    context = wrap(wrapped, "checkpoint", tokens=8)
-    assert wrap(wrapped, "none", tokens=8) is context
-    calls = []
-    context.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-    loss_of(wrapped, ids()).backward()
-    assert len(calls) == 2
-
-
-@pytest.mark.parametrize(
-    ("keys", "mode"),
-    [
-        ({"disable_gradient_checkpointing": False}, "checkpoint"),
-        ({"disable_gradient_checkpointing": True}, "none"),
-        ({"disable_gradient_checkpointing": True, "activation_offloading": "offload"}, "offload"),
-        (
-            {"disable_gradient_checkpointing": False, "use_unsloth_gc": True},
-            "checkpoint+offload",
-        ),
-    ],
-)
-def test_llama_factorys_keys_choose_the_mode(tiny_roles, keys, mode):
-    assert tiny_roles(**keys).base.activation_offload.mode == mode
-
-
-@pytest.mark.parametrize(
-    ("keys", "words"),
-    [
-        ({"activation_offloading": "checkpoint"}, "disable_gradient_checkpointing: contradicts"),
-        (
-            {"disable_gradient_checkpointing": False, "use_unsloth_gc": True}
-            | {"activation_offloading": "offload"},
-            "use_unsloth_gc: contradicts",
-        ),
-        ({"offload_dir": "spill"}, "offload_dir: .*moves nothing"),
-        ({"stream_frozen": True}, "stream_frozen: no role"),
-    ],
-)
-def test_keys_that_contradict_each_other_are_refused(config, keys, words):
-    with pytest.raises(ValueError, match=words):
-        config(**keys)
