@@ -178,10 +178,9 @@ class Stash:
     def _known(self, tensor: Tensor) -> Record | None:
         ref = self._of_storage.get(tensor.untyped_storage()._cdata)
         record = None if ref is None else ref()
-        # The weak reference keeps the address from being given to another storage.
-        if record is None or record.alias.expired() or record.version != tensor._version:
-            return None
-        return record
+        # The same address is the same storage: the record's weak reference (`alias`) keeps it from
+        # being given to another. The same bytes it is only while nobody has written to it.
+        return record if record is not None and record.version == tensor._version else None
 
     def forget(self, record: Record) -> None:
         """A record's end; its storage may be put away anew."""

@@ -13,7 +13,7 @@ from fastppo.batch import batches, make_batch
 from fastppo.errors import UserError
 from fastppo.offload import ActivationOffload, find_layers
 from fastppo.ops import linear_policy_loss
-from fastppo.stash import Stash
+from fastppo.stash import Group, Stash
 from fastppo.update import Totals, backward, mini_batches
 from tests.trainer.offload_tools import (
     HIDDEN,
@@ -415,6 +415,32 @@ def test_a_tensor_modified_while_it_leaves_is_an_error():
         offload(module, "checkpoint+offload", in_flight=1, keep_last=0),
     ):
         module(torch.randn(4, HIDDEN)).sum().backward()
+
+
+def test_a_storage_that_changed_moves_anew():
+    stash = Stash(torch.device("cpu"), in_flight=0)
+    x = torch.ones(8)
+    first = stash.put(x, Group())
+    x.add_(1)
+    second = stash.put(x, Group())
+    assert (first.get().tolist(), second.get().tolist()) == ([1.0] * 8, [2.0] * 8)
+
+
+def test_views_of_a_storage_share_what_comes_back():
+    """Strides, offsets and broadcasting as they were; one copy a backward, however many read it."""
+    stash = Stash(torch.device("cpu"), in_flight=0)
+    x = torch.arange(12.0).view(3, 4)
+    views = [x, x.T, x[1:, ::2], x[0].expand(5, 4)]
+    group = Group()
+    handles = [stash.put(view, group) for view in views]
+    for passes in (1, 2):
+        for handle, view in zip(handles, views, strict=True):
+            back = handle.get()
+            assert torch.equal(back, view)
+            assert (back.stride(), back.storage_offset()) == (view.stride(), view.storage_offset())
+            assert back.data_ptr() != view.data_ptr()
+        assert stash.bytes_back == passes * 12 * 4
+    assert stash.bytes_out == 12 * 4
 
 
 def test_offload_dir_leaves_no_file(model, plain, tmp_path):
