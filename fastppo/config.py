@@ -147,8 +147,8 @@ class Config(DataKeys):
     stream_frozen: bool = key(
         False,
         OWN,
-        "Whole frozen models beside the base (ref_model, reward_model_type: full) lie in host "
-        "memory and pass through the device layer by layer.",
+        "Whole frozen models beside the base (reward_model_type: full) lie in host memory and "
+        "pass through the device layer by layer, see docs/offload.md.",
     )
     optim: (
         Literal[

@@ -40,12 +40,17 @@ def check_offload(config: Config) -> None:
         raise ValueError(
             f"use_unsloth_gc: contradicts activation_offloading: {mode}; leave one of them out"
         )
-    on_base = config.reward_model_type in ("lora", "function")
-    if config.stream_frozen and on_base and not getattr(config, "ref_model", None):
-        raise ValueError(
-            "stream_frozen: no role has a whole model of its own here, all run on the base; leave "
-            "it out"
-        )
+    if config.stream_frozen:
+        if not any(reward.kind == "full" for reward in config.rewards):
+            raise ValueError(
+                "stream_frozen: no role has a whole model of its own here, all run on the base; "
+                "leave it out"
+            )
+        if config.reward_model_quantization_bit is not None:
+            raise ValueError(
+                "stream_frozen: a model in few bits does not stream; leave it or "
+                "reward_model_quantization_bit out"
+            )
     if config.offload_dir and mode in ("none", "checkpoint") and not config.stream_frozen:
         raise ValueError(
             f"offload_dir: activation_offloading: {mode} moves nothing there; use "

@@ -22,6 +22,7 @@ from fastppo.errors import UserError
 from fastppo.reward_head import HeadReward
 from fastppo.reward_spec import HEAD_FILES, split
 from fastppo.roles import LOAD_ERRORS, attention, first_line, load_value_head
+from fastppo.streaming import place_frozen
 from fastppo.types import Prompt, Rollout
 
 if TYPE_CHECKING:
@@ -136,11 +137,12 @@ def load_full(
                 f"reward_model: the tokenizer of {name} has no chat template to write the "
                 "conversation with; put a chat_template.jinja beside it"
             )
-        return ClassifierReward(model, own, name, size)
+        return ClassifierReward(place(model, config, device), own, name, size)
     model = load_model(AutoModelForCausalLM, name, config, device)
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     check_same_tokens(name, config, inner, tokenizer)
-    trunk = getattr(inner, inner.base_model_prefix)
+    # Without its output head, which scores nothing.
+    trunk = place(getattr(inner, inner.base_model_prefix), config, device)
     head = load_value_head(folder, inner.config.get_text_config().hidden_size, device)
     head.requires_grad_(False)
 
@@ -152,7 +154,10 @@ def load_full(
 
 
 def load_model(kind: Any, name: str, config: Config, device: torch.device) -> Any:
-    """Weights and adapters, frozen and in eval mode; every weight has to be in the files."""
+    """Weights and adapters, frozen and in eval mode; every weight has to be in the files.
+
+    In host memory, but for a model in few bits.
+    """
     own: dict[str, Any] = {}
     if config.flash_attn != "auto":  # auto leaves it to transformers: not all classifiers have sdpa
         own["attn_implementation"] = attention(config.flash_attn)
@@ -206,10 +211,15 @@ def load_model(kind: Any, name: str, config: Config, device: torch.device) -> An
             f"reward_model: {name} has no weights for {min(missing)}; name a finished reward "
             "model: a classifier, or a causal LM with value_head.safetensors"
         )
-    if bits is None:
-        model = model.to(device)
-    model.requires_grad_(False)
-    return model.eval()
+    return model.requires_grad_(False).eval()
+
+
+def place(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
+    """On the device, where a model in few bits is already, or passing through it."""
+    if config.reward_model_quantization_bit is not None:
+        return model
+    streamed, folder = config.stream_frozen, config.offload_dir
+    return place_frozen(model, device, streamed=streamed, offload_dir=folder)
 
 
 def config_under_adapters(name: str, config: Config) -> Any:

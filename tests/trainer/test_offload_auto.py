@@ -108,6 +108,11 @@ def test_llama_factorys_keys_choose_the_mode(tiny_roles, keys, mode):
         ),
         ({"offload_dir": "spill"}, "offload_dir: .*moves nothing"),
         ({"stream_frozen": True}, "stream_frozen: no role"),
+        (
+            {"stream_frozen": True, "reward_model": "m", "reward_model_type": "full"}
+            | {"reward_model_quantization_bit": 4},
+            "stream_frozen: .*few bits",
+        ),
     ],
 )
 def test_keys_that_contradict_each_other_are_refused(config, keys, words):

@@ -164,6 +164,12 @@ def test_bf16_as_the_run(load, tmp_path, rollout):
     torch.testing.assert_close(score_B, exact, atol=0.1, rtol=0.1)
 
 
+def test_a_streamed_reward_says_the_same(load, classifier_dir, rollout):
+    resident, streamed = load(classifier_dir), load(classifier_dir, stream_frozen=True)
+    assert torch.equal(streamed(rollout), resident(rollout))
+    assert streamed.model.streamed.bytes_moved > 0
+
+
 @pytest.mark.parametrize(("bits", "near"), [(8, 0.03), (4, 0.2)])
 def test_a_classifier_in_few_bits_keeps_its_head_whole(load, tmp_path, rollout, bits, near):
     pytest.importorskip("bitsandbytes", reason="needs pip install 'fastppo[quantization]'")
@@ -242,12 +248,15 @@ def write_llamafactory_full(folder, model_dir, tokenizer, *, head=".safetensors"
         torch.save(tensors, folder / "value_head.bin")
 
 
-@pytest.mark.parametrize("head", [".safetensors", ".bin"])
+@pytest.mark.parametrize(
+    ("head", "changes"),
+    [(".safetensors", {}), (".bin", {}), (".safetensors", {"stream_frozen": True})],
+)
 def test_llamafactorys_full_reward_model_scores_the_policys_tokens(
-    load, model_dir, tokenizer, template, tmp_path, rollout, head
+    load, model_dir, tokenizer, template, tmp_path, rollout, head, changes
 ):
     write_llamafactory_full(tmp_path / "full", model_dir, tokenizer, head=head)
-    made = load(tmp_path / "full")
+    made = load(tmp_path / "full", **changes)
     model = LlamaForCausalLM.from_pretrained(tmp_path / "full").eval()
     weight, bias = made.head.weight, made.head.bias
     longer = append(rollout, list(template.suffix_ids), template.pad_id)
