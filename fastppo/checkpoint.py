@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 TRAINING_STATE = "training_state.pt"
 
 
-def save_adapter(model: PeftModel, head: nn.Linear, tokenizer: Any, folder: Path) -> None:
+def save_adapter(model: PeftModel, head: nn.Linear | None, tokenizer: Any, folder: Path) -> None:
     """The adapter `default` and a value head: all that a reward model is."""
     folder.mkdir(parents=True, exist_ok=True)
     # False: whether the embeddings were resized is known here, and PEFT would ask the hub.
     model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
-    save_file(value_head_state(head), folder / VALUE_HEAD_FILE)
+    if head is not None:
+        save_file(value_head_state(head), folder / VALUE_HEAD_FILE)
     tokenizer.save_pretrained(str(folder))
 
 
@@ -36,7 +37,7 @@ def save(state: State, folder: Path) -> None:
     """Actor at the root, where plain PEFT looks; the critic's adapter, if it has one, below it."""
     roles = state.roles
     save_adapter(roles.model, roles.critic_head, state.tokenizer, folder)
-    if not roles.shares_trunk:
+    if roles.has_critic and not roles.shares_trunk:
         roles.model.save_pretrained(
             str(folder), selected_adapters=["critic"], save_embedding_layers=False
         )
@@ -97,7 +98,7 @@ def resume(state: State, folder: Path) -> None:
     if [p.shape for p in parameters] != [p.shape for p in saved["trained"]]:
         raise UserError(
             f"resume_from_checkpoint {folder}: its adapters have other shapes; keep lora_rank, "
-            "lora_target and critic as they were"
+            "lora_target, critic and advantage as they were"
         )
     for parameter, value in zip(parameters, saved["trained"], strict=True):
         parameter.copy_(value)

@@ -15,13 +15,14 @@ from pydantic import Field, ValidationError, model_validator
 
 from fastppo.config_data import DATA_LISTS, DataKeys
 from fastppo.config_file import parse_override, read_file
-from fastppo.config_key import HF, LF, OWN, TRL, Above0, Finite, NonNegative, Positive, Share, key
+from fastppo.config_key import HF, LF, OWN, Above0, Finite, NonNegative, Positive, Share, key
+from fastppo.config_ppo import ALIASES, ELSEWHERE, TRL_IGNORED, PPOKeys
 from fastppo.errors import UserError
 from fastppo.offload_config import check_offload
 from fastppo.reward_spec import RewardSpec, check_function_name, check_kind, reward_specs, split
 
 
-class Config(DataKeys):
+class Config(DataKeys, PPOKeys):
     """One run, as its YAML file describes it. Frozen; checked; one sentence a key."""
 
     stage: Literal["rm", "ppo"] = key(..., LF, "rm trains a reward model from pairs, ppo a policy.")
@@ -108,9 +109,6 @@ class Config(DataKeys):
     per_device_eval_batch_size: Positive = key(8, HF, "The same in evaluation.")
     gradient_accumulation_steps: Positive = key(1, HF, "Micro-batches in an optimiser step.")
     learning_rate: NonNegative = key(5e-5, HF, "Peak learning rate (the actor's).")
-    critic_learning_rate: NonNegative | None = key(
-        None, OWN, "The critic's; null is learning_rate."
-    )
     num_train_epochs: Above0 = key(3.0, HF, "Passes over the data set.")
     max_steps: int = key(
         -1, HF, "Stop after so many steps, whatever num_train_epochs says; -1 is off."
@@ -177,46 +175,6 @@ class Config(DataKeys):
         None, HF, "In stage ppo: a checkpoint folder, or true for the newest in output_dir."
     )
 
-    ppo_buffer_size: Positive = key(1, LF, "Optimiser steps' worth of prompts in a rollout.")
-    ppo_epochs: Positive = key(4, LF, "Passes over each rollout.")
-    ppo_score_norm: bool = key(False, LF, "Normalise scores by their running mean and deviation.")
-    ppo_target: Above0 = key(6.0, LF, "Target of the KL controller, nats a response.")
-    ppo_whiten_rewards: bool = key(
-        False, LF, "Whiten rewards, their mean kept, before the advantages."
-    )
-
-    init_kl_coef: NonNegative = key(0.2, TRL, "beta at the start.")
-    adap_kl_ctrl: bool = key(True, TRL, "Let the controller move beta; false keeps it.")
-    horizon: Above0 = key(
-        10000, TRL, "Samples over which the controller acts; smaller moves beta faster."
-    )
-    kl_penalty: Literal["kl", "abs", "mse", "low_var_kl"] = key(
-        "kl", TRL, "Estimate of a token's KL in the reward; low_var_kl is k3."
-    )
-    gamma: Share = key(1.0, TRL, "Discount.")
-    lam: Share = key(0.95, TRL, "Decay of the advantage estimate's trace.")
-    cliprange: Above0 = key(0.2, TRL, "Ratio is clipped to 1 plus or minus this.")
-    cliprange_value: Above0 = key(0.2, TRL, "Value may move so far from the rollout's.")
-    vf_coef: NonNegative = key(0.1, TRL, "Weight of the value loss.")
-    ratio_threshold: Above0 = key(
-        10.0, TRL, "A micro-batch whose mean ratio is above this is skipped."
-    )
-    early_stopping: bool = key(
-        False, TRL, "End a step's epochs when policykl passes 1.5 target_kl."
-    )
-    target_kl: Above0 = key(1.0, TRL, "See early_stopping.")
-    score_clip: Above0 | None = key(
-        None, TRL, "Clip scores to plus or minus this, after normalising."
-    )
-    whiten_advantages: bool = key(True, OWN, "Whiten advantages over the whole rollout.")
-    missing_eos_penalty: NonNegative | None = key(
-        None, TRL, "Taken off the score of a truncated response."
-    )
-    bootstrap_truncated: bool = key(
-        False, OWN, "A truncated response goes on with the critic's value in place of 0."
-    )
-    entropy_coef: NonNegative = key(0.0, OWN, "Weight of an entropy bonus in the policy loss.")
-
     do_sample: bool = key(True, LF, "false decodes greedily, for debugging.")
     temperature: Above0 = key(1.0, LF, "Of the sampler and of every log-prob.")
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = key(
@@ -243,6 +201,11 @@ class Config(DataKeys):
         """Sequences sampled in a PPO step."""
         micro = self.per_device_train_batch_size
         return micro * self.gradient_accumulation_steps * self.ppo_buffer_size
+
+    @property
+    def prompts_a_step(self) -> int:
+        """Prompts in a PPO step, each answered `num_generations` times."""
+        return self.rollout_batch_size // self.num_generations
 
     @property
     def resolved_lora_alpha(self) -> int:
@@ -296,14 +259,22 @@ class Config(DataKeys):
                 raise ValueError(f"{name}: is empty or no path; give it a value")
         if self.eval_judge is not None:
             check_function_name(self.eval_judge, "eval_judge")
-        if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError("min_new_tokens: is above max_new_tokens; lower it")
+        for name in ("min_new_tokens", "min_response_length"):
+            if getattr(self, name) > self.max_new_tokens:
+                raise ValueError(f"{name}: is above max_new_tokens; lower it")
+        if self.stage == "ppo" and self.rollout_batch_size % self.num_generations:
+            raise ValueError(
+                f"num_generations: {self.num_generations} does not divide the "
+                f"{self.rollout_batch_size} responses of a rollout (per_device_train_batch_size x "
+                "gradient_accumulation_steps x ppo_buffer_size); change one of them"
+            )
         check_offload(self)
         return self
 
 
 # LLaMA-Factory's and transformers' keys that say nothing to a single process on one device.
 IGNORED = {
+    **TRL_IGNORED,
     "dataloader_num_workers": "records are encoded once, at the start",
     "dataloader_pin_memory": "records are encoded once, at the start",
     "buffer_size": "data is read whole",
@@ -369,6 +340,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 # LLaMA-Factory's comma strings, which may be YAML lists too.
 COMMA_LISTS = (
     *DATA_LISTS,
+    "ptx_dataset",
     "lora_target",
     "reward_model",
     "reward_model_type",
@@ -382,6 +354,8 @@ NOT_HERE = {
     ("finetuning_type", "full"): "not supported; use finetuning_type: lora",
     ("finetuning_type", "freeze"): "not supported; use finetuning_type: lora",
     ("finetuning_type", "oft"): "not supported; use finetuning_type: lora",
+    ("kl_loss_type", "kl"): "its gradient is 0 on average; use low_var_kl or mse",
+    ("kl_loss_type", "full"): "exact KL is for the reward (kl_penalty); use low_var_kl or mse",
 }
 
 
@@ -397,6 +371,11 @@ def config_from_dict(data: Mapping[Any, Any], source: str = "<python>") -> Confi
     """Check a mapping of keys."""
     given = {str(name): value for name, value in data.items()}
     ignored = []
+    for alias, name in ALIASES.items():
+        if alias in given and name in given:
+            raise UserError(f"{source}: {alias}: is TRL's name for {name}; keep one of the two")
+        if alias in given:
+            given[name] = given.pop(alias)
     for name in list(given):
         if name in IGNORED:
             ignored.append(f"'{name}' means nothing here and is ignored: {IGNORED[name]}")
@@ -446,6 +425,8 @@ def _listed(name: str, value: Any) -> Any:
 
 def suggest_key(name: str) -> str:
     """The cure for an unknown key."""
+    if name in ELSEWHERE:
+        return f"here that is {ELSEWHERE[name]}"
     known = [*(set(Config.model_fields) - {"source", "ignored"}), *IGNORED, *REFUSED]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if near:

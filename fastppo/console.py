@@ -73,6 +73,11 @@ def notices(config: Config, steps: int) -> list[str]:
             f"{', '.join(truncating)}: the sampler is not the policy that trains; the column "
             "sampler_gap shows by how much, and KL can turn negative"
         )
+    if config.without_meaning:
+        lines.append(
+            f"{', '.join(config.without_meaning)}: nothing to advantage: {config.advantage}, and "
+            "without effect"
+        )
     room = beta_room(config, steps)
     if config.adap_kl_ctrl and room < 0.05:
         lines.append(
@@ -94,7 +99,8 @@ def first_lines(state: State, steps: int) -> None:
         f"activations: {state.roles.base.activation_offload.mode}"
     )
     console.print(
-        f"  {steps} steps of {batch} prompts ({len(state.prompts)} in the set), "
+        f"  {steps} steps of {batch} responses to {config.prompts_a_step} prompts "
+        f"({len(state.prompts)} in the set), advantage {config.advantage}, "
         f"{config.ppo_epochs} epochs each; evaluation on {len(state.eval_prompts)} prompts {length}"
     )
     table = Table("role", "weights", "trainable", box=None, padding=(0, 2))

@@ -6,12 +6,14 @@ import csv
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from fastppo.config import Config
 
 CSV, CURVES, SUMMARY, SAMPLES = (
     "training_metrics.csv",
@@ -29,10 +31,13 @@ COLUMNS = {
     "score_shaped": "mean score after normalisation, clipping and penalties: what entered the "
     "reward",
     "kl": "KL to the reference, summed over a response, mean over responses (nats)",
+    "kl_controlled": "the same by kl_penalty's estimate: what the KL controller follows",
     "kl_target": "target of the KL controller (ppo_target)",
-    "kl_coef": "beta that this step's rewards were made with",
+    "kl_coef": "beta that this step's rewards (with use_kl_loss: its loss) were made with",
     "entropy": "mean entropy of the policy at a response token, full vocabulary (nats)",
-    "policy_loss": "clipped surrogate, mean over the step's optimiser steps",
+    "policy_loss": "clipped surrogate alone, mean over the step's optimiser steps",
+    "kl_loss": "the KL's part of the loss, beta included (with use_kl_loss)",
+    "ptx_loss": "mean -log-prob of an answer's token in ptx_dataset, before ptx_coef",
     "value_loss": "clipped value loss with its factor 1/2, before vf_coef",
     "explained_variance": "1 - var(return - value) / var(return), at rollout",
     "value_mean": "mean value of the rollout's states",
@@ -47,6 +52,8 @@ COLUMNS = {
     "ratio_max": "largest such ratio",
     "ratio_first_pass": "mean |log ratio| before the first update of the step: 0 but for rounding",
     "sampler_gap": "mean of sampler's minus recomputed log-prob: 0 unless sampling is truncated",
+    "rollout_is_mean": "mean truncated importance weight of a token (with rollout_is_threshold)",
+    "rollout_is_capped": "share of tokens whose weight met rollout_is_threshold",
     "response_length": "mean tokens of a response, EOS included",
     "response_length_max": "longest response",
     "eos_share": "share of responses that ended by themselves",
@@ -57,7 +64,7 @@ COLUMNS = {
     "grad_norm_actor": "mean gradient norm before clipping",
     "grad_norm_critic": "mean gradient norm before clipping",
     "optimizer_steps": "optimiser steps taken in this PPO step",
-    "skipped_steps": "optimiser steps skipped for a gradient that was not finite",
+    "skipped_steps": "optimiser steps skipped: a gradient that was not finite, or ratio_threshold",
     "early_stopped": "1 where the step's epochs were cut short by target_kl",
     "response_tokens": "response tokens in the rollout",
     "seconds_rollout": "sampling (a clock)",
@@ -69,13 +76,37 @@ COLUMNS = {
 # Of several rewards each has a column more; its cell is empty where it applied to no response.
 REWARD_COLUMN = "reward/{name}"
 REWARD_MEANING = "of several rewards: mean score by that one, before its weight"
+CRITIC_COLUMNS = {
+    "value_loss",
+    "explained_variance",
+    "value_mean",
+    "value_std",
+    "value_clipfrac",
+    "critic_learning_rate",
+    "grad_norm_critic",
+}
+
+
+def absent_columns(config: Config) -> set[str]:
+    """Columns that mean nothing in this run: its file does not have them."""
+    absent = set() if config.has_critic else set(CRITIC_COLUMNS)
+    if not config.use_kl_loss:
+        absent.add("kl_loss")
+    if config.ptx_dataset is None:
+        absent.add("ptx_loss")
+    if config.rollout_is_threshold is None:
+        absent |= {"rollout_is_mean", "rollout_is_capped"}
+    return absent
 
 
 class MetricsWriter:
     """Writes rows as they come. An earlier run's files are moved aside, never mixed with."""
 
-    def __init__(self, folder: Path, rewards: Sequence[str] = ()) -> None:
+    def __init__(
+        self, folder: Path, rewards: Sequence[str] = (), absent: Collection[str] = ()
+    ) -> None:
         self.folder = folder
+        self.columns = [name for name in COLUMNS if name not in absent]
         self.reward_columns = [REWARD_COLUMN.format(name=name) for name in rewards]
         self.rows: list[dict[str, float]] = []
         self.is_open = False
@@ -101,18 +132,18 @@ class MetricsWriter:
             for path in earlier:
                 path.rename(aside / path.name)
         with (self.folder / CSV).open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerow([*COLUMNS, *self.reward_columns])
+            csv.writer(file).writerow([*self.columns, *self.reward_columns])
 
     def add(self, row: Mapping[str, float]) -> None:
         """Append one step."""
         self.ensure_open()
-        missing = COLUMNS.keys() - row.keys()
-        unknown = row.keys() - COLUMNS.keys() - set(self.reward_columns)
+        missing = set(self.columns) - row.keys()
+        unknown = row.keys() - set(self.columns) - set(self.reward_columns)
         assert not missing, missing
         assert not unknown, unknown
         self.rows.append(dict(row))
         with (self.folder / CSV).open("a", newline="", encoding="utf-8") as file:
-            cells = [_number(row[name]) for name in COLUMNS]
+            cells = [_number(row[name]) for name in self.columns]
             extra = [_number(row[name]) if name in row else "" for name in self.reward_columns]
             csv.writer(file).writerow([*cells, *extra])
 
@@ -140,7 +171,7 @@ def _number(value: float) -> str:
 
 
 def draw_curves(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> None:
-    """Eight panels against the PPO step, for a person to read at a glance."""
+    """Eight panels against the PPO step, to read at a glance; no critic leaves one empty."""
     # The Agg figure directly, without pyplot: no global state, no display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -178,17 +209,21 @@ def draw_curves(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> 
     entropy.set_title("entropy (nats a token)")
 
     line(clip, "clipfrac", "policy", color="tab:orange")
-    line(clip, "value_clipfrac", "value", color="tab:red")
+    if "value_loss" in rows[0]:
+        line(clip, "value_clipfrac", "value", color="tab:red")
     clip.legend(fontsize=8)
     clip.set_title("clip fraction")
 
-    line(value, "value_loss", "value loss", color="tab:red")
-    value.set_title("value loss, explained variance")
-    twin = value.twinx()
-    line(twin, "explained_variance", "explained variance", color="tab:cyan")
-    twin.set_ylim(-1.05, 1.05)
-    lines = [*value.get_lines(), *twin.get_lines()]
-    value.legend(lines, [str(entry.get_label()) for entry in lines], fontsize=8)
+    if "value_loss" in rows[0]:
+        line(value, "value_loss", "value loss", color="tab:red")
+        value.set_title("value loss, explained variance")
+        twin = value.twinx()
+        line(twin, "explained_variance", "explained variance", color="tab:cyan")
+        twin.set_ylim(-1.05, 1.05)
+        lines = [*value.get_lines(), *twin.get_lines()]
+        value.legend(lines, [str(entry.get_label()) for entry in lines], fontsize=8)
+    else:
+        value.set_visible(False)
 
     line(length, "response_length", color="tab:brown")
     length.set_title("response length (tokens)")

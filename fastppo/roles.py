@@ -228,27 +228,33 @@ class Roles:
     model: PeftModel
     adapters: dict[str, str | None]  # by role; None: adapters off
     reward_heads: dict[str, nn.Linear]  # by the adapter that each goes with
-    critic_head: nn.Linear
+    critic_head: nn.Linear | None  # None: an advantage without a critic
     device: torch.device
     autocast: bool
 
     def __post_init__(self) -> None:
         self._active = "actor"
-        trained = {self.adapters["actor"], self.adapters["critic"]}
+        trained = {self.adapters["actor"], self.adapters.get("critic")} - {None}
         # PEFT's own switches set requires_grad on adapters as they go; this is what stays true.
         self._requires_grad = {
             parameter: any(f".{name}." in key or key.endswith(f".{name}") for name in trained)
             for key, parameter in self.model.named_parameters()
         }
-        self.critic_head.requires_grad_(True)
+        if self.critic_head is not None:
+            self.critic_head.requires_grad_(True)
         for head in self.reward_heads.values():
             head.requires_grad_(False)
         self._activate("actor")
 
     @property
+    def has_critic(self) -> bool:
+        """Whether there is a critic at all."""
+        return self.critic_head is not None
+
+    @property
     def shares_trunk(self) -> bool:
         """Whether the critic is a head on the actor's trunk."""
-        return self.adapters["critic"] == self.adapters["actor"]
+        return self.adapters.get("critic") == self.adapters["actor"]
 
     @contextmanager
     def use(self, role: str) -> Iterator[None]:
@@ -274,6 +280,14 @@ class Roles:
         for parameter, trains in self._requires_grad.items():
             parameter.requires_grad_(trains)
         self._active = role
+
+    def train(self) -> None:
+        """Training mode: layers are checkpointed in it."""
+        self.model.train()
+
+    def eval(self) -> None:
+        """Evaluation mode: sampling keeps its KV cache, scoring recomputes nothing."""
+        self.model.eval()
 
     def hidden(self, input_ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """The last hidden states (B, T, D) of the active role; right-padded rows, no logits."""
@@ -311,7 +325,7 @@ class Roles:
 
     def trained_parameters(self, role: Role) -> list[nn.Parameter]:
         """What an optimiser of `role` holds; with a shared trunk the critic has only its head."""
-        if role in ("reference", "reward"):
+        if role in ("reference", "reward") or (role == "critic" and not self.has_critic):
             return []
         if role == "critic" and self.shares_trunk:
             return list(self.critic_head.parameters())
@@ -330,7 +344,7 @@ class Roles:
             "actor": "base + LoRA 'default'",
             "reference": "base, adapters off",
             "reward": reward,
-            "critic": critic,
+            "critic": critic if self.has_critic else "none",
         }
         return [
             (role, text, sum(p.numel() for p in self.trained_parameters(role)))
@@ -381,10 +395,10 @@ def build(config: Config, device: torch.device, base: nn.Module | None = None) -
         load_adapter(model, folder, name, autocast_adapter_dtype=False)
         reward_heads[name] = load_value_head(Path(folder), hidden_size, device)
         adapters[name] = name
-    critic_head = new_value_head(hidden_size, device)
-    if config.critic == "shared":
+    critic_head = new_value_head(hidden_size, device) if config.has_critic else None
+    if critic_head is not None and config.critic == "shared":
         adapters["critic"] = "default"
-    else:
+    elif critic_head is not None:
         adapters["critic"] = "critic"
         if reward_heads:
             load_adapter(model, config.reward_adapters["reward"], "critic", is_trainable=True)

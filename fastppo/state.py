@@ -13,16 +13,18 @@ from transformers import get_scheduler
 
 from fastppo import console
 from fastppo.advantage import KLController, RunningScore
+from fastppo.batch import endless
 from fastppo.config import Config, load_config
 from fastppo.data import encode_prompts
-from fastppo.metrics import MetricsWriter
+from fastppo.metrics import MetricsWriter, absent_columns
+from fastppo.optimizer import make_optimizer
 from fastppo.preflight import check
+from fastppo.ptx import Demonstrations
 from fastppo.reward import Reward, make_reward
 from fastppo.reward_function import load_function
 from fastppo.roles import Roles, build, load_tokenizer
 from fastppo.templates import Template, get_template
 from fastppo.types import Prompt
-from fastppo.update import make_optimizer
 
 if TYPE_CHECKING:
     from fastppo.data import Records
@@ -47,6 +49,7 @@ class State:
     running_score: RunningScore
     metrics: MetricsWriter
     tracker: Any
+    ptx: Demonstrations | None = None
     step: int = 0
     before: Answers | None = None
     began: float = field(default_factory=time.monotonic)
@@ -60,25 +63,25 @@ def total_steps(config: Config, n_prompts: int) -> int:
     """PPO steps of the whole run; no prompt is dropped for not filling a batch."""
     if config.max_steps > 0:
         return config.max_steps
-    return max(1, round(config.num_train_epochs * n_prompts / config.rollout_batch_size))
+    return max(1, round(config.num_train_epochs * n_prompts / config.prompts_a_step))
 
 
 def prompts_of_step(state: State) -> list[Prompt]:
-    """The next batch of an endless stream that shuffles all prompts anew in every epoch.
+    """The next prompts of an endless shuffled stream, each `num_generations` times in a row."""
+    config = state.config
+    chosen = endless(
+        len(state.prompts),
+        state.step,
+        config.prompts_a_step,
+        seed=config.seed,
+        shuffle=not config.disable_shuffling,
+    )
+    return [state.prompts[i] for i in chosen for _ in range(config.num_generations)]
 
-    It depends on the seed and the step alone, so a step is the same whatever ran before it.
-    """
-    n, size = len(state.prompts), state.config.rollout_batch_size
-    orders: dict[int, list[int]] = {}
-    batch = []
-    for position in range(state.step * size, (state.step + 1) * size):
-        epoch, place = divmod(position, n)
-        if epoch not in orders:
-            generator = torch.Generator().manual_seed(state.config.seed + epoch)
-            shuffled = torch.randperm(n, generator=generator).tolist()
-            orders[epoch] = list(range(n)) if state.config.disable_shuffling else shuffled
-        batch.append(state.prompts[orders[epoch][place]])
-    return batch
+
+def optimizer_steps(config: Config) -> int:
+    """Optimiser steps in a PPO step that nothing cuts short."""
+    return config.ppo_epochs * config.ppo_buffer_size
 
 
 def init_state(config: Config | str | Path | None = None, records: Records | None = None) -> State:
@@ -140,6 +143,7 @@ def init_state(config: Config | str | Path | None = None, records: Records | Non
             config.init_kl_coef, config.ppo_target, config.horizon, config.adap_kl_ctrl
         ),
         running_score=RunningScore(),
-        metrics=MetricsWriter(Path(config.metrics_dir), reward.extra_names),
+        metrics=MetricsWriter(Path(config.metrics_dir), reward.extra_names, absent_columns(config)),
         tracker=console.tracker(config),
+        ptx=Demonstrations.of(records.ptx, template, config),
     )

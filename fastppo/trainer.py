@@ -11,7 +11,7 @@ from fastppo.errors import UserError
 from fastppo.evaluation import evaluate
 from fastppo.rollout import Sampling, sample
 from fastppo.score import score
-from fastppo.state import State, init_state, prompts_of_step, total_steps
+from fastppo.state import State, init_state, optimizer_steps, prompts_of_step, total_steps
 from fastppo.summary import step_row
 from fastppo.update import update
 
@@ -42,14 +42,21 @@ def step_update(state: State) -> State:
             state.reward,
             temperature=config.temperature,
             batch_size=config.per_device_train_batch_size,
+            exact_kl=config.kl_penalty == "full",
         )
     with clock("advantage"):
         experience = estimate(scored, config, state.controller, state.running_score)
     with clock("update"):
-        learned = update(roles, experience, config, state.optimizer, seed=seed)
+        warm = state.step >= config.critic_warmup
+        first = state.step * optimizer_steps(config)
+        ptx = None if state.ptx is None else state.ptx.stream(first, roles.device)
+        learned = update(
+            roles, experience, config, state.optimizer, seed=seed, train_actor=warm, ptx=ptx
+        )
     state.step += 1
     row = step_row(state, experience, learned, clock)
-    state.controller.update(row["kl"], len(batch))
+    if warm:  # before, the KL is 0 whatever beta is
+        state.controller.update(row["kl_controlled"], len(batch))
     state.scheduler.step()
     state.metrics.add(row)
     if state.tracker is not None:

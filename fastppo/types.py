@@ -36,21 +36,27 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """Sampled responses in the layout of all that follows: prompt, response, right padding."""
+class Sequences:
+    """Prompts with their responses, in the layout of every forward pass: right padding."""
 
-    prompts: list[Prompt]
     input_ids_BT: Tensor  # int64
     prompt_lengths: list[int]
     response_lengths: list[int]  # EOS included; at least 1
-    terminated: list[bool]  # ended by itself, not by max_new_tokens
-    sampler_logprob_N: Tensor  # float32, as the sampler computed them
-    texts: list[str]  # decoded responses, without special tokens
 
     @property
     def lengths(self) -> list[int]:
         """Prompt plus response, in tokens."""
         return [p + r for p, r in zip(self.prompt_lengths, self.response_lengths, strict=True)]
+
+
+@dataclass(frozen=True)
+class Rollout(Sequences):
+    """Sampled responses; those to one prompt stand side by side."""
+
+    prompts: list[Prompt]
+    terminated: list[bool]  # ended by itself, not by max_new_tokens
+    sampler_logprob_N: Tensor  # float32, as the sampler computed them
+    texts: list[str]  # decoded responses, without special tokens
 
 
 @dataclass(frozen=True)
@@ -65,11 +71,11 @@ class Scored:
     logprob_N: Tensor  # behaviour policy, recomputed with the training forward
     ref_logprob_N: Tensor
     entropy_N: Tensor
-    value_N: Tensor  # of the state before the token
-    final_value_B: (
-        Tensor  # of the state after the last token: what a truncated response might go on to
-    )
     score_B: Tensor  # as the reward gave it; of several, their weighted sum
+    value_N: Tensor | None = None  # of the state before the token; None without a critic
+    # Of the state after the last token: what a truncated response might go on to.
+    final_value_B: Tensor | None = None
+    exact_kl_N: Tensor | None = None  # over the whole vocabulary, for kl_penalty: full
     # Each reward's own score (B,) before its weight; NaN where it does not apply
     reward_parts: dict[str, Tensor] = field(default_factory=dict)
 
@@ -83,5 +89,6 @@ class Experience:
     advantage_N: Tensor
     return_N: Tensor
     reward_N: Tensor
-    kl_N: Tensor
-    kl_coef: float  # the beta that made reward_N
+    kl_N: Tensor  # by kl_penalty's estimate, whether or not the reward holds it
+    kl_coef: float  # the beta that made reward_N, or that the loss uses
+    importance_weight_N: Tensor | None = None  # sampler to behaviour policy, truncated

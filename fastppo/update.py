@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastppo.batch import Batch, batches, token_index
+from fastppo.batch import Batch, batches, to_device, token_index
+from fastppo.config_ppo import KL_KIND
 from fastppo.errors import TrainingStopped
-from fastppo.ops import PolicyLossConfig, linear_policy_loss, value_loss
-from fastppo.optim import adamw
+from fastppo.ops import PolicyLoss, PolicyLossConfig, linear_policy_loss, value_loss
+from fastppo.optimizer import clip_and_step
+from fastppo.ptx import ptx_backward
 from fastppo.types import Experience
 
 if TYPE_CHECKING:
@@ -24,33 +27,11 @@ if TYPE_CHECKING:
 FIRST_PASS_LIMIT = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-def make_optimizer(config: Config, roles: Roles) -> torch.optim.Optimizer:
-    """AdamW over two groups: the actor's parameters and the critic's."""
-    return adamw(
-        config.optim,
-        [
-            {"params": roles.trained_parameters("actor"), "lr": config.learning_rate},
-            {
-                "params": roles.trained_parameters("critic"),
-                "lr": config.critic_learning_rate or config.learning_rate,
-            },
-        ],
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-    )
-
-
 @dataclass
 class Totals:
-    """Sums over all micro-batches of a PPO step, on the device; divided once, at the end."""
+    """Sums over micro-batches, left on the device: the host reads them once, at the end."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
-    steps: int = 0
-    skipped: int = 0
-    grad_norms: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    early_stopped: bool = False
-    first_pass: float = 0.0
 
     def add(self, name: str, value: Tensor) -> None:
         """Add to a sum; names ending in _max keep the maximum."""
@@ -62,42 +43,65 @@ class Totals:
         else:
             self.sums[name] = self.sums[name] + value
 
-    def result(self) -> dict[str, float]:
-        """The step's means, by the names of docs/metrics.md."""
-        sums = {name: value.item() for name, value in self.sums.items()}
-        tokens = max(sums["count"], 1.0)
-        steps = max(self.steps, 1)
-        norms = {
-            f"grad_norm_{role}": sum(values) / len(values)
-            for role, values in self.grad_norms.items()
-        }
-        return {
-            "policy_loss": sums["policy_loss"] / steps,
-            "value_loss": sums["value_loss"] / steps,
-            "clipfrac": sums["clipped"] / tokens,
-            "value_clipfrac": sums["value_clipped"] / tokens,
-            "approxkl": sums["approx_kl"] / tokens,
-            "policykl": sums["policy_kl"] / tokens,
-            "ratio_mean": sums["ratio"] / tokens,
-            "ratio_max": sums["ratio_max"],
-            "ratio_first_pass": self.first_pass,
-            "optimizer_steps": float(self.steps - self.skipped),
-            "skipped_steps": float(self.skipped),
-            "early_stopped": float(self.early_stopped),
-            **norms,
-        }
+    def merge(self, other: Totals) -> None:
+        """Add all that `other` has."""
+        for name, value in other.sums.items():
+            self.add(name, value)
+
+    def read(self) -> dict[str, float]:
+        """All sums, in one transfer."""
+        names = list(self.sums)
+        values = torch.stack([self.sums[name].double() for name in names]).tolist()
+        return dict(zip(names, values, strict=True))
+
+
+def means(totals: Totals, *, passes: int, steps: int, early_stopped: bool) -> dict[str, float]:
+    """The means of a PPO step, by the names of docs/metrics.md."""
+    sums = totals.read()
+    tokens, passes = max(sums["count"], 1.0), max(passes, 1)
+    taken = sums.get("taken", 0.0)
+    row = {
+        "clipfrac": sums["clipped"] / tokens,
+        "approxkl": sums["approx_kl"] / tokens,
+        "policykl": sums["policy_kl"] / tokens,
+        "ratio_mean": sums["ratio"] / tokens,
+        "ratio_max": sums["ratio_max"],
+        "optimizer_steps": taken,
+        "skipped_steps": steps - taken,
+        "early_stopped": float(early_stopped),
+    }
+    for name in ("policy_loss", "kl_loss", "value_loss", "ptx_loss"):
+        if name in sums:
+            row[name] = sums[name] / passes
+    if "value_clipped" in sums:
+        row["value_clipfrac"] = sums["value_clipped"] / tokens
+    for name in ("grad_norm_actor", "grad_norm_critic"):
+        if name in sums:
+            row[name] = sums[name] / max(taken, 1.0)
+    return row
 
 
 @dataclass(frozen=True)
 class MiniBatch:
-    """Rows of one optimiser step, and a token's weight, fixed before any micro-batch runs.
-
-    token-mean over the whole optimiser step: how it is split into micro-batches changes only
-    rounding.
-    """
+    """Rows of one optimiser step, and what a token of each weighs in its loss."""
 
     rows: list[int]
-    token_weight: float
+    weights: dict[int, float]
+    tokens: int
+
+
+def token_weights(lengths: Sequence[int], mode: str, max_new_tokens: int, /) -> list[float]:
+    """What a token of each sequence weighs: verl's `loss_agg_mode` over a whole optimiser step.
+
+    Fixed before any micro-batch runs, so how the step is split into them changes only rounding.
+    """
+    n = len(lengths)
+    return {
+        "token-mean": lambda: [1 / sum(lengths)] * n,
+        "seq-mean-token-mean": lambda: [1 / (n * length) for length in lengths],
+        "seq-mean-token-sum": lambda: [1 / n] * n,
+        "seq-mean-token-sum-norm": lambda: [1 / (n * max_new_tokens)] * n,
+    }[mode]()
 
 
 def mini_batches(experience: Experience, config: Config, seed: int) -> list[MiniBatch]:
@@ -106,17 +110,98 @@ def mini_batches(experience: Experience, config: Config, seed: int) -> list[Mini
     lengths = experience.scored.rollout.response_lengths
     order = torch.randperm(len(lengths), generator=generator).tolist()
     size = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    return [
-        MiniBatch(rows, 1.0 / sum(lengths[row] for row in rows))
-        for rows in (order[start : start + size] for start in range(0, len(order), size))
-    ]
+    minis = []
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        own = [lengths[row] for row in rows]
+        weights = token_weights(own, config.loss_agg_mode, config.max_new_tokens)
+        minis.append(MiniBatch(rows, dict(zip(rows, weights, strict=True)), sum(own)))
+    return minis
 
 
 def policy_loss_config(config: Config) -> PolicyLossConfig:
-    """The op's configuration under TRL's names."""
+    """The operator's configuration, from keys with the field's names."""
     return PolicyLossConfig(
-        clip_low=config.cliprange, clip_high=config.cliprange, entropy_coef=config.entropy_coef
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        dual_clip=config.dual_clip,
+        kl_kind=KL_KIND[config.kl_loss_type],
+        entropy_coef=config.entropy_coef,
+        ratio_level=config.importance_sampling_level,
     )
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Where a micro-batch's tokens are among the rollout's, and what each weighs; both (N,)."""
+
+    index_N: Tensor
+    weight_N: Tensor
+
+    @classmethod
+    def of(cls, experience: Experience, batch: Batch, mini: MiniBatch) -> Tokens:
+        """Made on the host, from lengths that are known there."""
+        like = experience.scored.logprob_N
+        lengths = experience.scored.rollout.response_lengths
+        weight_B = torch.tensor([mini.weights[row] for row in batch.rows], dtype=like.dtype)
+        length_B = torch.tensor([lengths[row] for row in batch.rows])
+        index_N = token_index(lengths, batch.rows)
+        return cls(
+            to_device(index_N, like.device),
+            to_device(weight_B.repeat_interleave(length_B), like.device),
+        )
+
+
+def actor_loss(
+    roles: Roles,
+    experience: Experience,
+    batch: Batch,
+    tokens: Tokens,
+    hidden_ND: Tensor,
+    config: Config,
+) -> PolicyLoss:
+    """The clipped surrogate with its regularisers, of the actor's hidden states."""
+    scored, at = experience.scored, tokens.index_N
+    head, importance_N = roles.lm_head, experience.importance_weight_N
+    return linear_policy_loss(
+        hidden_ND.to(head.weight_VD.dtype),
+        head.weight_VD,
+        batch.token_N,
+        scored.logprob_N[at],
+        experience.advantage_N[at],
+        tokens.weight_N,
+        bias_V=head.bias_V,
+        softcap=head.softcap,
+        temperature=config.temperature,
+        ref_logprob_N=scored.ref_logprob_N[at] if config.use_kl_loss else None,
+        kl_coef=experience.kl_coef if config.use_kl_loss else None,
+        importance_weight_N=None if importance_N is None else importance_N[at],
+        offsets=batch.packing.offsets,
+        config=policy_loss_config(config),
+    )
+
+
+def critic_loss(
+    roles: Roles,
+    experience: Experience,
+    tokens: Tokens,
+    hidden_ND: Tensor,
+    config: Config,
+    totals: Totals,
+) -> Tensor:
+    """The clipped value loss, with the values of the rollout as the old ones."""
+    old_value_N = experience.scored.value_N
+    assert old_value_N is not None
+    value = value_loss(
+        roles.value(hidden_ND),
+        old_value_N[tokens.index_N],
+        experience.return_N[tokens.index_N],
+        tokens.weight_N,
+        clip=config.cliprange_value,
+    )
+    totals.add("value_loss", value.loss)
+    totals.add("value_clipped", value.metrics.clipped_sum)
+    return value.loss
 
 
 def backward(
@@ -126,90 +211,34 @@ def backward(
     mini: MiniBatch,
     config: Config,
     totals: Totals,
-) -> Tensor:
-    """Losses and gradients of one micro-batch; gives back |log ratio| summed over its tokens."""
-    scored = experience.scored
-    index_N = token_index(scored.offsets, batch.rows)
-    weight_N = torch.full_like(scored.logprob_N[index_N], mini.token_weight)
-    lm_head = roles.lm_head
+    *,
+    train_actor: bool = True,
+) -> None:
+    """Losses and gradients of one micro-batch; a role's backward ends before the next's forward."""
+    tokens = Tokens.of(experience, batch, mini)
     with roles.use("actor"):
-        actor_ND = batch.packing.gather(roles.hidden(batch.input_ids_BT, batch.mask_BT))
-        policy = linear_policy_loss(
-            actor_ND.to(lm_head.weight_VD.dtype),
-            lm_head.weight_VD,
-            batch.token_N,
-            scored.logprob_N[index_N],
-            experience.advantage_N[index_N],
-            weight_N,
-            bias_V=lm_head.bias_V,
-            softcap=lm_head.softcap,
-            temperature=config.temperature,
-            config=policy_loss_config(config),
-        )
-        stats = policy.metrics
-        # A batch whose mean ratio has run away teaches nothing (TRL's ratio_threshold). On the
-        # device: no synchronisation.
-        keep = (stats.ratio_sum <= config.ratio_threshold * stats.count).to(policy.loss.dtype)
-        if roles.shares_trunk:
-            value = critic_loss(roles, experience, index_N, actor_ND, weight_N, config, totals)
-            (keep * (policy.loss + config.vf_coef * value)).backward()
-        else:
-            (keep * policy.loss).backward()
-    if not roles.shares_trunk:
+        with torch.set_grad_enabled(train_actor):
+            actor_ND = batch.packing.gather(roles.hidden(batch.input_ids_BT, batch.mask_BT))
+            policy = actor_loss(roles, experience, batch, tokens, actor_ND, config)
+        loss = policy.loss
+        if roles.has_critic and roles.shares_trunk:
+            value = critic_loss(roles, experience, tokens, actor_ND, config, totals)
+            loss = loss + config.vf_coef * value
+        if loss.requires_grad:
+            loss.backward()
+    if roles.has_critic and not roles.shares_trunk:
         with roles.use("critic"):
             critic_ND = batch.packing.gather(roles.hidden(batch.input_ids_BT, batch.mask_BT))
-            value = critic_loss(roles, experience, index_N, critic_ND, weight_N, config, totals)
-            (keep * config.vf_coef * value).backward()
-    totals.add("policy_loss", policy.loss)
+            value = critic_loss(roles, experience, tokens, critic_ND, config, totals)
+            (config.vf_coef * value).backward()
+    stats = policy.metrics
+    totals.add("policy_loss", stats.surrogate)
+    if config.use_kl_loss:
+        totals.add("kl_loss", stats.kl_loss)
     for name in ("count", "ratio_max"):
         totals.add(name, getattr(stats, name))
-    for name in ("ratio", "clipped", "approx_kl", "policy_kl"):
+    for name in ("ratio", "clipped", "approx_kl", "policy_kl", "log_ratio_abs"):
         totals.add(name, getattr(stats, f"{name}_sum"))
-    return (policy.logprob_N - scored.logprob_N[index_N]).abs().sum()
-
-
-def critic_loss(
-    roles: Roles,
-    experience: Experience,
-    index_N: Tensor,
-    hidden_ND: Tensor,
-    weight_N: Tensor,
-    config: Config,
-    totals: Totals,
-) -> Tensor:
-    """The clipped value loss, with the values of the rollout as the old ones."""
-    value = value_loss(
-        roles.value(hidden_ND),
-        experience.scored.value_N[index_N],
-        experience.return_N[index_N],
-        weight_N,
-        clip=config.cliprange_value,
-    )
-    totals.add("value_loss", value.loss)
-    totals.add("value_clipped", value.metrics.clipped_sum)
-    return value.loss
-
-
-def clip_and_step(
-    roles: Roles, optimizer: torch.optim.Optimizer, config: Config, totals: Totals
-) -> None:
-    """Clip each trained role by its own norm, once, after the last micro-batch; then step.
-
-    Actor and critic apart: a critic far from its target would otherwise shrink the actor's step. A
-    gradient that is not finite skips the step, and the optimiser's state stays clean.
-    """
-    limit = config.max_grad_norm if config.max_grad_norm > 0 else float("inf")
-    norms = {
-        role: nn.utils.clip_grad_norm_(group["params"], limit)
-        for role, group in zip(("actor", "critic"), optimizer.param_groups, strict=True)
-    }
-    totals.steps += 1
-    if not all(torch.isfinite(norm).item() for norm in norms.values()):
-        totals.skipped += 1
-        return
-    for role, norm in norms.items():
-        totals.grad_norms[role].append(norm.item())
-    optimizer.step()
 
 
 def check_first_pass(mean_log_ratio: float, config: Config) -> None:
@@ -231,28 +260,42 @@ def update(
     optimizer: torch.optim.Optimizer,
     *,
     seed: int,
+    train_actor: bool = True,
+    ptx: Iterator[Batch] | None = None,
 ) -> dict[str, float]:
-    """Learn from a rollout: `ppo_epochs` passes over it, an optimiser step a mini-batch."""
-    roles.model.train()
-    totals = Totals()
-    rollout = experience.scored.rollout
-    for epoch in range(config.ppo_epochs):
-        for mini in mini_batches(experience, config, seed + epoch):
-            optimizer.zero_grad(set_to_none=True)
-            moved = torch.zeros((), device=roles.device)
-            before = totals.sums.get("policy_kl", torch.zeros((), device=roles.device))
-            for batch in batches(rollout, mini.rows, config.per_device_train_batch_size):
-                moved = moved + backward(roles, experience, batch, mini, config, totals)
-            if totals.steps == 0:
-                totals.first_pass = moved.item() * mini.token_weight
-                check_first_pass(totals.first_pass, config)
-            spent = (totals.sums["policy_kl"] - before) * mini.token_weight
-            if config.early_stopping and spent.item() > 1.5 * config.target_kl:
-                totals.early_stopped = True
+    """Learn from a rollout: `ppo_epochs` passes over it, an optimiser step a mini-batch.
+
+    The host waits for the device once for the first pass, once at the end, and once an optimiser
+    step where `early_stopping` has to know the KL.
+    """
+    roles.train()
+    totals, first_pass, steps, early_stopped = Totals(), 0.0, 0, False
+    epochs = [mini_batches(experience, config, seed + e) for e in range(config.ppo_epochs)]
+    for passes, mini in enumerate(chain.from_iterable(epochs), 1):
+        optimizer.zero_grad(set_to_none=True)
+        own = Totals()
+        for batch in batches(
+            experience.scored.rollout, mini.rows, config.per_device_train_batch_size
+        ):
+            backward(roles, experience, batch, mini, config, own, train_actor=train_actor)
+        if passes == 1:
+            first_pass = own.sums["log_ratio_abs"].item() / mini.tokens
+            check_first_pass(first_pass, config)
+        if ptx is not None and train_actor:
+            own.add("ptx_loss", ptx_backward(roles, next(ptx), config.ptx_coef))
+        totals.merge(own)
+        if config.early_stopping:
+            early_stopped = own.sums["policy_kl"].item() / mini.tokens > 1.5 * config.target_kl
+            if early_stopped:
                 break
-            clip_and_step(roles, optimizer, config, totals)
-        if totals.early_stopped:
-            break
+        # A step whose mean ratio has run away teaches nothing (TRL's ratio_threshold).
+        keep = own.sums["ratio"] <= config.ratio_threshold * mini.tokens
+        norms, taken = clip_and_step(optimizer, config.max_grad_norm, keep)
+        steps += 1
+        totals.add("taken", taken.float())
+        for role, norm in norms.items():
+            totals.add(f"grad_norm_{role}", torch.where(taken, norm, 0))
     optimizer.zero_grad(set_to_none=True)
-    roles.model.eval()
-    return totals.result()
+    roles.eval()
+    row = means(totals, passes=passes, steps=steps, early_stopped=early_stopped)
+    return {"ratio_first_pass": first_pass, **row}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -29,10 +29,11 @@ class Records:
 
     train: list[Record]
     eval: list[Record]
+    ptx: list[Record] = field(default_factory=list)
 
 
 def read_records(config: Config) -> Records:
-    """Everything that `dataset` and `eval_dataset` name, checked for the stage.
+    """Everything that the data set keys name, checked for the stage.
 
     Bad rows are noted on stderr once all sets are read: an error is one line alone.
     """
@@ -43,9 +44,24 @@ def read_records(config: Config) -> Records:
         held_out = read_sets(config, config.eval_dataset, "eval_dataset", notes)
     elif config.val_size:
         train, held_out = split(train, config)
+    ptx = read_demonstrations(config, notes)
     for line in dict.fromkeys(notes):
         note(line)
-    return Records(train, held_out)
+    return Records(train, held_out, ptx)
+
+
+def read_demonstrations(config: Config, notes: list[str]) -> list[Record]:
+    """Records of `ptx_dataset`, each with an answer to learn."""
+    if config.ptx_dataset is None or config.stage != "ppo":
+        return []
+    records = read_sets(config, config.ptx_dataset, "ptx_dataset", notes)
+    for record in records:
+        if record.response is None:
+            raise UserError(
+                f"{record.where}: ptx_dataset learns from answers, and this has none; fill in its "
+                "output, or drop the row"
+            )
+    return records
 
 
 def read_sets(config: Config, names: str, key: str, notes: list[str]) -> list[Record]:

@@ -19,3 +19,30 @@ def test_the_toy_learns_to_write_vowels(tmp_path, monkeypatch, critic, seed):
     assert summary["reward_before"] < 0.12
     assert summary["reward_after"] > summary["reward_before"] + 0.1
     assert summary["kl"] > 1.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"advantage": "grpo", "num_generations": 8},
+        {"advantage": "rloo", "num_generations": 8},
+        {"advantage": "reinforce++"},
+        {
+            "use_kl_loss": True,
+            "importance_sampling_level": "sequence",
+            "loss_agg_mode": "seq-mean-token-mean",
+            "cliprange_high": 0.28,
+            "dual_clip": 3.0,
+            "critic_warmup": 2,
+        },
+    ],
+    ids=lambda changes: str(next(iter(changes.values()))),
+)
+def test_so_it_does_without_a_critic_and_with_another_objective(tmp_path, monkeypatch, changes):
+    monkeypatch.chdir(tmp_path)
+    state = init_state(toy.config(seed=1, **changes))
+    for _ in range(40):
+        state = step_update(state)
+    summary = evaluate(state)
+    assert summary["reward_after"] > summary["reward_before"] + 0.1

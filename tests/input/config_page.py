@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from fastppo.config import IGNORED, NOT_HERE, REFUSED, Config
+from fastppo.config_ppo import ALIASES, ELSEWHERE, PPOKeys
 
 INTRODUCTION = """# Keys
 
 A run is one YAML (or JSON) file with LLaMA-Factory's keys; what TRL 0.9.6 has a name for has that
-name, and what neither has is fastppo's own. Any key can be overridden on the command line as
-`key=value`. A key that is not on this page is an error that suggests the nearest one;
-`ALLOW_EXTRA_ARGS=1` ignores it. Relative paths are relative to the working directory. *needed*
-marks keys without a default.
+name, other settings are called as in the trainer that made them known, and what none has is
+fastppo's own. Any key can be overridden on the command line as `key=value`. A key that is not on
+this page is an error that suggests the nearest one; `ALLOW_EXTRA_ARGS=1` ignores it. Relative paths
+are relative to the working directory. *needed* marks keys without a default.
 
 | key | default | from | meaning |
 |---|---|---|---|
@@ -26,13 +27,20 @@ def value(default: object) -> str:
 def page() -> str:
     """The whole page."""
     text = INTRODUCTION
-    for name, field in Config.model_fields.items():
+    algorithm = [name for name in Config.model_fields if name in PPOKeys.model_fields]
+    rest = [name for name in Config.model_fields if name not in PPOKeys.model_fields]
+    for name in (*rest, *algorithm):
+        field = Config.model_fields[name]
         extra = field.json_schema_extra
         if not isinstance(extra, dict):
             continue
         default = "*needed*" if field.is_required() else value(field.default)
         meaning = (field.description or "").replace("|", "\\|")
         text += f"| `{name}` | {default} | {extra['owner']} | {meaning} |\n"
+    text += "\n## By another name elsewhere\n\n| there | here |\n|---|---|\n"
+    for name, ours in sorted({**ALIASES, **ELSEWHERE}.items()):
+        also = "; TRL's name is accepted" if name in ALIASES else ""
+        text += f"| `{name}` | {ours}{also} |\n"
     text += "\n## Accepted, and without meaning here\n\n| key | because |\n|---|---|\n"
     text += "".join(f"| `{name}` | {why} |\n" for name, why in IGNORED.items())
     text += (

@@ -135,7 +135,7 @@ VALUES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ),
     ({"finetuning_type": "freeze"}, ("finetuning_type: freeze: not supported",)),
     ({"critic": "both"}, ("critic: 'both' is none of adapter or shared",)),
-    ({"kl_penalty": "full"}, ("kl_penalty: 'full' is none of kl, abs, mse or low_var_kl",)),
+    ({"kl_penalty": "k1"}, ("kl_penalty: 'k1' is none of kl, abs, mse, low_var_kl",)),
     ({"lr_scheduler_type": "cosin"}, ("lr_scheduler_type: 'cosin'", "did you mean cosine?")),
     ({"report_to": "mlflow"}, ("report_to: 'mlflow' is none of", "choose one of them")),
     ({"flash_attn": "fa9"}, ("flash_attn: 'fa9' is none of", "did you mean fa2?")),

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fastppo.config import Config, config_from_dict, load_config
+from fastppo.config import IGNORED, Config, config_from_dict, load_config
+from fastppo.config_ppo import ALIASES, ELSEWHERE
 from fastppo.errors import UserError
 
 from .config_page import page
@@ -96,6 +97,65 @@ def test_llamafactorys_hidden_sampling_is_there_for_who_asks(tmp_path):
     assert (hidden.temperature, hidden.top_p, hidden.top_k) == (0.95, 0.7, 5)
 
 
+def test_trl_names_of_what_llamafactory_names_too(tmp_path):
+    config = load(tmp_path, "target: 3\nwhiten_rewards: true\n")
+    assert (config.ppo_target, config.ppo_whiten_rewards) == (3.0, True)
+    with pytest.raises(UserError, match="target: is TRL's name for ppo_target; keep one"):
+        load(tmp_path, "target: 3\nppo_target: 3\n")
+
+
+def test_every_field_of_trls_ppo_config_means_something_or_says_why_not():
+    """TRL 0.9.6's PPOConfig, field by field: a key, another name for one, or a reason."""
+    fields = """exp_name seed log_with task_name model_name query_dataset reward_model
+        remove_unused_columns tracker_project_name steps learning_rate adap_kl_ctrl init_kl_coef
+        kl_penalty target horizon gamma lam cliprange cliprange_value vf_coef batch_size
+        forward_batch_size mini_batch_size gradient_accumulation_steps ppo_epochs max_grad_norm
+        optimize_cuda_cache optimize_device_cache early_stopping target_kl compare_steps
+        ratio_threshold use_score_scaling use_score_norm score_clip whiten_rewards
+        gradient_checkpointing backward_batch_size"""
+    known = {*Config.model_fields, *ALIASES, *ELSEWHERE, *IGNORED}
+    assert not set(fields.split()) - known
+
+
+def test_another_trainers_name_is_answered_with_ours(tmp_path):
+    with pytest.raises(UserError, match="unknown key 'clip_ratio_c'; here that is dual_clip"):
+        load(tmp_path, "clip_ratio_c: 3\n")
+    ours = {part.strip(",:()") for name in ELSEWHERE.values() for part in name.split()}
+    assert {"dual_clip", "cliprange_high", "num_generations"} <= ours
+    assert not set(ELSEWHERE) & set(Config.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("use_score_norm: true", "use_score_norm: acts within use_score_scaling"),
+        ("dual_clip: 1.1", r"dual_clip: 1.1 is not above the clip at 1.2; raise it"),
+        ("advantage: grpo", "num_generations: advantage: grpo compares responses to one prompt"),
+        (
+            "advantage: rloo\nnum_generations: 3",
+            "num_generations: 3 does not divide the 8 responses of a rollout",
+        ),
+        ("advantage: reinforce++\ncritic_warmup: 2", "critic_warmup: advantage: reinforce"),
+        (
+            "advantage: grpo\nnum_generations: 2\nbootstrap_truncated: true",
+            "bootstrap_truncated: advantage: grpo has no critic",
+        ),
+        ("ptx_coef: 0.1", "ptx_dataset: is needed by ptx_coef"),
+        ("ptx_dataset: x.json", "ptx_coef: is needed by ptx_dataset"),
+        (
+            "penalise_no_eos: true\nmissing_eos_penalty: 1",
+            "penalise_no_eos: sets the score that missing_eos_penalty takes from",
+        ),
+        ("min_response_length: 9\nmax_new_tokens: 8", "min_response_length: is above max_new"),
+        ("kl_loss_type: kl", "kl_loss_type: kl: its gradient is 0 on average; use low_var_kl"),
+        ("loss_agg_mode: token_mean", "did you mean token-mean?"),
+    ],
+)
+def test_settings_of_the_algorithm_that_do_not_go_together(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, text + "\n")
+
+
 def test_keys_without_meaning_are_accepted_with_a_line_each(tmp_path):
     config = load(tmp_path, "ddp_timeout: 180000000\noverwrite_cache: true\nfp16: false\n")
     assert [line.split("'")[1] for line in config.ignored] == ["ddp_timeout", "overwrite_cache"]
@@ -126,6 +186,11 @@ def test_every_key_says_what_it_means_and_whose_it_is():
             "LLaMA-Factory",
             "transformers",
             "TRL 0.9.6",
+            "TRL 0.24",
+            "TRL (GRPO)",
+            "verl",
+            "OpenRLHF",
+            "torchtune",
             "fastppo",
         )
 

@@ -11,9 +11,14 @@ import pytest
 import torch
 
 from fastppo import checkpoint, roles, toy, trainer
+from fastppo.advantage import KLController, RunningScore, estimate
 from fastppo.config import Config
+from fastppo.reward import Reward
+from fastppo.reward_function import FunctionReward
+from fastppo.reward_spec import reward_specs
+from fastppo.score import score
 from fastppo.templates import Template, get_template
-from fastppo.types import Prompt, Rollout
+from fastppo.types import Experience, Prompt, Rollout
 
 PROMPTS = ["Hi", "What is rain?", "A line on tea, please.", "Tell me of the sea and of bread."]
 
@@ -87,9 +92,10 @@ def tiny_roles(config: Callable[..., Config]) -> Callable[..., roles.Roles]:
         made = roles.build(config(**changes), torch.device("cpu"))
         if stirred:
             stir(made.trained_parameters("actor"), 3)
-            if not made.shares_trunk:
+            if made.has_critic and not made.shares_trunk:
                 stir(made.trained_parameters("critic"), 4)
-            stir(list(made.critic_head.parameters()), 5, 1.0)
+            if made.has_critic:
+                stir(list(made.critic_head.parameters()), 5, 1.0)
         return made
 
     return make
@@ -120,6 +126,36 @@ def rollout(template: Template, tokenizer: Any) -> Rollout:
         [90, template.eos_id],
     ]
     return make_rollout(PROMPTS, responses, template)
+
+
+@pytest.fixture
+def lay_out(template: Template) -> Callable[..., Rollout]:
+    return lambda texts, responses: make_rollout(texts, responses, template)
+
+
+@pytest.fixture
+def vowels() -> Reward:
+    """The share of vowels in a response."""
+    name = "fastppo.toy:vowels"
+    return Reward(reward_specs(name, "function", None), (FunctionReward(name),))
+
+
+@pytest.fixture
+def experience_of(vowels: Reward) -> Callable[..., Experience]:
+    """What the update learns from, scored by the share of vowels."""
+
+    def make(made: roles.Roles, rollout: Rollout, settings: Config, batch_size: int = 4):
+        scored = score(
+            made,
+            rollout,
+            vowels,
+            temperature=settings.temperature,
+            batch_size=batch_size,
+            exact_kl=settings.kl_penalty == "full",
+        )
+        return estimate(scored, settings, KLController(0.1, 6.0, 10000), RunningScore())
+
+    return make
 
 
 def make_rollout(texts: list[str], responses: list[list[int]], template: Template) -> Rollout:

@@ -133,9 +133,44 @@ def test_26_whitening_is_over_the_whole_rollout(scored, config):
     assert (got.std() - 1).abs() < 1e-5
 
 
-@pytest.mark.parametrize(("name", "kind"), [("kl", "k1"), ("abs", "abs"), ("mse", "k2")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("kl", "k1"), ("abs", "abs"), ("mse", "k2"), ("low_var_kl", "k3")]
+)
 def test_trls_kl_names_mean_what_they_mean_there(scored, config, name, kind):
     difference = scored.logprob_N - scored.ref_logprob_N
-    by_hand = {"k1": difference, "abs": difference.abs(), "k2": difference.square() / 2}[kind]
+    by_hand = {
+        "k1": difference,
+        "abs": difference.abs(),
+        "k2": difference.square() / 2,
+        "k3": (-difference).exp() - 1 + difference,
+    }[kind]
     got = estimate(scored, config(kl_penalty=name), controller(), RunningScore()).kl_N
     torch.testing.assert_close(got.double(), by_hand, atol=1e-6, rtol=1e-6)
+
+
+def test_15_or_it_gets_a_fixed_score_and_so_does_one_that_is_too_short(scored, config):
+    # Responses of 1, 3 (cut off), 5 and 2 tokens.
+    settings = config(penalise_no_eos=True, min_response_length=2, reward_penalty=-4.0)
+    shaped = shape_score(scored, settings, RunningScore()).tolist()
+    kept = scored.score_B.tolist()
+    assert shaped == [-4.0, -4.0, kept[2], kept[3]]
+    short = shape_score(scored, config(min_response_length=3), RunningScore()).tolist()
+    assert short == [-3.0, kept[1], kept[2], -3.0]
+
+
+def test_20_use_score_scaling_divides_and_with_use_score_norm_centres_too(scored, config):
+    score_B = scored.score_B
+    scaled = shape_score(scored, config(use_score_scaling=True), RunningScore())
+    torch.testing.assert_close(scaled, score_B / score_B.std())
+    both = {"use_score_scaling": True, "use_score_norm": True}
+    centred = shape_score(scored, config(**both), RunningScore())
+    torch.testing.assert_close(centred, (score_B - score_B.mean()) / score_B.std())
+    ours = shape_score(scored, config(ppo_score_norm=True), RunningScore())
+    assert torch.equal(centred, ours)
+
+
+def test_21_a_fixed_score_is_neither_normalised_nor_clipped(scored, config):
+    settings = config(
+        ppo_score_norm=True, score_clip=0.1, penalise_no_eos=True, reward_penalty=-9.0
+    )
+    assert shape_score(scored, settings, RunningScore())[1] == -9.0

@@ -191,7 +191,8 @@ def test_each_is_a_column_and_in_summary_samples_and_terminal(
     names = [f"reward/{name}" for name in (reward_dir.name, "short", "rainy")]
     with (tmp_path / "metrics" / "training_metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == [*COLUMNS, *names]
+    assert list(rows[0])[-3:] == names
+    assert set(rows[0]) - set(COLUMNS) == set(names)
     for row in rows:
         lora, short, rainy = (float(row[name]) for name in names)
         assert rainy == 1.0  # of the one prompt of four that it applies to
@@ -221,7 +222,7 @@ def test_a_reward_that_applied_to_nothing_in_a_step_has_an_empty_cell(mine, stat
 def test_one_reward_has_no_column_but_score(state, tmp_path):
     trainer.step_update(state())
     header = (tmp_path / "metrics" / "training_metrics.csv").read_text().splitlines()[0]
-    assert header.split(",") == list(COLUMNS)
+    assert set(header.split(",")) <= set(COLUMNS)
 
 
 def test_resuming_with_other_rewards_is_refused(mine, state, tmp_path):

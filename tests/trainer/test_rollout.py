@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -50,6 +52,23 @@ def test_02_padding_moves_no_position_of_the_scored_row(tiny_roles, rollout):
 def test_03_eos_stays_in_the_mask_even_where_it_is_the_pad(row, expected):
     stops = (2,) if expected != (2, True) else (2, 9)
     assert response_length(row, stops) == expected
+
+
+@pytest.mark.parametrize("stop", [11, 12])  # as llama3 has <|eot_id|> and <|eom_id|>
+def test_41_nothing_behind_any_stop_token_is_scored_or_learned(tokenizer, stop):
+    """Neither the text that rewards see nor the tokens that train go past it, whichever it is."""
+    record = RecordLogprobs()
+    record.columns = [torch.zeros(2)] * 5
+    template = SimpleNamespace(stop_ids=(11, 12), pad_id=0)
+    response_BR = torch.tensor([[70, 71, stop, 80, 81], [70, 71, 72, 73, stop]])
+    prompts = [Prompt([9], ""), Prompt([9, 9], "")]
+    rollout = pack_rollout(prompts, response_BR, record, template, tokenizer)
+    assert rollout.response_lengths == [3, 5]
+    assert rollout.terminated == [True, True]
+    assert rollout.texts[0] == tokenizer.decode([70, 71, stop], skip_special_tokens=True).strip()
+    assert not (rollout.input_ids_BT[0] == 80).any()
+    batch = make_batch(rollout, [0, 1])
+    assert batch.token_N.tolist() == [70, 71, stop, 70, 71, 72, 73, stop]
 
 
 def test_04_mask_has_eos_and_neither_prompt_nor_pad(rollout, template):
