@@ -5,14 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from fastppo import __version__
+from fastppo.memory import predicted_peak
 from fastppo.metrics import CSV, CURVES, SUMMARY
+from fastppo.model_shapes import from_config
+from fastppo.moments import GIB
 from fastppo.rollout import Sampling
 
 if TYPE_CHECKING:
@@ -127,6 +132,22 @@ def step_line(state: State, steps: int) -> None:
 def signed(value: float | None) -> str:
     """A score with its sign; a dash where there is none."""
     return "-" if value is None else f"{value:+.3f}"
+
+
+def memory_line(state: State) -> None:
+    """After a step on a GPU: the most that tensors took, beside what the plan allows for."""
+    if state.roles.device.type != "cuda":
+        return
+    base = state.roles.base
+    shape = replace(
+        from_config(base.config.to_dict(), "the model's own"),
+        dtype=str(base.dtype).removeprefix("torch."),
+    )
+    taken = torch.cuda.max_memory_allocated(state.roles.device)
+    console.print(
+        f"memory: {taken / GIB:.2f} GiB at the highest; the plan allows for "
+        f"{predicted_peak(state.config, shape) / GIB:.2f}, prompts and responses at their longest"
+    )
 
 
 def evaluation_line(summary: dict[str, Any]) -> None:

@@ -90,6 +90,8 @@ def run(config: Config, records: Records) -> None:
     while state.step < steps:
         state = step_update(state)
         console.step_line(state, steps)
+        if state.step == 1:
+            console.memory_line(state)
         if config.eval_strategy == "steps" and state.step % (config.eval_steps or 500) == 0:
             console.evaluation_line(evaluate(state))
         if state.step % config.save_steps == 0 and state.step < steps:

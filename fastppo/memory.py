@@ -1,0 +1,69 @@
+"""The memory plan: what a configuration holds on its device, by role and phase. No torch, no GPU.
+
+docs/memory.md explains the rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from fastppo.model_shapes import ModelShape
+from fastppo.moments import PHASES, Moment, Planner
+from fastppo.recipe import Recipe
+from fastppo.residents import Residents, Shapes
+
+if TYPE_CHECKING:
+    from fastppo.config import Config
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All moments of a run, the highest of each phase, and the highest of all."""
+
+    recipe: Recipe
+    shapes: Shapes
+    moments: tuple[Moment, ...]
+    host_bytes: int  # pinned, for offloaded activations
+
+    def again(self, **changes: Any) -> Plan:
+        """The plan of the same run with some settings changed."""
+        return make_plan(replace(self.recipe, **changes), self.shapes)
+
+    @property
+    def columns(self) -> dict[str, Moment]:
+        """Phase -> its highest moment."""
+        return {
+            phase: max((m for m in self.moments if m.phase == phase), key=lambda m: m.total)
+            for phase in PHASES
+            if any(m.phase == phase for m in self.moments)
+        }
+
+    @property
+    def peak(self) -> Moment:
+        """The highest moment of the run."""
+        return max(self.moments, key=lambda m: m.total)
+
+    @property
+    def step_peak(self) -> int:
+        """Bytes that tensors take at the highest moment of a step: no reserve, no evaluation."""
+        return max(m.total - m.rows.get("reserve", 0) for m in self.moments if not m.evaluation)
+
+    def fits(self, gpu_bytes: int) -> bool:
+        """Whether the whole run, reserve included, fits."""
+        return self.peak.total <= gpu_bytes
+
+
+def make_plan(recipe: Recipe, shapes: Shapes) -> Plan:
+    """The plan of a recipe on models of these shapes."""
+    planner = Planner(recipe, shapes.base, Residents(recipe, shapes))
+    return Plan(recipe, shapes, tuple(planner.moments()), planner.host_bytes())
+
+
+def predicted_peak(config: Config, shape: ModelShape, device: Literal["gpu", "cpu"] = "gpu") -> int:
+    """Bytes of tensors at the highest moment of a step, for sequences as long as they may get.
+
+    What `torch.cuda.max_memory_allocated` is to be held against: no context, no evaluation. Models
+    beside the base are taken to be as large as it is.
+    """
+    return make_plan(Recipe.of(config, shape, device=device), Shapes(shape)).step_peak

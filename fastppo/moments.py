@@ -1,0 +1,357 @@
+"""The moments of a run at which memory may be highest, and what is alive at each.
+
+What stays is counted in `residents`; what a pass allocates is taken from `layer_memory`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from fastppo.allocations import FLOAT32
+from fastppo.layer_memory import LayerSetting, TrunkMemory, trunk_memory
+from fastppo.model_shapes import ModelShape
+from fastppo.recipe import Recipe
+from fastppo.residents import Residents, Trained
+
+MIB, GIB = 1 << 20, 1 << 30
+# The context, the libraries' workspaces, and what the caching allocator cannot use again.
+RESERVE: Final = 5 * GIB // 4
+PHASES: Final = ("load", "rollout", "score", "update")
+ROWS: Final = (
+    "base weights",
+    "reference weights",
+    "reward weights",
+    "critic weights",
+    "actor adapter",
+    "reward adapter",
+    "critic adapter",
+    "actor optimiser",
+    "critic optimiser",
+    "actor gradients",
+    "critic gradients",
+    "KV cache",
+    "kept activations",
+    "layer at work",
+    "head chunk",
+    "reserve",
+)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A point of a run at which memory may be highest: what is alive then, in bytes by row."""
+
+    phase: str
+    name: str
+    rows: dict[str, int]
+    evaluation: bool = False
+
+    @property
+    def total(self) -> int:
+        """All rows."""
+        return sum(self.rows.values())
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Works out the moments of one recipe."""
+
+    recipe: Recipe
+    shape: ModelShape
+    stay: Residents
+
+    def moments(self) -> Iterator[Moment]:
+        """Every moment that can be the highest."""
+        yield self.moment("load", "base, adapters and heads loaded", {})
+        if self.recipe.stage == "rm":
+            yield from self.pair_moments()
+            return
+        recipe = self.recipe
+        yield from self.rollout_moments(recipe.rollout_rows)
+        yield from self.score_moments(recipe.per_device_train_batch_size)
+        rows = min(recipe.per_device_eval_batch_size, recipe.eval_max_samples)
+        yield from self.rollout_moments(rows, evaluation=True)
+        yield from self.score_moments(rows, evaluation=True)
+        yield from self.update_moments()
+
+    def moment(
+        self, phase: str, name: str, added: dict[str, int], *, evaluation: bool = False
+    ) -> Moment:
+        """What stays, and what is `added` to it."""
+        rows = {**self.stay.rows, **added}
+        if self.recipe.device == "gpu":
+            rows["reserve"] = RESERVE
+        assert set(rows) <= set(ROWS), sorted(set(rows) - set(ROWS))
+        if phase == "load":  # the optimiser's state is made by its first step
+            rows = {row: count for row, count in rows.items() if "optimiser" not in row}
+        name = f"evaluation, {name}" if evaluation else name
+        ordered = {row: rows[row] for row in ROWS if rows.get(row, 0)}
+        return Moment(phase, name, ordered, evaluation)
+
+    def setting(self, rows: int, length: int, role: str) -> LayerSetting:
+        """How `role` runs a layer."""
+        recipe = self.recipe
+        shared = role == "critic" and recipe.critic == "shared"
+        trained = self.stay.critic if role == "critic" and not shared else self.stay.actor
+        trains = role in ("actor", "critic")
+        return LayerSetting(
+            rows=rows,
+            length=length,
+            item=recipe.item,
+            rank=trained.rank if trains else recipe.reward_rank * (role == "reward"),
+            target=recipe.reward_target if role == "reward" else recipe.lora_target,
+            adapter_item=recipe.item if role == "reward" else FLOAT32,
+            trained=trained.whole and trains,
+            masked=recipe.padded(rows),
+            eager=recipe.eager,
+        )
+
+    @property
+    def tile(self) -> int:
+        """The largest linear layer as its GEMM reads it, where weights are quantised."""
+        if self.recipe.quantization_bit is None:
+            return 0
+        return max(a * b for a, b in self.shape.linears.values()) * self.recipe.item
+
+    def chunk(self, rows: int) -> int:
+        """The logits that exist at a time, for the responses of `rows` sequences."""
+        recipe, vocab = self.recipe, self.shape.vocab
+        tokens = rows * recipe.max_new_tokens
+        most = max(1, recipe.resolved_chunk_bytes // (vocab * recipe.item))
+        chunk = -(-tokens // -(-tokens // most))  # of nearly one length
+        # The definition works in float32 blocks of 2 MiB: a copy, its exponentials, a product.
+        blocks = 0 if recipe.compiled_ops else 3 * min(2 * MIB, tokens * vocab * FLOAT32)
+        return chunk * vocab * recipe.item + blocks
+
+    def hidden(self, tokens: int) -> int:
+        """Last hidden states."""
+        return tokens * self.shape.hidden * self.recipe.item
+
+    def rollout_moments(self, rows: int, *, evaluation: bool = False) -> Iterator[Moment]:
+        """The prompts at once, then a token at a time over the cache."""
+        recipe, shape = self.recipe, self.shape
+        prompt, whole = recipe.cutoff_len, recipe.cutoff_len + recipe.max_new_tokens
+        token = 2 * shape.kv_heads * shape.head_dim * recipe.item
+        trunk = trunk_memory(shape, self.setting(rows, prompt, "actor"))
+        casts = self.stay.actor.casts
+        yield self.moment(
+            "rollout",
+            f"{rows} prompts of {prompt} tokens",
+            {
+                "KV cache": rows * token * shape.cached_tokens(prompt),
+                "kept activations": casts,
+                "layer at work": trunk.fixed + trunk.forward + self.tile,
+            },
+            evaluation=evaluation,
+        )
+        # A layer's keys are made anew with the token appended; with padding in the batch every
+        # query head gets a copy of its keys and values.
+        copied = recipe.padded(rows) and shape.kv_heads not in (1, shape.heads)
+        copies = 2 * shape.heads * shape.head_dim * recipe.item if copied else 0
+        # Logits, the same in float32, their softmax, and the row that the recorder keeps.
+        logits = rows * shape.vocab * (recipe.item + 3 * FLOAT32)
+        yield self.moment(
+            "rollout",
+            f"the last token of {rows} sequences of {whole}",
+            {
+                "KV cache": rows * token * shape.cached_tokens(whole),
+                "kept activations": casts,
+                "layer at work": rows * whole * (token // 2 + copies) + logits + self.tile,
+            },
+            evaluation=evaluation,
+        )
+
+    def score_moments(self, rows: int, *, evaluation: bool = False) -> Iterator[Moment]:
+        """Actor, reference, critic and rewards, forward only."""
+        recipe, length = self.recipe, self.recipe.sequence
+        hidden = self.hidden(rows * length)
+        # What a pass finds there: the hidden states of those before it.
+        passes = {"actor": self.stay.actor.casts, "reference": hidden}
+        if recipe.has_critic and recipe.critic != "shared":
+            passes["critic"] = 2 * hidden + self.stay.critic.casts
+        if "lora" in recipe.rewards:
+            passes["reward"] = 0
+        for role, kept in passes.items():
+            shape = self.stay.shapes.resolved_critic if role == "critic" else self.shape
+            trunk = trunk_memory(shape, self.setting(rows, length, role))
+            yield self.moment(
+                "score",
+                f"the {role}'s pass over {rows} x {length} tokens",
+                {
+                    "kept activations": kept,
+                    "layer at work": trunk.fixed + trunk.forward + self.tile,
+                },
+                evaluation=evaluation,
+            )
+        gathered = self.hidden(rows * recipe.max_new_tokens)
+        both = recipe.kl_penalty == "full"  # the reference's logits beside the actor's
+        yield self.moment(
+            "score",
+            f"log-probs of {rows} x {recipe.max_new_tokens} tokens",
+            {
+                "kept activations": 2 * hidden + gathered * (1 + both),
+                "head chunk": self.chunk(rows) * (1 + both),
+            },
+            evaluation=evaluation,
+        )
+
+    def update_moments(self) -> Iterator[Moment]:
+        """Forward and loss, backward, optimiser; the actor, then a critic with a trunk."""
+        recipe, actor, critic = self.recipe, self.stay.actor, self.stay.critic
+        rows, length = recipe.per_device_train_batch_size, recipe.sequence
+        apart = recipe.has_critic and recipe.critic != "shared"
+        gradients = {
+            "actor gradients": FLOAT32 * (actor.parameters + critic.parameters * (not apart)),
+            "critic gradients": FLOAT32 * critic.parameters * apart,
+        }
+        # There from the first micro-batch of an optimiser step on.
+        before = gradients if recipe.gradient_accumulation_steps > 1 else {}
+        gathered = self.hidden(rows * recipe.max_new_tokens)
+        yield from self.pass_moments(
+            Pass("actor", self.setting(rows, length, "actor"), actor, self.shape),
+            gathered=gathered,
+            loss=gathered,  # the gradient of the hidden states, made in the forward
+            chunk=self.chunk(rows),
+            before=before,
+            after={**before, "actor gradients": gradients["actor gradients"]},
+        )
+        if apart:
+            shape = self.stay.shapes.resolved_critic
+            wide = rows * recipe.max_new_tokens * shape.hidden * FLOAT32
+            yield from self.pass_moments(
+                Pass("critic", self.setting(rows, length, "critic"), critic, shape),
+                gathered=gathered,
+                loss=wide if recipe.item != FLOAT32 else 0,
+                chunk=0,
+                before={**before, "actor gradients": gradients["actor gradients"]},
+                after=gradients,
+                # The actor's hidden states, and the embeddings that its graph was given.
+                found=gathered + self.hidden(rows * length),
+            )
+        # AdamW over a group at once holds the square root of one of its states.
+        group = max(actor.parameters, critic.parameters) * FLOAT32
+        work = {"layer at work": group if recipe.device == "gpu" else 0}
+        yield self.moment("update", "the optimiser's step", {**gradients, **work})
+
+    def pair_moments(self) -> Iterator[Moment]:
+        """Stage rm: chosen and rejected answers of a micro-batch of pairs in one pass."""
+        recipe, actor = self.recipe, self.stay.actor
+        gradients = {"actor gradients": FLOAT32 * actor.parameters}
+        rows, length = 2 * recipe.per_device_train_batch_size, recipe.sequence
+        yield from self.pass_moments(
+            Pass("reward model", self.setting(rows, length, "actor"), actor, self.shape),
+            gathered=self.hidden(rows * length),  # of which the head reads one a row
+            loss=0,
+            chunk=0,
+            before=gradients if recipe.gradient_accumulation_steps > 1 else {},
+            after=gradients,
+        )
+        yield self.moment("update", "the optimiser's step", gradients)
+        rows = 2 * recipe.per_device_eval_batch_size
+        trunk = trunk_memory(self.shape, self.setting(rows, length, "actor"))
+        yield self.moment(
+            "score",
+            f"{rows} x {length} tokens",
+            {
+                "kept activations": actor.casts,
+                "layer at work": trunk.fixed + trunk.forward + self.tile,
+            },
+            evaluation=True,
+        )
+
+    def pass_moments(
+        self,
+        run: Pass,
+        *,
+        gathered: int,
+        loss: int,
+        chunk: int,
+        before: dict[str, int],
+        after: dict[str, int],
+        found: int = 0,
+    ) -> Iterator[Moment]:
+        """Forward, loss and backward of a trained trunk over one micro-batch.
+
+        `found` is there from an earlier pass; the hidden states that are `gathered` outlive the
+        pass, `loss` is there until the backward begins; the gradients are those `before` and
+        `after` it.
+        """
+        trunk = trunk_memory(run.shape, run.setting)
+        again = "checkpoint" in self.recipe.offloading
+        below = self.kept(trunk, run.trained.layers)
+        # Autocast's copies live as long as the pass, or the graph that multiplied by them.
+        casts = run.trained.casts
+        left = 0 if again else casts
+        work = trunk.forward - trunk.input if again else trunk.forward_kept
+        yield self.moment(
+            "update",
+            f"the {run.role}'s forward",
+            {
+                **before,
+                "kept activations": below + casts + found,
+                "layer at work": trunk.fixed + work + self.tile,
+            },
+        )
+        top = trunk.input if again else trunk.saved
+        held = below + left + top + trunk.norm_saved + gathered + loss + found
+        yield self.moment(
+            "update",
+            f"the {run.role}'s loss",
+            {**before, "kept activations": held, "head chunk": chunk},
+        )
+        if again:
+            layer = trunk.recompute + casts // max(run.trained.layers, 1)
+            peak = max(top + trunk.norm_backward, layer)
+        else:
+            peak = trunk.backward
+        # Gradients come layer by layer, as what was kept for them goes: the sum is highest at one
+        # of the ends.
+        layers = max(run.trained.layers, 1)
+        begun = {
+            row: before.get(row, 0) + (count - before.get(row, 0)) // layers
+            for row, count in after.items()
+        }
+        ends = {"backward": (begun, below), "backward, at its end": (after, 0)}
+        for name, (gradients, waiting) in ends.items():
+            yield self.moment(
+                "update",
+                f"the {run.role}'s {name}",
+                {
+                    **gradients,
+                    "kept activations": waiting + left + gathered + found,
+                    "layer at work": trunk.fixed + peak + self.tile,
+                },
+            )
+
+    def kept(self, trunk: TrunkMemory, layers: int) -> int:
+        """What a forward pass leaves on the device for its backward, the top layer's aside."""
+        mode, below = self.recipe.offloading, max(layers - 1, 0)
+        if mode == "checkpoint":
+            return below * trunk.input
+        if mode == "checkpoint+offload":  # the one that is next, on its way back
+            return min(below, 1) * trunk.input
+        if mode == "offload":
+            return min(below, 1) * trunk.saved
+        return max(below - 1, 0) * trunk.saved + min(below, 1) * trunk.saved_first
+
+    def host_bytes(self) -> int:
+        """What offloading keeps in pinned memory at a time."""
+        mode, recipe = self.recipe.offloading, self.recipe
+        if "offload" not in mode:
+            return 0
+        rows = recipe.per_device_train_batch_size * (2 if recipe.stage == "rm" else 1)
+        trunk = trunk_memory(self.shape, self.setting(rows, recipe.sequence, "actor"))
+        each = trunk.input if "checkpoint" in mode else trunk.saved
+        return self.stay.actor.layers * each
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A trained trunk and how it is run."""
+
+    role: str
+    setting: LayerSetting
+    trained: Trained
+    shape: ModelShape

@@ -1,0 +1,154 @@
+"""What the memory plan reads of a configuration, under the configuration's own names."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fastppo.model_shapes import ModelShape
+
+if TYPE_CHECKING:
+    from fastppo.config import Config
+
+# The defaults of fastppo/ops/head.py, which imports torch; a test holds them together.
+CHUNK_BYTES_CPU, CHUNK_BYTES_GPU = 80 << 20, 512 << 20
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run, as far as memory depends on it. Keys that a Config lacks have these defaults."""
+
+    stage: str = "ppo"
+    finetuning_type: str = "lora"
+    freeze_trainable_layers: int = 2
+    lora_rank: int = 8
+    lora_target: str = "all"
+    lora_layers: int | None = None
+    quantization_bit: int | None = None
+    bf16: bool = False
+    advantage: str = "gae"
+    kl_penalty: str = "kl"
+    critic: str = "adapter"
+    critic_model: str | None = None
+    critic_finetuning_type: str | None = None
+    ref_model: str | None = None
+    ref_model_quantization_bit: int | None = None
+    reward_model_quantization_bit: int | None = None
+    flash_attn: str = "auto"
+    disable_gradient_checkpointing: bool = False
+    activation_offloading: str | None = None
+    cutoff_len: int = 2048
+    max_new_tokens: int = 1024
+    per_device_train_batch_size: int = 8
+    per_device_eval_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    ppo_buffer_size: int = 1
+    eval_max_samples: int = 64
+    # What is not a key of its own name.
+    device: Literal["gpu", "cpu"] = "gpu"
+    own_dtype: str = "bfloat16"  # the checkpoint's
+    rewards: tuple[str, ...] = ("lora",)
+    reward_rank: int = 8
+    reward_target: str = "all"
+    reward_source: str = ""  # where its rank is from
+    generation_rows: int | None = None  # None: a step's prompts at once
+    chunk_bytes: int | None = None
+    compiled_ops: bool = True  # kernels, and not the operators' definition in PyTorch
+    mixed_lengths: bool = True  # rows of a batch differ in length
+
+    @property
+    def dtype(self) -> str:
+        """What the base is in: bf16 as asked, else the checkpoint's own on a GPU, or float32."""
+        if self.bf16:
+            return "bfloat16"
+        return self.own_dtype if self.device == "gpu" else "float32"
+
+    @property
+    def item(self) -> int:
+        """Bytes of an element of the base."""
+        return 4 if self.dtype == "float32" else 2
+
+    @property
+    def autocast(self) -> bool:
+        """Whether float32 adapters are cast for each pass."""
+        return self.item < 4
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether values are learned: the advantage estimators beside gae do without."""
+        return self.stage == "ppo" and self.advantage == "gae"
+
+    @property
+    def eager(self) -> bool:
+        """Attention that holds its probabilities."""
+        return self.flash_attn == "disabled"
+
+    @property
+    def sequence(self) -> int:
+        """The longest row of an update: prompt and response, or in stage rm both in cutoff_len."""
+        return self.cutoff_len + (self.max_new_tokens if self.stage == "ppo" else 0)
+
+    @property
+    def rollout_rows(self) -> int:
+        """Sequences that are sampled at a time."""
+        step = (
+            self.per_device_train_batch_size
+            * self.gradient_accumulation_steps
+            * self.ppo_buffer_size
+        )
+        return min(step, self.generation_rows or step)
+
+    @property
+    def resolved_chunk_bytes(self) -> int:
+        """The budget of the head's logits."""
+        default = CHUNK_BYTES_GPU if self.device == "gpu" else CHUNK_BYTES_CPU
+        return self.chunk_bytes or default
+
+    @property
+    def offloading(self) -> str:
+        """none, checkpoint, offload or checkpoint+offload; `auto` starts from checkpointing."""
+        if self.activation_offloading in (None, "auto"):
+            return "none" if self.disable_gradient_checkpointing else "checkpoint"
+        return str(self.activation_offloading)
+
+    def padded(self, rows: int) -> bool:
+        """Whether a batch has padding, and so attention a mask; a row alone never has."""
+        return rows > 1 and self.mixed_lengths
+
+    @classmethod
+    def of(cls, config: Config, shape: ModelShape, *, device: Literal["gpu", "cpu"]) -> Recipe:
+        """The recipe of a configuration on a base of `shape`."""
+        own = {f.name for f in fields(cls)} - {"device", "own_dtype", "rewards"}
+        values: dict[str, Any] = {n: getattr(config, n) for n in own if hasattr(config, n)}
+        rank, target, source = reward_adapters(config)
+        return cls(
+            **values,
+            device=device,
+            own_dtype=shape.dtype,
+            rewards=tuple(spec.kind for spec in config.rewards),
+            reward_rank=rank,
+            reward_target=target,
+            reward_source=source,
+        )
+
+
+def reward_adapters(config: Config) -> tuple[int, str, str]:
+    """Rank and target of the reward adapters, and where they are from; the largest of several.
+
+    The folders that stage rm wrote say; before they are there, the policy's own are assumed.
+    """
+    found = []
+    for folder in config.reward_adapters.values():
+        path = Path(folder) / "adapter_config.json"
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            target = data["target_modules"]
+            words = target if isinstance(target, str) else ",".join(target)
+            found.append((int(data["r"]), words, str(path)))
+        except (OSError, ValueError, KeyError, TypeError):  # preflight says what is wrong with it
+            continue
+    if found:
+        return max(found)
+    return config.lora_rank, config.lora_target, "assumed: the policy's own lora_rank"

@@ -1,0 +1,166 @@
+"""What stays on the device through a run: weights, adapters, optimiser state, by role."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from fastppo.allocations import FLOAT32
+from fastppo.model_shapes import ModelShape
+from fastppo.recipe import Recipe
+
+ADAM_STATES: Final = 2 * FLOAT32
+
+
+def weight_bytes(shape: ModelShape, item: int, bits: int | None) -> int:
+    """A frozen model: linear layers in `bits` where quantised, all else in `item` bytes.
+
+    4 bits: a block of 64 has a scale of one byte, and 256 of those a float32 of their own. 8 bits:
+    a float32 for each output.
+    """
+    if bits is None:
+        return shape.parameters * item
+    linear = shape.linear_parameters
+    rest = (shape.parameters - linear) * item
+    if bits == 4:
+        return rest + linear // 2 + linear // 64 + FLOAT32 * (linear // (64 * 256))
+    outputs = shape.layers * sum(out for _, out in shape.linears.values())
+    return rest + linear + FLOAT32 * outputs
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What of a role trains.
+
+    Attributes:
+        adapter: bytes beyond the base.
+        parameters: how many have a gradient and optimiser state.
+        casts: bytes of autocast's copies, alive while a pass runs.
+        rank: of the adapter; 0 is none.
+        layers: how many, from the top, the backward goes through.
+        whole: the layers' own weights train.
+    """
+
+    adapter: int = 0
+    parameters: int = 0
+    casts: int = 0
+    rank: int = 0
+    layers: int = 0
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The base, and the models beside it; None is the base's shape."""
+
+    base: ModelShape
+    reward: ModelShape | None = None
+    reference: ModelShape | None = None
+    critic: ModelShape | None = None
+
+    @property
+    def resolved_critic(self) -> ModelShape:
+        """The critic's own, or the base's."""
+        return self.critic or self.base
+
+
+@dataclass
+class Residents:
+    """Bytes by row, and what of the actor and the critic trains."""
+
+    recipe: Recipe
+    shapes: Shapes
+    rows: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        recipe, item = self.recipe, self.recipe.item
+        self.shape = self.shapes.base
+        self.actor = self.trained(self.shape, recipe.finetuning_type, recipe.lora_rank)
+        base = weight_bytes(self.shape, item, recipe.quantization_bit)
+        if self.actor.whole:  # what trains is float32 in place of the base's dtype
+            base += self.actor.parameters * (FLOAT32 - item)
+        self.rows["base weights"] = base
+        self.rows["actor adapter"] = self.actor.adapter
+        self.critic = Trained()
+        if recipe.stage == "ppo":
+            self.place_reference()
+            self.place_rewards()
+            if recipe.has_critic:
+                self.place_critic()
+        else:  # the reward model's head trains with it
+            self.actor = with_head(self.actor, self.shape)
+            self.rows["actor adapter"] += head_bytes(self.shape)
+        for role, trained in (("actor", self.actor), ("critic", self.critic)):
+            self.rows[f"{role} optimiser"] = ADAM_STATES * trained.parameters
+
+    def trained(self, shape: ModelShape, kind: str, rank: int) -> Trained:
+        """An adapter, some layers, or everything."""
+        recipe = self.recipe
+        casts = recipe.item if recipe.autocast else 0
+        if kind == "lora":
+            count = shape.lora_parameters(rank, recipe.lora_target, recipe.lora_layers)
+            layers = min(recipe.lora_layers or shape.layers, shape.layers)
+            return Trained(FLOAT32 * count, count, casts * count, rank, layers)
+        if kind == "freeze":
+            layers = min(abs(recipe.freeze_trainable_layers), shape.layers)
+            count = layers * shape.layer_parameters
+            deep = layers if recipe.freeze_trainable_layers > 0 else shape.layers
+            return Trained(0, count, casts * count, 0, deep, whole=True)
+        count = shape.parameters
+        return Trained(0, count, casts * count, 0, shape.layers, whole=True)
+
+    def place_reference(self) -> None:
+        """Adapters off, a frozen copy of what trains, or a model of its own."""
+        recipe, item = self.recipe, self.recipe.item
+        if recipe.ref_model is not None:
+            bits = recipe.ref_model_quantization_bit
+            self.rows["reference weights"] = weight_bytes(
+                self.shapes.reference or self.shape, item, bits
+            )
+        elif self.actor.whole:
+            self.rows["reference weights"] = self.actor.parameters * item
+
+    def place_rewards(self) -> None:
+        """Frozen adapters stay in the base's dtype; a function or an API is elsewhere."""
+        recipe, item = self.recipe, self.recipe.item
+        for kind in recipe.rewards:
+            if kind == "lora":
+                count = self.shape.lora_parameters(
+                    recipe.reward_rank, recipe.reward_target, recipe.lora_layers
+                )
+                row, size = "reward adapter", count * item + head_bytes(self.shape)
+            elif kind == "full":  # a classifier: the trunk, and a row in place of the head
+                bits = recipe.reward_model_quantization_bit
+                trunk = replace(self.shapes.reward or self.shape, tied=True)
+                row, size = "reward weights", weight_bytes(trunk, item, bits)
+            else:
+                continue
+            self.rows[row] = self.rows.get(row, 0) + size
+
+    def place_critic(self) -> None:
+        """A head, an adapter (the reward model's, to train on), or a model."""
+        recipe, shape, critic = self.recipe, self.shape, Trained()
+        if recipe.critic == "model":
+            shape = self.shapes.resolved_critic
+            kind = recipe.critic_finetuning_type or recipe.finetuning_type
+            bits = recipe.quantization_bit if kind == "lora" else None
+            critic = self.trained(shape, kind, recipe.lora_rank)
+            weights = weight_bytes(shape, recipe.item, bits)
+            if critic.whole:
+                weights += critic.parameters * (FLOAT32 - recipe.item)
+            self.rows["critic weights"] = weights
+        elif recipe.critic == "adapter":
+            rank = recipe.reward_rank if "lora" in recipe.rewards else recipe.lora_rank
+            critic = self.trained(shape, "lora", rank)
+        self.critic = with_head(critic, shape)
+        self.rows["critic adapter"] = self.critic.adapter + head_bytes(shape)
+
+
+def head_bytes(shape: ModelShape) -> int:
+    """A value head in float32."""
+    return FLOAT32 * (shape.hidden + 1)
+
+
+def with_head(trained: Trained, shape: ModelShape) -> Trained:
+    """The same with a value head that trains."""
+    return replace(trained, parameters=trained.parameters + shape.hidden + 1)
