@@ -5,23 +5,30 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from fastppo import __version__
 from fastppo.errors import TrainingStopped, UserError
 
+if TYPE_CHECKING:
+    from fastppo.config import Config
+
 HELP = f"""fastppo {__version__}: PPO for language models on one GPU, from LLaMA-Factory's YAML
 
-usage: fastppo-train CONFIG [key=value ...]
+usage: fastppo-train CONFIG [key=value ...] [--plan [--gpu SIZE]]
 
   CONFIG      a YAML or JSON file with stage: rm (a reward model from pairs) or
               stage: ppo (a policy from prompts and that reward model)
   key=value   overrides a key of the file, for example learning_rate=2e-5
 
+  --plan      print the memory that the run needs, by role and phase, and stop;
+              needs no GPU, no weights and no network
+  --gpu SIZE  what it has to fit into, for example 24GiB; the GPU here if left out
   --help      this text
   --version   the version
 
 docs/config.md lists every key. Exit codes: 0 done, 1 the run stopped itself,
-2 bad input (nothing was written), 130 interrupted.
+2 bad input (nothing was written), 3 the plan does not fit, 130 interrupted.
 """
 
 
@@ -35,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fastppo {__version__}")
         return 0
     try:
+        if "--plan" in arguments:
+            return plan(arguments)
         train(arguments)
     except UserError as error:
         print(f"fastppo-train: error: {one_line(error)}", file=sys.stderr)
@@ -53,10 +62,9 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def train(arguments: list[str]) -> None:
-    """Check everything that needs no model, then import what does."""
+def read_config(arguments: list[str]) -> Config:
+    """CONFIG and its overrides."""
     from fastppo.config import load_config
-    from fastppo.preflight import check
 
     if not arguments:
         raise UserError("no CONFIG; name a YAML file, for example examples/demo_ppo.yaml")
@@ -65,7 +73,28 @@ def train(arguments: list[str]) -> None:
         raise UserError(f"unknown option '{options[0]}'; keys are overridden as key=value")
     if arguments[0] == "train" and len(arguments) > 1:  # llamafactory-cli's habit
         arguments = arguments[1:]
-    config = load_config(arguments[0], arguments[1:])
+    return load_config(arguments[0], arguments[1:])
+
+
+def plan(arguments: list[str]) -> int:
+    """`--plan` with its `--gpu`; data, rewards and outputs need not be there."""
+    from fastppo import plan
+
+    gpu, rest, left = None, [], iter(arguments)
+    for argument in left:
+        name, equals, value = argument.partition("=")
+        if name == "--gpu":
+            gpu = value if equals else next(left, "")
+        elif argument != "--plan":
+            rest.append(argument)
+    return plan.run(read_config(rest), gpu)
+
+
+def train(arguments: list[str]) -> None:
+    """Check everything that needs no model, then import what does."""
+    from fastppo.preflight import check
+
+    config = read_config(arguments)
     records = check(config)
     quieten()
     # Reward functions and judges are importable from where the command runs.
