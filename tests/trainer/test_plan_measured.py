@@ -35,11 +35,11 @@ from fastppo.config import config_from_dict
 from fastppo.layer_memory import LayerSetting, trunk_memory
 from fastppo.memory import Plan, make_plan, predicted_peak
 from fastppo.model_shapes import TABLE, ModelShape, from_config
+from fastppo.offload_auto import wrap
 from fastppo.ops import head
 from fastppo.ops.backend import choose
 from fastppo.recipe import CHUNK_BYTES_CPU, CHUNK_BYTES_GPU, Recipe
 from fastppo.residents import Shapes
-from fastppo.roles import enable_checkpointing
 from fastppo.score import score
 from fastppo.types import Prompt, Rollout
 from fastppo.update import update
@@ -156,7 +156,7 @@ def test_a_trunk_allocates_what_its_layers_are_written_to(kind, dtype, attention
     targets = list(from_config(config.to_dict(), "here").linears)
     adapted = get_peft_model(base, LoraConfig(r=8, target_modules=targets)).train()
     if checkpointing:
-        enable_checkpointing(base)
+        wrap(base, "checkpoint", tokens=400)
     ids_BT = torch.randint(0, 128, (2, 200), generator=torch.Generator().manual_seed(0))
     mask_BT = torch.ones_like(ids_BT)
     mask_BT[0, 150:] = 0
