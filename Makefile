@@ -14,7 +14,7 @@ help:
 	@echo "make test       install, then the fast tests"
 	@echo "make test-all   all tests, the slow ones too"
 	@echo "make lint       ruff, and mypy on fastppo/ops and fastppo/config.py"
-	@echo "make bench      the operators against eager PyTorch"
+	@echo "make bench      the operators against bounds, eager PyTorch and torch.compile"
 	@echo "make gpu        where there is a GPU: its tests and measurements, into benchmarks/results"
 	@echo "make demo-data  make the demo's preference pairs anew"
 	@echo "make demo-seeds the demo's PPO over three seeds, into benchmarks/results"
