@@ -30,38 +30,50 @@ static inline Both read_both(
     double tau) {
   Both row;
   const Bits bits(tau);
-  float bent[2][BLOCK + LANES];
+  float bent[2][BLOCK + STEP];
   for (int64_t start = 0; start < vocab; start += BLOCK) {
-    const int64_t count = std::min(BLOCK, vocab - start), whole = count / LANES * LANES;
+    const int64_t count = std::min(BLOCK, vocab - start), stepped = count / STEP * STEP;
     Floats top = all(LOWEST), ref_top = all(LOWEST);
-    for (int64_t i = 0; i < count; i += LANES) {
-      const auto *p = x + start + i, *q = y + start + i;
-      Floats u = bend<SOFTCAP>(i < whole ? T::read(p) : read_tail<T>(p, count - i), softcap);
-      Floats v = bend<SOFTCAP>(i < whole ? T::read(q) : read_tail<T>(q, count - i), softcap);
+    // In the order of `statistics`, so that a row's numbers are those of token_logprobs to the bit.
+    auto see = [&](Floats x, Floats y, int64_t i) {
+      Floats u = bend<SOFTCAP>(x, softcap), v = bend<SOFTCAP>(y, softcap);
       store(bent[0] + i, u);
       store(bent[1] + i, v);
       top = larger(u, top);
       ref_top = larger(v, ref_top);
+    };
+    int64_t i = 0;
+    for (; i < stepped; i += 2 * LANES) {
+      Pair p = T::read_two(x + start + i), q = T::read_two(y + start + i);
+      see(p.a, q.a, i);
+      see(p.b, q.b, i + LANES);
+    }
+    for (; i < count; i += LANES) {
+      auto one = [&](const typename T::Storage* from) {
+        return i + LANES <= count ? T::read(from + i) : read_tail<T>(from + i, count - i);
+      };
+      see(one(x + start), one(y + start), i);
     }
     if (max_of(top) > row.mine.highest) row.raise_mine(max_of(top), tau);
     if (max_of(ref_top) > row.theirs.highest) row.raise_theirs(max_of(ref_top), tau);
     const float reference = row.mine.highest, ref_reference = row.theirs.highest;
-    Floats total = {}, weighted = {}, ref_total = {}, gap = {};
+    Floats total[4] = {}, weighted[4] = {}, ref_total[4] = {}, gap = {};
     Ints forbidden = {};
-    for (int64_t i = 0; i < count; i += LANES) {
+    for (i = 0; i < count; i += LANES) {
+      const int k = i < stepped ? i / LANES % 4 : 0;
       Floats u = load(bent[0] + i), v = load(bent[1] + i);
       Floats d = bits.difference(u, reference), c = bits.difference(v, ref_reference);
       Floats e = exp_of(d, bits);
-      total += e;
-      weighted += d * e;
-      ref_total += exp_of(c, bits);
+      total[k] += e;
+      weighted[k] += d * e;
+      ref_total[k] += exp_of(c, bits);
       Ints masked = v == -std::numeric_limits<float>::infinity();
       forbidden |= masked & (u > -std::numeric_limits<float>::infinity());
       gap += e * (masked ? Floats{} : d - c);
     }
-    row.mine.total += sum(total);
-    row.mine.weighted += sum(weighted);
-    row.theirs.total += sum(ref_total);
+    row.mine.total += sum(total[0] + total[1] + total[2] + total[3]);
+    row.mine.weighted += sum(weighted[0] + weighted[1] + weighted[2] + weighted[3]);
+    row.theirs.total += sum(ref_total[0] + ref_total[1] + ref_total[2] + ref_total[3]);
     row.gap += sum(gap);
     for (int lane = 0; lane < LANES; lane++) row.forbidden |= forbidden[lane] != 0;
   }
