@@ -471,7 +471,7 @@ def test_help_and_errors_answer_in_under_a_second_without_torch(project, argv):
 
 
 def test_bad_records_are_refused_without_torch_too(project):
-    write_json(project / "data" / "prompts.json", [{"input": "x"}])
+    write_json(project / "data" / "prompts.json", [{"output": "x"}])
     write(project, PPO)
     code = (
         "import sys; from fastppo.cli import main; main(['run.yaml']); "
