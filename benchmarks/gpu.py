@@ -334,7 +334,7 @@ def sweep(plan: Plan) -> list[dict[str, Any]]:
 
 def sweep_case(plan: Plan, vocab: int, dtype: torch.dtype) -> list[dict[str, Any]]:
     """One vocabulary and dtype."""
-    from fastppo.ops import launch
+    from fastppo.ops import launch, outputs
     from fastppo.ops.config import PolicyLossConfig
     from fastppo.ops.policy_loss import loss_arguments
 
@@ -359,7 +359,7 @@ def sweep_case(plan: Plan, vocab: int, dtype: torch.dtype) -> list[dict[str, Any
         grad_scale=None,
         ignore_index=-100,
     )
-    into = launch.empty_policy_outputs(plan.rows, logits.device)
+    into = outputs.empty_policy_outputs(plan.rows, logits.device)
     everything = slice(0, plan.rows)
     candidates = launch.CANDIDATES if plan.device == "cuda" else launch.CANDIDATES[:1]
     contenders = {

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers import Absent
+from fastppo.ops import workspace
 from fastppo.ops.backend import BACKENDS, choose
 
 Call = Callable[[], Any]
@@ -120,6 +121,7 @@ def allocations(call: Call) -> list[int]:
     They are the allocator's own events, neither samples nor the process's size. What a library
     takes past torch's allocator is not among them.
     """
+    workspace.release()  # what an earlier call left would not be seen
     activities = [torch.profiler.ProfilerActivity.CPU]
     profile = torch.profiler.profile(activities=activities, profile_memory=True)
     with quiet():

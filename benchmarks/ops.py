@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks import contenders as eager
 from benchmarks import peers
 from benchmarks.harness import TOLERANCE, Case, Contender, backends, compiled
-from fastppo.ops import PolicyLossConfig, policy_loss
+from fastppo.ops import PolicyLossConfig, policy_loss, workspace
 from fastppo.ops.policy_loss import loss_arguments
 from fastppo.ops.registry import OPS, Op, Shape
 from fastppo.ops.rows import DenseRows
@@ -75,21 +75,34 @@ def make_case(op: Op, shape: Shape, dtype: torch.dtype, quick: bool) -> Case:
         if not op.differentiable and "logits_NV" in inputs:
             bound = GIVEN  # it only reads
 
-    def add(name: str, function: Callable[..., Any], ours: bool = False, **keywords: Any) -> None:
+    def add(
+        name: str,
+        function: Callable[..., Any],
+        ours: bool = False,
+        bound: str = bound,
+        before: Callable[[], None] | None = None,
+        **keywords: Any,
+    ) -> None:
         own = eager.leaves(op, inputs)
-        case.add(
-            Contender(
-                name,
-                lambda: eager.step(op, function, own, **keywords),
-                lambda: eager.answer(op, function, own, **keywords),
-                bound,
-                ours,
-            )
-        )
+
+        def call() -> Any:
+            if before:
+                before()
+            return eager.step(op, function, own, **keywords)
+
+        answer = lambda: eager.answer(op, function, own, **keywords)  # noqa: E731
+        case.add(Contender(name, call, answer, bound, ours))
 
     runnable, others = backends(op.name, *(x for x in inputs.values() if torch.is_tensor(x)))
     for backend in runnable:
-        add(f"fastppo {backend}", op.function, ours=True, backend=backend)
+        ours = {"ours": True, "backend": backend}
+        if bound == FRESH and "logits_NV" in inputs:
+            # The gradient's memory is the last one's, which nobody has any more; and new.
+            add(f"fastppo {backend}", op.function, bound=GIVEN, **ours)
+            cold = f"fastppo {backend}, nothing kept"
+            add(cold, op.function, before=workspace.release, **ours)
+        else:
+            add(f"fastppo {backend}", op.function, **ours)
         if op.name == "policy_loss":
             case.add(in_place(inputs, backend))
             case.add(into_given(inputs, backend))

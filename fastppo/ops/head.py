@@ -13,9 +13,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from fastppo.ops import checks, native_library
+from fastppo.ops import checks
 from fastppo.ops.config import HeadLora
 from fastppo.ops.rows import ChunkKernel
+from fastppo.ops.workspace import fresh
 
 # A chunk re-reads the whole weight, and a GEMM of few rows is slow: so it is large, and more so on
 # a GPU. On a CPU this much is 130 rows of the largest vocabularies of today.
@@ -81,16 +82,6 @@ def chunk_slices(
     rows = max(1, (default if chunk_bytes is None else chunk_bytes) // (vocab * dtype.itemsize))
     count = -(-n // rows)
     return [slice(i * n // count, (i + 1) * n // count) for i in range(count)]
-
-
-def fresh(size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised memory for a chunk of logits."""
-    out = torch.empty(size, dtype=dtype, device=device)
-    if device.type == "cpu" and native_library.LIBRARY is not None:
-        from fastppo.ops import native
-
-        native.advise(out)
-    return out
 
 
 def full_precision(device: torch.device) -> torch.autocast:

@@ -20,12 +20,9 @@ from fastppo.kernels import score_tokens as score_tokens_kernels
 from fastppo.kernels import sums
 from fastppo.kernels import token_logprobs as token_logprobs_kernels
 from fastppo.ops.arguments import LossArguments, RowArguments
-from fastppo.ops.surrogate import PolicyMetrics
+from fastppo.ops.outputs import TERMS, PolicyOutputs, Statistics, rows_of
 
 AUTOTUNE: Final = os.environ.get("FASTPPO_AUTOTUNE") == "1"
-
-TERMS: Final = len(PolicyMetrics._fields) + 1  # the metrics, and the loss last
-_RATIO_MAX: Final = PolicyMetrics._fields.index("ratio_max")
 
 
 @dataclass(frozen=True)
@@ -104,11 +101,6 @@ def _launch(
         kernel[(n,)](*arguments, BLOCK=size.block, num_warps=warps_of(size), **meta)
 
 
-def rows_of(x_NV: Tensor) -> Tensor:
-    """The matrix with neighbouring logits side by side; a copy only where they were not."""
-    return x_NV if x_NV.shape[1] <= 1 or x_NV.stride(1) == 1 else x_NV.contiguous()
-
-
 def _temperature(rows: RowArguments) -> tuple[float | Tensor, int]:
     """The temperature and its kind: a float, a pointer to one, a pointer to one a row."""
     tau = rows.temperature_tensor
@@ -117,20 +109,6 @@ def _temperature(rows: RowArguments) -> tuple[float | Tensor, int]:
 
 def _common(rows: RowArguments) -> dict[str, Any]:
     return {"HAS_SOFTCAP": rows.softcap is not None, "TEMPERATURE_KIND": _temperature(rows)[1]}
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """(N,) each, float32; highest and total are between the kernels."""
-
-    logprob_N: Tensor
-    entropy_N: Tensor
-    highest_N: Tensor
-    total_N: Tensor
-
-
-def empty_statistics(n: int, device: torch.device) -> Statistics:
-    return Statistics(*(torch.empty(n, dtype=torch.float32, device=device) for _ in range(4)))
 
 
 def token_logprobs(
@@ -195,29 +173,6 @@ def token_logprobs_backward(
     )
     kernel = token_logprobs_kernels.token_logprobs_backward_kernel
     _launch(kernel, x_NV, arguments, config, **_common(rows))
-
-
-@dataclass(frozen=True)
-class PolicyOutputs:
-    """What the loss kernel writes besides the gradient: (N,) each, and (TERMS, N)."""
-
-    logprob_N: Tensor
-    entropy_N: Tensor
-    kl_N: Tensor
-    term_MN: Tensor
-
-    def sums(self) -> tuple[Tensor, Tensor]:
-        """The loss and the vector of metrics."""
-        return sum_rows(self.term_MN, maximum=_RATIO_MAX)
-
-
-def empty_policy_outputs(n: int, device: torch.device) -> PolicyOutputs:
-    # Tensors of their own: a registered op's results share no memory.
-    logprob_N, entropy_N, kl_N = (
-        torch.empty(n, dtype=torch.float32, device=device) for _ in range(3)
-    )
-    term_MN = torch.empty(TERMS, n, dtype=torch.float32, device=device)
-    return PolicyOutputs(logprob_N, entropy_N, kl_N, term_MN)
 
 
 def policy_loss(

@@ -16,7 +16,6 @@ from fastppo.ops.head import (
     Head,
     check_head,
     chunk_slices,
-    fresh,
     full_precision,
     logits_dtype_of,
 )
@@ -29,6 +28,7 @@ from fastppo.ops.score_tokens import (
     make_scorer,
     score_tokens_reference,
 )
+from fastppo.ops.workspace import fresh
 
 
 def linear_score_tokens(

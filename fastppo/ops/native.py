@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ctypes import byref
-from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -18,12 +17,10 @@ from fastppo.ops.native_library import (
     ScoresStruct,
     StatisticsStruct,
 )
-from fastppo.ops.surrogate import PolicyMetrics
+from fastppo.ops.outputs import PolicyOutputs, Statistics, rows_of
 
 DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 KL_KINDS: Final = {"k1": 0, "abs": 1, "k2": 2, "k3": 3}
-TERMS: Final = len(PolicyMetrics._fields) + 1  # the metrics, and the loss last
-_RATIO_MAX: Final = PolicyMetrics._fields.index("ratio_max")
 # A gradient that the last cache cannot hold is written past it.
 _STREAM_BYTES: Final = 32 << 20
 
@@ -31,11 +28,6 @@ _STREAM_BYTES: Final = 32 << 20
 def floats(x: Tensor) -> Tensor:
     """As the kernels read it: float32, side by side. The caller keeps it alive."""
     return x.detach().to(torch.float32).contiguous()
-
-
-def rows_of(x_NV: Tensor) -> Tensor:
-    """The matrix with neighbouring logits side by side; a copy only where they were not."""
-    return x_NV if x_NV.shape[1] <= 1 or x_NV.stride(1) == 1 else x_NV.contiguous()
 
 
 class Call:
@@ -93,21 +85,9 @@ def scalar(tensor: Tensor | None, value: float) -> float:
     return value if tensor is None else tensor.item()
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """(N,) each, float32; highest and total are between the kernels."""
-
-    logprob_N: Tensor
-    entropy_N: Tensor
-    highest_N: Tensor
-    total_N: Tensor
-
-    def struct(self) -> StatisticsStruct:
-        return StatisticsStruct(*(x.data_ptr() for x in vars(self).values()))
-
-
-def empty_statistics(n: int, device: torch.device) -> Statistics:
-    return Statistics(*(torch.empty(n, dtype=torch.float32, device=device) for _ in range(4)))
+def statistics_struct(into: Statistics) -> StatisticsStruct:
+    """Pointers to a call's statistics."""
+    return StatisticsStruct(*(x.data_ptr() for x in vars(into).values()))
 
 
 def token_logprobs(
@@ -120,7 +100,7 @@ def token_logprobs(
     """Statistics of rows `at`, whose logits `x_NV` are."""
     call = Call()
     given = call.rows(rows_of(x_NV), rows, at, live_N)
-    LIBRARY.fastppo_token_logprobs(byref(given), byref(into.struct()))
+    LIBRARY.fastppo_token_logprobs(byref(given), byref(statistics_struct(into)))
 
 
 def token_logprobs_backward(
@@ -138,32 +118,10 @@ def token_logprobs_backward(
     LIBRARY.fastppo_token_logprobs_backward(
         byref(call.rows(x_NV, rows, at, live_N)),
         byref(call.gradient(out_NV, x_NV)),
-        byref(stats.struct()),
+        byref(statistics_struct(stats)),
         call.floats(g_N),
         call.floats(h_N),
     )
-
-
-@dataclass(frozen=True)
-class PolicyOutputs:
-    """What the loss kernel writes besides the gradient: (N,) each, and (TERMS, N)."""
-
-    logprob_N: Tensor
-    entropy_N: Tensor
-    kl_N: Tensor
-    term_MN: Tensor
-
-    def sums(self) -> tuple[Tensor, Tensor]:
-        """The loss and the vector of metrics."""
-        found = sum_rows(self.term_MN, maximum=_RATIO_MAX)
-        return found[-1].clone(), found[:-1].clone()
-
-
-def empty_policy_outputs(n: int, device: torch.device) -> PolicyOutputs:
-    logprob_N, entropy_N, kl_N = (
-        torch.empty(n, dtype=torch.float32, device=device) for _ in range(3)
-    )
-    return PolicyOutputs(logprob_N, entropy_N, kl_N, torch.empty(TERMS, n, device=device))
 
 
 def policy_loss(
@@ -215,13 +173,14 @@ def score_tokens(
     )
 
 
-def sum_rows(x_MN: Tensor, *, maximum: int = -1) -> Tensor:
-    """The sum of each row; of row `maximum` the largest."""
+def sum_rows(x_MN: Tensor, *, maximum: int = -1) -> tuple[Tensor, Tensor]:
+    """The sum of the last row, and those of the others; of row `maximum` the largest."""
     out = torch.empty(x_MN.shape[0], dtype=torch.float32)
     LIBRARY.fastppo_sum_rows(
         x_MN.data_ptr(), x_MN.stride(0), x_MN.shape[0], x_MN.shape[1], maximum, out.data_ptr()
     )
-    return out
+    # Tensors of their own: a registered op's results share no memory.
+    return out[-1].clone(), out[:-1].clone()
 
 
 def scale_unless_one(x: Tensor, factor: Tensor, divisor: float | Tensor) -> None:
@@ -229,8 +188,3 @@ def scale_unless_one(x: Tensor, factor: Tensor, divisor: float | Tensor) -> None
     ratio = (factor / divisor).item()
     if ratio != 1.0:
         x.mul_(ratio)
-
-
-def advise(fresh: Tensor) -> None:
-    """Ask for huge pages behind memory that nothing has touched yet: 512 times fewer faults."""
-    LIBRARY.fastppo_advise(fresh.data_ptr(), fresh.numel() * fresh.element_size())

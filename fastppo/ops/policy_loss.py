@@ -22,6 +22,7 @@ from fastppo.ops.token_logprobs import (
     log_probs_reference,
     make_logits,
 )
+from fastppo.ops.workspace import fresh_like
 
 
 class PolicyLoss(NamedTuple):
@@ -239,18 +240,10 @@ def saved_settings(ctx: Any, arguments: LossArguments, backend: str) -> None:
 def _forward(logits_NV: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     """Loss, log-prob, entropy, KL, metrics, and the gradient of the logits (empty if unwanted)."""
     *values, need_grad, backend = flat
-    grad_NV = _grad_buffer(logits_NV, need_grad)
-    if backend == "native":
-        row_kernels(backend).advise(grad_NV)
+    grad_NV = fresh_like(logits_NV) if need_grad else logits_NV.new_empty(0)
     rows = DenseRows(logits_NV, grad_NV)
     outputs = sweep(rows, LossArguments.of(tuple(values)), logits_NV, need_grad, backend)
     return (*outputs, grad_NV)
-
-
-def _grad_buffer(logits_NV: Tensor, need_grad: bool) -> Tensor:
-    if not need_grad:
-        return logits_NV.new_empty(0)
-    return torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
 
 
 def fake_outputs(like: Tensor, n: Any) -> tuple[Tensor, ...]:
@@ -262,7 +255,8 @@ def fake_outputs(like: Tensor, n: Any) -> tuple[Tensor, ...]:
 
 @_forward.register_fake
 def _(logits_NV: Tensor, *flat: Any) -> tuple[Tensor, ...]:
-    return (*fake_outputs(logits_NV, logits_NV.shape[0]), _grad_buffer(logits_NV, flat[-2]))
+    grad_NV = logits_NV.new_empty(logits_NV.shape if flat[-2] else 0)
+    return (*fake_outputs(logits_NV, logits_NV.shape[0]), grad_NV)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

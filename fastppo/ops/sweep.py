@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastppo.ops import checks
+from fastppo.ops import checks, outputs
 from fastppo.ops.arguments import LossArguments, RowArguments
 from fastppo.ops.backend import row_kernels
 from fastppo.ops.rows import (
@@ -70,7 +70,7 @@ def visit_statistics(
     n = rows.token_N.numel()
     if backend != "torch":
         kernels = row_kernels(backend)
-        into = kernels.empty_statistics(n, like.device)
+        into = outputs.empty_statistics(n, like.device)
         visited.visit(
             lambda at, x, _: kernels.token_logprobs(x, rows, at, into, weight_N), write=False
         )
@@ -98,7 +98,7 @@ def visit_gradient(
     """The gradient of every row for those of its log-prob and entropy."""
     if backend != "torch":
         kernels = row_kernels(backend)
-        into = kernels.Statistics(*stats)
+        into = outputs.Statistics(*stats)
 
         def kernel(at: slice, x: Tensor, out: Tensor | None) -> None:
             assert out is not None
@@ -121,11 +121,11 @@ def sweep(
         return _sweep_by_sequence(rows, arguments, like, need_grad, backend)
     if backend != "torch":
         kernels = row_kernels(backend)
-        into = kernels.empty_policy_outputs(arguments.rows.token_N.numel(), like.device)
+        into = outputs.empty_policy_outputs(arguments.rows.token_N.numel(), like.device)
         rows.visit(
             lambda at, x, out: kernels.policy_loss(x, out, arguments, at, into), write=need_grad
         )
-        loss, metrics = into.sums()
+        loss, metrics = kernels.sum_rows(into.term_MN, maximum=outputs.RATIO_MAX)
         return loss, into.logprob_N, into.entropy_N, into.kl_N, metrics
     dtype = checks.stat_dtype(like)
     spec, inputs = arguments.prepare(dtype)

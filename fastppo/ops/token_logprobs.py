@@ -10,12 +10,13 @@ from torch.autograd.function import once_differentiable
 
 from fastppo.ops import checks
 from fastppo.ops.arguments import RowArguments, row_arguments
-from fastppo.ops.backend import choose, row_kernels
+from fastppo.ops.backend import choose
 from fastppo.ops.registry import Op, Shape, register
 from fastppo.ops.rows import (
     DenseRows,
 )
 from fastppo.ops.sweep import Statistics, visit_gradient, visit_statistics
+from fastppo.ops.workspace import fresh_like
 
 
 class TokenLogprobs(NamedTuple):
@@ -106,9 +107,7 @@ def _(logits_NV: Tensor, *flat: Any) -> Statistics:
 def _backward(g_N: Tensor | None, h_N: Tensor | None, logits_NV: Tensor, *flat: Any) -> Tensor:
     """One sweep: the gradient of the logits; nothing else of size N x V is made."""
     rows, stats, backend = RowArguments(*flat[:5]), flat[5:9], flat[9]
-    grad_NV = torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
-    if backend == "native":
-        row_kernels(backend).advise(grad_NV)
+    grad_NV = fresh_like(logits_NV)
     live_N = rows.token_N != rows.ignore_index
     visited = DenseRows(logits_NV, grad_NV)
     visit_gradient(visited, rows, logits_NV, backend, stats, g_N, h_N, live_N=live_N)

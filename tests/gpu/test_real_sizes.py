@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastppo.ops import launch, policy_loss, token_logprobs
+from fastppo.ops import launch, outputs, policy_loss, token_logprobs
 from fastppo.ops.registry import OPS, Shape
 from tests.ops.oracle import check, place
 
@@ -75,11 +75,11 @@ def test_in_place_is_no_race(vocab, warps):
     arguments = _arguments(logits, inputs)
     everything = slice(0, n)
     apart = torch.empty_like(logits)
-    first = launch.empty_policy_outputs(n, logits.device)
+    first = outputs.empty_policy_outputs(n, logits.device)
     launch.policy_loss(logits, apart, arguments, everything, first, config)
     for _ in range(200):
         together = logits.clone()
-        into = launch.empty_policy_outputs(n, logits.device)
+        into = outputs.empty_policy_outputs(n, logits.device)
         launch.policy_loss(together, together, arguments, everything, into, config)
         assert torch.equal(together, apart)
         assert torch.equal(into.term_MN, first.term_MN)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from fastppo.ops import workspace
 from fastppo.ops.backend import available
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -27,6 +28,7 @@ def poisoned() -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(1).isnan().all()
+    workspace.release()
     yield
     torch.use_deterministic_algorithms(before)
 

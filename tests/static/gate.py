@@ -71,8 +71,9 @@ class Reading:
 
 
 def cases() -> Iterator[Case]:
-    from fastppo.ops.launch import PAIR_CONFIGS, ROW_CONFIGS, TERMS
+    from fastppo.ops.launch import PAIR_CONFIGS, ROW_CONFIGS
     from fastppo.ops.launch_tokens import BLOCK, SCAN_BLOCK
+    from fastppo.ops.outputs import TERMS
 
     row = {"TEMPERATURE_KIND": 2}
     loss = {

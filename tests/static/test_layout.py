@@ -67,10 +67,12 @@ INFRASTRUCTURE = {
     "native",
     "native_library",
     "native_tokens",
+    "outputs",
     "registry",
     "rows",
     "surrogate",
     "sweep",
+    "workspace",
 }
 
 
