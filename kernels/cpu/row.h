@@ -83,6 +83,15 @@ struct Kept {
 // left, then one by one: every sweep over a block sees its logits in this order.
 constexpr int64_t STEP = 4 * LANES;
 
+// The lines of the logits that come next are asked for while there is arithmetic to do: the
+// processor's own prefetching ends where a page does. Past the end of memory it does nothing.
+constexpr int64_t AHEAD = 2 * BLOCK;
+
+template <int64_t BYTES>
+static inline void prefetch(const void* p) {
+  for (int64_t i = 0; i < BYTES; i += 64) __builtin_prefetch((const char*)p + i);
+}
+
 template <class T, bool SOFTCAP, bool KEEP>
 static inline Statistics statistics(
     const typename T::Storage* x, int64_t vocab, float softcap, double tau, Kept kept) {
@@ -126,6 +135,7 @@ static inline Statistics statistics(
       return SOFTCAP ? Pair{load(bent + i), load(bent + i + LANES)} : T::read_two(from + i);
     };
     for (i = 0; i + STEP <= count; i += STEP) {
+      prefetch<STEP * sizeof *x>(from + i + AHEAD);
       Pair p = two(i), q = two(i + 2 * LANES);
       add(p.a, i, 0);
       add(p.b, i + LANES, 1);
@@ -201,8 +211,8 @@ static inline void write_gradient(const Gradient<T, O>& row) {
   }
   if (row.token >= 0 && row.token < row.vocab) {
     const double d = std::max((double)row.u_sampled - highest, (double)bits.least);
-    double dx =
-        slopes.g - std::exp(d / row.tau) / row.total * (slopes.a + (ENTROPY ? slopes.b * d : 0.0));
+    const double p = d == bits.least ? 0.0 : std::exp(d / row.tau) / row.total;
+    double dx = slopes.g - p * (slopes.a + (ENTROPY ? slopes.b * d : 0.0));
     if (SOFTCAP) {
       double t = std::max(row.u_sampled, -row.softcap) / row.softcap;
       dx *= 1 - t * t;
