@@ -12,6 +12,7 @@ from fastppo.reward_api import FIRST_WAIT, LONGEST_WAIT, MAX_ANSWER, TOKEN
 
 ROOT = Path(__file__).resolve().parents[2]
 PPO = (ROOT / "docs" / "ppo.md").read_text(encoding="utf-8")
+PITFALLS = (ROOT / "docs" / "pitfalls.md").read_text(encoding="utf-8")
 
 
 def squeezed(text: str) -> str:
@@ -28,7 +29,7 @@ def test_every_line_of_code_that_ppo_md_quotes_is_in_the_file_it_names():
 
 
 def test_every_item_of_the_checklist_names_a_test_that_is_there():
-    rows = re.findall(r"^\| (\d+) \|.*\| `(test_\w+)` \|$", PPO, flags=re.MULTILINE)
+    rows = re.findall(r"^\| (\d+) \|.*\| `(test_\w+)` \|$", PITFALLS, flags=re.MULTILINE)
     assert [int(number) for number, _ in rows] == list(range(1, 49))
     tests = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/**/test_*.py"))
     missing = [name for _, name in rows if f"def {name}(" not in tests]
