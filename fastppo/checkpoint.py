@@ -1,4 +1,4 @@
-"""Folders that plain PEFT and LLaMA-Factory read: adapter at the root, value head, tokenizer."""
+"""Folders that PEFT, transformers and LLaMA-Factory read: adapter or model, head, tokenizer."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from fastppo.advantage import RunningScore
 from fastppo.errors import UserError
-from fastppo.roles import VALUE_HEAD_FILE, value_head_state
+from fastppo.heads import VALUE_HEAD_FILE, value_head_state
 
 if TYPE_CHECKING:
     from fastppo.state import State
@@ -23,24 +23,51 @@ if TYPE_CHECKING:
 TRAINING_STATE = "training_state.pt"
 
 
-def save_adapter(model: PeftModel, head: nn.Linear | None, tokenizer: Any, folder: Path) -> None:
-    """The adapter `default` and a value head: all that a reward model is."""
-    folder.mkdir(parents=True, exist_ok=True)
-    # False: whether the embeddings were resized is known here, and PEFT would ask the hub.
-    model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
+def save_model(
+    model: nn.Module,
+    head: nn.Linear | None,
+    tokenizer: Any,
+    folder: Path,
+    adapter: str = "default",
+) -> None:
+    """The adapter that trained, or the whole model where there is none; head and tokenizer."""
+    save_weights(model, folder, adapter)
     if head is not None:
         save_file(value_head_state(head), folder / VALUE_HEAD_FILE)
     tokenizer.save_pretrained(str(folder))
 
 
+def save_weights(model: nn.Module, folder: Path, adapter: str = "default") -> None:
+    """`default` at the root of `folder`, another adapter below it; a model at the root."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, PeftModel):
+        # False: whether the embeddings were resized is known here, and PEFT would ask the hub.
+        model.save_pretrained(str(folder), selected_adapters=[adapter], save_embedding_layers=False)
+        return
+    # What trains is float32 even where the base was loaded in bfloat16; on disk it is all of the
+    # base's dtype, which is what anybody would load it in.
+    dtype = model.config.dtype
+    cast: dict[int, Tensor] = {}  # by parameter, so that tied weights stay tied
+    state = {
+        name: cast.setdefault(id(value), value.detach().to(dtype))
+        if value.is_floating_point()
+        else value
+        for name, value in model.state_dict(keep_vars=True).items()
+    }
+    model.save_pretrained(str(folder), state_dict=state)
+    model.config.dtype = dtype  # save_pretrained notes that of the parameters
+    model.config.save_pretrained(str(folder))
+
+
 def save(state: State, folder: Path) -> None:
-    """Actor at the root, where plain PEFT looks; the critic's adapter, if it has one, below it."""
+    """Actor at the root, where plain PEFT looks; the critic, if it has its own weights, below."""
     roles = state.roles
-    save_adapter(roles.model, roles.critic_head, state.tokenizer, folder)
-    if roles.has_critic and not roles.shares_trunk:
-        roles.model.save_pretrained(
-            str(folder), selected_adapters=["critic"], save_embedding_layers=False
-        )
+    save_model(roles.model, roles.critic_head, state.tokenizer, folder)
+    if roles.critic_head is not None and not roles.shares_trunk:
+        critic, below = roles.seats["critic"], folder / "critic"
+        below.mkdir(exist_ok=True)
+        save_weights(critic.model, folder if critic.adapter else below, "critic")
+        save_file(value_head_state(roles.critic_head), below / VALUE_HEAD_FILE)
     record = {"global_step": state.step, "log_history": state.metrics.rows}
     text = json.dumps(record, indent=2, ensure_ascii=False)
     (folder / "trainer_state.json").write_text(text + "\n", encoding="utf-8")
@@ -97,8 +124,8 @@ def resume(state: State, folder: Path) -> None:
     parameters = trained(state)
     if [p.shape for p in parameters] != [p.shape for p in saved["trained"]]:
         raise UserError(
-            f"resume_from_checkpoint {folder}: its adapters have other shapes; keep lora_rank, "
-            "lora_target, critic and advantage as they were"
+            f"resume_from_checkpoint {folder}: what trained there has other shapes; keep "
+            "lora_rank, lora_target, finetuning_type, critic and advantage as they were"
         )
     for parameter, value in zip(parameters, saved["trained"], strict=True):
         parameter.copy_(value)

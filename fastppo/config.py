@@ -17,12 +17,13 @@ from fastppo.config_data import DATA_LISTS, DataKeys
 from fastppo.config_file import parse_override, read_file
 from fastppo.config_key import HF, LF, OWN, Above0, Finite, NonNegative, Positive, Share, key
 from fastppo.config_ppo import ALIASES, ELSEWHERE, TRL_IGNORED, PPOKeys
+from fastppo.config_roles import ROLES_LISTS, RolesKeys, check_roles
 from fastppo.errors import UserError
 from fastppo.offload_config import check_offload
 from fastppo.reward_spec import RewardSpec, check_function_name, check_kind, reward_specs, split
 
 
-class Config(DataKeys, PPOKeys):
+class Config(DataKeys, PPOKeys, RolesKeys):
     """One run, as its YAML file describes it. Frozen; checked; one sentence a key."""
 
     stage: Literal["rm", "ppo"] = key(..., LF, "rm trains a reward model from pairs, ppo a policy.")
@@ -42,10 +43,15 @@ class Config(DataKeys, PPOKeys):
         False, LF, "Run code that comes with the model; off unless asked."
     )
     flash_attn: Literal["auto", "sdpa", "disabled", "fa2"] = key(
-        "auto", LF, "Attention: auto and sdpa are PyTorch's, disabled is eager, fa2 is flash-attn."
+        "auto",
+        LF,
+        "Attention: fa2 is flash-attn, sdpa PyTorch's, disabled eager; auto is fa2 where it can "
+        "run, else sdpa.",
     )
 
-    finetuning_type: Literal["lora"] = key("lora", LF, "How the policy trains.")
+    finetuning_type: Literal["lora", "freeze", "full"] = key(
+        "lora", LF, "What of the policy trains: adapters, some layers, or all."
+    )
     lora_rank: Positive = key(8, LF, "Rank of the adapters.")
     lora_alpha: Positive | None = key(None, LF, "Scale of the adapters; null is twice the rank.")
     lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = key(
@@ -83,10 +89,11 @@ class Config(DataKeys, PPOKeys):
     reward_api_retries: Annotated[int, Field(ge=0, le=100)] = key(
         5, OWN, "Attempts after the first, with waits that double from half a second up to 30."
     )
-    critic: Literal["adapter", "shared"] = key(
+    critic: Literal["adapter", "shared", "model"] = key(
         "adapter",
         OWN,
-        "adapter is an adapter and head of its own, shared a head on the actor's trunk.",
+        "adapter has an adapter and head of its own, shared a head on the actor's trunk, model a "
+        "whole model.",
     )
     value_head_init: Literal["reward", "zeros"] = key(
         "reward", OWN, "Where the critic's head starts: from the reward model's, or at 0."
@@ -145,7 +152,7 @@ class Config(DataKeys, PPOKeys):
     stream_frozen: bool = key(
         False,
         OWN,
-        "Whole frozen models beside the base (reward_model_type: full) lie in host memory and "
+        "Whole frozen models beside the base (ref_model, reward_model_type: full) lie in host memory and "
         "pass through the device layer by layer, see docs/offload.md.",
     )
     optim: (
@@ -259,6 +266,7 @@ class Config(DataKeys, PPOKeys):
                 raise ValueError(f"{name}: is empty or no path; give it a value")
         if self.eval_judge is not None:
             check_function_name(self.eval_judge, "eval_judge")
+        check_roles(self)
         for name in ("min_new_tokens", "min_response_length"):
             if getattr(self, name) > self.max_new_tokens:
                 raise ValueError(f"{name}: is above max_new_tokens; lower it")
@@ -307,14 +315,7 @@ IGNORED = {
 }
 # Keys that ask for what is not done: the value that is harmless, and what to use instead.
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "additional_target": ((None,), "adapters train nothing but themselves; leave it out"),
-    "adapter_name_or_path": (
-        (None,),
-        "start from a merged model: merge the adapter into its base first",
-    ),
-    "create_new_adapter": ((False, None), "start from a merged model; leave it out"),
     "deepspeed": ((None,), "fastppo trains on one device; leave it out"),
-    "freeze_trainable_layers": ((2, None), "use finetuning_type: lora"),
     "eval_on_each_dataset": (
         (False, None),
         "evaluation is over all of eval_dataset together; evaluate one set a run",
@@ -329,8 +330,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "pissa_init": ((False, None), "the reference is the base with adapters off; leave it out"),
     "push_to_hub": ((False, None), "upload output_dir with the hub's own command"),
     "pure_bf16": ((False, None), "use bf16: true: adapters train in float32"),
-    "quantization_bit": ((None,), "the base is not quantised; leave it out"),
-    "ref_model": ((None,), "the reference is the base with adapters off; leave it out"),
     "streaming": ((False, None), "data is read whole; leave it out"),
     "tokenized_path": ((None,), "records are encoded at the start of each run; leave it out"),
     "tool_format": ((None,), "tool calls are not supported; leave it out"),
@@ -345,17 +344,20 @@ COMMA_LISTS = (
     "reward_model",
     "reward_model_type",
     "reward_model_adapters",
+    *ROLES_LISTS,
 )
 NOT_HERE = {
     **{
         ("stage", name): f"fastppo trains stage rm and stage ppo; for {name} use another trainer"
         for name in ("sft", "pt", "dpo", "kto")
     },
-    ("finetuning_type", "full"): "not supported; use finetuning_type: lora",
-    ("finetuning_type", "freeze"): "not supported; use finetuning_type: lora",
     ("finetuning_type", "oft"): "not supported; use finetuning_type: lora",
     ("kl_loss_type", "kl"): "its gradient is 0 on average; use low_var_kl or mse",
     ("kl_loss_type", "full"): "exact KL is for the reward (kl_penalty); use low_var_kl or mse",
+    **{
+        ("quantization_method", name): "not supported; use bnb, or leave it out"
+        for name in ("gptq", "awq", "aqlm", "quanto", "eetq", "hqq", "mxfp4", "fp8")
+    },
 }
 
 

@@ -113,7 +113,7 @@ def first_lines(state: State, steps: int) -> None:
         table.add_row(role, weights, f"{count:,}")
     console.print(table)
     console.print(f"  writes {config.output_dir} and {config.metrics_dir}/")
-    for line in notices(config, steps):
+    for line in [*state.roles.notes, *notices(config, steps)]:
         console.print(f"  [yellow]note:[/yellow] {line}")
 
 

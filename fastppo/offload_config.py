@@ -25,6 +25,16 @@ def micro_batch_tokens(config: Config) -> int:
     return rows * (config.cutoff_len + config.max_new_tokens)
 
 
+def reference_streams(config: Config) -> bool:
+    """Whether ref_model passes through the device: asked to, not in few bits, nothing on it trains.
+
+    With freeze and full a critic that is an adapter trains on it.
+    """
+    trains = config.finetuning_type != "lora" and config.critic == "adapter" and config.has_critic
+    whole = config.ref_model is not None and config.ref_model_quantization_bit is None
+    return config.stream_frozen and whole and not trains
+
+
 def check_offload(config: Config) -> None:
     """Refuse keys that contradict each other.
 
@@ -41,15 +51,16 @@ def check_offload(config: Config) -> None:
             f"use_unsloth_gc: contradicts activation_offloading: {mode}; leave one of them out"
         )
     if config.stream_frozen:
-        if not any(reward.kind == "full" for reward in config.rewards):
-            raise ValueError(
-                "stream_frozen: no role has a whole model of its own here, all run on the base; "
-                "leave it out"
-            )
-        if config.reward_model_quantization_bit is not None:
+        full = any(reward.kind == "full" for reward in config.rewards)
+        if full and config.reward_model_quantization_bit is not None:
             raise ValueError(
                 "stream_frozen: a model in few bits does not stream; leave it or "
                 "reward_model_quantization_bit out"
+            )
+        if not full and not reference_streams(config):
+            raise ValueError(
+                "stream_frozen: no role has a whole model of its own here that is frozen and not "
+                "in few bits; leave it out"
             )
     if config.offload_dir and mode in ("none", "checkpoint") and not config.stream_frozen:
         raise ValueError(

@@ -34,7 +34,10 @@ def check(config: Config) -> Records:
 def check_files(config: Config) -> Records:
     """What lies on disk, or should."""
     check_packages(config)
-    check_model(config)
+    for key in ("model_name_or_path", "ref_model", "critic_model"):
+        check_model(config, key)
+    for key in ("adapter_name_or_path", "ref_model_adapters"):
+        check_adapters(config, key)
     check_rewards(config)
     check_output_dir(config)
     return read_records(config)
@@ -42,32 +45,33 @@ def check_files(config: Config) -> Records:
 
 def check_packages(config: Config) -> None:
     """Optional packages that the file asks for are there."""
-    for key, asked, package, extra in (
-        ("report_to", config.report_to, config.report_to, "tracking"),
-        (
-            "flash_attn",
-            config.flash_attn if config.flash_attn == "fa2" else "none",
-            "flash_attn",
-            "flash-attn",
-        ),
-        (
+    quantised = [
+        (key, str(bits), "bitsandbytes", "quantization")
+        for key in (
+            "quantization_bit",
+            "ref_model_quantization_bit",
             "reward_model_quantization_bit",
-            config.reward_model_quantization_bit or "none",
-            "bitsandbytes",
-            "quantization",
-        ),
-        (
-            "optim",
-            config.optim if config.optim and "adamw_torch" not in config.optim else "none",
-            "bitsandbytes",
-            "quantization",
-        ),
+        )
+        if (bits := getattr(config, key)) is not None
+    ]
+    attention = [("flash_attn", "fa2", "flash_attn", "flash-attn")]
+    trackers = [("report_to", config.report_to, config.report_to, "tracking")]
+    optimisers = [("optim", config.optim, "bitsandbytes", "quantization")]
+    for key, asked, package, extra in (
+        *(trackers if config.report_to != "none" else []),
+        *(attention if config.flash_attn == "fa2" else []),
+        *(optimisers if config.optim and "adamw_torch" not in config.optim else []),
+        *quantised,
     ):
-        if asked != "none" and importlib.util.find_spec(package) is None:
+        if importlib.util.find_spec(package) is None:
             raise UserError(
                 f"{config.source}: {key}: {asked} needs a package that is not installed; "
                 f"pip install 'fastppo[{extra}]', or leave {key} out"
             )
+    if config.flash_attn == "fa2" and not config.bf16:
+        raise UserError(
+            f"{config.source}: flash_attn: fa2 computes in 16 bits; set bf16: true, or use auto"
+        )
 
 
 def looks_local(name: str) -> bool:
@@ -86,26 +90,45 @@ def read_json_file(path: Path, what: str) -> dict[str, Any]:
     return data
 
 
-def check_model(config: Config) -> None:
+def check_model(config: Config, key: str) -> None:
     """A local model folder has to be one."""
-    name = config.model_name_or_path
-    folder = Path(name)
-    if not looks_local(name):
+    name = getattr(config, key)
+    if name is None or not looks_local(name):
         return
+    folder = Path(name)
     if not folder.is_dir():
         raise UserError(
-            f"{config.source}: model_name_or_path: no folder {name}; check the path, or name a "
-            f"model on "
-            "the hub as owner/name"
+            f"{config.source}: {key}: no folder {name}; check the path, or name a model on the hub "
+            "as owner/name"
         )
-    gguf = config.model_gguf_file
+    gguf = config.model_gguf_file if key == "model_name_or_path" else None
     if gguf and not (folder / gguf).is_file():
         raise UserError(f"{config.source}: model_gguf_file: no {gguf} in {name}; check its name")
-    if not (folder / "config.json").is_file() and not config.model_gguf_file:
+    if not (folder / "config.json").is_file() and not gguf:
+        adapter = " (it holds an adapter)" if (folder / "adapter_config.json").is_file() else ""
         raise UserError(
-            f"{config.source}: model_name_or_path: {name} has no config.json; name a folder that "
+            f"{config.source}: {key}: {name} has no config.json{adapter}; name a folder that "
             "save_pretrained wrote"
         )
+
+
+def check_adapters(config: Config, key: str) -> None:
+    """Every adapter of a comma list that is not on the hub is a folder that PEFT wrote."""
+    names = getattr(config, key)
+    for name in [] if names is None else split(names):
+        folder = Path(name)
+        if not folder.is_dir():
+            if folder.parent.is_dir():  # owner/name on the hub has no such parent
+                raise UserError(f"{config.source}: {key}: no folder {folder}; check the path")
+            continue
+        read = folder / "adapter_config.json"
+        weights = [folder / f"adapter_model.{end}" for end in ("safetensors", "bin")]
+        if not read.is_file() or not any(path.is_file() for path in weights):
+            raise UserError(
+                f"{config.source}: {key}: {folder} has no adapter (adapter_config.json and "
+                "adapter_model.safetensors); name a folder that PEFT wrote"
+            )
+        read_json_file(read, f"{config.source}: {key}")
 
 
 def check_rewards(config: Config) -> None:
@@ -216,10 +239,16 @@ def check_output_dir(config: Config) -> None:
         for above in (place, *place.parents):
             if above.exists() and not above.is_dir():
                 raise UserError(f"{config.source}: {key}: {above} is a file; name a folder")
-    sources = [("model_name_or_path", config.model_name_or_path)]
-    sources += [("reward_model", spec.target) for spec in config.rewards if spec.kind != "api"]
+    adapters = [] if config.adapter_name_or_path is None else split(config.adapter_name_or_path)
+    sources = [
+        ("model_name_or_path", config.model_name_or_path),
+        ("ref_model", config.ref_model),
+        ("critic_model", config.critic_model),
+        *(("reward_model", spec.target) for spec in config.rewards if spec.kind != "api"),
+        *(("adapter_name_or_path", name) for name in adapters),
+    ]
     for key, name in sources:
-        if Path(name).exists() and Path(name).resolve() == folder.resolve():
+        if name and Path(name).exists() and Path(name).resolve() == folder.resolve():
             raise UserError(f"{config.source}: output_dir: is {key} itself; name another")
     wanted = config.resume_from_checkpoint
     if isinstance(wanted, str) and not (Path(wanted) / "training_state.pt").is_file():

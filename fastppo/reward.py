@@ -112,7 +112,7 @@ def make_reward(
             folder = Path(spec.target)
             parts.append(AdapterReward(roles, folder, template, size, next(adapters)))
         elif spec.kind == "full":
-            full = load_full(spec.target, config, roles.device, tokenizer, template)
+            full = load_full(spec.target, config, roles.device, template)
             if isinstance(full, ClassifierReward):
                 full.encode(prompts[0], "")
             parts.append(full)

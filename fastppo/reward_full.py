@@ -18,10 +18,12 @@ from transformers import (
     BitsAndBytesConfig,
 )
 
+from fastppo.base import attention, check_same_tokens
 from fastppo.errors import UserError
+from fastppo.heads import load_value_head
+from fastppo.loading import LOAD_ERRORS, first_line
 from fastppo.reward_head import HeadReward
 from fastppo.reward_spec import HEAD_FILES, split
-from fastppo.roles import LOAD_ERRORS, attention, first_line, load_value_head
 from fastppo.streaming import place_frozen
 from fastppo.types import Prompt, Rollout
 
@@ -113,7 +115,7 @@ def head_folder(name: str, config: Config) -> Path | None:
 
 
 def load_full(
-    name: str, config: Config, device: torch.device, tokenizer: Any, template: Template
+    name: str, config: Config, device: torch.device, template: Template
 ) -> ClassifierReward | HeadReward:
     """The reward model of `reward_model_type: full`, frozen, in the dtype of the run.
 
@@ -140,7 +142,8 @@ def load_full(
         return ClassifierReward(place(model, config, device), own, name, size)
     model = load_model(AutoModelForCausalLM, name, config, device)
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    check_same_tokens(name, config, inner, tokenizer)
+    cure = "train it on the same base, or name a sequence classifier"
+    check_same_tokens(config, "reward_model", name, inner, cure)
     # Without its output head, which scores nothing.
     trunk = place(getattr(inner, inner.base_model_prefix), config, device)
     head = load_value_head(folder, inner.config.get_text_config().hidden_size, device)
@@ -160,7 +163,7 @@ def load_model(kind: Any, name: str, config: Config, device: torch.device) -> An
     """
     own: dict[str, Any] = {}
     if config.flash_attn != "auto":  # auto leaves it to transformers: not all classifiers have sdpa
-        own["attn_implementation"] = attention(config.flash_attn)
+        own["attn_implementation"] = attention(config.flash_attn, device, bf16=config.bf16)
     bits = config.reward_model_quantization_bit
     if bits is not None:
         if importlib.util.find_spec("bitsandbytes") is None:
@@ -243,16 +246,3 @@ def load_own_tokenizer(name: str, config: Config) -> Any:
             f"reward_model: the tokenizer of {name} cannot be loaded ({first_line(error)}); put it "
             "beside the weights"
         ) from None
-
-
-def check_same_tokens(name: str, config: Config, model: Any, tokenizer: Any) -> None:
-    """A value head scores the policy's ids as they are: they have to mean the same to it."""
-    same = model.get_input_embeddings().num_embeddings >= len(tokenizer)
-    if same and (Path(name) / "tokenizer_config.json").is_file():
-        same = load_own_tokenizer(name, config).get_vocab() == tokenizer.get_vocab()
-    if not same:
-        raise UserError(
-            f"reward_model: {name} has another tokenizer than {config.model_name_or_path}, and a "
-            "value head scores the policy's own tokens; train it on the same base, or name a "
-            "sequence classifier"
-        )

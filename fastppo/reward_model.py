@@ -7,24 +7,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from fastppo import __version__, checkpoint, console
-from fastppo.data import encode_pairs
-from fastppo.errors import TrainingStopped
-from fastppo.reward_spec import RECORD
-from fastppo.roles import (
+from fastppo.base import (
+    causal_lm,
+    hidden_size,
     load_base,
     load_tokenizer,
-    lora_config,
-    new_value_head,
+    trunk,
     wrap_activations,
 )
+from fastppo.data import encode_pairs
+from fastppo.errors import TrainingStopped
+from fastppo.heads import new_value_head
+from fastppo.optim import adamw
+from fastppo.reward_spec import RECORD
 from fastppo.templates import get_template
+from fastppo.tuning import compute_in_bfloat16, merge_list, select, start_adapter, upcast
 from fastppo.types import Pair
 
 if TYPE_CHECKING:
@@ -35,7 +39,7 @@ HEAD_STD = 0.01  # the head starts near 0: every pair even, and none of them by 
 
 
 class RewardModel(nn.Module):
-    """The trunk under LoRA and a linear head, read at a sequence's last token."""
+    """The trunk (under LoRA, or itself trained) and a linear head, read at the last token."""
 
     def __init__(self, model: Any, head: nn.Linear, *, autocast: bool) -> None:
         super().__init__()
@@ -43,11 +47,9 @@ class RewardModel(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Scores (B,) float32 of right-padded sequences."""
-        base = self.model.get_base_model()
-        trunk = getattr(base, base.base_model_prefix)
         device = input_ids.device.type
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self.autocast):
-            hidden_BTD = trunk(
+            hidden_BTD = trunk(self.model)(
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False
             ).last_hidden_state
         rows = torch.arange(len(input_ids), device=input_ids.device)
@@ -112,7 +114,7 @@ class PairTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
-        checkpoint.save_adapter(self.model.model, self.model.head, self.tokenizer, folder)
+        checkpoint.save_model(self.model.model, self.model.head, self.tokenizer, folder)
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -199,8 +201,39 @@ def training_arguments(config: Config, train_pairs: int) -> TrainingArguments:
     )
 
 
+def trained_model(config: Config, device: torch.device) -> nn.Module:
+    """The base with what `finetuning_type` trains of it: float32, the rest as it was loaded."""
+    base = load_base(config, device, bits=config.quantization_bit)
+    if config.finetuning_type == "lora":
+        model: nn.Module = start_adapter(config, base)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        compute_in_bfloat16(model, trained)
+    else:
+        model, trained = base, select(config, base, config.finetuning_type)
+    upcast(trained)
+    return model
+
+
+def lora_plus(config: Config, model: nn.Module) -> torch.optim.Optimizer | None:
+    """The optimiser where `loraplus_lr_ratio` is set; None leaves it to transformers."""
+    if config.loraplus_lr_ratio is None:
+        return None
+
+    def asked_for(groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+        betas = (config.adam_beta1, config.adam_beta2)
+        return adamw(config.optim, groups, lr=lr, betas=betas, eps=config.adam_epsilon)
+
+    return create_loraplus_optimizer(
+        model,
+        asked_for,
+        lr=config.learning_rate,
+        loraplus_lr_ratio=config.loraplus_lr_ratio,
+        loraplus_weight_decay=config.weight_decay,
+    )
+
+
 def run(config: Config, records: Records) -> None:
-    """Train on the pairs, evaluate on those held out, write the adapter and its head."""
+    """Train on the pairs, evaluate on those held out, write adapter or model, and its head."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     output_dir = Path(config.output_dir)
     tokenizer = load_tokenizer(config)
@@ -216,31 +249,33 @@ def run(config: Config, records: Records) -> None:
         for rows in (records.train, records.eval)
     )
     torch.manual_seed(config.seed)
-    base = load_base(config, device)
-    model = get_peft_model(base, lora_config(config, base), adapter_name="default")
-    offload = wrap_activations(config, base)
-    head = new_value_head(base.config.get_text_config().hidden_size, device)
+    model = trained_model(config, device)
+    offload = wrap_activations(config, causal_lm(model))
+    head = new_value_head(hidden_size(model), device)
     nn.init.normal_(head.weight, std=HEAD_STD)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    what = "adapter" if config.finetuning_type == "lora" else f"base ({config.finetuning_type})"
     say = console.console.print
     say(f"[bold]fastppo {__version__}[/bold], stage rm, {config.model_name_or_path}")
     say(
         f"  device {device}, {'bf16' if config.bf16 else 'float32'}, {len(train)} pairs to train "
         f"on, "
-        f"{len(held_out)} held out; adapter and head train {trainable + head.weight.numel() + 1:,}"
+        f"{len(held_out)} held out; {what} and head train {trainable + head.weight.numel() + 1:,}"
     )
     say(f"  activations: {offload.mode}; writes {output_dir}")
     for line in config.ignored:
         say(f"  [yellow]note:[/yellow] {line}")
     checkpoint.prepare_output_dir(output_dir)
+    reward_model = RewardModel(model, head, autocast=config.bf16)
     trainer = PairTrainer(
-        model=RewardModel(model, head, autocast=config.bf16),
+        model=reward_model,
         args=training_arguments(config, len(train)),
         train_dataset=train,
         eval_dataset=held_out if len(held_out) else None,
         data_collator=lambda pairs: collate(pairs, template.pad_id),
         compute_metrics=accuracy,
         callbacks=[Lines()],
+        optimizers=(lora_plus(config, reward_model), None),
     )
     trainer.tokenizer = tokenizer
     trainer.remove_callback(PrinterCallback)
@@ -255,6 +290,11 @@ def run(config: Config, records: Records) -> None:
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("all", metrics)
-    record = {"score_at": "eos", "template": template.name, "fastppo": __version__}
+    record = {
+        "score_at": "eos",
+        "template": template.name,
+        "merged": merge_list(config),
+        "fastppo": __version__,
+    }
     (output_dir / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     say(f"  reward model: {output_dir}")

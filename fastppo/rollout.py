@@ -129,7 +129,7 @@ def sample(
     The same seed gives the same responses: the generator is this call's own, so that what ran
     before (or whether it ran, after a resume) does not matter.
     """
-    roles.model.eval()
+    roles.eval()
     prompt_BP, mask_BP = left_pad(prompts, template.pad_id, roles.device)
     record = RecordLogprobs()
     generation = GenerationConfig(

@@ -13,6 +13,7 @@ from transformers import get_scheduler
 
 from fastppo import console
 from fastppo.advantage import KLController, RunningScore
+from fastppo.base import load_tokenizer
 from fastppo.batch import endless
 from fastppo.config import Config, load_config
 from fastppo.data import encode_prompts
@@ -22,7 +23,7 @@ from fastppo.preflight import check
 from fastppo.ptx import Demonstrations
 from fastppo.reward import Reward, make_reward
 from fastppo.reward_function import load_function
-from fastppo.roles import Roles, build, load_tokenizer
+from fastppo.roles import Roles, build
 from fastppo.templates import Template, get_template
 from fastppo.types import Prompt
 

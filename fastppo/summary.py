@@ -70,6 +70,7 @@ def step_row(
     sequences = len(rollout.prompts)
     length_B = torch.tensor(rollout.response_lengths, device=scored.score_B.device).float()
     sampler_gap = (rollout.sampler_logprob_N - scored.logprob_N).mean().item()
+    # The first group of a role; with LoRA+ its second has a rate that is a multiple of that.
     rates = {group["role"]: group["lr"] for group in reversed(state.optimizer.param_groups)}
     parts = {name: mean_of_known(scored.reward_parts[name]) for name in state.reward.extra_names}
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastppo.config import IGNORED, NOT_HERE, REFUSED, Config
 from fastppo.config_ppo import ALIASES, ELSEWHERE, PPOKeys
+from fastppo.config_roles import RolesKeys
 
 INTRODUCTION = """# Keys
 
@@ -27,9 +28,10 @@ def value(default: object) -> str:
 def page() -> str:
     """The whole page."""
     text = INTRODUCTION
-    algorithm = [name for name in Config.model_fields if name in PPOKeys.model_fields]
-    rest = [name for name in Config.model_fields if name not in PPOKeys.model_fields]
-    for name in (*rest, *algorithm):
+    parts = (RolesKeys.model_fields, PPOKeys.model_fields)
+    apart = [name for part in parts for name in Config.model_fields if name in part]
+    rest = [name for name in Config.model_fields if name not in apart]
+    for name in (*rest, *apart):
         field = Config.model_fields[name]
         extra = field.json_schema_extra
         if not isinstance(extra, dict):

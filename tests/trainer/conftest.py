@@ -12,6 +12,7 @@ import torch
 
 from fastppo import checkpoint, roles, toy, trainer
 from fastppo.advantage import KLController, RunningScore, estimate
+from fastppo.batch import Batch
 from fastppo.config import Config
 from fastppo.reward import Reward
 from fastppo.reward_function import FunctionReward
@@ -46,7 +47,7 @@ def reward_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     made = roles.build(config, torch.device("cpu"))
     stir(made.trained_parameters("actor"), 1)
     stir(list(made.critic_head.parameters()), 2, 1.0)
-    checkpoint.save_adapter(made.model, made.critic_head, toy.byte_tokenizer(), folder)
+    checkpoint.save_model(made.model, made.critic_head, toy.byte_tokenizer(), folder)
     record = {"score_at": "eos", "template": "chatml", "fastppo": "test"}
     (folder / "fastppo_reward.json").write_text(json.dumps(record))
     return folder
@@ -179,3 +180,117 @@ def make_rollout(texts: list[str], responses: list[list[int]], template: Templat
         sampler_logprob_N=torch.zeros(sum(map(len, responses))),
         texts=["x"] * len(texts),
     )
+
+
+@pytest.fixture(scope="session")
+def sft_dirs(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two SFT adapters, the second with a norm and a head of its own (modules_to_save)."""
+    folders = []
+    for seed, extra in ((11, {}), (12, {"additional_target": "norm,lm_head"})):
+        folder = tmp_path_factory.mktemp("sft")
+        made = roles.build(make_config(model_dir, folder, **extra), torch.device("cpu"))
+        own = made.trained_parameters("actor")
+        stir([p for p in own if p.dim() > 1 and min(p.shape) < 9], seed)
+        with torch.no_grad():
+            for parameter in own:
+                parameter.mul_(1.1)
+        checkpoint.save_model(made.model, made.critic_head, toy.byte_tokenizer(), folder)
+        folders.append(str(folder))
+    return folders
+
+
+@pytest.fixture(scope="session")
+def other_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model of another width with the same tokenizer."""
+    folder = tmp_path_factory.mktemp("other") / "model"
+    toy.write_model(folder, seed=5, hidden_size=16)
+    return str(folder)
+
+
+def settings_of(name: str, sft: list[str], model: Path, other: str, reward: Path) -> dict[str, Any]:
+    """Each combination that a user can ask for, by a name that a failing test can show."""
+    lora_reward = {"reward_model_type": "lora", "reward_model": str(reward)}
+    return {
+        "lora": {},
+        "lora shared": {"critic": "shared"},
+        "lora reward": lora_reward,
+        "rslora": {"use_rslora": True},
+        "dora": {"use_dora": True},
+        "lora norm,lm_head": {"additional_target": "norm,lm_head,embed_tokens"},
+        "sft": {"adapter_name_or_path": sft[0]},
+        "sft shared": {"adapter_name_or_path": sft[0], "critic": "shared"},
+        "sft reward": {"adapter_name_or_path": sft[0], **lora_reward},
+        "sft with modules_to_save": {"adapter_name_or_path": sft[1]},
+        "sft merged": {"adapter_name_or_path": sft[1], "create_new_adapter": True},
+        "sft two": {"adapter_name_or_path": ",".join(sft)},
+        "sft two merged": {"adapter_name_or_path": ",".join(sft), "create_new_adapter": True},
+        "freeze": {"finetuning_type": "freeze", "freeze_trainable_layers": 1},
+        "freeze shared": {
+            "finetuning_type": "freeze",
+            "freeze_trainable_layers": -1,
+            "freeze_extra_modules": "norm,lm_head",
+            "critic": "shared",
+        },
+        "freeze model": {
+            "finetuning_type": "freeze",
+            "freeze_trainable_modules": "mlp",
+            "critic": "model",
+        },
+        "full": {"finetuning_type": "full"},
+        "full shared": {"finetuning_type": "full", "critic": "shared"},
+        "full model": {"finetuning_type": "full", "critic": "model"},
+        "critic full": {"critic": "model", "critic_finetuning_type": "full"},
+        "critic full reward": {
+            "critic": "model",
+            "critic_finetuning_type": "full",
+            **lora_reward,
+        },
+        "critic other": {"critic": "model", "critic_model": other},
+        "ref_model": {"ref_model": str(model)},
+        "full ref_model": {"finetuning_type": "full", "ref_model": str(model)},
+        "ref_model with sft": {
+            "adapter_name_or_path": ",".join(sft),
+            "ref_model": str(model),
+            "ref_model_adapters": ",".join(sft),
+        },
+    }[name]
+
+
+NAMES = [
+    *("lora", "lora shared", "lora reward", "rslora", "dora", "lora norm,lm_head"),
+    *("sft", "sft shared", "sft reward", "sft with modules_to_save", "sft merged"),
+    *("sft two", "sft two merged", "freeze", "freeze shared", "freeze model", "full"),
+    *("full shared", "full model", "critic full", "critic full reward", "critic other"),
+    *("ref_model", "full ref_model", "ref_model with sft"),
+]
+
+
+def named(names: list[str], *fast: str, **more: Any) -> list[Any]:
+    """Parameters for `made`, with settings of their own; all but `fast` are for the slow suite."""
+    return [
+        pytest.param(
+            (name, more), id=name, marks=() if name in fast or not fast else pytest.mark.slow
+        )
+        for name in names
+    ]
+
+
+@pytest.fixture
+def made(
+    request: pytest.FixtureRequest,
+    tiny_roles: Callable[..., roles.Roles],
+    sft_dirs: list[str],
+    model_dir: Path,
+    other_dir: str,
+    reward_dir: Path,
+) -> roles.Roles:
+    """Roles as they start, by the name and more settings in `.param`."""
+    name, more = request.param
+    chosen = settings_of(name, sft_dirs, model_dir, other_dir, reward_dir)
+    return tiny_roles(stirred=False, **chosen, **more)
+
+
+def hidden_as(made: roles.Roles, role: str, batch: Batch) -> torch.Tensor:
+    """The last hidden states of a batch, as `role` has them."""
+    with made.use(role), torch.no_grad():
+        return made.hidden(batch.input_ids_BT, batch.mask_BT)

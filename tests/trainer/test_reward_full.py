@@ -75,10 +75,10 @@ def classifier_dir(request, tmp_path_factory):
 
 
 @pytest.fixture
-def load(config, tokenizer, template):
+def load(config, template):
     def make(folder, **changes):
         settings = config(reward_model=str(folder), reward_model_type="full", **changes)
-        return load_full(str(folder), settings, DEVICE, tokenizer, template)
+        return load_full(str(folder), settings, DEVICE, template)
 
     return make
 

@@ -98,7 +98,7 @@ def test_two_reward_models_on_one_base_each_score_as_if_alone(
     with torch.no_grad():
         for parameter in [*other.trained_parameters("actor"), *other.critic_head.parameters()]:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    checkpoint.save_adapter(other.model, other.critic_head, toy.byte_tokenizer(), tmp_path / "b")
+    checkpoint.save_model(other.model, other.critic_head, toy.byte_tokenizer(), tmp_path / "b")
     folders = [str(reward_dir), str(tmp_path / "b")]
 
     def parts_of(*names):

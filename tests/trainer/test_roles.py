@@ -10,16 +10,13 @@ from transformers import AutoModelForCausalLM
 from fastppo import checkpoint
 from fastppo.batch import make_batch
 from fastppo.errors import UserError
-from fastppo.roles import load_value_head
+from fastppo.heads import load_value_head
+
+from .conftest import hidden_as
 
 
 def trains(made):
     return {name for name, p in made.model.named_parameters() if p.requires_grad}
-
-
-def hidden_as(made, role, batch):
-    with made.use(role), torch.no_grad():
-        return made.hidden(batch.input_ids_BT, batch.mask_BT)
 
 
 def test_two_roles_train_and_two_do_not(tiny_roles, reward_dir):
@@ -128,11 +125,13 @@ def test_all_linears_leave_the_output_head_alone(tiny_roles):
 def test_an_unknown_lora_target_names_what_there_is(tiny_roles):
     with pytest.raises(UserError, match=r"no linear layer 'q_prj'.*q_proj"):
         tiny_roles(lora_target="q_prj")
+    with pytest.raises(UserError, match=r"lora_target: lm_head: the output head takes no adapter"):
+        tiny_roles(lora_target="q_proj,lm_head")
 
 
 def test_47_plain_peft_loads_what_is_saved(tiny_roles, model_dir, tokenizer, rollout, tmp_path):
     made = tiny_roles(critic="adapter")
-    checkpoint.save_adapter(made.model, made.critic_head, tokenizer, tmp_path / "saved")
+    checkpoint.save_model(made.model, made.critic_head, tokenizer, tmp_path / "saved")
     base = AutoModelForCausalLM.from_pretrained(model_dir)
     plain = PeftModel.from_pretrained(base, str(tmp_path / "saved")).eval()
     batch = make_batch(rollout, range(4))
