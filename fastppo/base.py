@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils.logging import disable_progress_bar
 
 from fastppo.errors import UserError
@@ -16,6 +16,7 @@ from fastppo.loading import LOAD_ERRORS, first_line
 from fastppo.offload import ActivationOffload
 from fastppo.offload_auto import wrap
 from fastppo.offload_config import micro_batch_tokens, offload_mode
+from fastppo.precision import own_dtype, run_dtype
 
 if TYPE_CHECKING:
     from fastppo.config import Config
@@ -48,15 +49,16 @@ def load_base(
     left in host memory, whatever `device` is, unless it is quantised.
     """
     disable_progress_bar()
+    dtype = compute_dtype(config, device)
     settings: dict[str, Any] = {
-        "dtype": torch.bfloat16 if config.bf16 else torch.float32,
-        "attn_implementation": attention(config.flash_attn, device, bf16=config.bf16),
+        "dtype": dtype,
+        "attn_implementation": attention(config.flash_attn, device, dtype),
         **_where(config, name),
     }
     if bits is not None:
         # Quantised weights are made on the device where they stay.
         settings |= {
-            "quantization_config": quantization(config, bits),
+            "quantization_config": quantization(config, bits, dtype),
             "device_map": {"": device},
         }
     name = name or config.model_name_or_path
@@ -64,15 +66,33 @@ def load_base(
         base = AutoModelForCausalLM.from_pretrained(name, **settings)
     except LOAD_ERRORS as error:
         # No such model, an architecture without the attention asked for, a package it needs.
-        raise UserError(
-            f"{config.source}: {name} cannot be loaded ({first_line(error)}); check the folder or "
-            "the hub name"
-        ) from None
+        raise not_loaded(config, name, error) from None
     base.requires_grad_(False)
     silence_dropout(base)
     if bits is not None:
         keep_gradient_kernels(base)
     return base if stay or bits is not None else base.to(device)
+
+
+def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """The dtype of every model of the run, which its products are in too: bfloat16 or float32."""
+    own, on_gpu = "float32", device.type == "cuda"
+    if on_gpu and not config.bf16:
+        name = config.model_name_or_path
+        try:
+            own = own_dtype(AutoConfig.from_pretrained(name, **_where(config, None)).to_dict())
+        except LOAD_ERRORS as error:
+            raise not_loaded(config, name, error) from None
+    named = run_dtype(bf16=config.bf16, own=own, on_gpu=on_gpu)
+    return torch.bfloat16 if named == "bfloat16" else torch.float32
+
+
+def not_loaded(config: Config, name: str, error: Exception) -> UserError:
+    """No such model, no model at all, or a package that it needs and that is not there."""
+    return UserError(
+        f"{config.source}: {name} cannot be loaded ({first_line(error)}); check the folder or the "
+        "hub name"
+    )
 
 
 def _where(config: Config, name: str | None) -> dict[str, Any]:
@@ -85,7 +105,7 @@ def _where(config: Config, name: str | None) -> dict[str, Any]:
     return found
 
 
-def quantization(config: Config, bits: int) -> BitsAndBytesConfig:
+def quantization(config: Config, bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
     """bitsandbytes' settings for `quantization_bit`, with LLaMA-Factory's defaults."""
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -93,7 +113,7 @@ def quantization(config: Config, bits: int) -> BitsAndBytesConfig:
         load_in_4bit=True,
         bnb_4bit_quant_type=config.quantization_type,
         bnb_4bit_use_double_quant=config.double_quantization,
-        bnb_4bit_compute_dtype=torch.bfloat16 if config.bf16 else torch.float32,
+        bnb_4bit_compute_dtype=dtype,
     )
 
 
@@ -116,14 +136,16 @@ def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
     return module
 
 
-def attention(flash_attn: str, device: torch.device, *, bf16: bool) -> str | None:
+def attention(flash_attn: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """transformers' name for LLaMA-Factory's `flash_attn`; None lets it take PyTorch's.
 
     `auto` takes flash-attn where it is installed and can run: on CUDA, in bf16.
     """
-    runs = device.type == "cuda" and bf16
-    if flash_attn == "fa2" and device.type != "cuda":
-        raise UserError("flash_attn: fa2 needs a CUDA device and there is none; use auto")
+    runs = device.type == "cuda" and dtype == torch.bfloat16
+    if flash_attn == "fa2" and not runs:
+        if device.type != "cuda":
+            raise UserError("flash_attn: fa2 needs a CUDA device and there is none; use auto")
+        raise UserError("flash_attn: fa2 computes in 16 bits; set bf16: true, or use auto")
     if flash_attn == "auto" and runs and importlib.util.find_spec("flash_attn") is not None:
         return "flash_attention_2"
     names = {"sdpa": "sdpa", "disabled": "eager", "fa2": "flash_attention_2"}

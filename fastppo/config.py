@@ -133,7 +133,12 @@ class Config(DataKeys, PPOKeys, RolesKeys):
     adam_epsilon: Above0 = key(1e-8, HF, "AdamW's epsilon; PPO's classic is 1e-5.")
     max_grad_norm: NonNegative = key(1.0, HF, "Gradient norm a role is clipped to; 0 is off.")
     seed: Annotated[int, Field(ge=0, lt=2**31)] = key(42, HF, "Seed of everything random.")
-    bf16: bool = key(False, HF, "Base in bfloat16, compute under autocast; adapters stay float32.")
+    bf16: bool = key(
+        False,
+        HF,
+        "Models in bfloat16, compute under autocast; what trains stays float32. Without it on a "
+        "GPU the checkpoint's own 16 bits, else float32.",
+    )
     disable_gradient_checkpointing: bool = key(
         False, LF, "Keep activations in place of recomputing them: activation_offloading: none."
     )
@@ -152,7 +157,7 @@ class Config(DataKeys, PPOKeys, RolesKeys):
     stream_frozen: bool = key(
         False,
         OWN,
-        "Whole frozen models beside the base (ref_model, reward_model_type: full) lie in host memory and "
+        "Whole frozen models (ref_model, reward_model_type: full) lie in host memory and "
         "pass through the device layer by layer, see docs/offload.md.",
     )
     optim: (
@@ -320,7 +325,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         (False, None),
         "evaluation is over all of eval_dataset together; evaluate one set a run",
     ),
-    "fp16": ((False, None), "use bf16: true, or leave both out for float32"),
+    "fp16": ((False, None), "use bf16: true, or leave both out"),
     "fsdp": ((None, "", False), "fastppo trains on one device; leave it out"),
     "load_best_model_at_end": ((False, None), "PPO has no single best; leave it out"),
     "mask_history": ((False, None), "the loss is on the last response; leave it out"),

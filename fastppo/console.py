@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastppo import __version__
-from fastppo.memory import predicted_peak
+from fastppo.memory import predicted_peak, uncounted
 from fastppo.metrics import CSV, CURVES, SUMMARY
 from fastppo.model_shapes import from_config
 from fastppo.moments import GIB
@@ -99,7 +99,7 @@ def first_lines(state: State, steps: int) -> None:
     length = "held out" if state.held_out else "from the training set"
     console.print(f"[bold]fastppo {__version__}[/bold], stage ppo, {config.model_name_or_path}")
     console.print(
-        f"  device {state.roles.device}, {'bf16' if config.bf16 else 'float32'}, "
+        f"  device {state.roles.device}, {'bf16' if state.roles.autocast else 'float32'}, "
         f"attention {state.roles.base.config._attn_implementation}, ops: torch, "
         f"activations: {state.roles.base.activation_offload.mode}"
     )
@@ -141,13 +141,14 @@ def memory_line(state: State) -> None:
     base = state.roles.base
     shape = replace(
         from_config(base.config.to_dict(), "the model's own"),
-        dtype=str(base.dtype).removeprefix("torch."),
+        dtype="bfloat16" if state.roles.autocast else "float32",  # trained weights are wider
     )
     taken = torch.cuda.max_memory_allocated(state.roles.device)
-    console.print(
-        f"memory: {taken / GIB:.2f} GiB at the highest; the plan allows for "
-        f"{predicted_peak(state.config, shape) / GIB:.2f}, prompts and responses at their longest"
-    )
+    line = f"memory: {taken / GIB:.2f} GiB at the highest"
+    if uncounted(state.config) is None:
+        planned = predicted_peak(state.config, shape)
+        line += f"; the plan allows for {planned / GIB:.2f}, prompts and responses at their longest"
+    console.print(line)
 
 
 def evaluation_line(summary: dict[str, Any]) -> None:

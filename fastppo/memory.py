@@ -54,6 +54,15 @@ class Plan:
         return self.peak.total <= gpu_bytes
 
 
+def uncounted(config: Config) -> str | None:
+    """A key that asks for what the plan would miss: embeddings or a head that train whole."""
+    kinds = {config.finetuning_type, config.critic_finetuning_type}
+    keys = {"additional_target": None} if config.finetuning_type == "lora" else {}
+    if "freeze" in kinds:
+        keys |= {"freeze_extra_modules": None, "freeze_trainable_modules": "all"}
+    return next((key for key, counted in keys.items() if getattr(config, key) != counted), None)
+
+
 def make_plan(recipe: Recipe, shapes: Shapes) -> Plan:
     """The plan of a recipe on models of these shapes."""
     planner = Planner(recipe, shapes.base, Residents(recipe, shapes))

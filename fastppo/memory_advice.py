@@ -58,12 +58,13 @@ def put(key: str, value: Any) -> Callable[[Plan], Change]:
 
 
 def quantised(bits: int) -> Callable[[Plan], Change]:
-    """Fewer bits for the frozen base; what trains cannot be quantised."""
+    """Fewer bits for the frozen base; what trains, or takes a merge, cannot be quantised."""
 
     def rung(plan: Plan) -> Change:
         recipe = plan.recipe
         now = recipe.quantization_bit or 16
-        return {"quantization_bit": bits} if recipe.finetuning_type == "lora" and now > bits else {}
+        takes = recipe.finetuning_type == "lora" and not recipe.merges
+        return {"quantization_bit": bits} if takes and now > bits else {}
 
     return rung
 

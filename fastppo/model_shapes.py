@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastppo.errors import UserError
+from fastppo.precision import own_dtype
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ def from_config(data: dict[str, Any], where: str) -> ModelShape:
             softcapped=own.get("attn_logit_softcapping") is not None,
             sliding_layers=sliding,
             window=int(own.get("sliding_window") or 0) if sliding else 0,
-            dtype=str(own.get("dtype") or own.get("torch_dtype") or "float32"),
+            dtype=own_dtype(data),
         )
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(

@@ -25,6 +25,7 @@ ROWS: Final = (
     "reward weights",
     "critic weights",
     "actor adapter",
+    "reference adapter",
     "reward adapter",
     "critic adapter",
     "actor optimiser",
@@ -96,12 +97,14 @@ class Planner:
         shared = role == "critic" and recipe.critic == "shared"
         trained = self.stay.critic if role == "critic" and not shared else self.stay.actor
         trains = role in ("actor", "critic")
+        adapted = trains or (role == "reference" and "reference adapter" in self.stay.rows)
+        own = {"reward": recipe.reward_target, "critic": recipe.lora_target}
         return LayerSetting(
             rows=rows,
             length=length,
             item=recipe.item,
-            rank=trained.rank if trains else recipe.reward_rank * (role == "reward"),
-            target=recipe.reward_target if role == "reward" else recipe.lora_target,
+            rank=trained.rank if adapted else recipe.reward_rank * (role == "reward"),
+            target=recipe.actor_target if shared else own.get(role, recipe.actor_target),
             adapter_item=recipe.item if role == "reward" else FLOAT32,
             trained=trained.whole and trains,
             masked=recipe.padded(rows),
@@ -168,7 +171,8 @@ class Planner:
         recipe, length = self.recipe, self.recipe.sequence
         hidden = self.hidden(rows * length)
         # What a pass finds there: the hidden states of those before it.
-        passes = {"actor": self.stay.actor.casts, "reference": hidden}
+        frozen = self.stay.actor.casts if "reference adapter" in self.stay.rows else 0
+        passes = {"actor": self.stay.actor.casts, "reference": hidden + frozen}
         if recipe.has_critic and recipe.critic != "shared":
             passes["critic"] = 2 * hidden + self.stay.critic.casts
         if "lora" in recipe.rewards:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from fastppo import __version__
 from fastppo.config import Config
 from fastppo.errors import UserError
-from fastppo.memory import Plan, make_plan
+from fastppo.memory import Plan, make_plan, uncounted
 from fastppo.memory_advice import Change, advise
 from fastppo.model_shapes import ModelShape, find_shape_and_source
 from fastppo.moments import GIB, MIB, PHASES, ROWS
@@ -54,6 +54,11 @@ def present_gpu() -> tuple[int, str] | None:
 
 def plan_of(config: Config, device: Literal["gpu", "cpu"]) -> tuple[Plan, list[str]]:
     """The plan of a configuration, and what it took for granted."""
+    if (key := uncounted(config)) is not None:
+        raise UserError(
+            f"{config.source}: {key}: the plan does not count single modules that train whole; "
+            "plan without this key"
+        )
     base, source = find_shape_and_source(
         config.model_name_or_path, config.cache_dir, config.model_revision
     )

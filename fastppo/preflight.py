@@ -68,10 +68,6 @@ def check_packages(config: Config) -> None:
                 f"{config.source}: {key}: {asked} needs a package that is not installed; "
                 f"pip install 'fastppo[{extra}]', or leave {key} out"
             )
-    if config.flash_attn == "fa2" and not config.bf16:
-        raise UserError(
-            f"{config.source}: flash_attn: fa2 computes in 16 bits; set bf16: true, or use auto"
-        )
 
 
 def looks_local(name: str) -> bool:

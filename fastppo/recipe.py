@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastppo.model_shapes import ModelShape
+from fastppo.precision import run_dtype
 
 if TYPE_CHECKING:
     from fastppo.config import Config
 
 # The defaults of fastppo/ops/head.py, which imports torch; a test holds them together.
 CHUNK_BYTES_CPU, CHUNK_BYTES_GPU = 80 << 20, 512 << 20
+ADAPTER_FILE = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Recipe:
     lora_rank: int = 8
     lora_target: str = "all"
     lora_layers: int | None = None
+    adapter_name_or_path: str | None = None
+    create_new_adapter: bool = False
     quantization_bit: int | None = None
     bf16: bool = False
     advantage: str = "gae"
@@ -50,6 +54,8 @@ class Recipe:
     device: Literal["gpu", "cpu"] = "gpu"
     own_dtype: str = "bfloat16"  # the checkpoint's
     rewards: tuple[str, ...] = ("lora",)
+    start_rank: int | None = None  # of an adapter that trains on; None: lora_rank
+    start_target: str = "all"
     reward_rank: int = 8
     reward_target: str = "all"
     reward_source: str = ""  # where its rank is from
@@ -60,10 +66,8 @@ class Recipe:
 
     @property
     def dtype(self) -> str:
-        """What the base is in: bf16 as asked, else the checkpoint's own on a GPU, or float32."""
-        if self.bf16:
-            return "bfloat16"
-        return self.own_dtype if self.device == "gpu" else "float32"
+        """What the base is in."""
+        return run_dtype(bf16=self.bf16, own=self.own_dtype, on_gpu=self.device == "gpu")
 
     @property
     def item(self) -> int:
@@ -74,6 +78,27 @@ class Recipe:
     def autocast(self) -> bool:
         """Whether float32 adapters are cast for each pass."""
         return self.item < 4
+
+    @property
+    def merges(self) -> bool:
+        """Whether adapters become part of the base, which has to be in 16 bits or more for that."""
+        folders = self.adapter_name_or_path
+        return folders is not None and (self.create_new_adapter or "," in folders)
+
+    @property
+    def continues(self) -> bool:
+        """Whether an adapter trains on, of which a frozen copy is the reference."""
+        return self.adapter_name_or_path is not None and not self.create_new_adapter
+
+    @property
+    def actor_rank(self) -> int:
+        """Of the actor's adapter."""
+        return self.lora_rank if self.start_rank is None else self.start_rank
+
+    @property
+    def actor_target(self) -> str:
+        """What the actor's adapter is on."""
+        return self.lora_target if self.start_rank is None else self.start_target
 
     @property
     def has_critic(self) -> bool:
@@ -123,6 +148,10 @@ class Recipe:
         own = {f.name for f in fields(cls)} - {"device", "own_dtype", "rewards"}
         values: dict[str, Any] = {n: getattr(config, n) for n in own if hasattr(config, n)}
         rank, target, source = reward_adapters(config)
+        if config.adapter_name_or_path is not None and not config.create_new_adapter:
+            start = read_adapter(config.adapter_name_or_path.split(",")[-1].strip())
+            if start is not None:
+                values |= {"start_rank": start[0], "start_target": start[1]}
         return cls(
             **values,
             device=device,
@@ -134,21 +163,26 @@ class Recipe:
         )
 
 
+def read_adapter(folder: str) -> tuple[int, str] | None:
+    """Rank and target of an adapter on disk; None where there is none, or none that can be read."""
+    try:
+        data = json.loads((Path(folder) / ADAPTER_FILE).read_text(encoding="utf-8"))
+        target = data["target_modules"]
+        return int(data["r"]), target if isinstance(target, str) else ",".join(target)
+    except (OSError, ValueError, KeyError, TypeError):  # preflight says what is wrong with it
+        return None
+
+
 def reward_adapters(config: Config) -> tuple[int, str, str]:
     """Rank and target of the reward adapters, and where they are from; the largest of several.
 
     The folders that stage rm wrote say; before they are there, the policy's own are assumed.
     """
-    found = []
-    for folder in config.reward_adapters.values():
-        path = Path(folder) / "adapter_config.json"
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            target = data["target_modules"]
-            words = target if isinstance(target, str) else ",".join(target)
-            found.append((int(data["r"]), words, str(path)))
-        except (OSError, ValueError, KeyError, TypeError):  # preflight says what is wrong with it
-            continue
+    found = [
+        (*adapter, str(Path(folder) / ADAPTER_FILE))
+        for folder in config.reward_adapters.values()
+        if (adapter := read_adapter(folder)) is not None
+    ]
     if found:
         return max(found)
     return config.lora_rank, config.lora_target, "assumed: the policy's own lora_rank"

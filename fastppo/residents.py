@@ -75,7 +75,8 @@ class Residents:
     def __post_init__(self) -> None:
         recipe, item = self.recipe, self.recipe.item
         self.shape = self.shapes.base
-        self.actor = self.trained(self.shape, recipe.finetuning_type, recipe.lora_rank)
+        own = (recipe.actor_rank, recipe.actor_target)
+        self.actor = self.trained(self.shape, recipe.finetuning_type, *own)
         base = weight_bytes(self.shape, item, recipe.quantization_bit)
         if self.actor.whole:  # what trains is float32 in place of the base's dtype
             base += self.actor.parameters * (FLOAT32 - item)
@@ -93,12 +94,12 @@ class Residents:
         for role, trained in (("actor", self.actor), ("critic", self.critic)):
             self.rows[f"{role} optimiser"] = ADAM_STATES * trained.parameters
 
-    def trained(self, shape: ModelShape, kind: str, rank: int) -> Trained:
+    def trained(self, shape: ModelShape, kind: str, rank: int, target: str) -> Trained:
         """An adapter, some layers, or everything."""
         recipe = self.recipe
         casts = recipe.item if recipe.autocast else 0
         if kind == "lora":
-            count = shape.lora_parameters(rank, recipe.lora_target, recipe.lora_layers)
+            count = shape.lora_parameters(rank, target, recipe.lora_layers)
             layers = min(recipe.lora_layers or shape.layers, shape.layers)
             return Trained(FLOAT32 * count, count, casts * count, rank, layers)
         if kind == "freeze":
@@ -110,7 +111,7 @@ class Residents:
         return Trained(0, count, casts * count, 0, shape.layers, whole=True)
 
     def place_reference(self) -> None:
-        """Adapters off, a frozen copy of what trains, or a model of its own."""
+        """Adapters off, a frozen copy of what trains (or trains on), or a model of its own."""
         recipe, item = self.recipe, self.recipe.item
         if recipe.ref_model is not None:
             bits = recipe.ref_model_quantization_bit
@@ -119,6 +120,8 @@ class Residents:
             )
         elif self.actor.whole:
             self.rows["reference weights"] = self.actor.parameters * item
+        elif recipe.continues:
+            self.rows["reference adapter"] = self.actor.adapter
 
     def place_rewards(self) -> None:
         """Frozen adapters stay in the base's dtype; a function or an API is elsewhere."""
@@ -144,14 +147,14 @@ class Residents:
             shape = self.shapes.resolved_critic
             kind = recipe.critic_finetuning_type or recipe.finetuning_type
             bits = recipe.quantization_bit if kind == "lora" else None
-            critic = self.trained(shape, kind, recipe.lora_rank)
+            critic = self.trained(shape, kind, recipe.lora_rank, recipe.lora_target)
             weights = weight_bytes(shape, recipe.item, bits)
             if critic.whole:
                 weights += critic.parameters * (FLOAT32 - recipe.item)
             self.rows["critic weights"] = weights
         elif recipe.critic == "adapter":
             rank = recipe.reward_rank if "lora" in recipe.rewards else recipe.lora_rank
-            critic = self.trained(shape, "lora", rank)
+            critic = self.trained(shape, "lora", rank, recipe.lora_target)
         self.critic = with_head(critic, shape)
         self.rows["critic adapter"] = self.critic.adapter + head_bytes(shape)
 

@@ -18,7 +18,7 @@ from transformers import (
     BitsAndBytesConfig,
 )
 
-from fastppo.base import attention, check_same_tokens
+from fastppo.base import attention, check_same_tokens, compute_dtype
 from fastppo.errors import UserError
 from fastppo.heads import load_value_head
 from fastppo.loading import LOAD_ERRORS, first_line
@@ -161,9 +161,10 @@ def load_model(kind: Any, name: str, config: Config, device: torch.device) -> An
 
     In host memory, but for a model in few bits.
     """
+    dtype = compute_dtype(config, device)
     own: dict[str, Any] = {}
     if config.flash_attn != "auto":  # auto leaves it to transformers: not all classifiers have sdpa
-        own["attn_implementation"] = attention(config.flash_attn, device, bf16=config.bf16)
+        own["attn_implementation"] = attention(config.flash_attn, device, dtype)
     bits = config.reward_model_quantization_bit
     if bits is not None:
         if importlib.util.find_spec("bitsandbytes") is None:
@@ -177,7 +178,7 @@ def load_model(kind: Any, name: str, config: Config, device: torch.device) -> An
             load_in_8bit=bits == 8,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16 if config.bf16 else torch.float32,
+            bnb_4bit_compute_dtype=dtype,
         )
     adapters = adapters_of(config)
     try:
@@ -187,7 +188,7 @@ def load_model(kind: Any, name: str, config: Config, device: torch.device) -> An
             name,
             cache_dir=config.cache_dir,
             trust_remote_code=config.trust_remote_code,
-            dtype=torch.bfloat16 if config.bf16 else torch.float32,
+            dtype=dtype,
             output_loading_info=True,
             **own,
         )

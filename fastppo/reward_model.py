@@ -16,6 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 from fastppo import __version__, checkpoint, console
 from fastppo.base import (
     causal_lm,
+    compute_dtype,
     hidden_size,
     load_base,
     load_tokenizer,
@@ -252,21 +253,21 @@ def run(config: Config, records: Records) -> None:
     model = trained_model(config, device)
     offload = wrap_activations(config, causal_lm(model))
     head = new_value_head(hidden_size(model), device)
+    bf16 = compute_dtype(config, device) == torch.bfloat16
     nn.init.normal_(head.weight, std=HEAD_STD)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     what = "adapter" if config.finetuning_type == "lora" else f"base ({config.finetuning_type})"
     say = console.console.print
     say(f"[bold]fastppo {__version__}[/bold], stage rm, {config.model_name_or_path}")
     say(
-        f"  device {device}, {'bf16' if config.bf16 else 'float32'}, {len(train)} pairs to train "
-        f"on, "
+        f"  device {device}, {'bf16' if bf16 else 'float32'}, {len(train)} pairs to train on, "
         f"{len(held_out)} held out; {what} and head train {trainable + head.weight.numel() + 1:,}"
     )
     say(f"  activations: {offload.mode}; writes {output_dir}")
     for line in config.ignored:
         say(f"  [yellow]note:[/yellow] {line}")
     checkpoint.prepare_output_dir(output_dir)
-    reward_model = RewardModel(model, head, autocast=config.bf16)
+    reward_model = RewardModel(model, head, autocast=bf16)
     trainer = PairTrainer(
         model=reward_model,
         args=training_arguments(config, len(train)),

@@ -21,6 +21,7 @@ from torch import nn
 from fastppo.base import (
     causal_lm,
     check_same_tokens,
+    compute_dtype,
     hidden_size,
     load_base,
     silence_dropout,
@@ -103,8 +104,13 @@ def build(config: Config, device: torch.device) -> Roles:
     for seat in seats.values():
         if seat.trained:
             wrap_activations(config, causal_lm(seat.model))
+    autocast = compute_dtype(config, device) == torch.bfloat16
+    if autocast and not config.bf16:
+        draft.notes.append(
+            "bf16 is not set, and on a GPU a base in 16 bits then stays so: this run is in bfloat16"
+        )
     return Roles(
-        seats, draft.reward_heads, critic_head, device, autocast=config.bf16, notes=draft.notes
+        seats, draft.reward_heads, critic_head, device, autocast=autocast, notes=draft.notes
     )
 
 

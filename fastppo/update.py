@@ -241,9 +241,9 @@ def backward(
         totals.add(name, getattr(stats, f"{name}_sum"))
 
 
-def check_first_pass(mean_log_ratio: float, config: Config) -> None:
+def check_first_pass(mean_log_ratio: float, dtype: torch.dtype) -> None:
     """Before anything was learned the ratio is 1; far from it, every advantage trains nonsense."""
-    limit = 10 * FIRST_PASS_LIMIT[torch.bfloat16 if config.bf16 else torch.float32]
+    limit = 10 * FIRST_PASS_LIMIT[dtype]
     if not mean_log_ratio <= limit:
         raise TrainingStopped(
             f"mean |log ratio| is {mean_log_ratio:.2g} before the first update, the limit is "
@@ -280,7 +280,7 @@ def update(
             backward(roles, experience, batch, mini, config, own, train_actor=train_actor)
         if passes == 1:
             first_pass = own.sums["log_ratio_abs"].item() / mini.tokens
-            check_first_pass(first_pass, config)
+            check_first_pass(first_pass, torch.bfloat16 if roles.autocast else torch.float32)
         if ptx is not None and train_actor:
             own.add("ptx_loss", ptx_backward(roles, next(ptx), config.ptx_coef))
         totals.merge(own)

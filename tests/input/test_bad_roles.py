@@ -95,12 +95,6 @@ def test_a_package_asked_for_and_absent_is_the_install_line_in_under_a_second(
     assert time.perf_counter() - began < 1.0
 
 
-def test_flash_attention_has_no_float32(project, capsys, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    words = ("flash_attn: fa2 computes in 16 bits", "set bf16: true")
-    refused(write(project, {**PPO, "flash_attn": "fa2"}), project, capsys, *words)
-
-
 def test_lists_may_be_yaml_lists(project):
     from fastppo.config import config_from_dict
 

@@ -48,7 +48,7 @@ LEVELS = [
     {"allocations", "model_shapes"},
     {"config"},
     {"config_data", "config_ppo", "config_roles"},
-    {"config_file", "config_key", "offload_config", "reward_spec"},
+    {"config_file", "config_key", "offload_config", "precision", "reward_spec"},
     {"ops"},
     {"errors", "types", "__init__"},
 ]

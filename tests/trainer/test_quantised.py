@@ -30,18 +30,18 @@ BITS = [
 
 
 def test_the_defaults_are_llamafactorys(config):
-    four = quantization(config(quantization_bit=4, bf16=True), 4)
+    four = quantization(config(quantization_bit=4), 4, torch.bfloat16)
     assert (four.load_in_4bit, four.load_in_8bit) == (True, False)
     assert (four.bnb_4bit_quant_type, four.bnb_4bit_use_double_quant) == ("nf4", True)
     assert four.bnb_4bit_compute_dtype == torch.bfloat16
-    assert quantization(config(quantization_bit=4), 4).bnb_4bit_compute_dtype == torch.float32
 
 
 def test_every_setting_of_the_file_reaches_bitsandbytes(config):
     settings = config(quantization_bit=4, quantization_type="fp4", double_quantization=False)
-    other = quantization(settings, 4)
+    other = quantization(settings, 4, torch.float32)
+    assert other.bnb_4bit_compute_dtype == torch.float32
     assert (other.bnb_4bit_quant_type, other.bnb_4bit_use_double_quant) == ("fp4", False)
-    eight = quantization(settings, 8)
+    eight = quantization(settings, 8, torch.float32)
     assert (eight.load_in_4bit, eight.load_in_8bit) == (False, True)
 
 
@@ -76,10 +76,11 @@ def test_a_quantised_run_starts_at_kl_0_learns_saves_and_resumes(
         mine = hidden_as(state.roles, role, batch)
         assert torch.equal(hidden_as(resumed.roles, role, batch), mine)
     assert not torch.equal(hidden_as(state.roles, "reference", batch), mine)
+    dtype = torch.bfloat16 if "bf16" in bits else torch.float32
     base = AutoModelForCausalLM.from_pretrained(
         wide_dir,
-        quantization_config=quantization(state.config, bits["quantization_bit"]),
-        dtype=torch.bfloat16 if "bf16" in bits else torch.float32,
+        quantization_config=quantization(state.config, bits["quantization_bit"], dtype),
+        dtype=dtype,
         device_map={"": "cpu"},
     )
     assert PeftModel.from_pretrained(base, str(tmp_path / "checkpoint-1")).peft_config

@@ -15,6 +15,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
+from fastppo import reward_model
 from fastppo.base import attention, causal_lm, silence_dropout, trunk
 from fastppo.batch import make_batch
 from fastppo.errors import UserError
@@ -77,9 +78,7 @@ def test_09_checkpointing_changes_no_gradient_of_any_role(made, rollout, order):
 
 
 @pytest.mark.parametrize("made", named(KINDS, *FEW), indirect=True)
-def test_one_update_moves_both_trained_roles_and_nothing_else(
-    made, config, rollout, experience_of
-):
+def test_one_update_moves_both_trained_roles_and_nothing_else(made, config, rollout, experience_of):
     settings = config(vf_coef=1.0)
     for seed, role in enumerate(("actor", "critic")):
         stir(made.trained_parameters(role), seed)
@@ -234,6 +233,17 @@ def test_under_bf16_no_layer_multiplies_in_float32(made, rollout):
     assert not wide
 
 
+def test_a_reward_adapter_is_frozen_in_the_bases_dtype_and_what_trains_is_not(
+    tiny_roles, reward_dir
+):
+    made = tiny_roles(bf16=True, reward_model_type="lora", reward_model=str(reward_dir))
+    dtypes = {"default": torch.float32, "critic": torch.float32, "reward": torch.bfloat16}
+    for name, parameter in made.model.named_parameters():
+        if ".lora_" in name:
+            assert parameter.dtype == dtypes[name.split(".")[-2]], name
+    assert made.reward_heads["reward"].weight.dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("flash_attn", "device", "bf16", "installed", "expected"),
     [
@@ -250,12 +260,15 @@ def test_flash_attn_auto_takes_fa2_where_it_can_run(
     monkeypatch, flash_attn, device, bf16, installed, expected
 ):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if installed else None)
-    assert attention(flash_attn, torch.device(device), bf16=bf16) == expected
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    assert attention(flash_attn, torch.device(device), dtype) == expected
 
 
-def test_flash_attn_fa2_without_cuda_is_refused():
+def test_flash_attn_fa2_where_it_cannot_run_is_refused():
     with pytest.raises(UserError, match="fa2 needs a CUDA device"):
-        attention("fa2", torch.device("cpu"), bf16=True)
+        attention("fa2", torch.device("cpu"), torch.bfloat16)
+    with pytest.raises(UserError, match="fa2 computes in 16 bits; set bf16: true"):
+        attention("fa2", torch.device("cuda"), torch.float32)
 
 
 @pytest.mark.parametrize(("asked", "runs"), [("auto", "sdpa"), ("disabled", "eager")])
@@ -285,3 +298,27 @@ def test_loraplus_gives_b_matrices_a_rate_of_their_own_and_clips_by_role(tiny_ro
         assert torch.cat([p.grad.flatten() for p in own]).norm().item() == pytest.approx(
             1.0, rel=1e-4
         )
+
+
+@pytest.mark.parametrize("advantage", ["gae", "rloo"])
+def test_loraplus_has_no_group_of_nothing(tiny_roles, config, advantage):
+    changes = {"loraplus_lr_ratio": 4.0, "advantage": advantage, "num_generations": 2}
+    optimizer = make_optimizer(config(**changes), tiny_roles(**changes))
+    roles = [group["role"] for group in optimizer.param_groups]
+    assert roles == ["actor", "actor", "critic", "critic"][: 4 if advantage == "gae" else 2]
+    assert all(group["params"] for group in optimizer.param_groups)
+
+
+def test_loraplus_in_stage_rm_is_the_optimiser_and_weight_decay_asked_for(config):
+    rm = {"stage": "rm", "loraplus_lr_ratio": 4.0, "weight_decay": 0.1, "learning_rate": 1e-3}
+    settings = config(**rm, optim="adamw_torch_fused", adam_epsilon=1e-7)
+    model = reward_model.trained_model(settings, torch.device("cpu"))
+    optimizer = reward_model.lora_plus(settings, model)
+    assert optimizer.defaults["fused"]
+    names = {p: name for name, p in model.named_parameters()}
+    for group in optimizer.param_groups:
+        assert group["eps"] == 1e-7
+        for parameter in group["params"]:
+            assert group["weight_decay"] == 0.1
+            expected = 4e-3 if "lora_B" in names[parameter] else 1e-3
+            assert group["lr"] == pytest.approx(expected)
