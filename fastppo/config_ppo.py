@@ -177,7 +177,8 @@ class PPOKeys(BaseModel):
     @property
     def without_meaning(self) -> list[str]:
         """Keys that were set and say nothing to this advantage estimator."""
-        critics = {"critic", "value_head_init", "critic_learning_rate", "cliprange_value"}
+        critics = {"critic", "critic_model", "critic_finetuning_type", "value_head_init"}
+        critics |= {"critic_learning_rate", "cliprange_value"}
         unused = {
             "gae": {"scale_rewards"},
             "grpo": critics | {"vf_coef", "lam"},

@@ -248,6 +248,8 @@ def settings_of(name: str, sft: list[str], model: Path, other: str, reward: Path
         "critic other": {"critic": "model", "critic_model": other},
         "ref_model": {"ref_model": str(model)},
         "full ref_model": {"finetuning_type": "full", "ref_model": str(model)},
+        "lora grpo": {"advantage": "grpo", "num_generations": 2},
+        "full rloo": {"advantage": "rloo", "num_generations": 2, "finetuning_type": "full"},
         "ref_model with sft": {
             "adapter_name_or_path": ",".join(sft),
             "ref_model": str(model),

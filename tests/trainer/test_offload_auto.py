@@ -109,6 +109,14 @@ def test_llama_factorys_keys_choose_the_mode(tiny_roles, keys, mode):
         ({"offload_dir": "spill"}, "offload_dir: .*moves nothing"),
         ({"stream_frozen": True}, "stream_frozen: no role"),
         (
+            {"stream_frozen": True, "ref_model": "m", "ref_model_quantization_bit": 4},
+            "stream_frozen: no role has a whole model .* not in few bits",
+        ),
+        (  # the critic's adapter trains on it
+            {"stream_frozen": True, "ref_model": "m", "finetuning_type": "full"},
+            "stream_frozen: no role has a whole model .* frozen",
+        ),
+        (
             {"stream_frozen": True, "reward_model": "m", "reward_model_type": "full"}
             | {"reward_model_quantization_bit": 4},
             "stream_frozen: .*few bits",

@@ -84,6 +84,33 @@ def test_47_actor_and_critic_load_without_fastppo(
         assert (folder / "critic" / "value_head.safetensors").is_file()
 
 
+@pytest.mark.parametrize(("kind", "whole"), [("lora grpo", False), ("full rloo", True)])
+def test_without_a_critic_none_is_built_trained_or_saved(named, kind, whole, tmp_path):
+    settings = named(kind, disable_gradient_checkpointing=False)
+    state = trainer.init_state(settings)
+    made = state.roles
+    assert "critic" not in made.seats
+    assert made.critic_head is None
+    assert made.table("one")[-1] == ("critic", "none", 0)
+    before = [p.detach().clone() for p in made.trained_parameters("actor")]
+    state = trainer.step_update(state)
+    moved = [
+        not torch.equal(a, b) for a, b in zip(made.trained_parameters("actor"), before, strict=True)
+    ]
+    assert any(moved)
+    assert "value_loss" not in state.metrics.rows[0]
+    checkpoint.save_to_resume(state, tmp_path)
+    folder = tmp_path / "checkpoint-1"
+    assert (folder / "model.safetensors").is_file() == whole
+    assert (folder / "adapter_model.safetensors").is_file() != whole
+    assert not (folder / "value_head.safetensors").exists()
+    assert not (folder / "critic").exists()
+    resumed = trainer.init_state(settings)
+    checkpoint.resume(resumed, folder)
+    pairs = zip(checkpoint.trained(resumed), checkpoint.trained(state), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
 @pytest.mark.parametrize("kind", ["full shared", "freeze"])
 def test_a_bf16_run_saves_bf16_whatever_trains_in_float32(named, kind, tmp_path):
     state = trainer.init_state(named(kind, bf16=True))

@@ -212,6 +212,26 @@ def test_tied_embeddings_are_never_untied_in_silence(tiny_roles, tmp_path):
     assert full.lm_head.weight_VD is full.base.get_input_embeddings().weight
 
 
+@pytest.mark.parametrize("adapters", [None, "both"])
+def test_a_streamed_reference_model_says_what_it_says_on_the_device(
+    tiny_roles, model_dir, sft_dirs, rollout, scored, adapters
+):
+    settings = {"ref_model": str(model_dir)}
+    if adapters is not None:
+        settings["ref_model_adapters"] = ",".join(sft_dirs)
+    resident, streamed = (tiny_roles(**settings, stream_frozen=is_so) for is_so in (False, True))
+    batch = make_batch(rollout, range(4))
+    expected = hidden_as(resident, "reference", batch)
+    assert torch.equal(hidden_as(streamed, "reference", batch), expected)
+    passing = streamed.seats["reference"].model.streamed
+    assert passing.bytes_moved > 0
+    assert not any(p.requires_grad for p in passing.model.parameters())
+    homes = {p.host.untyped_storage().data_ptr() for p in passing.packed}
+    layers = (w for layer in passing.layers for w in layer.parameters())
+    assert all(weight.untyped_storage().data_ptr() in homes for weight in layers)
+    assert torch.equal(scored(streamed).ref_logprob_N, scored(resident).ref_logprob_N)
+
+
 def test_an_adapter_of_another_base_is_refused_in_a_line(tiny_roles, sft_dirs, other_dir):
     with pytest.raises(UserError, match=r"adapter_name_or_path: .*size mismatch.*same base"):
         tiny_roles(model_name_or_path=other_dir, adapter_name_or_path=sft_dirs[0])
