@@ -22,7 +22,7 @@ from fastppo.errors import UserError
 from fastppo.ops import linear_token_logprobs
 from fastppo.optimizer import clip_and_step, make_optimizer
 from fastppo.rollout import Sampling, sample
-from fastppo.update import update
+from fastppo.update import Totals, backward, mini_batches, update
 
 from .conftest import hidden_as, named, stir
 
@@ -75,6 +75,34 @@ def test_09_checkpointing_changes_no_gradient_of_any_role(made, rollout, order):
         assert any(g is not None for g in without)
         for a, b in zip(with_it, without, strict=True):
             assert (a is None and b is None) or torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "made", named(["lora", "full"], disable_gradient_checkpointing=False), indirect=True
+)
+def test_09_the_update_ends_a_roles_backward_before_it_enters_the_next(
+    made, config, rollout, experience_of
+):
+    """Else layers would be recomputed with the other role's adapter."""
+    settings = config(vf_coef=1.0)
+    trained = [p for role in ("actor", "critic") for p in made.trained_parameters(role)]
+    for seed, role in enumerate(("actor", "critic")):
+        stir(made.trained_parameters(role), seed)
+    experience = experience_of(made, rollout, settings)
+    (mini,) = mini_batches(experience, settings, seed=0)
+    made.train()
+    found = []
+    for checkpointed in (True, False):
+        if not checkpointed:
+            for base in {causal_lm(made.seats[role].model) for role in ("actor", "critic")}:
+                base.activation_offload.__exit__()
+        for parameter in trained:
+            parameter.grad = None
+        batch = make_batch(rollout, mini.rows)
+        backward(made, experience, batch, mini, settings, Totals())
+        found.append([parameter.grad.clone() for parameter in trained])
+    assert all(grad.abs().max() > 0 for grad in found[1])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("made", named(KINDS, *FEW), indirect=True)
