@@ -14,16 +14,18 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from fastppo.config_data import DATA_LISTS, DataKeys
-from fastppo.config_file import parse_override, read_file
-from fastppo.config_key import HF, LF, OWN, Above0, Finite, NonNegative, Positive, Share, key
-from fastppo.config_ppo import ALIASES, ELSEWHERE, TRL_IGNORED, PPOKeys
+from fastppo.config_file import override, parse_value, read_file
+from fastppo.config_key import HF, LF, OWN, Above0, Finite, Positive, key
+from fastppo.config_not_here import IGNORED, NOT_HERE, OLD_NAMES, REFUSED
+from fastppo.config_ppo import ALIASES, ELSEWHERE, PPOKeys
 from fastppo.config_roles import ROLES_LISTS, RolesKeys, check_roles
+from fastppo.config_training import TRAINING_LISTS, TrainingKeys
 from fastppo.errors import UserError
 from fastppo.offload_config import check_offload
 from fastppo.reward_spec import RewardSpec, check_function_name, check_kind, reward_specs, split
 
 
-class Config(DataKeys, PPOKeys, RolesKeys):
+class Config(DataKeys, TrainingKeys, PPOKeys, RolesKeys):
     """One run, as its YAML file describes it. Frozen; checked; one sentence a key."""
 
     stage: Literal["rm", "ppo"] = key(..., LF, "rm trains a reward model from pairs, ppo a policy.")
@@ -39,6 +41,9 @@ class Config(DataKeys, PPOKeys, RolesKeys):
     )
     model_revision: str = key("main", LF, "Branch, tag or commit on the hub.")
     cache_dir: str | None = key(None, LF, "Where the hub's files are kept.")
+    hf_hub_token: str | None = key(
+        None, LF, "Token for the hub; null is HF_TOKEN of the environment, or the login's."
+    )
     trust_remote_code: bool = key(
         False, LF, "Run code that comes with the model; off unless asked."
     )
@@ -110,35 +115,6 @@ class Config(DataKeys, PPOKeys, RolesKeys):
         "output/ppo_metrics", OWN, "Where a PPO run's metrics, picture and summary go."
     )
 
-    per_device_train_batch_size: Positive = key(
-        8, HF, "Sequences in a micro-batch (pairs in stage rm)."
-    )
-    per_device_eval_batch_size: Positive = key(8, HF, "The same in evaluation.")
-    gradient_accumulation_steps: Positive = key(1, HF, "Micro-batches in an optimiser step.")
-    learning_rate: NonNegative = key(5e-5, HF, "Peak learning rate (the actor's).")
-    num_train_epochs: Above0 = key(3.0, HF, "Passes over the data set.")
-    max_steps: int = key(
-        -1, HF, "Stop after so many steps, whatever num_train_epochs says; -1 is off."
-    )
-    lr_scheduler_type: Literal[
-        "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
-    ] = key("linear", HF, "Learning rate schedule, a step each PPO step.")
-    warmup_ratio: Share = key(0.0, HF, "Share of the steps that warm up.")
-    warmup_steps: Annotated[int, Field(ge=0)] = key(
-        0, HF, "The same as a count; wins over the share."
-    )
-    weight_decay: NonNegative = key(0.0, HF, "AdamW's weight decay.")
-    adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = key(0.9, HF, "AdamW's beta 1.")
-    adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = key(0.999, HF, "AdamW's beta 2.")
-    adam_epsilon: Above0 = key(1e-8, HF, "AdamW's epsilon; PPO's classic is 1e-5.")
-    max_grad_norm: NonNegative = key(1.0, HF, "Gradient norm a role is clipped to; 0 is off.")
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = key(42, HF, "Seed of everything random.")
-    bf16: bool = key(
-        False,
-        HF,
-        "Models in bfloat16, compute under autocast; what trains stays float32. Without it on a "
-        "GPU the checkpoint's own 16 bits, else float32.",
-    )
     disable_gradient_checkpointing: bool = key(
         False, LF, "Keep activations in place of recomputing them: activation_offloading: none."
     )
@@ -159,29 +135,6 @@ class Config(DataKeys, PPOKeys, RolesKeys):
         OWN,
         "Whole frozen models (ref_model, reward_model_type: full) lie in host memory and "
         "pass through the device layer by layer, see docs/offload.md.",
-    )
-    optim: (
-        Literal[
-            "adamw_torch",
-            "adamw_torch_fused",
-            "adamw_8bit",
-            "adamw_bnb_8bit",
-            "paged_adamw_8bit",
-            "paged_adamw_32bit",
-        ]
-        | None
-    ) = key(
-        None, HF, "AdamW: PyTorch's, or bitsandbytes' with 8-bit or paged state; null is PyTorch's."
-    )
-    disable_shuffling: bool = key(False, LF, "Take prompts in the order of the file.")
-    logging_steps: Positive = key(10, HF, "Steps between log lines in stage rm; ppo prints each.")
-    save_steps: Positive = key(500, HF, "Steps between checkpoints.")
-    save_total_limit: Positive | None = key(None, HF, "Keep only so many checkpoints.")
-    save_only_model: bool = key(False, HF, "In stage rm: checkpoints without optimiser state.")
-    eval_strategy: Literal["no", "steps"] = key("no", HF, "steps evaluates every eval_steps.")
-    eval_steps: Positive | None = key(None, HF, "See eval_strategy.")
-    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = key(
-        "none", HF, "Experiment tracker beside the files."
     )
     resume_from_checkpoint: bool | str | None = key(
         None, HF, "In stage ppo: a checkpoint folder, or true for the newest in output_dir."
@@ -264,6 +217,19 @@ class Config(DataKeys, PPOKeys, RolesKeys):
                     f"{name}: is for the one reward of reward_model_type: full, and there are "
                     f"{kinds.count('full')}; leave it out"
                 )
+        if self.early_stopping_steps and self.stage == "ppo":
+            raise ValueError(
+                "early_stopping_steps: is stage rm's, whose evaluations have a best; use max_steps"
+            )
+        if self.early_stopping_steps and self.eval_strategy == "no":
+            raise ValueError("early_stopping_steps: counts evaluations; set eval_strategy: steps")
+        if self.lr_scheduler_type == "reduce_lr_on_plateau" and (
+            self.stage == "ppo" or self.eval_strategy == "no"
+        ):
+            raise ValueError(
+                "lr_scheduler_type: reduce_lr_on_plateau follows evaluations of stage rm, with "
+                "eval_strategy; use cosine or linear"
+            )
         if self.stage == "rm" and self.resume_from_checkpoint:
             raise ValueError("resume_from_checkpoint: only stage ppo resumes; leave it out")
         for name in ("output_dir", "metrics_dir", "model_name_or_path", "dataset"):
@@ -285,65 +251,10 @@ class Config(DataKeys, PPOKeys, RolesKeys):
         return self
 
 
-# LLaMA-Factory's and transformers' keys that say nothing to a single process on one device.
-IGNORED = {
-    **TRL_IGNORED,
-    "dataloader_num_workers": "records are encoded once, at the start",
-    "dataloader_pin_memory": "records are encoded once, at the start",
-    "buffer_size": "data is read whole",
-    "data_shared_file_system": "one process",
-    "ddp_find_unused_parameters": "one process",
-    "ddp_timeout": "one process",
-    "eval_num_beams": "a policy is sampled, not searched",
-    "group_by_length": "micro-batches are trimmed to their longest row",
-    "gradient_checkpointing": "as in LLaMA-Factory; use disable_gradient_checkpointing",
-    "ignore_pad_token_for_loss": "padding never enters a loss",
-    "include_num_input_tokens_seen": "tokens are counted in the metrics",
-    "local_rank": "one process",
-    "logging_dir": "trackers write below output_dir",
-    "low_cpu_mem_usage": "always on",
-    "media_dir": "data is text",
-    "overwrite_cache": "nothing is cached",
-    "plot_loss": "curves are always drawn",
-    "predict_with_generate": "there is no predict here",
-    "preprocessing_batch_size": "records are encoded once, at the start",
-    "preprocessing_num_workers": "records are encoded once, at the start",
-    "print_param_status": "the first lines of a run count what trains",
-    "run_name": "trackers call the run fastppo",
-    "save_safetensors": "always on",
-    "save_strategy": "checkpoints go by save_steps",
-    "skip_special_tokens": "always on for display",
-    "use_cache": "sampling always uses a cache",
-    "use_fast_tokenizer": "always on",
-    "use_kv_cache": "sampling always uses a cache",
-    "use_reentrant_gc": "checkpointing is never reentrant",
-}
-# Keys that ask for what is not done: the value that is harmless, and what to use instead.
-REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "deepspeed": ((None,), "fastppo trains on one device; leave it out"),
-    "eval_on_each_dataset": (
-        (False, None),
-        "evaluation is over all of eval_dataset together; evaluate one set a run",
-    ),
-    "fp16": ((False, None), "use bf16: true, or leave both out"),
-    "fsdp": ((None, "", False), "fastppo trains on one device; leave it out"),
-    "load_best_model_at_end": ((False, None), "PPO has no single best; leave it out"),
-    "mask_history": ((False, None), "the loss is on the last response; leave it out"),
-    "neat_packing": ((False, None), "responses are packed anyway; leave it out"),
-    "num_beams": ((1, None), "a policy is sampled, not searched; leave it out"),
-    "packing": ((False, None), "responses are packed anyway; leave it out"),
-    "pissa_init": ((False, None), "the reference is the base with adapters off; leave it out"),
-    "push_to_hub": ((False, None), "upload output_dir with the hub's own command"),
-    "pure_bf16": ((False, None), "use bf16: true: adapters train in float32"),
-    "streaming": ((False, None), "data is read whole; leave it out"),
-    "tokenized_path": ((None,), "records are encoded at the start of each run; leave it out"),
-    "tool_format": ((None,), "tool calls are not supported; leave it out"),
-    "train_on_prompt": ((False, None), "the loss is on responses; leave it out"),
-    "use_unsloth": ((False, None), "leave it out"),
-}
 # LLaMA-Factory's comma strings, which may be YAML lists too.
 COMMA_LISTS = (
     *DATA_LISTS,
+    *TRAINING_LISTS,
     "ptx_dataset",
     "lora_target",
     "reward_model",
@@ -351,18 +262,40 @@ COMMA_LISTS = (
     "reward_model_adapters",
     *ROLES_LISTS,
 )
-NOT_HERE = {
-    **{
-        ("stage", name): f"fastppo trains stage rm and stage ppo; for {name} use another trainer"
-        for name in ("sft", "pt", "dpo", "kto")
-    },
-    ("finetuning_type", "oft"): "not supported; use finetuning_type: lora",
-    ("kl_loss_type", "kl"): "its gradient is 0 on average; use low_var_kl or mse",
-    ("kl_loss_type", "full"): "exact KL is for the reward (kl_penalty); use low_var_kl or mse",
-    **{
-        ("quantization_method", name): "not supported; use bnb, or leave it out"
-        for name in ("gptq", "awq", "aqlm", "quanto", "eetq", "hqq", "mxfp4", "fp8")
-    },
+# Keys that say nothing to the other stage.
+ONLY = {
+    "ppo": frozenset(
+        {
+            *PPOKeys.model_fields,
+            "critic",
+            "critic_finetuning_type",
+            "critic_model",
+            "do_sample",
+            "eval_judge",
+            "eval_max_samples",
+            "lf_sampling",
+            "max_new_tokens",
+            "metrics_dir",
+            "min_new_tokens",
+            "ref_model",
+            "ref_model_adapters",
+            "ref_model_quantization_bit",
+            "repetition_penalty",
+            "reward_api_retries",
+            "reward_api_timeout",
+            "reward_model",
+            "reward_model_adapters",
+            "reward_model_quantization_bit",
+            "reward_model_type",
+            "reward_weights",
+            "stream_frozen",
+            "temperature",
+            "top_k",
+            "top_p",
+            "value_head_init",
+        }
+    ),
+    "rm": frozenset({"calibrate_reward", "lora_dropout", "save_only_model"}),
 }
 
 
@@ -370,36 +303,49 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read, override and check a file; a UserError names the file, the key and the cure."""
     path = Path(path)
     data = read_file(path)
-    data.update(parse_override(text) for text in overrides)
+    for text in overrides:
+        override(data, text)
     return config_from_dict(data, source=str(path))
 
 
-def config_from_dict(data: Mapping[Any, Any], source: str = "<python>") -> Config:
-    """Check a mapping of keys."""
+def renamed(data: Mapping[Any, Any], source: str) -> dict[str, Any]:
+    """`data` under the names used here, where a key goes by two."""
     given = {str(name): value for name, value in data.items()}
-    ignored = []
     for alias, name in ALIASES.items():
         if alias in given and name in given:
             raise UserError(f"{source}: {alias}: is TRL's name for {name}; keep one of the two")
         if alias in given:
             given[name] = given.pop(alias)
+    for alias, name in OLD_NAMES.items():
+        value = given.pop(alias, None)
+        if value is not None and given.setdefault(name, value) != value:
+            raise UserError(f"{source}: {alias}: is an older name of {name}; keep one of the two")
+    return given
+
+
+def config_from_dict(data: Mapping[Any, Any], source: str = "<python>") -> Config:
+    """Check a mapping of keys."""
+    given = renamed(data, source)
+    ignored = []
     for name in list(given):
-        if name in IGNORED:
-            ignored.append(f"'{name}' means nothing here and is ignored: {IGNORED[name]}")
+        value, reason = given[name], IGNORED.get(name)
+        if reason is not None:
             del given[name]
+            if value is not None:
+                ignored.append(f"'{name}' means nothing here and is ignored: {reason}")
         elif name in REFUSED:
             harmless, cure = REFUSED[name]
             if given.pop(name) not in harmless:
                 raise UserError(f"{source}: {name}: not supported; {cure}")
-        elif (name, given[name]) in ((k, v) for k, v in NOT_HERE):
-            raise UserError(f"{source}: {name}: {given[name]}: {NOT_HERE[name, given[name]]}")
+        elif (name, value) in ((k, v) for k, v in NOT_HERE):
+            raise UserError(f"{source}: {name}: {value}: {NOT_HERE[name, value]}")
         elif name in ("source", "ignored") or name not in Config.model_fields:
             if os.environ.get("ALLOW_EXTRA_ARGS", "0").lower() in ("1", "true", "y"):
                 ignored.append(f"'{name}' is unknown and ignored (ALLOW_EXTRA_ARGS)")
                 del given[name]
                 continue
             raise UserError(f"{source}: unknown key '{name}'; {suggest_key(name)}")
-        elif given[name] is None and Config.model_fields[name].default is not None:
+        elif value is None and Config.model_fields[name].default is not None:
             # `key:` with nothing behind it, as tutorials leave them: the default.
             if Config.model_fields[name].is_required():
                 raise UserError(f"{source}: {name}: has no value; give it one")
@@ -410,24 +356,36 @@ def config_from_dict(data: Mapping[Any, Any], source: str = "<python>") -> Confi
             raise UserError(
                 f"{source}: {name}: {str(value).lower()} is wrong; it should be a value"
             )
+    for name in of_other_stage(given):
+        ignored.append(f"'{name}' means nothing to stage {given['stage']} and is ignored")
     try:
         return Config(**given, source=source, ignored=tuple(ignored))
     except ValidationError as error:
         raise UserError(f"{source}: {explain(error)}") from None
 
 
+def of_other_stage(given: Mapping[str, Any]) -> list[str]:
+    """Keys that were set to other than their default, and are the other stage's."""
+    other = {"rm": "ppo", "ppo": "rm"}.get(str(given.get("stage")), "")
+    return [
+        name
+        for name in given
+        if name in ONLY.get(other, ()) and given[name] != Config.model_fields[name].default
+    ]
+
+
 def _listed(name: str, value: Any) -> Any:
-    """A YAML list where LLaMA-Factory has a comma string; report_to as a list of one."""
+    """A YAML list where LLaMA-Factory has a comma string, and other spellings of one value."""
     if name in COMMA_LISTS and isinstance(value, list):
         return ",".join(str(item) for item in value)
     if name == "reward_weights" and not isinstance(value, bool):
         if isinstance(value, str):
             return split(value)
         return [value] if isinstance(value, int | float) else value
-    if name == "report_to" and isinstance(value, list) and len(value) == 1:
-        return value[0]
+    if name == "lr_scheduler_kwargs" and isinstance(value, str):
+        return parse_value(value)
     # YAML 1.1 reads `eval_strategy: no` as false.
-    return "no" if name == "eval_strategy" and value is False else value
+    return "no" if name.endswith("_strategy") and value is False else value
 
 
 def suggest_key(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
     return loader.construct_mapping(node)
 
 
+# YAML 1.1 reads 1e-5 as text, for want of a point; everybody else, OmegaConf too, as a number.
+_FLOAT = re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
@@ -89,12 +93,27 @@ def read_file(path: Path) -> dict[str, Any]:
     return data
 
 
-def parse_override(text: str) -> tuple[str, Any]:
-    """`key=value` of the command line; the value is read as YAML."""
+def parse_value(text: str) -> Any:
+    """A value as YAML reads it; what is no YAML is text."""
+    try:
+        return yaml.load(text, _Loader) if text else None
+    except (yaml.YAMLError, UserError):
+        return text
+
+
+def override(data: dict[str, Any], text: str) -> str:
+    """Put `key=value`, or `key.inner=value`, of the command line into `data`; gives the key."""
     name, equals, value = text.partition("=")
     if not equals or not name.strip():
         raise UserError(f"'{text}': not key=value; write for example learning_rate=2e-5")
-    try:
-        return name.strip(), yaml.load(value, _Loader) if value else None
-    except (yaml.YAMLError, UserError):
-        return name.strip(), value
+    key, *inner = name.strip().split(".")
+    if not inner:
+        data[key] = parse_value(value)
+        return key
+    # A copy: what came from the file stays as it is.
+    data[key] = mapping = dict(data[key]) if isinstance(data.get(key), dict) else {}
+    for part in inner[:-1]:
+        deeper = dict(mapping[part]) if isinstance(mapping.get(part), dict) else {}
+        mapping[part], mapping = deeper, deeper
+    mapping[inner[-1]] = parse_value(value)
+    return key

@@ -1,4 +1,4 @@
-"""What a run says on the terminal, and to experiment trackers."""
+"""What a run says on the terminal."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
 from fastppo import __version__
@@ -46,15 +47,18 @@ class Clock:
         return {**columns, "seconds": time.monotonic() - self.began}
 
 
-def tracker(config: Config) -> Any:
-    """accelerate's trackers for `report_to`; None where there is nothing to report to."""
-    if config.report_to == "none":
-        return None
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(log_with=config.report_to, project_dir=config.output_dir)
-    accelerator.init_trackers("fastppo", config={"config": config.source})
-    return accelerator
+def progress(config: Config, steps: int, done: int) -> Progress:
+    """`disable_tqdm: false`: a bar below the lines; nothing otherwise. Enter it, then `advance`."""
+    bar = Progress(
+        "[progress.description]{task.description}",
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=config.disable_tqdm is not False,
+    )
+    bar.add_task(f"stage {config.stage}", total=steps, completed=done)
+    return bar
 
 
 def clock_face(seconds: float) -> str:

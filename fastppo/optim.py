@@ -1,4 +1,4 @@
-"""AdamW by transformers' names: PyTorch's, or bitsandbytes' with 8-bit or paged state."""
+"""Optimisers by transformers' names: PyTorch's, or bitsandbytes' with 8-bit or paged state."""
 
 from __future__ import annotations
 
@@ -7,15 +7,46 @@ from typing import Any
 
 import torch
 
+from fastppo.config_training import BITSANDBYTES
 from fastppo.errors import UserError
 
-# Name -> bits of the state, and whether it lies in unified memory that pages out to the host.
-BITSANDBYTES = {
-    "adamw_8bit": (8, False),
-    "adamw_bnb_8bit": (8, False),
-    "paged_adamw_8bit": (8, True),
-    "paged_adamw_32bit": (32, True),
-}
+
+def make(
+    name: str | None,
+    groups: list[dict[str, Any]],
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    **common: Any,
+) -> torch.optim.Optimizer:
+    """The optimiser of that name, as transformers sets it up.
+
+    Args:
+        name: a value of `optim`; None is AdamW.
+        groups: parameters, with the learning rate of each group.
+        betas: AdamW's and Lion's.
+        eps: AdamW's.
+        common: weight_decay and lr, which all of them take.
+
+    Raises:
+        UserError: bitsandbytes is asked for and is not installed.
+    """
+    if name == "sgd":
+        return torch.optim.SGD(groups, **common)
+    if name == "adagrad":
+        return torch.optim.Adagrad(groups, **common)
+    if name == "rmsprop":
+        return torch.optim.RMSprop(groups, **common)
+    if name == "adafactor":
+        from transformers import Adafactor
+
+        # Its own schedule off: the learning rate is the configuration's.
+        return Adafactor(groups, scale_parameter=False, relative_step=False, **common)
+    if name is not None and "lion" in name:
+        bits, paged = BITSANDBYTES[name]
+        lion = bitsandbytes(name).optim.Lion
+        return lion(groups, betas=betas, optim_bits=bits, is_paged=paged, **common)
+    return adamw(name, groups, betas=betas, eps=eps, **common)
 
 
 def adamw(name: str | None, groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
@@ -31,12 +62,16 @@ def adamw(name: str | None, groups: list[dict[str, Any]], **settings: Any) -> to
         return torch.optim.AdamW(
             groups, fused=True if name == "adamw_torch_fused" else None, **settings
         )
+    bits, paged = BITSANDBYTES[name]
+    return bitsandbytes(name).optim.AdamW(groups, optim_bits=bits, is_paged=paged, **settings)
+
+
+def bitsandbytes(name: str) -> Any:
+    """The library, or an error that says for what it is needed."""
     try:
-        bitsandbytes = importlib.import_module("bitsandbytes")
+        return importlib.import_module("bitsandbytes")
     except ImportError as error:
         raise UserError(
             f"optim: {name} needs bitsandbytes ({error}); pip install 'fastppo[quantization]', or "
             "use optim: adamw_torch"
         ) from None
-    bits, paged = BITSANDBYTES[name]
-    return bitsandbytes.optim.AdamW(groups, optim_bits=bits, is_paged=paged, **settings)

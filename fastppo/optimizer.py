@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import get_scheduler
 
-from fastppo.optim import adamw
+from fastppo.errors import UserError
+from fastppo.optim import make
 
 if TYPE_CHECKING:
     from fastppo.config import Config
@@ -25,7 +28,9 @@ def make_optimizer(config: Config, roles: Roles) -> torch.optim.Optimizer:
         rate = config.critic_learning_rate
         rate = config.learning_rate if rate is None else rate
         groups += role_groups(config, roles, "critic", rate)
-    return adamw(
+    if config.weight_decay:
+        groups = [part for group in groups for part in vectors_apart(group)]
+    return make(
         config.optim or "adamw_torch_fused",  # the one that reads found_inf, see below
         groups,
         betas=(config.adam_beta1, config.adam_beta2),
@@ -54,6 +59,35 @@ def role_groups(config: Config, roles: Roles, role: Role, rate: float) -> list[d
         {"role": role, "params": quick, "lr": rate * ratio},
     ]
     return [group for group in groups if group["params"]]
+
+
+def vectors_apart(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """The group's matrices, and its vectors undecayed: biases and norms, as transformers has it."""
+    flat = [p for p in group["params"] if p.dim() == 1]
+    full = [p for p in group["params"] if p.dim() != 1]
+    parts = [{**group, "params": full}, {**group, "params": flat, "weight_decay": 0.0}]
+    return [part for part in parts if part["params"]]
+
+
+def make_scheduler(config: Config, optimizer: torch.optim.Optimizer, steps: int) -> Any:
+    """`lr_scheduler_type` over `steps` PPO steps, of which the first already learns.
+
+    Raises:
+        UserError: lr_scheduler_kwargs has a value that the schedule does not take.
+    """
+    warmup = config.warmup(steps)
+    try:
+        scheduler = get_scheduler(
+            config.lr_scheduler_type, optimizer, warmup, steps, config.lr_scheduler_kwargs
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"lr_scheduler_kwargs: {error}; change it, or leave it out") from None
+    if warmup > 0:
+        # transformers' warm-up starts at 0, and a rollout is too dear to learn nothing from.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch wants an optimiser step first; none was taken
+            scheduler.step()
+    return scheduler
 
 
 def clip_and_step(

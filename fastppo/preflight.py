@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastppo.config_training import BITSANDBYTES
 from fastppo.data import Records, read_records
 from fastppo.errors import UserError
 from fastppo.reward_spec import HEAD_FILES, split
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 def check(config: Config) -> Records:
     """Refuse what cannot run; give back the records that were read on the way."""
+    if config.hf_hub_token:
+        os.environ["HF_TOKEN"] = config.hf_hub_token  # where all of the hub's clients look
     try:
         check_name(config.template)
     except UserError as error:
@@ -55,12 +59,11 @@ def check_packages(config: Config) -> None:
         if (bits := getattr(config, key)) is not None
     ]
     attention = [("flash_attn", "fa2", "flash_attn", "flash-attn")]
-    trackers = [("report_to", config.report_to, config.report_to, "tracking")]
     optimisers = [("optim", config.optim, "bitsandbytes", "quantization")]
     for key, asked, package, extra in (
-        *(trackers if config.report_to != "none" else []),
+        *(("report_to", name, name, "tracking") for name in config.trackers),
         *(attention if config.flash_attn == "fa2" else []),
-        *(optimisers if config.optim and "adamw_torch" not in config.optim else []),
+        *(optimisers if config.optim in BITSANDBYTES else []),
         *quantised,
     ):
         if importlib.util.find_spec(package) is None:

@@ -9,11 +9,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
-from torch.utils.data import Dataset
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import Dataset, Sampler, SequentialSampler
+from transformers import (
+    EarlyStoppingCallback,
+    EvalPrediction,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_callback import PrinterCallback
 
-from fastppo import __version__, checkpoint, console
+from fastppo import __version__, checkpoint, console, plots, session
 from fastppo.base import (
     causal_lm,
     compute_dtype,
@@ -26,9 +32,10 @@ from fastppo.base import (
 from fastppo.data import encode_pairs
 from fastppo.errors import TrainingStopped
 from fastppo.heads import new_value_head
-from fastppo.optim import adamw
+from fastppo import optim
 from fastppo.reward_spec import RECORD
 from fastppo.templates import get_template
+from fastppo.tracking import Trackers
 from fastppo.tuning import compute_in_bfloat16, merge_list, select, start_adapter, upcast
 from fastppo.types import Pair
 
@@ -95,6 +102,12 @@ class PairTrainer(Trainer):
     """transformers' loop over pairs; saves what stage ppo, and LLaMA-Factory, load."""
 
     tokenizer: Any
+    in_order = False  # disable_shuffling
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        if self.in_order:
+            return SequentialSampler(train_dataset or self.train_dataset)
+        return super()._get_train_sampler(train_dataset)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
@@ -164,41 +177,73 @@ class Lines(TrainerCallback):
             )
 
 
+class Report(TrainerCallback):
+    """Log entries to the trackers of `report_to`, under the names that transformers gives them."""
+
+    def __init__(self, trackers: Trackers) -> None:
+        self.trackers = trackers
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """eval_loss is eval/loss, loss is train/loss."""
+        named = {
+            f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}": x
+            for name, x in (logs or {}).items()
+        }
+        self.trackers.log(named, step=state.global_step)
+
+
+# Keys that transformers' arguments have by the same name and meaning.
+SAME_NAME = (
+    "output_dir",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "seed",
+    "data_seed",
+    "logging_strategy",
+    "logging_first_step",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "save_only_model",
+    "eval_strategy",
+    "eval_delay",
+    "eval_on_start",
+    "greater_is_better",
+    "use_cpu",
+)
+
+
 def training_arguments(config: Config, train_pairs: int) -> TrainingArguments:
     """The YAML's keys as transformers' arguments."""
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
     steps = max(1, -(-train_pairs // per_step))
     total = config.max_steps if config.max_steps > 0 else int(steps * config.num_train_epochs)
+    given = {name: getattr(config, name) for name in SAME_NAME}
+    if config.optim is not None:
+        given["optim"] = "adamw_torch" if config.optim == "adamw_hf" else config.optim
     return TrainingArguments(
-        **({} if config.optim is None else {"optim": config.optim}),
-        output_dir=config.output_dir,
-        per_device_train_batch_size=config.per_device_train_batch_size,
-        per_device_eval_batch_size=config.per_device_eval_batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        learning_rate=config.learning_rate,
-        num_train_epochs=config.num_train_epochs,
-        max_steps=config.max_steps,
-        lr_scheduler_type=config.lr_scheduler_type,
-        warmup_steps=config.warmup_steps or int(total * config.warmup_ratio),
-        weight_decay=config.weight_decay,
-        adam_beta1=config.adam_beta1,
-        adam_beta2=config.adam_beta2,
-        adam_epsilon=config.adam_epsilon,
-        max_grad_norm=config.max_grad_norm,
-        seed=config.seed,
-        logging_steps=min(config.logging_steps, max(1, total // 10)),
-        save_strategy="steps",
-        save_steps=config.save_steps,
-        save_total_limit=config.save_total_limit,
-        save_only_model=config.save_only_model,
-        eval_strategy=config.eval_strategy,
-        eval_steps=config.eval_steps,
-        report_to=config.report_to,
+        **given,
+        warmup_steps=config.warmup(total),
+        logging_steps=config.logging_steps or min(10, max(1, total // 10)),
+        eval_steps=config.eval_steps or config.logging_steps or 500,
+        metric_for_best_model=config.metric_for_best_model
+        or ("loss" if config.early_stopping_steps else None),
+        disable_tqdm=config.disable_tqdm is not False,
+        report_to="none",  # Report does that, as stage ppo does
         remove_unused_columns=False,
         label_names=[],
-        disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available() and not config.use_cpu,
     )
 
 
@@ -222,7 +267,7 @@ def lora_plus(config: Config, model: nn.Module) -> torch.optim.Optimizer | None:
 
     def asked_for(groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
         betas = (config.adam_beta1, config.adam_beta2)
-        return adamw(config.optim, groups, lr=lr, betas=betas, eps=config.adam_epsilon)
+        return optim.make(config.optim, groups, lr=lr, betas=betas, eps=config.adam_epsilon)
 
     return create_loraplus_optimizer(
         model,
@@ -235,7 +280,7 @@ def lora_plus(config: Config, model: nn.Module) -> torch.optim.Optimizer | None:
 
 def run(config: Config, records: Records) -> None:
     """Train on the pairs, evaluate on those held out, write adapter or model, and its head."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = session.start(config)
     output_dir = Path(config.output_dir)
     tokenizer = load_tokenizer(config)
     template = get_template(
@@ -278,7 +323,12 @@ def run(config: Config, records: Records) -> None:
         callbacks=[Lines()],
         optimizers=(lora_plus(config, reward_model), None),
     )
-    trainer.tokenizer = tokenizer
+    trainer.tokenizer, trainer.in_order = tokenizer, config.disable_shuffling
+    if config.early_stopping_steps is not None:
+        trainer.add_callback(EarlyStoppingCallback(config.early_stopping_steps))
+    trackers = Trackers.of(config)
+    if trackers is not None:
+        trainer.add_callback(Report(trackers))
     trainer.remove_callback(PrinterCallback)
     result = trainer.train()
     metrics = dict(result.metrics)
@@ -291,6 +341,10 @@ def run(config: Config, records: Records) -> None:
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("all", metrics)
+    if config.plot_loss:
+        plots.plot_pairs(trainer.state.log_history, output_dir)
+    if trackers is not None:
+        trackers.close()
     record = {
         "score_at": "eos",
         "template": template.name,

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import time
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import get_scheduler
 
-from fastppo import console
+from fastppo import session
 from fastppo.advantage import KLController, RunningScore
 from fastppo.base import load_tokenizer
 from fastppo.batch import endless
 from fastppo.config import Config, load_config
 from fastppo.data import encode_prompts
 from fastppo.metrics import MetricsWriter, absent_columns
-from fastppo.optimizer import make_optimizer
+from fastppo.optimizer import make_optimizer, make_scheduler
 from fastppo.preflight import check
 from fastppo.ptx import Demonstrations
 from fastppo.reward import Reward, make_reward
 from fastppo.reward_function import load_function
 from fastppo.roles import Roles, build
 from fastppo.templates import Template, get_template
+from fastppo.tracking import Trackers
 from fastppo.types import Prompt
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ class State:
     controller: KLController
     running_score: RunningScore
     metrics: MetricsWriter
-    tracker: Any
+    tracker: Trackers | None
     ptx: Demonstrations | None = None
     step: int = 0
     before: Answers | None = None
@@ -74,7 +73,7 @@ def prompts_of_step(state: State) -> list[Prompt]:
         len(state.prompts),
         state.step,
         config.prompts_a_step,
-        seed=config.seed,
+        seed=config.data_order_seed,
         shuffle=not config.disable_shuffling,
     )
     return [state.prompts[i] for i in chosen for _ in range(config.num_generations)]
@@ -95,7 +94,7 @@ def init_state(config: Config | str | Path | None = None, records: Records | Non
         config = load_config(config)
     if records is None:
         records = check(config)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = session.start(config)
     torch.manual_seed(config.seed)
     if config.eval_judge is not None:
         load_function(config.eval_judge, "eval_judge")
@@ -120,14 +119,7 @@ def init_state(config: Config | str | Path | None = None, records: Records | Non
     roles = build(config, device)
     roles.check_head(prompts[0].ids)
     optimizer = make_optimizer(config, roles)
-    steps = total_steps(config, len(prompts))
-    warmup = config.warmup_steps or int(steps * config.warmup_ratio)
-    scheduler = get_scheduler(config.lr_scheduler_type, optimizer, warmup, steps)
-    if warmup > 0:
-        # transformers' warm-up starts at 0, and a rollout is too dear to learn nothing from.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch wants an optimiser step first; none was taken
-            scheduler.step()
+    scheduler = make_scheduler(config, optimizer, total_steps(config, len(prompts)))
     reward = make_reward(config, roles, template, tokenizer, prompts)
     return State(
         config=config,
@@ -145,6 +137,6 @@ def init_state(config: Config | str | Path | None = None, records: Records | Non
         ),
         running_score=RunningScore(),
         metrics=MetricsWriter(Path(config.metrics_dir), reward.extra_names, absent_columns(config)),
-        tracker=console.tracker(config),
+        tracker=Trackers.of(config),
         ptx=Demonstrations.of(records.ptx, template, config),
     )

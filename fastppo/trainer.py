@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fastppo import checkpoint, console
+from fastppo import checkpoint, console, plots
 from fastppo.advantage import estimate
 from fastppo.errors import UserError
 from fastppo.evaluation import evaluate
@@ -60,7 +60,7 @@ def step_update(state: State) -> State:
     state.scheduler.step()
     state.metrics.add(row)
     if state.tracker is not None:
-        state.tracker.log(row, step=state.step)
+        state.tracker.log(row, state.step)
     return state
 
 
@@ -87,18 +87,40 @@ def run(config: Config, records: Records) -> None:
     checkpoint.prepare_output_dir(output_dir)
     if config.resume_from_checkpoint:
         resume(state, output_dir)
-    while state.step < steps:
-        state = step_update(state)
-        console.step_line(state, steps)
-        if state.step == 1:
-            console.memory_line(state)
-        if config.eval_strategy == "steps" and state.step % (config.eval_steps or 500) == 0:
-            console.evaluation_line(evaluate(state))
-        if state.step % config.save_steps == 0 and state.step < steps:
-            checkpoint.save_to_resume(state, output_dir)
-            checkpoint.keep_newest(output_dir, config.save_total_limit)
+    epoch = len(state.prompts) / config.prompts_a_step
+    if config.eval_on_start and state.step == 0:
+        evaluation(state)
+    with console.progress(config, steps, state.step) as bar:
+        while state.step < steps:
+            state = step_update(state)
+            bar.advance(bar.task_ids[0])
+            if config.acts("logging", state.step, steps, epoch):
+                console.step_line(state, steps)
+            if state.step == 1:
+                console.memory_line(state)
+            if config.acts("eval", state.step, steps, epoch):
+                evaluation(state)
+            if config.acts("save", state.step, steps, epoch) and state.step < steps:
+                checkpoint.save_to_resume(state, output_dir)
+                checkpoint.keep_newest(output_dir, config.save_total_limit)
     summary = evaluate(state)
     checkpoint.save(state, output_dir)
+    if config.plot_loss:
+        plots.plot_ppo(state.metrics.rows, config, output_dir)
     if state.tracker is not None:
-        state.tracker.end_training()
+        state.tracker.log(as_eval(summary), state.step)
+        state.tracker.close()
     console.last_lines(state, summary)
+
+
+def evaluation(state: State) -> None:
+    """Evaluate along the way: a line, and what trackers get of it."""
+    summary = evaluate(state)
+    console.evaluation_line(summary)
+    if state.tracker is not None:
+        state.tracker.log(as_eval(summary), state.step)
+
+
+def as_eval(summary: dict[str, Any]) -> dict[str, Any]:
+    """The summary's numbers under names that trackers put into a panel of their own."""
+    return {f"eval/{name}": value for name, value in summary.items()}

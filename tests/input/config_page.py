@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fastppo.config import IGNORED, NOT_HERE, REFUSED, Config
+from fastppo.config import Config
+from fastppo.config_not_here import IGNORED, NOT_HERE, OLD_NAMES, REFUSED
 from fastppo.config_ppo import ALIASES, ELSEWHERE, PPOKeys
 from fastppo.config_roles import RolesKeys
 
@@ -40,8 +41,8 @@ def page() -> str:
         meaning = (field.description or "").replace("|", "\\|")
         text += f"| `{name}` | {default} | {extra['owner']} | {meaning} |\n"
     text += "\n## By another name elsewhere\n\n| there | here |\n|---|---|\n"
-    for name, ours in sorted({**ALIASES, **ELSEWHERE}.items()):
-        also = "; TRL's name is accepted" if name in ALIASES else ""
+    for name, ours in sorted({**ALIASES, **OLD_NAMES, **ELSEWHERE}.items()):
+        also = "; accepted" if name in ALIASES or name in OLD_NAMES else ""
         text += f"| `{name}` | {ours}{also} |\n"
     text += "\n## Accepted, and without meaning here\n\n| key | because |\n|---|---|\n"
     text += "".join(f"| `{name}` | {why} |\n" for name, why in IGNORED.items())

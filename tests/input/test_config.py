@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fastppo.config import IGNORED, Config, config_from_dict, load_config
+from fastppo.config import Config, config_from_dict, load_config
+from fastppo.config_not_here import IGNORED
 from fastppo.config_ppo import ALIASES, ELSEWHERE
 from fastppo.errors import UserError
 

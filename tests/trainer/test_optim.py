@@ -81,4 +81,4 @@ def test_stage_rm_hands_the_name_to_transformers(config):
 
 def test_another_optimiser_is_refused(config):
     with pytest.raises(ValueError, match="adamw_torch"):
-        config(optim="adafactor")
+        config(optim="lomo")
