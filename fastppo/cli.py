@@ -15,19 +15,22 @@ if TYPE_CHECKING:
 
 HELP = f"""fastppo {__version__}: PPO for language models on one GPU, from LLaMA-Factory's YAML
 
-usage: fastppo-train CONFIG [key=value ...] [--plan [--gpu SIZE]]
+usage: fastppo-train CONFIG [key=value ...] [--explain | --plan [--gpu SIZE]]
 
   CONFIG      a YAML or JSON file with stage: rm (a reward model from pairs) or
               stage: ppo (a policy from prompts and that reward model)
   key=value   overrides a key of the file, for example learning_rate=2e-5
 
+  --explain   print every key with its value, where it came from and what it does
+              here, and stop; loads no model
   --plan      print the memory that the run needs, by role and phase, and stop;
               needs no GPU, no weights and no network
   --gpu SIZE  what it has to fit into, for example 24GiB; the GPU here if left out
   --help      this text
   --version   the version
 
-docs/config.md lists every key. Exit codes: 0 done, 1 the run stopped itself,
+docs/config.md lists every key; for people who come from LLaMA-Factory,
+docs/llamafactory.md its own. Exit codes: 0 done, 1 the run stopped itself,
 2 bad input (nothing was written), 3 the plan does not fit, 130 interrupted.
 """
 
@@ -42,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fastppo {__version__}")
         return 0
     try:
+        if "--explain" in arguments:
+            return explain(arguments)
         if "--plan" in arguments:
             return plan(arguments)
         train(arguments)
@@ -63,9 +68,14 @@ def one_line(error: Exception) -> str:
 
 
 def read_config(arguments: list[str]) -> Config:
-    """CONFIG and its overrides."""
+    """CONFIG and its overrides, checked."""
     from fastppo.config import load_config
 
+    return load_config(*split(arguments))
+
+
+def split(arguments: list[str]) -> tuple[str, list[str]]:
+    """CONFIG, and the overrides after it."""
     if not arguments:
         raise UserError("no CONFIG; name a YAML file, for example examples/demo_ppo.yaml")
     options = [argument for argument in arguments if argument.startswith("-")]
@@ -73,7 +83,14 @@ def read_config(arguments: list[str]) -> Config:
         raise UserError(f"unknown option '{options[0]}'; keys are overridden as key=value")
     if arguments[0] == "train" and len(arguments) > 1:  # llamafactory-cli's habit
         arguments = arguments[1:]
-    return load_config(arguments[0], arguments[1:])
+    return arguments[0], arguments[1:]
+
+
+def explain(arguments: list[str]) -> int:
+    """`--explain`, before or after CONFIG."""
+    from fastppo import explain
+
+    return explain.run(*split([x for x in arguments if x != "--explain"]))
 
 
 def plan(arguments: list[str]) -> int:
