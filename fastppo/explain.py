@@ -36,6 +36,8 @@ def written(name: str, value: Any) -> str:
         return "***"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{inner}: {item}" for inner, item in value.items()) + "}"
     if isinstance(value, tuple):
         return ",".join(str(item) for item in value)
     return str(value) if value != "" else "''"
@@ -95,7 +97,7 @@ def page(config: Config, explained_lines: Sequence[Line]) -> Iterator[Table | st
     )
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
     table.add_column("key", no_wrap=True)
-    table.add_column("value", overflow="fold", max_width=22)
+    table.add_column("value", overflow="fold", max_width=20)
     table.add_column("from", no_wrap=True)
     table.add_column("what it does here", ratio=1)
     for line in explained_lines:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fastppo.config import ONLY, Config
+from fastppo.config_file import read_file
 from fastppo.config_not_here import IGNORED, NOT_HERE, OLD_NAMES, REFUSED
 
 from .config_page import value
@@ -90,7 +89,7 @@ def differing(sections: dict[str, dict[str, Any]]) -> list[tuple[str, Any, Any]]
 
 def page() -> str:
     """The whole page."""
-    sections = yaml.safe_load(KEYS.read_text(encoding="utf-8"))
+    sections = read_file(KEYS)
     text = INTRODUCTION + "\n## Defaults that differ\n\n| key | there | here |\n|---|---|---|\n"
     for name, there, here in differing(sections):
         text += f"| `{name}` | {value(there)} | {value(here)} |\n"

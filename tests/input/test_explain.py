@@ -65,6 +65,12 @@ def test_a_secret_is_not_shown(run_yaml, capsys):
     assert written("swanlab_api_key", "x") == "***"
 
 
+def test_values_are_written_as_yaml_has_them():
+    values = (None, True, 1e-6, (1.0, 2.0), {"min_lr": 1e-7}, "")
+    shown = [written("name", value) for value in values]
+    assert shown == ["null", "true", "1e-06", "1.0,2.0", "{min_lr: 1e-07}", "''"]
+
+
 def test_it_fits_a_hundred_columns(run_yaml, capsys):
     assert main(["--explain", "run.yaml", "output_dir=" + "a/long/folder" * 12]) == 0
     out = capsys.readouterr().out

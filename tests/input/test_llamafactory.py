@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 
 from fastppo.config import COMMA_LISTS, ONLY, Config, config_from_dict, load_config
+from fastppo.config_file import read_file
 from fastppo.config_not_here import IGNORED, NOT_HERE, OLD_NAMES, REFUSED
 from fastppo.config_ppo import ALIASES, ELSEWHERE
 from fastppo.config_training import TRACKERS, due
@@ -19,7 +19,7 @@ from .conftest import PPO, RM
 from .llamafactory_page import KEYS, page
 
 ROOT = Path(__file__).resolve().parents[2]
-SECTIONS = yaml.safe_load(KEYS.read_text(encoding="utf-8"))
+SECTIONS = read_file(KEYS)
 DEFAULTS = {name: value for keys in SECTIONS.values() for name, value in keys.items()}
 
 
