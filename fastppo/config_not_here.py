@@ -170,14 +170,17 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-
 def _values(key: str, names: str, cure: str) -> dict[tuple[str, str], str]:
     return dict.fromkeys(((key, name) for name in names.split()), cure)
 
 
 # A key's value that is not done, and what to use instead.
 NOT_HERE: dict[tuple[str, str], str] = {
-    **_values("stage", "sft pt dpo kto", "fastppo trains rm and ppo; use another trainer for it"),
+    **_values(
+        "stage",
+        "sft pt dpo kto",
+        "fastppo trains stage rm and stage ppo; use another trainer for it",
+    ),
     ("finetuning_type", "oft"): "not supported; use finetuning_type: lora",
     ("kl_loss_type", "kl"): "its gradient is 0 on average; use low_var_kl or mse",
     ("kl_loss_type", "full"): "exact KL is for the reward (kl_penalty); use low_var_kl or mse",

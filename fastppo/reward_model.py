@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from fastppo import __version__, checkpoint, console, plots, session
+from fastppo import __version__, checkpoint, console, optim, plots, session
 from fastppo.base import (
     causal_lm,
     compute_dtype,
@@ -32,7 +32,6 @@ from fastppo.base import (
 from fastppo.data import encode_pairs
 from fastppo.errors import TrainingStopped
 from fastppo.heads import new_value_head
-from fastppo import optim
 from fastppo.reward_spec import RECORD
 from fastppo.templates import get_template
 from fastppo.tracking import Trackers

@@ -148,7 +148,9 @@ def test_weight_decay_leaves_vectors_alone(config, tiny_roles):
     for decay in (0.0, 0.1):
         optimizer = make_optimizer(config(weight_decay=decay), made)
         decays = {
-            (p.dim(), group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
+            (p.dim(), group["weight_decay"])
+            for group in optimizer.param_groups
+            for p in group["params"]
         }
         assert decays == {(2, decay), (1, 0.0)}  # the value head's bias is a vector
         assert {group["role"] for group in optimizer.param_groups} == {"actor", "critic"}
