@@ -176,6 +176,26 @@ class Lines(TrainerCallback):
             )
 
 
+class Bar(TrainerCallback):
+    """`disable_tqdm: false`: a bar below the lines, as in stage ppo."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Draw it."""
+        self.bar = console.progress(self.config, state.max_steps, state.global_step)
+        self.bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """A step more."""
+        self.bar.advance(self.bar.task_ids[0])
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Leave it as it stands."""
+        self.bar.stop()
+
+
 class Report(TrainerCallback):
     """Log entries to the trackers of `report_to`, under the names that transformers gives them."""
 
@@ -238,7 +258,7 @@ def training_arguments(config: Config, train_pairs: int) -> TrainingArguments:
         eval_steps=config.eval_steps or config.logging_steps or 500,
         metric_for_best_model=config.metric_for_best_model
         or ("loss" if config.early_stopping_steps else None),
-        disable_tqdm=config.disable_tqdm is not False,
+        disable_tqdm=True,  # Bar draws the one that goes with our lines
         report_to="none",  # Report does that, as stage ppo does
         remove_unused_columns=False,
         label_names=[],
@@ -319,7 +339,7 @@ def run(config: Config, records: Records) -> None:
         eval_dataset=held_out if len(held_out) else None,
         data_collator=lambda pairs: collate(pairs, template.pad_id),
         compute_metrics=accuracy,
-        callbacks=[Lines()],
+        callbacks=[Lines(), Bar(config)],
         optimizers=(lora_plus(config, reward_model), None),
     )
     trainer.tokenizer, trainer.in_order = tokenizer, config.disable_shuffling

@@ -16,7 +16,7 @@ from accelerate import tracking as accelerate_tracking
 from transformers import Adafactor
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
-from fastppo import optim, plots, preflight, reward_model, session, trainer
+from fastppo import console, optim, plots, preflight, reward_model, session, trainer
 from fastppo.config import Config
 from fastppo.config_training import SCHEDULES
 from fastppo.errors import UserError
@@ -420,8 +420,6 @@ def test_early_stopping_in_stage_rm_stops(pairs, tmp_path):
         ({"eval_strategy": "steps", "eval_steps": 0.5}, "eval_steps", 0.5),
         ({"eval_strategy": "epoch", "eval_delay": 2}, "eval_delay", 2),
         ({"eval_on_start": True}, "eval_on_start", True),
-        ({"disable_tqdm": False}, "disable_tqdm", False),
-        ({}, "disable_tqdm", True),
         ({"metric_for_best_model": "accuracy"}, "metric_for_best_model", "accuracy"),
         ({"greater_is_better": False}, "greater_is_better", False),
         ({"num_train_epochs": 2.5}, "num_train_epochs", 2.5),
@@ -457,10 +455,27 @@ def test_disable_shuffling_keeps_the_order_of_pairs(pairs, monkeypatch):
     assert order() != order(disable_shuffling=True)
 
 
-def test_a_progress_bar_is_drawn_when_asked_for(config, monkeypatch):
-    from fastppo import console
+@pytest.fixture
+def bars(monkeypatch):
+    """The progress bars that were made."""
+    made = []
+    real = console.progress
 
-    assert console.progress(config(), 4, 0).disable
-    bar = console.progress(config(disable_tqdm=False), 4, 1)
-    assert not bar.disable
-    assert (bar.tasks[0].total, bar.tasks[0].completed) == (4, 1)
+    def progress(*args):
+        made.append(real(*args))
+        return made[-1]
+
+    monkeypatch.setattr(console, "progress", progress)
+    return made
+
+
+def test_disable_tqdm_false_draws_a_bar_in_both_stages(config, pairs, bars):
+    settings = config(max_steps=2, ppo_epochs=1, disable_tqdm=False)
+    trainer.run(settings, check(settings))
+    settings = pairs(max_steps=3, overwrite_output_dir=True, disable_tqdm=False)
+    reward_model.run(settings, check(settings))
+    assert [(bar.disable, bar.tasks[0].completed, bar.tasks[0].total) for bar in bars] == [
+        (False, 2, 2),
+        (False, 3, 3),
+    ]
+    assert console.progress(config(), 2, 0).disable
