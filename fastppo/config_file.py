@@ -97,7 +97,7 @@ def parse_value(text: str) -> Any:
     """A value as YAML reads it; what is no YAML is text."""
     try:
         return yaml.load(text, _Loader) if text else None
-    except (yaml.YAMLError, UserError):
+    except Exception:  # PyYAML raises what its constructors stumble on
         return text
 
 
