@@ -144,8 +144,10 @@ def _score_block(scores: Vectors, at: slice, x: Tensor, ref_x: Tensor, spec: Row
 
 def _exact_kl(mine: RowStats, theirs: RowStats, impossible: Tensor, forbidden: Tensor) -> Tensor:
     log_ratio = mine.shifted - theirs.shifted - (mine.log_sum - theirs.log_sum)
-    log_ratio = log_ratio.masked_fill(forbidden, float("inf")).masked_fill(impossible, 0.0)
-    return (mine.exp.masked_fill(impossible, 0.0) / mine.total * log_ratio).sum(-1)
+    # Not inf in the product: a word that the reference masks may have p = 0 by underflow.
+    infinite = (forbidden & ~impossible).any(-1)
+    kl = (mine.exp.masked_fill(impossible, 0.0) / mine.total * log_ratio).sum(-1)
+    return kl.masked_fill(infinite, float("inf"))
 
 
 def score_tokens_reference(
@@ -165,7 +167,10 @@ def score_tokens_reference(
     possible = log_p > float("-inf")
     p = log_p.exp()
     entropy = -torch.where(possible, p * torch.where(possible, log_p, 0), 0).sum(-1)
-    kl = torch.where(possible, p * (torch.where(possible, log_p, 0) - log_q), 0).sum(-1)
+    allowed = log_q > float("-inf")
+    log_ratio = torch.where(possible, log_p, 0) - torch.where(allowed, log_q, 0)
+    kl = torch.where(possible, p * log_ratio, 0).sum(-1)
+    kl = torch.where((possible & ~allowed).any(-1), float("inf"), kl)
     results = (log_p.gather(1, index).squeeze(1), log_q.gather(1, index).squeeze(1), entropy, kl)
     return Scores(*(torch.where(live, x, 0) for x in results))
 

@@ -6,6 +6,8 @@
 
 namespace FASTPPO_ISA {
 
+constexpr float FARTHEST = -1e37f;
+
 // KL = sum p (z - z_ref) - LSE(z) + LSE(z_ref); gap = sum p' (d - d_ref) with p' and both d in terms
 // of the largest logits so far.
 struct Both {
@@ -69,7 +71,9 @@ static inline Both read_both(
       ref_total[k] += exp_of(c, bits);
       Ints masked = v == -std::numeric_limits<float>::infinity();
       forbidden |= masked & (u > -std::numeric_limits<float>::infinity());
-      gap += e * (masked ? Floats{} : d - c);
+      // Not `c`, which is held where its exponential is 0: how far the reference is off has no end.
+      Floats far = at_least(v - ref_reference, FARTHEST);
+      gap += e * (masked ? Floats{} : d - far);
     }
     row.mine.total += sum(total[0] + total[1] + total[2] + total[3]);
     row.mine.weighted += sum(weighted[0] + weighted[1] + weighted[2] + weighted[3]);
