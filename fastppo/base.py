@@ -32,7 +32,14 @@ class LMHead(NamedTuple):
 
 def load_tokenizer(config: Config, name: str | None = None) -> Any:
     """The tokenizer of `model_name_or_path`, or of another model."""
-    return AutoTokenizer.from_pretrained(name or config.model_name_or_path, **_where(config, name))
+    named = name or config.model_name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(named, **_where(config, name))
+    except Exception as error:  # the tokenizers package raises Exception itself
+        raise UserError(
+            f"{config.source}: {named} has no tokenizer that can be loaded ({first_line(error)}); "
+            "check the folder or the hub name"
+        ) from None
 
 
 def load_base(
@@ -63,10 +70,20 @@ def load_base(
         }
     name = name or config.model_name_or_path
     try:
-        base = AutoModelForCausalLM.from_pretrained(name, **settings)
+        # What has another shape is refused below, by name.
+        base, info = AutoModelForCausalLM.from_pretrained(
+            name, output_loading_info=True, ignore_mismatched_sizes=True, **settings
+        )
     except LOAD_ERRORS as error:
         # No such model, an architecture without the attention asked for, a package it needs.
         raise not_loaded(config, name, error) from None
+    # What is missing or of another shape, transformers fills with random numbers.
+    wrong = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    if wrong:
+        raise UserError(
+            f"{config.source}: {name} has no {min(wrong)} of the shape that its config.json asks "
+            "for; its files are not one model's: fetch or save it again"
+        )
     base.requires_grad_(False)
     silence_dropout(base)
     if bits is not None:

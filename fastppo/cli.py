@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fastppo import __version__
-from fastppo.errors import TrainingStopped, UserError
+from fastppo.errors import TrainingStopped, UserError, one_line
 
 if TYPE_CHECKING:
     from fastppo.config import Config
@@ -62,11 +62,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def one_line(error: Exception) -> str:
-    """The message without line breaks: an error is one line whatever it quotes."""
-    return " ".join(str(error).split())
-
-
 def read_config(arguments: list[str]) -> Config:
     """CONFIG and its overrides, checked."""
     from fastppo.config import load_config
@@ -79,6 +74,8 @@ def split(arguments: list[str]) -> tuple[str, list[str]]:
     if not arguments:
         raise UserError("no CONFIG; name a YAML file, for example examples/demo_ppo.yaml")
     options = [argument for argument in arguments if argument.startswith("-")]
+    if options and options[0].partition("=")[0] == "--gpu":
+        raise UserError("--gpu: is the size that --plan has to fit into; add --plan, or drop it")
     if options:
         raise UserError(f"unknown option '{options[0]}'; keys are overridden as key=value")
     if arguments[0] == "train" and len(arguments) > 1:  # llamafactory-cli's habit

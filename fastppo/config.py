@@ -233,8 +233,8 @@ class Config(DataKeys, TrainingKeys, PPOKeys, RolesKeys):
         if self.stage == "rm" and self.resume_from_checkpoint:
             raise ValueError("resume_from_checkpoint: only stage ppo resumes; leave it out")
         for name in ("output_dir", "metrics_dir", "model_name_or_path", "dataset"):
-            if not getattr(self, name).strip() or "\0" in getattr(self, name):
-                raise ValueError(f"{name}: is empty or no path; give it a value")
+            if not getattr(self, name).strip():
+                raise ValueError(f"{name}: is empty; give it a value")
         if self.eval_judge is not None:
             check_function_name(self.eval_judge, "eval_judge")
         check_roles(self)
@@ -352,6 +352,8 @@ def config_from_dict(data: Mapping[Any, Any], source: str = "<python>") -> Confi
             del given[name]
     given = {name: _listed(name, value) for name, value in given.items()}
     for name, value in given.items():
+        if isinstance(value, str) and unwritable(value):
+            raise UserError(f"{source}: {name}: {shown(value)} holds a null or half a character")
         if isinstance(value, bool) and "bool" not in str(Config.model_fields[name].annotation):
             raise UserError(
                 f"{source}: {name}: {str(value).lower()} is wrong; it should be a value"
@@ -406,15 +408,30 @@ def explain(error: ValidationError) -> str:
         return str(first["ctx"]["error"])
     name = str(first["loc"][0]) if first["loc"] else "configuration"
     if first["type"] == "missing":
-        return f"{name}: missing; {Config.model_fields[name].description}"
+        meaning = Config.model_fields[name].description or ""
+        return f"{name}: is missing; add it: {meaning[0].lower()}{meaning[1:]}"
     came = first["input"]
     if first["type"] == "literal_error":
         expected = first["ctx"]["expected"].replace("'", "")
         words = expected.replace(" or ", ", ").split(", ")
         near = difflib.get_close_matches(str(came), words, n=1, cutoff=0.6)
-        return f"{name}: {came!r} is none of {expected}" + (
+        return f"{name}: {shown(came)} is none of {expected}" + (
             f"; did you mean {near[0]}?" if near else "; choose one of them"
         )
     wanted = first["msg"].removeprefix("Input should be ")
     wanted = wanted.split(", unable")[0]
-    return f"{name}: {came!r} is wrong; it should be {wanted}"
+    return f"{name}: {shown(came)} is wrong; it should be {wanted}"
+
+
+def unwritable(text: str) -> bool:
+    """A null character, or half of a surrogate pair: neither a path nor a tokenizer takes it."""
+    return "\0" in text or text.encode("utf-8", "ignore").decode() != text
+
+
+def shown(value: Any) -> str:
+    """A value as Python writes it, and no more of it than a line holds."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits; a list in itself
+        return f"this {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:200]}..."

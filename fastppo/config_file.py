@@ -68,6 +68,8 @@ def read_file(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; check the path and its permissions") from None
+    except ValueError:
+        raise UserError(f"{str(path)!r}: no path is written so; name a YAML file") from None
     try:
         # JSON is read by its own parser: YAML's misses tabs. yaml.load with a SafeLoader is safe.
         data = _parse(text, path)
@@ -78,10 +80,9 @@ def read_file(path: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{path}: not YAML, line {line}: {error.problem}; mend the line") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise UserError(
-            f"{path}: cannot be read: {str(error).splitlines()[0]}; mend the file"
-        ) from None
+    except Exception as error:  # PyYAML raises what its constructors stumble on: `!!bool x`
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: cannot be read: {why}; mend the file") from None
     if data is None:
         raise UserError(
             f"{path}: is empty; it needs at least stage, model_name_or_path, dataset, output_dir"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+LONGEST = 1000  # characters of a message; past that its middle is left out
+
 
 class UserError(Exception):
     """Something the user can mend: one line that names the thing and the cure. Exit code 2."""
@@ -16,6 +18,13 @@ class TrainingStopped(Exception):
     """
 
 
+def one_line(message: object) -> str:
+    """A message as one line of text, whatever it quotes: no escape sequence, no book."""
+    text = " ".join(str(message).split())
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= LONGEST else f"{text[:600]} ... {text[-300:]}"
+
+
 def note(text: str) -> None:
     """One line on stderr: something was left out, and the run goes on."""
-    print(f"fastppo-train: note: {' '.join(text.split())}", file=sys.stderr)
+    print(f"fastppo-train: note: {one_line(text)}", file=sys.stderr)

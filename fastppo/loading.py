@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pickle import UnpicklingError
 
 from safetensors import SafetensorError
@@ -22,5 +23,13 @@ LOAD_ERRORS = (
 
 
 def first_line(error: Exception) -> str:
-    """Libraries explain at length; the first line says what."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    """Libraries explain at length; the first line says what, but for what has better words."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error).strip())
+    if "Weights only load failed" in text:
+        return "it is no file of tensors alone, and nothing else in it is opened"
+    if "custom code" in text:
+        return "it brings code of its own, which runs only with trust_remote_code: true"
+    if isinstance(error, KeyError):
+        return f"unknown {text}"
+    first, _, rest = (text or type(error).__name__).partition("\n")
+    return (f"{first} {' '.join(rest.split())}" if first.rstrip().endswith(":") else first)[:200]

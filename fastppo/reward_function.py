@@ -34,7 +34,7 @@ def load_function(name: str, key: str) -> Function:
         raise UserError(
             f"{key}: cannot import '{module_name}' ({error}); it must be importable from here"
         ) from None
-    except Exception as error:  # whatever runs when somebody's module is imported
+    except (Exception, SystemExit) as error:  # whatever runs when a module is imported
         raise UserError(f"{key}: importing '{module_name}' {failure(error)}; mend it") from None
     function = getattr(module, attribute, None)
     if not callable(function):
@@ -97,7 +97,7 @@ def call_scores(
         answer = function(**taken)
     except UserError:
         raise
-    except Exception as error:  # a user's own code: whatever it raises, in one line
+    except (Exception, SystemExit) as error:  # a user's own code: whatever it raises, in one line
         raise UserError(f"{key}: {failure(error)}; mend the function") from None
     return check_scores(answer, key, completions)
 

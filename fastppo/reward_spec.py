@@ -104,18 +104,22 @@ def check_function_name(name: str, key: str) -> None:
 
 def check_url(url: str) -> None:
     """http or https to a host, with no password in it."""
-    shown = url.partition("?")[0]
+    # Neither a query nor what may be meant for a password is repeated.
+    shown = url.partition("?")[0].partition("#")[0].rpartition("@")[2]
     cure = "write for example http://127.0.0.1:8000/v1/score/evaluation"
     try:
         parts = urlsplit(url)
-        parts.port  # noqa: B018 - raises where it is no port
-    except ValueError as error:
-        raise ValueError(f"reward_model: this URL cannot be read ({error}); {cure}") from None
+    except ValueError:
+        raise ValueError(f"reward_model: this URL cannot be read; {cure}") from None
     if parts.username is not None or parts.password is not None:
         raise ValueError(
             "reward_model: this URL holds a user name or password, which would end in logs; leave "
             "it out and set the environment variable FASTPPO_REWARD_TOKEN"
         )
+    try:
+        parts.port  # noqa: B018 - raises where it is no port
+    except ValueError:
+        raise ValueError(f"reward_model: the port in this URL is no number; {cure}") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"reward_model: '{shown}' is no http(s) URL; {cure}")
     if not url.isascii() or not url.isprintable() or " " in url:

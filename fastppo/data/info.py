@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,7 +117,8 @@ def read_info(config: Config) -> tuple[dict[str, Any], Path]:
 
 def locate(name: str, info: dict[str, Any], folder: Path, what: str) -> Source:
     """Where the rows are: a name on the hub wins over a file's, as in LLaMA-Factory."""
-    if "hf_hub_url" in info:
+    if info.get("hf_hub_url"):
+        check_hub_name(info, what)
         return Source(name, info, hub=info["hf_hub_url"])
     for key, where in ELSEWHERE.items():
         if key in info:
@@ -127,14 +129,27 @@ def locate(name: str, info: dict[str, Any], folder: Path, what: str) -> Source:
         raise UserError(f"{what} has no file_name; add one")
     path = folder / info["file_name"]
     # Data may come from anywhere, and must not lead this program out of its folder.
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise UserError(
-            f"{what}: file_name {info['file_name']} leads out of {folder}; move the file in, or "
-            "name its path in dataset"
-        )
+    for file in (path, *(path.iterdir() if path.is_dir() else ())):
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"{what}: file_name {info['file_name']} leads out of {folder}; move the file in, "
+                "or name its path in dataset"
+            )
     if not path.exists():
         raise UserError(f"{what} names {path}, which is not there; check file_name")
     return Source(name, info, path)
+
+
+def check_hub_name(info: dict[str, Any], what: str) -> None:
+    """A name on the hub, which no folder here can be taken for."""
+    name = info["hf_hub_url"]
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) or Path(name).exists():
+        raise UserError(
+            f"{what}: hf_hub_url {name!r} is no owner/name on the hub; mend it, or give a file_name"
+        )
+    inner = info.get("folder") or ""
+    if Path(inner).is_absolute() or ".." in Path(inner).parts:
+        raise UserError(f"{what}: folder {inner!r} leads out of the data set; mend it")
 
 
 def check_entry(info: Any, what: str) -> None:
@@ -142,7 +157,7 @@ def check_entry(info: Any, what: str) -> None:
     if not isinstance(info, dict):
         raise UserError(f"{what} is a {type(info).__name__}, not an object; mend it")
     for key in ("file_name", "hf_hub_url", "split", "subset", "folder"):
-        if not isinstance(info.get(key) or "", str):
+        if not isinstance(info.get(key) or "", str) or "\0" in (info.get(key) or ""):
             raise UserError(f"{what}: {key} is not text; mend it")
     if not isinstance(info.get("ranking", False), bool):
         raise UserError(f"{what}: ranking is {info['ranking']!r}; it should be true or false")

@@ -160,6 +160,8 @@ def past(history: Any) -> list[Message]:
     for turn in (history if isinstance(history, list) else [history]) if history else []:
         if not isinstance(turn, list) or [type(part) for part in turn] != [str, str]:
             raise BadRow("history is not a list of [question, answer]")
+        if any(part.encode("utf-8", "ignore").decode() != part for part in turn):
+            raise BadRow("history holds half a character")
         messages += [
             {"role": "user", "content": turn[0]},
             {"role": "assistant", "content": turn[1]},

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import string
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from fastppo.config import Config, config_from_dict, load_config
@@ -198,21 +194,3 @@ def test_every_key_says_what_it_means_and_whose_it_is():
 
 def test_docs_config_md_is_what_the_code_says():
     assert (ROOT / "docs" / "config.md").read_text(encoding="utf-8") == page()
-
-
-SCALARS = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(),
-    st.floats(),
-    st.text(string.printable, max_size=8),
-    st.lists(st.integers(), max_size=2),
-    st.dictionaries(st.text(max_size=2), st.integers(), max_size=1),
-)
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.dictionaries(st.sampled_from(sorted(Config.model_fields)), SCALARS, max_size=5))
-def test_any_values_give_a_configuration_or_one_clean_error(values):
-    with suppress(UserError):  # anything else that is raised fails here
-        assert isinstance(config_from_dict({**PPO, **values}), Config)
