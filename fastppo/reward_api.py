@@ -16,6 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
@@ -140,21 +141,34 @@ class ApiReward:
             )
         return UserError(f"{self.key}: HTTP {status}; check the URL")
 
+    def quoted(self, answer: bytes | str) -> str:
+        """The start of an answer, without the token or the query that a server may echo."""
+        for secret in (os.environ.get(TOKEN), urlsplit(self.url).query):
+            if secret and isinstance(answer, bytes):
+                answer = answer.replace(secret.encode(), b"***")
+            elif secret and isinstance(answer, str):
+                answer = answer.replace(secret, "***")
+        return repr(answer[:60])
+
     def check(self, body: bytes, count: int) -> list[float]:
         """The scores in an answer: as many as asked for, finite numbers."""
         wanted = f'it should be {{"scores": [...]}} with {count} finite numbers'
         try:
             answer = json.loads(body)
         except (ValueError, RecursionError):
-            raise UserError(f"{self.key}: answers {body[:60]!r}, not JSON; {wanted}") from None
+            raise UserError(
+                f"{self.key}: answers {self.quoted(body)}, not JSON; {wanted}"
+            ) from None
         scores = answer.get("scores") if isinstance(answer, dict) else None
         if not isinstance(scores, list):
-            raise UserError(f"{self.key}: answers {body[:60]!r} without scores; {wanted}")
+            raise UserError(f"{self.key}: answers {self.quoted(body)} without scores; {wanted}")
         if len(scores) != count:
             raise UserError(f"{self.key}: answers {len(scores)} scores for {count}; {wanted}")
         for score in scores:
             if isinstance(score, bool) or not isinstance(score, int | float):
-                raise UserError(f"{self.key}: answers {str(score)[:60]!r} as a score; {wanted}")
+                raise UserError(
+                    f"{self.key}: answers {self.quoted(str(score))} as a score; {wanted}"
+                )
             if not abs(score) <= LARGEST:  # NaN is not, and integers of any length compare
                 raise UserError(f"{self.key}: answers {str(score)[:60]} as a score; {wanted}")
         return [float(score) for score in scores]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from fastppo.config import Config, config_from_dict, load_config
+from fastppo.config import Config, load_config
 from fastppo.config_not_here import IGNORED
 from fastppo.config_ppo import ALIASES, ELSEWHERE
 from fastppo.errors import UserError

@@ -413,7 +413,7 @@ def test_rank_of_the_reward_adapter_is_read_where_it_is(project, capsys):
         (["--plan", "--gpu", "24"], "--gpu: '24' is no size; write for example 24GiB"),
         (["--plan", "--gpu"], "--gpu: '' is no size"),
         (["--plan", "--gpu=-1GiB"], "is no size"),
-        (["--gpu", "24GiB"], "unknown option '--gpu'"),
+        (["--gpu", "24GiB"], "--gpu: is the size that --plan has to fit into"),
         (["--plan", "model_name_or_path=nobody/knows-it"], "the shape of nobody/knows-it"),
         (["--plan", "--gpus"], "unknown option '--gpus'"),
     ],

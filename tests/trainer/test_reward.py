@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastppo.cli import main
 from fastppo.reward_head import AdapterReward, append
 from fastppo.reward_model import calibrate
 
@@ -118,92 +117,3 @@ def test_llamafactorys_folder_loads_and_says_the_same(
 def test_safetensors_are_read_where_both_are(tiny_roles, llamafactory_dir):
     (llamafactory_dir / "value_head.bin").write_bytes(b"not even a pickle")
     tiny_roles(reward_model_type="lora", reward_model=str(llamafactory_dir))
-
-
-class Evil:
-    """A pickle that leaves a file behind where it is opened without care."""
-
-    def __init__(self, path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-def evil_head(folder):
-    as_bin(folder)
-    torch.save({"v_head.summary.weight": Evil(folder / "owned")}, folder / "value_head.bin")
-
-
-def evil_adapter(folder):
-    as_bin(folder)
-    torch.save({"x": Evil(folder / "owned")}, folder / "adapter_model.bin")
-
-
-def other_head(folder):
-    as_bin(folder)
-    tensors = {"v_head.summary.weight": torch.zeros(1, 48), "v_head.summary.bias": torch.zeros(1)}
-    torch.save(tensors, folder / "value_head.bin")
-
-
-def two_scores(folder):
-    as_bin(folder)
-    tensors = {"v_head.summary.weight": torch.zeros(2, 32), "v_head.summary.bias": torch.zeros(2)}
-    torch.save(tensors, folder / "value_head.bin")
-
-
-def no_head(folder):
-    as_bin(folder)
-    torch.save({"weight": torch.zeros(1)}, folder / "value_head.bin")
-
-
-def torn_head(folder):
-    as_bin(folder)
-    head = folder / "value_head.bin"
-    head.write_bytes(head.read_bytes()[:100])
-
-
-def torn_adapter(folder):
-    adapter = folder / "adapter_model.safetensors"
-    adapter.write_bytes(adapter.read_bytes()[:100])
-
-
-def adapter_of_another_model(folder):
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    settings["target_modules"] = ["no_such_layer"]
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-
-
-def record_without_place(folder):
-    (folder / "fastppo_reward.json").write_text('{"score_at": "somewhere"}')
-
-
-DAMAGE = [
-    (evil_head, ("value_head.bin cannot be read",)),
-    (evil_adapter, ("the adapter in", "cannot be loaded")),
-    (other_head, ("its head is for hidden size 48, the base has 32", "same model")),
-    (two_scores, ("value_head.bin holds no head with one score",)),
-    (no_head, ("value_head.bin has no v_head.summary.weight and .bias",)),
-    (torn_head, ("value_head.bin cannot be read",)),
-    (torn_adapter, ("the adapter in", "cannot be loaded")),
-    (adapter_of_another_model, ("the adapter in", "cannot be loaded")),
-    (record_without_place, ("fastppo_reward.json does not say score_at eos or suffix",)),
-]
-
-
-@pytest.mark.parametrize(("damage", "words"), DAMAGE, ids=lambda v: getattr(v, "__name__", ""))
-def test_folders_that_are_no_reward_model(
-    config, llamafactory_dir, tmp_path, capsys, damage, words
-):
-    damage(llamafactory_dir)
-    settings = config(reward_model=str(llamafactory_dir), reward_model_type="lora")
-    (tmp_path / "run.json").write_text(json.dumps(settings.model_dump(exclude_none=True)))
-    before = {*tmp_path.rglob("*")}
-    assert main([str(tmp_path / "run.json")]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("fastppo-train: error: reward_model")
-    assert err.count("\n") == 1
-    for word in words:
-        assert word in err
-    assert {*tmp_path.rglob("*")} == before
-    assert not (llamafactory_dir / "owned").exists()
