@@ -22,8 +22,9 @@ from tests.ops.oracle import check, place, run
 Inputs = dict[str, Any]
 INF = float("inf")
 DRAWS_APART = 10**7
-# A vocabulary of one has no gradient to take a unit of the last place of: test_edges.py has it.
-VOCABULARIES = (2, 3, 5, 8, 17, 37, 64, 100, 257, 1031)
+# A vocabulary of one or two has a gradient of all but nothing to take a unit of the last place of,
+# and so have one or two rows: test_edges.py has them.
+VOCABULARIES = (3, 5, 8, 17, 37, 64, 100, 257, 1031)
 STRIDES = ("contiguous", "columns", "rows", "transposed")
 VALUES = ("plain", "plain", "large", "denormal", "ties", "spike")
 MASKS = ("none", "none", "some", "lowest", "a row")
@@ -65,7 +66,7 @@ def make(number: int, backends: Sequence[str], draw: int = 0) -> Call:
     backend = rng.choice(backends if rng.random() < 0.04 * len(backends) / 2 else quick)
     op = OPS[rng.choice(sorted(OPS))]
     dtype = rng.choice((torch.float32, torch.float32, torch.bfloat16, torch.float16))
-    n = rng.randint(2, 24)
+    n = rng.randint(6, 24)
     shape = Shape(
         n=n,
         vocab=rng.choice(VOCABULARIES),
@@ -107,7 +108,9 @@ def rows(call: Call, shape: Shape, rng: random.Random) -> None:
     )
     if inputs["temperature"] == "a token":
         inputs["temperature"] = torch.linspace(0.8, 1.5, shape.n)
-    inputs["softcap"] = choose(call, rng, "softcap", (None, None, 30.0, 4.0))
+    # A spike far out on tanh is left out: its slope, 1 - t * t, is good to an eps of 1 anywhere.
+    caps = (None,) if "values spike" in call.words else (None, None, 30.0, 4.0)
+    inputs["softcap"] = choose(call, rng, "softcap", caps)
     if "behaviour_logprob_N" in inputs:
         if not linear:
             near(inputs, seed)
@@ -150,7 +153,7 @@ def odd_rows(call: Call, shape: Shape, rng: random.Random) -> None:
     kind = choose(call, rng, "rows", ODD_ROWS)
     if kind == "none":
         return
-    chosen = sorted(rng.sample(range(shape.n), rng.randint(1, shape.n)))
+    chosen = sorted(rng.sample(range(1, shape.n), rng.randint(1, shape.n // 2)))
     call.words.append(f"rows {chosen}")
     if kind == "nan where live":
         call.live_nan = chosen[0]
