@@ -61,13 +61,6 @@ static inline Floats bend(Floats x, float softcap) {
   return x == -std::numeric_limits<float>::infinity() ? x : u;
 }
 
-// du/dx, in terms of u; at masked vocabulary that of the asymptote.
-template <bool SOFTCAP>
-static inline Floats slope_of(Floats u, float softcap) {
-  Floats t = at_least(u, -softcap) / softcap;
-  return 1.0f - t * t;
-}
-
 static inline float bend_one(float x, float softcap) {
   return softcap == 0 || std::isinf(x) ? x : softcap * std::tanh(x / softcap);
 }
@@ -195,7 +188,7 @@ static inline void write_gradient(const Gradient<T, O>& row) {
       Floats d = bits.difference(u, highest);
       Floats e = KEPT ? load(row.kept.exponential + start + i) : exp_of(d, bits);
       Floats dx = ENTROPY ? -(e * factor) * (slopes.a + slopes.b * d) : e * straight;
-      return SOFTCAP ? dx * slope_of<SOFTCAP>(u, row.softcap) : dx;
+      return SOFTCAP ? dx * tanh_slope_of(x / row.softcap) : dx;
     };
     auto two = [&](int64_t i) {
       Pair x = T::read_two(from + i);
