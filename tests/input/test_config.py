@@ -194,3 +194,9 @@ def test_every_key_says_what_it_means_and_whose_it_is():
 
 def test_docs_config_md_is_what_the_code_says():
     assert (ROOT / "docs" / "config.md").read_text(encoding="utf-8") == page()
+
+
+def test_lists_of_the_roles_may_be_yaml_lists(tmp_path):
+    text = "adapter_name_or_path: [a, b]\nadditional_target: [norm, lm_head]\n"
+    config = load(tmp_path, text)
+    assert (config.adapter_name_or_path, config.additional_target) == ("a,b", "norm,lm_head")

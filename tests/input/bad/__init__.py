@@ -38,6 +38,7 @@ AREAS = {
     "command_line": "Command line and file",
     "keys": "Keys, one by one",
     "together": "Keys against another, and against the disk",
+    "roles": "Roles",
     "data": "Data",
     "rewards": "Rewards",
     "models": "Models and adapters",
@@ -47,7 +48,7 @@ AREAS = {
     "ops": "Operators",
 }
 # Refused before torch is imported, and by what needs a model to see it.
-LIGHT = ("command_line", "keys", "together", "data", "rewards", "checkpoints")
+LIGHT = ("command_line", "keys", "together", "roles", "data", "rewards", "checkpoints")
 HEAVY = ("models", "endpoints", "functions")
 
 
