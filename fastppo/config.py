@@ -19,13 +19,14 @@ from fastppo.config_key import HF, LF, OWN, Above0, Finite, Positive, key
 from fastppo.config_not_here import IGNORED, NOT_HERE, OLD_NAMES, REFUSED
 from fastppo.config_ppo import ALIASES, ELSEWHERE, PPOKeys
 from fastppo.config_roles import ROLES_LISTS, RolesKeys, check_roles
+from fastppo.config_step import StepKeys, check_step
 from fastppo.config_training import TRAINING_LISTS, TrainingKeys
 from fastppo.errors import UserError
 from fastppo.offload_config import check_offload
 from fastppo.reward_spec import RewardSpec, check_function_name, check_kind, reward_specs, split
 
 
-class Config(DataKeys, TrainingKeys, PPOKeys, RolesKeys):
+class Config(DataKeys, TrainingKeys, PPOKeys, RolesKeys, StepKeys):
     """One run, as its YAML file describes it. Frozen; checked; one sentence a key."""
 
     stage: Literal["rm", "ppo"] = key(..., LF, "rm trains a reward model from pairs, ppo a policy.")
@@ -248,6 +249,7 @@ class Config(DataKeys, TrainingKeys, PPOKeys, RolesKeys):
                 "gradient_accumulation_steps x ppo_buffer_size); change one of them"
             )
         check_offload(self)
+        check_step(self)
         return self
 
 

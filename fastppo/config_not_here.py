@@ -32,7 +32,7 @@ _NOTES: dict[str, str] = {
         dataloader_pin_memory dataloader_prefetch_factor preprocessing_batch_size
         preprocessing_num_workers remove_unused_columns""",
     "data is read whole, and nothing is cached": "buffer_size overwrite_cache",
-    "micro-batches are trimmed to their longest row": """group_by_length length_column_name
+    "micro-batches are of similar lengths anyway": """group_by_length length_column_name
         sortish_sampler train_sampling_strategy""",
     "data is text": """audio_sampling_rate crop_to_patches freeze_multi_modal_projector
         freeze_vision_tower image_do_pan_and_scan image_max_pixels image_min_pixels media_dir
@@ -134,12 +134,12 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "mask_history": (_OFF, "the loss is on the last response; leave it out"),
     "mixture_of_depths": ((None,), "leave it out"),
     "moe_aux_loss_coef": ((None, 0), "no router loss is added; leave it out"),
-    "neat_packing": (_OFF, "responses are packed anyway; leave it out"),
+    "neat_packing": (_OFF, "use padding_free"),
     "neftune_noise_alpha": ((None, 0), "noise would make PPO's log-probs another policy's"),
     "new_special_tokens_config": ((None,), "add them to the tokenizer and model before training"),
     "num_beams": ((1, None), "a policy is sampled, not searched; leave it out"),
     "optim_args": ((None,), "the adam keys and weight_decay are what there is; leave it out"),
-    "packing": (_OFF, "responses are packed anyway; leave it out"),
+    "packing": (_OFF, "use padding_free"),
     "pissa_convert": (_OFF, "leave it out, with pissa_init"),
     "pissa_init": (_OFF, "the reference is the base with adapters off; leave it out"),
     "push_to_hub": (_OFF, "upload output_dir with the hub's own command"),

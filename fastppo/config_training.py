@@ -71,10 +71,15 @@ class TrainingKeys(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     per_device_train_batch_size: Positive = key(
-        8, HF, "Sequences in a micro-batch (pairs in stage rm)."
+        8,
+        HF,
+        "Sequences of a micro-batch at their longest (in stage rm pairs); in stage ppo more of "
+        "them share one where they are shorter.",
     )
     per_device_eval_batch_size: Positive = key(8, HF, "The same in evaluation.")
-    gradient_accumulation_steps: Positive = key(1, HF, "Micro-batches in an optimiser step.")
+    gradient_accumulation_steps: Positive = key(
+        1, HF, "Times per_device_train_batch_size: the responses of an optimiser step."
+    )
     learning_rate: NonNegative = key(5e-5, HF, "Peak learning rate (the actor's).")
     num_train_epochs: Above0 = key(3.0, HF, "Passes over the data set.")
     max_steps: int = key(

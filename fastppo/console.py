@@ -19,7 +19,7 @@ from fastppo.memory import predicted_peak, uncounted
 from fastppo.metrics import CSV, CURVES, SUMMARY
 from fastppo.model_shapes import from_config
 from fastppo.moments import GIB
-from fastppo.rollout import Sampling
+from fastppo.sampling import Sampling
 
 if TYPE_CHECKING:
     from fastppo.config import Config
@@ -39,12 +39,24 @@ class Clock:
     def __call__(self, phase: str) -> Iterator[None]:
         began = time.monotonic()
         yield
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # what was queued belongs to the phase that queued it
         self.phases[phase] = time.monotonic() - began
 
     def columns(self) -> dict[str, float]:
         """The phases and the whole, as metrics columns."""
         columns = {f"seconds_{phase}": seconds for phase, seconds in self.phases.items()}
         return {**columns, "seconds": time.monotonic() - self.began}
+
+    def step_columns(self, response_tokens: float, update_tokens: float) -> dict[str, float]:
+        """Those of a PPO step: tokens a second of its phases, and of the whole, beside them."""
+        columns, phases = self.columns(), self.phases
+        return {
+            **columns,
+            "rollout_tokens_per_second": response_tokens / phases["rollout"],
+            "update_tokens_per_second": update_tokens / phases["update"],
+            "tokens_per_second": response_tokens / columns["seconds"],
+        }
 
 
 def progress(config: Config, steps: int, done: int) -> Progress:

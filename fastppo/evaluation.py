@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from fastppo.batch import Budget
 from fastppo.errors import UserError
 from fastppo.metrics import SAMPLES, SUMMARY
 from fastppo.reward import mean_of_known
 from fastppo.reward_function import call_scores, load_function
-from fastppo.rollout import Sampling, sample
+from fastppo.rollout import sample
+from fastppo.sampling import Sampling
 from fastppo.score import score
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ def answer(state: State, role: Role, prompts: list[Prompt]) -> Answers:
     terminated: list[bool] = []
     kl = 0.0
     size = config.per_device_eval_batch_size
+    budget = replace(Budget.of(config), tokens=size * (config.cutoff_len + config.max_new_tokens))
     for start in range(0, len(prompts), size):
         with roles.use(role):
             rollout = sample(
@@ -69,7 +72,7 @@ def answer(state: State, role: Role, prompts: list[Prompt]) -> Answers:
                 rollout,
                 state.reward,
                 temperature=config.temperature,
-                batch_size=size,
+                budget=budget,
             )
             rewards += scored.score_B.tolist()
             parts.append(scored.reward_parts)

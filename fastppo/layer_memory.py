@@ -22,6 +22,7 @@ class LayerSetting:
         item: bytes of an element of the base and of what autocast computes in.
         rank: of the adapter that is on; 0 is none.
         target: its `lora_target`.
+        fused: its layers are `fastppo.lora`'s, where their dtype is the base's.
         adapter_item: bytes of an adapter's element.
         trained: whether the layer's own weights train.
         masked: padding in the batch: attention takes a mask, and keys and values of every head.
@@ -32,6 +33,7 @@ class LayerSetting:
     length: int
     item: int
     rank: int = 0
+    fused: bool = False
     target: str = "all"
     adapter_item: int = FLOAT32
     trained: bool = False
@@ -55,6 +57,9 @@ class Decoder(Tape):
     def linear(self, x: Value, name: str) -> Value:
         """PEFT's Linear: base(x) + B(A(x)) * scaling, with A and B in the adapter's own dtype."""
         setting, (wide, out) = self.setting, self.shape.linears[name]
+        alike = setting.item == setting.adapter_item
+        if setting.fused and alike and not setting.trained and name in self.targets:
+            return self.fused_linear(x, wide, out)
         saved = [x] if setting.trained else []
         gives = self.gives((wide, setting.item))
         result = self.op(out, setting.item, [x], gives, saved, trains=setting.trained)
@@ -70,6 +75,22 @@ class Decoder(Tape):
         scaled = self.scaled(up)
         del up
         return self.add(result, scaled)
+
+    def fused_linear(self, x: Value, wide: int, out: int) -> Value:
+        """The same in one output, see `fastppo.lora`: A(x) is kept, what B makes of it never is."""
+        rank, item = self.setting.rank, self.setting.item
+        low = self.new(rank, item)
+
+        def backward(_: Size) -> list[Size]:
+            d_low = self.new(rank, item)
+            d_x = self.new(wide, item)
+            del d_low
+            return [d_x]
+
+        result = self.op(out, item, [x], backward, [x], trains=True)
+        if result.node is not None:
+            result.node.saved.append(low)
+        return result
 
     def norm(self, x: Value) -> Value:
         """RMSNorm: float32 inside, weight times the result cast back."""

@@ -67,11 +67,15 @@ COLUMNS = {
     "skipped_steps": "optimiser steps skipped: a gradient that was not finite, or ratio_threshold",
     "early_stopped": "1 where the step's epochs were cut short by target_kl",
     "response_tokens": "response tokens in the rollout",
+    "update_tokens": "tokens that the update ran over in all its passes, prompts included",
     "seconds_rollout": "sampling (a clock)",
     "seconds_score": "log-probs, reference, values, reward (a clock)",
     "seconds_advantage": "KL reward, GAE, whitening (a clock)",
     "seconds_update": "PPO epochs (a clock)",
     "seconds": "the whole step (a clock)",
+    "rollout_tokens_per_second": "response tokens sampled in a second (a clock)",
+    "update_tokens_per_second": "update_tokens by seconds_update (a clock)",
+    "tokens_per_second": "response tokens by the seconds of the whole step (a clock)",
 }
 # Of several rewards each has a column more; its cell is empty where it applied to no response.
 REWARD_COLUMN = "reward/{name}"

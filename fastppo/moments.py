@@ -32,6 +32,7 @@ ROWS: Final = (
     "critic optimiser",
     "actor gradients",
     "critic gradients",
+    "merged weights",
     "KV cache",
     "kept activations",
     "layer at work",
@@ -71,7 +72,7 @@ class Planner:
             return
         recipe = self.recipe
         yield from self.rollout_moments(recipe.rollout_rows)
-        yield from self.score_moments(recipe.per_device_train_batch_size)
+        yield from self.score_moments(recipe.score_rows)
         rows = min(recipe.per_device_eval_batch_size, recipe.eval_max_samples)
         yield from self.rollout_moments(rows, evaluation=True)
         yield from self.score_moments(rows, evaluation=True)
@@ -91,8 +92,8 @@ class Planner:
         ordered = {row: rows[row] for row in ROWS if rows.get(row, 0)}
         return Moment(phase, name, ordered, evaluation)
 
-    def setting(self, rows: int, length: int, role: str) -> LayerSetting:
-        """How `role` runs a layer."""
+    def setting(self, rows: int, length: int, role: str, *, masked: bool = False) -> LayerSetting:
+        """How `role` runs a layer; PPO's own passes need no mask, see `Batch.inputs`."""
         recipe = self.recipe
         shared = role == "critic" and recipe.critic == "shared"
         trained = self.stay.critic if role == "critic" and not shared else self.stay.actor
@@ -107,7 +108,8 @@ class Planner:
             target=recipe.actor_target if shared else own.get(role, recipe.actor_target),
             adapter_item=recipe.item if role == "reward" else FLOAT32,
             trained=trained.whole and trains,
-            masked=recipe.padded(rows),
+            masked=masked,
+            fused=recipe.stage == "ppo",
             eager=recipe.eager,
         )
 
@@ -137,12 +139,21 @@ class Planner:
         recipe, shape = self.recipe, self.shape
         prompt, whole = recipe.cutoff_len, recipe.cutoff_len + recipe.max_new_tokens
         token = 2 * shape.kv_heads * shape.head_dim * recipe.item
-        trunk = trunk_memory(shape, self.setting(rows, prompt, "actor"))
+        if recipe.rollout_kv_cache_gib is not None:
+            room = int(recipe.rollout_kv_cache_gib * GIB)
+            rows = max(1, min(rows, room // (token * shape.layers * whole)))
+        # What a sample of the policy is merged into; the reference's in evaluation is the base.
+        linear = sum(a * b for a, b in shape.targets(recipe.actor_target).values())
+        layers = min(recipe.lora_layers or shape.layers, shape.layers)
+        merged = {"merged weights": recipe.rollout_merges * linear * layers * recipe.item}
+        masked = recipe.padded(rows)
+        trunk = trunk_memory(shape, self.setting(rows, prompt, "actor", masked=masked))
         casts = self.stay.actor.casts
         yield self.moment(
             "rollout",
             f"{rows} prompts of {prompt} tokens",
             {
+                **merged,
                 "KV cache": rows * token * shape.cached_tokens(prompt),
                 "kept activations": casts,
                 "layer at work": trunk.fixed + trunk.forward + self.tile,
@@ -151,7 +162,7 @@ class Planner:
         )
         # A layer's keys are made anew with the token appended; with padding in the batch every
         # query head gets a copy of its keys and values.
-        copied = recipe.padded(rows) and shape.kv_heads not in (1, shape.heads)
+        copied = masked and shape.kv_heads not in (1, shape.heads)
         copies = 2 * shape.heads * shape.head_dim * recipe.item if copied else 0
         # Logits, the same in float32, their softmax, and the row that the recorder keeps.
         logits = rows * shape.vocab * (recipe.item + 3 * FLOAT32)
@@ -159,6 +170,7 @@ class Planner:
             "rollout",
             f"the last token of {rows} sequences of {whole}",
             {
+                **merged,
                 "KV cache": rows * token * shape.cached_tokens(whole),
                 "kept activations": casts,
                 "layer at work": rows * whole * (token // 2 + copies) + logits + self.tile,
@@ -167,16 +179,16 @@ class Planner:
         )
 
     def score_moments(self, rows: int, *, evaluation: bool = False) -> Iterator[Moment]:
-        """Actor, reference, critic and rewards, forward only."""
+        """Rewards, reference, critic and actor in their order, forward only."""
         recipe, length = self.recipe, self.recipe.sequence
         hidden = self.hidden(rows * length)
-        # What a pass finds there: the hidden states of those before it.
-        frozen = self.stay.actor.casts if "reference adapter" in self.stay.rows else 0
-        passes = {"actor": self.stay.actor.casts, "reference": hidden + frozen}
+        both = recipe.kl_penalty == "full"  # the reference's states and logits beside the actor's
+        passes = {"reward": 0} if "lora" in recipe.rewards else {}
+        # An adapter as the reference has copies by autocast too.
+        passes["reference"] = self.stay.actor.casts * ("reference adapter" in self.stay.rows)
         if recipe.has_critic and recipe.critic != "shared":
-            passes["critic"] = 2 * hidden + self.stay.critic.casts
-        if "lora" in recipe.rewards:
-            passes["reward"] = 0
+            passes["critic"] = self.stay.critic.casts + hidden * both
+        passes["actor"] = self.stay.actor.casts + hidden * both
         for role, kept in passes.items():
             shape = self.stay.shapes.resolved_critic if role == "critic" else self.shape
             trunk = trunk_memory(shape, self.setting(rows, length, role))
@@ -190,12 +202,11 @@ class Planner:
                 evaluation=evaluation,
             )
         gathered = self.hidden(rows * recipe.max_new_tokens)
-        both = recipe.kl_penalty == "full"  # the reference's logits beside the actor's
         yield self.moment(
             "score",
             f"log-probs of {rows} x {recipe.max_new_tokens} tokens",
             {
-                "kept activations": 2 * hidden + gathered * (1 + both),
+                "kept activations": (hidden + gathered) * (1 + both),
                 "head chunk": self.chunk(rows) * (1 + both),
             },
             evaluation=evaluation,
@@ -204,14 +215,15 @@ class Planner:
     def update_moments(self) -> Iterator[Moment]:
         """Forward and loss, backward, optimiser; the actor, then a critic with a trunk."""
         recipe, actor, critic = self.recipe, self.stay.actor, self.stay.critic
-        rows, length = recipe.per_device_train_batch_size, recipe.sequence
+        rows, length = recipe.update_rows, recipe.sequence
         apart = recipe.has_critic and recipe.critic != "shared"
         gradients = {
             "actor gradients": FLOAT32 * (actor.parameters + critic.parameters * (not apart)),
             "critic gradients": FLOAT32 * critic.parameters * apart,
         }
         # There from the first micro-batch of an optimiser step on.
-        before = gradients if recipe.gradient_accumulation_steps > 1 else {}
+        step = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
+        before = gradients if step > rows else {}
         gathered = self.hidden(rows * recipe.max_new_tokens)
         yield from self.pass_moments(
             Pass("actor", self.setting(rows, length, "actor"), actor, self.shape),
@@ -245,7 +257,12 @@ class Planner:
         gradients = {"actor gradients": FLOAT32 * actor.parameters}
         rows, length = 2 * recipe.per_device_train_batch_size, recipe.sequence
         yield from self.pass_moments(
-            Pass("reward model", self.setting(rows, length, "actor"), actor, self.shape),
+            Pass(
+                "reward model",
+                self.setting(rows, length, "actor", masked=recipe.padded(rows)),
+                actor,
+                self.shape,
+            ),
             gathered=self.hidden(rows * length),  # of which the head reads one a row
             loss=0,
             chunk=0,
@@ -254,7 +271,9 @@ class Planner:
         )
         yield self.moment("update", "the optimiser's step", gradients)
         rows = 2 * recipe.per_device_eval_batch_size
-        trunk = trunk_memory(self.shape, self.setting(rows, length, "actor"))
+        trunk = trunk_memory(
+            self.shape, self.setting(rows, length, "actor", masked=recipe.padded(rows))
+        )
         yield self.moment(
             "score",
             f"{rows} x {length} tokens",
@@ -345,7 +364,9 @@ class Planner:
         mode, recipe = self.recipe.offloading, self.recipe
         if "offload" not in mode:
             return 0
-        rows = recipe.per_device_train_batch_size * (2 if recipe.stage == "rm" else 1)
+        rows = (
+            recipe.update_rows if recipe.stage == "ppo" else 2 * recipe.per_device_train_batch_size
+        )
         trunk = trunk_memory(self.shape, self.setting(rows, recipe.sequence, "actor"))
         each = trunk.input if "checkpoint" in mode else trunk.saved
         return self.stay.actor.layers * each

@@ -18,10 +18,16 @@ def offload_mode(config: Config) -> str:
 
 
 def micro_batch_tokens(config: Config) -> int:
-    """Most tokens of a micro-batch, padding included."""
+    """Most tokens of a micro-batch, padding included.
+
+    In stage ppo what `per_device_train_batch_size` sequences take at their longest: shorter ones
+    share a micro-batch with more, in the memory that was planned for them.
+    """
     rows = config.per_device_train_batch_size
     if config.stage == "rm":
         return 2 * rows * config.cutoff_len
+    if config.ppo_max_token_len_per_gpu is not None:
+        return config.ppo_max_token_len_per_gpu
     return rows * (config.cutoff_len + config.max_new_tokens)
 
 

@@ -75,7 +75,7 @@ def ptx_backward(roles: Roles, batch: Batch, coef: float) -> Tensor:
     """
     with roles.use("actor"):
         head = roles.lm_head
-        hidden_ND = batch.packing.gather(roles.hidden(batch.input_ids_BT, batch.mask_BT))
+        hidden_ND = batch.packing.gather(roles.hidden(**batch.inputs))
         logprob_N = linear_token_logprobs(
             hidden_ND.to(head.weight_VD.dtype),
             head.weight_VD,

@@ -49,6 +49,11 @@ class Recipe:
     per_device_eval_batch_size: int = 8
     gradient_accumulation_steps: int = 1
     ppo_buffer_size: int = 1
+    ppo_max_token_len_per_gpu: int | None = None
+    ppo_micro_batch_size_per_gpu: int | None = None
+    log_prob_max_token_len_per_gpu: int | None = None
+    rollout_kv_cache_gib: float | None = None
+    rollout_merge_adapter: bool | None = None
     eval_max_samples: int = 64
     # What is not a key of its own name.
     device: Literal["gpu", "cpu"] = "gpu"
@@ -115,6 +120,27 @@ class Recipe:
         """The longest row of an update: prompt and response, or in stage rm both in cutoff_len."""
         return self.cutoff_len + (self.max_new_tokens if self.stage == "ppo" else 0)
 
+    def micro_rows(self, tokens: int | None) -> int:
+        """Sequences at their longest in a micro-batch of so many tokens; None is what batch_size
+        of them take."""
+        rows = self.per_device_train_batch_size
+        if tokens is not None:
+            rows = max(1, tokens // self.sequence)
+        step = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return min(rows, step, self.ppo_micro_batch_size_per_gpu or rows)
+
+    @property
+    def update_rows(self) -> int:
+        """Sequences in a micro-batch of the update."""
+        return self.micro_rows(self.ppo_max_token_len_per_gpu)
+
+    @property
+    def score_rows(self) -> int:
+        """Sequences in a micro-batch of scoring."""
+        return self.micro_rows(
+            self.log_prob_max_token_len_per_gpu or self.ppo_max_token_len_per_gpu
+        )
+
     @property
     def rollout_rows(self) -> int:
         """Sequences that are sampled at a time."""
@@ -137,6 +163,13 @@ class Recipe:
         if self.activation_offloading in (None, "auto"):
             return "none" if self.disable_gradient_checkpointing else "checkpoint"
         return str(self.activation_offloading)
+
+    @property
+    def rollout_merges(self) -> bool:
+        """Whether sampling has a copy of the adapted weights; that it is too large is not known."""
+        if self.finetuning_type != "lora" or self.quantization_bit is not None:
+            return False
+        return self.item == 4 if self.rollout_merge_adapter is None else self.rollout_merge_adapter
 
     def padded(self, rows: int) -> bool:
         """Whether a batch has padding, and so attention a mask; a row alone never has."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastppo.batch import Budget
 from fastppo.errors import TrainingStopped, UserError
 from fastppo.reward_api import ApiReward
 from fastppo.reward_full import ClassifierReward, load_full
@@ -110,7 +111,8 @@ def make_reward(
     for spec in config.rewards:
         if spec.kind == "lora":
             folder = Path(spec.target)
-            parts.append(AdapterReward(roles, folder, template, size, next(adapters)))
+            budget = Budget.of(config, scoring=True)
+            parts.append(AdapterReward(roles, folder, template, budget, next(adapters)))
         elif spec.kind == "full":
             full = load_full(spec.target, config, roles.device, template)
             if isinstance(full, ClassifierReward):

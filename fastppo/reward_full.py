@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 from fastppo.base import attention, check_same_tokens, compute_dtype
+from fastppo.batch import Batch, Budget, partition
 from fastppo.errors import UserError
 from fastppo.heads import load_value_head
 from fastppo.loading import LOAD_ERRORS, first_line
@@ -39,8 +41,8 @@ class ClassifierReward:
     template and tokenizer, and the score is its own logit of the conversation.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, name: str, batch_size: int) -> None:
-        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+    def __init__(self, model: nn.Module, tokenizer: Any, name: str, budget: Budget) -> None:
+        self.model, self.tokenizer, self.budget = model, tokenizer, budget
         self.key = f"reward_model: {name}"
         inner = model.config.get_text_config()
         self.pad_id: int | None = inner.pad_token_id
@@ -74,10 +76,8 @@ class ClassifierReward:
     def __call__(self, rollout: Rollout) -> Tensor:
         device = rollout.input_ids_BT.device
         rows = [self.encode(p, t) for p, t in zip(rollout.prompts, rollout.texts, strict=True)]
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         score_B = torch.empty(len(rows), device=device)
-        for start in range(0, len(rows), self.batch_size):
-            chosen = order[start : start + self.batch_size]
+        for chosen in partition([len(row) for row in rows], range(len(rows)), self.budget):
             score_B[chosen] = self.logits([rows[i] for i in chosen], device)
         return score_B
 
@@ -123,7 +123,8 @@ def load_full(
     own tokens. Anything else has to be a sequence classifier with one label.
     """
     folder = head_folder(name, config)
-    size = config.per_device_train_batch_size
+    # Its attention is its own affair: padded, whatever the policy's is.
+    budget = replace(Budget.of(config, scoring=True), packed=False)
     if folder is None:
         model = load_model(AutoModelForSequenceClassification, name, config, device)
         model.config.use_cache = False
@@ -139,7 +140,7 @@ def load_full(
                 f"reward_model: the tokenizer of {name} has no chat template to write the "
                 "conversation with; put a chat_template.jinja beside it"
             )
-        return ClassifierReward(place(model, config, device), own, name, size)
+        return ClassifierReward(place(model, config, device), own, name, budget)
     model = load_model(AutoModelForCausalLM, name, config, device)
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     cure = "train it on the same base, or name a sequence classifier"
@@ -149,11 +150,11 @@ def load_full(
     head = load_value_head(folder, inner.config.get_text_config().hidden_size, device)
     head.requires_grad_(False)
 
-    def hidden(input_ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        output = trunk(input_ids=input_ids_BT, attention_mask=mask_BT, use_cache=False)
+    def hidden(batch: Batch) -> Tensor:
+        output = trunk(input_ids=batch.input_ids_BT, attention_mask=batch.mask_BT, use_cache=False)
         return output.last_hidden_state
 
-    return HeadReward(hidden, head, folder, template, size)
+    return HeadReward(hidden, head, folder, template, budget)
 
 
 def load_model(kind: Any, name: str, config: Config, device: torch.device) -> Any:

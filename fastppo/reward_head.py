@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fastppo.batch import batches
+from fastppo.batch import Batch, Budget, Order, batches
 from fastppo.errors import UserError
 from fastppo.reward_spec import RECORD
 from fastppo.types import Rollout
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class HeadReward:
     """Scores (B,) float32 by a head on the policy's own tokens.
 
-    `hidden` gives the last hidden states (B, T, D) of right-padded ids and their mask. Our reward
+    `hidden` gives the last hidden states (B, T, D) of a micro-batch. Our reward
     models record where they were trained to be read: at the last token, EOS. LLaMA-Factory's
     templates put a suffix behind EOS ("\\n" for the chatml family) and its reward models were
     trained on that, so it is appended.
@@ -31,41 +31,37 @@ class HeadReward:
 
     def __init__(
         self,
-        hidden: Callable[[Tensor, Tensor], Tensor],
+        hidden: Callable[[Batch], Tensor],
         head: nn.Linear,
         folder: Path,
         template: Template,
-        batch_size: int,
+        budget: Budget,
     ) -> None:
         self.hidden, self.head = hidden, head
-        self.template, self.batch_size = template, batch_size
+        self.template, self.budget = template, budget
         self.score_at = read_score_at(folder) or ("suffix" if template.suffix_ids else "eos")
 
     @torch.no_grad()
     def __call__(self, rollout: Rollout) -> Tensor:
         if self.score_at == "suffix":
             rollout = append(rollout, list(self.template.suffix_ids), self.template.pad_id)
-        scores = []
-        for batch in batches(rollout, range(len(rollout.prompts)), self.batch_size):
-            hidden_BTD = self.hidden(batch.input_ids_BT, batch.mask_BT)
-            rows = torch.arange(len(batch.rows), device=hidden_BTD.device)
-            last_BD = hidden_BTD[rows, batch.last_B]
-            scores.append(self.head(last_BD.float()).squeeze(-1))
-        return torch.cat(scores)
+        made = batches(rollout, range(len(rollout.prompts)), self.budget)
+        scores = [self.head(batch.last(self.hidden(batch)).float()).squeeze(-1) for batch in made]
+        return Order.of(rollout, made).rows(scores)
 
 
 class AdapterReward(HeadReward):
     """The same on the policy's base, with the adapter of stage rm (or of LLaMA-Factory) on it."""
 
     def __init__(
-        self, roles: Roles, folder: Path, template: Template, batch_size: int, role: str = "reward"
+        self, roles: Roles, folder: Path, template: Template, budget: Budget, role: str = "reward"
     ) -> None:
         self.roles, self.role = roles, role
-        super().__init__(self._hidden, roles.reward_heads[role], folder, template, batch_size)
+        super().__init__(self._hidden, roles.reward_heads[role], folder, template, budget)
 
-    def _hidden(self, input_ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    def _hidden(self, batch: Batch) -> Tensor:
         with self.roles.use(self.role):
-            return self.roles.hidden(input_ids_BT, mask_BT)
+            return self.roles.hidden(**batch.inputs)
 
 
 def read_score_at(folder: Path) -> str | None:

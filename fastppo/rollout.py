@@ -1,98 +1,24 @@
-"""Prompt -> Rollout: sample the whole batch at once."""
+"""Prompt -> Rollout: sample the whole batch at once, as far as the cache has room."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
+from fastppo.merge import loses_nothing, merge_bytes, merged
+from fastppo.moments import RESERVE
+from fastppo.sampling import RecordLogprobs, Sampling, StopStrings
 from fastppo.types import Prompt, Rollout
 
 if TYPE_CHECKING:
-    from fastppo.config import Config
     from fastppo.roles import Roles
     from fastppo.templates import Template
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Every setting of the sampler; nothing is left to the model's own generation_config."""
-
-    max_new_tokens: int
-    min_new_tokens: int = 0
-    do_sample: bool = True
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-
-    @classmethod
-    def of(cls, config: Config) -> Sampling:
-        """The sampling that the YAML asks for."""
-        return cls(
-            max_new_tokens=config.max_new_tokens,
-            min_new_tokens=config.min_new_tokens,
-            do_sample=config.do_sample,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k,
-            repetition_penalty=config.repetition_penalty,
-        )
-
-    @property
-    def truncates(self) -> list[str]:
-        """The settings that make the sampler another distribution than the one that trains."""
-        off = {"top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "do_sample": True}
-        return [name for name, value in off.items() if getattr(self, name) != value]
-
-    def processors(self) -> list[LogitsProcessor]:
-        """transformers' own processors, in its own order."""
-        chain: list[LogitsProcessor] = []
-        if self.repetition_penalty != 1.0:
-            chain.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
-        if self.do_sample and self.temperature != 1.0:
-            chain.append(TemperatureLogitsWarper(self.temperature))
-        if self.do_sample and self.top_k > 0:
-            chain.append(TopKLogitsWarper(self.top_k))
-        if self.do_sample and self.top_p < 1.0:
-            chain.append(TopPLogitsWarper(self.top_p))
-        return chain
-
-
-class RecordLogprobs(LogitsProcessor):
-    """Keeps the sampler's log-prob of each token it chose, and one row of logits, not a stack.
-
-    A token is chosen after this runs, so the log-probs of step t are gathered at step t + 1.
-    """
-
-    def __init__(self) -> None:
-        self.columns: list[Tensor] = []
-        self.pending_BV: Tensor | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self.pending_BV is not None:
-            self.take(input_ids[:, -1])
-        self.pending_BV = scores
-        return scores
-
-    def take(self, token_B: Tensor) -> None:
-        """File the log-prob of the tokens that were chosen from the pending logits."""
-        assert self.pending_BV is not None
-        pending = self.pending_BV.float()
-        chosen_B = pending.gather(1, token_B[:, None]).squeeze(1)
-        self.columns.append(chosen_B - pending.logsumexp(1))
-        self.pending_BV = None
 
 
 def left_pad(prompts: list[Prompt], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -103,15 +29,77 @@ def left_pad(prompts: list[Prompt], pad_id: int, device: torch.device) -> tuple[
     return torch.tensor(rows, device=device), torch.tensor(mask, device=device)
 
 
-def response_length(token_row: list[int], stop_ids: tuple[int, ...]) -> tuple[int, bool]:
+def response_length(
+    token_row: list[int], stop_ids: tuple[int, ...], stop_string: int | None = None
+) -> tuple[int, bool]:
     """Tokens up to and with the first stop token, and whether there was one.
 
     By position and not by pad tokens: a model whose pad is its EOS keeps exactly one of them.
+    `stop_string` is the length at which a stop string was complete.
     """
-    for position, token in enumerate(token_row):
+    for position, token in enumerate(token_row[:stop_string]):
         if token in stop_ids:
             return position + 1, True
+    if stop_string is not None:
+        return stop_string, True
     return len(token_row), False
+
+
+def cache_bytes(model: Any) -> int:
+    """Keys and values of a token, over all layers (sliding windows are not taken off)."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2 * config.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize
+
+
+def cache_budget(roles: Roles, sampling: Sampling) -> float:
+    """Bytes that the cache may take: `rollout_kv_cache_gib`, or what a GPU has left.
+
+    From what the device has in all, not from what is free now: a run and its repetition split
+    their prompts alike.
+    """
+    if sampling.kv_cache_gib is not None:
+        return sampling.kv_cache_gib * 2**30
+    if roles.device.type != "cuda":
+        return float("inf")
+    parameters = {p for seat in roles.seats.values() for p in seat.model.parameters()}
+    weights = sum(p.nbytes for p in parameters)
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    total = torch.cuda.get_device_properties(roles.device).total_memory
+    return 0.8 * (total - weights - 12 * trained - RESERVE)
+
+
+def split(
+    prompts: list[Prompt], new_tokens: int, token_bytes: int, budget: float
+) -> list[list[int]]:
+    """Which prompts are answered together: all of them, or as many as the cache has room for.
+
+    Where there are several groups, prompts of similar length are in one; no group is empty.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
+    groups: list[list[int]] = [[]]
+    for i in order:
+        rows = len(groups[-1]) + 1
+        if groups[-1] and rows * (len(prompts[i].ids) + new_tokens) * token_bytes > budget:
+            groups.append([])
+        groups[-1].append(i)
+    return groups if len(groups) > 1 else [list(range(len(prompts)))]
+
+
+def merges(roles: Roles, sampling: Sampling) -> bool:
+    """`rollout_merge_adapter`, or: where nothing is lost by it, and the copies fit easily.
+
+    A quarter of the device's memory in all, and not what is free now: a repetition decides alike.
+    """
+    if sampling.merge_adapter is not None:
+        return sampling.merge_adapter
+    if roles.device.type == "cuda":
+        total = torch.cuda.get_device_properties(roles.device).total_memory
+    else:
+        total = psutil.virtual_memory().total
+    return loses_nothing(roles.base) and merge_bytes(roles.base) <= total // 4
 
 
 @torch.no_grad()
@@ -130,6 +118,37 @@ def sample(
     before (or whether it ran, after a resume) does not matter.
     """
     roles.eval()
+    budget = cache_budget(roles, sampling)
+    groups = split(prompts, sampling.max_new_tokens, cache_bytes(roles.base), budget)
+    answers: list[Answer | None] = [None] * len(prompts)
+    with merged(roles.base) if merges(roles, sampling) else nullcontext():
+        for number, rows in enumerate(groups):
+            own = [prompts[i] for i in rows]
+            found = generate(roles, own, sampling, template, tokenizer, seed + number)
+            for i, answer in zip(rows, found, strict=True):
+                answers[i] = answer
+    done = [answer for answer in answers if answer is not None]
+    return lay_out(prompts, done, template, tokenizer, roles.device)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A response up to and with what ended it, and the sampler's log-prob of each token."""
+
+    ids: list[int]
+    terminated: bool
+    logprob_N: Tensor
+
+
+def generate(
+    roles: Roles,
+    prompts: list[Prompt],
+    sampling: Sampling,
+    template: Template,
+    tokenizer: Any,
+    seed: int,
+) -> list[Answer]:
+    """Answers to prompts that are sampled together."""
     prompt_BP, mask_BP = left_pad(prompts, template.pad_id, roles.device)
     record = RecordLogprobs()
     generation = GenerationConfig(
@@ -148,6 +167,9 @@ def sample(
         top_k=0,
         repetition_penalty=1.0,
     )
+    if sampling.cache_implementation == "static":
+        generation.cache_implementation = "static"  # on CUDA transformers compiles its steps
+    strings = StopStrings(tokenizer, template.stop_strings) if template.stop_strings else None
     devices = [roles.device] if roles.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), only(roles.base, generation), roles.precision():
         torch.manual_seed(seed)
@@ -156,9 +178,29 @@ def sample(
             attention_mask=mask_BP,
             generation_config=generation,
             logits_processor=LogitsProcessorList([*sampling.processors(), record]),
+            stopping_criteria=StoppingCriteriaList([] if strings is None else [strings]),
         )
     record.take(tokens[:, -1])
-    return pack_rollout(prompts, tokens[:, prompt_BP.shape[1] :], record, template, tokenizer)
+    return cut(
+        tokens[:, prompt_BP.shape[1] :],
+        torch.stack(record.columns, dim=1),
+        template.stop_ids,
+        None if strings is None else strings.lengths(),
+    )
+
+
+def cut(
+    response_BR: Tensor,
+    logprob_BR: Tensor,
+    stop_ids: tuple[int, ...],
+    stop_strings: list[int | None] | None = None,
+) -> list[Answer]:
+    """Each row up to its stop token, or to the token that completed a stop string."""
+    answers = []
+    for b, row in enumerate(response_BR.tolist()):
+        length, ended = response_length(row, stop_ids, stop_strings[b] if stop_strings else None)
+        answers.append(Answer(row[:length], ended, logprob_BR[b, :length]))
+    return answers
 
 
 class only:
@@ -182,32 +224,25 @@ class only:
         self.model.config.use_cache = self.own_use_cache
 
 
-def pack_rollout(
+def lay_out(
     prompts: list[Prompt],
-    response_BR: Tensor,
-    record: RecordLogprobs,
+    answers: list[Answer],
     template: Template,
     tokenizer: Any,
+    device: torch.device,
 ) -> Rollout:
-    """Cut each row at its stop token and lay prompt and response side by side, padded right."""
-    rows = response_BR.tolist()
-    logprob_BR = torch.stack(record.columns, dim=1)
-    lengths, terminated = zip(
-        *(response_length(row, template.stop_ids) for row in rows), strict=True
-    )
-    width = max(len(p.ids) + n for p, n in zip(prompts, lengths, strict=True))
-    laid_out, logprobs, texts = [], [], []
-    for b, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
-        ids = prompt.ids + rows[b][:length]
-        laid_out.append(ids + [template.pad_id] * (width - len(ids)))
-        logprobs.append(logprob_BR[b, :length])
-        texts.append(tokenizer.decode(rows[b][:length], skip_special_tokens=True).strip())
+    """Prompt and response side by side, padded right."""
+    rows = [prompt.ids + answer.ids for prompt, answer in zip(prompts, answers, strict=True)]
+    width = max(map(len, rows))
+    padded = [row + [template.pad_id] * (width - len(row)) for row in rows]
     return Rollout(
         prompts=prompts,
-        input_ids_BT=torch.tensor(laid_out, device=response_BR.device),
+        input_ids_BT=torch.tensor(padded, device=device),
         prompt_lengths=[len(prompt.ids) for prompt in prompts],
-        response_lengths=list(lengths),
-        terminated=list(terminated),
-        sampler_logprob_N=torch.cat(logprobs),
-        texts=texts,
+        response_lengths=[len(answer.ids) for answer in answers],
+        terminated=[answer.terminated for answer in answers],
+        sampler_logprob_N=torch.cat([answer.logprob_N for answer in answers]),
+        texts=[
+            tokenizer.decode(answer.ids, skip_special_tokens=True).strip() for answer in answers
+        ],
     )

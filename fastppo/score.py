@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastppo.batch import Batch, batches
+from fastppo.batch import Batch, Budget, Order, batches
 from fastppo.errors import UserError
 from fastppo.ops import linear_score_tokens, linear_token_logprobs
 from fastppo.reward import Reward
-from fastppo.types import Rollout, Scored
+from fastppo.types import Kept, Rollout, Scored
 
 if TYPE_CHECKING:
     from fastppo.ops import Scores, TokenLogprobs
@@ -65,47 +65,71 @@ def score(
     reward: Reward,
     *,
     temperature: float,
-    batch_size: int,
+    budget: Budget,
     exact_kl: bool = False,
+    keep: bool = False,
 ) -> Scored:
-    """Score every response; the same rows in the same micro-batches as the update will run them."""
+    """Score every response, forward only, in micro-batches of rows of similar length.
+
+    With `keep`, and all rows in one micro-batch, the actor's forward is run as the update runs it
+    and its graph kept: the first optimiser pass, with the same weights, starts behind it. It is the
+    last forward of all, so that nothing but the advantages is computed while the graph waits.
+    """
     roles.eval()
+    score_B, reward_parts = reward(rollout)
+    made = batches(rollout, range(len(rollout.prompts)), budget)
+    kept = None
     logprobs, refs, entropies, kls, values, finals = [], [], [], [], [], []
-    for batch in batches(rollout, range(len(rollout.prompts)), batch_size):
-        with roles.use("actor"):
-            actor_BTD = roles.hidden(batch.input_ids_BT, batch.mask_BT)
-            if not exact_kl:
-                actor = token_scores(roles, actor_BTD, batch, temperature)
+    for batch in made:
         with roles.use("reference"):
-            ref_BTD = roles.hidden(batch.input_ids_BT, batch.mask_BT)
+            ref_BTD = roles.hidden(**batch.inputs)
             if not exact_kl:
                 refs.append(token_scores(roles, ref_BTD, batch, temperature).logprob_N)
+                del ref_BTD
+        if roles.has_critic and not roles.shares_trunk:
+            with roles.use("critic"):
+                critic_BTD = roles.hidden(**batch.inputs)
+            values.append(roles.value(batch.packing.gather(critic_BTD)))
+            finals.append(roles.value(batch.last(critic_BTD)))
+            del critic_BTD
+        with roles.use("actor"):
+            if keep and len(made) == 1:
+                kept = keep_forward(roles, batch)
+                actor_BTD = kept.hidden_BTD.detach()
+            else:
+                actor_BTD = roles.hidden(**batch.inputs)
+            if not exact_kl:
+                actor = token_scores(roles, actor_BTD, batch, temperature)
         if exact_kl:
             actor = exact_scores(roles, actor_BTD, ref_BTD, batch, temperature)
             refs.append(actor.ref_logprob_N)
             kls.append(actor.exact_kl_N)
         logprobs.append(actor.logprob_N)
         entropies.append(actor.entropy_N)
-        if not roles.has_critic:
-            continue
-        critic_BTD = actor_BTD
-        if not roles.shares_trunk:
-            with roles.use("critic"):
-                critic_BTD = roles.hidden(batch.input_ids_BT, batch.mask_BT)
-        values.append(roles.value(batch.packing.gather(critic_BTD)))
-        rows = torch.arange(len(batch.rows), device=critic_BTD.device)
-        finals.append(roles.value(critic_BTD[rows, batch.last_B]))
-    score_B, reward_parts = reward(rollout)
+        if roles.has_critic and roles.shares_trunk:
+            values.append(roles.value(batch.packing.gather(actor_BTD)))
+            finals.append(roles.value(batch.last(actor_BTD)))
+    order = Order.of(rollout, made)
     starts = torch.tensor([0, *rollout.response_lengths]).cumsum(0)
     return Scored(
         rollout=rollout,
         offsets=starts.to(torch.int32).to(rollout.input_ids_BT.device),
-        logprob_N=torch.cat(logprobs),
-        ref_logprob_N=torch.cat(refs),
-        entropy_N=torch.cat(entropies),
+        logprob_N=order.tokens(logprobs),
+        ref_logprob_N=order.tokens(refs),
+        entropy_N=order.tokens(entropies),
         score_B=score_B,
-        value_N=torch.cat(values) if values else None,
-        final_value_B=torch.cat(finals) if finals else None,
-        exact_kl_N=torch.cat(kls) if kls else None,
+        value_N=order.tokens(values) if values else None,
+        final_value_B=order.rows(finals) if finals else None,
+        exact_kl_N=order.tokens(kls) if kls else None,
         reward_parts=reward_parts,
+        kept=kept,
     )
+
+
+def keep_forward(roles: Roles, batch: Batch) -> Kept:
+    """The active role's forward with its graph, in the mode in which the update runs it."""
+    roles.train()
+    with torch.enable_grad():
+        kept = Kept(batch.rows, roles.hidden(**batch.inputs))
+    roles.eval()
+    return kept

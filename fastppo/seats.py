@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastppo.base import LMHead, causal_lm, lm_head, trunk
 from fastppo.errors import UserError
+from fastppo.lora import fuse
 from fastppo.ops import token_logprobs
 
 Role = Literal["actor", "reference", "reward", "critic"]
@@ -45,6 +46,8 @@ class Roles:
     def __post_init__(self) -> None:
         # PEFT's own switches set requires_grad on adapters as they go; this is what stays true.
         self._trained = {parameter for seat in self.seats.values() for parameter in seat.trained}
+        for seat in self.seats.values():
+            fuse(seat.model)
         if self.critic_head is not None:
             self.critic_head.requires_grad_(True)
         for head in self.reward_heads.values():
@@ -106,11 +109,20 @@ class Roles:
         for seat in self.seats.values():
             seat.model.eval()
 
-    def hidden(self, input_ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """The last hidden states (B, T, D) of the active role; right-padded rows, no logits."""
+    def hidden(
+        self,
+        input_ids_BT: Tensor,
+        mask_BT: Tensor | None = None,
+        positions_BT: Tensor | None = None,
+    ) -> Tensor:
+        """The last hidden states (B, T, D) of the active role; right-padded rows, no logits.
+
+        With positions that begin anew within a row, that row holds several sequences.
+        """
+        packed = {} if positions_BT is None else {"position_ids": positions_BT}
         with self.precision():
             return self.trunk(
-                input_ids=input_ids_BT, attention_mask=mask_BT, use_cache=False
+                input_ids=input_ids_BT, attention_mask=mask_BT, use_cache=False, **packed
             ).last_hidden_state
 
     def precision(self) -> Any:

@@ -12,7 +12,7 @@ import torch
 from fastppo import session
 from fastppo.advantage import KLController, RunningScore
 from fastppo.base import load_tokenizer
-from fastppo.batch import endless
+from fastppo.batch import check_packing, endless
 from fastppo.config import Config, load_config
 from fastppo.data import encode_prompts
 from fastppo.metrics import MetricsWriter, absent_columns
@@ -22,6 +22,7 @@ from fastppo.ptx import Demonstrations
 from fastppo.reward import Reward, make_reward
 from fastppo.reward_function import load_function
 from fastppo.roles import Roles, build
+from fastppo.sampling import Sampling
 from fastppo.templates import Template, get_template
 from fastppo.tracking import Trackers
 from fastppo.types import Prompt
@@ -118,6 +119,9 @@ def init_state(config: Config | str | Path | None = None, records: Records | Non
     )[: config.eval_max_samples]
     roles = build(config, device)
     roles.check_head(prompts[0].ids)
+    Sampling.of(config).check(device)
+    if config.padding_free:
+        check_packing(roles, prompts[0].ids)
     optimizer = make_optimizer(config, roles)
     scheduler = make_scheduler(config, optimizer, total_steps(config, len(prompts)))
     reward = make_reward(config, roles, template, tokenizer, prompts)

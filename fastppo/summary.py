@@ -99,5 +99,5 @@ def step_row(
         **sampler_columns(experience, config),
         **({"ptx_loss": 0.0} if state.ptx is not None else {}),
         **learned,
-        **clock.columns(),
+        **clock.step_columns(sum(rollout.response_lengths), learned["update_tokens"]),
     }

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from fastppo import checkpoint, console, plots
 from fastppo.advantage import estimate
+from fastppo.batch import Budget
 from fastppo.errors import UserError
 from fastppo.evaluation import evaluate
-from fastppo.rollout import Sampling, sample
+from fastppo.rollout import sample
+from fastppo.sampling import Sampling
 from fastppo.score import score
 from fastppo.state import State, init_state, optimizer_steps, prompts_of_step, total_steps
 from fastppo.summary import step_row
-from fastppo.update import update
+from fastppo.update import shares_first_pass, update
 
 if TYPE_CHECKING:
     from fastppo.config import Config
@@ -24,7 +26,7 @@ def step_update(state: State) -> State:
     """One PPO step: sample, score, estimate, learn; the same state, one step on."""
     config, roles, clock = state.config, state.roles, console.Clock()
     seed = config.seed + 1_000_003 * (state.step + 1)
-    batch = prompts_of_step(state)
+    batch, warm = prompts_of_step(state), state.step >= config.critic_warmup
     sampling = Sampling.of(config)
     with clock("rollout"), roles.use("actor"):
         rollout = sample(
@@ -41,13 +43,13 @@ def step_update(state: State) -> State:
             rollout,
             state.reward,
             temperature=config.temperature,
-            batch_size=config.per_device_train_batch_size,
+            budget=Budget.of(config, scoring=True),
             exact_kl=config.kl_penalty == "full",
+            keep=warm and shares_first_pass(config),
         )
     with clock("advantage"):
         experience = estimate(scored, config, state.controller, state.running_score)
     with clock("update"):
-        warm = state.step >= config.critic_warmup
         first = state.step * optimizer_steps(config)
         ptx = None if state.ptx is None else state.ptx.stream(first, roles.device)
         learned = update(

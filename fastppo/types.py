@@ -60,6 +60,14 @@ class Rollout(Sequences):
 
 
 @dataclass(frozen=True)
+class Kept:
+    """The actor's forward over some rows, its graph with it: the start of an optimiser pass."""
+
+    rows: list[int]
+    hidden_BTD: Tensor
+
+
+@dataclass(frozen=True)
 class Scored:
     """A rollout with what the frozen roles and the critic say of it; float32, without gradient.
 
@@ -78,6 +86,7 @@ class Scored:
     exact_kl_N: Tensor | None = None  # over the whole vocabulary, for kl_penalty: full
     # Each reward's own score (B,) before its weight; NaN where it does not apply
     reward_parts: dict[str, Tensor] = field(default_factory=dict)
+    kept: Kept | None = None  # with its gradient graph, where scoring and update can share it
 
 
 @dataclass(frozen=True)

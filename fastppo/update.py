@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastppo.batch import Batch, batches, to_device, token_index
+from fastppo.batch import Batch, Budget, batches, to_device, token_index
 from fastppo.config_ppo import KL_KIND
 from fastppo.errors import TrainingStopped
 from fastppo.ops import PolicyLoss, PolicyLossConfig, linear_policy_loss, value_loss
 from fastppo.optimizer import clip_and_step
 from fastppo.ptx import ptx_backward
-from fastppo.types import Experience
+from fastppo.types import Experience, Kept
 
 if TYPE_CHECKING:
     from fastppo.config import Config
@@ -213,12 +213,20 @@ def backward(
     totals: Totals,
     *,
     train_actor: bool = True,
+    kept: Kept | None = None,
 ) -> None:
-    """Losses and gradients of one micro-batch; a role's backward ends before the next's forward."""
+    """Losses and gradients of one micro-batch; a role's backward ends before the next's forward.
+
+    What scoring `kept` of these rows, before any weight moved, takes the place of the forward.
+    """
     tokens = Tokens.of(experience, batch, mini)
     with roles.use("actor"):
         with torch.set_grad_enabled(train_actor):
-            actor_ND = batch.packing.gather(roles.hidden(batch.input_ids_BT, batch.mask_BT))
+            if kept is not None and kept.rows == batch.rows:
+                actor_BTD = kept.hidden_BTD
+            else:
+                actor_BTD = roles.hidden(**batch.inputs)
+            actor_ND = batch.packing.gather(actor_BTD)
             policy = actor_loss(roles, experience, batch, tokens, actor_ND, config)
         loss = policy.loss
         if roles.has_critic and roles.shares_trunk:
@@ -228,7 +236,7 @@ def backward(
             loss.backward()
     if roles.has_critic and not roles.shares_trunk:
         with roles.use("critic"):
-            critic_ND = batch.packing.gather(roles.hidden(batch.input_ids_BT, batch.mask_BT))
+            critic_ND = batch.packing.gather(roles.hidden(**batch.inputs))
             value = critic_loss(roles, experience, tokens, critic_ND, config, totals)
             (config.vf_coef * value).backward()
     stats = policy.metrics
@@ -253,6 +261,14 @@ def check_first_pass(mean_log_ratio: float, dtype: torch.dtype) -> None:
         )
 
 
+def shares_first_pass(config: Config) -> bool:
+    """Whether scoring's forward can be the first of the update: the same rows in one micro-batch.
+
+    So it is where an epoch is one optimiser step, and both have the same room.
+    """
+    return config.ppo_buffer_size == 1 and Budget.of(config) == Budget.of(config, scoring=True)
+
+
 def update(
     roles: Roles,
     experience: Experience,
@@ -269,15 +285,23 @@ def update(
     step where `early_stopping` has to know the KL.
     """
     roles.train()
-    totals, first_pass, steps, early_stopped = Totals(), 0.0, 0, False
+    totals, first_pass, steps, early_stopped, tokens = Totals(), 0.0, 0, False, 0
+    lengths = experience.scored.rollout.lengths
+    budget, kept = Budget.of(config), experience.scored.kept
+    layouts: dict[tuple[int, ...], list[Batch]] = {}  # one mini-batch has the same in every epoch
     epochs = [mini_batches(experience, config, seed + e) for e in range(config.ppo_epochs)]
     for passes, mini in enumerate(chain.from_iterable(epochs), 1):
         optimizer.zero_grad(set_to_none=True)
         own = Totals()
-        for batch in batches(
-            experience.scored.rollout, mini.rows, config.per_device_train_batch_size
-        ):
-            backward(roles, experience, batch, mini, config, own, train_actor=train_actor)
+        tokens += sum(lengths[row] for row in mini.rows)
+        rows = tuple(sorted(mini.rows))
+        if rows not in layouts:
+            layouts = {rows: batches(experience.scored.rollout, mini.rows, budget)}
+        for batch in layouts[rows]:
+            backward(
+                roles, experience, batch, mini, config, own, train_actor=train_actor, kept=kept
+            )
+            kept = None
         if passes == 1:
             first_pass = own.sums["log_ratio_abs"].item() / mini.tokens
             check_first_pass(first_pass, torch.bfloat16 if roles.autocast else torch.float32)
@@ -298,4 +322,4 @@ def update(
     optimizer.zero_grad(set_to_none=True)
     roles.eval()
     row = means(totals, passes=passes, steps=steps, early_stopped=early_stopped)
-    return {"ratio_first_pass": first_pass, **row}
+    return {"ratio_first_pass": first_pass, "update_tokens": tokens, **row}

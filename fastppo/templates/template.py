@@ -31,7 +31,8 @@ def has_thought(text: str) -> bool:
 class Template:
     """A chat template and its tokenizer; `slots` None is the tokenizer's own Jinja template.
 
-    `eos_id` ends an answer, `stop_ids` are all tokens that end a sampled one (`eos_id` first), and
+    `eos_id` ends an answer, `stop_ids` are all tokens that end a sampled one (`eos_id` first),
+    `stop_strings` those of the template's stops that are no token of this tokenizer, and
     `suffix_ids` is what LLaMA-Factory writes behind `eos_id`: where its reward models are scored.
     """
 
@@ -65,9 +66,11 @@ class Template:
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(end)
         self.pad_id: int = tokenizer.pad_token_id
-        further = [self._id(token) for token in (slots.stop if slots else ())]
+        stops = slots.stop if slots else ()
+        further = [self._id(token) for token in stops]
         ids = dict.fromkeys([end, tokenizer.eos_token_id, *further, own])
         self.stop_ids: tuple[int, ...] = tuple(i for i in ids if i is not None)
+        self.stop_strings = tuple(t for t, i in zip(stops, further, strict=True) if i is None)
 
     def _id(self, token: str) -> int | None:
         found: int | None = self.tokenizer.convert_tokens_to_ids(token)

@@ -16,7 +16,8 @@ CODE = sorted(
     path
     for folder in ("fastppo", "kernels", "benchmarks", "examples", "tests")
     for path in (ROOT / folder).rglob("*.py")
-    if "fastppo/kernels" not in path.as_posix() and ".site" not in path.parts  # the peers
+    if "fastppo/kernels" not in path.as_posix()
+    and not any(part.startswith(".") for part in path.relative_to(ROOT).parts)  # the peers
 )
 # A module imports from the rows below its own: not from above, and not from its neighbours. `types`
 # and `errors` are what passes between rooms, and everybody's.
@@ -31,11 +32,11 @@ LEVELS = [
     {"optimizer", "ptx", "reward"},
     {"reward_api", "reward_full", "reward_function"},
     {"reward_head"},
-    {"batch", "data", "roles", "templates"},
+    {"batch", "data", "merge", "roles", "sampling", "templates"},
     {"seats", "tuning"},
     {"base", "heads"},
     {"loading"},
-    {"offload_auto", "streaming"},
+    {"lora", "offload_auto", "streaming"},
     {"offload", "optim", "plots", "session", "tracking"},
     {"stash"},
     {"streams"},
@@ -48,7 +49,7 @@ LEVELS = [
     {"allocations", "model_shapes"},
     {"config"},
     {"config_not_here"},
-    {"config_data", "config_ppo", "config_roles", "config_training"},
+    {"config_data", "config_ppo", "config_roles", "config_step", "config_training"},
     {"config_file", "config_key", "offload_config", "precision", "reward_spec"},
     {"ops"},
     {"errors", "types", "__init__"},

@@ -12,7 +12,7 @@ import torch
 
 from fastppo import checkpoint, roles, toy, trainer
 from fastppo.advantage import KLController, RunningScore, estimate
-from fastppo.batch import Batch
+from fastppo.batch import Batch, Budget
 from fastppo.config import Config
 from fastppo.reward import Reward
 from fastppo.reward_function import FunctionReward
@@ -145,14 +145,21 @@ def vowels() -> Reward:
 def experience_of(vowels: Reward) -> Callable[..., Experience]:
     """What the update learns from, scored by the share of vowels."""
 
-    def make(made: roles.Roles, rollout: Rollout, settings: Config, batch_size: int = 4):
+    def make(
+        made: roles.Roles,
+        rollout: Rollout,
+        settings: Config,
+        batch_size: int = 4,
+        keep: bool = False,
+    ) -> Experience:
         scored = score(
             made,
             rollout,
             vowels,
             temperature=settings.temperature,
-            batch_size=batch_size,
+            budget=Budget(rows=batch_size),
             exact_kl=settings.kl_penalty == "full",
+            keep=keep,
         )
         return estimate(scored, settings, KLController(0.1, 6.0, 10000), RunningScore())
 

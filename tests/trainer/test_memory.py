@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from benchmarks.harness import allocations, peak_bytes
 from fastppo import toy, trainer
 from fastppo.ops import head, rows
-from fastppo.rollout import Sampling, sample
+from fastppo.rollout import sample
+from fastppo.sampling import Sampling
 
 # So large that nothing else of the tiny model is nearly as large as a row of logits a token.
 VOCAB, HIDDEN, NEW = 40_000, 8, 24

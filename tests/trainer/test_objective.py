@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastppo.batch import batches, make_batch
+from fastppo.batch import Budget, batches, make_batch
 from fastppo.ops import PolicyLossConfig, head
 from fastppo.update import Totals, backward, mini_batches, policy_loss_config, token_weights
 
@@ -48,13 +48,13 @@ def moved(tiny_roles, rollout, experience_of, config):
     return make
 
 
-def gradient(made, experience, settings, micro):
-    """Of one optimiser step over all four rows, in micro-batches of `micro`."""
+def gradient(made, experience, settings, budget):
+    """Of one optimiser step over all four rows, in micro-batches of `budget`."""
     both = [*made.trained_parameters("actor"), *made.trained_parameters("critic")]
     for parameter in both:
         parameter.grad = None
     (mini,) = mini_batches(experience, settings, seed=0)
-    for batch in batches(experience.scored.rollout, mini.rows, micro):
+    for batch in batches(experience.scored.rollout, mini.rows, budget):
         backward(made, experience, batch, mini, settings, Totals())
     return torch.cat([p.grad.flatten() for p in both if p.grad is not None])
 
@@ -63,20 +63,20 @@ def gradient(made, experience, settings, micro):
 def test_30_31_micro_batches_add_up_to_the_gradient_of_the_whole(moved, critic):
     """Ragged responses of 1 to 5 tokens, in float64: a mean of means would be off by far more."""
     parts = moved(critic=critic)
-    whole = gradient(*parts, micro=4)
+    whole = gradient(*parts, Budget(rows=4))
     assert whole.abs().max() > 1e-4
     for size in (1, 2, 3):
-        torch.testing.assert_close(gradient(*parts, micro=size), whole, atol=1e-10, rtol=0)
+        torch.testing.assert_close(gradient(*parts, Budget(rows=size)), whole, atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("mode", MODES)
 def test_30_so_they_do_for_every_aggregation_and_ratio_level(moved, mode, level):
     parts = moved(loss_agg_mode=mode, importance_sampling_level=level, **EVERYTHING)
-    whole = gradient(*parts, micro=4)
+    whole = gradient(*parts, Budget(rows=4))
     assert whole.abs().max() > 1e-4
     for size in (1, 2):
-        torch.testing.assert_close(gradient(*parts, micro=size), whole, atol=1e-10, rtol=0)
+        torch.testing.assert_close(gradient(*parts, Budget(rows=size)), whole, atol=1e-10, rtol=0)
 
 
 def test_aggregation_modes_by_hand():
@@ -125,7 +125,7 @@ def test_48_the_fused_loss_has_the_gradient_of_plain_pytorch(moved, level):
     made, experience, settings = moved(
         loss_agg_mode="seq-mean-token-mean", importance_sampling_level=level, **EVERYTHING
     )
-    gradient(made, experience, settings, micro=2)
+    gradient(made, experience, settings, Budget(rows=2))
     actor = made.trained_parameters("actor")
     fused = torch.cat([p.grad.flatten() for p in actor])
     with made.use("actor"):
@@ -137,10 +137,10 @@ def test_48_the_fused_loss_has_the_gradient_of_plain_pytorch(moved, level):
 def test_each_setting_of_the_loss_changes_the_gradient(moved):
     """Otherwise the test above could not tell a setting that is never passed on."""
     full = {**EVERYTHING, "loss_agg_mode": "seq-mean-token-mean"}
-    reference = gradient(*moved(**full), micro=4)
+    reference = gradient(*moved(**full), Budget(rows=4))
     for name in ("cliprange_low", "cliprange_high", "dual_clip", "use_kl_loss", "entropy_coef"):
         less = {key: value for key, value in full.items() if key != name}
-        assert (gradient(*moved(**less), micro=4) - reference).abs().max() > 1e-6, name
+        assert (gradient(*moved(**less), Budget(rows=4)) - reference).abs().max() > 1e-6, name
 
 
 def test_keys_reach_the_operator_under_its_names(config):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastppo.batch import batches, make_batch
+from fastppo.batch import Budget, batches, make_batch
 from fastppo.errors import UserError
 from fastppo.offload import ActivationOffload, find_layers
 from fastppo.ops import linear_policy_loss
@@ -111,7 +111,7 @@ def test_a_ppo_update_has_the_same_gradients(
         made.model.zero_grad(set_to_none=True)
         made.critic_head.zero_grad(set_to_none=True)
         with offload(made.base, chosen, keep_last=0) as context:
-            for batch in batches(rollout, mini.rows, 3):
+            for batch in batches(rollout, mini.rows, Budget(rows=3)):
                 backward(made, experience, batch, mini, settings, Totals())
         trained = [*made.trained_parameters("actor"), *made.trained_parameters("critic")]
         found.append(torch.cat([p.grad.flatten() for p in trained if p.grad is not None]))

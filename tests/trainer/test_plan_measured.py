@@ -31,6 +31,7 @@ from transformers import (
 
 from fastppo import console, toy, trainer
 from fastppo.advantage import estimate
+from fastppo.batch import Budget
 from fastppo.config import config_from_dict
 from fastppo.layer_memory import LayerSetting, trunk_memory
 from fastppo.memory import Plan, make_plan, predicted_peak
@@ -106,9 +107,7 @@ def measure(state: trainer.State, rollout: Rollout) -> dict[str, int]:
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     with allocations() as scoring:
-        scored = score(
-            state.roles, rollout, state.reward, temperature=1.0, batch_size=len(rollout.prompts)
-        )
+        scored = score(state.roles, rollout, state.reward, temperature=1.0, budget=Budget())
     experience = estimate(scored, state.config, state.controller, state.running_score)
     with allocations() as updating:
         update(state.roles, experience, state.config, state.optimizer, seed=0)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastppo.batch import Budget
 from fastppo.reward_head import AdapterReward, append
 from fastppo.reward_model import calibrate
 
@@ -17,7 +18,7 @@ from fastppo.reward_model import calibrate
 @pytest.fixture
 def reward(tiny_roles, reward_dir, template):
     made = tiny_roles(reward_model_type="lora", reward_model=str(reward_dir))
-    return AdapterReward(made, reward_dir, template, batch_size=4)
+    return AdapterReward(made, reward_dir, template, Budget(rows=4))
 
 
 def test_12_more_padding_changes_no_score(reward, rollout, template):
@@ -59,7 +60,7 @@ def test_13_a_reward_model_without_our_record_is_llamafactorys(
     tiny_roles, reward_dir, template, tmp_path
 ):
     made = tiny_roles(reward_model_type="lora", reward_model=str(reward_dir))
-    assert AdapterReward(made, tmp_path, template, 4).score_at == "suffix"
+    assert AdapterReward(made, tmp_path, template, Budget(rows=4)).score_at == "suffix"
 
 
 def test_35_calibration_gives_mean_0_and_std_1_and_keeps_the_order():
@@ -104,11 +105,11 @@ def test_llamafactorys_folder_loads_and_says_the_same(
     tiny_roles, reward_dir, llamafactory_dir, template, rollout, change
 ):
     ours = tiny_roles(reward_model_type="lora", reward_model=str(reward_dir))
-    expected = AdapterReward(ours, reward_dir, template, 4)
+    expected = AdapterReward(ours, reward_dir, template, Budget(rows=4))
     if change:
         change(llamafactory_dir)
     theirs = tiny_roles(reward_model_type="lora", reward_model=str(llamafactory_dir))
-    loaded = AdapterReward(theirs, llamafactory_dir, template, 4)
+    loaded = AdapterReward(theirs, llamafactory_dir, template, Budget(rows=4))
     assert (expected.score_at, loaded.score_at) == ("eos", "suffix")
     loaded.score_at = "eos"
     assert torch.equal(loaded(rollout), expected(rollout))

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from fastppo.batch import Budget
 from fastppo.cli import main
 from fastppo.errors import UserError
 from fastppo.reward_full import ClassifierReward, load_full
@@ -108,14 +109,14 @@ def test_neither_batch_nor_padding_nor_order_changes_a_score(load, classifier_di
     rollout = replace(rollout, texts=TEXTS)
     together = made(rollout)
     for size in (1, 3):
-        made.batch_size = size
+        made.budget = Budget(rows=size)
         torch.testing.assert_close(made(rollout), together, atol=1e-5, rtol=1e-5)
     turned = replace(rollout, prompts=rollout.prompts[::-1], texts=TEXTS[::-1])
     torch.testing.assert_close(made(turned).flip(0), together, atol=1e-5, rtol=1e-5)
 
 
 def test_rows_of_one_length_share_a_batch(load, classifier_dir, rollout, monkeypatch):
-    made = load(classifier_dir, per_device_train_batch_size=2)
+    made = load(classifier_dir, ppo_micro_batch_size_per_gpu=2)
     widths = []
     monkeypatch.setattr(
         made,
@@ -282,7 +283,7 @@ def test_a_reward_models_adapter_beside_its_base(load, model_dir, reward_dir, ro
     made = load(model_dir, reward_model_adapters=str(reward_dir))
     roles = tiny_roles(reward_model_type="lora", reward_model=str(reward_dir))
     template = made.template
-    on_the_base = AdapterReward(roles, reward_dir, template, 4)
+    on_the_base = AdapterReward(roles, reward_dir, template, Budget(rows=4))
     torch.testing.assert_close(made(rollout), on_the_base(rollout), atol=1e-4, rtol=1e-4)
 
 

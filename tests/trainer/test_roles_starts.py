@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from fastppo import toy
-from fastppo.batch import make_batch
+from fastppo.batch import Budget, make_batch
 from fastppo.errors import UserError
 from fastppo.score import score
 
@@ -21,7 +21,7 @@ from .conftest import NAMES, hidden_as, named, stir
 
 @pytest.fixture
 def scored(vowels, rollout):
-    return lambda made: score(made, rollout, vowels, temperature=1.0, batch_size=4)
+    return lambda made: score(made, rollout, vowels, temperature=1.0, budget=Budget(rows=4))
 
 
 BF16 = ["dora", "lora norm,lm_head", "sft with modules_to_save", "freeze shared", "full model"]

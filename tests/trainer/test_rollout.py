@@ -9,7 +9,8 @@ import torch
 from transformers import GenerationConfig
 
 from fastppo.batch import make_batch
-from fastppo.rollout import RecordLogprobs, Sampling, pack_rollout, response_length, sample
+from fastppo.rollout import cut, lay_out, response_length, sample
+from fastppo.sampling import RecordLogprobs, Sampling
 from fastppo.score import token_scores
 from fastppo.types import Prompt
 
@@ -57,12 +58,11 @@ def test_03_eos_stays_in_the_mask_even_where_it_is_the_pad(row, expected):
 @pytest.mark.parametrize("stop", [11, 12])  # as llama3 has <|eot_id|> and <|eom_id|>
 def test_41_nothing_behind_any_stop_token_is_scored_or_learned(tokenizer, stop):
     """Neither the text that rewards see nor the tokens that train go past it, whichever it is."""
-    record = RecordLogprobs()
-    record.columns = [torch.zeros(2)] * 5
     template = SimpleNamespace(stop_ids=(11, 12), pad_id=0)
     response_BR = torch.tensor([[70, 71, stop, 80, 81], [70, 71, 72, 73, stop]])
     prompts = [Prompt([9], ""), Prompt([9, 9], "")]
-    rollout = pack_rollout(prompts, response_BR, record, template, tokenizer)
+    answers = cut(response_BR, torch.zeros(2, 5), template.stop_ids)
+    rollout = lay_out(prompts, answers, template, tokenizer, response_BR.device)
     assert rollout.response_lengths == [3, 5]
     assert rollout.terminated == [True, True]
     assert rollout.texts[0] == tokenizer.decode([70, 71, stop], skip_special_tokens=True).strip()
@@ -161,14 +161,13 @@ def test_same_seed_same_responses_whatever_ran_before(tiny_roles, template, toke
     assert first.texts != other.texts
 
 
-def test_the_recorder_keeps_log_probs_of_the_tokens_chosen(template, tokenizer):
+def test_the_recorder_keeps_log_probs_of_the_tokens_chosen():
     record = RecordLogprobs()
     first = torch.tensor([[0.0, 1.0, 2.0]])
     second = torch.tensor([[3.0, 0.0, 0.0]])
     record(torch.tensor([[9]]), first)
     record(torch.tensor([[9, 2]]), second)
     record.take(torch.tensor([0]))
-    prompt = Prompt([9], "")
-    rollout = pack_rollout([prompt], torch.tensor([[4, 0]]), record, template, tokenizer)
+    (answer,) = cut(torch.tensor([[4, 0]]), torch.stack(record.columns, 1), (7,))
     expected = [first.log_softmax(1)[0, 2], second.log_softmax(1)[0, 0]]
-    torch.testing.assert_close(rollout.sampler_logprob_N, torch.stack(expected))
+    torch.testing.assert_close(answer.logprob_N, torch.stack(expected))

@@ -16,7 +16,7 @@ from fastppo.evaluation import evaluate
 from fastppo.metrics import COLUMNS, REWARD_COLUMN, REWARD_MEANING, absent_columns
 from fastppo.preflight import check
 
-CLOCKS = {name for name in COLUMNS if name.startswith("seconds")}
+CLOCKS = {name for name, words in COLUMNS.items() if words.endswith("(a clock)")}
 ROOT = Path(__file__).parents[2]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastppo.batch import make_batch, token_index
+from fastppo.batch import Budget, make_batch, token_index
 from fastppo.errors import TrainingStopped
 from fastppo.optimizer import clip_and_step, make_optimizer
 from fastppo.score import score, token_scores
@@ -32,7 +32,7 @@ def all_parameters(optimizer):
 def test_05_a_token_is_scored_by_the_state_before_it(tiny_roles, rollout, vowels):
     """Against the plain model, token by token, one row at a time."""
     made = tiny_roles()
-    scored = score(made, rollout, vowels, temperature=1.0, batch_size=4)
+    scored = score(made, rollout, vowels, temperature=1.0, budget=Budget(rows=4))
     expected, values = [], []
     for row in range(4):
         ids = rollout.input_ids_BT[row : row + 1, : rollout.lengths[row]]
@@ -63,7 +63,7 @@ def test_08_ratio_is_bitwise_1_before_the_first_update(
 def test_08_other_micro_batches_change_it_by_rounding_only(
     tiny_roles, config, rollout, experience_of
 ):
-    settings = config(per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    settings = config(ppo_micro_batch_size_per_gpu=2)
     made = tiny_roles()
     experience = experience_of(made, rollout, settings, batch_size=1)
     learned = update(made, experience, settings, make_optimizer(settings, made), seed=0)
@@ -198,8 +198,7 @@ def test_the_host_reads_the_device_no_more_than_once_an_optimiser_step(
     """
     settings = config(
         ppo_epochs=8,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=4,
+        ppo_micro_batch_size_per_gpu=1,
         early_stopping=early_stopping,
         target_kl=100.0,
     )

@@ -1,0 +1,116 @@
+"""The fused LoRA layer says what PEFT's says, and learns what it learns."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from fastppo.lora import LoraLinear, fuse, suits
+
+
+@pytest.fixture
+def layer():
+    """A LoRA layer in float64 whose adapters are not 0."""
+
+    def make(bias=True, dtype=torch.float64, **settings):
+        torch.manual_seed(0)
+        config = LoraConfig(r=3, lora_alpha=5, target_modules=["0"], **settings)
+        model = get_peft_model(nn.Sequential(nn.Linear(6, 5, bias=bias)), config).to(dtype)
+        made = model.base_model.model[0]
+        for weight in made.lora_B.values():
+            nn.init.normal_(weight.weight)
+        return model, made
+
+    return make
+
+
+def run(made, x):
+    """Output, and the gradients of input, A and B."""
+    x = x.clone().requires_grad_()
+    out = made(x)
+    a, b = made.lora_A["default"].weight, made.lora_B["default"].weight
+    grads = torch.autograd.grad((out * torch.arange(1.0, 6.0)).square().sum(), (x, a, b))
+    return [out.detach(), *grads]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("use_rslora", [True, False])
+def test_output_and_gradients_are_pefts(layer, bias, use_rslora):
+    model, made = layer(bias, use_rslora=use_rslora)
+    x = torch.randn(2, 4, 6, dtype=torch.float64)
+    wanted = run(made, x)
+    fuse(model)
+    assert suits(made, x) == "default"
+    for found, want in zip(run(made, x), wanted, strict=True):
+        torch.testing.assert_close(found, want, atol=1e-12, rtol=1e-12)
+
+
+def test_gradcheck():
+    torch.manual_seed(0)
+    shapes = [(4, 6), (5, 6), (5,), (3, 6), (5, 3)]
+    x, weight, bias, a, b = (torch.randn(s, dtype=torch.float64) for s in shapes)
+    for trained in ((x, a, b), (a, b), (b,)):
+        for tensor in (x, a, b):
+            tensor.requires_grad_(any(tensor is t for t in trained))
+        assert torch.autograd.gradcheck(
+            lambda x, a, b: LoraLinear.apply(x, weight, bias, a, b, 1.7), (x, a, b)
+        )
+
+
+def test_with_gradient_and_without_are_the_same_bits(layer):
+    """The ratio of an unmoved policy is exactly 1: scoring has no gradient, the update has."""
+    model, made = layer(dtype=torch.float32)
+    fuse(model)
+    x = torch.randn(3, 7, 6)
+    with torch.no_grad():
+        without = made(x)
+    assert torch.equal(made(x).detach(), without)
+
+
+def test_a_new_adapter_changes_no_bit(layer):
+    model, made = layer(dtype=torch.float32)
+    fuse(model)
+    nn.init.zeros_(made.lora_B["default"].weight)
+    x = torch.randn(3, 7, 6)
+    assert torch.equal(made(x), made.get_base_layer()(x))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"use_dora": True}, {"lora_dropout": 0.5}, {"lora_bias": True}]
+)
+def test_what_is_not_plain_lora_stays_pefts(layer, settings):
+    model, made = layer(**settings)
+    fuse(model)
+    x = torch.randn(2, 6, dtype=torch.float64)
+    assert suits(made, x) is None
+    made.eval()
+    torch.testing.assert_close(made(x), type(made).forward(made, x))
+
+
+def test_other_states_of_a_layer_stay_pefts(layer):
+    model, made = layer()
+    fuse(model)
+    x = torch.randn(2, 6, dtype=torch.float64)
+    said = made(x)
+    model.base_model.disable_adapter_layers()
+    assert suits(made, x) is None
+    torch.testing.assert_close(made(x), made.get_base_layer()(x))
+    model.base_model.enable_adapter_layers()
+    made.merge()
+    assert suits(made, x) is None
+    torch.testing.assert_close(made(x), said)
+    made.unmerge()
+    assert suits(made, x.float()) is None  # another dtype than the weights
+    made.get_base_layer().weight.requires_grad_(True)
+    assert suits(made, x) is None  # its weight would want a gradient
+
+
+def test_the_trainers_layers_are_fused(tiny_roles):
+    made = tiny_roles()
+    x = torch.zeros(1, 1)
+    layers = [m for m in made.model.modules() if hasattr(m, "lora_A")]
+    assert layers
+    assert all(suits(layer, x) == "default" for layer in layers)
+    assert all(layer.forward.__func__.__module__ == "fastppo.lora" for layer in layers)
