@@ -1,4 +1,4 @@
-"""python -m benchmarks linear|ops|seven_b_head [--quick] [--out FILE]: the interleaved tables."""
+"""python -m benchmarks linear|mixed_adapters|ops|seven_b_head|step [--quick] [--out FILE]."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import linear, ops, report, seven_b_head
+from benchmarks import linear, mixed_adapters, ops, report, seven_b_head, step
 from benchmarks.harness import ROUNDS, Case, measure
 from fastppo.ops.registry import OPS
 
@@ -35,7 +35,9 @@ def run(cases: Iterable[Case], rounds: int, load: report.Load) -> list[dict[str,
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = made.add_subparsers(dest="name", required=True)
-    for name, module in (("linear", linear), ("ops", ops), ("seven_b_head", seven_b_head)):
+    tables = (linear, mixed_adapters, ops, seven_b_head)
+    for module in tables:
+        name = module.__name__.removeprefix("benchmarks.")
         one = commands.add_parser(name, help=(module.__doc__ or "").splitlines()[0])
         one.add_argument("--quick", action="store_true", help="toy sizes: a walk, no measurement")
         one.add_argument("--out", type=Path, metavar="FILE", help="the JSON; a .md goes beside it")
@@ -45,6 +47,15 @@ def parser() -> argparse.ArgumentParser:
             one.add_argument("--only", nargs="+", choices=list(OPS), metavar="OP")
         if name == "seven_b_head":
             one.add_argument("--n", type=int, default=seven_b_head.HEAD.n, help="tokens")
+    one = commands.add_parser("step", help=(step.__doc__ or "").splitlines()[0])
+    one.add_argument("--quick", action="store_true", help="4 tokens and 1 epoch: no measurement")
+    one.add_argument("--out", type=Path, metavar="FILE", help="the JSON; a .md goes beside it")
+    one.add_argument("--steps", type=int, default=3, help="PPO steps of each contender (3)")
+    one.add_argument("--model", type=Path, default=step.MODEL, help=f"default {step.MODEL}")
+    one.add_argument("--prompts", type=int, nargs="+", choices=(4, 8), default=[4, 8])
+    one.add_argument("--checkpointing", nargs="+", choices=("on", "off"), default=["on", "off"])
+    one.add_argument("--peer", nargs="+", choices=("llamafactory", "trl"), help="only against it")
+    one.add_argument("--add", action="store_true", help="to the cases that the JSON has already")
     return made
 
 
@@ -52,6 +63,8 @@ def main(argv: list[str] | None = None) -> int:
     """0, or 1 where an operator of ours gave a wrong answer, failed, or took too much memory."""
     argv = sys.argv[1:] if argv is None else argv
     asked = parser().parse_args(argv)
+    if asked.name == "step":
+        return step.main(asked, argv)
     before, load = report.Load(), report.Load()
     with before:
         time.sleep(0.1 if asked.quick else 1.0)
@@ -60,6 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     notes, within = [], True
     if asked.name == "linear":
         rows = run(linear.cases(asked.quick), asked.rounds, load)
+    elif asked.name == "mixed_adapters":
+        rows = run(mixed_adapters.cases(asked.quick), asked.rounds, load)
     elif asked.name == "ops":
         rows = run(ops.cases(asked.quick, asked.only), asked.rounds, load)
     else:

@@ -31,6 +31,14 @@ def test_the_masked_loop_is_the_same_advantage():
     assert distance(contenders.gae_masked_loop(**inputs), want) < 1e-5
 
 
+def test_four_roles_in_one_pass_say_what_four_passes_say(tmp_path):
+    out = tmp_path / "found.json"
+    assert command.main(["mixed_adapters", "--quick", "--rounds", "1", "--out", str(out)]) == 0
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert [row["status"] for row in rows] == ["timed", "timed"]
+    assert max(row["error"] for row in rows) < 1e-3
+
+
 @pytest.mark.parametrize("name", ["linear", "ops", "seven_b_head"])
 def test_a_quick_walk_leaves_a_result_and_its_table(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(peers, "SITE", tmp_path / "nothing")

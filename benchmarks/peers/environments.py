@@ -1,0 +1,92 @@
+"""Whole trainers to compare with, each in a virtual environment of its own below benchmarks/peers.
+
+    python -m benchmarks.peers.environments [NAME ...]
+
+About 1.5 GiB each. What decides whether they run, and how fast, is pinned.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import venv
+from dataclasses import dataclass
+from pathlib import Path
+
+COMMON = (
+    "torch==2.13.0",
+    "transformers==4.57.6",
+    "peft==0.18.1",
+    "accelerate==1.11.0",
+    "datasets==4.0.0",
+    "numpy==2.4.6",
+)
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Requirements; and what is installed without its own, which contradict each other."""
+
+    name: str
+    requirements: tuple[str, ...]
+    alone: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        """Where it is."""
+        return Path(__file__).parent / f".{self.name}"
+
+    @property
+    def python(self) -> Path:
+        """Its interpreter."""
+        return self.folder / "bin" / "python"
+
+    @property
+    def ready(self) -> bool:
+        """Whether it was made, with these versions."""
+        record = self.folder / "installed.json"
+        return record.is_file() and json.loads(record.read_text()) == self.pins
+
+    @property
+    def pins(self) -> list[str]:
+        """All that was asked for."""
+        return [*self.requirements, *self.alone]
+
+    def make(self) -> None:
+        """Anew where it is not ready."""
+        if self.ready:
+            return
+        venv.create(self.folder, with_pip=True)
+        install = [self.python, "-m", "pip", "install", "--quiet"]
+        subprocess.run([*install, *self.requirements], check=True)
+        if self.alone:
+            subprocess.run([*install, "--no-deps", *self.alone], check=True)
+        (self.folder / "installed.json").write_text(json.dumps(self.pins))
+
+
+# trl 0.9.6 wants numpy 1, which these datasets refuse; llamafactory 0.9.5 wants trl 0.18 or later,
+# with which its PPO does not start, and torchvision and gradio, which PPO does not need.
+LLAMAFACTORY = Environment(
+    "llamafactory",
+    (
+        *COMMON,
+        *("pandas", "scipy", "sentencepiece", "tiktoken", "protobuf", "pyyaml", "pydantic<=2.12"),
+        *("uvicorn", "fastapi", "sse-starlette", "matplotlib", "tyro", "einops", "fire"),
+        *("omegaconf", "psutil", "rich"),
+    ),
+    ("trl==0.9.6", "llamafactory==0.9.5"),
+)
+TRL = Environment("trl", (*COMMON, "trl==0.24.0", "psutil"))
+ENVIRONMENTS = {made.name: made for made in (LLAMAFACTORY, TRL)}
+
+
+def main() -> int:
+    for name in sys.argv[1:] or list(ENVIRONMENTS):
+        ENVIRONMENTS[name].make()
+        print(ENVIRONMENTS[name].python)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""fastppo's PPO step, timed; run by `python -m benchmarks step` in this project's environment."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from watch import Watch, main, trainable
+
+from fastppo import checkpoint, roles, trainer
+from fastppo.base import load_tokenizer
+from fastppo.config import config_from_dict
+from fastppo.reward_spec import RECORD
+
+# What every version of PEFT and LLaMA-Factory reads of an adapter_config.json.
+KNOWN = ("peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "bias")
+
+
+def keys(settings: dict[str, Any]) -> dict[str, Any]:
+    """The YAML, as LLaMA-Factory's; `critic` and `min_new_tokens` are fastppo's."""
+    return {
+        "stage": "ppo",
+        "model_name_or_path": settings["model"],
+        "lora_rank": settings["rank"],
+        "reward_model": settings["reward"],
+        "critic": settings["critic"],
+        "dataset": settings["dataset"],
+        "dataset_dir": settings["dataset_dir"],
+        "template": settings["template"],
+        "output_dir": f"{settings['folder']}/fastppo",
+        "overwrite_output_dir": True,
+        "metrics_dir": f"{settings['folder']}/fastppo-metrics",
+        "per_device_train_batch_size": settings["batch"],
+        "gradient_accumulation_steps": settings["accumulation"],
+        "learning_rate": settings["learning_rate"],
+        "lr_scheduler_type": "constant",
+        "max_steps": settings["steps"],
+        "ppo_epochs": settings["epochs"],
+        "max_new_tokens": settings["new_tokens"],
+        "min_new_tokens": settings["new_tokens"],
+        "disable_gradient_checkpointing": not settings["checkpointing"],
+        "seed": settings["seed"],
+        **settings["extra"],
+    }
+
+
+def make_reward(settings: dict[str, Any]) -> None:
+    """An adapter and a head as stage rm leaves them, with random weights."""
+    asked = {**keys(settings), "reward_model": "fastppo.toy:vowels", "critic": "adapter"}
+    config = config_from_dict({**asked, "reward_model_type": "function"})
+    made = roles.build(config, torch.device("cpu"))
+    assert made.critic_head is not None
+    with torch.no_grad():
+        for parameter in [*made.trained_parameters("actor"), made.critic_head.weight]:
+            parameter.copy_(0.02 * torch.randn_like(parameter))
+    folder = Path(settings["reward"])
+    checkpoint.save_model(made.model, made.critic_head, load_tokenizer(config), folder)
+    path = folder / "adapter_config.json"
+    adapter = json.loads(path.read_text(encoding="utf-8"))
+    adapter = {name: adapter[name] for name in KNOWN}
+    path.write_text(json.dumps({**adapter, "base_model_name_or_path": settings["model"]}))
+    (folder / RECORD).write_text(json.dumps({"score_at": "eos", "template": settings["template"]}))
+
+
+def run(settings: dict[str, Any], watch: Watch) -> None:
+    if settings.get("make_reward"):
+        make_reward(settings)
+        return
+    for name, phase in (("sample", "generate"), ("score", "score")):
+        watch.phase(trainer, name, phase)
+    state = trainer.init_state(config_from_dict(keys(settings)))
+    heads = [] if state.roles.critic_head is None else [state.roles.critic_head]
+    held = [p for group in state.optimizer.param_groups for p in group["params"]]
+    watch.facts["trainable"] = trainable(state.roles.model, *heads)
+    watch.facts["optimised"] = sum(p.numel() for p in held)
+    watch.begin()
+    while True:
+        state = trainer.step_update(state)
+        watch.facts["response_tokens"] = state.metrics.rows[-1]["response_tokens"]
+        watch.lap()
+
+
+if __name__ == "__main__":
+    main(run)

@@ -1,0 +1,324 @@
+"""One PPO step of SmolLM2-135M on a CPU, side by side with LLaMA-Factory and with TRL.
+
+Each contender is a process of its own, one at a time, in its own environment; each gives seconds by
+phase of several steps, and the most memory that its process ever had.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import report
+from benchmarks.peers.environments import LLAMAFACTORY, TRL, Environment
+from benchmarks.report import Load
+
+PEERS = Path(__file__).parent / "peers"
+MODEL = Path("output/demo/model")
+FOLDER = Path("output/benchmarks/step")
+# 14 to 40 tokens with the template's header and footer.
+QUESTIONS = (
+    "What is rain?",
+    "Name a river in Africa, and say in one sentence where it ends.",
+    "Give me three short tips for a first day at a new job, please.",
+    "Why is the sky blue? Explain it to a child of six who likes the sea and asks a lot.",
+)
+LIMIT = 1500  # seconds for one contender
+PHASES = ("generate", "score", "update", "backward")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a step is cut, the same for all contenders beside each other."""
+
+    checkpointing: bool
+    batch: int
+    accumulation: int
+
+    @property
+    def words(self) -> str:
+        """As YAML says it."""
+        return f"batch {self.batch} x accumulation {self.accumulation}"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A script, the environment that it runs in (None: this one), and what it is compared with."""
+
+    label: str
+    script: str
+    environment: Environment | None
+    settings: tuple[Setting, ...]
+    critic: str
+
+
+@dataclass(frozen=True)
+class Case:
+    """Contenders beside each other."""
+
+    title: str
+    contenders: tuple[Contender, ...]
+
+
+def cases(
+    prompts: Sequence[int] = (4, 8), checkpointing: Sequence[bool] = (True, False)
+) -> list[Case]:
+    """LLaMA-Factory against a shared critic, TRL against a critic of its own."""
+    made = []
+    for count in prompts:
+        for again in checkpointing:
+            one, all_ = Setting(again, 1, count), Setting(again, count, 1)
+            cut = (one, all_) if count == 4 else (one,)
+            head = f"{count} prompts, gradient checkpointing {'on' if again else 'off'}"
+            shared = Contender("fastppo, critic: shared", "fastppo", None, (one,), "shared")
+            own = Contender("fastppo, critic: adapter", "fastppo", None, (one,), "adapter")
+            theirs = Contender(
+                "LLaMA-Factory 0.9.5, TRL 0.9.6", "llamafactory", LLAMAFACTORY, cut, "shared"
+            )
+            trl = Contender("TRL 0.24 PPOTrainer", "trl", TRL, (cut[-1],), "adapter")
+            made.append(Case(f"{head}: a critic on the actor's trunk", (theirs, shared)))
+            made.append(Case(f"{head}: a critic of its own", (trl, own)))
+    return made
+
+
+class OthersLoad(Load):
+    """What neither this process nor those that it has waited for kept busy."""
+
+    @staticmethod
+    def _now() -> tuple[float, float]:
+        now, busy = Load._now()
+        spent = os.times()
+        return now, busy - spent.children_user - spent.children_system
+
+
+def prepare(model: Path) -> dict[str, Any]:
+    """Model, prompts and reward model, as every contender's version of its libraries reads them."""
+    if not (model / "model.safetensors").is_file():
+        raise SystemExit(f"benchmarks: {model} is not there; run python examples/demo_model.py")
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    place = FOLDER / "model"
+    place.mkdir(parents=True)
+    for path in model.iterdir():
+        (place / path.name).symlink_to(path.resolve())
+    # transformers 4 knows the base of the rotary embedding, and the tokenizer, by older names; it
+    # would silently take others.
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"]
+    config["torch_dtype"] = config["dtype"]
+    tokenizer = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
+    tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for path, value in (
+        (place / "config.json", config),
+        (place / "tokenizer_config.json", tokenizer),
+        (FOLDER / "dataset_info.json", {"step_prompts": {"file_name": "prompts.json"}}),
+    ):
+        path.unlink(missing_ok=True)
+        path.write_text(json.dumps(value), encoding="utf-8")
+    return {
+        "model": str(place.resolve()),
+        "reward": str((FOLDER / "reward").resolve()),
+        "dataset": "step_prompts",
+        "dataset_dir": str(FOLDER.resolve()),
+        "template": "smollm",
+        "folder": str(FOLDER.resolve()),
+        "rank": 8,
+        "epochs": 4,
+        "new_tokens": 64,
+        "learning_rate": 1e-5,
+        "seed": 1,
+        "steps": 3,
+        "extra": {},
+    }
+
+
+def write_prompts(model: str, count: int) -> list[list[int]]:
+    """The data set of a case, whose every step takes all of it; and the ids of its prompts."""
+    from tokenizers import Tokenizer
+
+    texts = [QUESTIONS[i % len(QUESTIONS)] for i in range(count)]
+    records = [{"instruction": text, "input": "", "output": ""} for text in texts]
+    (FOLDER / "prompts.json").write_text(json.dumps(records), encoding="utf-8")
+    tokenizer = Tokenizer.from_file(f"{model}/tokenizer.json")
+    chat = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    return [tokenizer.encode(chat.format(x), add_special_tokens=False).ids for x in texts]
+
+
+def spawn(script: str, environment: Environment | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """Run a contender's script to its end; what it wrote, or why it did not."""
+    python = Path(sys.executable) if environment is None else environment.python
+    if environment is not None and not environment.ready:
+        cure = f"python -m benchmarks.peers.environments {environment.name}"
+        return {"status": "absent", "note": f"not installed; run: {cure}"}
+    result, log = FOLDER / "result.json", FOLDER / f"{script}.log"
+    result.unlink(missing_ok=True)
+    path = FOLDER / "settings.json"
+    path.write_text(json.dumps({**settings, "result": str(result.resolve())}), encoding="utf-8")
+    environ = {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",
+        "DISABLE_VERSION_CHECK": "1",  # LLaMA-Factory's, which no set of packages satisfies
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": "" if environment else str(Path(__file__).parents[1]),
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+        "WANDB_DISABLED": "true",
+    }
+    command = [str(python.absolute()), str(PEERS / f"run_{script}.py"), str(path)]
+    with log.open("w", encoding="utf-8") as file:
+        try:
+            done = subprocess.run(
+                command, env=environ, stdout=file, stderr=subprocess.STDOUT, timeout=LIMIT
+            )
+        except subprocess.TimeoutExpired:
+            return {"status": "failed", "note": f"did not end within {LIMIT} s"}
+    if done.returncode or (not settings.get("make_reward") and not result.is_file()):
+        last = log.read_text(encoding="utf-8").strip().splitlines()[-1:] or ["nothing said"]
+        return {"status": "failed", "note": f"exit code {done.returncode}: {last[0][:300]}"}
+    if settings.get("make_reward"):
+        return {"status": "timed"}
+    return {"status": "timed", **json.loads(result.read_text(encoding="utf-8"))}
+
+
+def rows(
+    wanted: Sequence[Case], model: Path, load: Load, changes: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Every contender of every case, one at a time."""
+    common = {**prepare(model), **changes}
+    first = {**common, "batch": 1, "accumulation": 1, "checkpointing": False, "critic": "shared"}
+    write_prompts(common["model"], len(QUESTIONS))
+    made = spawn("fastppo", None, {**first, "make_reward": True})
+    if made["status"] != "timed":
+        raise SystemExit(f"benchmarks: the reward model: {made['note']}; see {FOLDER}/fastppo.log")
+    for case in wanted:
+        for who in case.contenders:
+            for setting in who.settings:
+                prompts = write_prompts(common["model"], setting.batch * setting.accumulation)
+                cut = {**setting.__dict__, "critic": who.critic, "prompts": prompts}
+                settings = {**common, **cut}
+                began = time.perf_counter()
+                with load:
+                    found = spawn(who.script, who.environment, settings)
+                taken = time.perf_counter() - began
+                print(f"{case.title}: {who.label}, {setting.words}: {taken:.0f} s", file=sys.stderr)
+                yield {
+                    "case": case.title,
+                    "what": who.label,
+                    "ours": who.environment is None,
+                    "setting": setting.words,
+                    **summary(found, common["new_tokens"] * setting.batch * setting.accumulation),
+                }
+
+
+def summary(found: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """Median, least and most of a step's seconds, and the phases of the median step."""
+    if found["status"] != "timed":
+        return found
+    if found["response_tokens"] != tokens:
+        came = found["response_tokens"]
+        return {"status": "wrong", "note": f"{came} response tokens in place of {tokens}"}
+    totals = [step["total"] for step in found["steps"]]
+    middle = sorted(found["steps"], key=lambda step: step["total"])[(len(totals) - 1) // 2]
+    return {
+        **found,
+        "seconds": statistics.median(totals),
+        "least": min(totals),
+        "most": max(totals),
+        "phases": {name: middle[name] for name in PHASES},
+    }
+
+
+def optimised(found: Sequence[dict[str, Any]]) -> list[str]:
+    """How many parameters each contender's optimiser holds."""
+    counts = {(r["what"], r["optimised"]) for r in found if "optimised" in r}
+    return [f"{what}: the optimiser holds {count:,} parameters" for what, count in sorted(counts)]
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """A table a case; times against ours in the same one."""
+    where = found["machine"]
+    lines = [
+        f"# One PPO step, {found['date']}",
+        "",
+        f"{where['cpu']}, {where['cores']} cores, {where['memory_gib']} GiB; torch "
+        f"{where['torch']}, {where['threads']} threads; `{found['command']}`. SmolLM2-135M, "
+        "float32, LoRA rank 8 on all linear layers, 64 new tokens a prompt, 4 epochs. Seconds of a "
+        "step: median, least and most; the phases are those of the median step: sampling; forwards "
+        "without gradient and rewards; backwards; and all else, which is the update's forwards, "
+        "losses and the optimiser. Memory is the most that the process ever had.",
+        "",
+        *(f"- {note}" for note in found["notes"]),
+    ]
+    for title in dict.fromkeys(row["case"] for row in found["rows"]):
+        same = [row for row in found["rows"] if row["case"] == title]
+        ours = next((row["seconds"] for row in same if row["ours"] and "seconds" in row), None)
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            "| | cut | s a step | least to most | sampling | scoring | update, forward | backward "
+            "| peak GiB | time / ours |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        lines += ["| " + " | ".join(cells(row, ours)) + " |" for row in same]
+    return "\n".join(lines) + "\n"
+
+
+def cells(row: dict[str, Any], ours: float | None) -> list[str]:
+    """One line of a table."""
+    if row["status"] != "timed":
+        note = row["note"].replace("\n", " ").replace("|", "\\|")
+        return [row["what"], row["setting"], f"{row['status']}: {note}", *[""] * 7]
+    share = "" if row["ours"] or ours is None else f"{row['seconds'] / ours:.2f}"
+    return [
+        row["what"],
+        row["setting"],
+        f"{row['seconds']:.1f}",
+        f"{row['least']:.1f} to {row['most']:.1f}",
+        *(f"{row['phases'][name]:.1f}" for name in PHASES),
+        f"{row['peak_gib']:.2f}",
+        share,
+    ]
+
+
+def main(asked: argparse.Namespace, argv: Sequence[str]) -> int:
+    """0, or 1 where a contender of ours failed."""
+    before, load = OthersLoad(), OthersLoad()
+    with before:
+        time.sleep(0.1 if asked.quick else 1.0)
+    if not asked.quick and (said := report.warning(before.others())):
+        print(f"benchmarks: {said}", file=sys.stderr)
+    wanted = [
+        case
+        for case in cases(asked.prompts, [word == "on" for word in asked.checkpointing])
+        if asked.peer is None or case.contenders[0].script in asked.peer
+    ]
+    changes: dict[str, Any] = {"steps": asked.steps}
+    if asked.quick:
+        changes |= {"steps": 1, "new_tokens": 4, "epochs": 1}
+    notes = ["4 tokens and 1 epoch: a walk, no measurement"] if asked.quick else []
+    found_rows = list(rows(wanted, asked.model, load, changes))
+    out = asked.out or (None if asked.quick else report.RESULTS / "step.json")
+    if asked.add and out is not None and out.is_file():
+        done = {row["case"] for row in found_rows}
+        earlier = json.loads(out.read_text(encoding="utf-8"))
+        found_rows = [r for r in earlier["rows"] if r["case"] not in done] + found_rows
+        notes += [note for note in earlier["notes"] if note not in notes]
+    notes += [n for n in optimised(found_rows) if n not in notes]
+    found = report.result("step", found_rows, before, load, notes, argv)
+    print(markdown(found))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        out.with_suffix(".md").write_text(markdown(found), encoding="utf-8")
+        print(out)
+    return 0 if all(r["status"] == "timed" for r in found_rows if r.get("ours")) else 1

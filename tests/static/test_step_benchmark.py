@@ -1,0 +1,142 @@
+"""The step's benchmark: who is beside whom, what a phase counts, what the table says."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import report, step
+from benchmarks.peers import watch
+from benchmarks.peers.environments import ENVIRONMENTS, LLAMAFACTORY
+
+
+def test_llamafactory_meets_a_shared_critic_and_trl_one_of_its_own():
+    made = step.cases()
+    assert len(made) == 8  # 4 and 8 prompts, checkpointing on and off, two peers
+    for case in made:
+        theirs, ours = case.contenders
+        assert ours.script == "fastppo"
+        assert ours.environment is None
+        assert ours.critic == theirs.critic
+        assert (ours.critic == "shared") == (theirs.script == "llamafactory")
+        every = {(s.batch * s.accumulation, s.checkpointing) for s in theirs.settings}
+        assert every == {(s.batch * s.accumulation, s.checkpointing) for s in ours.settings}
+    cuts = [(s.batch, s.accumulation) for s in made[0].contenders[0].settings]
+    assert cuts == [(1, 4), (4, 1)]  # LLaMA-Factory samples batch by batch
+    assert {s.accumulation for c in step.cases([8]) for w in c.contenders for s in w.settings} == {
+        8
+    }
+
+
+def test_a_phase_within_another_takes_its_time_away(monkeypatch, tmp_path):
+    clock = iter([0.0, 0.0, 1.0, 2.0, 5.0, 7.0, 10.0, 10.0])
+    monkeypatch.setattr(watch.time, "perf_counter", lambda: next(clock))
+    made = watch.Watch({"steps": 1, "result": str(tmp_path / "found.json")})
+    inner = SimpleNamespace(run=lambda: None)
+    outer = SimpleNamespace(run=lambda: inner.run())
+    made.phase(inner, "run", "backward")
+    made.phase(outer, "run", "score")
+    made._lap = watch.time.perf_counter()  # 0
+    outer.run()  # from 1 to 7, of that 2 to 5 inside
+    with pytest.raises(watch.Finished):
+        made.lap()  # at 10
+    assert made.steps == [
+        {"total": 10.0, "generate": 0.0, "score": 3.0, "backward": 3.0, "update": 4.0}
+    ]
+    made.write()
+    assert json.loads((tmp_path / "found.json").read_text())["steps"] == made.steps
+
+
+def test_a_forward_without_gradient_is_scoring():
+    assert watch.scoring() is None
+    with torch.no_grad():
+        assert watch.scoring() == "score"
+
+
+def test_a_contender_that_is_not_float32_is_no_contender():
+    model = torch.nn.Linear(3, 2)
+    model.bias.requires_grad_(False)
+    assert watch.trainable(model, model) == 6
+    with pytest.raises(AssertionError, match="bfloat16"):
+        watch.trainable(model.to(torch.bfloat16))
+
+
+def test_load_leaves_out_the_contenders_that_were_waited_for(monkeypatch):
+    monkeypatch.setattr(report.Load, "_now", staticmethod(lambda: (10.0, 50.0)))
+    times = os.times_result((0.0, 0.0, 3.0, 1.0, 0.0))
+    monkeypatch.setattr(step.os, "times", lambda: times)
+    assert step.OthersLoad._now() == (10.0, 46.0)
+
+
+def test_a_peer_that_is_not_installed_is_a_line_with_its_cure(monkeypatch, tmp_path):
+    monkeypatch.setattr(step, "FOLDER", tmp_path)
+    absent = replace(LLAMAFACTORY, name="nothing")
+    found = step.spawn("llamafactory", absent, {})
+    assert found["status"] == "absent"
+    assert "python -m benchmarks.peers.environments nothing" in found["note"]
+
+
+def test_environments_are_pinned_and_ignored_by_git():
+    for made in ENVIRONMENTS.values():
+        assert {"torch==2.13.0", "transformers==4.57.6"} <= set(made.requirements)
+        assert made.folder.name == f".{made.name}"
+    assert "benchmarks/peers/.*/" in (step.PEERS.parents[1] / ".gitignore").read_text()
+
+
+def timed(total, **more):
+    phases = {"generate": 1.0, "score": 2.0, "update": 3.0, "backward": 4.0}
+    steps = [{"total": total + extra, **phases} for extra in (0.5, 0.0, -0.5)]
+    found = {"status": "timed", "steps": steps, "peak_gib": 1.5, "response_tokens": 256, **more}
+    return step.summary(found, 256)
+
+
+def test_the_table_has_times_against_ours_and_says_what_failed():
+    row = {"case": "a case", "setting": "batch 1 x accumulation 4"}
+    found = {
+        "date": "2026-01-01",
+        "command": "python -m benchmarks step",
+        "machine": {"cpu": "x", "cores": 2, "memory_gib": 1, "torch": "2", "threads": 2},
+        "notes": ["a note"],
+        "rows": [
+            {**row, "what": "theirs", "ours": False, **timed(45.0)},
+            {**row, "what": "broken", "ours": False, "status": "failed", "note": "a | b"},
+            {**row, "what": "short", "ours": False, **timed(9.0, response_tokens=255)},
+            {**row, "what": "ours", "ours": True, **timed(15.0)},
+        ],
+    }
+    text = step.markdown(found)
+    cut = "batch 1 x accumulation 4"
+    assert f"| theirs | {cut} | 45.0 | 44.5 to 45.5 | 1.0 | 2.0 | 3.0 | 4.0 | 1.50 | 3.00 |" in text
+    assert f"| ours | {cut} | 15.0 | 14.5 to 15.5 | 1.0 | 2.0 | 3.0 | 4.0 | 1.50 |  |" in text
+    assert "failed: a \\| b" in text
+    assert "wrong: 255 response tokens in place of 256" in text
+    assert "- a note" in text
+
+
+def test_the_command_runs_what_was_asked_for_and_adds_to_what_is_there(
+    monkeypatch, tmp_path, capsys
+):
+    asked = []
+
+    def rows(wanted, model, load, changes):
+        asked.append(([case.title for case in wanted], changes))
+        for case in wanted:
+            yield {"case": case.title, "what": "x", "ours": True, "setting": "s", **timed(1.0)}
+
+    monkeypatch.setattr(step, "rows", rows)
+    out = tmp_path / "step.json"
+    base = ["step", "--quick", "--out", str(out), "--prompts", "4", "--checkpointing", "on"]
+    assert command.main([*base, "--peer", "trl"]) == 0
+    assert command.main([*base, "--peer", "llamafactory", "--add"]) == 0
+    assert asked[0][1] == {"steps": 1, "new_tokens": 4, "epochs": 1}
+    titles = [row["case"] for row in json.loads(out.read_text())["rows"]]
+    assert titles == [*asked[0][0], *asked[1][0]]
+    assert len(set(titles)) == 2
+    assert "no measurement" in capsys.readouterr().out
+    assert out.with_suffix(".md").is_file()
