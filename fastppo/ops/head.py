@@ -19,10 +19,13 @@ from fastppo.ops.rows import ChunkKernel
 from fastppo.ops.workspace import fresh
 
 # A chunk re-reads the whole weight, and a GEMM of few rows is slow: so it is large, and more so on
-# a GPU. On a CPU this much is 130 rows of the largest vocabularies of today.
+# a GPU. On a CPU it has so many rows at least, whatever the vocabulary.
 _CHUNK_BYTES_CPU = 80 << 20
+_CHUNK_ROWS_CPU = 256
 _CHUNK_BYTES_DEVICE = 512 << 20
 
+
+_WEIGHT = 1  # its place in `LinearRows.wanted`: hidden, weight, bias, A, B
 
 # The schema of a head and of one token chunk's budget, as the registered operators take them.
 HEAD_SCHEMA: Final = (
@@ -78,8 +81,12 @@ def chunk_slices(
 
     None is the budget that suits the device.
     """
-    default = _CHUNK_BYTES_CPU if device.type == "cpu" else _CHUNK_BYTES_DEVICE
-    rows = max(1, (default if chunk_bytes is None else chunk_bytes) // (vocab * dtype.itemsize))
+    if chunk_bytes is not None:
+        rows = max(1, chunk_bytes // (vocab * dtype.itemsize))
+    elif device.type == "cpu":
+        rows = max(_CHUNK_ROWS_CPU, _CHUNK_BYTES_CPU // (vocab * dtype.itemsize))
+    else:
+        rows = max(1, _CHUNK_BYTES_DEVICE // (vocab * dtype.itemsize))
     count = -(-n // rows)
     return [slice(i * n // count, (i + 1) * n // count) for i in range(count)]
 
@@ -158,7 +165,11 @@ class LinearRows:
         if hidden:
             self.grads[0] = torch.empty_like(self.hidden_ND, memory_format=torch.contiguous_format)
         for i, (needed, tensor) in enumerate(zip(head, self.head.tensors(), strict=True), 1):
-            if needed:
+            if needed and i == _WEIGHT and self.hidden_ND.shape[0]:
+                # The first chunk writes it: zeros would be one more pass over the largest of all.
+                vocab, size = self.head.weight_VD.shape
+                self.grads[i] = fresh((vocab, size), self.dtype, self.hidden_ND.device)
+            elif needed:
                 assert tensor is not None
                 self.grads[i] = torch.zeros_like(tensor, dtype=self.dtype)
 
@@ -218,7 +229,10 @@ class LinearRows:
                 d_hidden[chunk] += (d_low_NR @ lora.A_RD).to(d_hidden.dtype)
         if d_weight is not None:
             if d_weight.dtype == hidden.dtype:
-                d_weight.addmm_(small_NV.T, hidden)
+                # beta 0 overwrites whatever was there, NaN too.
+                d_weight.addmm_(small_NV.T, hidden, beta=0 if chunk.start == 0 else 1)
+            elif chunk.start == 0:
+                d_weight.copy_(small_NV.T @ hidden)
             else:
                 d_weight.add_(small_NV.T @ hidden)
         if d_bias is not None:

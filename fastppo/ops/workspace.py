@@ -19,7 +19,7 @@ from fastppo.ops import native_library
 
 SMALLEST: Final = 1 << 20  # below it the C library keeps memory itself
 LARGEST: Final = 256 << 20  # above it keeping would cost more than it saves
-BUFFERS: Final = 2  # what one operator holds at a time: logits, and a gradient in another dtype
+BUFFERS: Final = 3  # of one call: logits, their gradient in another dtype, that of the head
 
 _kept: deque[torch.UntypedStorage] = deque(maxlen=BUFFERS)
 _lock = Lock()
@@ -34,18 +34,25 @@ def fresh(size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Te
     """An uninitialised contiguous matrix, which owns its memory as `torch.empty`'s does."""
     rows, columns = size
     nbytes = rows * columns * dtype.itemsize
-    if device.type != "cpu" or not SMALLEST <= nbytes <= LARGEST:
+    if device.type != "cpu" or nbytes < SMALLEST:
         return torch.empty(size, dtype=dtype, device=device)
+    if nbytes > LARGEST:
+        return _new(size, dtype)
     with _lock:
         for storage in _kept:
             # Not one of twice the size: whoever saves the tensor saves all of its memory.
             if nbytes <= storage.nbytes() <= 2 * nbytes and _idle(storage):
                 return torch.empty(0, dtype=dtype).set_(storage, 0, size, (columns, 1))
-        out = torch.empty(size, dtype=dtype, device=device)
-        if native_library.LIBRARY is not None:
-            # Huge pages: 512 times fewer faults.
-            native_library.LIBRARY.fastppo_advise(out.data_ptr(), nbytes)
+        out = _new(size, dtype)
         _kept.append(out.untyped_storage())
+    return out
+
+
+def _new(size: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """From the system, in huge pages where it has them: 512 times fewer faults."""
+    out = torch.empty(size, dtype=dtype)
+    if native_library.LIBRARY is not None:
+        native_library.LIBRARY.fastppo_advise(out.data_ptr(), out.nbytes)
     return out
 
 

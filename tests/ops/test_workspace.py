@@ -59,10 +59,11 @@ def test_no_tensor_has_much_more_memory_than_it_shows():
     assert fresh((64, 8192)).untyped_storage().nbytes() == 64 * 8192 * 4
 
 
-def test_two_buffers_are_kept_and_no_more():
-    addresses = [x.data_ptr() for x in [fresh() for _ in range(4)]]
-    found = {x.data_ptr() for x in [fresh() for _ in range(2)]}
-    assert found == set(addresses[2:])
+def test_so_many_buffers_are_kept_and_no_more():
+    kept = workspace.BUFFERS
+    addresses = [x.data_ptr() for x in [fresh() for _ in range(2 * kept)]]
+    found = {x.data_ptr() for x in [fresh() for _ in range(kept)]}
+    assert found == set(addresses[kept:])
 
 
 def test_small_and_very_large_memory_is_not_kept():

@@ -26,6 +26,7 @@ def large_vocabulary(tmp_path, state, monkeypatch):
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
     monkeypatch.setattr(head, "_CHUNK_BYTES_CPU", 2 * ROW)
+    monkeypatch.setattr(head, "_CHUNK_ROWS_CPU", 1)
     monkeypatch.setattr(rows, "_BLOCK_BYTES_CPU", ROW)
 
     def make(**changes):

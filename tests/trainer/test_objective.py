@@ -191,5 +191,6 @@ def test_40_entropy_and_loss_never_hold_logits_of_the_whole_batch(
 
     monkeypatch.setattr(head.Head, "logits", counted)
     monkeypatch.setattr(head, "_CHUNK_BYTES_CPU", 2 * 4 * made.lm_head.weight_VD.shape[0])
+    monkeypatch.setattr(head, "_CHUNK_ROWS_CPU", 1)
     backward(made, experience, make_batch(rollout, mini.rows), mini, settings, Totals())
     assert (max(made_at_a_time), sum(made_at_a_time)) == (2, 11)
