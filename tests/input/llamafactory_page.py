@@ -41,6 +41,10 @@ and data, and reward models that LLaMA-Factory trained work as they are.
   that do not fill a batch are not dropped.
 - **An over-long prompt** keeps its generation header. `lf_truncation: true` cuts as LLaMA-Factory
   does.
+- **A token weighs the same** over the whole optimiser step, whatever its micro-batch; there each
+  micro-batch is a mean of its own. `loss_agg_mode` has other ways.
+- **A batch whose ratio ran away** (`ratio_threshold`) takes no step and is counted; there Adam's
+  momentum steps all the same.
 - **In stage ppo** `resume_from_checkpoint`, `val_size`, `eval_dataset`, `save_total_limit` and
   `disable_shuffling` act.
 - **The warm-up's first step** learns in stage ppo: a rollout is too dear to learn nothing from.
