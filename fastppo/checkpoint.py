@@ -13,9 +13,12 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fastppo import results
 from fastppo.advantage import RunningScore
 from fastppo.errors import UserError
 from fastppo.heads import VALUE_HEAD_FILE, value_head_state
+from fastppo.reward_spec import BASE_RECORD
+from fastppo.tuning import merge_list
 
 if TYPE_CHECKING:
     from fastppo.state import State
@@ -68,9 +71,11 @@ def save(state: State, folder: Path) -> None:
         below.mkdir(exist_ok=True)
         save_weights(critic.model, folder if critic.adapter else below, "critic")
         save_file(value_head_state(roles.critic_head), below / VALUE_HEAD_FILE)
-    record = {"global_step": state.step, "log_history": state.metrics.rows}
-    text = json.dumps(record, indent=2, ensure_ascii=False)
-    (folder / "trainer_state.json").write_text(text + "\n", encoding="utf-8")
+    below = merge_list(state.config)
+    if below:
+        text = json.dumps({"merged": below}, indent=2) + "\n"
+        (folder / BASE_RECORD).write_text(text, encoding="utf-8")
+    results.write_trainer_state(state, folder)
 
 
 def save_to_resume(state: State, output_dir: Path) -> None:
@@ -142,6 +147,7 @@ def resume(state: State, folder: Path) -> None:
         )
     for row in saved["rows"]:
         state.metrics.add(row)
+    state.evaluations = results.evaluations_in(folder)
 
 
 def keep_newest(output_dir: Path, limit: int | None) -> None:

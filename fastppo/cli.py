@@ -118,6 +118,10 @@ def train(arguments: list[str]) -> None:
         from fastppo import reward_model
 
         reward_model.run(config, records)
+    elif not config.trains:
+        from fastppo import held_out
+
+        held_out.run(config, records)
     else:
         from fastppo import trainer
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from fastppo.config_data import DATA_LISTS, DataKeys
 from fastppo.config_file import override, parse_value, read_file
@@ -30,11 +30,17 @@ class Config(DataKeys, TrainingKeys, PPOKeys, RolesKeys, StepKeys):
     """One run, as its YAML file describes it. Frozen; checked; one sentence a key."""
 
     stage: Literal["rm", "ppo"] = key(..., LF, "rm trains a reward model from pairs, ppo a policy.")
-    do_train: bool | None = key(None, HF, "Train; with no do_* key at all a file means train.")
-    do_eval: bool | None = key(
-        None, HF, "Accepted; evaluation runs wherever there is something held out."
+    do_train: bool | None = key(
+        None, HF, "Train; null is true unless the file has only do_eval or do_predict."
     )
-    do_predict: bool | None = key(None, HF, "Accepted only as false: there is no predict here.")
+    do_eval: bool | None = key(
+        None,
+        HF,
+        "Evaluate on what is held out, which a run that trains does anyway. docs/evaluation.md.",
+    )
+    do_predict: bool | None = key(
+        None, HF, "Write generated_predictions.jsonl of all that is held out."
+    )
 
     model_name_or_path: str = key(..., LF, "The base: a local folder or a hub name.")
     model_gguf_file: str | None = key(
@@ -163,6 +169,11 @@ class Config(DataKeys, TrainingKeys, PPOKeys, RolesKeys, StepKeys):
     ignored: tuple[str, ...] = Field((), exclude=True)
 
     @property
+    def trains(self) -> bool:
+        """do_train; where the file does not say, whether it asks for nothing else."""
+        return not (self.do_eval or self.do_predict) if self.do_train is None else self.do_train
+
+    @property
     def rollout_batch_size(self) -> int:
         """Sequences sampled in a PPO step."""
         micro = self.per_device_train_batch_size
@@ -198,12 +209,25 @@ class Config(DataKeys, TrainingKeys, PPOKeys, RolesKeys, StepKeys):
             return {"temperature": 0.95, "top_p": 0.7, "top_k": 50, **data}
         return data
 
+    @model_validator(mode="before")
+    @classmethod
+    def _evaluation_needs_no_dataset(cls, data: Any) -> Any:
+        if isinstance(data, dict) and not data.get("dataset") and not data.get("do_train"):
+            only = data.get("do_eval") or data.get("do_predict")
+            return {**data, "dataset": data.get("eval_dataset")} if only else data
+        return data
+
     @model_validator(mode="after")
     def _belongs_together(self) -> Config:
-        if self.do_train is False:
+        if not (self.trains or self.do_eval or self.do_predict):
             raise ValueError("do_train: false leaves nothing to do; set it to true or leave it out")
-        if self.do_predict:
-            raise ValueError("do_predict: there is no predict here; leave it out")
+        for name in ("do_eval", "do_predict"):
+            # A PPO run that trains measures on its training prompts then, and says so.
+            needed = name == "do_predict" or self.stage == "rm" or not self.trains
+            if getattr(self, name) and needed and not (self.eval_dataset or self.val_size):
+                raise ValueError(
+                    f"{name}: nothing is held out; name an eval_dataset, or set val_size"
+                )
         if self.stage == "ppo" and not self.reward_model:
             raise ValueError(
                 "reward_model: stage ppo needs one; name the folder that stage rm wrote, or a "
@@ -396,7 +420,11 @@ def suggest_key(name: str) -> str:
     """The cure for an unknown key."""
     if name in ELSEWHERE:
         return f"here that is {ELSEWHERE[name]}"
-    known = [*(set(Config.model_fields) - {"source", "ignored"}), *IGNORED, *REFUSED]
+    return suggest(name, [*(set(Config.model_fields) - {"source", "ignored"}), *IGNORED, *REFUSED])
+
+
+def suggest(name: str, known: Sequence[str]) -> str:
+    """The nearest of `known`, or where all of them are listed."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if near:
         return f"did you mean '{near[0]}'?"
@@ -404,13 +432,18 @@ def suggest_key(name: str) -> str:
 
 
 def explain(error: ValidationError) -> str:
+    """The first complaint about a run's file in one line."""
+    return explain_in(Config, error)
+
+
+def explain_in(model: type[BaseModel], error: ValidationError) -> str:
     """The first complaint, in one line, with what was wanted, what came, and the cure."""
     first = error.errors()[0]
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
     name = str(first["loc"][0]) if first["loc"] else "configuration"
     if first["type"] == "missing":
-        meaning = Config.model_fields[name].description or ""
+        meaning = model.model_fields[name].description or ""
         return f"{name}: is missing; add it: {meaning[0].lower()}{meaning[1:]}"
     came = first["input"]
     if first["type"] == "literal_error":

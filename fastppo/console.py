@@ -180,8 +180,8 @@ def evaluation_line(summary: dict[str, Any]) -> None:
             parts += f", {name} {signed(before)} -> {signed(after)}"
     console.print(
         f"evaluation: reward {summary['reward_before']:+.3f} -> {summary['reward_after']:+.3f}"
-        f"{parts}{judge}, kl {summary['kl']:.2f}, length {summary['length_before']:.1f} -> "
-        f"{summary['length_after']:.1f}"
+        f"{parts}{judge}, win rate {summary['win_rate']:.0%}, kl {summary['kl']:.2f}, "
+        f"length {summary['length_before']:.1f} -> {summary['length_after']:.1f}"
     )
 
 

@@ -1,13 +1,16 @@
-"""Before and after, on the same prompts with the same random numbers."""
+"""Before and after, on the same prompts with the same random numbers; and predictions."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from fastppo import results, samples
 from fastppo.batch import Budget
 from fastppo.errors import UserError
 from fastppo.metrics import SAMPLES, SUMMARY
@@ -18,6 +21,8 @@ from fastppo.sampling import Sampling
 from fastppo.score import score
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from fastppo.roles import Role
     from fastppo.state import State
     from fastppo.types import Prompt
@@ -93,27 +98,41 @@ def mean(values: list[Any]) -> float:
     return sum(values) / len(values)
 
 
-def evaluate(state: State) -> dict[str, Any]:
-    """Compare the actor with the policy it started from; write summary.json, samples and curves.
+@dataclass(frozen=True)
+class Comparison:
+    """The actor beside the policy that it started from, on the same prompts."""
 
-    `before` is the reference, which is where the actor started, so it is sampled once and kept.
-    """
-    prompts = state.eval_prompts
+    prompts: list[Prompt]
+    before: Answers
+    after: Answers
+    seconds: float
+
+
+def compare(state: State) -> Comparison:
+    """`before` is the reference, where the actor started; it is sampled once and kept."""
+    began, prompts = time.monotonic(), state.eval_prompts
     if state.before is None:
         state.before = answer(state, "reference", prompts)
-    before, after = state.before, answer(state, "actor", prompts)
+    after = answer(state, "actor", prompts)
+    return Comparison(prompts, state.before, after, time.monotonic() - began)
+
+
+def summarise(state: State, compared: Comparison) -> dict[str, Any]:
+    """The comparison in numbers, as summary.json has them."""
+    before, after = compared.before, compared.after
     summary: dict[str, Any] = {
         "steps": state.step,
         "seconds": round(state.seconds(), 1),
         "reward_before": mean(before.rewards),
         "reward_after": mean(after.rewards),
+        "win_rate": samples.win_rate(after.rewards, before.rewards),
         "kl": after.kl,
         "kl_coef": state.controller.kl_coef,
         "length_before": mean(before.lengths),
         "length_after": mean(after.lengths),
         "eos_share_before": mean(before.terminated),
         "eos_share_after": mean(after.terminated),
-        "eval_prompts": len(prompts),
+        "eval_prompts": len(compared.prompts),
         "eval_prompts_held_out": state.held_out,
     }
     if before.judged is not None and after.judged is not None:
@@ -122,12 +141,99 @@ def evaluate(state: State) -> dict[str, Any]:
     for name in state.reward.extra_names:
         for when, answers in (("before", before), ("after", after)):
             summary[f"reward/{name}_{when}"] = mean_of_known(answers.reward_parts[name])
+    return summary
+
+
+def evaluate(state: State) -> dict[str, Any]:
+    """Compare the actor with the policy it started from; files in metrics_dir and output_dir.
+
+    metrics_dir gets summary.json, samples and curves; output_dir what `report` writes.
+    """
+    compared = compare(state)
+    summary = summarise(state, compared)
     state.metrics.ensure_open()
     state.metrics.write_json(SUMMARY, summary)
-    state.metrics.write_json(SAMPLES, side_by_side(prompts, before, after))
+    both = side_by_side(compared.prompts, compared.before, compared.after)
+    state.metrics.write_json(SAMPLES, both)
     if state.metrics.rows:
         state.metrics.draw(f"fastppo: {state.config.model_name_or_path}, {state.step} PPO steps")
+    report(state, compared, summary)
     return summary
+
+
+def report(state: State, compared: Comparison, summary: dict[str, Any]) -> dict[str, Any]:
+    """LLaMA-Factory's eval_results.json and the table and page of samples, into output_dir.
+
+    Returns:
+        The metrics under their names there, `eval_...`; those of the reference end in _reference.
+    """
+    metrics: dict[str, Any] = {}
+    for name, value in summary.items():
+        if name.startswith(("steps", "seconds", "kl_coef", "eval_")):
+            continue
+        stem, _, when = name.rpartition("_")
+        plain = stem if when in ("before", "after") else name
+        metrics[f"eval_{plain}" + ("_reference" if when == "before" else "")] = value
+    count = len(compared.prompts)
+    metrics |= {
+        "eval_samples": count,
+        "eval_runtime": round(compared.seconds, 2),
+        "eval_samples_per_second": round(count / max(compared.seconds, 1e-9), 3),
+    }
+    if state.metrics.rows:
+        metrics["epoch"] = state.metrics.rows[-1]["epoch"]
+    earlier = [each for each in state.evaluations if each["step"] != state.step]
+    state.evaluations = [*earlier, {**metrics, "step": state.step}]
+    folder = Path(state.config.output_dir)
+    results.save_metrics(folder, "eval", metrics)
+    if state.config.trains:
+        results.log(state, metrics)
+    title = f"Samples after {state.step} PPO steps" if state.step else "Samples"
+    samples.write(folder, title, metrics, list(sample_rows(compared)))
+    return metrics
+
+
+def sample_rows(compared: Comparison) -> Iterator[dict[str, Any]]:
+    """Prompt by prompt: both policies' answers, their rewards, and who won."""
+    before, after = compared.before, compared.after
+    for i, prompt in enumerate(compared.prompts):
+        row: dict[str, Any] = {"prompt": prompt.text}
+        for name, answers in (("policy", after), ("reference", before)):
+            row[name] = answers.texts[i]
+            row[f"reward_{name}"] = answers.rewards[i]
+            row[f"length_{name}"] = answers.lengths[i]
+            row[f"terminated_{name}"] = answers.terminated[i]
+        row["outcome"] = samples.outcome(after.rewards[i], before.rewards[i])
+        if prompt.reference is not None:
+            row["label"] = prompt.reference
+        yield row
+
+
+def predict(state: State, prompts: list[Prompt]) -> dict[str, Any]:
+    """`do_predict`: the actor's response to every prompt; LLaMA-Factory's two files of it.
+
+    generated_predictions.jsonl has its keys prompt, predict and label, and the reward.
+    """
+    began = time.monotonic()
+    answers = answer(state, "actor", prompts)
+    seconds, count = time.monotonic() - began, len(prompts)
+    metrics = {
+        "predict_reward": mean(answers.rewards),
+        "predict_kl": answers.kl,
+        "predict_length": mean(answers.lengths),
+        "predict_eos_share": mean(answers.terminated),
+        "predict_samples": count,
+        "predict_runtime": round(seconds, 2),
+        "predict_samples_per_second": round(count / max(seconds, 1e-9), 3),
+    }
+    folder = Path(state.config.output_dir)
+    results.save_metrics(folder, "predict", metrics)
+    rows = [
+        {"prompt": prompt.text, "predict": text, "label": prompt.reference or "", "reward": reward}
+        for prompt, text, reward in zip(prompts, answers.texts, answers.rewards, strict=True)
+    ]
+    results.write_jsonl(folder / results.PREDICTIONS, rows)
+    return metrics
 
 
 def side_by_side(prompts: list[Prompt], before: Answers, after: Answers) -> list[dict[str, Any]]:

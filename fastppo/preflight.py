@@ -244,7 +244,7 @@ def check_output_dir(config: Config) -> None:
         ("ref_model", config.ref_model),
         ("critic_model", config.critic_model),
         *(("reward_model", spec.target) for spec in config.rewards if spec.kind != "api"),
-        *(("adapter_name_or_path", name) for name in adapters),
+        *(("adapter_name_or_path", name) for name in adapters if config.trains),
     ]
     for key, name in sources:
         if name and Path(name).exists() and Path(name).resolve() == folder.resolve():
@@ -259,7 +259,7 @@ def check_output_dir(config: Config) -> None:
         raise UserError(
             f"{config.source}: resume_from_checkpoint: {folder} has no checkpoint-N; leave it out"
         )
-    allowed = config.overwrite_output_dir or config.resume_from_checkpoint
+    allowed = config.overwrite_output_dir or config.resume_from_checkpoint or not config.trains
     if not allowed and folder.is_dir() and any(folder.iterdir()):
         raise UserError(
             f"{config.source}: output_dir: {folder} is not empty; name another, or set "

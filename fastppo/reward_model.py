@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from fastppo import __version__, checkpoint, console, optim, plots, session
+from fastppo import __version__, checkpoint, console, optim, plots, results, session
 from fastppo.base import (
     causal_lm,
     compute_dtype,
@@ -31,11 +31,24 @@ from fastppo.base import (
 )
 from fastppo.data import encode_pairs
 from fastppo.errors import TrainingStopped
-from fastppo.heads import new_value_head
-from fastppo.reward_spec import RECORD
+from fastppo.heads import load_value_head, new_value_head
+from fastppo.pair_metrics import pair_metrics
+from fastppo.reward_head import read_score_at
+from fastppo.reward_report import LogFile, report
+from fastppo.reward_spec import HEAD_FILES, RECORD
 from fastppo.templates import get_template
 from fastppo.tracking import Trackers
-from fastppo.tuning import compute_in_bfloat16, merge_list, select, start_adapter, upcast
+from fastppo.trained import trained_before
+from fastppo.tuning import (
+    compute_in_bfloat16,
+    continued,
+    first_adapter,
+    merge_list,
+    merged,
+    select,
+    start_adapter,
+    upcast,
+)
 from fastppo.types import Pair
 
 if TYPE_CHECKING:
@@ -101,6 +114,7 @@ class PairTrainer(Trainer):
     """transformers' loop over pairs; saves what stage ppo, and LLaMA-Factory, load."""
 
     tokenizer: Any
+    record: dict[str, Any]  # where the scores are read, for whoever loads the folder
     in_order = False  # disable_shuffling
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
@@ -128,15 +142,13 @@ class PairTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         checkpoint.save_model(self.model.model, self.model.head, self.tokenizer, folder)
+        text = json.dumps(self.record, indent=2) + "\n"
+        (folder / RECORD).write_text(text, encoding="utf-8")
 
 
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Share of pairs whose chosen answer scores higher."""
-    chosen, rejected = prediction.predictions[:, 0], prediction.predictions[:, 1]
-    return {
-        "accuracy": float((chosen > rejected).mean()),
-        "margin": float((chosen - rejected).mean()),
-    }
+def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Accuracy, margin and calibration of the scores of pairs (N, 2)."""
+    return pair_metrics(prediction.predictions[:, 0], prediction.predictions[:, 1])
 
 
 @torch.no_grad()
@@ -297,10 +309,36 @@ def lora_plus(config: Config, model: nn.Module) -> torch.optim.Optimizer | None:
     )
 
 
+def earlier_head(config: Config) -> Path | None:
+    """The adapter that goes on training, where it is a reward model already, as in LLaMA-Factory.
+
+    An SFT adapter has no head: there a new one begins.
+    """
+    goes_on = continued(config)
+    folder = None if goes_on is None else Path(goes_on)
+    if folder is None or not any((folder / name).is_file() for name in HEAD_FILES):
+        return None
+    return folder
+
+
+def load_trained(config: Config, folder: Path, device: torch.device) -> nn.Module:
+    """The model that a run (or LLaMA-Factory's) left in `folder`: under its adapter, or whole."""
+    if config.finetuning_type != "lora":
+        return load_base(config, device, str(folder))
+    base = load_base(config, device, bits=config.quantization_bit)
+    base = merged(base, merge_list(config), "adapter_name_or_path")
+    return first_adapter(base, str(folder), "adapter_name_or_path", train=False)
+
+
 def run(config: Config, records: Records) -> None:
-    """Train on the pairs, evaluate on those held out, write adapter or model, and its head."""
+    """Train on the pairs, evaluate on those held out, write adapter or model, and its head.
+
+    Without training: evaluate what was trained before, by fastppo or LLaMA-Factory.
+    """
     device = session.start(config)
-    output_dir = Path(config.output_dir)
+    output_dir, folder = Path(config.output_dir), None
+    if not config.trains:
+        folder, config = trained_before(config)
     tokenizer = load_tokenizer(config)
     template = get_template(
         config.template,
@@ -308,24 +346,34 @@ def run(config: Config, records: Records) -> None:
         enable_thinking=config.enable_thinking,
         preserve_thinking=config.preserve_thinking,
     )
+    start = folder or earlier_head(config)
+    score_at = "eos"
+    if start is not None:
+        score_at = read_score_at(start) or ("suffix" if template.suffix_ids else "eos")
     room = (config.cutoff_len, config.default_system)
+    how = {"lf_truncation": config.lf_truncation, "suffix": score_at == "suffix"}
     train, held_out = (
-        Pairs(encode_pairs(rows, template, *room, lf_truncation=config.lf_truncation))
-        for rows in (records.train, records.eval)
+        Pairs(encode_pairs(rows, template, *room, **how)) for rows in (records.train, records.eval)
     )
     torch.manual_seed(config.seed)
-    model = trained_model(config, device)
+    model = load_trained(config, folder, device) if folder else trained_model(config, device)
+    if start is None:
+        head = new_value_head(hidden_size(model), device)
+        nn.init.normal_(head.weight, std=HEAD_STD)
+    else:
+        head = load_value_head(start, hidden_size(model), device, "adapter_name_or_path")
     offload = wrap_activations(config, causal_lm(model))
-    head = new_value_head(hidden_size(model), device)
     bf16 = compute_dtype(config, device) == torch.bfloat16
-    nn.init.normal_(head.weight, std=HEAD_STD)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     what = "adapter" if config.finetuning_type == "lora" else f"base ({config.finetuning_type})"
+    trains = f"{what} and head train {trainable + head.weight.numel() + 1:,}"
     say = console.console.print
     say(f"[bold]fastppo {__version__}[/bold], stage rm, {config.model_name_or_path}")
     say(
-        f"  device {device}, {'bf16' if bf16 else 'float32'}, {len(train)} pairs to train on, "
-        f"{len(held_out)} held out; {what} and head train {trainable + head.weight.numel() + 1:,}"
+        f"  device {device}, {'bf16' if bf16 else 'float32'}, "
+        + ("" if folder else f"{len(train)} pairs to train on, ")
+        + f"{len(held_out)} held out; "
+        + (f"evaluates {folder}, read at {score_at}" if folder else trains)
     )
     say(f"  activations: {offload.mode}; writes {output_dir}")
     for line in config.ignored:
@@ -338,37 +386,42 @@ def run(config: Config, records: Records) -> None:
         train_dataset=train,
         eval_dataset=held_out if len(held_out) else None,
         data_collator=lambda pairs: collate(pairs, template.pad_id),
-        compute_metrics=accuracy,
-        callbacks=[Lines(), Bar(config)],
-        optimizers=(lora_plus(config, reward_model), None),
+        compute_metrics=compute_metrics,
+        callbacks=[Lines(), Bar(config), LogFile()],
+        optimizers=(None if folder else lora_plus(config, reward_model), None),
     )
     trainer.tokenizer, trainer.in_order = tokenizer, config.disable_shuffling
+    trainer.record = {
+        "score_at": score_at,
+        "template": template.name,
+        "merged": merge_list(config),
+        "fastppo": __version__,
+    }
+    trainer.remove_callback(PrinterCallback)
+    if folder is not None:
+        report(trainer, config, held_out, trained=False)
+        return
     if config.early_stopping_steps is not None:
         trainer.add_callback(EarlyStoppingCallback(config.early_stopping_steps))
     trackers = Trackers.of(config)
     if trackers is not None:
         trainer.add_callback(Report(trackers))
-    trainer.remove_callback(PrinterCallback)
-    result = trainer.train()
-    metrics = dict(result.metrics)
-    if len(held_out):
-        metrics |= trainer.evaluate()
-    if not all(torch.isfinite(p).all() for p in head.parameters()):
-        raise TrainingStopped("the reward model's head is not finite; lower learning_rate")
-    if config.calibrate_reward:
-        calibrate(head, torch.as_tensor(trainer.predict(held_out or train).predictions).flatten())
-    trainer.save_model()
-    trainer.save_state()
-    trainer.save_metrics("all", metrics)
+    fit(trainer, config, head, held_out or train)
+    report(trainer, config, held_out, trained=True)
     if config.plot_loss:
         plots.plot_pairs(trainer.state.log_history, output_dir)
     if trackers is not None:
         trackers.close()
-    record = {
-        "score_at": "eos",
-        "template": template.name,
-        "merged": merge_list(config),
-        "fastppo": __version__,
-    }
-    (output_dir / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    say(f"  reward model: {output_dir}")
+
+
+def fit(trainer: PairTrainer, config: Config, head: nn.Linear, known: Pairs) -> None:
+    """Train and save; `known` are the pairs whose scores `calibrate_reward` makes mean 0, std 1."""
+    output_dir = Path(config.output_dir)
+    results.clear(output_dir)
+    result = trainer.train()
+    if not all(torch.isfinite(p).all() for p in head.parameters()):
+        raise TrainingStopped("the reward model's head is not finite; lower learning_rate")
+    if config.calibrate_reward:
+        calibrate(head, torch.as_tensor(trainer.predict(known).predictions).flatten())
+    trainer.save_model()
+    trainer.save_metrics("train", result.metrics)

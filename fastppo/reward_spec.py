@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 Kind = Literal["lora", "full", "api", "function"]
 RECORD = "fastppo_reward.json"  # what stage rm notes beside its adapter and head
+BASE_RECORD = "fastppo_base.json"  # which adapters are part of the base that an adapter is for
 HEAD_FILES = ("value_head.safetensors", "value_head.bin")  # LLaMA-Factory's names, in its order
 
 

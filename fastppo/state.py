@@ -53,11 +53,17 @@ class State:
     ptx: Demonstrations | None = None
     step: int = 0
     before: Answers | None = None
+    evaluations: list[dict[str, Any]] = field(default_factory=list)  # as the log has them
     began: float = field(default_factory=time.monotonic)
 
     def seconds(self) -> float:
         """Wall time since the run began."""
         return time.monotonic() - self.began
+
+    @property
+    def total_steps(self) -> int:
+        """PPO steps of the whole run."""
+        return total_steps(self.config, len(self.prompts))
 
 
 def total_steps(config: Config, n_prompts: int) -> int:

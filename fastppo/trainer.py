@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastppo import checkpoint, console, plots
+from fastppo import checkpoint, console, plots, results
 from fastppo.advantage import estimate
 from fastppo.batch import Budget
 from fastppo.errors import UserError
 from fastppo.evaluation import evaluate
+from fastppo.finish import finish
 from fastppo.rollout import sample
 from fastppo.sampling import Sampling
 from fastppo.score import score
@@ -89,6 +90,9 @@ def run(config: Config, records: Records) -> None:
     checkpoint.prepare_output_dir(output_dir)
     if config.resume_from_checkpoint:
         resume(state, output_dir)
+    else:
+        results.clear(output_dir)
+    results.begin_log(output_dir, state.step)
     epoch = len(state.prompts) / config.prompts_a_step
     if config.eval_on_start and state.step == 0:
         evaluation(state)
@@ -96,17 +100,20 @@ def run(config: Config, records: Records) -> None:
         while state.step < steps:
             state = step_update(state)
             bar.advance(bar.task_ids[0])
+            results.log_step(state)
             if config.acts("logging", state.step, steps, epoch):
                 console.step_line(state, steps)
             if state.step == 1:
                 console.memory_line(state)
-            if config.acts("eval", state.step, steps, epoch):
+            # The last one is evaluated below.
+            if config.acts("eval", state.step, steps, epoch) and state.step < steps:
                 evaluation(state)
             if config.acts("save", state.step, steps, epoch) and state.step < steps:
                 checkpoint.save_to_resume(state, output_dir)
                 checkpoint.keep_newest(output_dir, config.save_total_limit)
     summary = evaluate(state)
     checkpoint.save(state, output_dir)
+    finish(state, records)
     if config.plot_loss:
         plots.plot_ppo(state.metrics.rows, config, output_dir)
     if state.tracker is not None:

@@ -23,16 +23,17 @@ CODE = sorted(
 # and `errors` are what passes between rooms, and everybody's.
 LEVELS = [
     {"cli", "info"},
-    {"trainer", "reward_model"},
+    {"held_out", "reward_model", "trainer"},
+    {"finish", "reward_report"},
     {"evaluation", "summary"},
     {"state"},
-    {"checkpoint", "console", "toy"},
-    {"preflight"},
+    {"card", "checkpoint", "console", "samples", "toy"},
+    {"preflight", "results"},
     {"advantage", "metrics", "rollout", "score", "update"},
     {"optimizer", "ptx", "reward"},
     {"reward_api", "reward_full", "reward_function"},
     {"reward_head"},
-    {"batch", "data", "merge", "roles", "sampling", "templates"},
+    {"batch", "data", "merge", "roles", "sampling", "templates", "trained"},
     {"seats", "tuning"},
     {"base", "heads"},
     {"loading"},
@@ -52,7 +53,7 @@ LEVELS = [
     {"config_data", "config_ppo", "config_roles", "config_step", "config_training"},
     {"config_file", "config_key", "offload_config", "precision", "reward_spec"},
     {"ops"},
-    {"errors", "types", "__init__"},
+    {"errors", "pair_metrics", "types", "__init__"},
 ]
 # Packages among the modules, and their modules from the first to the last.
 INNER = {
