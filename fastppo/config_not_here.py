@@ -50,7 +50,7 @@ _NOTES: dict[str, str] = {
     "it belongs to a method that is refused": """init_special_tokens module_dropout oft_block_size
         oft_rank oft_target pissa_iter""",
     "LoRA+ here has no embedding adapters": "loraplus_lr_embedding",
-    "it is for exporting, not for training": """export_device export_dir export_hub_model_id
+    "it is for fastppo-export, not for training": """export_device export_dir export_hub_model_id
         export_legacy_format export_quantization_bit export_quantization_dataset
         export_quantization_maxlen export_quantization_nsamples export_size""",
     "nothing is served: sampling is transformers' own": """chunk_size cpu_infer infer_dtype

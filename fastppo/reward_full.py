@@ -44,6 +44,8 @@ class ClassifierReward:
     def __init__(self, model: nn.Module, tokenizer: Any, name: str, budget: Budget) -> None:
         self.model, self.tokenizer, self.budget = model, tokenizer, budget
         self.key = f"reward_model: {name}"
+        # What fastppo-export keeps of a head's bias: transformers' classifiers have none.
+        self.bias = float(getattr(model.config, "score_bias", 0.0))
         inner = model.config.get_text_config()
         self.pad_id: int | None = inner.pad_token_id
         self.max_length = min(
@@ -96,7 +98,8 @@ class ClassifierReward:
         inner = self.model.config.get_text_config()
         inner.pad_token_id = pad_id
         try:
-            return self.model(input_ids=ids_BT, attention_mask=mask_BT).logits[:, 0].float()
+            logits_B1 = self.model(input_ids=ids_BT, attention_mask=mask_BT).logits
+            return logits_B1[:, 0].float() + self.bias
         finally:
             inner.pad_token_id = self.pad_id
 

@@ -44,3 +44,15 @@ def quoted(text: str) -> str:
     """A Jinja string."""
     text = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
     return f"'{text}'"
+
+
+def without_suffix(jinja: str, suffix: str) -> str:
+    """The same template, without `suffix` behind a conversation that ends with an answer.
+
+    For a reward model that is read at EOS: whoever reads the last token reads EOS.
+    """
+    ends = f"messages[-1]['role'] == 'assistant' and chat.endswith({quoted(suffix)})"
+    return (
+        f"{{% set chat %}}{jinja.removesuffix(chr(10))}{{% endset %}}"
+        f"{{{{ chat[:{-len(suffix)}] if {ends} else chat }}}}"
+    )

@@ -116,6 +116,7 @@ def run_elsewhere(wheel: Path, folder: Path) -> None:
     assert "native on cpu" in run("python", "-m", "fastppo.info")
     assert "usage: fastppo-train" in run("fastppo-train", "--help")
     assert version() in run("fastppo-train", "--version")
+    assert "usage: fastppo-export" in run("fastppo-export", "--help")
 
 
 def check_kernels(python: str, cwd: Path) -> None:

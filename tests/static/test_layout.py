@@ -22,7 +22,8 @@ CODE = sorted(
 # A module imports from the rows below its own: not from above, and not from its neighbours. `types`
 # and `errors` are what passes between rooms, and everybody's.
 LEVELS = [
-    {"cli", "info"},
+    {"export"},
+    {"cli", "export_model", "info"},
     {"held_out", "reward_model", "trainer"},
     {"finish", "reward_report"},
     {"evaluation", "summary"},
@@ -48,6 +49,7 @@ LEVELS = [
     {"layer_memory", "residents"},
     {"recipe"},
     {"allocations", "model_shapes"},
+    {"export_config"},
     {"config"},
     {"config_not_here"},
     {"config_data", "config_ppo", "config_roles", "config_step", "config_training"},

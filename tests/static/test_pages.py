@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from fastppo.config import config_from_dict
+from fastppo.export_config import REFUSED, ExportConfig
 from fastppo.reward_api import FIRST_WAIT, LONGEST_WAIT, MAX_ANSWER, TOKEN
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,3 +54,14 @@ def test_what_rewards_md_says_of_the_server_is_in_the_code():
     for words in (f"`{TOKEN}`", f"0.5, 1, 2, ... {LONGEST_WAIT:g} s", "over 1 MiB"):
         assert words in page
     assert (FIRST_WAIT, MAX_ANSWER) == (0.5, 2**20)
+
+
+def test_export_md_has_every_key_of_an_export():
+    page = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
+    words = {None: "`null`", True: "`true`", False: "`false`"}
+    for name, field in ExportConfig.model_fields.items():
+        default = words.get(field.default, f"`{field.default}`")
+        default = "*needed*" if field.is_required() else default
+        assert f"| `{name}` | {default} | {field.description} |" in page
+    for name in REFUSED:
+        assert f"`{name}" in page
