@@ -4,6 +4,8 @@ Needs torch, triton and pytest, from a checkout without installing; no network; 
 eight minutes. Each section writes its JSON when it ends, so that a limit loses nothing; a Markdown
 table comes last. With --rehearse it walks through itself at toy sizes on the CPU, under Triton's
 interpreter: nothing that it prints then is a measurement, and nothing is kept.
+
+`python -m benchmarks.gpu seven_b` is the trainer itself on a 7B, see benchmarks/seven_b.py.
 """
 
 from __future__ import annotations
@@ -442,6 +444,11 @@ def measure(plan: Plan, folder: Path, sections: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["seven_b"]:  # the trainer itself: needs transformers and peft
+        from benchmarks import seven_b
+
+        return seven_b.main(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, help="folder for the results")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))

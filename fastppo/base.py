@@ -13,9 +13,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from fastppo.errors import UserError
 from fastppo.loading import LOAD_ERRORS, first_line
-from fastppo.offload import ActivationOffload
-from fastppo.offload_auto import wrap
-from fastppo.offload_config import micro_batch_tokens, offload_mode
+from fastppo.offload import ActivationOffload, wrap
+from fastppo.offload_config import offload_mode
 from fastppo.precision import own_dtype, run_dtype
 
 if TYPE_CHECKING:
@@ -185,8 +184,7 @@ def silence_dropout(model: nn.Module) -> None:
 
 def wrap_activations(config: Config, base: nn.Module) -> ActivationOffload:
     """Recompute or move activations as the file says; layers below the adapters stay out of it."""
-    tokens = micro_batch_tokens(config)
-    return wrap(base, offload_mode(config), tokens=tokens, offload_dir=config.offload_dir)
+    return wrap(base, offload_mode(config), offload_dir=config.offload_dir)
 
 
 def causal_lm(model: nn.Module) -> nn.Module:

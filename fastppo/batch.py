@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
+from fastppo.budgets import Budget
 from fastppo.errors import UserError
-from fastppo.offload_config import micro_batch_tokens
 from fastppo.ops import Packing
 from fastppo.types import Sequences
 
 if TYPE_CHECKING:
-    from fastppo.config import Config
     from fastppo.roles import Roles
 
 Sent = TypeVar("Sent", Tensor, Packing)
@@ -30,35 +29,6 @@ def to_device(x: Sent, device: torch.device) -> Sent:
         index_N, offsets = to_device(x.index_N, device), to_device(x.offsets, device)
         return Packing(index_N, offsets, x.shape)
     return x.to(device, non_blocking=True)
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How large a micro-batch may be; a row that is larger by itself runs alone.
-
-    Attributes:
-        tokens: most tokens, padding included; None is no limit.
-        rows: most sequences; None is no limit.
-        packed: rows stand behind one another in one, without padding.
-    """
-
-    tokens: int | None = None
-    rows: int | None = None
-    packed: bool = False
-
-    @classmethod
-    def of(cls, config: Config, *, scoring: bool = False) -> Budget:
-        """That of the update, or of scoring, which keeps nothing for a backward."""
-        tokens = micro_batch_tokens(config)
-        if scoring and config.log_prob_max_token_len_per_gpu is not None:
-            tokens = config.log_prob_max_token_len_per_gpu
-        return cls(tokens, config.ppo_micro_batch_size_per_gpu, config.padding_free)
-
-    def allows(self, rows: int, tokens: int) -> bool:
-        """Whether a micro-batch may be so large."""
-        return (self.rows is None or rows <= self.rows) and (
-            self.tokens is None or tokens <= self.tokens
-        )
 
 
 def partition(lengths: Sequence[int], rows: Sequence[int], budget: Budget) -> list[list[int]]:
@@ -90,6 +60,15 @@ def partition(lengths: Sequence[int], rows: Sequence[int], budget: Budget) -> li
         found.append(ordered[cuts[stop] : stop])
         stop = cuts[stop]
     return found[::-1]
+
+
+def largest(sequences: Sequences, budget: Budget) -> int:
+    """Tokens of the largest micro-batch of all these rows, padding included."""
+    lengths = sequences.lengths
+    parts = (
+        [lengths[row] for row in part] for part in partition(lengths, range(len(lengths)), budget)
+    )
+    return max(sum(own) if budget.packed else len(own) * max(own) for own in parts)
 
 
 @dataclass(frozen=True)

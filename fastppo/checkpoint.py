@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from fastppo import results
 from fastppo.advantage import RunningScore
+from fastppo.base import causal_lm
 from fastppo.errors import UserError
 from fastppo.heads import VALUE_HEAD_FILE, value_head_state
+from fastppo.offload import wrap
 from fastppo.reward_spec import BASE_RECORD
 from fastppo.tuning import merge_list
 
@@ -93,6 +95,7 @@ def save_to_resume(state: State, output_dir: Path) -> None:
             "running_score": asdict(state.running_score),
             "trained": [p.detach() for p in trained(state)],
             "rows": state.metrics.rows,
+            "decisions": state.budgets.decisions(),
         },
         beside / TRAINING_STATE,
     )
@@ -139,6 +142,10 @@ def resume(state: State, folder: Path) -> None:
     state.controller.kl_coef = saved["kl_coef"]
     state.running_score = RunningScore(**saved["running_score"])
     state.step = saved["step"]
+    state.budgets.adopt(saved["decisions"])
+    mode, place = state.budgets.activation_offloading, state.config.offload_dir
+    for base in {causal_lm(seat.model) for seat in state.roles.seats.values() if seat.trained}:
+        wrap(base, mode, offload_dir=place)
     names = {name for row in saved["rows"] for name in row if name.startswith("reward/")}
     if not names <= set(state.metrics.reward_columns):
         raise UserError(

@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from fastppo.config_data import DATA_LISTS, DataKeys
 from fastppo.config_file import override, parse_value, read_file
 from fastppo.config_key import HF, LF, OWN, Above0, Finite, Positive, key
+from fastppo.config_memory import MemoryKeys
 from fastppo.config_not_here import IGNORED, NOT_HERE, OLD_NAMES, REFUSED
 from fastppo.config_ppo import ALIASES, ELSEWHERE, PPOKeys
 from fastppo.config_roles import ROLES_LISTS, RolesKeys, check_roles
@@ -26,7 +27,7 @@ from fastppo.offload_config import check_offload
 from fastppo.reward_spec import RewardSpec, check_function_name, check_kind, reward_specs, split
 
 
-class Config(DataKeys, TrainingKeys, PPOKeys, RolesKeys, StepKeys):
+class Config(DataKeys, MemoryKeys, TrainingKeys, PPOKeys, RolesKeys, StepKeys):
     """One run, as its YAML file describes it. Frozen; checked; one sentence a key."""
 
     stage: Literal["rm", "ppo"] = key(..., LF, "rm trains a reward model from pairs, ppo a policy.")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel
 
 from fastppo.config_key import HF, OWN, TRL24, VERL, Above0, Positive, key
+from fastppo.config_memory import Auto
 
 if TYPE_CHECKING:
     from fastppo.config import Config
@@ -15,17 +16,20 @@ if TYPE_CHECKING:
 class StepKeys(BaseModel):
     """They change speed and memory, and the result by rounding only."""
 
-    ppo_max_token_len_per_gpu: Positive | None = key(
+    ppo_max_token_len_per_gpu: Positive | Auto | None = key(
         None,
         VERL,
         "Most tokens of a micro-batch, padding included; null is per_device_train_batch_size x "
-        "(cutoff_len + max_new_tokens), so that shorter sequences share one.",
+        "(cutoff_len + max_new_tokens), so that shorter sequences share one, auto as many as fit.",
     )
     ppo_micro_batch_size_per_gpu: Positive | None = key(
         None, VERL, "Most sequences of a micro-batch; null leaves it to the tokens."
     )
-    log_prob_max_token_len_per_gpu: Positive | None = key(
-        None, VERL, "Most tokens of a micro-batch in scoring; null is the update's."
+    log_prob_max_token_len_per_gpu: Positive | Auto | None = key(
+        None,
+        VERL,
+        "Most tokens of a micro-batch in scoring, in evaluation too; null is the update's, auto as "
+        "many as fit.",
     )
     padding_free: bool = key(
         False, TRL24, "Pack a micro-batch's sequences behind one another in place of padding them."

@@ -76,7 +76,9 @@ class TrainingKeys(BaseModel):
         "Sequences of a micro-batch at their longest (in stage rm pairs); in stage ppo more of "
         "them share one where they are shorter.",
     )
-    per_device_eval_batch_size: Positive = key(8, HF, "The same in evaluation.")
+    per_device_eval_batch_size: Positive = key(
+        8, HF, "Sequences that an evaluation samples at a time (in stage rm pairs that it scores)."
+    )
     gradient_accumulation_steps: Positive = key(
         1, HF, "Times per_device_train_batch_size: the responses of an optimiser step."
     )

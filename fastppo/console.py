@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from rich.table import Table
 
 from fastppo import __version__
-from fastppo.memory import predicted_peak, uncounted
 from fastppo.metrics import CSV, CURVES, SUMMARY
-from fastppo.model_shapes import from_config
 from fastppo.moments import GIB
 from fastppo.sampling import Sampling
 
 if TYPE_CHECKING:
     from fastppo.config import Config
+    from fastppo.memory import Plan
     from fastppo.state import State
 
 console = Console(highlight=False, soft_wrap=True)
@@ -129,7 +128,7 @@ def first_lines(state: State, steps: int) -> None:
         table.add_row(role, weights, f"{count:,}")
     console.print(table)
     console.print(f"  writes {config.output_dir} and {config.metrics_dir}/")
-    for line in [*state.roles.notes, *notices(config, steps)]:
+    for line in [*state.notes, *state.roles.notes, *notices(config, steps)]:
         console.print(f"  [yellow]note:[/yellow] {line}")
 
 
@@ -150,21 +149,34 @@ def signed(value: float | None) -> str:
     return "-" if value is None else f"{value:+.3f}"
 
 
-def memory_line(state: State) -> None:
-    """After a step on a GPU: the most that tensors took, beside what the plan allows for."""
-    if state.roles.device.type != "cuda":
+def memory_line(plan: Plan | None, device: torch.device, **lengths: int) -> None:
+    """After the first step: the most that it took, beside what was planned for it.
+
+    On a GPU the allocator has counted tensors. On a CPU nobody has: what the process took at most
+    is its code and libraries too. `lengths` are the longest that there were, by their keys.
+    """
+    if device.type == "cuda":
+        taken = torch.cuda.max_memory_allocated(device) / GIB
+        said = f"memory: {taken:.2f} GiB of tensors at the highest"
+    else:
+        taken = highest_rss() / GIB
+        said = f"memory: {taken:.2f} GiB at the highest, the whole process (resident)"
+    if plan is None:
+        console.print(f"{said}; not planned")
         return
-    base = state.roles.base
-    shape = replace(
-        from_config(base.config.to_dict(), "the model's own"),
-        dtype="bfloat16" if state.roles.autocast else "float32",  # trained weights are wider
+    here, longest = plan.again(**lengths).step_peak, plan.step_peak
+    console.print(
+        f"{said}; planned {here / GIB:.2f} of tensors for these lengths, {longest / GIB:.2f} at "
+        "their longest"
     )
-    taken = torch.cuda.max_memory_allocated(state.roles.device)
-    line = f"memory: {taken / GIB:.2f} GiB at the highest"
-    if uncounted(state.config) is None:
-        planned = predicted_peak(state.config, shape)
-        line += f"; the plan allows for {planned / GIB:.2f}, prompts and responses at their longest"
-    console.print(line)
+
+
+def highest_rss() -> int:
+    """The most bytes of the process that were in memory at a time."""
+    import resource  # not on Windows
+
+    count = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return count if sys.platform == "darwin" else 1024 * count
 
 
 def evaluation_line(summary: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +11,11 @@ import torch
 from torch import Tensor
 
 from fastppo import results, samples
-from fastppo.batch import Budget
 from fastppo.errors import UserError
 from fastppo.metrics import SAMPLES, SUMMARY
+from fastppo.phases import sampled, scored
 from fastppo.reward import mean_of_known
 from fastppo.reward_function import call_scores, load_function
-from fastppo.rollout import sample
-from fastppo.sampling import Sampling
-from fastppo.score import score
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,17 +50,9 @@ def answer(state: State, role: Role, prompts: list[Prompt]) -> Answers:
     terminated: list[bool] = []
     kl = 0.0
     size = config.per_device_eval_batch_size
-    budget = replace(Budget.of(config), tokens=size * (config.cutoff_len + config.max_new_tokens))
     for start in range(0, len(prompts), size):
         with roles.use(role):
-            rollout = sample(
-                roles,
-                prompts[start : start + size],
-                sampling=Sampling.of(config),
-                template=state.template,
-                tokenizer=state.tokenizer,
-                seed=config.seed + start,
-            )
+            rollout = sampled(state, prompts[start : start + size], seed=config.seed + start)
         texts += rollout.texts
         lengths += rollout.response_lengths
         terminated += rollout.terminated
@@ -72,16 +61,10 @@ def answer(state: State, role: Role, prompts: list[Prompt]) -> Answers:
             rewards += score_B.tolist()
             parts.append(reward_parts)
         else:
-            scored = score(
-                roles,
-                rollout,
-                state.reward,
-                temperature=config.temperature,
-                budget=budget,
-            )
-            rewards += scored.score_B.tolist()
-            parts.append(scored.reward_parts)
-            kl += (scored.logprob_N - scored.ref_logprob_N).sum().item()
+            found = scored(state, rollout)
+            rewards += found.score_B.tolist()
+            parts.append(found.reward_parts)
+            kl += (found.logprob_N - found.ref_logprob_N).sum().item()
     judged = None
     if config.eval_judge is not None:
         judge = load_function(config.eval_judge, "eval_judge")

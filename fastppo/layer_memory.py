@@ -27,6 +27,7 @@ class LayerSetting:
         trained: whether the layer's own weights train.
         masked: padding in the batch: attention takes a mask, and keys and values of every head.
         eager: attention that holds its probabilities.
+        dora: the adapter has magnitudes of its own.
     """
 
     rows: int
@@ -39,6 +40,7 @@ class LayerSetting:
     trained: bool = False
     masked: bool = False
     eager: bool = False
+    dora: bool = False
 
     @property
     def tokens(self) -> int:
@@ -55,9 +57,9 @@ class Decoder(Tape):
         self.targets = shape.targets(setting.target) if setting.rank else {}
 
     def linear(self, x: Value, name: str) -> Value:
-        """PEFT's Linear: base(x) + B(A(x)) * scaling, with A and B in the adapter's own dtype."""
+        """PEFT's Linear: base(x) + B(A(x)) * scaling; x as it comes, see `leave_inputs`."""
         setting, (wide, out) = self.setting, self.shape.linears[name]
-        alike = setting.item == setting.adapter_item
+        alike = setting.item == setting.adapter_item and not setting.dora
         if setting.fused and alike and not setting.trained and name in self.targets:
             return self.fused_linear(x, wide, out)
         saved = [x] if setting.trained else []
@@ -65,11 +67,10 @@ class Decoder(Tape):
         result = self.op(out, setting.item, [x], gives, saved, trains=setting.trained)
         if name not in self.targets:
             return result
-        x = self.cast(x, setting.adapter_item)
-        low_in = self.cast(x, setting.item)
+        if setting.dora:
+            return self.dora(x, result, name)
         rank, item = setting.rank, setting.item
-        low = self.op(rank, item, [low_in], gives, [low_in], trains=True)
-        del low_in
+        low = self.op(rank, item, [x], gives, [x], trains=True)
         up = self.op(out, item, [low], self.gives((rank, item)), [low], trains=True)
         del low
         scaled = self.scaled(up)
@@ -91,6 +92,66 @@ class Decoder(Tape):
         if result.node is not None:
             result.node.saved.append(low)
         return result
+
+    def dora(self, x: Value, result: Value, name: str) -> Value:
+        """PEFT's DoRA: magnitude / norm of the merged weight, which is made in x's float32."""
+        (wide, out), setting = self.shape.linears[name], self.setting
+        rank, item, own = setting.rank, setting.item, setting.adapter_item
+        x = self.cast(x, own)
+        _held = self.merged_norm(wide, out)
+        low_in = self.cast(x, item)
+        low = self.op(rank, item, [low_in], self.gives((wide, item)), [low_in], trains=True)
+        del low_in
+        up = self.op(out, item, [low], self.gives((rank, item)), [low], trains=True)
+        del low
+        bare = result
+        if self.shape.qkv_bias and name in ("q_proj", "k_proj", "v_proj"):
+            bare = Value(self.new(out, item), out, item)
+
+        def magnitude_backward(_: Size) -> list[Size]:
+            self.new(out, own)  # the gradient times what it goes with, before it is summed
+            return []
+
+        def product_backward(grad: Size) -> list[Size]:
+            magnitude_backward(grad)
+            wide_grad = self.new(out, own)
+            return [wide_grad if item == own else self.new(out, item)]
+
+        straight = self.op(out, own, [], magnitude_backward, [bare], trains=True)
+        del bare
+        product = self.op(out, own, [up], product_backward, [up], trains=True)
+        product = self.scaled(product)
+        added = self.add(straight, product)
+        del straight, product, up, _held
+        return self.cast(self.add(added, result), item)
+
+    def merged_norm(self, wide: int, out: int) -> list[Size]:
+        """The adapter as a weight, made by multiplying the identity, and its sum with the base's.
+
+        Returns:
+            What is held until the linear layer is done.
+        """
+        setting, size = self.setting, self.ledger.size
+        item, own, square = setting.item, setting.adapter_item, wide * wide
+        held = []
+        eye = size(square * own)
+        narrow = size(square * item) if item != own else eye
+        low = size(wide * setting.rank * item)
+        lora_weight = size(wide * out * item)
+        if self.grad:  # the graph of a weight whose gradient nobody asks for
+            held += [narrow, low]
+        del eye, narrow, low
+        if item != own:
+            wider = size(wide * out * own)
+            lora_weight = wider
+            del wider
+            held.append(size(wide * out * own))  # the base's weight, converted
+        held.append(lora_weight)
+        del lora_weight
+        scaled = size(wide * out * own)
+        total = size(wide * out * own)
+        del scaled, total
+        return held
 
     def norm(self, x: Value) -> Value:
         """RMSNorm: float32 inside, weight times the result cast back."""

@@ -6,9 +6,8 @@ docs/memory.md explains the rows.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from fastppo.model_shapes import ModelShape
 from fastppo.moments import PHASES, Moment, Planner
 from fastppo.recipe import Recipe
 from fastppo.residents import Residents, Shapes
@@ -24,11 +23,16 @@ class Plan:
     recipe: Recipe
     shapes: Shapes
     moments: tuple[Moment, ...]
-    host_bytes: int  # pinned, for offloaded activations
+    host: dict[str, int]  # what lies in host memory, pinned
 
     def again(self, **changes: Any) -> Plan:
         """The plan of the same run with some settings changed."""
         return make_plan(replace(self.recipe, **changes), self.shapes)
+
+    @property
+    def host_bytes(self) -> int:
+        """Pinned host memory of offloaded activations."""
+        return self.host.get("activations", 0)
 
     @property
     def columns(self) -> dict[str, Moment]:
@@ -65,14 +69,7 @@ def uncounted(config: Config) -> str | None:
 
 def make_plan(recipe: Recipe, shapes: Shapes) -> Plan:
     """The plan of a recipe on models of these shapes."""
-    planner = Planner(recipe, shapes.base, Residents(recipe, shapes))
-    return Plan(recipe, shapes, tuple(planner.moments()), planner.host_bytes())
-
-
-def predicted_peak(config: Config, shape: ModelShape, device: Literal["gpu", "cpu"] = "gpu") -> int:
-    """Bytes of tensors at the highest moment of a step, for sequences as long as they may get.
-
-    What `torch.cuda.max_memory_allocated` is to be held against: no context, no evaluation. Models
-    beside the base are taken to be as large as it is.
-    """
-    return make_plan(Recipe.of(config, shape, device=device), Shapes(shape)).step_peak
+    residents = Residents(recipe, shapes)
+    planner = Planner(recipe, shapes.base, residents)
+    host = {"activations": planner.host_bytes(), **residents.host}
+    return Plan(recipe, shapes, tuple(planner.moments()), host)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from fastppo.memory import Plan
 from fastppo.moments import MIB
+from fastppo.recipe import AUTO_KEYS
 
+LEAST_CHUNK = 16 * MIB
 SHORTEST = 256  # lengths are not cut below this: it would be another task
 Change = dict[str, Any]
 
@@ -36,10 +40,25 @@ class Advice:
 
 def smaller_batch(plan: Plan) -> Change:
     """Half the micro-batch, and twice as many of them: the same optimiser step."""
+    if plan.recipe.ppo_max_token_len_per_gpu is not None:
+        rows, length = plan.recipe.update_batch
+        return {"ppo_max_token_len_per_gpu": rows // 2 * length} if rows > 1 else {}
     rows, steps = plan.recipe.per_device_train_batch_size, plan.recipe.gradient_accumulation_steps
     if rows % 2:
         return {}
     return {"per_device_train_batch_size": rows // 2, "gradient_accumulation_steps": 2 * steps}
+
+
+def smaller_scoring(plan: Plan) -> Change:
+    """Half as many sequences in a scoring pass."""
+    rows, length = plan.recipe.score_batch
+    return {"log_prob_max_token_len_per_gpu": rows // 2 * length} if rows > 1 else {}
+
+
+def fewer_at_once(plan: Plan) -> Change:
+    """Half as many sequences sampled at a time."""
+    rows = plan.recipe.rollout_rows
+    return {"generation_batch": rows // 2} if rows > 1 else {}
 
 
 def halved(key: str, least: int) -> Callable[[Plan], Change]:
@@ -48,6 +67,25 @@ def halved(key: str, least: int) -> Callable[[Plan], Change]:
     def rung(plan: Plan) -> Change:
         value = getattr(plan.recipe, key)
         return {key: max(least, value // 2)} if value > least else {}
+
+    return rung
+
+
+def shorter(key: str) -> Callable[[Plan], Change]:
+    """Half of a length, down to SHORTEST; budgets that are in tokens shrink with the sequence."""
+
+    def rung(plan: Plan) -> Change:
+        recipe = plan.recipe
+        value = getattr(recipe, key)
+        if value <= SHORTEST:
+            return {}
+        change: Change = {key: max(SHORTEST, value // 2)}
+        sequence = replace(recipe, **change).sequence
+        for budget in ("ppo_max_token_len_per_gpu", "log_prob_max_token_len_per_gpu"):
+            tokens = getattr(recipe, budget)
+            if tokens is not None:
+                change[budget] = tokens * sequence // recipe.sequence
+        return change
 
     return rung
 
@@ -72,7 +110,9 @@ def quantised(bits: int) -> Callable[[Plan], Change]:
 # From what changes nothing but speed to what changes what is learned.
 LADDER: tuple[Callable[[Plan], Change], ...] = (
     halved("per_device_eval_batch_size", 1),
+    smaller_scoring,
     smaller_batch,
+    fewer_at_once,
     put("disable_gradient_checkpointing", False),
     put("activation_offloading", "checkpoint+offload"),
     put("bf16", True),
@@ -81,8 +121,8 @@ LADDER: tuple[Callable[[Plan], Change], ...] = (
     quantised(8),
     quantised(4),
     halved("gradient_accumulation_steps", 1),
-    halved("max_new_tokens", SHORTEST),
-    halved("cutoff_len", SHORTEST),
+    shorter("max_new_tokens"),
+    shorter("cutoff_len"),
 )
 
 
@@ -131,58 +171,53 @@ def applied(plan: Plan, changes: dict[int, Change]) -> Plan:
     return plan.again(**together)
 
 
-@dataclass(frozen=True)
-class AutoSettings:
-    """What `auto` means on a device of a given size.
+def settle(plan: Plan, room: int) -> Change:
+    """Values for the keys that the recipe leaves to the plan: the fastest whose plan fits in `room`
+    bytes, the leanest where none does.
 
-    Attributes:
-        activation_offloading: the fastest of none, checkpoint, checkpoint+offload that fits.
-        chunk_bytes: the largest budget of logits that fits, at most the operators' own default.
-        micro_batch_tokens: padded tokens in a micro-batch, a whole number of longest sequences.
-        generation_rows: sequences sampled at a time.
+    One after the other, in the order of AUTO_KEYS, while those still open are at their leanest.
     """
+    choices = {key: CHOICES[key](plan) for key in AUTO_KEYS if key in plan.recipe.auto}
+    chosen: Change = {key: values[-1] for key, values in choices.items()}
+    for key, values in choices.items():
+        fits = partial(fits_with, plan, room, chosen, key)
+        at = bisect_left(values, True, key=fits)
+        chosen[key] = values[min(at, len(values) - 1)]
+    return chosen
 
-    activation_offloading: str
-    chunk_bytes: int
-    micro_batch_tokens: int
-    generation_rows: int
+
+def fits_with(plan: Plan, room: int, chosen: Change, key: str, value: Any) -> bool:
+    """Whether a run fits with what was chosen and one more value."""
+    return plan.again(**{**chosen, key: value}).fits(room)
 
 
-def auto_settings(plan: Plan, gpu_bytes: int) -> AutoSettings:
-    """The fastest settings whose plan fits; the leanest where none does.
+def modes(plan: Plan) -> list[Any]:
+    """Host memory is no place to move to where the device is the host, unless it is a file.
 
-    Settled in the order that costs most time when it is wrong: sampling in few batches, no
-    recomputation, large chunks, then as many sequences in a micro-batch as there is room for.
+    `offload` alone is never chosen: it moves some 30 times as much as `checkpoint+offload`.
     """
-    recipe = plan.recipe
-    rollout = recipe.rollout_rows
-    lean = plan.again(
-        per_device_train_batch_size=1,
-        per_device_eval_batch_size=1,
-        gradient_accumulation_steps=max(2, rollout),  # so that gradients wait for the next
-        ppo_buffer_size=1,
-        generation_rows=1,
-        chunk_bytes=16 * MIB,
-    )
-    mode = "checkpoint+offload"
-    for faster in ("none", "checkpoint"):
-        if lean.again(activation_offloading=faster).fits(gpu_bytes):
-            mode = faster
-            break
-    lean = lean.again(activation_offloading=mode)
-    chunk = recipe.resolved_chunk_bytes
-    while chunk > 16 * MIB and not lean.again(chunk_bytes=chunk).fits(gpu_bytes):
-        chunk //= 2
-    lean = lean.again(chunk_bytes=chunk)
-    rows = largest(lambda n: lean.again(per_device_train_batch_size=n).fits(gpu_bytes), rollout)
-    generation = largest(lambda n: lean.again(generation_rows=n).fits(gpu_bytes), rollout)
-    return AutoSettings(mode, chunk, rows * recipe.sequence, generation)
+    away = plan.recipe.device == "gpu" or plan.recipe.offload_dir
+    return ["none", "checkpoint", *(["checkpoint+offload"] if away else [])]
 
 
-def largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest count up to `most` that fits, by halving; at least 1."""
-    low, high = 1, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
+def chunks(plan: Plan) -> list[Any]:
+    """The operators' own default and halves of it, down to LEAST_CHUNK."""
+    size, sizes = plan.recipe.resolved_chunk_bytes, []
+    while size >= LEAST_CHUNK:
+        sizes.append(size)
+        size //= 2
+    return sizes
+
+
+def whole_rows(plan: Plan) -> list[Any]:
+    """Tokens of so many of the longest sequences, from a whole optimiser step's down to one's."""
+    return [rows * plan.recipe.sequence for rows in range(plan.recipe.step_rows, 0, -1)]
+
+
+CHOICES: dict[str, Callable[[Plan], list[Any]]] = {
+    "activation_offloading": modes,
+    "chunk_bytes": chunks,
+    "ppo_max_token_len_per_gpu": whole_rows,
+    "log_prob_max_token_len_per_gpu": whole_rows,
+    "generation_batch": lambda plan: list(range(plan.recipe.rollout_rows, 0, -1)),
+}

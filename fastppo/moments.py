@@ -12,7 +12,7 @@ from typing import Final
 from fastppo.allocations import FLOAT32
 from fastppo.layer_memory import LayerSetting, TrunkMemory, trunk_memory
 from fastppo.model_shapes import ModelShape
-from fastppo.recipe import Recipe
+from fastppo.recipe import KEPT_FROM, KEPT_TO, Recipe
 from fastppo.residents import Residents, Trained
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -72,10 +72,11 @@ class Planner:
             return
         recipe = self.recipe
         yield from self.rollout_moments(recipe.rollout_rows)
-        yield from self.score_moments(recipe.score_rows)
+        # An evaluation scores in the micro-batches of training, so only its sampling counts.
         rows = min(recipe.per_device_eval_batch_size, recipe.eval_max_samples)
+        rows = min(rows, recipe.generation_batch or rows)
         yield from self.rollout_moments(rows, evaluation=True)
-        yield from self.score_moments(rows, evaluation=True)
+        yield from self.score_moments()
         yield from self.update_moments()
 
     def moment(
@@ -85,6 +86,8 @@ class Planner:
         rows = {**self.stay.rows, **added}
         if self.recipe.device == "gpu":
             rows["reserve"] = RESERVE
+        elif phase != "load":
+            rows.setdefault("head chunk", self.kept_chunk)
         assert set(rows) <= set(ROWS), sorted(set(rows) - set(ROWS))
         if phase == "load":  # the optimiser's state is made by its first step
             rows = {row: count for row, count in rows.items() if "optimiser" not in row}
@@ -111,6 +114,7 @@ class Planner:
             masked=masked,
             fused=recipe.stage == "ppo",
             eager=recipe.eager,
+            dora=recipe.use_dora and role != "reward",
         )
 
     @property
@@ -120,15 +124,27 @@ class Planner:
             return 0
         return max(a * b for a, b in self.shape.linears.values()) * self.recipe.item
 
-    def chunk(self, rows: int) -> int:
-        """The logits that exist at a time, for the responses of `rows` sequences."""
+    def responses(self, rows: int, length: int) -> int:
+        """Response tokens of a micro-batch."""
+        return rows * min(length, self.recipe.max_new_tokens)
+
+    def chunk(self, tokens: int) -> int:
+        """The logits that exist at a time, for so many response tokens."""
         recipe, vocab = self.recipe, self.shape.vocab
-        tokens = rows * recipe.max_new_tokens
         most = max(1, recipe.resolved_chunk_bytes // (vocab * recipe.item))
         chunk = -(-tokens // -(-tokens // most))  # of nearly one length
         # The definition works in float32 blocks of 2 MiB: a copy, its exponentials, a product.
         blocks = 0 if recipe.compiled_ops else 3 * min(2 * MIB, tokens * vocab * FLOAT32)
         return chunk * vocab * recipe.item + blocks
+
+    @property
+    def kept_chunk(self) -> int:
+        """The chunk of logits that the operators keep on a CPU from call to call."""
+        if self.recipe.stage != "ppo":
+            return 0
+        most = max(self.recipe.score_batch, self.recipe.update_batch, key=lambda b: b[0] * b[1])
+        chunk = self.chunk(self.responses(*most))
+        return chunk if KEPT_FROM <= chunk <= KEPT_TO else 0
 
     def hidden(self, tokens: int) -> int:
         """Last hidden states."""
@@ -178,9 +194,10 @@ class Planner:
             evaluation=evaluation,
         )
 
-    def score_moments(self, rows: int, *, evaluation: bool = False) -> Iterator[Moment]:
+    def score_moments(self) -> Iterator[Moment]:
         """Rewards, reference, critic and actor in their order, forward only."""
-        recipe, length = self.recipe, self.recipe.sequence
+        recipe = self.recipe
+        rows, length = recipe.score_batch
         hidden = self.hidden(rows * length)
         both = recipe.kl_penalty == "full"  # the reference's states and logits beside the actor's
         passes = {"reward": 0} if "lora" in recipe.rewards else {}
@@ -199,43 +216,41 @@ class Planner:
                     "kept activations": kept,
                     "layer at work": trunk.fixed + trunk.forward + self.tile,
                 },
-                evaluation=evaluation,
             )
-        gathered = self.hidden(rows * recipe.max_new_tokens)
+        gathered = self.hidden(self.responses(rows, length))
         yield self.moment(
             "score",
-            f"log-probs of {rows} x {recipe.max_new_tokens} tokens",
+            f"log-probs of {rows} responses",
             {
                 "kept activations": (hidden + gathered) * (1 + both),
-                "head chunk": self.chunk(rows) * (1 + both),
+                "head chunk": self.chunk(self.responses(rows, length)) * (1 + both),
             },
-            evaluation=evaluation,
         )
 
     def update_moments(self) -> Iterator[Moment]:
         """Forward and loss, backward, optimiser; the actor, then a critic with a trunk."""
         recipe, actor, critic = self.recipe, self.stay.actor, self.stay.critic
-        rows, length = recipe.update_rows, recipe.sequence
+        rows, length = recipe.update_batch
         apart = recipe.has_critic and recipe.critic != "shared"
         gradients = {
             "actor gradients": FLOAT32 * (actor.parameters + critic.parameters * (not apart)),
             "critic gradients": FLOAT32 * critic.parameters * apart,
         }
         # There from the first micro-batch of an optimiser step on.
-        step = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
-        before = gradients if step > rows else {}
-        gathered = self.hidden(rows * recipe.max_new_tokens)
+        before = gradients if recipe.accumulates else {}
+        responses = self.responses(rows, length)
+        gathered = self.hidden(responses)
         yield from self.pass_moments(
             Pass("actor", self.setting(rows, length, "actor"), actor, self.shape),
             gathered=gathered,
             loss=gathered,  # the gradient of the hidden states, made in the forward
-            chunk=self.chunk(rows),
+            chunk=self.chunk(responses),
             before=before,
             after={**before, "actor gradients": gradients["actor gradients"]},
         )
         if apart:
             shape = self.stay.shapes.resolved_critic
-            wide = rows * recipe.max_new_tokens * shape.hidden * FLOAT32
+            wide = responses * shape.hidden * FLOAT32
             yield from self.pass_moments(
                 Pass("critic", self.setting(rows, length, "critic"), critic, shape),
                 gathered=gathered,
@@ -246,10 +261,26 @@ class Planner:
                 # The actor's hidden states, and the embeddings that its graph was given.
                 found=gathered + self.hidden(rows * length),
             )
+        if recipe.ptx_coef:
+            yield from self.ptx_moments(gradients)
         # AdamW over a group at once holds the square root of one of its states.
         group = max(actor.parameters, critic.parameters) * FLOAT32
         work = {"layer at work": group if recipe.device == "gpu" else 0}
         yield self.moment("update", "the optimiser's step", {**gradients, **work})
+
+    def ptx_moments(self, gradients: dict[str, int]) -> Iterator[Moment]:
+        """Written answers beside an optimiser step: a micro-batch of them, all gradients there."""
+        recipe, actor = self.recipe, self.stay.actor
+        rows, length = recipe.per_device_train_batch_size, recipe.cutoff_len
+        gathered = self.hidden(rows * length)
+        yield from self.pass_moments(
+            Pass("PTX pass", self.setting(rows, length, "actor"), actor, self.shape),
+            gathered=gathered,
+            loss=gathered,
+            chunk=self.chunk(rows * length),
+            before=gradients,
+            after=gradients,
+        )
 
     def pair_moments(self) -> Iterator[Moment]:
         """Stage rm: chosen and rejected answers of a micro-batch of pairs in one pass."""
@@ -270,7 +301,7 @@ class Planner:
             after=gradients,
         )
         yield self.moment("update", "the optimiser's step", gradients)
-        rows = 2 * recipe.per_device_eval_batch_size
+        rows = 2 * min(recipe.per_device_eval_batch_size, recipe.per_device_train_batch_size)
         trunk = trunk_memory(
             self.shape, self.setting(rows, length, "actor", masked=recipe.padded(rows))
         )
@@ -364,10 +395,10 @@ class Planner:
         mode, recipe = self.recipe.offloading, self.recipe
         if "offload" not in mode:
             return 0
-        rows = (
-            recipe.update_rows if recipe.stage == "ppo" else 2 * recipe.per_device_train_batch_size
-        )
-        trunk = trunk_memory(self.shape, self.setting(rows, recipe.sequence, "actor"))
+        rows, length = 2 * recipe.per_device_train_batch_size, recipe.sequence
+        if recipe.stage == "ppo":
+            rows, length = recipe.update_batch
+        trunk = trunk_memory(self.shape, self.setting(rows, length, "actor"))
         each = trunk.input if "checkpoint" in mode else trunk.saved
         return self.stay.actor.layers * each
 

@@ -16,7 +16,6 @@ For any PyTorch model with a list of layers, in any trainer:
 | `checkpoint`         | each layer's input                           | a second forward        |
 | `offload`            | a few layers' tensors                        | the bus: PCIe-bound     |
 | `checkpoint+offload` | a few layers' inputs                         | a second forward        |
-| `auto`               | the fastest of the others that fits          |                         |
 
 Gradients are the same, bit for bit, in all of them. Only what happens inside the layers is touched:
 embeddings, the head and a fused loss behind it keep their buffers where they are.
@@ -28,7 +27,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +38,7 @@ from fastppo.stash import Group, Handle, Stash
 from fastppo.streams import Streams
 
 Mode = Literal["none", "checkpoint", "offload", "checkpoint+offload"]
-MODES = ("none", "checkpoint", "offload", "checkpoint+offload", "auto")
+MODES = ("none", "checkpoint", "offload", "checkpoint+offload")
 CACHES = ("past_key_values", "past_key_value", "layer_past")
 
 
@@ -71,7 +70,7 @@ class ActivationOffload:
 
     Args:
         model: any module; its layers are found as the `nn.ModuleList` with the most parameters.
-        mode: see the module's table; not `auto`, which `fastppo.offload_auto` resolves.
+        mode: see the module's table; not `auto`, which the trainer's memory plan resolves.
         layers: the layers, in the order in which they run, where finding them is not enough.
         keep_last: so many last layers stay on the device: the backward wants them first.
         in_flight: so many tensors may be on their way out at a time; then compute waits.
@@ -100,8 +99,8 @@ class ActivationOffload:
         offload_dir: str | Path | None = None,
         streams: Streams | None = None,
     ) -> None:
-        if mode not in MODES or mode == "auto":
-            raise ValueError(f"mode must be one of {', '.join(MODES[:-1])}, came {mode!r}")
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, came {mode!r}")
         self.mode, self.min_bytes = mode, min_bytes
         self.layers = list(find_layers(model) if layers is None else layers)
         self.kept_from = len(self.layers) - keep_last
@@ -224,6 +223,20 @@ class ActivationOffload:
         if device not in self._stashes:
             self._stashes[device] = Stash(device, **self._settings)
         return self._stashes[device]
+
+
+def wrap(
+    model: nn.Module, mode: str, *, offload_dir: str | Path | None = None
+) -> ActivationOffload:
+    """Enter `mode` for good, or change to it; it stays on the model as `activation_offload`."""
+    known = getattr(model, "activation_offload", None)
+    if known is not None and known.mode == mode:
+        return cast(ActivationOffload, known)
+    if known is not None:
+        known.__exit__()
+    entered = ActivationOffload(model, cast(Mode, mode), offload_dir=offload_dir).__enter__()
+    cast(Any, model).activation_offload = entered
+    return entered
 
 
 class _Away:

@@ -17,18 +17,19 @@ def offload_mode(config: Config) -> str:
     return "none" if config.disable_gradient_checkpointing else "checkpoint"
 
 
+def longest_sequence(config: Config) -> int:
+    """Most tokens of a sequence: in stage rm prompt and answer share cutoff_len."""
+    return config.cutoff_len + (config.max_new_tokens if config.stage == "ppo" else 0)
+
+
 def micro_batch_tokens(config: Config) -> int:
     """Most tokens of a micro-batch, padding included.
 
     In stage ppo what `per_device_train_batch_size` sequences take at their longest: shorter ones
     share a micro-batch with more, in the memory that was planned for them.
     """
-    rows = config.per_device_train_batch_size
-    if config.stage == "rm":
-        return 2 * rows * config.cutoff_len
-    if config.ppo_max_token_len_per_gpu is not None:
-        return config.ppo_max_token_len_per_gpu
-    return rows * (config.cutoff_len + config.max_new_tokens)
+    rows = config.per_device_train_batch_size * (2 if config.stage == "rm" else 1)
+    return rows * longest_sequence(config)
 
 
 def reference_streams(config: Config) -> bool:

@@ -13,7 +13,7 @@ from fastppo import __version__
 from fastppo.config import Config
 from fastppo.errors import UserError
 from fastppo.memory import Plan, make_plan, uncounted
-from fastppo.memory_advice import Change, advise
+from fastppo.memory_advice import Change, advise, settle
 from fastppo.model_shapes import ModelShape, find_shape_and_source
 from fastppo.moments import GIB, MIB, PHASES, ROWS
 from fastppo.recipe import Recipe
@@ -74,8 +74,6 @@ def plan_of(config: Config, device: Literal["gpu", "cpu"]) -> tuple[Plan, list[s
     own = "the checkpoint's own on a GPU" if device == "gpu" else "float32 on a CPU"
     why = "bf16: true" if recipe.bf16 else f"bf16 is not set: {own}"
     notes.append(f"base in {recipe.dtype} ({why})")
-    if recipe.activation_offloading == "auto":
-        notes.append(f"activation_offloading: auto, planned as {recipe.offloading}")
     if config.stage == "ppo":
         notes.append(
             f"prompts of cutoff_len {recipe.cutoff_len} tokens, responses of max_new_tokens "
@@ -105,6 +103,13 @@ def run(config: Config, gpu: str | None) -> int:
     if size is None and (found := present_gpu()) is not None:
         size, name = found[0], f"the {found[1]} here, {found[0] / GIB:.1f} GiB"
     plan, notes = plan_of(config, "cpu" if size is None else "gpu")
+    if plan.recipe.auto:
+        if size is None:
+            notes.append(f"{', '.join(plan.recipe.auto)}: auto, which a run decides by its memory")
+        else:
+            chosen = settle(plan, size)
+            plan = plan.again(**chosen)
+            notes.append(f"auto: {spell(chosen)}")
     print("\n".join(head_lines(config, plan, notes)))
     print()
     print("\n".join(table(plan)))
@@ -152,8 +157,9 @@ def verdict(plan: Plan, size: int | None, name: str) -> list[str]:
     unit, label = unit_of(plan)
     peak = plan.peak
     lines = [f"peak {peak.total / unit:.2f} {label}, in {peak.phase}: {peak.name}"]
-    if plan.host_bytes:
-        lines.append(f"pinned host memory for activations: {plan.host_bytes / unit:.2f} {label}")
+    for what, count in plan.host.items():
+        if count:
+            lines.append(f"host memory for {what}: {count / unit:.2f} {label}")
     if size is None:
         lines.append("no GPU here: this is a run on the CPU; --gpu 24GiB plans one on a GPU")
         return lines

@@ -15,7 +15,17 @@ if TYPE_CHECKING:
 
 # The defaults of fastppo/ops/head.py, which imports torch; a test holds them together.
 CHUNK_BYTES_CPU, CHUNK_BYTES_GPU = 80 << 20, 512 << 20
+# Of fastppo/ops/workspace.py: a CPU's chunk of a size between these is kept from call to call.
+KEPT_FROM, KEPT_TO = 1 << 20, 256 << 20
 ADAPTER_FILE = "adapter_config.json"
+# Keys whose `auto` the plan decides, in the order that costs most time when it is wrong.
+AUTO_KEYS = (
+    "activation_offloading",
+    "chunk_bytes",
+    "ppo_max_token_len_per_gpu",
+    "log_prob_max_token_len_per_gpu",
+    "generation_batch",
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,11 @@ class Recipe:
     flash_attn: str = "auto"
     disable_gradient_checkpointing: bool = False
     activation_offloading: str | None = None
+    offload_dir: str | None = None
+    stream_frozen: bool = False
+    optim: str | None = None
+    use_dora: bool = False
+    ptx_coef: float = 0.0
     cutoff_len: int = 2048
     max_new_tokens: int = 1024
     per_device_train_batch_size: int = 8
@@ -55,6 +70,8 @@ class Recipe:
     rollout_kv_cache_gib: float | None = None
     rollout_merge_adapter: bool | None = None
     eval_max_samples: int = 64
+    generation_batch: int | None = None  # None: a step's prompts at once
+    chunk_bytes: int | None = None
     # What is not a key of its own name.
     device: Literal["gpu", "cpu"] = "gpu"
     own_dtype: str = "bfloat16"  # the checkpoint's
@@ -64,8 +81,7 @@ class Recipe:
     reward_rank: int = 8
     reward_target: str = "all"
     reward_source: str = ""  # where its rank is from
-    generation_rows: int | None = None  # None: a step's prompts at once
-    chunk_bytes: int | None = None
+    auto: tuple[str, ...] = ()  # keys that the plan is to decide
     compiled_ops: bool = True  # kernels, and not the operators' definition in PyTorch
     mixed_lengths: bool = True  # rows of a batch differ in length
 
@@ -120,36 +136,45 @@ class Recipe:
         """The longest row of an update: prompt and response, or in stage rm both in cutoff_len."""
         return self.cutoff_len + (self.max_new_tokens if self.stage == "ppo" else 0)
 
-    def micro_rows(self, tokens: int | None) -> int:
-        """Sequences at their longest in a micro-batch of so many tokens; None is what batch_size
-        of them take."""
-        rows = self.per_device_train_batch_size
-        if tokens is not None:
-            rows = max(1, tokens // self.sequence)
-        step = self.per_device_train_batch_size * self.gradient_accumulation_steps
-        return min(rows, step, self.ppo_micro_batch_size_per_gpu or rows)
+    @property
+    def step_rows(self) -> int:
+        """Sequences of an optimiser step."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    def micro_batch(self, tokens: int | None) -> tuple[int, int]:
+        """Rows and length of the largest micro-batch of stage ppo in a budget of `tokens`.
+
+        None is what per_device_train_batch_size sequences take at their longest. Shorter sequences
+        fill a budget that is no multiple of the longest.
+        """
+        longest = self.sequence
+        tokens = tokens or self.per_device_train_batch_size * longest
+        most = min(self.step_rows, self.ppo_micro_batch_size_per_gpu or self.step_rows)
+        rows = min(max(1, -(-tokens // longest)), most)
+        return rows, min(longest, max(tokens, longest) // rows)
 
     @property
-    def update_rows(self) -> int:
-        """Sequences in a micro-batch of the update."""
-        return self.micro_rows(self.ppo_max_token_len_per_gpu)
+    def update_batch(self) -> tuple[int, int]:
+        """Rows and length of the largest micro-batch of the update."""
+        return self.micro_batch(self.ppo_max_token_len_per_gpu)
 
     @property
-    def score_rows(self) -> int:
-        """Sequences in a micro-batch of scoring."""
-        return self.micro_rows(
+    def score_batch(self) -> tuple[int, int]:
+        """The same of scoring, in training and in evaluation."""
+        return self.micro_batch(
             self.log_prob_max_token_len_per_gpu or self.ppo_max_token_len_per_gpu
         )
 
     @property
+    def accumulates(self) -> bool:
+        """Whether an optimiser step has more than one micro-batch."""
+        return self.step_rows > self.update_batch[0]
+
+    @property
     def rollout_rows(self) -> int:
         """Sequences that are sampled at a time."""
-        step = (
-            self.per_device_train_batch_size
-            * self.gradient_accumulation_steps
-            * self.ppo_buffer_size
-        )
-        return min(step, self.generation_rows or step)
+        step = self.step_rows * self.ppo_buffer_size
+        return min(step, self.generation_batch or step)
 
     @property
     def resolved_chunk_bytes(self) -> int:
@@ -159,8 +184,8 @@ class Recipe:
 
     @property
     def offloading(self) -> str:
-        """none, checkpoint, offload or checkpoint+offload; `auto` starts from checkpointing."""
-        if self.activation_offloading in (None, "auto"):
+        """none, checkpoint, offload or checkpoint+offload."""
+        if self.activation_offloading is None:
             return "none" if self.disable_gradient_checkpointing else "checkpoint"
         return str(self.activation_offloading)
 
@@ -178,8 +203,12 @@ class Recipe:
     @classmethod
     def of(cls, config: Config, shape: ModelShape, *, device: Literal["gpu", "cpu"]) -> Recipe:
         """The recipe of a configuration on a base of `shape`."""
-        own = {f.name for f in fields(cls)} - {"device", "own_dtype", "rewards"}
+        own = {f.name for f in fields(cls)} - {"device", "own_dtype", "rewards", "auto"}
         values: dict[str, Any] = {n: getattr(config, n) for n in own if hasattr(config, n)}
+        auto = tuple(name for name in AUTO_KEYS if values.get(name) == "auto")
+        values |= dict.fromkeys(auto)
+        if config.use_unsloth_gc and values["activation_offloading"] is None:
+            values["activation_offloading"] = "checkpoint+offload"
         rank, target, source = reward_adapters(config)
         if config.adapter_name_or_path is not None and not config.create_new_adapter:
             start = read_adapter(config.adapter_name_or_path.split(",")[-1].strip())
@@ -188,6 +217,7 @@ class Recipe:
         return cls(
             **values,
             device=device,
+            auto=auto,
             own_dtype=shape.dtype,
             rewards=tuple(spec.kind for spec in config.rewards),
             reward_rank=rank,

@@ -9,7 +9,9 @@ from fastppo.allocations import FLOAT32
 from fastppo.model_shapes import ModelShape
 from fastppo.recipe import Recipe
 
-ADAM_STATES: Final = 2 * FLOAT32
+# Optimiser -> numbers that it keeps of each parameter; Adam's two where it is not among these.
+STATES: Final = {"sgd": 0, "adagrad": 1, "rmsprop": 1, "lion": 1}
+EIGHT_BITS: Final = 1 + FLOAT32 / 256  # bitsandbytes' blocks of 256 have a float32 scale
 
 
 def weight_bytes(shape: ModelShape, item: int, bits: int | None) -> int:
@@ -26,6 +28,14 @@ def weight_bytes(shape: ModelShape, item: int, bits: int | None) -> int:
         return rest + linear // 2 + linear // 64 + FLOAT32 * (linear // (64 * 256))
     outputs = shape.layers * sum(out for _, out in shape.linears.values())
     return rest + linear + FLOAT32 * outputs
+
+
+def streamed_bytes(shape: ModelShape, item: int) -> tuple[int, int]:
+    """A frozen model whose layers pass through: on the device two of them and the rest; on the host
+    all layers.
+    """
+    layer, rest = shape.layer_parameters, shape.parameters - shape.layers * shape.layer_parameters
+    return (rest + 2 * layer) * item, shape.layers * layer * item
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,7 @@ class Residents:
     recipe: Recipe
     shapes: Shapes
     rows: dict[str, int] = field(default_factory=dict)
+    host: dict[str, int] = field(default_factory=dict)  # what lies in host memory, by what it is
 
     def __post_init__(self) -> None:
         recipe, item = self.recipe, self.recipe.item
@@ -92,7 +103,7 @@ class Residents:
             self.actor = with_head(self.actor, self.shape)
             self.rows["actor adapter"] += head_bytes(self.shape)
         for role, trained in (("actor", self.actor), ("critic", self.critic)):
-            self.rows[f"{role} optimiser"] = ADAM_STATES * trained.parameters
+            self.place_states(role, trained.parameters, trained.rank)
 
     def trained(self, shape: ModelShape, kind: str, rank: int, target: str) -> Trained:
         """An adapter, some layers, or everything."""
@@ -101,6 +112,9 @@ class Residents:
         if kind == "lora":
             count = shape.lora_parameters(rank, target, recipe.lora_layers)
             layers = min(recipe.lora_layers or shape.layers, shape.layers)
+            if recipe.use_dora:  # a magnitude for each output
+                outputs = sum(out for _, out in shape.targets(target).values())
+                count += layers * outputs
             return Trained(FLOAT32 * count, count, casts * count, rank, layers)
         if kind == "freeze":
             layers = min(abs(recipe.freeze_trainable_layers), shape.layers)
@@ -110,14 +124,35 @@ class Residents:
         count = shape.parameters
         return Trained(0, count, casts * count, 0, shape.layers, whole=True)
 
+    def place_states(self, role: str, parameters: int, rank: int) -> None:
+        """What the optimiser keeps; paged states come onto the device only as they are wanted."""
+        optim = self.recipe.optim or ""
+        states = next((count for name, count in STATES.items() if name in optim), 2)
+        each = states * (EIGHT_BITS if "8bit" in optim else FLOAT32)
+        if optim == "adafactor":  # a row and a column of each matrix: of an adapter 1 in its rank
+            each = FLOAT32 / rank if rank else 0
+        where = self.host if optim.startswith("paged") else self.rows
+        where[f"{role} optimiser"] = int(each * parameters)
+
+    def place_model(
+        self, row: str, shape: ModelShape, bits: int | None, *, stays: bool = False
+    ) -> None:
+        """A whole frozen model beside the base, on the device or passing through it."""
+        size = weight_bytes(shape, self.recipe.item, bits)
+        if self.recipe.stream_frozen and bits is None and not stays:
+            size, away = streamed_bytes(shape, self.recipe.item)
+            self.host[row] = self.host.get(row, 0) + away
+        self.rows[row] = self.rows.get(row, 0) + size
+
     def place_reference(self) -> None:
         """Adapters off, a frozen copy of what trains (or trains on), or a model of its own."""
         recipe, item = self.recipe, self.recipe.item
         if recipe.ref_model is not None:
             bits = recipe.ref_model_quantization_bit
-            self.rows["reference weights"] = weight_bytes(
-                self.shapes.reference or self.shape, item, bits
-            )
+            shape = self.shapes.reference or self.shape
+            # With freeze and full a critic that is an adapter trains on it.
+            stays = self.actor.whole and recipe.has_critic and recipe.critic == "adapter"
+            self.place_model("reference weights", shape, bits, stays=stays)
         elif self.actor.whole:
             self.rows["reference weights"] = self.actor.parameters * item
         elif recipe.continues:
@@ -131,14 +166,11 @@ class Residents:
                 count = self.shape.lora_parameters(
                     recipe.reward_rank, recipe.reward_target, recipe.lora_layers
                 )
-                row, size = "reward adapter", count * item + head_bytes(self.shape)
+                size = count * item + head_bytes(self.shape)
+                self.rows["reward adapter"] = self.rows.get("reward adapter", 0) + size
             elif kind == "full":  # a classifier: the trunk, and a row in place of the head
-                bits = recipe.reward_model_quantization_bit
                 trunk = replace(self.shapes.reward or self.shape, tied=True)
-                row, size = "reward weights", weight_bytes(trunk, item, bits)
-            else:
-                continue
-            self.rows[row] = self.rows.get(row, 0) + size
+                self.place_model("reward weights", trunk, recipe.reward_model_quantization_bit)
 
     def place_critic(self) -> None:
         """A head, an adapter (the reward model's, to train on), or a model."""

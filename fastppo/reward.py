@@ -102,19 +102,27 @@ class Reward:
 
 
 def make_reward(
-    config: Config, roles: Roles, template: Template, tokenizer: Any, prompts: list[Prompt]
+    config: Config,
+    roles: Roles,
+    template: Template,
+    tokenizer: Any,
+    prompts: list[Prompt],
+    budget: Budget | None = None,
 ) -> Reward:
-    """The rewards that the YAML names, each tried on a prompt where it can be."""
+    """The rewards that the YAML names, each tried on a prompt where it can be.
+
+    They keep `budget`, and look into it at each call; None is the file's own.
+    """
+    budget = budget or Budget.of(config, scoring=True)
     size = config.per_device_train_batch_size
     parts: list[Part] = []
     adapters = iter(config.reward_adapters)
     for spec in config.rewards:
         if spec.kind == "lora":
             folder = Path(spec.target)
-            budget = Budget.of(config, scoring=True)
             parts.append(AdapterReward(roles, folder, template, budget, next(adapters)))
         elif spec.kind == "full":
-            full = load_full(spec.target, config, roles.device, template)
+            full = load_full(spec.target, config, roles.device, template, budget)
             if isinstance(full, ClassifierReward):
                 full.encode(prompts[0], "")
             parts.append(full)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +78,7 @@ class ClassifierReward:
         device = rollout.input_ids_BT.device
         rows = [self.encode(p, t) for p, t in zip(rollout.prompts, rollout.texts, strict=True)]
         score_B = torch.empty(len(rows), device=device)
-        for chosen in partition([len(row) for row in rows], range(len(rows)), self.budget):
+        for chosen in partition([len(row) for row in rows], range(len(rows)), self.budget.padded):
             score_B[chosen] = self.logits([rows[i] for i in chosen], device)
         return score_B
 
@@ -118,7 +117,11 @@ def head_folder(name: str, config: Config) -> Path | None:
 
 
 def load_full(
-    name: str, config: Config, device: torch.device, template: Template
+    name: str,
+    config: Config,
+    device: torch.device,
+    template: Template,
+    budget: Budget | None = None,
 ) -> ClassifierReward | HeadReward:
     """The reward model of `reward_model_type: full`, frozen, in the dtype of the run.
 
@@ -126,8 +129,7 @@ def load_full(
     own tokens. Anything else has to be a sequence classifier with one label.
     """
     folder = head_folder(name, config)
-    # Its attention is its own affair: padded, whatever the policy's is.
-    budget = replace(Budget.of(config, scoring=True), packed=False)
+    budget = budget or Budget.of(config, scoring=True)
     if folder is None:
         model = load_model(AutoModelForSequenceClassification, name, config, device)
         model.config.use_cache = False
@@ -157,7 +159,8 @@ def load_full(
         output = trunk(input_ids=batch.input_ids_BT, attention_mask=batch.mask_BT, use_cache=False)
         return output.last_hidden_state
 
-    return HeadReward(hidden, head, folder, template, budget)
+    # Its attention is its own affair: padded, whatever the policy's is.
+    return HeadReward(hidden, head, folder, template, budget, packs=False)
 
 
 def load_model(kind: Any, name: str, config: Config, device: torch.device) -> Any:

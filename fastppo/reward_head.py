@@ -36,8 +36,10 @@ class HeadReward:
         folder: Path,
         template: Template,
         budget: Budget,
+        *,
+        packs: bool = True,
     ) -> None:
-        self.hidden, self.head = hidden, head
+        self.hidden, self.head, self.packs = hidden, head, packs
         self.template, self.budget = template, budget
         self.score_at = read_score_at(folder) or ("suffix" if template.suffix_ids else "eos")
 
@@ -45,7 +47,8 @@ class HeadReward:
     def __call__(self, rollout: Rollout) -> Tensor:
         if self.score_at == "suffix":
             rollout = append(rollout, list(self.template.suffix_ids), self.template.pad_id)
-        made = batches(rollout, range(len(rollout.prompts)), self.budget)
+        budget = self.budget if self.packs else self.budget.padded
+        made = batches(rollout, range(len(rollout.prompts)), budget)
         scores = [self.head(batch.last(self.hidden(batch)).float()).squeeze(-1) for batch in made]
         return Order.of(rollout, made).rows(scores)
 

@@ -29,13 +29,16 @@ from fastppo.base import (
     trunk,
     wrap_activations,
 )
+from fastppo.budgets import Budgets
 from fastppo.data import encode_pairs
 from fastppo.errors import TrainingStopped
 from fastppo.heads import load_value_head, new_value_head
+from fastppo.oom import retried
 from fastppo.pair_metrics import pair_metrics
 from fastppo.reward_head import read_score_at
 from fastppo.reward_report import LogFile, report
 from fastppo.reward_spec import HEAD_FILES, RECORD
+from fastppo.settle import advising, settled
 from fastppo.templates import get_template
 from fastppo.tracking import Trackers
 from fastppo.trained import trained_before
@@ -43,6 +46,7 @@ from fastppo.tuning import (
     compute_in_bfloat16,
     continued,
     first_adapter,
+    leave_inputs,
     merge_list,
     merged,
     select,
@@ -54,6 +58,7 @@ from fastppo.types import Pair
 if TYPE_CHECKING:
     from fastppo.config import Config
     from fastppo.data import Records
+    from fastppo.memory import Plan
 
 HEAD_STD = 0.01  # the head starts near 0: every pair even, and none of them by much
 
@@ -94,6 +99,14 @@ class Pairs(Dataset[Pair]):
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with its longer answer."""
+        return max(
+            len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
+            for pair in self.pairs
+        )
 
     def __getitem__(self, index: int) -> Pair:
         return self.pairs[index]
@@ -167,8 +180,14 @@ def calibrate(head: nn.Linear, score_N: Tensor) -> None:
 class Lines(TrainerCallback):
     """A line a log entry, with the time left, in place of transformers' bare dictionaries."""
 
-    def __init__(self) -> None:
+    def __init__(self, plan: Plan | None, device: torch.device, longest: int) -> None:
         self.clock = console.Clock()
+        self.plan, self.device, self.longest = plan, device, longest
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """What the first step took."""
+        if state.global_step == 1:
+            console.memory_line(self.plan, self.device, cutoff_len=self.longest)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Print a training or evaluation entry."""
@@ -285,6 +304,7 @@ def trained_model(config: Config, device: torch.device) -> nn.Module:
         model: nn.Module = start_adapter(config, base)
         trained = [p for p in model.parameters() if p.requires_grad]
         compute_in_bfloat16(model, trained)
+        leave_inputs(model)
     else:
         model, trained = base, select(config, base, config.finetuning_type)
     upcast(trained)
@@ -330,6 +350,35 @@ def load_trained(config: Config, folder: Path, device: torch.device) -> nn.Modul
     return first_adapter(base, str(folder), "adapter_name_or_path", train=False)
 
 
+class Beginning:
+    """What trains as it is now, in host memory."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.values = [p.detach().to("cpu", copy=True) for p in self.trained]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put it back, without gradients."""
+        for parameter, value in zip(self.trained, self.values, strict=True):
+            parameter.copy_(value)
+            parameter.grad = None
+
+
+def within(config: Config, budgets: Budgets) -> Config:
+    """The same optimiser steps in micro-batches of as many pairs as the budget has room for."""
+    step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    most = max(1, (budgets.update.tokens or 0) // (2 * config.cutoff_len))
+    pairs = next(n for n in range(min(most, step), 0, -1) if step % n == 0)
+    return config.model_copy(
+        update={
+            "per_device_train_batch_size": pairs,
+            "gradient_accumulation_steps": step // pairs,
+            "per_device_eval_batch_size": min(config.per_device_eval_batch_size, most),
+        }
+    )
+
+
 def run(config: Config, records: Records) -> None:
     """Train on the pairs, evaluate on those held out, write adapter or model, and its head.
 
@@ -355,8 +404,11 @@ def run(config: Config, records: Records) -> None:
     train, held_out = (
         Pairs(encode_pairs(rows, template, *room, **how)) for rows in (records.train, records.eval)
     )
+    config, plan, notes = settled(config, device)
+    budgets = Budgets.of(config)
     torch.manual_seed(config.seed)
-    model = load_trained(config, folder, device) if folder else trained_model(config, device)
+    with advising(plan, config, budgets, device):
+        model = load_trained(config, folder, device) if folder else trained_model(config, device)
     if start is None:
         head = new_value_head(hidden_size(model), device)
         nn.init.normal_(head.weight, std=HEAD_STD)
@@ -376,38 +428,59 @@ def run(config: Config, records: Records) -> None:
         + (f"evaluates {folder}, read at {score_at}" if folder else trains)
     )
     say(f"  activations: {offload.mode}; writes {output_dir}")
-    for line in config.ignored:
+    for line in [*notes, *config.ignored]:
         say(f"  [yellow]note:[/yellow] {line}")
     checkpoint.prepare_output_dir(output_dir)
     reward_model = RewardModel(model, head, autocast=bf16)
-    trainer = PairTrainer(
-        model=reward_model,
-        args=training_arguments(config, len(train)),
-        train_dataset=train,
-        eval_dataset=held_out if len(held_out) else None,
-        data_collator=lambda pairs: collate(pairs, template.pad_id),
-        compute_metrics=compute_metrics,
-        callbacks=[Lines(), Bar(config), LogFile()],
-        optimizers=(None if folder else lora_plus(config, reward_model), None),
-    )
-    trainer.tokenizer, trainer.in_order = tokenizer, config.disable_shuffling
-    trainer.record = {
-        "score_at": score_at,
-        "template": template.name,
-        "merged": merge_list(config),
-        "fastppo": __version__,
-    }
-    trainer.remove_callback(PrinterCallback)
+
+    def new_trainer() -> PairTrainer:
+        trainer = PairTrainer(
+            model=reward_model,
+            args=training_arguments(within(config, budgets), len(train)),
+            train_dataset=train,
+            eval_dataset=held_out if len(held_out) else None,
+            data_collator=lambda pairs: collate(pairs, template.pad_id),
+            compute_metrics=compute_metrics,
+            callbacks=[Lines(plan, device, train.longest), Bar(config), LogFile()],
+            optimizers=(None if folder else lora_plus(config, reward_model), None),
+        )
+        trainer.tokenizer, trainer.in_order = tokenizer, config.disable_shuffling
+        trainer.record = {
+            "score_at": score_at,
+            "template": template.name,
+            "merged": merge_list(config),
+            "fastppo": __version__,
+        }
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
     if folder is not None:
-        report(trainer, config, held_out, trained=False)
+        report(new_trainer(), config, held_out, trained=False)
         return
-    if config.early_stopping_steps is not None:
-        trainer.add_callback(EarlyStoppingCallback(config.early_stopping_steps))
     trackers = Trackers.of(config)
-    if trackers is not None:
-        trainer.add_callback(Report(trackers))
-    fit(trainer, config, head, held_out or train)
-    report(trainer, config, held_out, trained=True)
+
+    def fitted() -> PairTrainer:
+        trainer = new_trainer()
+        if config.early_stopping_steps is not None:
+            trainer.add_callback(EarlyStoppingCallback(config.early_stopping_steps))
+        if trackers is not None:
+            trainer.add_callback(Report(trackers))
+        fit(trainer, config, head, held_out or train)
+        return trainer
+
+    with advising(plan, config, budgets, device):
+        if config.finetuning_type == "lora":
+            back = Beginning(reward_model)
+            trainer = retried(
+                "update",
+                budgets,
+                fitted,
+                used=lambda: budgets.update.tokens or 0,
+                clean=back.restore,
+            )
+        else:  # too large to keep a copy of
+            trainer = fitted()
+        report(trainer, config, held_out, trained=True)
     if config.plot_loss:
         plots.plot_pairs(trainer.state.log_history, output_dir)
     if trackers is not None:

@@ -40,6 +40,7 @@ from fastppo.tuning import (
     continued,
     first_adapter,
     frozen_copy,
+    leave_inputs,
     load_adapter,
     merge_list,
     merged,
@@ -93,6 +94,7 @@ def build(config: Config, device: torch.device) -> Roles:
     critic_head = seat_critic(draft) if config.has_critic else None
     for model in {id(model): model for model, _, _ in draft.places.values()}.values():
         silence_dropout(model)
+        leave_inputs(model)
         if not stays(causal_lm(model)):
             model.to(device)
         model.eval()

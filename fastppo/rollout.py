@@ -72,9 +72,13 @@ def cache_budget(roles: Roles, sampling: Sampling) -> float:
 
 
 def split(
-    prompts: list[Prompt], new_tokens: int, token_bytes: int, budget: float
+    prompts: list[Prompt],
+    new_tokens: int,
+    token_bytes: int,
+    budget: float,
+    most: int | None = None,
 ) -> list[list[int]]:
-    """Which prompts are answered together: all of them, or as many as the cache has room for.
+    """Which prompts are answered together: `most`, or as many as the cache has room for.
 
     Where there are several groups, prompts of similar length are in one; no group is empty.
     """
@@ -82,7 +86,8 @@ def split(
     groups: list[list[int]] = [[]]
     for i in order:
         rows = len(groups[-1]) + 1
-        if groups[-1] and rows * (len(prompts[i].ids) + new_tokens) * token_bytes > budget:
+        wanted = rows * (len(prompts[i].ids) + new_tokens) * token_bytes
+        if groups[-1] and (wanted > budget or rows > (most or rows)):
             groups.append([])
         groups[-1].append(i)
     return groups if len(groups) > 1 else [list(range(len(prompts)))]
@@ -111,15 +116,17 @@ def sample(
     template: Template,
     tokenizer: Any,
     seed: int,
+    most: int | None = None,
 ) -> Rollout:
     """Responses of the active role to `prompts`, in the layout of everything that follows.
 
     The same seed gives the same responses: the generator is this call's own, so that what ran
-    before (or whether it ran, after a resume) does not matter.
+    before (or whether it ran, after a resume) does not matter. No more than `most` prompts are
+    answered at a time.
     """
     roles.eval()
     budget = cache_budget(roles, sampling)
-    groups = split(prompts, sampling.max_new_tokens, cache_bytes(roles.base), budget)
+    groups = split(prompts, sampling.max_new_tokens, cache_bytes(roles.base), budget, most)
     answers: list[Answer | None] = [None] * len(prompts)
     with merged(roles.base) if merges(roles, sampling) else nullcontext():
         for number, rows in enumerate(groups):

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 
 def token_scores(
-    roles: Roles, hidden_BTD: Tensor, batch: Batch, temperature: float
+    roles: Roles,
+    hidden_BTD: Tensor,
+    batch: Batch,
+    temperature: float,
+    chunk_bytes: int | None = None,
 ) -> TokenLogprobs:
     """Log-prob and entropy of the batch's response tokens, with the head on those tokens only."""
     weight_VD, bias_V, softcap = roles.lm_head
@@ -31,11 +35,17 @@ def token_scores(
         bias_V=bias_V,
         softcap=softcap,
         temperature=temperature,
+        chunk_bytes=chunk_bytes,
     )
 
 
 def exact_scores(
-    roles: Roles, actor_BTD: Tensor, ref_BTD: Tensor, batch: Batch, temperature: float
+    roles: Roles,
+    actor_BTD: Tensor,
+    ref_BTD: Tensor,
+    batch: Batch,
+    temperature: float,
+    chunk_bytes: int | None = None,
 ) -> Scores:
     """Both policies' log-probs, and their KL over the whole vocabulary (kl_penalty: full)."""
     with roles.use("actor"):
@@ -55,6 +65,7 @@ def exact_scores(
         bias_V=head.bias_V,
         softcap=head.softcap,
         temperature=temperature,
+        chunk_bytes=chunk_bytes,
     )
 
 
@@ -68,6 +79,7 @@ def score(
     budget: Budget,
     exact_kl: bool = False,
     keep: bool = False,
+    chunk_bytes: int | None = None,
 ) -> Scored:
     """Score every response, forward only, in micro-batches of rows of similar length.
 
@@ -84,7 +96,8 @@ def score(
         with roles.use("reference"):
             ref_BTD = roles.hidden(**batch.inputs)
             if not exact_kl:
-                refs.append(token_scores(roles, ref_BTD, batch, temperature).logprob_N)
+                scores = token_scores(roles, ref_BTD, batch, temperature, chunk_bytes)
+                refs.append(scores.logprob_N)
                 del ref_BTD
         if roles.has_critic and not roles.shares_trunk:
             with roles.use("critic"):
@@ -94,14 +107,14 @@ def score(
             del critic_BTD
         with roles.use("actor"):
             if keep and len(made) == 1:
-                kept = keep_forward(roles, batch)
-                actor_BTD = kept.hidden_BTD.detach()
+                hidden_BTD = keep_forward(roles, batch)
+                kept, actor_BTD = Kept(batch.rows, hidden_BTD), hidden_BTD.detach()
             else:
                 actor_BTD = roles.hidden(**batch.inputs)
             if not exact_kl:
-                actor = token_scores(roles, actor_BTD, batch, temperature)
+                actor = token_scores(roles, actor_BTD, batch, temperature, chunk_bytes)
         if exact_kl:
-            actor = exact_scores(roles, actor_BTD, ref_BTD, batch, temperature)
+            actor = exact_scores(roles, actor_BTD, ref_BTD, batch, temperature, chunk_bytes)
             refs.append(actor.ref_logprob_N)
             kls.append(actor.exact_kl_N)
         logprobs.append(actor.logprob_N)
@@ -126,10 +139,10 @@ def score(
     )
 
 
-def keep_forward(roles: Roles, batch: Batch) -> Kept:
+def keep_forward(roles: Roles, batch: Batch) -> Tensor:
     """The active role's forward with its graph, in the mode in which the update runs it."""
     roles.train()
     with torch.enable_grad():
-        kept = Kept(batch.rows, roles.hidden(**batch.inputs))
+        hidden_BTD = roles.hidden(**batch.inputs)
     roles.eval()
-    return kept
+    return hidden_BTD

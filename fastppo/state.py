@@ -13,6 +13,7 @@ from fastppo import session
 from fastppo.advantage import KLController, RunningScore
 from fastppo.base import load_tokenizer
 from fastppo.batch import check_packing, endless
+from fastppo.budgets import Budgets
 from fastppo.config import Config, load_config
 from fastppo.data import encode_prompts
 from fastppo.metrics import MetricsWriter, absent_columns
@@ -23,6 +24,7 @@ from fastppo.reward import Reward, make_reward
 from fastppo.reward_function import load_function
 from fastppo.roles import Roles, build
 from fastppo.sampling import Sampling
+from fastppo.settle import advising, settled
 from fastppo.templates import Template, get_template
 from fastppo.tracking import Trackers
 from fastppo.types import Prompt
@@ -30,6 +32,7 @@ from fastppo.types import Prompt
 if TYPE_CHECKING:
     from fastppo.data import Records
     from fastppo.evaluation import Answers
+    from fastppo.memory import Plan
 
 
 @dataclass
@@ -50,6 +53,9 @@ class State:
     running_score: RunningScore
     metrics: MetricsWriter
     tracker: Trackers | None
+    budgets: Budgets
+    plan: Plan | None  # None: a model whose shape is not known
+    notes: list[str]  # what was decided by the memory plan, in words
     ptx: Demonstrations | None = None
     step: int = 0
     before: Answers | None = None
@@ -123,14 +129,17 @@ def init_state(config: Config | str | Path | None = None, records: Records | Non
         if held_out
         else prompts
     )[: config.eval_max_samples]
-    roles = build(config, device)
+    config, plan, notes = settled(config, device)  # the shape is in the hub's cache by now
+    budgets = Budgets.of(config)
+    with advising(plan, config, budgets, device):
+        roles = build(config, device)
     roles.check_head(prompts[0].ids)
     Sampling.of(config).check(device)
     if config.padding_free:
         check_packing(roles, prompts[0].ids)
     optimizer = make_optimizer(config, roles)
     scheduler = make_scheduler(config, optimizer, total_steps(config, len(prompts)))
-    reward = make_reward(config, roles, template, tokenizer, prompts)
+    reward = make_reward(config, roles, template, tokenizer, prompts, budgets.scoring)
     return State(
         config=config,
         roles=roles,
@@ -148,5 +157,8 @@ def init_state(config: Config | str | Path | None = None, records: Records | Non
         running_score=RunningScore(),
         metrics=MetricsWriter(Path(config.metrics_dir), reward.extra_names, absent_columns(config)),
         tracker=Trackers.of(config),
+        budgets=budgets,
+        plan=plan,
+        notes=notes,
         ptx=Demonstrations.of(records.ptx, template, config),
     )

@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from fastppo import checkpoint, console, plots, results
 from fastppo.advantage import estimate
-from fastppo.batch import Budget
 from fastppo.errors import UserError
 from fastppo.evaluation import evaluate
 from fastppo.finish import finish
-from fastppo.rollout import sample
-from fastppo.sampling import Sampling
-from fastppo.score import score
+from fastppo.phases import sampled, scored
+from fastppo.settle import advising
 from fastppo.state import State, init_state, optimizer_steps, prompts_of_step, total_steps
 from fastppo.summary import step_row
 from fastppo.update import shares_first_pass, update
@@ -28,33 +26,25 @@ def step_update(state: State) -> State:
     config, roles, clock = state.config, state.roles, console.Clock()
     seed = config.seed + 1_000_003 * (state.step + 1)
     batch, warm = prompts_of_step(state), state.step >= config.critic_warmup
-    sampling = Sampling.of(config)
     with clock("rollout"), roles.use("actor"):
-        rollout = sample(
-            roles,
-            batch,
-            sampling=sampling,
-            template=state.template,
-            tokenizer=state.tokenizer,
-            seed=seed,
-        )
+        rollout = sampled(state, batch, seed=seed)
     with clock("score"):
-        scored = score(
-            roles,
-            rollout,
-            state.reward,
-            temperature=config.temperature,
-            budget=Budget.of(config, scoring=True),
-            exact_kl=config.kl_penalty == "full",
-            keep=warm and shares_first_pass(config),
-        )
+        keep = warm and shares_first_pass(config, state.budgets)
+        judged = scored(state, rollout, exact_kl=config.kl_penalty == "full", keep=keep)
     with clock("advantage"):
-        experience = estimate(scored, config, state.controller, state.running_score)
+        experience = estimate(judged, config, state.controller, state.running_score)
     with clock("update"):
         first = state.step * optimizer_steps(config)
         ptx = None if state.ptx is None else state.ptx.stream(first, roles.device)
         learned = update(
-            roles, experience, config, state.optimizer, seed=seed, train_actor=warm, ptx=ptx
+            roles,
+            experience,
+            config,
+            state.optimizer,
+            seed=seed,
+            train_actor=warm,
+            ptx=ptx,
+            budgets=state.budgets,
         )
     state.step += 1
     row = step_row(state, experience, learned, clock)
@@ -93,6 +83,13 @@ def run(config: Config, records: Records) -> None:
     else:
         results.clear(output_dir)
     results.begin_log(output_dir, state.step)
+    with advising(state.plan, state.config, state.budgets, state.roles.device):
+        train(state, steps, records)
+
+
+def train(state: State, steps: int, records: Records) -> None:
+    """The steps that are left, evaluations and checkpoints among them."""
+    config, output_dir = state.config, Path(state.config.output_dir)
     epoch = len(state.prompts) / config.prompts_a_step
     if config.eval_on_start and state.step == 0:
         evaluation(state)
@@ -104,7 +101,12 @@ def run(config: Config, records: Records) -> None:
             if config.acts("logging", state.step, steps, epoch):
                 console.step_line(state, steps)
             if state.step == 1:
-                console.memory_line(state)
+                console.memory_line(
+                    state.plan,
+                    state.roles.device,
+                    cutoff_len=max(len(prompt.ids) for prompt in state.prompts),
+                    max_new_tokens=int(state.metrics.rows[-1]["response_length_max"]),
+                )
             # The last one is evaluated below.
             if config.acts("eval", state.step, steps, epoch) and state.step < steps:
                 evaluation(state)

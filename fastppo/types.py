@@ -59,12 +59,17 @@ class Rollout(Sequences):
     texts: list[str]  # decoded responses, without special tokens
 
 
-@dataclass(frozen=True)
+@dataclass
 class Kept:
     """The actor's forward over some rows, its graph with it: the start of an optimiser pass."""
 
     rows: list[int]
-    hidden_BTD: Tensor
+    hidden_BTD: Tensor | None
+
+    def take(self, rows: list[int]) -> Tensor | None:
+        """It, once, where it is of these rows; it is let go of in any case."""
+        hidden_BTD, self.hidden_BTD = self.hidden_BTD, None
+        return hidden_BTD if rows == self.rows else None
 
 
 @dataclass(frozen=True)

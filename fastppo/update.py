@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fastppo.batch import Batch, Budget, batches, to_device, token_index
+from fastppo.batch import Batch, batches, largest, to_device, token_index
+from fastppo.budgets import Budgets
 from fastppo.config_ppo import KL_KIND
 from fastppo.errors import TrainingStopped
+from fastppo.oom import retried
 from fastppo.ops import PolicyLoss, PolicyLossConfig, linear_policy_loss, value_loss
 from fastppo.optimizer import clip_and_step
 from fastppo.ptx import ptx_backward
@@ -159,6 +162,7 @@ def actor_loss(
     tokens: Tokens,
     hidden_ND: Tensor,
     config: Config,
+    chunk_bytes: int | None = None,
 ) -> PolicyLoss:
     """The clipped surrogate with its regularisers, of the actor's hidden states."""
     scored, at = experience.scored, tokens.index_N
@@ -177,6 +181,7 @@ def actor_loss(
         kl_coef=experience.kl_coef if config.use_kl_loss else None,
         importance_weight_N=None if importance_N is None else importance_N[at],
         offsets=batch.packing.offsets,
+        chunk_bytes=chunk_bytes,
         config=policy_loss_config(config),
     )
 
@@ -214,6 +219,7 @@ def backward(
     *,
     train_actor: bool = True,
     kept: Kept | None = None,
+    chunk_bytes: int | None = None,
 ) -> None:
     """Losses and gradients of one micro-batch; a role's backward ends before the next's forward.
 
@@ -222,12 +228,11 @@ def backward(
     tokens = Tokens.of(experience, batch, mini)
     with roles.use("actor"):
         with torch.set_grad_enabled(train_actor):
-            if kept is not None and kept.rows == batch.rows:
-                actor_BTD = kept.hidden_BTD
-            else:
+            actor_BTD = None if kept is None else kept.take(batch.rows)
+            if actor_BTD is None:
                 actor_BTD = roles.hidden(**batch.inputs)
             actor_ND = batch.packing.gather(actor_BTD)
-            policy = actor_loss(roles, experience, batch, tokens, actor_ND, config)
+            policy = actor_loss(roles, experience, batch, tokens, actor_ND, config, chunk_bytes)
         loss = policy.loss
         if roles.has_critic and roles.shares_trunk:
             value = critic_loss(roles, experience, tokens, actor_ND, config, totals)
@@ -261,12 +266,57 @@ def check_first_pass(mean_log_ratio: float, dtype: torch.dtype) -> None:
         )
 
 
-def shares_first_pass(config: Config) -> bool:
+def shares_first_pass(config: Config, budgets: Budgets) -> bool:
     """Whether scoring's forward can be the first of the update: the same rows in one micro-batch.
 
     So it is where an epoch is one optimiser step, and both have the same room.
     """
-    return config.ppo_buffer_size == 1 and Budget.of(config) == Budget.of(config, scoring=True)
+    return config.ppo_buffer_size == 1 and budgets.update == budgets.scoring
+
+
+@dataclass
+class Passes:
+    """Losses and gradients of one optimiser step after another, each by micro-batches."""
+
+    roles: Roles
+    experience: Experience
+    config: Config
+    budgets: Budgets
+    train_actor: bool
+    # One mini-batch has the same micro-batches in every epoch.
+    layouts: dict[tuple[int, ...], list[Batch]] = field(default_factory=dict)
+
+    def micro_batches(self, mini: MiniBatch) -> list[Batch]:
+        """As large as the budget is now."""
+        rows = tuple(sorted(mini.rows))
+        if rows not in self.layouts:
+            rollout = self.experience.scored.rollout
+            self.layouts = {rows: batches(rollout, mini.rows, self.budgets.update)}
+        return self.layouts[rows]
+
+    def __call__(self, mini: MiniBatch) -> Totals:
+        """Gradients are added to what is there."""
+        totals, kept = Totals(), self.experience.scored.kept
+        for batch in self.micro_batches(mini):
+            backward(
+                self.roles,
+                self.experience,
+                batch,
+                mini,
+                self.config,
+                totals,
+                train_actor=self.train_actor,
+                kept=kept,
+                chunk_bytes=self.budgets.chunk_bytes,
+            )
+        return totals
+
+    def clear(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let go of gradients, of a kept forward, and of micro-batches that were too large."""
+        optimizer.zero_grad(set_to_none=True)
+        self.layouts = {}
+        if self.experience.scored.kept is not None:
+            self.experience.scored.kept.hidden_BTD = None
 
 
 def update(
@@ -278,30 +328,27 @@ def update(
     seed: int,
     train_actor: bool = True,
     ptx: Iterator[Batch] | None = None,
+    budgets: Budgets | None = None,
 ) -> dict[str, float]:
     """Learn from a rollout: `ppo_epochs` passes over it, an optimiser step a mini-batch.
 
     The host waits for the device once for the first pass, once at the end, and once an optimiser
-    step where `early_stopping` has to know the KL.
+    step where `early_stopping` has to know the KL. An optimiser step that runs out of memory is
+    begun anew with smaller micro-batches: nothing has moved yet. `budgets` are the file's where
+    none are given.
     """
     roles.train()
+    budgets = budgets or Budgets.of(config)
     totals, first_pass, steps, early_stopped, tokens = Totals(), 0.0, 0, False, 0
-    lengths = experience.scored.rollout.lengths
-    budget, kept = Budget.of(config), experience.scored.kept
-    layouts: dict[tuple[int, ...], list[Batch]] = {}  # one mini-batch has the same in every epoch
+    rollout = experience.scored.rollout
+    gradients = Passes(roles, experience, config, budgets, train_actor)
+    clear = partial(gradients.clear, optimizer)
+    used = partial(largest, rollout, budgets.update)
     epochs = [mini_batches(experience, config, seed + e) for e in range(config.ppo_epochs)]
     for passes, mini in enumerate(chain.from_iterable(epochs), 1):
         optimizer.zero_grad(set_to_none=True)
-        own = Totals()
-        tokens += sum(lengths[row] for row in mini.rows)
-        rows = tuple(sorted(mini.rows))
-        if rows not in layouts:
-            layouts = {rows: batches(experience.scored.rollout, mini.rows, budget)}
-        for batch in layouts[rows]:
-            backward(
-                roles, experience, batch, mini, config, own, train_actor=train_actor, kept=kept
-            )
-            kept = None
+        tokens += sum(rollout.lengths[row] for row in mini.rows)
+        own = retried("update", budgets, partial(gradients, mini), used=used, clean=clear)
         if passes == 1:
             first_pass = own.sums["log_ratio_abs"].item() / mini.tokens
             check_first_pass(first_pass, torch.bfloat16 if roles.autocast else torch.float32)

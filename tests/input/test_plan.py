@@ -17,10 +17,10 @@ import pytest
 
 from fastppo import plan as command
 from fastppo.cli import main
-from fastppo.config import Config
+from fastppo.config import Config, load_config
 from fastppo.errors import UserError
 from fastppo.memory import make_plan
-from fastppo.memory_advice import LADDER, advise, applied, auto_settings
+from fastppo.memory_advice import LADDER, advise, applied
 from fastppo.model_shapes import TABLE, find_shape_and_source, from_config, from_table
 from fastppo.moments import GIB, PHASES, RESERVE
 from fastppo.recipe import Recipe
@@ -192,16 +192,16 @@ def test_checkpoint_inputs_and_recompute_by_hand():
     # 27 layers below the top one x 2048 x 3584 x 2 bytes = 0.369, and the hidden states of 1024
     # response tokens, 0.007.
     assert gib(moment.rows, "kept activations") == pytest.approx(0.376, abs=0.001)
-    # One layer recomputed: 220 KiB a token kept, which is 0.43 for 2048, and as much again on the
-    # way; LoRA's float32 copies make the keeping 235.
-    assert gib(moment.rows, "layer at work") == pytest.approx(0.43 + 0.4, rel=0.1)
+    # One layer recomputed: 220 KiB a token kept, which is 0.43 for 2048, and on the way two
+    # gradients of the MLP's width, 0.072 each.
+    assert gib(moment.rows, "layer at work") == pytest.approx(0.43 + 2 * 0.072, rel=0.05)
 
 
 def test_activations_without_checkpointing_by_hand():
     plan = make_plan(recipe(disable_gradient_checkpointing=True), Shapes(SEVEN_B))
     (loss,) = [m for m in plan.moments if m.name == "the actor's loss"]
-    # 220 KiB a token and layer: 12.0 GiB for 2048 tokens; LoRA's own add 7%.
-    assert gib(loss.rows, "kept activations") == pytest.approx(12.0 * 1.07, rel=0.04)
+    # 220 KiB a token and layer: 12.0 GiB for 2048 tokens.
+    assert gib(loss.rows, "kept activations") == pytest.approx(12.0, rel=0.04)
 
 
 def test_head_chunk_by_hand():
@@ -218,15 +218,15 @@ def test_head_chunk_by_hand():
 
 def test_the_whole_by_hand():
     # Base and reward adapter, actor and critic: 14.185 + 0.301 + 2 x 2.406 = 19.30. On top of that
-    # inputs 0.38 and one layer 0.77 to 0.83: 20.5, and the reserve.
+    # inputs 0.38 and one layer 0.58 to 0.64: 20.3, and the reserve.
     update = make_plan(recipe(), Shapes(SEVEN_B)).columns["update"]
-    assert (update.total - RESERVE) / GIB == pytest.approx(20.5, abs=0.1)
+    assert (update.total - RESERVE) / GIB == pytest.approx(20.3, abs=0.1)
     # A shared critic is a head: 2.4 less.
     shared = make_plan(recipe(critic="shared"), Shapes(SEVEN_B)).columns["update"]
     assert (update.total - shared.total) / GIB == pytest.approx(2.41, abs=0.03)
     # 4 bits: 5.17 + 2.41 + 0.30 + 1.2 + a tile of 18944 x 3584 x 2 bytes, 0.13.
     four = make_plan(recipe(critic="shared", quantization_bit=4), Shapes(SEVEN_B))
-    assert (four.columns["update"].total - RESERVE) / GIB == pytest.approx(9.2, abs=0.1)
+    assert (four.columns["update"].total - RESERVE) / GIB == pytest.approx(9.0, abs=0.1)
 
 
 def test_aim_of_a_separate_critic_at_2048_tokens_in_22_and_a_half():
@@ -292,11 +292,11 @@ def test_rows_add_up_and_every_phase_is_there():
     ("file", "card", "code"),
     [
         (PPO, 16, 3),  # the base in bf16 is 14.2
-        (PPO, 24, 3),  # an evaluation of 8 x 3072 tokens, 24.5
+        (PPO, 24, 0),
         (PPO, 48, 0),
         (PPO, 80, 0),
         (REWARD, 16, 3),
-        (REWARD, 24, 3),  # 16 sequences of 2048 in a micro-batch, 34.7
+        (REWARD, 24, 3),  # 16 sequences of 2048 in a micro-batch, 31.6
         (REWARD, 48, 0),
         (REWARD, 80, 0),
     ],
@@ -306,18 +306,18 @@ def test_the_examples_on_four_cards(file, card, code, capsys):
     out = capsys.readouterr().out
     assert ("does not fit" in out) == bool(code)
     assert "fastppo's table, Qwen/Qwen2.5-7B" in out
-    peak = {PPO: "24.10", REWARD: "34.67"}[file]
+    peak = {PPO: "23.30", REWARD: "31.55"}[file]
     assert f"peak {peak} GiB" in out
 
 
-@pytest.mark.parametrize("file", [PPO, REWARD])
-def test_what_is_proposed_for_24_gib_makes_it_fit(file, capsys):
-    assert main([str(file), "--plan", "--gpu", "24GiB"]) == 3
+@pytest.mark.parametrize(("file", "card"), [(PPO, "22.5GiB"), (REWARD, "24GiB")])
+def test_what_is_proposed_makes_it_fit(file, card, capsys):
+    assert main([str(file), "--plan", "--gpu", card]) == 3
     out = capsys.readouterr().out
     proposed = out[out.index("the smallest changes") :].splitlines()[1:]
     overrides = [word for line in proposed for word in line.split() if "=" in word]
     assert overrides
-    assert main([str(file), *overrides, "--plan", "--gpu", "24GiB"]) == 0
+    assert main([str(file), *overrides, "--plan", "--gpu", card]) == 0
     last = float(proposed[-1].split()[-2])
     assert f"peak {last:.2f} GiB" in capsys.readouterr().out
 
@@ -354,26 +354,6 @@ def test_the_ladder_leaves_what_trains_whole_unquantised():
     assert not any("quantization_bit" in step(plan) for step in LADDER)
 
 
-def test_auto_settings_fit_and_use_what_is_there():
-    plan = make_plan(recipe(), Shapes(SEVEN_B))
-    small, large = (auto_settings(plan, card * GIB) for card in (24, 80))
-    assert small.activation_offloading == "checkpoint"
-    assert large.activation_offloading == "none"
-    assert large.generation_rows == 8
-    assert small.micro_batch_tokens >= 2048
-    assert large.micro_batch_tokens > 2048
-    for settings, card in ((small, 24), (large, 80)):
-        rows = settings.micro_batch_tokens // 2048
-        again = plan.again(
-            activation_offloading=settings.activation_offloading,
-            chunk_bytes=settings.chunk_bytes,
-            per_device_train_batch_size=rows,
-            gradient_accumulation_steps=8,
-            generation_rows=settings.generation_rows,
-        )
-        assert again.fits(card * GIB)
-
-
 def test_which_dtype_is_assumed_is_said(capsys):
     assert main([str(REWARD), "--plan", "--gpu", "80GiB"]) == 0
     out = capsys.readouterr().out
@@ -389,9 +369,9 @@ def test_without_a_gpu_there_is_nothing_to_fit_into(monkeypatch, capsys):
 
 
 def test_the_gpu_that_is_there_is_what_it_has_to_fit(monkeypatch, capsys):
-    monkeypatch.setattr(command, "present_gpu", lambda: (24 * GIB, "RTX 4090"))
+    monkeypatch.setattr(command, "present_gpu", lambda: (22 * GIB, "RTX 2080 Ti"))
     assert main([str(PPO), "--plan"]) == 3
-    assert "does not fit the RTX 4090 here, 24.0 GiB" in capsys.readouterr().out
+    assert "does not fit the RTX 2080 Ti here, 22.0 GiB" in capsys.readouterr().out
 
 
 def test_rank_of_the_reward_adapter_is_read_where_it_is(project, capsys):
@@ -451,6 +431,33 @@ def test_a_plan_imports_no_torch():
 
 def test_the_page_shows_what_the_command_prints(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    assert main(["examples/qwen2.5-7b-ppo.yaml", "--plan", "--gpu", "24GiB"]) == 3
+    assert main(["examples/qwen2.5-7b-ppo.yaml", "--plan", "--gpu", "22.5GiB"]) == 3
     page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
     assert f"```\n{capsys.readouterr().out}```\n" in page
+
+
+@pytest.mark.parametrize("file", [PPO, REWARD])
+def test_the_page_has_the_peaks_of_the_examples_on_four_cards(file, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    for row in cards(f"examples/{file.name}"):
+        assert row in page
+
+
+def cards(file: str) -> list[str]:
+    """Rows of the page's table: a card, the peak, and what makes it fit."""
+    plan, _ = command.plan_of(load_config(file), "gpu")
+    rows = []
+    for card in (16, 24, 48, 80):
+        name = f"`{Path(file).stem}` | {card} GiB | {plan.peak.total / GIB:.2f}"
+        if plan.fits(card * GIB):
+            rows.append(f"| {name} | fits, {card - plan.peak.total / GIB:.2f} to spare |")
+            continue
+        steps = advise(plan, card * GIB, Config.model_fields).steps
+        words = "; ".join(f"`{command.spell(step.change)}`" for step in steps)
+        rows.append(f"| {name} | {words}: {steps[-1].peak / GIB:.2f} |")
+    return rows
+
+
+if __name__ == "__main__":
+    print("\n".join(row for file in (PPO, REWARD) for row in cards(f"examples/{file.name}")))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastppo.batch import PASS_TOKENS, Budget, Order, batches, check_packing, make_batch, partition
+from fastppo.budgets import Budgets
 from fastppo.config import config_from_dict
 from fastppo.errors import UserError
 from fastppo.optimizer import make_optimizer
@@ -192,7 +193,7 @@ def test_the_first_pass_that_scoring_kept_is_the_update_to_the_bit(
     """And it saves that forward."""
     changes = {"critic": critic, "disable_gradient_checkpointing": not checkpointing}
     settings = config(**changes)
-    assert shares_first_pass(settings)
+    assert shares_first_pass(settings, Budgets.of(settings))
     results, forwards = [], []
     for keep in (False, True):
         made = tiny_roles(**changes)
@@ -211,8 +212,9 @@ def test_the_first_pass_that_scoring_kept_is_the_update_to_the_bit(
 
 
 def test_nothing_is_kept_that_the_update_would_not_take(config, tiny_roles, rollout, vowels):
-    assert not shares_first_pass(config(ppo_buffer_size=2))
-    assert not shares_first_pass(config(log_prob_max_token_len_per_gpu=4000))
+    for changes in ({"ppo_buffer_size": 2}, {"log_prob_max_token_len_per_gpu": 4000}):
+        other = config(**changes)
+        assert not shares_first_pass(other, Budgets.of(other))
     kwargs = {"temperature": 1.0, "keep": True}
     assert score(tiny_roles(), rollout, vowels, budget=Budget(rows=2), **kwargs).kept is None
 

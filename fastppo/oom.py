@@ -1,0 +1,102 @@
+"""Out of memory: half of a phase's budget, once more from a clean state; then one line, the end."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from fastppo.budgets import Budgets, Phase
+from fastppo.errors import TrainingStopped, note
+from fastppo.ops import workspace
+
+T = TypeVar("T")
+# What allocators say beside torch.OutOfMemoryError: PyTorch's own on a CPU, CUDA's, cuBLAS's.
+WORDS = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+
+
+class OutOfMemory(TrainingStopped):
+    """A phase ran out of memory with half of its budget too. Exit code 1."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a device or on the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in WORDS)
+
+
+def retried(
+    phase: Phase,
+    budgets: Budgets,
+    run: Callable[[], T],
+    *,
+    used: Callable[[], int],
+    clean: Callable[[], None] = lambda: None,
+) -> T:
+    """`run()`; where it runs out of memory, once more with half of what the phase takes on.
+
+    The second try starts where the first one did: random states are put back, and `clean` drops
+    what the first one left. `budgets` stay halved for the steps that follow.
+
+    Args:
+        phase: rollout, score or update.
+        budgets: the run's; `run` reads them anew each time.
+        used: gives what the phase took on at most (sequences in rollout, else tokens of a
+            micro-batch), which is what has to be halved where the budget is larger.
+
+    Raises:
+        OutOfMemory: the second try ran out of memory too, or there is nothing to halve.
+    """
+    random = RandomState()
+    try:
+        return run()
+    except Exception as error:
+        if isinstance(error, OutOfMemory) or not out_of_memory(error):
+            raise
+    # Out here: the traceback would hold every tensor of the pass that failed.
+    clean()
+    random.restore()
+    give_back()
+    change = budgets.halve(phase, used())
+    if change is None:
+        raise OutOfMemory(f"out of memory in {phase}, which takes on one sequence at a time")
+    note(f"out of memory in {phase}: tries once more, and goes on, with {change}")
+    try:
+        return run()
+    except Exception as error:
+        if isinstance(error, OutOfMemory) or not out_of_memory(error):
+            raise
+    clean()
+    give_back()
+    raise OutOfMemory(f"out of memory in {phase}, also with {change}")
+
+
+class RandomState:
+    """The random states of the host and of the devices, as they are now."""
+
+    def __init__(self) -> None:
+        self.host = torch.get_rng_state()
+        used = torch.cuda.is_initialized()
+        self.devices = torch.cuda.get_rng_state_all() if used else None
+
+    def restore(self) -> None:
+        """Put them back."""
+        torch.set_rng_state(self.host)
+        if self.devices is not None:
+            torch.cuda.set_rng_state_all(self.devices)
+
+
+def give_back() -> None:
+    """Let go of what nobody refers to, of the operators' buffers and of the device's blocks."""
+    gc.collect()
+    workspace.release()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

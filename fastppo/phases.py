@@ -1,0 +1,52 @@
+"""Sampling and scoring with a run's own settings, tried again with half where memory runs out."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from fastppo.batch import largest
+from fastppo.oom import retried
+from fastppo.rollout import sample
+from fastppo.sampling import Sampling
+from fastppo.score import score
+
+if TYPE_CHECKING:
+    from fastppo.state import State
+    from fastppo.types import Prompt, Rollout, Scored
+
+
+def sampled(state: State, prompts: list[Prompt], *, seed: int) -> Rollout:
+    """Responses of the active role."""
+
+    def run() -> Rollout:
+        return sample(
+            state.roles,
+            prompts,
+            sampling=Sampling.of(state.config),
+            template=state.template,
+            tokenizer=state.tokenizer,
+            seed=seed,
+            most=state.budgets.generation_batch,
+        )
+
+    return retried("rollout", state.budgets, run, used=lambda: len(prompts))
+
+
+def scored(state: State, rollout: Rollout, *, exact_kl: bool = False, keep: bool = False) -> Scored:
+    """What all roles say of a rollout, in micro-batches of the scoring budget."""
+    budgets = state.budgets
+
+    def run() -> Scored:
+        return score(
+            state.roles,
+            rollout,
+            state.reward,
+            temperature=state.config.temperature,
+            budget=budgets.scoring,
+            exact_kl=exact_kl,
+            keep=keep,
+            chunk_bytes=budgets.chunk_bytes,
+        )
+
+    return retried("score", budgets, run, used=partial(largest, rollout, budgets.scoring))
