@@ -131,7 +131,7 @@ class Planner:
     def chunk(self, tokens: int) -> int:
         """The logits that exist at a time, for so many response tokens."""
         recipe, vocab = self.recipe, self.shape.vocab
-        most = max(1, recipe.resolved_chunk_bytes // (vocab * recipe.item))
+        most = max(recipe.least_chunk_rows, recipe.resolved_chunk_bytes // (vocab * recipe.item))
         chunk = -(-tokens // -(-tokens // most))  # of nearly one length
         # The definition works in float32 blocks of 2 MiB: a copy, its exponentials, a product.
         blocks = 0 if recipe.compiled_ops else 3 * min(2 * MIB, tokens * vocab * FLOAT32)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # The defaults of fastppo/ops/head.py, which imports torch; a test holds them together.
 CHUNK_BYTES_CPU, CHUNK_BYTES_GPU = 80 << 20, 512 << 20
+CHUNK_ROWS_CPU = 256
 # Of fastppo/ops/workspace.py: a CPU's chunk of a size between these is kept from call to call.
 KEPT_FROM, KEPT_TO = 1 << 20, 256 << 20
 ADAPTER_FILE = "adapter_config.json"
@@ -175,6 +176,11 @@ class Recipe:
         """Sequences that are sampled at a time."""
         step = self.step_rows * self.ppo_buffer_size
         return min(step, self.generation_batch or step)
+
+    @property
+    def least_chunk_rows(self) -> int:
+        """Rows of logits that the operators make at a time whatever their default budget is."""
+        return CHUNK_ROWS_CPU if self.device == "cpu" and self.chunk_bytes is None else 1
 
     @property
     def resolved_chunk_bytes(self) -> int:

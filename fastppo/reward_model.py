@@ -14,7 +14,6 @@ from transformers import (
     EarlyStoppingCallback,
     EvalPrediction,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
 )
 from transformers.trainer_callback import PrinterCallback
@@ -36,6 +35,7 @@ from fastppo.heads import load_value_head, new_value_head
 from fastppo.oom import retried
 from fastppo.pair_metrics import pair_metrics
 from fastppo.reward_head import read_score_at
+from fastppo.reward_log import Bar, Lines, Report
 from fastppo.reward_report import LogFile, report
 from fastppo.reward_spec import HEAD_FILES, RECORD
 from fastppo.settle import advising, settled
@@ -58,7 +58,6 @@ from fastppo.types import Pair
 if TYPE_CHECKING:
     from fastppo.config import Config
     from fastppo.data import Records
-    from fastppo.memory import Plan
 
 HEAD_STD = 0.01  # the head starts near 0: every pair even, and none of them by much
 
@@ -104,8 +103,11 @@ class Pairs(Dataset[Pair]):
     def longest(self) -> int:
         """Tokens of the longest prompt with its longer answer."""
         return max(
-            len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
-            for pair in self.pairs
+            (
+                len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
+                for pair in self.pairs
+            ),
+            default=0,
         )
 
     def __getitem__(self, index: int) -> Pair:
@@ -175,71 +177,6 @@ def calibrate(head: nn.Linear, score_N: Tensor) -> None:
     mean, std = score_N.mean(), score_N.std().clamp_min(1e-6)
     head.bias.copy_((head.bias - mean) / std)
     head.weight.div_(std)
-
-
-class Lines(TrainerCallback):
-    """A line a log entry, with the time left, in place of transformers' bare dictionaries."""
-
-    def __init__(self, plan: Plan | None, device: torch.device, longest: int) -> None:
-        self.clock = console.Clock()
-        self.plan, self.device, self.longest = plan, device, longest
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """What the first step took."""
-        if state.global_step == 1:
-            console.memory_line(self.plan, self.device, cutoff_len=self.longest)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Print a training or evaluation entry."""
-        if not logs:
-            return
-        if "loss" in logs:
-            elapsed = self.clock.columns()["seconds"]
-            left = elapsed / state.global_step * (state.max_steps - state.global_step)
-            console.console.print(
-                f"step {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.4f}  "
-                f"learning rate {float(logs['learning_rate']):.2g}  {console.clock_face(left)} left"
-            )
-        elif "eval_accuracy" in logs:
-            console.console.print(
-                f"evaluation: accuracy {logs['eval_accuracy']:.3f}, loss {logs['eval_loss']:.4f}, "
-                f"mean margin {logs['eval_margin']:+.3f}"
-            )
-
-
-class Bar(TrainerCallback):
-    """`disable_tqdm: false`: a bar below the lines, as in stage ppo."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Draw it."""
-        self.bar = console.progress(self.config, state.max_steps, state.global_step)
-        self.bar.start()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """A step more."""
-        self.bar.advance(self.bar.task_ids[0])
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Leave it as it stands."""
-        self.bar.stop()
-
-
-class Report(TrainerCallback):
-    """Log entries to the trackers of `report_to`, under the names that transformers gives them."""
-
-    def __init__(self, trackers: Trackers) -> None:
-        self.trackers = trackers
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """eval_loss is eval/loss, loss is train/loss."""
-        named = {
-            f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}": x
-            for name, x in (logs or {}).items()
-        }
-        self.trackers.log(named, step=state.global_step)
 
 
 # Keys that transformers' arguments have by the same name and meaning.

@@ -25,7 +25,7 @@ LEVELS = [
     {"export"},
     {"cli", "export_model", "info"},
     {"held_out", "reward_model", "trainer"},
-    {"finish", "reward_report"},
+    {"finish", "reward_log", "reward_report"},
     {"evaluation", "summary"},
     {"phases"},
     {"state"},

@@ -128,7 +128,8 @@ def test_without_a_critic_none_is_built_trained_saved_or_logged(state, tmp_path,
         rows = list(csv.DictReader(file))
     assert not CRITIC_COLUMNS & set(rows[0])
     assert all(math.isfinite(float(value)) for row in rows for value in row.values())
-    resumed = state(metrics_dir=str(tmp_path / "resumed"), **changes)
+    again = {"metrics_dir": str(tmp_path / "resumed"), "output_dir": str(tmp_path / "again")}
+    resumed = state(**again, **changes)
     checkpoint.resume(resumed, tmp_path / "checkpoint-1")
     for _ in range(2):
         trainer.step_update(resumed)
