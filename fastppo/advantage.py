@@ -35,8 +35,8 @@ class KLController:
     adaptive: bool = True
 
     def update(self, kl: float, n: int) -> None:
-        """Take note of a step's KL; beta changes from the next step on."""
-        if self.adaptive:
+        """Take note of a step's KL; beta changes from the next step on. NaN says nothing."""
+        if self.adaptive and math.isfinite(kl):
             error = min(max(kl / self.target - 1.0, -0.2), 0.2)
             self.kl_coef *= 1.0 + error * n / self.horizon
 

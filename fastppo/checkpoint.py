@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import shutil
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,19 +14,19 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastppo import results
+from fastppo import __version__, durable, results, training_state
 from fastppo.advantage import RunningScore
 from fastppo.base import causal_lm
-from fastppo.errors import UserError
+from fastppo.errors import Interrupted, UserError
 from fastppo.heads import VALUE_HEAD_FILE, value_head_state
 from fastppo.offload import wrap
 from fastppo.reward_spec import BASE_RECORD
 from fastppo.tuning import merge_list
+from fastppo.types import Answers
 
 if TYPE_CHECKING:
+    from fastppo.config import Config
     from fastppo.state import State
-
-TRAINING_STATE = "training_state.pt"
 
 
 def save_model(
@@ -80,27 +81,37 @@ def save(state: State, folder: Path) -> None:
     results.write_trainer_state(state, folder)
 
 
-def save_to_resume(state: State, output_dir: Path) -> None:
+def save_to_resume(state: State, output_dir: Path) -> Path:
     """`checkpoint-N` with all that the steps after N depend on; there whole or not at all."""
     folder = output_dir / f"checkpoint-{state.step}"
-    beside = output_dir / f".checkpoint-{state.step}.partial"
-    shutil.rmtree(beside, ignore_errors=True)
-    save(state, beside)
-    torch.save(
-        {
-            "step": state.step,
-            "optimizer": state.optimizer.state_dict(),
-            "scheduler": state.scheduler.state_dict(),
-            "kl_coef": state.controller.kl_coef,
-            "running_score": asdict(state.running_score),
-            "trained": [p.detach() for p in trained(state)],
-            "rows": state.metrics.rows,
-            "decisions": state.budgets.decisions(),
-        },
-        beside / TRAINING_STATE,
-    )
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
+    place = durable.beside(folder)
+    save(state, place)
+    tree = {
+        "step": state.step,
+        "seconds": state.seconds(),
+        "optimizer": state.optimizer.state_dict(),
+        "scheduler": state.scheduler.state_dict(),
+        "kl_coef": state.controller.kl_coef,
+        "running_score": asdict(state.running_score),
+        "trained": [p.detach() for p in trained(state)],
+        "rows": state.metrics.rows,
+        "before": None if state.before is None else vars(state.before),
+        "random": state.random,
+        "settings": settings(state.config),
+        "surroundings": surroundings(state),
+        "decisions": state.budgets.decisions(),
+    }
+    training_state.write(tree, place)
+    note_run(place, offloading=state.roles.base.activation_offload.mode)
+    durable.publish(place, folder)
+    return folder
+
+
+def save_final(state: State, output_dir: Path) -> None:
+    """A finished run's files in `output_dir` itself; each replaces an older one in one step."""
+    place = durable.beside(output_dir / "checkpoint-final")
+    save(state, place)
+    durable.move_into(place, output_dir)
 
 
 def trained(state: State) -> list[nn.Parameter]:
@@ -108,34 +119,144 @@ def trained(state: State) -> list[nn.Parameter]:
     return [p for group in state.optimizer.param_groups for p in group["params"]]
 
 
-def newest(output_dir: Path) -> Path | None:
-    """The checkpoint-N of the largest N in `output_dir` that can be resumed from."""
-    found = [path for path in checkpoints(output_dir) if (path / TRAINING_STATE).is_file()]
-    return found[-1] if found else None
+def note_run(folder: Path, *, offloading: str) -> None:
+    """Leave in `folder` that fastppo ran here, and what it decides where a file says auto."""
+    text = json.dumps({"fastppo": __version__, "decisions": {"activation_offloading": offloading}})
+    durable.write_text(folder / durable.RUN, text + "\n")
 
 
-def checkpoints(output_dir: Path) -> list[Path]:
-    """All checkpoint-N, the oldest first."""
-    return sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+def decided(config: Config, folder: Path) -> Config:
+    """`config` with what the run in `folder` decided where it still says auto."""
+    try:
+        record = json.loads((folder / durable.RUN).read_text(encoding="utf-8"))
+        found = record["decisions"].items()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        raise UserError(
+            f"{config.source}: resume_from_checkpoint: {folder / durable.RUN} cannot be read; "
+            "start anew without this key"
+        ) from None
+    return config.model_copy(
+        update={key: value for key, value in found if getattr(config, key) == "auto"}
+    )
+
+
+def begin(output_dir: Path, *, offloading: str) -> None:
+    """A run begins in `output_dir`: killed before its first checkpoint, it is known by this."""
+    durable.sweep(output_dir)
+    note_run(output_dir, offloading=offloading)
+
+
+# Keys that the steps do not depend on.
+FREE = {
+    "source",
+    "ignored",
+    "output_dir",
+    "metrics_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "save_steps",
+    "save_total_limit",
+    "save_strategy",
+    "logging_strategy",
+    "logging_steps",
+    "logging_first_step",
+    "disable_tqdm",
+    "plot_loss",
+    "eval_strategy",
+    "eval_delay",
+    "eval_on_start",
+    "eval_steps",
+    "eval_max_samples",
+    "eval_judge",
+    "per_device_eval_batch_size",
+    "report_to",
+    "run_name",
+    "project",
+    "logging_dir",
+    "reward_api_timeout",
+    "reward_api_retries",
+    "activation_offloading",
+    "offload_dir",
+    "max_bad_steps",
+    "do_train",
+    "do_eval",
+    "cache_dir",
+}
+# Keys whose values lie in the checkpoint: the file's own would say nothing.
+CARRIED = {
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "critic_learning_rate",
+    "init_kl_coef",
+    "learning_rate",
+    "optim",
+    "weight_decay",
+}
+
+
+def settings(config: Config) -> dict[str, str]:
+    """A digest of each key that the steps depend on: to compare, and no secret of an URL in it."""
+    values = config.model_dump(mode="json", exclude=FREE)
+    return {
+        key: hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+        for key, value in values.items()
+    }
+
+
+def surroundings(state: State) -> dict[str, str]:
+    """What bits depend on beside the configuration: prompts, and what computes."""
+    device = state.roles.device
+    ids = json.dumps([prompt.ids for prompt in state.prompts])
+    return {
+        "the prompts": hashlib.sha256(ids.encode()).hexdigest(),
+        "torch's version": torch.__version__,
+        "the device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "the number of threads": str(torch.get_num_threads()),
+        "FASTPPO_BACKEND": os.environ.get("FASTPPO_BACKEND", ""),
+    }
+
+
+def check_same(state: State, saved: dict[str, Any], folder: Path) -> list[str]:
+    """What is not as it was when `folder` was written, in words for one note."""
+    key = f"{state.config.source}: resume_from_checkpoint: {folder}"
+    now, then = settings(state.config), saved["settings"]
+    changed = sorted(name for name in now if now[name] != then.get(name))
+    for name in changed:
+        if name in CARRIED:
+            raise UserError(
+                f"{key} was trained with another {name}, which it carries on; put the old value "
+                "back, or start anew"
+            )
+    if [p.shape for p in trained(state)] != [p.shape for p in saved["trained"]]:
+        raise UserError(
+            f"{key}: what trained there has other shapes; keep lora_rank, lora_target, "
+            "finetuning_type, critic and advantage as they were"
+        )
+    names = {name for row in saved["rows"] for name in row if name.startswith("reward/")}
+    if not names <= set(state.metrics.reward_columns):
+        raise UserError(
+            f"{key}: it has rewards {', '.join(sorted(names))}; keep reward_model as it was"
+        )
+    around = surroundings(state)
+    return changed + [name for name in around if around[name] != saved["surroundings"].get(name)]
 
 
 @torch.no_grad()
-def resume(state: State, folder: Path) -> None:
-    """Go on where `folder` was saved: weights, optimiser, schedule, beta, statistics, rows."""
-    if not (folder / TRAINING_STATE).is_file():
+def resume(state: State, folder: Path) -> list[str]:
+    """Go on where `folder` was saved, with everything that a later step depends on.
+
+    Returns:
+        What has changed since, in words: with nothing in it, the run goes on bit for bit.
+    """
+    saved = training_state.read(folder)
+    if "trained" not in saved:
         raise UserError(
-            f"resume_from_checkpoint {folder}: no {TRAINING_STATE} there; name a checkpoint-N "
-            f"folder "
-            "that fastppo wrote in stage ppo"
+            f"{state.config.source}: resume_from_checkpoint: {folder} is of stage rm; name one of "
+            "stage ppo"
         )
-    saved = torch.load(folder / TRAINING_STATE, map_location=state.roles.device, weights_only=True)
-    parameters = trained(state)
-    if [p.shape for p in parameters] != [p.shape for p in saved["trained"]]:
-        raise UserError(
-            f"resume_from_checkpoint {folder}: what trained there has other shapes; keep "
-            "lora_rank, lora_target, finetuning_type, critic and advantage as they were"
-        )
-    for parameter, value in zip(parameters, saved["trained"], strict=True):
+    changed = check_same(state, saved, folder)
+    for parameter, value in zip(trained(state), saved["trained"], strict=True):
         parameter.copy_(value)
     state.optimizer.load_state_dict(saved["optimizer"])
     state.scheduler.load_state_dict(saved["scheduler"])
@@ -146,24 +267,36 @@ def resume(state: State, folder: Path) -> None:
     mode, place = state.budgets.activation_offloading, state.config.offload_dir
     for base in {causal_lm(seat.model) for seat in state.roles.seats.values() if seat.trained}:
         wrap(base, mode, offload_dir=place)
-    names = {name for row in saved["rows"] for name in row if name.startswith("reward/")}
-    if not names <= set(state.metrics.reward_columns):
-        raise UserError(
-            f"resume_from_checkpoint {folder}: it has rewards {', '.join(sorted(names))}; keep "
-            "reward_model as it was"
-        )
-    for row in saved["rows"]:
-        state.metrics.add(row)
+    state.began -= saved["seconds"]
+    state.before = None if saved["before"] is None else Answers(**saved["before"])
     state.evaluations = results.evaluations_in(folder)
+    state.metrics.go_on(saved["rows"])
+    state.random = saved["random"]
+    training_state.set_random_state(state.random)
+    return changed
 
 
-def keep_newest(output_dir: Path, limit: int | None) -> None:
-    """`save_total_limit`: delete the oldest checkpoint-N past it."""
-    if limit is None:
-        return
-    found = checkpoints(output_dir)
-    for path in found[: max(0, len(found) - limit)]:
-        shutil.rmtree(path)
+def start(state: State, folder: Path | None, output_dir: Path) -> list[str]:
+    """Begin in `output_dir`, or go on from `folder`; in words where, and whether to the bit."""
+    notes = []
+    if folder is None:
+        results.clear(output_dir)
+    else:
+        changed = resume(state, folder)
+        notes.append(f"resumes after step {state.step} from {folder}")
+        if changed:
+            notes.append(f"not bit for bit, for these changed since: {', '.join(changed)}")
+    results.begin_log(output_dir, state.step)
+    begin(output_dir, offloading=state.roles.base.activation_offload.mode)
+    return notes
+
+
+def save_and_stop(state: State, stop: Interrupted, output_dir: Path) -> Interrupted:
+    """Save where the last whole step ended; the interruption, with where that is."""
+    if state.step == 0:
+        return Interrupted(stop.signal, "no step was finished, so nothing was saved")
+    folder = save_to_resume(state, output_dir)
+    return Interrupted(stop.signal, f"resume_from_checkpoint: true goes on from {folder}")
 
 
 def prepare_output_dir(output_dir: Path) -> None:

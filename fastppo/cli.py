@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fastppo import __version__
-from fastppo.errors import TrainingStopped, UserError, one_line
+from fastppo.errors import Interrupted, TrainingStopped, UserError, one_line
 
 if TYPE_CHECKING:
     from fastppo.config import Config
@@ -31,7 +32,8 @@ usage: fastppo-train CONFIG [key=value ...] [--explain | --plan [--gpu SIZE]]
 
 docs/config.md lists every key; for people who come from LLaMA-Factory,
 docs/llamafactory.md its own. Exit codes: 0 done, 1 the run stopped itself,
-2 bad input (nothing was written), 3 the plan does not fit, 130 interrupted.
+2 bad input (nothing was written), 3 the plan does not fit, 130 and 143 interrupted
+(Ctrl-C, SIGTERM) and saved; resume_from_checkpoint: true goes on.
 """
 
 
@@ -56,6 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TrainingStopped as error:
         print(f"fastppo-train: stopped: {one_line(error)}", file=sys.stderr)
         return 1
+    except Interrupted as stop:
+        name = signal.Signals(stop.signal).name
+        print(f"fastppo-train: stopped by {name}; {one_line(stop)}", file=sys.stderr)
+        return 128 + stop.signal
     except KeyboardInterrupt:
         print("fastppo-train: interrupted", file=sys.stderr)
         return 130

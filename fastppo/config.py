@@ -145,7 +145,9 @@ class Config(DataKeys, MemoryKeys, TrainingKeys, PPOKeys, RolesKeys, StepKeys):
         "pass through the device layer by layer, see docs/offload.md.",
     )
     resume_from_checkpoint: bool | str | None = key(
-        None, HF, "In stage ppo: a checkpoint folder, or true for the newest in output_dir."
+        None,
+        HF,
+        "A checkpoint-N, or true for the newest whole one in output_dir; docs/reliability.md.",
     )
 
     do_sample: bool = key(True, LF, "false decodes greedily, for debugging.")
@@ -256,8 +258,6 @@ class Config(DataKeys, MemoryKeys, TrainingKeys, PPOKeys, RolesKeys, StepKeys):
                 "lr_scheduler_type: reduce_lr_on_plateau follows evaluations of stage rm, with "
                 "eval_strategy; use cosine or linear"
             )
-        if self.stage == "rm" and self.resume_from_checkpoint:
-            raise ValueError("resume_from_checkpoint: only stage ppo resumes; leave it out")
         for name in ("output_dir", "metrics_dir", "model_name_or_path", "dataset"):
             if not getattr(self, name).strip():
                 raise ValueError(f"{name}: is empty; give it a value")

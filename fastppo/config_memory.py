@@ -19,8 +19,8 @@ class MemoryKeys(BaseModel):
     chunk_bytes: Positive | Auto | None = key(
         None,
         OWN,
-        "Bytes of logits that exist at a time; null is 512 MiB on a GPU, and on a CPU 80 MiB or 256 "
-        "rows, auto that or what fits.",
+        "Bytes of logits that exist at a time; null is 512 MiB on a GPU, and on a CPU 80 MiB or "
+        "256 rows, auto that or what fits.",
     )
     generation_batch: Positive | Auto | None = key(
         None,

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fastppo.config_key import HF, LF, Above0, NonNegative, Positive, Share, key
+from fastppo.config_key import HF, LF, OWN, Above0, Count, NonNegative, Positive, Share, key
 
 # Every, in steps; below 1 it is a share of the whole run.
 Every = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
@@ -142,6 +142,9 @@ class TrainingKeys(BaseModel):
     adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = key(0.999, HF, "AdamW's beta 2.")
     adam_epsilon: Above0 = key(1e-8, HF, "AdamW's epsilon; PPO's classic is 1e-5.")
     max_grad_norm: NonNegative = key(1.0, HF, "Gradient norm a role is clipped to; 0 is off.")
+    max_bad_steps: Count = key(
+        3, OWN, "Stop after so many steps in a row whose loss or gradient is not finite; 0 is off."
+    )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = key(42, HF, "Seed of everything random.")
     data_seed: Annotated[int, Field(ge=0, lt=2**31)] | None = key(
         None, HF, "Seed of the order of the data; null is seed."

@@ -18,6 +18,14 @@ class TrainingStopped(Exception):
     """
 
 
+class Interrupted(Exception):
+    """A signal asked the run to stop, and it has saved what it could. Exit code 128 + signal."""
+
+    def __init__(self, signal: int, saved: str = "nothing was saved") -> None:
+        super().__init__(saved)
+        self.signal = signal
+
+
 def one_line(message: object) -> str:
     """A message as one line of text, whatever it quotes: no escape sequence, no book."""
     text = " ".join(str(message).split())

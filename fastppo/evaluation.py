@@ -16,6 +16,7 @@ from fastppo.metrics import SAMPLES, SUMMARY
 from fastppo.phases import sampled, scored
 from fastppo.reward import mean_of_known
 from fastppo.reward_function import call_scores, load_function
+from fastppo.types import Answers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,19 +26,6 @@ if TYPE_CHECKING:
     from fastppo.types import Prompt
 
 SAMPLES_KEPT = 64
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What one policy said to the evaluation prompts, and what was thought of it."""
-
-    texts: list[str]
-    rewards: list[float]
-    reward_parts: dict[str, Tensor]  # of several rewards each one's scores; NaN: does not apply
-    judged: list[float] | None
-    lengths: list[int]
-    terminated: list[bool]
-    kl: float  # to the reference, summed over a response, mean over responses
 
 
 def answer(state: State, role: Role, prompts: list[Prompt]) -> Answers:

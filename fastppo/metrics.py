@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
-import os
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from fastppo.durable import write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,6 +54,7 @@ COLUMNS = {
     "ratio_max": "largest such ratio",
     "ratio_first_pass": "mean |log ratio| before the first update of the step: 0 but for rounding",
     "sampler_gap": "mean of sampler's minus recomputed log-prob: 0 unless sampling is truncated",
+    "sampler_gap_abs": "mean of that difference's absolute value: rounding, and what truncates",
     "rollout_is_mean": "mean truncated importance weight of a token (with rollout_is_threshold)",
     "rollout_is_capped": "share of tokens whose weight met rollout_is_threshold",
     "response_length": "mean tokens of a response, EOS included",
@@ -65,9 +68,19 @@ COLUMNS = {
     "grad_norm_critic": "mean gradient norm before clipping",
     "optimizer_steps": "optimiser steps taken in this PPO step",
     "skipped_steps": "optimiser steps skipped: a gradient that was not finite, or ratio_threshold",
+    "nonfinite_steps": "those of them whose loss or gradient was not finite",
+    "nonfinite_run": "such steps in a row, up to this step's last; max_bad_steps of them stop the "
+    "run",
     "early_stopped": "1 where the step's epochs were cut short by target_kl",
     "response_tokens": "response tokens in the rollout",
     "update_tokens": "tokens that the update ran over in all its passes, prompts included",
+    "guard_nonfinite": "1 where a loss or gradient was not finite",
+    "guard_ratio": "1 where ratio_first_pass is above rounding: 1e-5, with bf16 2e-2",
+    "guard_kl": "1 where kl is above 5 times ppo_target",
+    "guard_entropy": "1 where entropy is below a tenth of the first step's",
+    "guard_eos": "1 where eos_share was above a tenth, and has fallen to a tenth of that",
+    "guard_length": "1 where score_length_corr was past 0.6 over the last 10 steps (80 responses)",
+    "guard_sampler": "1 where sampler_gap_abs is above 1e-3, with bf16 0.1, and nothing truncates",
     "seconds_rollout": "sampling (a clock)",
     "seconds_score": "log-probs, reference, values, reward (a clock)",
     "seconds_advantage": "KL reward, GAE, whitening (a clock)",
@@ -135,8 +148,31 @@ class MetricsWriter:
             aside.mkdir()
             for path in earlier:
                 path.rename(aside / path.name)
-        with (self.folder / CSV).open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerow([*self.columns, *self.reward_columns])
+        (self.folder / CSV).write_bytes(self.text([]).encode())
+
+    def text(self, rows: Sequence[Mapping[str, float]]) -> str:
+        """The header and `rows`, as the file has them."""
+        file = io.StringIO(newline="")
+        writer = csv.writer(file)
+        writer.writerow([*self.columns, *self.reward_columns])
+        writer.writerows(self.cells(row) for row in rows)
+        return file.getvalue()
+
+    def cells(self, row: Mapping[str, float]) -> list[str]:
+        """A row's line."""
+        extra = [_number(row[name]) if name in row else "" for name in self.reward_columns]
+        return [*(_number(row[name]) for name in self.columns), *extra]
+
+    def go_on(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Resume: a file that begins with `rows` is cut behind them, another is moved aside."""
+        text = self.text(rows)
+        path = self.folder / CSV
+        same = path.is_file() and path.read_bytes().startswith(text.encode())
+        self.is_open = True
+        if not same:
+            self._open()
+        write_text(path, text)
+        self.rows = [dict(row) for row in rows]
 
     def add(self, row: Mapping[str, float]) -> None:
         """Append one step."""
@@ -147,13 +183,11 @@ class MetricsWriter:
         assert not unknown, unknown
         self.rows.append(dict(row))
         with (self.folder / CSV).open("a", newline="", encoding="utf-8") as file:
-            cells = [_number(row[name]) for name in self.columns]
-            extra = [_number(row[name]) if name in row else "" for name in self.reward_columns]
-            csv.writer(file).writerow([*cells, *extra])
+            csv.writer(file).writerow(self.cells(row))
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write beside, then rename: a reader never sees half a file."""
-        write_atomically(
+        """Write a file of the run's, whole or not at all."""
+        write_text(
             self.folder / name,
             json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
         )
@@ -161,13 +195,6 @@ class MetricsWriter:
     def draw(self, title: str) -> None:
         """The curves of all rows so far."""
         draw_curves(self.rows, self.folder / CURVES, title)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write UTF-8 text to a neighbour and rename it over `path`."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
 
 
 def _number(value: float) -> str:

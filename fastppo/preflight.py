@@ -9,6 +9,7 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastppo import durable
 from fastppo.config_training import BITSANDBYTES
 from fastppo.data import Records, read_records
 from fastppo.errors import UserError
@@ -249,16 +250,7 @@ def check_output_dir(config: Config) -> None:
     for key, name in sources:
         if name and Path(name).exists() and Path(name).resolve() == folder.resolve():
             raise UserError(f"{config.source}: output_dir: is {key} itself; name another")
-    wanted = config.resume_from_checkpoint
-    if isinstance(wanted, str) and not (Path(wanted) / "training_state.pt").is_file():
-        raise UserError(
-            f"{config.source}: resume_from_checkpoint: no training_state.pt in {wanted}; name a "
-            "checkpoint-N folder"
-        )
-    if wanted is True and not list(folder.glob("checkpoint-*/training_state.pt")):
-        raise UserError(
-            f"{config.source}: resume_from_checkpoint: {folder} has no checkpoint-N; leave it out"
-        )
+    durable.to_resume(config, hashes=False)
     allowed = config.overwrite_output_dir or config.resume_from_checkpoint or not config.trains
     if not allowed and folder.is_dir() and any(folder.iterdir()):
         raise UserError(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerState
 
-from fastppo.metrics import write_atomically
+from fastppo.durable import write_text
 
 if TYPE_CHECKING:
     from fastppo.state import State
@@ -51,13 +51,13 @@ def save_metrics(folder: Path, split: str, metrics: Mapping[str, Any]) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Sorted and indented as transformers does it; whole or not at all."""
     text = json.dumps(value, indent=4, sort_keys=True, ensure_ascii=False)
-    write_atomically(path, text + "\n")
+    write_text(path, text + "\n")
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """A JSON object a line, in UTF-8 that people can read."""
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    write_atomically(path, "".join(lines))
+    write_text(path, "".join(lines))
 
 
 def clear(folder: Path) -> None:
@@ -70,10 +70,11 @@ def begin_log(folder: Path, step: int = 0) -> None:
     """An empty `trainer_log.jsonl`; for a run that goes on after `step`, its lines up to there."""
     path, kept = folder / LOG, []
     if step and path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        # By newlines alone, and without what a killed run left of its last line.
+        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
             if json.loads(line).get("current_steps", 0) <= step:
-                kept.append(line)
-    write_atomically(path, "".join(kept))
+                kept.append(line + "\n")
+    write_text(path, "".join(kept))
 
 
 def log_line(

@@ -13,12 +13,12 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import (
     EarlyStoppingCallback,
     EvalPrediction,
-    Trainer,
     TrainingArguments,
+    set_seed,
 )
 from transformers.trainer_callback import PrinterCallback
 
-from fastppo import __version__, checkpoint, console, optim, plots, results, session
+from fastppo import __version__, checkpoint, console, durable, optim, plots, results, session
 from fastppo.base import (
     causal_lm,
     compute_dtype,
@@ -30,15 +30,17 @@ from fastppo.base import (
 )
 from fastppo.budgets import Budgets
 from fastppo.data import encode_pairs
-from fastppo.errors import TrainingStopped
+from fastppo.errors import Interrupted, TrainingStopped
 from fastppo.heads import load_value_head, new_value_head
 from fastppo.oom import retried
 from fastppo.pair_metrics import pair_metrics
+from fastppo.pair_trainer import ResumableTrainer
 from fastppo.reward_head import read_score_at
 from fastppo.reward_log import Bar, Lines, Report
 from fastppo.reward_report import LogFile, report
 from fastppo.reward_spec import HEAD_FILES, RECORD
 from fastppo.settle import advising, settled
+from fastppo.stopping import Stop
 from fastppo.templates import get_template
 from fastppo.tracking import Trackers
 from fastppo.trained import trained_before
@@ -125,8 +127,8 @@ def collate(pairs: list[Pair], pad_id: int) -> dict[str, Tensor]:
     }
 
 
-class PairTrainer(Trainer):
-    """transformers' loop over pairs; saves what stage ppo, and LLaMA-Factory, load."""
+class PairTrainer(ResumableTrainer):
+    """The loop over pairs; saves what stage ppo, and LLaMA-Factory, load."""
 
     tokenizer: Any
     record: dict[str, Any]  # where the scores are read, for whoever loads the folder
@@ -317,10 +319,19 @@ def within(config: Config, budgets: Budgets) -> Config:
 
 
 def run(config: Config, records: Records) -> None:
+    """Stage rm; a full disk or a signal ends it in one line."""
+    with durable.space(Path(config.output_dir)), Stop() as stop:
+        run_pairs(config, records, stop)
+
+
+def run_pairs(config: Config, records: Records, stop: Stop) -> None:
     """Train on the pairs, evaluate on those held out, write adapter or model, and its head.
 
     Without training: evaluate what was trained before, by fastppo or LLaMA-Factory.
     """
+    resumed, notes = durable.to_resume(config)
+    if config.resume_from_checkpoint:
+        config = checkpoint.decided(config, resumed or Path(config.output_dir))
     device = session.start(config)
     output_dir, folder = Path(config.output_dir), None
     if not config.trains:
@@ -341,9 +352,9 @@ def run(config: Config, records: Records) -> None:
     train, held_out = (
         Pairs(encode_pairs(rows, template, *room, **how)) for rows in (records.train, records.eval)
     )
-    config, plan, notes = settled(config, device)
+    config, plan, planned = settled(config, device)
     budgets = Budgets.of(config)
-    torch.manual_seed(config.seed)
+    set_seed(config.seed)
     with advising(plan, config, budgets, device):
         model = load_trained(config, folder, device) if folder else trained_model(config, device)
     if start is None:
@@ -365,8 +376,10 @@ def run(config: Config, records: Records) -> None:
         + (f"evaluates {folder}, read at {score_at}" if folder else trains)
     )
     say(f"  activations: {offload.mode}; writes {output_dir}")
-    for line in [*notes, *config.ignored]:
+    for line in [*planned, *config.ignored]:
         say(f"  [yellow]note:[/yellow] {line}")
+    for line in [*notes, *([] if resumed is None else [f"resumes from {resumed}"])]:
+        say(f"  {line}")
     checkpoint.prepare_output_dir(output_dir)
     reward_model = RewardModel(model, head, autocast=bf16)
 
@@ -380,6 +393,9 @@ def run(config: Config, records: Records) -> None:
             compute_metrics=compute_metrics,
             callbacks=[Lines(plan, device, train.longest), Bar(config), LogFile()],
             optimizers=(None if folder else lora_plus(config, reward_model), None),
+            stop=stop,
+            max_bad_steps=config.max_bad_steps,
+            offloading=offload.mode,
         )
         trainer.tokenizer, trainer.in_order = tokenizer, config.disable_shuffling
         trainer.record = {
@@ -402,7 +418,7 @@ def run(config: Config, records: Records) -> None:
             trainer.add_callback(EarlyStoppingCallback(config.early_stopping_steps))
         if trackers is not None:
             trainer.add_callback(Report(trackers))
-        fit(trainer, config, head, held_out or train)
+        fit(trainer, config, head, held_out or train, resumed)
         return trainer
 
     with advising(plan, config, budgets, device):
@@ -424,11 +440,21 @@ def run(config: Config, records: Records) -> None:
         trackers.close()
 
 
-def fit(trainer: PairTrainer, config: Config, head: nn.Linear, known: Pairs) -> None:
-    """Train and save; `known` are the pairs whose scores `calibrate_reward` makes mean 0, std 1."""
+def fit(
+    trainer: PairTrainer, config: Config, head: nn.Linear, known: Pairs, resumed: Path | None
+) -> None:
+    """Train, on from `resumed`, and save.
+
+    `known` are the pairs whose scores `calibrate_reward` makes mean 0, std 1.
+    """
     output_dir = Path(config.output_dir)
-    results.clear(output_dir)
-    result = trainer.train()
+    if resumed is None:
+        results.clear(output_dir)
+    checkpoint.begin(output_dir, offloading=trainer.offloading)
+    result = trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+    stop = trainer.stop.signal
+    if stop is not None:
+        raise Interrupted(stop, f"resume_from_checkpoint: true goes on from {trainer.saved}")
     if not all(torch.isfinite(p).all() for p in head.parameters()):
         raise TrainingStopped("the reward model's head is not finite; lower learning_rate")
     if config.calibrate_reward:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastppo.metrics import write_atomically
+from fastppo.durable import write_text
 from fastppo.results import write_jsonl
 
 TABLE, PAGE = "eval_samples.jsonl", "eval_samples.md"
@@ -78,4 +78,4 @@ def write(
     """Both files into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(folder / TABLE, rows)
-    write_atomically(folder / PAGE, page(title, metrics, rows))
+    write_text(folder / PAGE, page(title, metrics, rows))

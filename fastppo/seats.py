@@ -125,6 +125,11 @@ class Roles:
                 input_ids=input_ids_BT, attention_mask=mask_BT, use_cache=False, **packed
             ).last_hidden_state
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the models' products are in."""
+        return torch.bfloat16 if self.autocast else torch.float32
+
     def precision(self) -> Any:
         """Autocast where the base is bf16: what trains is float32, GEMMs should not be."""
         if not self.autocast:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import set_seed
 
 from fastppo import session
 from fastppo.advantage import KLController, RunningScore
@@ -25,14 +26,16 @@ from fastppo.reward_function import load_function
 from fastppo.roles import Roles, build
 from fastppo.sampling import Sampling
 from fastppo.settle import advising, settled
+from fastppo.stopping import Stop
 from fastppo.templates import Template, get_template
 from fastppo.tracking import Trackers
+from fastppo.training_state import random_state
 from fastppo.types import Prompt
 
 if TYPE_CHECKING:
     from fastppo.data import Records
-    from fastppo.evaluation import Answers
     from fastppo.memory import Plan
+    from fastppo.types import Answers
 
 
 @dataclass
@@ -61,6 +64,8 @@ class State:
     before: Answers | None = None
     evaluations: list[dict[str, Any]] = field(default_factory=list)  # as the log has them
     began: float = field(default_factory=time.monotonic)
+    random: dict[str, Any] = field(default_factory=random_state)  # generators, after `step` steps
+    stop: Stop = field(default_factory=Stop)
 
     def seconds(self) -> float:
         """Wall time since the run began."""
@@ -108,7 +113,7 @@ def init_state(config: Config | str | Path | None = None, records: Records | Non
     if records is None:
         records = check(config)
     device = session.start(config)
-    torch.manual_seed(config.seed)
+    set_seed(config.seed)
     if config.eval_judge is not None:
         load_function(config.eval_judge, "eval_judge")
     for spec in config.rewards:  # before the base is loaded, which takes a while

@@ -69,7 +69,7 @@ def step_row(
     rollout = scored.rollout
     sequences = len(rollout.prompts)
     length_B = torch.tensor(rollout.response_lengths, device=scored.score_B.device).float()
-    sampler_gap = (rollout.sampler_logprob_N - scored.logprob_N).mean().item()
+    gap_N = rollout.sampler_logprob_N - scored.logprob_N
     # The first group of a role; with LoRA+ its second has a rate that is a multiple of that.
     rates = {group["role"]: group["lr"] for group in reversed(state.optimizer.param_groups)}
     parts = {name: mean_of_known(scored.reward_parts[name]) for name in state.reward.extra_names}
@@ -87,7 +87,8 @@ def step_row(
         "entropy": scored.entropy_N.mean().item(),
         "return_mean": experience.return_N.mean().item(),
         "return_std": spread(experience.return_N),
-        "sampler_gap": sampler_gap,
+        "sampler_gap": gap_N.mean().item(),
+        "sampler_gap_abs": gap_N.abs().mean().item(),
         "response_length": length_B.mean().item(),
         "response_length_max": length_B.max().item(),
         "eos_share": sum(rollout.terminated) / sequences,

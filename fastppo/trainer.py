@@ -5,15 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastppo import checkpoint, console, plots, results
+from fastppo import checkpoint, console, durable, guards, plots, results
 from fastppo.advantage import estimate
-from fastppo.errors import UserError
+from fastppo.errors import Interrupted
 from fastppo.evaluation import evaluate
 from fastppo.finish import finish
 from fastppo.phases import sampled, scored
 from fastppo.settle import advising
 from fastppo.state import State, init_state, optimizer_steps, prompts_of_step, total_steps
 from fastppo.summary import step_row
+from fastppo.training_state import random_state
 from fastppo.update import shares_first_pass, update
 
 if TYPE_CHECKING:
@@ -26,16 +27,20 @@ def step_update(state: State) -> State:
     config, roles, clock = state.config, state.roles, console.Clock()
     seed = config.seed + 1_000_003 * (state.step + 1)
     batch, warm = prompts_of_step(state), state.step >= config.critic_warmup
+    state.stop.check()
     with clock("rollout"), roles.use("actor"):
         rollout = sampled(state, batch, seed=seed)
+    state.stop.check()
     with clock("score"):
         keep = warm and shares_first_pass(config, state.budgets)
         judged = scored(state, rollout, exact_kl=config.kl_penalty == "full", keep=keep)
+    state.stop.check()
     with clock("advantage"):
         experience = estimate(judged, config, state.controller, state.running_score)
     with clock("update"):
         first = state.step * optimizer_steps(config)
         ptx = None if state.ptx is None else state.ptx.stream(first, roles.device)
+        rows = state.metrics.rows
         learned = update(
             roles,
             experience,
@@ -45,52 +50,25 @@ def step_update(state: State) -> State:
             train_actor=warm,
             ptx=ptx,
             budgets=state.budgets,
+            nonfinite_run=rows[-1]["nonfinite_run"] if rows else 0.0,
         )
     state.step += 1
     row = step_row(state, experience, learned, clock)
+    row |= guards.flags(rows, row, config, roles.dtype)
     if warm:  # before, the KL is 0 whatever beta is
         state.controller.update(row["kl_controlled"], len(batch))
     state.scheduler.step()
     state.metrics.add(row)
     if state.tracker is not None:
         state.tracker.log(row, state.step)
+    guards.check_finite(row, experience, config)
+    state.random = random_state()
     return state
 
 
-def resume(state: State, output_dir: Path) -> None:
-    """`resume_from_checkpoint`: a folder, or true for the newest checkpoint in `output_dir`."""
-    wanted = state.config.resume_from_checkpoint
-    folder = checkpoint.newest(output_dir) if wanted is True else Path(str(wanted))
-    if folder is None:
-        raise UserError(
-            f"resume_from_checkpoint: true, but {output_dir} has no checkpoint-N; name one, or "
-            f"start "
-            "anew without this key"
-        )
-    checkpoint.resume(state, folder)
-    console.console.print(f"  resumes after step {state.step} from {folder}")
-
-
-def run(config: Config, records: Records) -> None:
-    """Stage ppo from the first line to the last file."""
-    output_dir = Path(config.output_dir)
-    state = init_state(config, records)
-    steps = total_steps(config, len(state.prompts))
-    console.first_lines(state, steps)
-    checkpoint.prepare_output_dir(output_dir)
-    if config.resume_from_checkpoint:
-        resume(state, output_dir)
-    else:
-        results.clear(output_dir)
-    results.begin_log(output_dir, state.step)
-    with advising(state.plan, state.config, state.budgets, state.roles.device):
-        train(state, steps, records)
-
-
-def train(state: State, steps: int, records: Records) -> None:
-    """The steps that are left, evaluations and checkpoints among them."""
-    config, output_dir = state.config, Path(state.config.output_dir)
-    epoch = len(state.prompts) / config.prompts_a_step
+def learn(state: State, steps: int, output_dir: Path) -> None:
+    """All steps that are left, with the evaluations and checkpoints between them."""
+    config, epoch = state.config, len(state.prompts) / state.config.prompts_a_step
     if config.eval_on_start and state.step == 0:
         evaluation(state)
     with console.progress(config, steps, state.step) as bar:
@@ -100,6 +78,8 @@ def train(state: State, steps: int, records: Records) -> None:
             results.log_step(state)
             if config.acts("logging", state.step, steps, epoch):
                 console.step_line(state, steps)
+            for line in guards.warnings(state.metrics.rows):
+                console.console.print(f"[yellow]warning:[/yellow] {line}")
             if state.step == 1:
                 console.memory_line(
                     state.plan,
@@ -112,16 +92,37 @@ def train(state: State, steps: int, records: Records) -> None:
                 evaluation(state)
             if config.acts("save", state.step, steps, epoch) and state.step < steps:
                 checkpoint.save_to_resume(state, output_dir)
-                checkpoint.keep_newest(output_dir, config.save_total_limit)
-    summary = evaluate(state)
-    checkpoint.save(state, output_dir)
-    finish(state, records)
-    if config.plot_loss:
-        plots.plot_ppo(state.metrics.rows, config, output_dir)
-    if state.tracker is not None:
-        state.tracker.log(as_eval(summary), state.step)
-        state.tracker.close()
-    console.last_lines(state, summary)
+                durable.keep_newest(output_dir, config.save_total_limit)
+    state.stop.check()
+
+
+def run(config: Config, records: Records) -> None:
+    """Stage ppo from the first line to the last file."""
+    output_dir = Path(config.output_dir)
+    folder, notes = durable.to_resume(config)
+    if config.resume_from_checkpoint:
+        config = checkpoint.decided(config, folder or output_dir)
+    state = init_state(config, records)
+    steps = total_steps(config, len(state.prompts))
+    console.first_lines(state, steps)
+    checkpoint.prepare_output_dir(output_dir)
+    with durable.space(output_dir), state.stop:
+        for line in [*notes, *checkpoint.start(state, folder, output_dir)]:
+            console.console.print(f"  {line}")
+        with advising(state.plan, state.config, state.budgets, state.roles.device):
+            try:
+                learn(state, steps, output_dir)
+            except Interrupted as stop:
+                raise checkpoint.save_and_stop(state, stop, output_dir) from None
+            summary = evaluate(state)
+        checkpoint.save_final(state, output_dir)
+        finish(state, records)
+        if config.plot_loss:
+            plots.plot_ppo(state.metrics.rows, config, output_dir)
+        if state.tracker is not None:
+            state.tracker.log(as_eval(summary), state.step)
+            state.tracker.close()
+        console.last_lines(state, summary)
 
 
 def evaluation(state: State) -> None:
@@ -130,6 +131,7 @@ def evaluation(state: State) -> None:
     console.evaluation_line(summary)
     if state.tracker is not None:
         state.tracker.log(as_eval(summary), state.step)
+    state.random = random_state()  # rewards and judges may have drawn from it
 
 
 def as_eval(summary: dict[str, Any]) -> dict[str, Any]:

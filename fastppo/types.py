@@ -106,3 +106,16 @@ class Experience:
     kl_N: Tensor  # by kl_penalty's estimate, whether or not the reward holds it
     kl_coef: float  # the beta that made reward_N, or that the loss uses
     importance_weight_N: Tensor | None = None  # sampler to behaviour policy, truncated
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one policy said to the evaluation prompts, and what was thought of it."""
+
+    texts: list[str]
+    rewards: list[float]
+    reward_parts: dict[str, Tensor]  # of several rewards each one's scores; NaN: does not apply
+    judged: list[float] | None
+    lengths: list[int]
+    terminated: list[bool]
+    kl: float  # to the reference, summed over a response, mean over responses

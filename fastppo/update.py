@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -71,6 +72,8 @@ def means(totals: Totals, *, passes: int, steps: int, early_stopped: bool) -> di
         "ratio_max": sums["ratio_max"],
         "optimizer_steps": taken,
         "skipped_steps": steps - taken,
+        "nonfinite_steps": sums.get("nonfinite", 0.0),
+        "nonfinite_run": sums.get("nonfinite_run", 0.0),
         "early_stopped": float(early_stopped),
     }
     for name in ("policy_loss", "kl_loss", "value_loss", "ptx_loss"):
@@ -255,9 +258,12 @@ def backward(
 
 
 def check_first_pass(mean_log_ratio: float, dtype: torch.dtype) -> None:
-    """Before anything was learned the ratio is 1; far from it, every advantage trains nonsense."""
+    """Before anything was learned the ratio is 1; far from it, every advantage trains nonsense.
+
+    A ratio that is not finite says nothing of that: its step is skipped, and counted.
+    """
     limit = 10 * FIRST_PASS_LIMIT[dtype]
-    if not mean_log_ratio <= limit:
+    if limit < mean_log_ratio < math.inf:
         raise TrainingStopped(
             f"mean |log ratio| is {mean_log_ratio:.2g} before the first update, the limit is "
             f"{limit:.0e}; the likeliest cause: scoring and update run different weights, dropout "
@@ -319,6 +325,12 @@ class Passes:
             self.experience.scored.kept.hidden_BTD = None
 
 
+def losses_finite(totals: Totals) -> Tensor:
+    """Whether every loss of an optimiser step is a number (0-d bool, on the device)."""
+    names = {"policy_loss", "kl_loss", "value_loss", "ptx_loss"} & totals.sums.keys()
+    return torch.stack([totals.sums[name].isfinite() for name in sorted(names)]).all()
+
+
 def update(
     roles: Roles,
     experience: Experience,
@@ -329,6 +341,7 @@ def update(
     train_actor: bool = True,
     ptx: Iterator[Batch] | None = None,
     budgets: Budgets | None = None,
+    nonfinite_run: float = 0.0,
 ) -> dict[str, float]:
     """Learn from a rollout: `ppo_epochs` passes over it, an optimiser step a mini-batch.
 
@@ -336,6 +349,9 @@ def update(
     step where `early_stopping` has to know the KL. An optimiser step that runs out of memory is
     begun anew with smaller micro-batches: nothing has moved yet. `budgets` are the file's where
     none are given.
+
+    A step whose loss or gradient is not finite is skipped; after `max_bad_steps` of them in a row,
+    `nonfinite_run` from before counted in, no step is taken any more.
     """
     roles.train()
     budgets = budgets or Budgets.of(config)
@@ -344,6 +360,8 @@ def update(
     gradients = Passes(roles, experience, config, budgets, train_actor)
     clear = partial(gradients.clear, optimizer)
     used = partial(largest, rollout, budgets.update)
+    bad_run = torch.tensor(nonfinite_run, device=experience.return_N.device)
+    limit = config.max_bad_steps or math.inf
     epochs = [mini_batches(experience, config, seed + e) for e in range(config.ppo_epochs)]
     for passes, mini in enumerate(chain.from_iterable(epochs), 1):
         optimizer.zero_grad(set_to_none=True)
@@ -351,7 +369,7 @@ def update(
         own = retried("update", budgets, partial(gradients, mini), used=used, clean=clear)
         if passes == 1:
             first_pass = own.sums["log_ratio_abs"].item() / mini.tokens
-            check_first_pass(first_pass, torch.bfloat16 if roles.autocast else torch.float32)
+            check_first_pass(first_pass, roles.dtype)
         if ptx is not None and train_actor:
             own.add("ptx_loss", ptx_backward(roles, next(ptx), config.ptx_coef))
         totals.merge(own)
@@ -361,8 +379,15 @@ def update(
                 break
         # A step whose mean ratio has run away teaches nothing (TRL's ratio_threshold).
         keep = own.sums["ratio"] <= config.ratio_threshold * mini.tokens
+        finite = losses_finite(own)
+        keep = keep & finite & (bad_run < limit)
         norms, taken = clip_and_step(optimizer, config.max_grad_norm, keep)
         steps += 1
+        for norm in norms.values():
+            finite = finite & norm.isfinite()
+        bad_run = torch.where(finite & (bad_run < limit), 0.0, bad_run + 1)
+        totals.add("nonfinite", (~finite).float())
+        totals.sums["nonfinite_run"] = bad_run
         totals.add("taken", taken.float())
         for role, norm in norms.items():
             totals.add(f"grad_norm_{role}", torch.where(taken, norm, 0))

@@ -127,7 +127,7 @@ def test_pairs_to_reward_model_to_better_policy(project, capsys):
     assert (metrics / "training_curves.png").stat().st_size > 20_000
 
     saved = project / "saves" / "ppo"
-    assert (saved / "checkpoint-4" / "training_state.pt").is_file()
+    assert (saved / "checkpoint-4" / "training_state.safetensors").is_file()
     base = AutoModelForCausalLM.from_pretrained(project / "model")
     assert PeftModel.from_pretrained(base, str(saved)).active_adapter == "default"
     assert AutoTokenizer.from_pretrained(saved).eos_token == "<|im_end|>"

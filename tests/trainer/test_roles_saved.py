@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastppo import checkpoint, toy, trainer
+from fastppo import checkpoint, durable, toy, trainer
 from fastppo.base import trunk
 from fastppo.batch import make_batch
 from fastppo.errors import UserError
@@ -173,7 +173,7 @@ def test_19_a_resumed_run_is_the_unbroken_one_bit_for_bit(named, kind, tmp_path)
     checkpoint.save_to_resume(straight, tmp_path)
     straight = trainer.step_update(straight)
     resumed = start("resumed")
-    checkpoint.resume(resumed, checkpoint.newest(tmp_path))
+    checkpoint.resume(resumed, durable.checkpoints(tmp_path)[-1])
     resumed = trainer.step_update(resumed)
     for name in ("score", "kl", "policy_loss", "value_loss", "grad_norm_actor", "entropy"):
         assert resumed.metrics.rows[-1][name] == straight.metrics.rows[-1][name]

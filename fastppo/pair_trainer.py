@@ -1,0 +1,131 @@
+"""transformers' loop for stage rm, with checkpoints that are whole or not there, exact to resume.
+
+transformers restores weights, optimiser, schedule, generators and the place in the data; what it
+forgets (running sums of the loss, parameters in their own precision) is kept beside that.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from fastppo import checkpoint, console, durable, training_state
+from fastppo.errors import TrainingStopped, UserError
+from fastppo.stopping import Stop
+
+SUMS = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged")
+
+
+class ResumableTrainer(Trainer):
+    """A Trainer whose `resume_from_checkpoint` goes on bit for bit; it stops at a signal."""
+
+    def __init__(
+        self, *args: Any, stop: Stop, max_bad_steps: int, offloading: str, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.stop, self.max_bad_steps, self.offloading = stop, max_bad_steps, offloading
+        self.bad_run = self.bad_steps = 0  # steps that were skipped: in a row, and in all
+        self.place: Path | None = None  # where a checkpoint is being written
+        self.resumed: dict[str, Any] | None = None
+        self.inputs: dict[str, Tensor] = {}
+        self.saved: Path | None = None
+        self.add_callback(Watch(self))
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What trains, by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """transformers' own; the batch is kept until the next."""
+        self.inputs = inputs
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """transformers' own; the last entry's mean is over the whole run, not since a resume."""
+        if "train_loss" in logs:
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+        super().log(logs, *args, **kwargs)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self.place is None else str(self.place)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        output_dir = Path(self.args.output_dir)
+        folder = output_dir / f"checkpoint-{self.state.global_step}"
+        self.place = durable.beside(folder)
+        super()._save_checkpoint(model, trial)
+        self.state.best_model_checkpoint = None  # it would be the place that is renamed below
+        written = self.place / folder.name
+        checkpoint.note_run(written, offloading=self.offloading)
+        if not self.args.save_only_model:
+            sums = {name: getattr(self, name) for name in SUMS}
+            tree = {"parameters": self.trained(), "sums": sums, "bad_run": self.bad_run}
+            training_state.write(tree, written)
+        durable.publish(written, folder)
+        self.place.rmdir()
+        self.place, self.saved = None, folder
+        durable.keep_newest(output_dir, self.args.save_total_limit)
+
+    @torch.no_grad()
+    def _load_from_checkpoint(self, folder: str, model: nn.Module | None = None) -> None:
+        self.resumed = training_state.read(Path(folder))
+        mine, saved = self.trained(), self.resumed.get("parameters", {})
+        if {name: p.shape for name, p in mine.items()} != {n: p.shape for n, p in saved.items()}:
+            raise UserError(
+                f"resume_from_checkpoint: {folder}: what trained there has other names or shapes; "
+                "keep stage, lora_rank and lora_target as they were"
+            )
+        for name, parameter in mine.items():
+            parameter.copy_(saved[name])
+
+
+class Watch(TrainerCallback):
+    """At a step's begin and end: what a resume restores, a bad gradient, a signal."""
+
+    def __init__(self, trainer: ResumableTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """transformers has just set its sums to 0."""
+        trainer = self.trainer
+        if trainer.resumed is not None:
+            for name, value in trainer.resumed["sums"].items():
+                setattr(trainer, name, value)
+            trainer._tr_loss = trainer._tr_loss.to(trainer.args.device)
+            trainer.bad_run = trainer.resumed["bad_run"]
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        """Call off a step whose gradient is not finite: without gradients AdamW does nothing."""
+        trainer = self.trainer
+        own = list(trainer.trained().values())
+        gradients = [p.grad for p in own if p.grad is not None]
+        if nn.utils.get_total_norm(gradients).isfinite():
+            trainer.bad_run = 0
+            return
+        for parameter in own:
+            parameter.grad = None
+        trainer.bad_run += 1
+        trainer.bad_steps += 1
+        step = state.global_step + 1
+        if trainer.bad_steps == 1:
+            console.console.print(
+                f"[yellow]warning:[/yellow] guard_nonfinite: the gradient of step {step} is not "
+                "finite, and the step was skipped; in many steps lower learning_rate"
+            )
+        if 0 < trainer.max_bad_steps <= trainer.bad_run:
+            path = Path(args.output_dir) / f"bad_batch_step_{step}.safetensors"
+            save_file({name: x.cpu().contiguous() for name, x in trainer.inputs.items()}, path)
+            raise TrainingStopped(
+                f"{trainer.bad_run} steps in a row had a gradient that is not finite "
+                f"(max_bad_steps); the last batch is in {path}; the likeliest cause: learning_rate"
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """A safe point."""
+        if self.trainer.stop.signal is not None:
+            control.should_save = control.should_training_stop = True
