@@ -9,7 +9,7 @@ import signal
 import pytest
 import torch
 
-from fastppo import checkpoint, durable, trainer
+from fastppo import checkpoint, durable, phases, trainer
 from fastppo.cli import main
 from fastppo.errors import Interrupted
 from fastppo.stopping import Stop
@@ -36,7 +36,7 @@ def test_a_signal_within_a_step_saves_the_step_before_it(
 ):
     """The step that was begun is dropped, its random numbers given back."""
     settings = config(max_steps=3, ppo_score_norm=True)
-    inner, calls = getattr(trainer, phase), []
+    inner, calls = getattr(phases, phase), []
 
     def interrupted(*args, **kwargs):
         calls.append(phase)
@@ -45,7 +45,7 @@ def test_a_signal_within_a_step_saves_the_step_before_it(
             os.kill(os.getpid(), number)
         return inner(*args, **kwargs)
 
-    monkeypatch.setattr(trainer, phase, interrupted)
+    monkeypatch.setattr(phases, phase, interrupted)
     (tmp_path / "run.json").write_text(json.dumps(settings.model_dump(exclude_none=True)))
     assert main([str(tmp_path / "run.json")]) == code
     folder = tmp_path / "out" / "checkpoint-1"
