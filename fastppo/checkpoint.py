@@ -97,12 +97,12 @@ def save_to_resume(state: State, output_dir: Path) -> Path:
         "rows": state.metrics.rows,
         "before": None if state.before is None else vars(state.before),
         "random": state.random,
+        "decisions": state.budgets.decisions(),
         "settings": settings(state.config),
         "surroundings": surroundings(state),
-        "decisions": state.budgets.decisions(),
     }
     training_state.write(tree, place)
-    note_run(place, offloading=state.roles.base.activation_offload.mode)
+    note_run(place, state.budgets.decisions())
     durable.publish(place, folder)
     return folder
 
@@ -119,9 +119,9 @@ def trained(state: State) -> list[nn.Parameter]:
     return [p for group in state.optimizer.param_groups for p in group["params"]]
 
 
-def note_run(folder: Path, *, offloading: str) -> None:
+def note_run(folder: Path, decisions: dict[str, Any]) -> None:
     """Leave in `folder` that fastppo ran here, and what it decides where a file says auto."""
-    text = json.dumps({"fastppo": __version__, "decisions": {"activation_offloading": offloading}})
+    text = json.dumps({"fastppo": __version__, "decisions": decisions})
     durable.write_text(folder / durable.RUN, text + "\n")
 
 
@@ -140,10 +140,10 @@ def decided(config: Config, folder: Path) -> Config:
     )
 
 
-def begin(output_dir: Path, *, offloading: str) -> None:
+def begin(output_dir: Path, decisions: dict[str, Any]) -> None:
     """A run begins in `output_dir`: killed before its first checkpoint, it is known by this."""
     durable.sweep(output_dir)
-    note_run(output_dir, offloading=offloading)
+    note_run(output_dir, decisions)
 
 
 # Keys that the steps do not depend on.
@@ -175,7 +175,12 @@ FREE = {
     "logging_dir",
     "reward_api_timeout",
     "reward_api_retries",
+    # What a run decides by the memory plan, and goes on with: see `budgets`.
     "activation_offloading",
+    "chunk_bytes",
+    "generation_batch",
+    "log_prob_max_token_len_per_gpu",
+    "ppo_max_token_len_per_gpu",
     "offload_dir",
     "max_bad_steps",
     "do_train",
@@ -287,7 +292,7 @@ def start(state: State, folder: Path | None, output_dir: Path) -> list[str]:
         if changed:
             notes.append(f"not bit for bit, for these changed since: {', '.join(changed)}")
     results.begin_log(output_dir, state.step)
-    begin(output_dir, offloading=state.roles.base.activation_offload.mode)
+    begin(output_dir, state.budgets.decisions())
     return notes
 
 

@@ -25,10 +25,10 @@ class ResumableTrainer(Trainer):
     """A Trainer whose `resume_from_checkpoint` goes on bit for bit; it stops at a signal."""
 
     def __init__(
-        self, *args: Any, stop: Stop, max_bad_steps: int, offloading: str, **kwargs: Any
+        self, *args: Any, stop: Stop, max_bad_steps: int, decisions: dict[str, Any], **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.stop, self.max_bad_steps, self.offloading = stop, max_bad_steps, offloading
+        self.stop, self.max_bad_steps, self.decisions = stop, max_bad_steps, decisions
         self.bad_run = self.bad_steps = 0  # steps that were skipped: in a row, and in all
         self.place: Path | None = None  # where a checkpoint is being written
         self.resumed: dict[str, Any] | None = None
@@ -61,7 +61,7 @@ class ResumableTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         self.state.best_model_checkpoint = None  # it would be the place that is renamed below
         written = self.place / folder.name
-        checkpoint.note_run(written, offloading=self.offloading)
+        checkpoint.note_run(written, self.decisions)
         if not self.args.save_only_model:
             sums = {name: getattr(self, name) for name in SUMS}
             tree = {"parameters": self.trained(), "sums": sums, "bad_run": self.bad_run}

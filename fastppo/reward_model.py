@@ -352,7 +352,7 @@ def run_pairs(config: Config, records: Records, stop: Stop) -> None:
     train, held_out = (
         Pairs(encode_pairs(rows, template, *room, **how)) for rows in (records.train, records.eval)
     )
-    config, plan, planned = settled(config, device)
+    config, plan, said = settled(config, device)
     budgets = Budgets.of(config)
     set_seed(config.seed)
     with advising(plan, config, budgets, device):
@@ -376,7 +376,7 @@ def run_pairs(config: Config, records: Records, stop: Stop) -> None:
         + (f"evaluates {folder}, read at {score_at}" if folder else trains)
     )
     say(f"  activations: {offload.mode}; writes {output_dir}")
-    for line in [*planned, *config.ignored]:
+    for line in [*said, *config.ignored]:
         say(f"  [yellow]note:[/yellow] {line}")
     for line in [*notes, *([] if resumed is None else [f"resumes from {resumed}"])]:
         say(f"  {line}")
@@ -395,7 +395,7 @@ def run_pairs(config: Config, records: Records, stop: Stop) -> None:
             optimizers=(None if folder else lora_plus(config, reward_model), None),
             stop=stop,
             max_bad_steps=config.max_bad_steps,
-            offloading=offload.mode,
+            decisions=budgets.decisions(),
         )
         trainer.tokenizer, trainer.in_order = tokenizer, config.disable_shuffling
         trainer.record = {
@@ -450,7 +450,7 @@ def fit(
     output_dir = Path(config.output_dir)
     if resumed is None:
         results.clear(output_dir)
-    checkpoint.begin(output_dir, offloading=trainer.offloading)
+    checkpoint.begin(output_dir, trainer.decisions)
     result = trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     stop = trainer.stop.signal
     if stop is not None:

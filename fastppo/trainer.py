@@ -106,15 +106,15 @@ def run(config: Config, records: Records) -> None:
     steps = total_steps(config, len(state.prompts))
     console.first_lines(state, steps)
     checkpoint.prepare_output_dir(output_dir)
-    with durable.space(output_dir), state.stop:
+    advice = advising(state.plan, state.config, state.budgets, state.roles.device)
+    with durable.space(output_dir), state.stop, advice:
         for line in [*notes, *checkpoint.start(state, folder, output_dir)]:
             console.console.print(f"  {line}")
-        with advising(state.plan, state.config, state.budgets, state.roles.device):
-            try:
-                learn(state, steps, output_dir)
-            except Interrupted as stop:
-                raise checkpoint.save_and_stop(state, stop, output_dir) from None
-            summary = evaluate(state)
+        try:
+            learn(state, steps, output_dir)
+        except Interrupted as stop:
+            raise checkpoint.save_and_stop(state, stop, output_dir) from None
+        summary = evaluate(state)
         checkpoint.save_final(state, output_dir)
         finish(state, records)
         if config.plot_loss:

@@ -238,13 +238,13 @@ def full_device(step: int, path: str) -> None:
 
 def slow_steps(seconds: float) -> None:
     """Time for somebody to send a signal."""
-    inner = trainer.score
+    inner = trainer.scored
 
-    def score(*args: Any, **kwargs: Any) -> Any:
+    def scored(*args: Any, **kwargs: Any) -> Any:
         time.sleep(seconds)
         return inner(*args, **kwargs)
 
-    trainer.score = score
+    trainer.scored = scored
 
 
 def slow_pairs(seconds: float) -> None:

@@ -88,7 +88,7 @@ def test_nothing_whole_to_resume_from_is_an_error_and_nothing_yet_a_beginning(tm
         durable.to_resume(resuming)
     out = tmp_path / "out"
     out.mkdir()
-    checkpoint.begin(out, offloading="none")
+    checkpoint.begin(out, {"activation_offloading": "none"})
     folder, (note,) = durable.to_resume(resuming)
     assert folder is None
     assert "the run starts from its beginning" in note
@@ -199,7 +199,7 @@ def test_no_value_of_the_file_is_in_a_checkpoint(state, tmp_path):
 
 
 def test_auto_is_decided_once(config, tmp_path):
-    checkpoint.note_run(tmp_path, offloading="checkpoint+offload")
+    checkpoint.note_run(tmp_path, {"activation_offloading": "checkpoint+offload"})
     auto = config(activation_offloading="auto", disable_gradient_checkpointing=False)
     again = checkpoint.decided(auto, tmp_path)
     assert again.activation_offloading == "checkpoint+offload"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from fastppo import checkpoint, guards, phases, toy, trainer
+from fastppo import checkpoint, guards, toy, trainer
 from fastppo.errors import TrainingStopped
 from fastppo.metrics import COLUMNS
 from fastppo.state import init_state
@@ -113,11 +113,11 @@ def test_entropy_that_collapses(state):
 
 def test_a_ratio_that_is_off_on_the_first_pass(state, monkeypatch):
     def shifted(*args: Any, **kwargs: Any) -> Any:
-        scored = score(*args, **kwargs)
+        scored = inner(*args, **kwargs)
         return replace(scored, logprob_N=scored.logprob_N + 5e-5)
 
-    score = phases.score
-    monkeypatch.setattr(phases, "score", shifted)
+    inner = trainer.scored
+    monkeypatch.setattr(trainer, "scored", shifted)
     assert fired(trainer.step_update(state()).metrics.rows) == {"guard_ratio"}
     # Ten times the limit of the warning stops the run, see check_first_pass.
     with pytest.raises(TrainingStopped, match="before the first update"):
@@ -127,12 +127,12 @@ def test_a_ratio_that_is_off_on_the_first_pass(state, monkeypatch):
 @pytest.mark.parametrize(("changes", "fires"), [({}, True), ({"top_k": 5}, False)])
 def test_a_sampler_that_is_another_policy(state, monkeypatch, changes, fires):
     def shifted(*args: Any, **kwargs: Any) -> Any:
-        rollout = sample(*args, **kwargs)
+        rollout = inner(*args, **kwargs)
         sign_N = torch.arange(len(rollout.sampler_logprob_N)) % 2 * 2.0 - 1.0
         return replace(rollout, sampler_logprob_N=rollout.sampler_logprob_N + 0.01 * sign_N)
 
-    sample = phases.sample
-    monkeypatch.setattr(phases, "sample", shifted)
+    inner = trainer.sampled
+    monkeypatch.setattr(trainer, "sampled", shifted)
     row = trainer.step_update(state(**changes)).metrics.rows[0]
     assert row["sampler_gap_abs"] >= 0.005
     assert row["guard_sampler"] == float(fires)

@@ -9,7 +9,7 @@ import signal
 import pytest
 import torch
 
-from fastppo import checkpoint, durable, phases, trainer
+from fastppo import checkpoint, durable, trainer
 from fastppo.cli import main
 from fastppo.errors import Interrupted
 from fastppo.stopping import Stop
@@ -29,14 +29,14 @@ def test_the_first_signal_waits_for_check_and_the_second_does_not(capfd):
     assert capfd.readouterr().err.count("SIGINT: saves and stops soon") == 1
 
 
-@pytest.mark.parametrize("phase", ["sample", "score"])
+@pytest.mark.parametrize("phase", ["sampled", "scored"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_within_a_step_saves_the_step_before_it(
     config, tmp_path, monkeypatch, capfd, phase, number, code
 ):
     """The step that was begun is dropped, its random numbers given back."""
     settings = config(max_steps=3, ppo_score_norm=True)
-    inner, calls = getattr(phases, phase), []
+    inner, calls = getattr(trainer, phase), []
 
     def interrupted(*args, **kwargs):
         calls.append(phase)
@@ -45,7 +45,7 @@ def test_a_signal_within_a_step_saves_the_step_before_it(
             os.kill(os.getpid(), number)
         return inner(*args, **kwargs)
 
-    monkeypatch.setattr(phases, phase, interrupted)
+    monkeypatch.setattr(trainer, phase, interrupted)
     (tmp_path / "run.json").write_text(json.dumps(settings.model_dump(exclude_none=True)))
     assert main([str(tmp_path / "run.json")]) == code
     folder = tmp_path / "out" / "checkpoint-1"
