@@ -69,7 +69,9 @@ def test_47_actor_and_critic_load_without_fastppo(
         )
         first.merge_and_unload().save_pretrained(base)
     actor = plain(folder, base)
-    assert torch.equal(hidden_of(actor, batch), hidden_as(made, "actor", batch))
+    # Up to rounding: the fused layer multiplies by the scaling in another order than PEFT does.
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(hidden_of(actor, batch), hidden_as(made, "actor", batch), **close)
     with torch.no_grad():
         logits = actor(input_ids=batch.input_ids_BT).logits
         assert torch.equal(logits, made.model(input_ids=batch.input_ids_BT).logits)
@@ -80,7 +82,9 @@ def test_47_actor_and_critic_load_without_fastppo(
     if not made.shares_trunk:
         base = other_dir if kind == "critic other" else base
         critic = plain(folder / "critic", base)
-        assert torch.equal(hidden_of(critic, batch), hidden_as(made, "critic", batch))
+        torch.testing.assert_close(
+            hidden_of(critic, batch), hidden_as(made, "critic", batch), **close
+        )
         assert (folder / "critic" / "value_head.safetensors").is_file()
 
 
