@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -80,15 +81,14 @@ def make_case(op: Op, shape: Shape, dtype: torch.dtype, quick: bool) -> Case:
         function: Callable[..., Any],
         ours: bool = False,
         bound: str = bound,
-        before: Callable[[], None] | None = None,
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
         **keywords: Any,
     ) -> None:
         own = eager.leaves(op, inputs)
 
         def call() -> Any:
-            if before:
-                before()
-            return eager.step(op, function, own, **keywords)
+            with around():
+                return eager.step(op, function, own, **keywords)
 
         answer = lambda: eager.answer(op, function, own, **keywords)  # noqa: E731
         case.add(Contender(name, call, answer, bound, ours))
@@ -100,7 +100,7 @@ def make_case(op: Op, shape: Shape, dtype: torch.dtype, quick: bool) -> Case:
             # The gradient's memory is the last one's, which nobody has any more; and new.
             add(f"fastppo {backend}", op.function, bound=GIVEN, **ours)
             cold = f"fastppo {backend}, nothing kept"
-            add(cold, op.function, before=workspace.release, **ours)
+            add(cold, op.function, around=workspace.nothing_kept, **ours)
         else:
             add(f"fastppo {backend}", op.function, **ours)
         if op.name == "policy_loss":

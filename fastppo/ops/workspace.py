@@ -9,6 +9,8 @@ call, as CUDA's caching allocator does for everything. Other devices are left to
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from threading import Lock
 from typing import Final
 
@@ -18,7 +20,7 @@ from torch import Tensor
 from fastppo.ops import native_library
 
 SMALLEST: Final = 1 << 20  # below it the C library keeps memory itself
-LARGEST: Final = 256 << 20  # above it keeping would cost more than it saves
+LARGEST: Final = 256 << 20  # above it memory is too much to keep, and huge pages come slowly
 BUFFERS: Final = 3  # of one call: logits, their gradient in another dtype, that of the head
 
 _kept: deque[torch.UntypedStorage] = deque(maxlen=BUFFERS)
@@ -34,31 +36,38 @@ def fresh(size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Te
     """An uninitialised contiguous matrix, which owns its memory as `torch.empty`'s does."""
     rows, columns = size
     nbytes = rows * columns * dtype.itemsize
-    if device.type != "cpu" or nbytes < SMALLEST:
+    if device.type != "cpu" or not SMALLEST <= nbytes <= LARGEST:
         return torch.empty(size, dtype=dtype, device=device)
-    if nbytes > LARGEST:
-        return _new(size, dtype)
     with _lock:
         for storage in _kept:
             # Not one of twice the size: whoever saves the tensor saves all of its memory.
             if nbytes <= storage.nbytes() <= 2 * nbytes and _idle(storage):
                 return torch.empty(0, dtype=dtype).set_(storage, 0, size, (columns, 1))
-        out = _new(size, dtype)
+        out = torch.empty(size, dtype=dtype)
+        if native_library.LIBRARY is not None:
+            # Huge pages: 512 times fewer faults.
+            native_library.LIBRARY.fastppo_advise(out.data_ptr(), nbytes)
         _kept.append(out.untyped_storage())
-    return out
-
-
-def _new(size: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """From the system, in huge pages where it has them: 512 times fewer faults."""
-    out = torch.empty(size, dtype=dtype)
-    if native_library.LIBRARY is not None:
-        native_library.LIBRARY.fastppo_advise(out.data_ptr(), out.nbytes)
     return out
 
 
 def fresh_like(x: Tensor) -> Tensor:
     """`fresh` with the shape, dtype and device of a matrix."""
     return fresh((x.shape[0], x.shape[1]), x.dtype, x.device)
+
+
+@contextmanager
+def nothing_kept() -> Iterator[None]:
+    """As if for the first time: new memory inside, and what was kept is there again after it."""
+    with _lock:
+        before = list(_kept)
+        _kept.clear()
+    try:
+        yield
+    finally:
+        with _lock:
+            _kept.clear()
+            _kept.extend(before)
 
 
 def release() -> None:

@@ -107,3 +107,12 @@ def test_a_gradient_that_is_still_there_is_not_written_over():
     torch.testing.assert_close(held, want, rtol=0, atol=0)
     # accumulated by autograd into the gradient that is there
     torch.testing.assert_close(leaf.grad, 3 * want)
+
+
+def test_inside_nothing_kept_memory_is_new_and_afterwards_it_is_there_again():
+    address = fresh().data_ptr()
+    with workspace.nothing_kept():
+        inside = fresh()
+        assert inside.data_ptr() != address
+    del inside
+    assert fresh().data_ptr() == address
