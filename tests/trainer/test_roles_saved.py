@@ -48,6 +48,12 @@ def named(config, sft_dirs, model_dir, other_dir, reward_dir):
     return make
 
 
+def same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Up to rounding: the fused layer multiplies by the scaling in another order than PEFT does."""
+    limit = 32 * torch.finfo(ours.dtype).eps * theirs.abs().max()
+    return bool((ours - theirs).abs().max() <= limit)
+
+
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=() if kind in FEW else pytest.mark.slow) for kind in KINDS]
 )
@@ -69,12 +75,11 @@ def test_47_actor_and_critic_load_without_fastppo(
         )
         first.merge_and_unload().save_pretrained(base)
     actor = plain(folder, base)
-    # Up to rounding: the fused layer multiplies by the scaling in another order than PEFT does.
-    close = {"rtol": 1e-5, "atol": 1e-5}
-    torch.testing.assert_close(hidden_of(actor, batch), hidden_as(made, "actor", batch), **close)
+    assert same(hidden_of(actor, batch), hidden_as(made, "actor", batch))
     with torch.no_grad():
         logits = actor(input_ids=batch.input_ids_BT).logits
-        assert torch.equal(logits, made.model(input_ids=batch.input_ids_BT).logits)
+        own = made.model(input_ids=batch.input_ids_BT).logits
+    assert same(logits, own)
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == state.tokenizer.get_vocab()
     head = load_value_head(folder, made.critic_head.in_features, torch.device("cpu"))
     assert torch.equal(head.weight, made.critic_head.weight)
@@ -82,9 +87,7 @@ def test_47_actor_and_critic_load_without_fastppo(
     if not made.shares_trunk:
         base = other_dir if kind == "critic other" else base
         critic = plain(folder / "critic", base)
-        torch.testing.assert_close(
-            hidden_of(critic, batch), hidden_as(made, "critic", batch), **close
-        )
+        assert same(hidden_of(critic, batch), hidden_as(made, "critic", batch))
         assert (folder / "critic" / "value_head.safetensors").is_file()
 
 
