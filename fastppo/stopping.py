@@ -22,7 +22,9 @@ class Stop:
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():  # Python allows no other
-            self.before = {number: signal.signal(number, self.note) for number in SIGNALS}
+            # A shell's background job is started with Ctrl-C ignored, and goes on ignoring it.
+            heard = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+            self.before = {number: signal.signal(number, self.note) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:

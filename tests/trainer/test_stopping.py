@@ -29,6 +29,17 @@ def test_the_first_signal_waits_for_check_and_the_second_does_not(capfd):
     assert capfd.readouterr().err.count("SIGINT: saves and stops soon") == 1
 
 
+def test_what_is_ignored_stays_ignored():
+    """As in a shell's background job, where Ctrl-C is for somebody else."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Stop() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            stop.check()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("phase", ["sampled", "scored"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_within_a_step_saves_the_step_before_it(
