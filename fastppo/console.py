@@ -17,6 +17,7 @@ from rich.table import Table
 from fastppo import __version__
 from fastppo.metrics import CSV, CURVES, SUMMARY
 from fastppo.moments import GIB
+from fastppo.ops.backend import choose
 from fastppo.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -112,10 +113,11 @@ def first_lines(state: State, steps: int) -> None:
     config = state.config
     batch = config.rollout_batch_size
     length = "held out" if state.held_out else "from the training set"
+    ops = choose("linear_policy_loss", None, torch.empty(0, device=state.roles.device))
     console.print(f"[bold]fastppo {__version__}[/bold], stage ppo, {config.model_name_or_path}")
     console.print(
         f"  device {state.roles.device}, {'bf16' if state.roles.autocast else 'float32'}, "
-        f"attention {state.roles.base.config._attn_implementation}, ops: torch, "
+        f"attention {state.roles.base.config._attn_implementation}, ops: {ops}, "
         f"activations: {state.roles.base.activation_offload.mode}"
     )
     console.print(

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastppo import checkpoint, trainer
+from fastppo import checkpoint, console, trainer
 from fastppo.console import notices
 from fastppo.evaluation import evaluate
 from fastppo.metrics import COLUMNS, REWARD_COLUMN, REWARD_MEANING, absent_columns
+from fastppo.ops.backend import choose
 from fastppo.preflight import check
 
 CLOCKS = {name for name, words in COLUMNS.items() if words.endswith("(a clock)")}
@@ -165,3 +166,9 @@ def test_preflight_gives_the_records_that_the_run_uses(config):
     settings = config(val_size=0.25)
     records = check(settings)
     assert (len(records.train), len(records.eval)) == (3, 1)
+
+
+def test_the_first_lines_name_the_backend_that_runs(state, capsys):
+    made = state()
+    console.first_lines(made, 1)
+    assert f"ops: {choose('linear_policy_loss', None, torch.empty(0))}," in capsys.readouterr().out
