@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from fastppo import __version__
+from fastppo.cli import one_line, quieten
 from fastppo.errors import UserError
 
 HELP = """fastppo-export: merge what a run trained into a plain transformers folder
@@ -43,15 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         config, notes = read_export(arguments)
         for line in notes:
             print(f"note: {line}")
-        from fastppo.cli import quieten
-
         quieten()
         from fastppo.export_model import export
 
         for line in export(config):
             print(line)
     except UserError as error:
-        print(f"fastppo-export: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"fastppo-export: error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fastppo-export: interrupted", file=sys.stderr)

@@ -17,29 +17,7 @@ from fastppo import results, samples
 from fastppo.cli import main
 
 from .conftest import PROMPTS
-
-LF_FILES = {
-    "README.md",
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "all_results.json",
-    "chat_template.jinja",
-    "eval_results.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "train_results.json",
-    "trainer_log.jsonl",
-    "trainer_state.json",
-    "value_head.safetensors",
-}
-
-
-def read(path: Path):
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def lines(path: Path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+from .written import LF_FILES, lines, read
 
 
 def lay_out_project(folder: Path, model_dir: Path) -> None:

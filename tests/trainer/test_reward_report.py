@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,30 +13,9 @@ from safetensors.torch import load_file
 
 from fastppo.cli import main
 
-LF_FILES = {
-    "README.md",
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "all_results.json",
-    "chat_template.jinja",
-    "eval_results.json",
-    "generated_predictions.jsonl",
-    "predict_results.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "train_results.json",
-    "trainer_log.jsonl",
-    "trainer_state.json",
-    "value_head.safetensors",
-}
+from .written import LF_FILES, lines, read
 
-
-def read(path: Path):
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def lines(path: Path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+REPORT_FILES = LF_FILES | {"generated_predictions.jsonl", "predict_results.json"}
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +57,10 @@ def trained(trained_once, tmp_path, monkeypatch):
 
 def test_a_run_leaves_llamafactorys_files(trained):
     out = trained / "out"
-    assert {path.name for path in out.iterdir()} >= LF_FILES
+    assert {path.name for path in out.iterdir()} >= REPORT_FILES
     inside = {path.name for path in (out / "checkpoint-3").iterdir()}
     results = {"trainer_log.jsonl", "generated_predictions.jsonl"}
-    assert inside >= {name for name in LF_FILES if "results" not in name} - results
+    assert inside >= {name for name in REPORT_FILES if "results" not in name} - results
     assert inside >= {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
     train, evaluated, predicted = (
         read(out / f"{split}_results.json") for split in ("train", "eval", "predict")
