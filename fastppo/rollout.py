@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
+from fastppo.decoding import few_rows
 from fastppo.merge import loses_nothing, merge_bytes, merged
 from fastppo.moments import RESERVE
 from fastppo.sampling import RecordLogprobs, Sampling, StopStrings
@@ -128,7 +129,8 @@ def sample(
     budget = cache_budget(roles, sampling)
     groups = split(prompts, sampling.max_new_tokens, cache_bytes(roles.base), budget, most)
     answers: list[Answer | None] = [None] * len(prompts)
-    with merged(roles.base) if merges(roles, sampling) else nullcontext():
+    merging = merged(roles.base) if merges(roles, sampling) else nullcontext()
+    with merging, few_rows(roles.base):
         for number, rows in enumerate(groups):
             own = [prompts[i] for i in rows]
             found = generate(roles, own, sampling, template, tokenizer, seed + number)

@@ -137,6 +137,23 @@ class AdvantagesStruct(_Struct):
     ]
 
 
+class FewRowsStruct(_Struct):
+    """FastppoFewRows."""
+
+    _fields_: ClassVar = [
+        ("x", c_void_p),
+        ("weight", c_void_p),
+        ("weight_stride", c_int64),
+        ("bias", c_void_p),
+        ("out", c_void_p),
+        ("n", c_int64),
+        ("inputs", c_int64),
+        ("outputs", c_int64),
+        ("dtype", c_int32),
+        ("padding", c_int32),
+    ]
+
+
 # What fastppo_sizeof counts, in its order.
 STRUCTS: Final = (
     RowsStruct,
@@ -145,9 +162,12 @@ STRUCTS: Final = (
     StatisticsStruct,
     ScoresStruct,
     AdvantagesStruct,
+    FewRowsStruct,
 )
 
-_ROWS, _GRADIENT, _LOSS, _STATISTICS, _SCORES, _ADVANTAGES = (POINTER(s) for s in STRUCTS)
+_ROWS, _GRADIENT, _LOSS, _STATISTICS, _SCORES, _ADVANTAGES, _FEW_ROWS = (
+    POINTER(s) for s in STRUCTS
+)
 _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
     "isa": (c_int, []),
     "use_isa": (c_int, [c_int]),
@@ -168,6 +188,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
         [*[c_void_p] * 3, c_int64, c_void_p, c_double, c_double, c_void_p, c_void_p],
     ),
     "advantages": (None, [_ADVANTAGES]),
+    "few_rows": (None, [_FEW_ROWS]),
     "advise": (None, [c_void_p, c_int64]),
 }
 

@@ -92,6 +92,19 @@ struct FastppoAdvantages {
   int32_t padding;
 };
 
+struct FastppoFewRows {
+  const float* x;      // (n, inputs), side by side
+  const void* weight;  // (outputs, inputs) of `dtype`
+  int64_t weight_stride;
+  const float* bias;  // null: none
+  float* out;         // (n, outputs), side by side
+  int64_t n;
+  int64_t inputs;
+  int64_t outputs;
+  int32_t dtype;
+  int32_t padding;
+};
+
 constexpr int FASTPPO_TERMS = 14;
 // Logits below which starting threads costs more than they save.
 constexpr int64_t FASTPPO_ALONE = 1 << 15;

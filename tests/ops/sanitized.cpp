@@ -25,6 +25,7 @@ void fastppo_whiten(const float*, const float*, const float*, int64_t, int, floa
 void fastppo_gae(
     const float*, const float*, const int64_t*, int64_t, const float*, double, double, float*, float*);
 void fastppo_advantages(const FastppoAdvantages*);
+void fastppo_few_rows(const FastppoFewRows*);
 }
 
 using Bytes = std::vector<unsigned char>;
@@ -106,6 +107,19 @@ static void tokens(int64_t n, int64_t batch) {
   }
 }
 
+static void few_rows(int64_t n, int64_t inputs, int64_t outputs, int dtype) {
+  auto x = floats(n * inputs), bias = floats(outputs);
+  // The last row of a weight whose rows lie apart ends where its memory ends.
+  const int64_t stride = inputs + 3, held = (outputs - 1) * stride + inputs;
+  Bytes weight = logits(held, dtype);
+  std::vector<float> out(n * outputs);
+  FastppoFewRows all = {x.data(), weight.data(), stride, bias.data(), out.data(),
+                        n, inputs, outputs, dtype, 0};
+  fastppo_few_rows(&all);
+  all.bias = nullptr;
+  fastppo_few_rows(&all);
+}
+
 int main() {
   int widths = 0;
   for (int isa = FASTPPO_PORTABLE; isa <= FASTPPO_AVX512; isa++) {
@@ -119,6 +133,10 @@ int main() {
             for (bool stream : {false, true})
               for (int64_t n : {0, 1, 6}) rows_of_logits(n, vocab, dtype, out_dtype, softcap, stream);
         }
+    for (int64_t n : {0, 1, 2, 3, 4, 5, 9})
+      for (int64_t inputs : {1, 7, 16, 33, 256})
+        for (int64_t outputs : {1, 3, 4, 5, 150})
+          for (int dtype : {FASTPPO_F32, FASTPPO_BF16, FASTPPO_F16}) few_rows(n, inputs, outputs, dtype);
   }
   for (int64_t n : {1, 2, 4095, 4096, 4097, 70000})
     for (int64_t batch : {1, 3}) tokens(n, batch);

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastppo import decoding
 from fastppo.errors import UserError
 from fastppo.merge import active_layers, loses_nothing, merge_bytes, merged
+from fastppo.ops.native_library import OBSTACLE
 from fastppo.rollout import cache_budget, cache_bytes, merges, sample, split
 from fastppo.sampling import Sampling, StopStrings
 from fastppo.templates import get_template
@@ -47,6 +49,29 @@ def test_greedy_generation_is_the_same_alone_and_in_a_batch(tiny_roles, answer, 
     ]
     assert together == alone
     assert len({tuple(ids) for ids in together}) > 1
+
+
+@pytest.mark.skipif(OBSTACLE is not None, reason=f"no native kernels: {OBSTACLE}")
+def test_every_layer_of_a_step_of_decoding_reads_its_weight_once(tiny_roles, answer, monkeypatch):
+    """Merged, so that adapters are no layers of their own; a prompt of many rows is a GEMM."""
+    made, rows, linear = tiny_roles(), [], decoding.few_rows_linear
+
+    def counted(x, *operands):
+        rows.append(x.numel() // x.shape[-1])
+        return linear(x, *operands)
+
+    monkeypatch.setattr(decoding, "few_rows_linear", counted)
+    ids, logprobs, _ = answer(made, merge_adapter=True)
+    # Seven of a layer, and the head.
+    layers = 7 * made.base.config.num_hidden_layers + 1
+    steps = max(map(len, ids)) - 1
+    assert rows == [4] * (layers * steps + 1)  # and the head after the prompt
+    assert not any("forward" in vars(m) for m in made.base.modules() if type(m) is torch.nn.Linear)
+    monkeypatch.setattr(decoding, "suits", lambda *_: False)
+    plain, plain_logprobs, _ = answer(made, merge_adapter=True)
+    assert ids == plain
+    for a, b in zip(logprobs, plain_logprobs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3])
