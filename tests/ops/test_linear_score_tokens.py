@@ -21,9 +21,11 @@ def test_each_policys_gemm_takes_a_whole_chunk_at_a_time():
     # 96 tokens x 60000 words: blocks for the caches hold 8 rows, and a GEMM a block is slow
     shape = Shape(n=96, vocab=60000, hidden=4)
     inputs = OPS["linear_score_tokens"].make_inputs(shape, torch.float32, 0)
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(record_shapes=True) as profile:
         linear_score_tokens(**inputs)
-    assert sum(event.name == "aten::mm" for event in profile.events()) == 2
+    products = [event.input_shapes[:2] for event in profile.events() if event.name == "aten::mm"]
+    assert all(a == [96, 4] for a, _ in products)
+    assert sum(words for _, (_, words) in products) == 2 * 60000
 
 
 def test_a_reference_with_fewer_rows_is_refused():
