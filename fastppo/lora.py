@@ -15,38 +15,61 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-class LoraLinear(torch.autograd.Function):
-    r"""y = x W^T + b + s (x A^T) B^T of x (N, D), W (V, D), A (R, D), B (V, R); W and b are frozen.
+class LoraInputs(torch.autograd.Function):
+    r"""x A^T, and the whole backward of the layer, saved before its own GEMM runs.
 
-    Source: Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, eq. 3.
+    Checkpointing that computes a block anew stops at the last tensor that it has to save again. In
+    most blocks that is what the last layer saves, so what comes behind is not computed twice.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x_ND: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        a_RD: Tensor,
-        b_VR: Tensor,
-        scaling: float,
-    ) -> Tensor:
-        out_NV, low_NR = lora_linear(x_ND, weight_VD, bias_V, a_RD, b_VR, scaling)
+        ctx: Any, x_ND: Tensor, weight_VD: Tensor, a_RD: Tensor, b_VR: Tensor, scaling: float
+    ) -> tuple[Tensor, Tensor]:
+        """x A^T (N, R); and what has the output's shape, not its memory, to take its gradient."""
+        low_NR = x_ND @ a_RD.T
         ctx.save_for_backward(x_ND, weight_VD, a_RD, b_VR, low_NR)
         ctx.scaling = scaling
-        return out_NV
+        ctx.mark_non_differentiable(low_NR)
+        return low_NR, x_ND.new_empty(1).expand(len(x_ND), len(weight_VD))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_NV: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, _: Tensor, grad_NV: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, weight_VD, a_RD, b_VR, low_NR = ctx.saved_tensors
         d_low_NR = (grad_NV @ b_VR).mul_(ctx.scaling)
         d_x_ND = None
         if ctx.needs_input_grad[0]:
             d_x_ND = (grad_NV @ weight_VD).addmm_(d_low_NR, a_RD)
-        d_a_RD = d_low_NR.T @ x_ND if ctx.needs_input_grad[3] else None
-        d_b_VR = (grad_NV.T @ low_NR).mul_(ctx.scaling) if ctx.needs_input_grad[4] else None
-        return d_x_ND, None, None, d_a_RD, d_b_VR, None
+        d_a_RD = d_low_NR.T @ x_ND if ctx.needs_input_grad[2] else None
+        d_b_VR = (grad_NV.T @ low_NR).mul_(ctx.scaling) if ctx.needs_input_grad[3] else None
+        return d_x_ND, None, d_a_RD, d_b_VR, None
+
+
+class LoraOutput(torch.autograd.Function):
+    """The layer's output; it saves nothing, and hands its gradient to `LoraInputs`."""
+
+    @staticmethod
+    def forward(ctx: Any, place_NV: Tensor, *operands: Any) -> Tensor:
+        return lora_output(*operands)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NV: Tensor) -> tuple[Tensor | None, ...]:
+        return grad_NV, None, None, None, None, None, None
+
+
+def lora_output(
+    x_ND: Tensor,
+    low_NR: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    b_VR: Tensor,
+    scaling: float,
+) -> Tensor:
+    """The base's output, to which the adapter's GEMM adds as it writes."""
+    out_NV = nn.functional.linear(x_ND, weight_VD, bias_V)
+    return out_NV.addmm_(low_NR, b_VR.T, alpha=scaling)
 
 
 def lora_linear(
@@ -56,11 +79,16 @@ def lora_linear(
     a_RD: Tensor,
     b_VR: Tensor,
     scaling: float,
-) -> tuple[Tensor, Tensor]:
-    """The layer's output (N, V) and x A^T (N, R)."""
-    low_NR = x_ND @ a_RD.T
-    out_NV = nn.functional.linear(x_ND, weight_VD, bias_V)
-    return out_NV.addmm_(low_NR, b_VR.T, alpha=scaling), low_NR
+) -> Tensor:
+    r"""y = x W^T + b + s (x A^T) B^T of x (N, D), W (V, D), A (R, D), B (V, R); W and b are frozen.
+
+    Source: Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, eq. 3.
+    """
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x_ND, a_RD, b_VR))):
+        return lora_output(x_ND, x_ND @ a_RD.T, weight_VD, bias_V, b_VR, scaling)
+    low_NR, place_NV = LoraInputs.apply(x_ND, weight_VD, a_RD, b_VR, scaling)
+    operands = (x_ND.detach(), low_NR, weight_VD, bias_V, b_VR.detach(), scaling)
+    return LoraOutput.apply(place_NV, *operands)
 
 
 def suits(layer: PeftLinear, x: Tensor) -> str | None:
@@ -84,9 +112,7 @@ def forward(layer: PeftLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if name is None:
         return PeftLinear.forward(layer, x, *args, **kwargs)
     base, a, b = layer.get_base_layer(), layer.lora_A[name].weight, layer.lora_B[name].weight
-    operands = (x.flatten(0, -2), base.weight, base.bias, a, b, layer.scaling[name])
-    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x, a, b))
-    out_NV = LoraLinear.apply(*operands) if trains else lora_linear(*operands)[0]
+    out_NV = lora_linear(x.flatten(0, -2), base.weight, base.bias, a, b, layer.scaling[name])
     return out_NV.view(*x.shape[:-1], -1)
 
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from fastppo.lora import LoraLinear, fuse, suits
+from fastppo import lora
+from fastppo.lora import fuse, lora_linear, suits
 
 
 @pytest.fixture
@@ -55,7 +57,7 @@ def test_gradcheck():
         for tensor in (x, a, b):
             tensor.requires_grad_(any(tensor is t for t in trained))
         assert torch.autograd.gradcheck(
-            lambda x, a, b: LoraLinear.apply(x, weight, bias, a, b, 1.7), (x, a, b)
+            lambda x, a, b: lora_linear(x, weight, bias, a, b, 1.7), (x, a, b)
         )
 
 
@@ -114,3 +116,27 @@ def test_the_trainers_layers_are_fused(tiny_roles):
     assert layers
     assert all(suits(layer, x) == "default" for layer in layers)
     assert all(layer.forward.__func__.__module__ == "fastppo.lora" for layer in layers)
+
+
+def test_a_block_that_runs_again_leaves_out_its_last_product(layer, monkeypatch):
+    """Nothing behind it is saved: the base's GEMM runs once under checkpointing, PEFT's twice."""
+    calls = []
+
+    def grads(model, made):
+        torch.manual_seed(1)
+        model.zero_grad()
+        x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+        out = checkpoint(lambda x: made(x.exp()) + x[:, :5], x, use_reentrant=False)
+        out.square().sum().backward()
+        return [x.grad, made.lora_A["default"].weight.grad, made.lora_B["default"].weight.grad]
+
+    model, made = layer()
+    made.get_base_layer().register_forward_hook(lambda *_: calls.append("peft"))
+    wanted = [grad.clone() for grad in grads(model, made)]
+    original = lora.lora_output
+    monkeypatch.setattr(lora, "lora_output", lambda *a: calls.append("fused") or original(*a))
+    fuse(model)
+    found = grads(model, made)
+    assert calls == ["peft", "peft", "fused"]
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
