@@ -68,7 +68,7 @@ def run(settings: dict[str, Any], watch: Watch) -> None:
     if settings.get("make_reward"):
         make_reward(settings)
         return
-    for name, phase in (("sample", "generate"), ("score", "score")):
+    for name, phase in (("sampled", "generate"), ("scored", "score")):
         watch.phase(trainer, name, phase)
     state = trainer.init_state(config_from_dict(keys(settings)))
     heads = [] if state.roles.critic_head is None else [state.roles.critic_head]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ from benchmarks import __main__ as command
 from benchmarks import report, step
 from benchmarks.peers import watch
 from benchmarks.peers.environments import ENVIRONMENTS, LLAMAFACTORY
+from fastppo import toy
 
 
 def test_llamafactory_meets_a_shared_critic_and_trl_one_of_its_own():
@@ -140,3 +143,35 @@ def test_the_command_runs_what_was_asked_for_and_adds_to_what_is_there(
     assert len(set(titles)) == 2
     assert "no measurement" in capsys.readouterr().out
     assert out.with_suffix(".md").is_file()
+
+
+def test_our_own_contender_runs_to_its_end_with_time_in_every_phase(tmp_path):
+    """As the benchmark starts it, on a toy model: its script names functions of the trainer."""
+    toy.write_model(tmp_path / "model")
+    (tmp_path / "dataset_info.json").write_text('{"prompts": {"file_name": "prompts.json"}}')
+    (tmp_path / "prompts.json").write_text(json.dumps([{"instruction": "x"}] * 2))
+    settings = {
+        "model": str(tmp_path / "model"),
+        "reward": "fastppo.toy:vowels",
+        "dataset": "prompts",
+        "dataset_dir": str(tmp_path),
+        "template": "chatml",
+        "folder": str(tmp_path),
+        "result": str(tmp_path / "result.json"),
+        "extra": {"reward_model_type": "function"},
+        **{"batch": 1, "accumulation": 2, "rank": 2, "critic": "shared", "checkpointing": True},
+        **{"epochs": 2, "new_tokens": 4, "steps": 2, "learning_rate": 1e-5, "seed": 1},
+    }
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    done = subprocess.run(
+        [sys.executable, step.PEERS / "run_fastppo.py", tmp_path / "settings.json"],
+        env={**os.environ, "PYTHONPATH": str(step.PEERS.parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert found["response_tokens"] == 8
+    assert len(found["steps"]) == 2
+    assert all(found["steps"][1][phase] > 0 for phase in ("total", *step.PHASES))
