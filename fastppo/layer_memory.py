@@ -22,7 +22,7 @@ class LayerSetting:
         item: bytes of an element of the base and of what autocast computes in.
         rank: of the adapter that is on; 0 is none.
         target: its `lora_target`.
-        fused: its layers are `fastppo.lora`'s, where their dtype is the base's.
+        fused: its layers are `fastppo.lora`'s, where they are plain LoRA.
         adapter_item: bytes of an adapter's element.
         trained: whether the layer's own weights train.
         masked: padding in the batch: attention takes a mask, and keys and values of every head.
@@ -59,8 +59,8 @@ class Decoder(Tape):
     def linear(self, x: Value, name: str) -> Value:
         """PEFT's Linear: base(x) + B(A(x)) * scaling; x as it comes, see `leave_inputs`."""
         setting, (wide, out) = self.setting, self.shape.linears[name]
-        alike = setting.item == setting.adapter_item and not setting.dora
-        if setting.fused and alike and not setting.trained and name in self.targets:
+        plain = setting.fused and not setting.dora and not setting.trained
+        if plain and name in self.targets:
             return self.fused_linear(x, wide, out)
         saved = [x] if setting.trained else []
         gives = self.gives((wide, setting.item))

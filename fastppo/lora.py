@@ -37,12 +37,12 @@ class LoraInputs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _: Tensor, grad_NV: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, weight_VD, a_RD, b_VR, low_NR = ctx.saved_tensors
-        d_low_NR = (grad_NV @ b_VR).mul_(ctx.scaling)
+        d_low_NR = scaled_mm(grad_NV, b_VR, ctx.scaling)
         d_x_ND = None
         if ctx.needs_input_grad[0]:
             d_x_ND = (grad_NV @ weight_VD).addmm_(d_low_NR, a_RD)
         d_a_RD = d_low_NR.T @ x_ND if ctx.needs_input_grad[2] else None
-        d_b_VR = (grad_NV.T @ low_NR).mul_(ctx.scaling) if ctx.needs_input_grad[3] else None
+        d_b_VR = scaled_mm(grad_NV.T, low_NR, ctx.scaling) if ctx.needs_input_grad[3] else None
         return d_x_ND, None, d_a_RD, d_b_VR, None
 
 
@@ -57,6 +57,11 @@ class LoraOutput(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_NV: Tensor) -> tuple[Tensor | None, ...]:
         return grad_NV, None, None, None, None, None, None
+
+
+def scaled_mm(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """s a b, rounded once."""
+    return torch.addmm(a.new_zeros(1), a, b, beta=0, alpha=scaling)
 
 
 def lora_output(
@@ -92,7 +97,7 @@ def lora_linear(
 
 
 def suits(layer: PeftLinear, x: Tensor) -> str | None:
-    """The adapter, where this layer is a plain LoRA of one adapter and one dtype; else None."""
+    """The adapter, where this layer is a plain LoRA of one adapter in one dtype; else None."""
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return None
     name = layer.active_adapters[0]
@@ -102,8 +107,21 @@ def suits(layer: PeftLinear, x: Tensor) -> str | None:
     dropout = layer.lora_dropout[name]
     plain = isinstance(dropout, nn.Identity) or dropout.p == 0.0
     frozen = type(base) is nn.Linear and not base.weight.requires_grad
-    dtypes = {x.dtype, base.weight.dtype, layer.lora_A[name].weight.dtype}
-    return name if plain and frozen and len(dtypes) == 1 else None
+    if not (plain and frozen and x.dtype == base.weight.dtype):
+        return None
+    alike = layer.lora_A[name].weight.dtype == x.dtype
+    return name if alike or autocasts(x) else None
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast would compute in the dtype that `x` and the base are in.
+
+    A step of decoding, one token a row, is left to autocast: it keeps its copies of the adapters,
+    where this makes them anew.
+    """
+    kind = x.device.type
+    computes = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == x.dtype
+    return computes and x.ndim > 1 and x.shape[-2] > 1
 
 
 def forward(layer: PeftLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -111,8 +129,10 @@ def forward(layer: PeftLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     name = None if args or kwargs else suits(layer, x)
     if name is None:
         return PeftLinear.forward(layer, x, *args, **kwargs)
-    base, a, b = layer.get_base_layer(), layer.lora_A[name].weight, layer.lora_B[name].weight
-    out_NV = lora_linear(x.flatten(0, -2), base.weight, base.bias, a, b, layer.scaling[name])
+    base, scaling = layer.get_base_layer(), layer.scaling[name]
+    a_RD = layer.lora_A[name].weight.to(x.dtype)
+    b_VR = layer.lora_B[name].weight.to(x.dtype)
+    out_NV = lora_linear(x.flatten(0, -2), base.weight, base.bias, a_RD, b_VR, scaling)
     return out_NV.view(*x.shape[:-1], -1)
 
 

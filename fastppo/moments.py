@@ -112,10 +112,24 @@ class Planner:
             adapter_item=recipe.item if role == "reward" else FLOAT32,
             trained=trained.whole and trains,
             masked=masked,
-            fused=recipe.stage == "ppo",
+            fused=self.fused,
             eager=recipe.eager,
             dora=recipe.use_dora and role != "reward",
         )
+
+    @property
+    def fused(self) -> bool:
+        """Whether LoRA's layers run as `fastppo.lora` has them."""
+        return self.recipe.stage == "ppo" and self.recipe.quantization_bit is None
+
+    def copies(self, trained: Trained, *, kept: bool = False) -> int:
+        """An adapter in 16 bits: what autocast holds through a pass, or a layer's as it runs.
+
+        The latter where the layers are fused; with `kept`, the graph holds those of all.
+        """
+        if kept or not self.fused or self.recipe.use_dora or trained.whole:
+            return trained.casts
+        return trained.casts // max(trained.layers, 1)
 
     @property
     def tile(self) -> int:
@@ -164,7 +178,7 @@ class Planner:
         merged = {"merged weights": recipe.rollout_merges * linear * layers * recipe.item}
         masked = recipe.padded(rows)
         trunk = trunk_memory(shape, self.setting(rows, prompt, "actor", masked=masked))
-        casts = self.stay.actor.casts
+        casts = self.stay.actor.casts  # steps of decoding take autocast's
         yield self.moment(
             "rollout",
             f"{rows} prompts of {prompt} tokens",
@@ -202,10 +216,11 @@ class Planner:
         both = recipe.kl_penalty == "full"  # the reference's states and logits beside the actor's
         passes = {"reward": 0} if "lora" in recipe.rewards else {}
         # An adapter as the reference has copies by autocast too.
-        passes["reference"] = self.stay.actor.casts * ("reference adapter" in self.stay.rows)
+        copies = self.copies(self.stay.actor)
+        passes["reference"] = copies * ("reference adapter" in self.stay.rows)
         if recipe.has_critic and recipe.critic != "shared":
-            passes["critic"] = self.stay.critic.casts + hidden * both
-        passes["actor"] = self.stay.actor.casts + hidden * both
+            passes["critic"] = self.copies(self.stay.critic) + hidden * both
+        passes["actor"] = copies + hidden * both
         for role, kept in passes.items():
             shape = self.stay.shapes.resolved_critic if role == "critic" else self.shape
             trunk = trunk_memory(shape, self.setting(rows, length, role))
@@ -336,7 +351,7 @@ class Planner:
         again = "checkpoint" in self.recipe.offloading
         below = self.kept(trunk, run.trained.layers)
         # Autocast's copies live as long as the pass, or the graph that multiplied by them.
-        casts = run.trained.casts
+        casts = self.copies(run.trained, kept=not again)
         left = 0 if again else casts
         work = trunk.forward - trunk.input if again else trunk.forward_kept
         yield self.moment(
@@ -356,7 +371,7 @@ class Planner:
             {**before, "kept activations": held, "head chunk": chunk},
         )
         if again:
-            layer = trunk.recompute + casts // max(run.trained.layers, 1)
+            layer = trunk.recompute + run.trained.casts // max(run.trained.layers, 1)
             peak = max(top + trunk.norm_backward, layer)
         else:
             peak = trunk.backward

@@ -71,6 +71,34 @@ def test_with_gradient_and_without_are_the_same_bits(layer):
     assert torch.equal(made(x).detach(), without)
 
 
+def test_under_autocast_it_is_no_further_from_the_truth_than_pefts(layer):
+    """A bf16 base and float32 adapters, as a run in 16 bits has them."""
+    model, made = layer()
+    x = torch.randn(2, 40, 6, dtype=torch.float64).bfloat16().double()
+    made.get_base_layer().bfloat16().double()
+    exact = run(made, x)
+    made.get_base_layer().bfloat16()
+    for adapter in (made.lora_A, made.lora_B):
+        adapter.float()
+    made.cast_input_dtype_enabled = False  # as `tuning.leave_inputs`
+    found = {}
+    with torch.autocast("cpu", torch.bfloat16):
+        for name in ("peft", "fused"):
+            found[name] = run(made, x.bfloat16())
+            with torch.no_grad():
+                assert torch.equal(made(x.bfloat16()), found[name][0])
+            fuse(model)
+        assert suits(made, x.bfloat16()) == "default"
+        assert suits(made, x.bfloat16()[:, :1]) is None  # a step of decoding
+        assert suits(made, x.float()) is None
+    assert suits(made, x.bfloat16()) is None
+    assert [t.dtype for t in found["fused"]] == [t.dtype for t in found["peft"]]
+    for ours, theirs, truth in zip(found["fused"], found["peft"], exact, strict=True):
+        far = (theirs.double() - truth).norm()
+        assert far < 0.02 * truth.norm()
+        assert (ours.double() - truth).norm() <= 1.1 * far
+
+
 def test_a_new_adapter_changes_no_bit(layer):
     model, made = layer(dtype=torch.float32)
     fuse(model)

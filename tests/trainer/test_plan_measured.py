@@ -6,6 +6,7 @@ beside it the rest would hardly show.
 
 from __future__ import annotations
 
+import gc
 import json
 import resource
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ from fastppo.advantage import estimate
 from fastppo.batch import Budget
 from fastppo.config import config_from_dict
 from fastppo.layer_memory import LayerSetting, trunk_memory
+from fastppo.lora import fuse
 from fastppo.memory import Plan, make_plan
 from fastppo.model_shapes import TABLE, ModelShape, from_config
 from fastppo.offload import wrap
@@ -54,6 +56,12 @@ from fastppo.types import Prompt, Rollout
 from fastppo.update import update
 
 STAYS = ("weights", "adapter", "optimiser")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_of_others():
+    """What earlier tests left in cycles must not go while this one counts."""
+    gc.collect()
 
 
 @contextmanager
@@ -146,22 +154,27 @@ TINY = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype", "attention", "checkpointing", "dora"),
+    ("kind", "dtype", "attention", "checkpointing", "layers"),
     [
-        (LlamaConfig, torch.float32, "sdpa", False, False),
-        (LlamaConfig, torch.bfloat16, "sdpa", True, False),
-        (LlamaConfig, torch.float32, "eager", False, False),
-        (LlamaConfig, torch.float32, "sdpa", False, True),
-        (Qwen2Config, torch.bfloat16, "sdpa", False, False),
-        (Qwen2Config, torch.bfloat16, "sdpa", True, True),
-        (Qwen3Config, torch.float32, "sdpa", False, False),
-        (Gemma2Config, torch.float32, "eager", True, False),
-        (Gemma3TextConfig, torch.float32, "sdpa", True, False),
+        (LlamaConfig, torch.float32, "sdpa", False, "peft"),
+        (LlamaConfig, torch.bfloat16, "sdpa", True, "peft"),
+        (LlamaConfig, torch.bfloat16, "sdpa", True, "fused"),
+        (LlamaConfig, torch.bfloat16, "sdpa", False, "fused"),
+        (LlamaConfig, torch.float32, "eager", False, "peft"),
+        (LlamaConfig, torch.float32, "sdpa", False, "dora"),
+        (Qwen2Config, torch.bfloat16, "sdpa", False, "peft"),
+        (Qwen2Config, torch.bfloat16, "sdpa", True, "dora"),
+        (Qwen2Config, torch.bfloat16, "sdpa", True, "fused"),
+        (Qwen3Config, torch.float32, "sdpa", False, "peft"),
+        (Qwen3Config, torch.float32, "sdpa", True, "fused"),
+        (Gemma2Config, torch.float32, "eager", True, "peft"),
+        (Gemma3TextConfig, torch.float32, "sdpa", True, "peft"),
     ],
 )
 def test_a_trunk_allocates_what_its_layers_are_written_to(
-    kind, dtype, attention, checkpointing, dora
+    kind, dtype, attention, checkpointing, layers
 ):
+    dora, fused = layers == "dora", layers == "fused"
     own = {} if kind is Qwen2Config else {"head_dim": 16}
     config = kind(**TINY, **own)
     config._attn_implementation = attention
@@ -169,6 +182,8 @@ def test_a_trunk_allocates_what_its_layers_are_written_to(
     targets = list(from_config(config.to_dict(), "here").linears)
     adapted = get_peft_model(base, LoraConfig(r=8, target_modules=targets, use_dora=dora)).train()
     leave_inputs(adapted)
+    if fused:
+        fuse(adapted)
     if checkpointing:
         wrap(base, "checkpoint")
     ids_BT = torch.randint(0, 128, (2, 200), generator=torch.Generator().manual_seed(0))
@@ -191,7 +206,9 @@ def test_a_trunk_allocates_what_its_layers_are_written_to(
         hidden_BTD.backward(grad_BTD)
     shape = from_config(config.to_dict(), "here")
     eager = attention == "eager"
-    setting = LayerSetting(2, 200, dtype.itemsize, rank=8, masked=True, eager=eager, dora=dora)
+    setting = LayerSetting(
+        2, 200, dtype.itemsize, rank=8, masked=True, eager=eager, dora=dora, fused=fused
+    )
     plan = trunk_memory(shape, setting)
     below = 3 * plan.input if checkpointing else 2 * plan.saved + plan.saved_first
     top = max(plan.input + plan.norm_backward, plan.recompute)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import PeftModel
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from fastppo import checkpoint
@@ -167,13 +168,16 @@ def test_34_or_from_zero_where_asked(tiny_roles, reward_dir):
 def test_bf16_runs_its_gemms_in_bf16(tiny_roles, rollout):
     made = tiny_roles(bf16=True)
     batch = make_batch(rollout, range(4))
-    outputs = []
-    handles = [
-        module.register_forward_hook(lambda _m, _i, out: outputs.append(out.dtype))
-        for name, module in made.model.named_modules()
-        if isinstance(module, torch.nn.Linear) and ("lora_A" in name or "base_layer" in name)
-    ]
-    hidden_as(made, "actor", batch)
-    for handle in handles:
-        handle.remove()
-    assert set(outputs) == {torch.bfloat16}
+    dtypes, products = [], ("aten.mm.default", "aten.addmm.default", "aten.addmm_.default")
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), settings=None):
+            if str(function) in products:
+                dtypes.extend(argument.dtype for argument in arguments)
+            return function(*arguments, **(settings or {}))
+
+    with Products():
+        hidden_as(made, "actor", batch)
+    # A base's, A's and B's, in seven layers of each block.
+    assert len(dtypes) >= 7 * made.base.config.num_hidden_layers * 3 * 2
+    assert set(dtypes) == {torch.bfloat16}
