@@ -20,7 +20,7 @@ class MemoryKeys(BaseModel):
         None,
         OWN,
         "Bytes of logits that exist at a time; null is 512 MiB on a GPU, and on a CPU 80 MiB or "
-        "256 rows, auto that or what fits.",
+        "128 rows, auto that or what fits.",
     )
     generation_batch: Positive | Auto | None = key(
         None,

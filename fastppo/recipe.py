@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 # The defaults of fastppo/ops/head.py, which imports torch; a test holds them together.
 CHUNK_BYTES_CPU, CHUNK_BYTES_GPU = 80 << 20, 512 << 20
-CHUNK_ROWS_CPU = 256
+CHUNK_ROWS_CPU = 128
+CHUNK_ROWS_TRAINED_CPU = 256
 # Of fastppo/ops/workspace.py: a CPU's chunk of a size between these is kept from call to call.
 KEPT_FROM, KEPT_TO = 1 << 20, 256 << 20
 ADAPTER_FILE = "adapter_config.json"
@@ -180,7 +181,9 @@ class Recipe:
     @property
     def least_chunk_rows(self) -> int:
         """Rows of logits that the operators make at a time whatever their default budget is."""
-        return CHUNK_ROWS_CPU if self.device == "cpu" and self.chunk_bytes is None else 1
+        if self.device != "cpu" or self.chunk_bytes is not None:
+            return 1
+        return CHUNK_ROWS_TRAINED_CPU if self.finetuning_type == "full" else CHUNK_ROWS_CPU
 
     @property
     def resolved_chunk_bytes(self) -> int:

@@ -19,9 +19,11 @@ from fastppo.ops.rows import ChunkKernel
 from fastppo.ops.workspace import fresh
 
 # A chunk re-reads the whole weight, and a GEMM of few rows is slow: so it is large, and more so on
-# a GPU. On a CPU it has so many rows at least, whatever the vocabulary.
+# a GPU. On a CPU it has so many rows at least, whatever the vocabulary; more where the head trains,
+# whose gradient is read and written once a chunk and is far larger than the chunk.
 _CHUNK_BYTES_CPU = 80 << 20
-_CHUNK_ROWS_CPU = 256
+_CHUNK_ROWS_CPU = 128
+_CHUNK_ROWS_TRAINED_CPU = 256
 _CHUNK_BYTES_DEVICE = 512 << 20
 # Words whose logits a CPU makes at a time in float32: of more, what its library has packed of the
 # weight leaves the caches before it is used again, and a sixth of the time with it.
@@ -82,16 +84,23 @@ class Head:
 
 
 def chunk_slices(
-    n: int, vocab: int, dtype: torch.dtype, device: torch.device, chunk_bytes: int | None
+    n: int,
+    vocab: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    chunk_bytes: int | None,
+    *,
+    trained: bool = False,
 ) -> list[slice]:
     """Consecutive slices of n tokens whose logits fit the budget, all of nearly one length.
 
-    None is the budget that suits the device.
+    None is the budget that suits the device, and on a CPU whether the head is `trained`.
     """
     if chunk_bytes is not None:
         rows = max(1, chunk_bytes // (vocab * dtype.itemsize))
     elif device.type == "cpu":
-        rows = max(_CHUNK_ROWS_CPU, _CHUNK_BYTES_CPU // (vocab * dtype.itemsize))
+        least = _CHUNK_ROWS_TRAINED_CPU if trained else _CHUNK_ROWS_CPU
+        rows = max(least, _CHUNK_BYTES_CPU // (vocab * dtype.itemsize))
     else:
         rows = max(1, _CHUNK_BYTES_DEVICE // (vocab * dtype.itemsize))
     count = -(-n // rows)
@@ -184,7 +193,14 @@ class LinearRows:
     def chunks(self) -> list[slice]:
         """Consecutive tokens whose logits fit the budget."""
         n, vocab = self.hidden_ND.shape[0], self.head.weight_VD.shape[0]
-        return chunk_slices(n, vocab, self.logits_dtype, self.hidden_ND.device, self.chunk_bytes)
+        return chunk_slices(
+            n,
+            vocab,
+            self.logits_dtype,
+            self.hidden_ND.device,
+            self.chunk_bytes,
+            trained=self.wanted[_WEIGHT],
+        )
 
     def visit(self, kernel: ChunkKernel, *, write: bool) -> None:
         """Show every chunk to `kernel`; turn the gradients it writes into those of what trains."""

@@ -45,6 +45,7 @@ from fastppo.recipe import (
     CHUNK_BYTES_CPU,
     CHUNK_BYTES_GPU,
     CHUNK_ROWS_CPU,
+    CHUNK_ROWS_TRAINED_CPU,
     KEPT_FROM,
     KEPT_TO,
     Recipe,
@@ -309,6 +310,7 @@ def test_plan_of_smollm2_is_within_10_percent_of_what_is_allocated(
 def test_the_head_chunks_of_the_plan_are_those_of_the_operators():
     assert head._CHUNK_BYTES_CPU == CHUNK_BYTES_CPU
     assert head._CHUNK_ROWS_CPU == CHUNK_ROWS_CPU
+    assert head._CHUNK_ROWS_TRAINED_CPU == CHUNK_ROWS_TRAINED_CPU
     assert head._CHUNK_BYTES_DEVICE == CHUNK_BYTES_GPU
     assert (workspace.SMALLEST, workspace.LARGEST) == (KEPT_FROM, KEPT_TO)
     shape = TABLE["Qwen/Qwen2.5-7B"]
