@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,6 +40,87 @@ def test_the_table_of_seeds_is_the_committed_result():
         assert row in README
     assert result["machine"] in README
     assert result["date"] in README
+
+
+def results(name: str) -> dict[tuple[str, ...], dict[str, Any]]:
+    """Rows of a committed table by what they are of; it must be of a day that the README gives."""
+    found = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    assert found["date"] in README
+    names = ("op", "shape", "case", "dtype", "setting", "what")
+    return {tuple(row[x] for x in names if x in row): row for row in found["rows"]}
+
+
+def ms(row: dict[str, Any]) -> str:
+    return f"{row['ms']:.1f}" if row["ms"] < 99.95 else f"{row['ms']:.0f}"
+
+
+def cell(row: dict[str, Any]) -> str:
+    return f"{ms(row)}, {row['peak_bytes'] / 2**20:.0f}"
+
+
+def operator_rows() -> Iterator[str]:
+    rows = results("ops-amd-epyc-2-cores")
+    for n, vocab in ((512, 49152), (256, 151936)):
+        for dtype in ("float32", "bfloat16"):
+            of = {
+                key[-1]: row
+                for key, row in rows.items()
+                if key[:3] == ("policy_loss", f"N {n}, V {vocab}", dtype)
+            }
+            ours, first = of["fastppo native"], of["fastppo native, nothing kept"]
+            others = [of[x] for x in ("fastppo native, in place", "torch.compile", "eager")]
+            cells = [f"{ms(ours)} ({ms(first)}), {ours['peak_bytes'] / 2**20:.0f}"]
+            cells += [*map(cell, others), ms(of["copy, given buffer"])]
+            yield f"| {n} x {vocab}, {dtype} | " + " | ".join(cells) + " |"
+
+
+def linear_rows() -> Iterator[str]:
+    rows = results("linear-amd-epyc-2-cores")
+    for n, d, vocab in ((512, 576, 49152), (256, 896, 151936)):
+        for head in ("frozen", "trained"):
+            of = {
+                key[-1].split(" ")[0]: row
+                for key, row in rows.items()
+                if key[:2] == (f"N {n}, D {d}, V {vocab}", f"{head} head")
+                and key[-1] not in ("fastppo torch", "fastppo triton")
+            }
+            bare = of["2"] if head == "frozen" else of["3"]
+            names = ("cut-cross-entropy", "torch.compile", "liger-kernel", "verl", "eager")
+            cells = [cell(of["fastppo"]), ms(bare), *(cell(of[name]) for name in names)]
+            yield f"| {n}, {d}, {vocab}; {head} | " + " | ".join(cells) + " |"
+
+
+def step_rows() -> Iterator[str]:
+    rows = results("step")
+    llamafactory, trl = "LLaMA-Factory 0.9.5, TRL 0.9.6", "TRL 0.24 PPOTrainer"
+    one, all_ = "batch 1 x accumulation 4", "batch 4 x accumulation 1"
+    shared, own = "fastppo, critic: shared", "fastppo, critic: adapter"
+    for label, critic, setting, what in (
+        (
+            f"{llamafactory}, prompt by prompt as it comes",
+            "on the actor's trunk",
+            one,
+            llamafactory,
+        ),
+        ("the same in batches of 4", "on the actor's trunk", all_, llamafactory),
+        ("fastppo, `critic: shared` as theirs", "on the actor's trunk", one, shared),
+        (f"{trl}, LoRA value model", "of its own", all_, trl),
+        ("fastppo, `critic: adapter` as theirs", "of its own", one, own),
+    ):
+        cells = []
+        for again in ("on", "off"):
+            case = f"4 prompts, gradient checkpointing {again}: a critic {critic}"
+            row = rows[case, setting, what]
+            total = statistics.median(each["total"] for each in row["steps"])
+            cells.append(f"{total:.1f}, {row['peak_gib']:.2f}")
+        yield f"| {label} | " + " | ".join(cells) + " |"
+
+
+@pytest.mark.parametrize("table", [operator_rows, linear_rows, step_rows])
+def test_the_tables_of_measurements_are_the_committed_results(table):
+    rows = list(table())
+    assert len(rows) >= 4
+    assert [row for row in rows if row not in README] == []
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/ops.md"])
