@@ -116,6 +116,20 @@ def step_rows() -> Iterator[str]:
         yield f"| {label} | " + " | ".join(cells) + " |"
 
 
+def test_the_line_on_a_7bs_head_is_the_committed_result():
+    of = {key[-1]: row for key, row in results("seven_b_head-amd-epyc-2-cores").items()}
+    ours, bare, eager = (
+        of[x] for x in ("fastppo native", "2 GEMMs, given buffers", "eager, all logits")
+    )
+    assert round(ours["ms"], -2) == round(bare["ms"], -2)
+    (line,) = re.findall(
+        r"takes\s(\S+) s on[^;]*and (\S+) MiB above[^;]*; [^;]* is\s+(\S+) s and\s(\S+) MiB", README
+    )
+    found = [f"{row['ms'] / 1000:.1f}" for row in (ours, eager)]
+    memory = [f"{row['peak_bytes'] / 2**20:.0f}" for row in (ours, eager)]
+    assert line == (found[0], memory[0], found[1], memory[1])
+
+
 @pytest.mark.parametrize("table", [operator_rows, linear_rows, step_rows])
 def test_the_tables_of_measurements_are_the_committed_results(table):
     rows = list(table())
