@@ -178,14 +178,13 @@ class Planner:
         merged = {"merged weights": recipe.rollout_merges * linear * layers * recipe.item}
         masked = recipe.padded(rows)
         trunk = trunk_memory(shape, self.setting(rows, prompt, "actor", masked=masked))
-        casts = self.stay.actor.casts  # steps of decoding take autocast's
         yield self.moment(
             "rollout",
             f"{rows} prompts of {prompt} tokens",
             {
                 **merged,
                 "KV cache": rows * token * shape.cached_tokens(prompt),
-                "kept activations": casts,
+                "kept activations": self.copies(self.stay.actor),
                 "layer at work": trunk.fixed + trunk.forward + self.tile,
             },
             evaluation=evaluation,
@@ -202,7 +201,7 @@ class Planner:
             {
                 **merged,
                 "KV cache": rows * token * shape.cached_tokens(whole),
-                "kept activations": casts,
+                "kept activations": self.stay.actor.casts,  # a step of decoding takes autocast's
                 "layer at work": rows * whole * (token // 2 + copies) + logits + self.tile,
             },
             evaluation=evaluation,

@@ -306,11 +306,11 @@ def test_the_examples_on_four_cards(file, card, code, capsys):
     out = capsys.readouterr().out
     assert ("does not fit" in out) == bool(code)
     assert "fastppo's table, Qwen/Qwen2.5-7B" in out
-    peak = {PPO: "23.30", REWARD: "31.55"}[file]
+    peak = {PPO: "22.44", REWARD: "31.55"}[file]
     assert f"peak {peak} GiB" in out
 
 
-@pytest.mark.parametrize(("file", "card"), [(PPO, "22.5GiB"), (REWARD, "24GiB")])
+@pytest.mark.parametrize(("file", "card"), [(PPO, "22.2GiB"), (REWARD, "24GiB")])
 def test_what_is_proposed_makes_it_fit(file, card, capsys):
     assert main([str(file), "--plan", "--gpu", card]) == 3
     out = capsys.readouterr().out
@@ -431,7 +431,7 @@ def test_a_plan_imports_no_torch():
 
 def test_the_page_shows_what_the_command_prints(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    assert main(["examples/qwen2.5-7b-ppo.yaml", "--plan", "--gpu", "22.5GiB"]) == 3
+    assert main(["examples/qwen2.5-7b-ppo.yaml", "--plan", "--gpu", "22.5GiB"]) == 0
     page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
     assert f"```\n{capsys.readouterr().out}```\n" in page
 
