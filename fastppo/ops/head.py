@@ -71,12 +71,14 @@ class Head:
 
     def logits(self, hidden_ND: Tensor, into_NV: Tensor) -> Tensor:
         """Logits of some tokens, in the dtype of `into_NV`, whatever the GEMM's operands are."""
-        out, (vocab, _) = into_NV, self.weight_VD.shape
-        blocks = out.device.type == "cpu" and out.dtype == torch.float32
-        words = _WORDS_CPU if blocks else max(vocab, 1)
-        for first in range(0, vocab, words):
-            own = slice(first, first + words)
-            _mm(hidden_ND, self.weight_VD[own].T, out[:, own])
+        out, vocab = into_NV, self.weight_VD.shape[0]
+        if out.device.type == "cpu" and out.dtype == torch.float32:
+            wide_ND = hidden_ND.to(out.dtype)
+            for first in range(0, vocab, _WORDS_CPU):
+                own = slice(first, first + _WORDS_CPU)
+                torch.mm(wide_ND, self.weight_VD[own].T.to(out.dtype), out=out[:, own])
+        else:
+            _mm(hidden_ND, self.weight_VD.T, out)
         if self.lora is not None:
             low = hidden_ND.to(self.lora.A_RD.dtype) @ self.lora.A_RD.T
             out = out.add_((low @ self.lora.B_VR.T).to(out.dtype), alpha=self.lora.scaling)
