@@ -16,6 +16,7 @@ from fastppo.metrics import SAMPLES, SUMMARY
 from fastppo.phases import sampled, scored
 from fastppo.reward import mean_of_known
 from fastppo.reward_function import call_scores, load_function
+from fastppo.seeds import seed_of
 from fastppo.types import Answers
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ def answer(state: State, role: Role, prompts: list[Prompt]) -> Answers:
     size = config.per_device_eval_batch_size
     for start in range(0, len(prompts), size):
         with roles.use(role):
-            rollout = sampled(state, prompts[start : start + size], seed=config.seed + start)
+            seed = seed_of(config.seed, "evaluation", start)
+            rollout = sampled(state, prompts[start : start + size], seed=seed)
         texts += rollout.texts
         lengths += rollout.response_lengths
         terminated += rollout.terminated

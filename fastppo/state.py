@@ -25,6 +25,7 @@ from fastppo.reward import Reward, make_reward
 from fastppo.reward_function import load_function
 from fastppo.roles import Roles, build
 from fastppo.sampling import Sampling
+from fastppo.seeds import seed_of
 from fastppo.settle import advising, settled
 from fastppo.stopping import Stop
 from fastppo.templates import Template, get_template
@@ -91,7 +92,7 @@ def prompts_of_step(state: State) -> list[Prompt]:
         len(state.prompts),
         state.step,
         config.prompts_a_step,
-        seed=config.data_order_seed,
+        seed=seed_of(config.data_order_seed, "prompt order"),
         shuffle=not config.disable_shuffling,
     )
     return [state.prompts[i] for i in chosen for _ in range(config.num_generations)]

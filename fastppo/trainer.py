@@ -11,6 +11,7 @@ from fastppo.errors import Interrupted
 from fastppo.evaluation import evaluate
 from fastppo.finish import finish
 from fastppo.phases import sampled, scored
+from fastppo.seeds import seed_of
 from fastppo.settle import advising
 from fastppo.state import State, init_state, optimizer_steps, prompts_of_step, total_steps
 from fastppo.summary import step_row
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 def step_update(state: State) -> State:
     """One PPO step: sample, score, estimate, learn; the same state, one step on."""
     config, roles, clock = state.config, state.roles, console.Clock()
-    seed = config.seed + 1_000_003 * (state.step + 1)
+    seed = seed_of(config.seed, "step", state.step + 1)
     batch, warm = prompts_of_step(state), state.step >= config.critic_warmup
     state.stop.check()
     with clock("rollout"), roles.use("actor"):

@@ -58,7 +58,7 @@ LEVELS = [
     {"config_memory"},
     {"config_file", "config_key", "durable", "offload_config", "precision", "reward_spec"},
     {"ops"},
-    {"errors", "pair_metrics", "types", "__init__"},
+    {"errors", "pair_metrics", "seeds", "types", "__init__"},
 ]
 # Packages among the modules, and their modules from the first to the last.
 INNER = {
