@@ -145,7 +145,7 @@ def init_state(config: Config | str | Path | None = None, records: Records | Non
         check_packing(roles, prompts[0].ids)
     optimizer = make_optimizer(config, roles)
     scheduler = make_scheduler(config, optimizer, total_steps(config, len(prompts)))
-    reward = make_reward(config, roles, template, tokenizer, prompts, budgets.scoring)
+    reward = make_reward(config, roles, template, tokenizer, prompts, budgets)
     return State(
         config=config,
         roles=roles,
