@@ -27,6 +27,7 @@ from fastppo.roles import Roles, build
 from fastppo.sampling import Sampling
 from fastppo.seeds import seed_of
 from fastppo.settle import advising, settled
+from fastppo.snapshot import Snapshot
 from fastppo.stopping import Stop
 from fastppo.templates import Template, get_template
 from fastppo.tracking import Trackers
@@ -67,6 +68,10 @@ class State:
     began: float = field(default_factory=time.monotonic)
     random: dict[str, Any] = field(default_factory=random_state)  # generators, after `step` steps
     stop: Stop = field(default_factory=Stop)
+    saved_step: int = -1  # the step whose checkpoint this run wrote last
+
+    def __post_init__(self) -> None:
+        self.snapshot = Snapshot(self.optimizer)
 
     def seconds(self) -> float:
         """Wall time since the run began."""
@@ -103,8 +108,15 @@ def optimizer_steps(config: Config) -> int:
     return config.ppo_epochs * config.ppo_buffer_size
 
 
-def init_state(config: Config | str | Path | None = None, records: Records | None = None) -> State:
-    """Everything a run needs, loaded; `None` is the built-in toy, a path is a YAML file."""
+def init_state(
+    config: Config | str | Path | None = None,
+    records: Records | None = None,
+    resumed: Path | None = None,
+) -> State:
+    """Everything a run needs, loaded; `None` is the built-in toy, a path is a YAML file.
+
+    Trackers go on in the run that `resumed`, a checkpoint, is of.
+    """
     if config is None:
         from fastppo import toy
 
@@ -162,7 +174,7 @@ def init_state(config: Config | str | Path | None = None, records: Records | Non
         ),
         running_score=RunningScore(),
         metrics=MetricsWriter(Path(config.metrics_dir), reward.extra_names, absent_columns(config)),
-        tracker=Trackers.of(config),
+        tracker=Trackers.of(config, resumed),
         budgets=budgets,
         plan=plan,
         notes=notes,

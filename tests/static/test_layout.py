@@ -40,7 +40,7 @@ LEVELS = [
     {"base", "heads"},
     {"loading", "settle"},
     {"lora", "streaming"},
-    {"oom", "offload", "optim", "plots", "session", "stopping", "tracking"},
+    {"oom", "offload", "optim", "plots", "session", "snapshot", "stopping", "tracking"},
     {"stash", "training_state"},
     {"streams"},
     {"explain", "plan"},

@@ -80,9 +80,7 @@ def test_no_generator_of_a_run_is_one_of_the_next_run(state, tmp_path, monkeypat
         "ptx_coef": 0.1,
         "overwrite_output_dir": True,
     }
-    runs = [
-        set(seeds_drawn_with(state(seed=seed, **changes), monkeypatch)) for seed in range(1, 5)
-    ]
+    runs = [set(seeds_drawn_with(state(seed=seed, **changes), monkeypatch)) for seed in range(1, 5)]
     together = set().union(*runs)
     assert len(together) == sum(map(len, runs))
     # Nor do two purposes of one run draw the same numbers.

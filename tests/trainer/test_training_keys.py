@@ -234,8 +234,8 @@ class Recorder:
 class Folders(Recorder):
     requires_logging_directory = True
 
-    def __init__(self, run: str, folder: str) -> None:
-        super().__init__(run, folder=folder)
+    def __init__(self, run: str, folder: str, **named: Any) -> None:
+        super().__init__(run, folder=folder, **named)
 
 
 @pytest.fixture
@@ -246,13 +246,15 @@ def recorders(monkeypatch):
         monkeypatch.setitem(accelerate_tracking.LOGGER_TYPE_TO_CLASS, name, stand_in)
     monkeypatch.setattr(preflight, "check_packages", lambda config: None)
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
     return Recorder.made
 
 
 def test_trackers_get_run_project_and_folder(config, recorders, monkeypatch, tmp_path):
     Trackers(config(report_to="wandb,tensorboard", run_name="one", logging_dir="logs"))
     wandb, board = recorders
-    assert (wandb.project, wandb.named) == ("fastppo", {"name": "one"})
+    identity = {"id": wandb.named["id"], "resume": "allow"}
+    assert (wandb.project, wandb.named) == ("fastppo", {"name": "one", **identity})
     assert (board.project, board.named) == ("one", {"folder": "logs"})
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     Trackers(config(report_to="trackio,tensorboard"))
@@ -368,7 +370,7 @@ def test_a_reward_run_logs_saves_evaluates_and_draws_as_its_keys_say(
         "training_loss.png",
     ]
     (wandb,) = recorders
-    assert (wandb.named, wandb.closed) == ({"name": "pairs"}, True)
+    assert (wandb.named["name"], wandb.closed) == ("pairs", True)
     assert {step for step, row in wandb.rows if "train/loss" in row} == {2, 4}
     assert any("eval/accuracy" in row for _, row in wandb.rows)
 
