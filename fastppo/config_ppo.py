@@ -44,7 +44,10 @@ class PPOKeys(BaseModel):
     init_kl_coef: NonNegative = key(0.2, TRL, "beta at the start.")
     adap_kl_ctrl: bool = key(True, TRL, "Let the controller move beta; false keeps it.")
     horizon: Above0 = key(
-        10000, TRL, "Samples over which the controller acts; smaller moves beta faster."
+        10000,
+        TRL,
+        "Responses over which beta moves by at most 20%; smaller moves it faster, down to the "
+        "responses of a step: a step moves it by 20% at most.",
     )
     kl_penalty: Literal["kl", "abs", "mse", "low_var_kl", "full"] = key(
         "kl",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -82,7 +83,8 @@ def clock_face(seconds: float) -> str:
 
 def beta_room(config: Config, steps: int) -> float:
     """The largest share by which the KL controller can move beta over the whole run."""
-    return (1.0 + 0.2 * config.rollout_batch_size / config.horizon) ** steps - 1.0
+    step = 0.2 * min(config.rollout_batch_size / config.horizon, 1.0)
+    return math.expm1(min(steps * math.log1p(step), 700.0))  # e**710 is no float any more
 
 
 def notices(config: Config, steps: int) -> list[str]:
@@ -104,6 +106,12 @@ def notices(config: Config, steps: int) -> list[str]:
         lines.append(
             f"this run is too short for the KL controller: over {steps} steps beta can move by "
             f"{room:.2%} at most (horizon {config.horizon:g}); lower horizon to let it adapt"
+        )
+    responses = config.rollout_batch_size
+    if config.adap_kl_ctrl and config.horizon < responses:
+        lines.append(
+            f"horizon: {config.horizon:g} is shorter than a step of {responses} responses, and "
+            f"acts as {responses}: beta moves by at most 20% a step"
         )
     return lines
 

@@ -91,6 +91,35 @@ def test_18_controller_follows_zieglers_formula():
     assert fixed.kl_coef == 0.2
 
 
+@pytest.mark.parametrize("n", [1, 8, 59, 60, 61, 64, 300, 301, 512, 10**6, 10**12])
+@pytest.mark.parametrize("horizon", [1e-3, 10, 60, 10000])
+def test_18_beta_stays_positive_and_goes_to_its_target_for_any_horizon(n, horizon):
+    """A KL above the target raises beta, one below lowers it, by a fifth of it at most."""
+    betas = []
+    for kl in (-50.0, 0.0, 3.0, 6.0, 6.3, 12.0, 1e9):
+        held = KLController(0.2, target=6.0, horizon=horizon)
+        held.update(kl, n)
+        betas.append(held.kl_coef)
+        assert held.kl_coef > 0
+        assert (held.kl_coef > 0.2, held.kl_coef < 0.2) == (kl > 6.0, kl < 6.0)
+        assert 0.8 <= held.kl_coef / 0.2 <= 1.2000001
+    assert betas == sorted(betas), "the more KL, the more beta"
+    held = KLController(0.2, target=6.0, horizon=horizon)
+    for _ in range(300):
+        held.update(0.0, n)
+    assert 0 < held.kl_coef < 0.2
+
+
+def test_18_more_responses_never_move_beta_less():
+    def moved(n: int) -> float:
+        held = KLController(0.2, target=6.0, horizon=60)
+        held.update(0.0, n)
+        return 0.2 - held.kl_coef
+
+    steps = [moved(n) for n in (1, 16, 60, 64, 512, 10**9)]
+    assert steps == sorted(steps)
+
+
 def test_20_running_score_counts_the_batch_in_and_survives_one_sample():
     running = RunningScore()
     assert running.normalise(torch.tensor([5.0])).tolist() == [0.0]

@@ -98,6 +98,17 @@ def test_a_run_too_short_for_the_kl_controller_says_so(config):
     assert not any("KL controller" in line for line in notices(config(horizon=20), 10))
 
 
+def test_a_horizon_shorter_than_a_step_is_named_and_any_number_of_steps_is_counted(config):
+    (line,) = [line for line in notices(config(horizon=3), 10**6) if line.startswith("horizon")]
+    assert line == (
+        "horizon: 3 is shorter than a step of 4 responses, and acts as 4: beta moves by at most "
+        "20% a step"
+    )
+    assert not any(line.startswith("horizon") for line in notices(config(horizon=4), 10**6))
+    fixed = config(horizon=3, adap_kl_ctrl=False)
+    assert not any(line.startswith("horizon") for line in notices(fixed, 10**6))
+
+
 def test_truncated_sampling_is_announced(config):
     assert any(
         line.startswith("top_p, top_k:") for line in notices(config(top_p=0.9, top_k=20), 1000)
