@@ -80,6 +80,9 @@ def shape_score(scored: Scored, config: Config, running: RunningScore) -> Tensor
     if config.score_clip is not None:
         score_B = score_B.clamp(-config.score_clip, config.score_clip)
     ended_B = torch.tensor(rollout.terminated, device=score_B.device)
+    if config.bootstrap_truncated:
+        # The value that such a response goes on with predicts its score: both would pay it twice.
+        score_B = score_B.masked_fill(~ended_B, 0.0)
     if config.missing_eos_penalty is not None:
         score_B = torch.where(ended_B, score_B, score_B - config.missing_eos_penalty)
     length_B = torch.tensor(rollout.response_lengths, device=score_B.device)

@@ -16,9 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from rich.table import Table
 
 from fastppo import __version__
+from fastppo.config_effect import without_effect
 from fastppo.metrics import CSV, CURVES, SUMMARY
 from fastppo.moments import GIB
 from fastppo.ops.backend import choose
+from fastppo.optimizer import idle_steps
 from fastppo.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -101,6 +103,13 @@ def notices(config: Config, steps: int) -> list[str]:
             f"{', '.join(config.without_meaning)}: nothing to advantage: {config.advantage}, and "
             "without effect"
         )
+    acting = without_effect(config)
+    lines += [f"{name}: {acting[name]}" for name in acting if name in config.model_fields_set]
+    if config.critic_warmup >= steps:
+        lines.append(
+            f"critic_warmup: {config.critic_warmup} leaves none of the {steps} steps to the policy; "
+            "lower it, or raise max_steps"
+        )
     room = beta_room(config, steps)
     if config.adap_kl_ctrl and room < 0.05:
         lines.append(
@@ -138,7 +147,14 @@ def first_lines(state: State, steps: int) -> None:
         table.add_row(role, weights, f"{count:,}")
     console.print(table)
     console.print(f"  writes {config.output_dir} and {config.metrics_dir}/")
-    for line in [*state.notes, *state.roles.notes, *notices(config, steps)]:
+    idle = idle_steps(state.scheduler, steps)
+    lines = [*state.notes, *state.roles.notes, *notices(config, steps)]
+    if idle:
+        lines.append(
+            f"the learning rate is 0 in {idle} of the {steps} steps, whose rollouts teach nothing; "
+            "look at learning_rate, lr_scheduler_type and lr_scheduler_kwargs"
+        )
+    for line in lines:
         console.print(f"  [yellow]note:[/yellow] {line}")
 
 

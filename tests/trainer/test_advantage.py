@@ -62,10 +62,52 @@ def test_16_truncated_may_be_bootstrapped_and_terminated_never(scored, config):
     on = estimate(scored, go_on, controller(), RunningScore())
     last = scored.offsets[1:].long() - 1
     difference = (on.advantage_N - cut.advantage_N)[last]
-    # Only row 1 was cut off; its last delta gains gamma * V(state after it).
-    torch.testing.assert_close(
-        difference, torch.tensor([0, 0.9 * 11.0, 0, 0], dtype=difference.dtype)
+    # Only row 1 was cut off; gamma * V(state after it) takes the place of its score.
+    expected = torch.zeros_like(difference)
+    expected[1] = 0.9 * 11.0 - scored.score_B[1]
+    torch.testing.assert_close(difference, expected)
+
+
+@pytest.fixture
+def finished_and_cut(lay_out, template) -> Scored:
+    """Two responses of four tokens, the second cut off, both of score 1, on the reference."""
+    words = [70, 71, 72]
+    rollout = lay_out(["Hi", "What?"], [[*words, template.eos_id], [*words, 73]])
+    logprob_N = torch.full((8,), -3.0, dtype=torch.float64)
+    return Scored(
+        rollout=rollout,
+        offsets=torch.tensor([0, 4, 8], dtype=torch.int32),
+        logprob_N=logprob_N,
+        ref_logprob_N=logprob_N,
+        entropy_N=logprob_N.abs(),
+        value_N=torch.ones(8, dtype=torch.float64),
+        final_value_B=torch.ones(2, dtype=torch.float64),
+        score_B=torch.ones(2, dtype=torch.float64),
     )
+
+
+@pytest.mark.parametrize("bootstrap", [False, True])
+def test_16_a_right_critic_leaves_no_advantage_to_a_truncated_response(
+    finished_and_cut, config, bootstrap
+):
+    settings = config(whiten_advantages=False, bootstrap_truncated=bootstrap)
+    got = estimate(finished_and_cut, settings, controller(), RunningScore())
+    assert got.advantage_N.abs().max() < 1e-6, "all scores are 1, and the critic says so"
+
+
+@pytest.mark.parametrize("after", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("more", [{}, {"missing_eos_penalty": 0.5}, {"score_clip": 0.9}], ids=str)
+def test_16_a_truncated_response_earns_no_more_than_a_finished_one(
+    finished_and_cut, config, after, more
+):
+    """Where its critic expects no more of it than finished ones get."""
+    scored = replace(finished_and_cut, final_value_B=torch.full((2,), after).double())
+    settings = config(lam=1.0, whiten_advantages=False, bootstrap_truncated=True, **more)
+    got = estimate(scored, settings, controller(), RunningScore())
+    finished, cut = got.return_N.split(4)
+    limit = after - more.get("missing_eos_penalty", 0.0)
+    assert (cut <= torch.clamp(finished, min=limit) + 1e-6).all()
+    torch.testing.assert_close(cut, torch.full_like(cut, limit))
 
 
 def test_17_rewards_carry_no_gradient_and_the_logged_beta(scored, config):
@@ -165,7 +207,7 @@ def test_26_whitening_is_over_the_whole_rollout(scored, config):
 @pytest.mark.parametrize(
     ("name", "kind"), [("kl", "k1"), ("abs", "abs"), ("mse", "k2"), ("low_var_kl", "k3")]
 )
-def test_trls_kl_names_mean_what_they_mean_there(scored, config, name, kind):
+def test_kl_names_by_hand(scored, config, name, kind):
     difference = scored.logprob_N - scored.ref_logprob_N
     by_hand = {
         "k1": difference,
