@@ -81,6 +81,7 @@ COLUMNS = {
     "guard_entropy": "1 where entropy is below a tenth of the first step's",
     "guard_eos": "1 where eos_share was above a tenth, and has fallen to a tenth of that",
     "guard_length": "1 where score_length_corr was past 0.6 over the last 10 steps (80 responses)",
+    "guard_value_clip": "1 where value_clipfrac was above a quarter over the last 3 steps",
     "guard_sampler": "1 where sampler_gap_abs is above 1e-3, with bf16 0.1, and nothing truncates",
     "seconds_rollout": "sampling (a clock)",
     "seconds_score": "log-probs, reference, values, reward (a clock)",

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback
 
 from fastppo import checkpoint, console, durable, training_state
 from fastppo.errors import TrainingStopped, UserError
+from fastppo.optimizer import begin_above_0
 from fastppo.stopping import Stop
 
 if TYPE_CHECKING:
@@ -45,6 +46,15 @@ class ResumableTrainer(Trainer):
     def trained(self) -> dict[str, nn.Parameter]:
         """What trains, by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, whose warm-up begins above 0."""
+        first, warmup = self.lr_scheduler is None, self.args.get_warmup_steps(num_training_steps)
+        steps = max(num_training_steps, warmup + 1)  # as in make_scheduler
+        scheduler = super().create_scheduler(steps, *args, **kwargs)
+        if first:
+            begin_above_0(scheduler, warmup)
+        return scheduler
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """transformers' own; the batch is kept until the next. A signal leaves it at once."""

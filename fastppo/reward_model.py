@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -223,7 +224,7 @@ def training_arguments(config: Config, train_pairs: int) -> TrainingArguments:
     """The YAML's keys as transformers' arguments."""
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
     steps = max(1, -(-train_pairs // per_step))
-    total = config.max_steps if config.max_steps > 0 else int(steps * config.num_train_epochs)
+    total = config.max_steps if config.max_steps > 0 else math.ceil(steps * config.num_train_epochs)
     given = {name: getattr(config, name) for name in SAME_NAME}
     if config.optim is not None:
         given["optim"] = "adamw_torch" if config.optim == "adamw_hf" else config.optim

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,7 +88,8 @@ def total_steps(config: Config, n_prompts: int) -> int:
     """PPO steps of the whole run; no prompt is dropped for not filling a batch."""
     if config.max_steps > 0:
         return config.max_steps
-    return max(1, round(config.num_train_epochs * n_prompts / config.prompts_a_step))
+    steps = config.num_train_epochs * n_prompts / config.prompts_a_step
+    return max(1, math.ceil(steps - 1e-9))  # 0.1 * 30 / 3 is above 1 by rounding alone
 
 
 def prompts_of_step(state: State) -> list[Prompt]:
