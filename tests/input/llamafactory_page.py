@@ -48,6 +48,10 @@ and data, and reward models that LLaMA-Factory trained work as they are.
 - **In stage ppo** `resume_from_checkpoint`, `val_size`, `eval_dataset`, `save_total_limit` and
   `disable_shuffling` act.
 - **The warm-up's first step** learns in stage ppo: a rollout is too dear to learn nothing from.
+- **One process on one device**, the first that is visible, where LLaMA-Factory takes all of them:
+  `CUDA_VISIBLE_DEVICES` picks another. `torchrun`, `accelerate launch`, `mpirun` and `srun` with
+  more than one process are refused, for training and for `fastppo-export`: every process would
+  write the same folder. `--explain` and `--plan` write nothing and always answer.
 - **Each PPO step** is a line on the terminal unless `logging_steps` is set, and always a row of
   `training_metrics.csv`.
 
