@@ -139,7 +139,8 @@ def make_reward(
         elif spec.kind == "full":
             full = load_full(spec.target, config, roles.device, template, budget)
             if isinstance(full, ClassifierReward):
-                full.encode(prompts[0], "")
+                for truncated in (False, True):
+                    full.encode(prompts[0], "", truncated=truncated)
             parts.append(full)
         elif spec.kind == "api":
             api = ApiReward(

@@ -34,6 +34,7 @@ from fastppo.budgets import Budgets
 from fastppo.data import encode_pairs
 from fastppo.errors import Interrupted, TrainingStopped
 from fastppo.heads import load_value_head, new_value_head
+from fastppo.launch import alone
 from fastppo.oom import retried
 from fastppo.pair_metrics import pair_metrics
 from fastppo.pair_trainer import ResumableTrainer
@@ -220,15 +221,16 @@ SAME_NAME = (
 )
 
 
+@alone()
 def training_arguments(config: Config, train_pairs: int) -> TrainingArguments:
-    """The YAML's keys as transformers' arguments."""
+    """The YAML's keys as transformers' arguments, on one device however many are visible."""
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
     steps = max(1, -(-train_pairs // per_step))
     total = config.max_steps if config.max_steps > 0 else math.ceil(steps * config.num_train_epochs)
     given = {name: getattr(config, name) for name in SAME_NAME}
     if config.optim is not None:
         given["optim"] = "adamw_torch" if config.optim == "adamw_hf" else config.optim
-    return TrainingArguments(
+    arguments = TrainingArguments(
         **given,
         warmup_steps=config.warmup(total),
         logging_steps=config.logging_steps or min(10, max(1, total // 10)),
@@ -241,6 +243,10 @@ def training_arguments(config: Config, train_pairs: int) -> TrainingArguments:
         label_names=[],
         dataloader_pin_memory=torch.cuda.is_available() and not config.use_cpu,
     )
+    # With more than one the Trainer takes nn.DataParallel and as many times the batch: another run,
+    # and its replicas would recompute their layers on the first device.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def trained_model(config: Config, device: torch.device) -> nn.Module:
@@ -391,6 +397,7 @@ def run_pairs(config: Config, records: Records, until_the_end: ExitStack) -> Non
     stop = until_the_end.enter_context(Stop())  # before, there is nothing to save
     reward_model = RewardModel(model, head, autocast=bf16)
 
+    @alone()
     def new_trainer() -> PairTrainer:
         trainer = PairTrainer(
             model=reward_model,

@@ -52,6 +52,10 @@ and data, and reward models that LLaMA-Factory trained work as they are.
   transformers'.
 - **The last prompts of a run** are in a PPO step, rounded up.
 - **A `horizon` shorter than a PPO step** acts as one step ([ppo.md](ppo.md)): beta never goes below 0.
+- **One process on one device**, the first that is visible, where LLaMA-Factory takes all of them:
+  `CUDA_VISIBLE_DEVICES` picks another. `torchrun`, `accelerate launch`, `mpirun` and `srun` with
+  more than one process are refused, for training and for `fastppo-export`: every process would
+  write the same folder. `--explain` and `--plan` write nothing and always answer.
 - **Each PPO step** is a line on the terminal unless `logging_steps` is set, and always a row of
   `training_metrics.csv`.
 
