@@ -58,7 +58,9 @@ def algorithm(config: Config) -> dict[str, str]:
     if not config.early_stopping:
         found["target_kl"] = "no effect without early_stopping: true"
     if not config.use_kl_loss:
-        found["kl_loss_type"] = "no effect without use_kl_loss: true; in the reward it is kl_penalty"
+        found["kl_loss_type"] = (
+            "no effect without use_kl_loss: true; in the reward it is kl_penalty"
+        )
     if config.cliprange_low is not None and config.cliprange_high is not None:
         found["cliprange"] = "no effect beside cliprange_low and cliprange_high"
     if not config.penalise_no_eos and not config.min_response_length:

@@ -56,7 +56,15 @@ LEVELS = [
     {"config_not_here"},
     {"config_data", "config_ppo", "config_roles", "config_step", "config_training"},
     {"config_memory"},
-    {"config_effect", "config_file", "config_key", "durable", "offload_config", "precision", "reward_spec"},
+    {
+        "config_effect",
+        "config_file",
+        "config_key",
+        "durable",
+        "offload_config",
+        "precision",
+        "reward_spec",
+    },
     {"ops"},
     {"errors", "pair_metrics", "types", "__init__"},
 ]
