@@ -107,8 +107,8 @@ def notices(config: Config, steps: int) -> list[str]:
     lines += [f"{name}: {acting[name]}" for name in acting if name in config.model_fields_set]
     if config.critic_warmup >= steps:
         lines.append(
-            f"critic_warmup: {config.critic_warmup} leaves none of the {steps} steps to the policy; "
-            "lower it, or raise max_steps"
+            f"critic_warmup: {config.critic_warmup} leaves none of the {steps} steps to the "
+            "policy; lower it, or raise max_steps"
         )
     room = beta_room(config, steps)
     if config.adap_kl_ctrl and room < 0.05:

@@ -1,4 +1,4 @@
-"""Hand-computed: formulas that TRL, verl and OpenRLHF are known for, and the ops on the same tokens.
+"""Hand-computed: formulas that TRL, verl and OpenRLHF are known for, and the ops beside them.
 
 Written out over padded batches in Python floats; the ops get the tokens packed. No line of those
 trainers runs here: a docstring names the function whose formula it is, as a place to look it up.

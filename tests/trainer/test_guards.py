@@ -109,7 +109,7 @@ def test_a_critic_that_the_value_clip_holds_back(config):
 
 
 def constant_scores(state: Any, monkeypatch: pytest.MonkeyPatch, clip: float | None) -> Any:
-    """Four steps whose every response has score 5; the critic's head starts at 0, the actor stays."""
+    """Four steps of responses that all score 5; the critic's head starts at 0, the actor stays."""
     run = state(
         critic="shared",
         learning_rate=0.0,

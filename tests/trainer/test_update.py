@@ -257,12 +257,12 @@ def test_an_update_raises_what_was_better_and_lowers_what_was_worse(
     assert change[advantage.argmax()] > 0 > change[advantage.argmin()]
 
 
-@pytest.mark.parametrize(("low", "high", "limit"), [(0.1, 10.0, 0.0), (10.0, 1000.0, 0.01)])
+@pytest.mark.parametrize(("low", "high", "limit"), [(0.1, 10.0, 0.0), (0.1, 10.0, 1e-3)])
 @pytest.mark.parametrize(("critic", "acts"), [("adapter", False), ("shared", True)])
 def test_vf_coef_acts_on_a_trunk_that_actor_and_critic_share(
     tiny_roles, config, rollout, critic, acts, experience_of, low, high, limit
 ):
-    """A hundredfold vf_coef, gradients clipped or not: a critic of its own ends on the same weights."""
+    """A hundredfold vf_coef, gradients clipped or not: a critic of its own ends the same."""
     ends = []
     for vf_coef in (low, high):
         settings = config(critic=critic, ppo_epochs=4, vf_coef=vf_coef, max_grad_norm=limit)
