@@ -56,15 +56,8 @@ LEVELS = [
     {"config_not_here"},
     {"config_data", "config_ppo", "config_roles", "config_step", "config_training"},
     {"config_memory"},
-    {
-        "config_file",
-        "config_key",
-        "durable",
-        "launch",
-        "offload_config",
-        "precision",
-        "reward_spec",
-    },
+    {"config_file", "config_key", "durable", "launch", "offload_config", "precision"},
+    {"reward_spec", "rounding"},
     {"ops"},
     {"errors", "pair_metrics", "types", "__init__"},
 ]
