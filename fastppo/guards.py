@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import save_file
 
 from fastppo.errors import TrainingStopped
+from fastppo.rounding import LIMITS, Precision
 from fastppo.sampling import Sampling
-from fastppo.update import FIRST_PASS_LIMIT
 
 if TYPE_CHECKING:
     from fastppo.config import Config
@@ -33,7 +33,6 @@ EOS_EXPECTED = 20  # so many at the first rate: fewer could be missing by chance
 LENGTH_CORRELATION = 0.6
 LENGTH_SAMPLES = 80  # a step of few responses correlates by chance
 VALUE_HELD, VALUE_STEPS = 0.25, 3  # share of tokens, and over how many steps in the mean
-SAMPLER_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # mean |difference| of log-probs
 
 
 def mean(rows: Sequence[Row], column: str) -> float:
@@ -46,22 +45,22 @@ def responses(row: Row) -> float:
     return row["response_tokens"] / row["response_length"]
 
 
-def ratio_off(rows: Sequence[Row], config: Config, dtype: torch.dtype) -> bool:
+def ratio_off(rows: Sequence[Row], config: Config, precision: Precision) -> bool:
     """Scoring and update disagree before anything was learned."""
-    return rows[-1]["ratio_first_pass"] > FIRST_PASS_LIMIT[dtype]
+    return rows[-1]["ratio_first_pass"] > LIMITS[precision].log_ratio
 
 
-def kl_far(rows: Sequence[Row], config: Config, dtype: torch.dtype) -> bool:
+def kl_far(rows: Sequence[Row], config: Config, precision: Precision) -> bool:
     """The policy is far from its reference."""
     return rows[-1]["kl"] > KL_LIMIT * config.ppo_target
 
 
-def entropy_gone(rows: Sequence[Row], config: Config, dtype: torch.dtype) -> bool:
+def entropy_gone(rows: Sequence[Row], config: Config, precision: Precision) -> bool:
     """The policy says nearly one thing."""
     return rows[-1]["entropy"] < ENTROPY_LEFT * rows[0]["entropy"]
 
 
-def eos_gone(rows: Sequence[Row], config: Config, dtype: torch.dtype) -> bool:
+def eos_gone(rows: Sequence[Row], config: Config, precision: Precision) -> bool:
     """Responses ended by themselves at first, and no longer do."""
     first = mean(rows[:5], "eos_share")
     if first < EOS_AT_FIRST:
@@ -70,21 +69,21 @@ def eos_gone(rows: Sequence[Row], config: Config, dtype: torch.dtype) -> bool:
     return len(rows) >= 5 + window and mean(rows[-window:], "eos_share") <= EOS_LEFT * first
 
 
-def length_pays(rows: Sequence[Row], config: Config, dtype: torch.dtype) -> bool:
+def length_pays(rows: Sequence[Row], config: Config, precision: Precision) -> bool:
     """Over many responses, score and length move together."""
     window = max(10, math.ceil(LENGTH_SAMPLES / responses(rows[-1])))
     enough = len(rows) >= window
     return enough and abs(mean(rows[-window:], "score_length_corr")) >= LENGTH_CORRELATION
 
 
-def sampler_apart(rows: Sequence[Row], config: Config, dtype: torch.dtype) -> bool:
+def sampler_apart(rows: Sequence[Row], config: Config, precision: Precision) -> bool:
     """The sampler's log-probs are not the trainer's, and no setting says that they should not."""
     if Sampling.of(config).truncates or config.min_new_tokens:
         return False
-    return not rows[-1]["sampler_gap_abs"] <= SAMPLER_LIMIT[dtype]
+    return not rows[-1]["sampler_gap_abs"] <= LIMITS[precision].sampler_gap
 
 
-def value_held(rows: Sequence[Row], config: Config, dtype: torch.dtype) -> bool:
+def value_held(rows: Sequence[Row], config: Config, precision: Precision) -> bool:
     """The clip around the rollout's values keeps the critic from its returns, step after step."""
     last = [row.get("value_clipfrac", 0.0) for row in rows[-VALUE_STEPS:]]
     return len(last) == VALUE_STEPS and sum(last) / VALUE_STEPS > VALUE_HELD
@@ -94,7 +93,7 @@ def value_held(rows: Sequence[Row], config: Config, dtype: torch.dtype) -> bool:
 class Guard:
     """A condition on the rows so far, and what to say of it; `found` may quote columns."""
 
-    fires: Callable[[Sequence[Row], Config, torch.dtype], bool]
+    fires: Callable[[Sequence[Row], Config, Precision], bool]
     found: str
     cure: str
 
@@ -105,7 +104,7 @@ class Guard:
 
 GUARDS = {
     "guard_nonfinite": Guard(
-        lambda rows, config, dtype: rows[-1]["nonfinite_steps"] > 0,
+        lambda rows, config, precision: rows[-1]["nonfinite_steps"] > 0,
         "{nonfinite_steps:.0f} optimiser steps were skipped, their loss or gradient not finite",
         "now and then it is a spike; in many steps lower learning_rate, or look for huge scores "
         "(score_clip)",
@@ -114,7 +113,8 @@ GUARDS = {
         ratio_off,
         "mean |log ratio| is {ratio_first_pass:.2g} before the step's first update, and should be "
         "0 but for rounding",
-        "scoring and update run different kernels: try flash_attn: disabled, or bf16: false",
+        "scoring and update run different kernels: try flash_attn: disabled, bf16: false or "
+        "tf32: false",
     ),
     "guard_kl": Guard(
         kl_far,
@@ -154,10 +154,10 @@ GUARDS = {
 }
 
 
-def flags(rows: Sequence[Row], row: Row, config: Config, dtype: torch.dtype) -> dict[str, float]:
-    """The guards' columns of the step that `row` is of, after `rows`; products are in `dtype`."""
+def flags(rows: Sequence[Row], row: Row, config: Config, precision: Precision) -> dict[str, float]:
+    """The guards' columns of the step that `row` is of, after `rows`."""
     so_far = [*rows, row]
-    return {name: float(guard.fires(so_far, config, dtype)) for name, guard in GUARDS.items()}
+    return {name: float(guard.fires(so_far, config, precision)) for name, guard in GUARDS.items()}
 
 
 def warnings(rows: Sequence[Row]) -> list[str]:

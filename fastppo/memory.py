@@ -53,6 +53,19 @@ class Plan:
         """Bytes that tensors take at the highest moment of a step: no reserve, no evaluation."""
         return max(m.total - m.rows.get("reserve", 0) for m in self.moments if not m.evaluation)
 
+    @property
+    def stays_in_rollout(self) -> int:
+        """Bytes that a rollout finds taken: every model, adapter and optimiser state, the reserve.
+
+        All that is alive but the cache and what a step of decoding works with.
+        """
+        comes = ("KV cache", "kept activations", "layer at work", "head chunk")
+        return max(
+            sum(count for row, count in moment.rows.items() if row not in comes)
+            for moment in self.moments
+            if moment.phase == "rollout"
+        )
+
     def fits(self, gpu_bytes: int) -> bool:
         """Whether the whole run, reserve included, fits."""
         return self.peak.total <= gpu_bytes

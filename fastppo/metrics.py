@@ -76,13 +76,15 @@ COLUMNS = {
     "response_tokens": "response tokens in the rollout",
     "update_tokens": "tokens that the update ran over in all its passes, prompts included",
     "guard_nonfinite": "1 where a loss or gradient was not finite",
-    "guard_ratio": "1 where ratio_first_pass is above rounding: 1e-5, with bf16 2e-2",
+    "guard_ratio": "1 where ratio_first_pass is above rounding: 1e-5, with tf32 2.5e-3, "
+    "with bf16 2e-2",
     "guard_kl": "1 where kl is above 5 times ppo_target",
     "guard_entropy": "1 where entropy is below a tenth of the first step's",
     "guard_eos": "1 where eos_share was above a tenth, and has fallen to a tenth of that",
     "guard_length": "1 where score_length_corr was past 0.6 over the last 10 steps (80 responses)",
     "guard_value_clip": "1 where value_clipfrac was above a quarter over the last 3 steps",
-    "guard_sampler": "1 where sampler_gap_abs is above 1e-3, with bf16 0.1, and nothing truncates",
+    "guard_sampler": "1 where sampler_gap_abs is above 1e-3, with tf32 1.25e-2, with bf16 0.1, "
+    "and nothing truncates",
     "seconds_rollout": "sampling (a clock)",
     "seconds_score": "log-probs, reference, values, reward (a clock)",
     "seconds_advantage": "KL reward, GAE, whitening (a clock)",

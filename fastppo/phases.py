@@ -28,6 +28,7 @@ def sampled(state: State, prompts: list[Prompt], *, seed: int) -> Rollout:
             tokenizer=state.tokenizer,
             seed=seed,
             most=state.budgets.generation_batch,
+            plan=state.plan,
         )
 
     return retried("rollout", state.budgets, run, used=lambda: len(prompts))

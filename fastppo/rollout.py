@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
+from fastppo.base import causal_lm
 from fastppo.decoding import few_rows
 from fastppo.merge import loses_nothing, merge_bytes, merged
 from fastppo.moments import RESERVE
@@ -19,6 +20,7 @@ from fastppo.seeds import seed_of
 from fastppo.types import Prompt, Rollout
 
 if TYPE_CHECKING:
+    from fastppo.memory import Plan
     from fastppo.roles import Roles
     from fastppo.templates import Template
 
@@ -56,20 +58,30 @@ def cache_bytes(model: Any) -> int:
     return 2 * config.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize
 
 
-def cache_budget(roles: Roles, sampling: Sampling) -> float:
+def cache_budget(roles: Roles, sampling: Sampling, plan: Plan | None = None) -> float:
     """Bytes that the cache may take: `rollout_kv_cache_gib`, or what a GPU has left.
 
+    What lies there is the memory plan's to say: it knows reward models, and what is streamed.
     From what the device has in all, not from what is free now: a run and its repetition split
-    their prompts alike.
+    their prompts alike. Without a plan only the models with a role are known.
     """
     if sampling.kv_cache_gib is not None:
         return sampling.kv_cache_gib * 2**30
     if roles.device.type != "cuda":
         return float("inf")
-    parameters = {p for seat in roles.seats.values() for p in seat.model.parameters()}
-    weights = sum(p.nbytes for p in parameters)
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
     total = torch.cuda.get_device_properties(roles.device).total_memory
+    if plan is not None:
+        return 0.8 * max(0, total - plan.stays_in_rollout)
+    parameters = {p for seat in roles.seats.values() for p in seat.model.parameters()}
+    streamed = {
+        id(x)
+        for seat in roles.seats.values()
+        if (streams := getattr(causal_lm(seat.model), "streamed", None)) is not None
+        for packed in streams.packed
+        for x in packed.tensors
+    }
+    weights = sum(p.nbytes for p in parameters if id(p) not in streamed)
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
     return 0.8 * (total - weights - 12 * trained - RESERVE)
 
 
@@ -119,15 +131,16 @@ def sample(
     tokenizer: Any,
     seed: int,
     most: int | None = None,
+    plan: Plan | None = None,
 ) -> Rollout:
     """Responses of the active role to `prompts`, in the layout of everything that follows.
 
     The same seed gives the same responses: the generator is this call's own, so that what ran
     before (or whether it ran, after a resume) does not matter. No more than `most` prompts are
-    answered at a time.
+    answered at a time, nor more than a GPU has room for beside what `plan` says lies there.
     """
     roles.eval()
-    budget = cache_budget(roles, sampling)
+    budget = cache_budget(roles, sampling, plan)
     groups = split(prompts, sampling.max_new_tokens, cache_bytes(roles.base), budget, most)
     answers: list[Answer | None] = [None] * len(prompts)
     merging = merged(roles.base) if merges(roles, sampling) else nullcontext()

@@ -15,6 +15,7 @@ from fastppo.base import LMHead, causal_lm, lm_head, trunk
 from fastppo.errors import UserError
 from fastppo.lora import fuse
 from fastppo.ops import token_logprobs
+from fastppo.rounding import LIMITS, Precision, product_precision
 
 Role = Literal["actor", "reference", "reward", "critic"]
 
@@ -126,9 +127,10 @@ class Roles:
             ).last_hidden_state
 
     @property
-    def dtype(self) -> torch.dtype:
-        """What the models' products are in."""
-        return torch.bfloat16 if self.autocast else torch.float32
+    def product_precision(self) -> Precision:
+        """How the actor's products are rounded, as PyTorch's flags are now."""
+        base = causal_lm(self.seats["actor"].model)
+        return product_precision(self.device, base, autocast=self.autocast)
 
     def precision(self) -> Any:
         """Autocast where the base is bf16: what trains is float32, GEMMs should not be."""
@@ -183,7 +185,7 @@ class Roles:
             with self.use(role):
                 error = self._head_error(ids)
                 kind = self.base.config.model_type
-            if not error < (0.05 if self.autocast else 1e-3):
+            if not error < LIMITS[self.product_precision].head:
                 raise UserError(
                     f"model {kind}: its logits are not head(hidden) (log-prob off by {error:.3g}); "
                     "this architecture is not supported"

@@ -63,7 +63,7 @@ def step_update(state: State) -> State:
             )
     state.step += 1
     row = step_row(state, experience, learned, clock)
-    row |= guards.flags(rows, row, config, roles.dtype)
+    row |= guards.flags(rows, row, config, roles.product_precision)
     if warm:  # before, the KL is 0 whatever beta is
         state.controller.update(row["kl_controlled"], len(batch))
     state.scheduler.step()

@@ -20,16 +20,13 @@ from fastppo.oom import retried
 from fastppo.ops import PolicyLoss, PolicyLossConfig, linear_policy_loss, value_loss
 from fastppo.optimizer import clip_and_step
 from fastppo.ptx import ptx_backward
+from fastppo.rounding import LIMITS, Precision
 from fastppo.seeds import seed_of
 from fastppo.types import Experience, Kept
 
 if TYPE_CHECKING:
     from fastppo.config import Config
     from fastppo.roles import Roles
-
-# Mean |log ratio| of the first pass, where the policy has not moved yet; ten times it stops the
-# run.
-FIRST_PASS_LIMIT = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 @dataclass
@@ -258,18 +255,17 @@ def backward(
         totals.add(name, getattr(stats, f"{name}_sum"))
 
 
-def check_first_pass(mean_log_ratio: float, dtype: torch.dtype) -> None:
+def check_first_pass(mean_log_ratio: float, precision: Precision) -> None:
     """Before anything was learned the ratio is 1; far from it, every advantage trains nonsense.
 
     A ratio that is not finite says nothing of that: its step is skipped, and counted.
     """
-    limit = 10 * FIRST_PASS_LIMIT[dtype]
+    limit = 10 * LIMITS[precision].log_ratio
     if limit < mean_log_ratio < math.inf:
         raise TrainingStopped(
             f"mean |log ratio| is {mean_log_ratio:.2g} before the first update, the limit is "
-            f"{limit:.0e}; the likeliest cause: scoring and update run different weights, dropout "
-            f"or "
-            "attention kernels"
+            f"{limit:g} with products in {precision}; the likeliest cause: scoring and update run "
+            "different weights, dropout or attention kernels"
         )
 
 
@@ -371,7 +367,7 @@ def update(
         own = retried("update", budgets, partial(gradients, mini), used=used, clean=clear)
         if passes == 1:
             first_pass = own.sums["log_ratio_abs"].item() / mini.tokens
-            check_first_pass(first_pass, roles.dtype)
+            check_first_pass(first_pass, roles.product_precision)
         if ptx is not None and train_actor:
             own.add("ptx_loss", ptx_backward(roles, next(ptx), config.ptx_coef))
         totals.merge(own)

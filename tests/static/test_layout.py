@@ -65,6 +65,7 @@ LEVELS = [
         "offload_config",
         "precision",
         "reward_spec",
+        "rounding",
     },
     {"ops"},
     {"errors", "pair_metrics", "seeds", "types", "__init__"},

@@ -39,7 +39,7 @@ def flagged(changes: list[dict[str, float]], settings: Any) -> list[dict[str, fl
     rows: list[dict[str, float]] = []
     for change in changes:
         row = {**HEALTHY, **change}
-        rows.append({**row, **guards.flags(rows, row, settings, torch.float32)})
+        rows.append({**row, **guards.flags(rows, row, settings, "float32")})
     return rows
 
 
@@ -167,7 +167,7 @@ def test_a_ratio_that_is_off_on_the_first_pass(state, monkeypatch):
     assert fired(trainer.step_update(state()).metrics.rows) == {"guard_ratio"}
     # Ten times the limit of the warning stops the run, see check_first_pass.
     with pytest.raises(TrainingStopped, match="before the first update"):
-        check_first_pass(2e-4, torch.float32)
+        check_first_pass(2e-4, "float32")
 
 
 @pytest.mark.parametrize(("changes", "fires"), [({}, True), ({"top_k": 5}, False)])

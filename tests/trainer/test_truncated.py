@@ -1,4 +1,4 @@
-"""A truncated response is shown to every kind of reward as the policy left it: with no end of turn."""
+"""A truncated response is shown to every kind of reward as it is: without an end of turn."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def classifiers_tokens(reward: ClassifierReward, rollout: Rollout) -> list[list[
 def test_all_reward_models_read_the_same_tokens(
     folder, answers, tiny_roles, config, template, tmp_path, capsys
 ):
-    """An adapter, the same with its own base, and the classifier that fastppo-export makes of it."""
+    """An adapter, the same on a base of its own, and the classifier that it is exported to."""
     roles = tiny_roles(reward_model=str(folder), reward_model_type="lora")
     adapter = AdapterReward(roles, folder, template, Budget(rows=4))
     read = heads_tokens(adapter, answers)

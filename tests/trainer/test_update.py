@@ -80,8 +80,8 @@ def test_08_a_ratio_off_before_any_update_stops_the_run(tiny_roles, config, roll
     )
     with pytest.raises(TrainingStopped, match=r"before the first update.*likeliest cause"):
         update(made, moved, settings, make_optimizer(settings, made), seed=0)
-    check_first_pass(0.1, torch.bfloat16)
-    check_first_pass(float("nan"), torch.float32)  # that is for the guard of max_bad_steps
+    check_first_pass(0.1, "bfloat16")
+    check_first_pass(float("nan"), "float32")  # that is for the guard of max_bad_steps
 
 
 def test_31_gradients_start_from_zero_in_every_optimiser_step(

@@ -1,0 +1,68 @@
+"""How far apart two correct passes over the same tokens may be: by how their products are rounded.
+
+Two passes with the same weights differ in the shapes of their products, and so in the kernels that
+compute them; the difference is as large as a kernel's rounding. Scoring and update, the sampler and
+scoring, and a head by itself are compared with one table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+Precision = Literal["float32", "tf32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that is still rounding.
+
+    Attributes:
+        log_ratio: mean |log ratio| of the first pass, before anything moved; ten times it stops
+            the run.
+        sampler_gap: mean |difference| of the sampler's log-probs and the trainer's.
+        head: difference of one log-prob by the head alone and by the whole model.
+    """
+
+    log_ratio: float
+    sampler_gap: float
+    head: float
+
+
+# TF32 has 11 significant bits where bfloat16 has 8: an eighth of its rounding.
+LIMITS: dict[Precision, Limits] = {
+    "float32": Limits(log_ratio=1e-5, sampler_gap=1e-3, head=1e-3),
+    "tf32": Limits(log_ratio=2.5e-3, sampler_gap=1.25e-2, head=6.25e-3),
+    "bfloat16": Limits(log_ratio=2e-2, sampler_gap=0.1, head=0.05),
+}
+
+
+def product_precision(device: torch.device, base: Any, *, autocast: bool) -> Precision:
+    """How the products of `base` on `device` are rounded, in the coarsest of its layers.
+
+    `autocast` is the run's own, to bfloat16. An autocast around it counts as well, and the flags of
+    PyTorch for float32 (`tf32: true`, `torch.set_float32_matmul_precision`, `allow_tf32`). float16
+    rounds as TF32 does. On a GPU bitsandbytes' 8-bit layers round activations to 8 bits; its 4-bit
+    layers are multiplied in the dtype of the run.
+    """
+    if autocast or (device.type == "cuda" and getattr(base, "is_loaded_in_8bit", False)):
+        return "bfloat16"
+    if torch.is_autocast_enabled(device.type):
+        half = torch.get_autocast_dtype(device.type)
+        return "bfloat16" if half == torch.bfloat16 else "tf32"
+    return float32_precision(device)
+
+
+def float32_precision(device: torch.device) -> Precision:
+    """What PyTorch's flags let a product of float32 matrices be computed in on `device`."""
+    backend: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    # PyTorch before 2.9 has one flag for all; later ones may refuse to read it.
+    named = getattr(getattr(backend, "matmul", None), "fp32_precision", None)
+    if named is None:
+        named = torch.get_float32_matmul_precision()
+        if named == "medium":
+            named = "tf32" if device.type == "cuda" else "bf16"
+    found: dict[str, Precision] = {"high": "tf32", "tf32": "tf32", "bf16": "bfloat16"}
+    return found.get(named, "float32")
