@@ -190,7 +190,9 @@ class LinearRows:
                 self.grads[i] = fresh((vocab, size), self.dtype, self.hidden_ND.device)
             elif needed:
                 assert tensor is not None
-                self.grads[i] = torch.zeros_like(tensor, dtype=self.dtype)
+                self.grads[i] = torch.zeros(
+                    tensor.shape, dtype=self.dtype, device=self.hidden_ND.device
+                )
 
     def chunks(self) -> list[slice]:
         """Consecutive tokens whose logits fit the budget."""
