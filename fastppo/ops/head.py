@@ -25,9 +25,9 @@ _CHUNK_BYTES_CPU = 80 << 20
 _CHUNK_ROWS_CPU = 128
 _CHUNK_ROWS_TRAINED_CPU = 256
 _CHUNK_BYTES_DEVICE = 512 << 20
-# Words whose logits are made at a time where the weight is widened for them, and on a CPU in float32:
-# of more, what its library has packed of the weight leaves the caches before it is used again, and a
-# sixth of the time with it.
+# Words whose logits are made at a time where the weight is widened for them, and on a CPU in
+# float32: of more, what its library has packed of the weight leaves the caches before it is used
+# again, and a sixth of the time with it.
 _WORDS = 1024
 
 _WEIGHT = 1  # its place in `LinearRows.wanted`: hidden, weight, bias, A, B

@@ -77,7 +77,11 @@ def on(device: torch.device) -> AbstractContextManager[object]:
 
 
 def start(
-    kernel: Any, grid: tuple[int, ...], device: torch.device, arguments: tuple[Any, ...], **meta: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    device: torch.device,
+    arguments: tuple[Any, ...],
+    **meta: Any,
 ) -> None:
     """Launch a kernel on the device of its tensors; the only way in.
 

@@ -1,7 +1,7 @@
-"""float32 logits of 16-bit operands, on a GPU whose torch multiplies into them and on one whose not.
+"""float32 logits of 16-bit operands, whether or not a GPU's torch multiplies into them.
 
-Neither is here: tensors on the CPU say that they lie on a "cuda" device, as ROCm's do, and torch.mm
-is a stand-in.
+No such GPU is here: tensors on the CPU say that they lie on a "cuda" device, as ROCm's do too, and
+torch.mm is a stand-in.
 """
 
 from __future__ import annotations
