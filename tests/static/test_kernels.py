@@ -61,6 +61,17 @@ def test_no_scan_runs_in_reverse(path: Path) -> None:
     assert not backwards
 
 
+def test_there_is_one_way_into_a_kernel() -> None:
+    """`kernel[grid](...)` stands once: what is done there of strides is done for every argument."""
+    launches = [
+        f"{path.name}: {ast.unparse(call.func)}"
+        for path in sorted((ROOT / "fastppo" / "ops").rglob("*.py"))
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Subscript)
+    ]
+    assert len(launches) == 1, launches
+
+
 @EVERY
 def test_nothing_spills(target: str) -> None:
     assert [name(r) for r in of(target) if r.spills] == []
