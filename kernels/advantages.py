@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastppo.kernels.gae import scan_block
+from fastppo.kernels.gae import backwards, scan_block
 from fastppo.kernels.row import scalar
 from fastppo.kernels.token_kl import kl_and_slope
 from fastppo.kernels.whiten import block_moments, merge
@@ -43,38 +43,40 @@ def advantages_kernel(
     after = 0.0
     if bootstrap_ptr is not None:
         after = tl.load(bootstrap_ptr + sequence).to(tl.float32)
-    lane = tl.arange(0, BLOCK)
     carry = 0.0
     count = 0.0
     mean = 0.0
     m2 = 0.0
     blocks = ((end - start + BLOCK - 1) // BLOCK).to(tl.int32)
-    for back in range(0, blocks):
-        at = start + (blocks - 1 - back).to(tl.int64) * BLOCK + lane
-        live = at < end
+    stop = end
+    for _ in range(0, blocks):
+        at, live = backwards(start, stop, BLOCK)
         if exact_kl_ptr is not None:
-            kl = tl.load(exact_kl_ptr + at, mask=live, other=0.0).to(tl.float32)
+            kl = tl.load(exact_kl_ptr + stop + at, mask=live, other=0.0).to(tl.float32)
         else:
-            logprob = tl.load(logprob_ptr + at, mask=live, other=0.0).to(tl.float32)
-            ref = tl.load(ref_ptr + at, mask=live, other=0.0).to(tl.float32)
+            logprob = tl.load(logprob_ptr + stop + at, mask=live, other=0.0).to(tl.float32)
+            ref = tl.load(ref_ptr + stop + at, mask=live, other=0.0).to(tl.float32)
             kl, _ = kl_and_slope(logprob, ref, limit, KL_KIND)
         reward = -beta * kl
         if extra_ptr is not None:
-            reward += tl.load(extra_ptr + at, mask=live, other=0.0).to(tl.float32)
-        reward = tl.where(at + 1 == end, reward + score, reward)
-        tl.store(kl_ptr + at, kl, mask=live)
-        tl.store(reward_ptr + at, reward, mask=live)
+            reward += tl.load(extra_ptr + stop + at, mask=live, other=0.0).to(tl.float32)
+        reward = tl.where(at + 1 == end - stop, reward + score, reward)
+        tl.store(kl_ptr + stop + at, kl, mask=live)
+        tl.store(reward_ptr + stop + at, reward, mask=live)
         counted = reward
         if not REWARDS_ONLY:
-            value = tl.load(value_ptr + at, mask=live, other=0.0).to(tl.float32)
-            following = tl.load(value_ptr + at + 1, mask=at + 1 < end, other=0.0).to(tl.float32)
-            following = tl.where(at + 1 == end, after, following)
+            value = tl.load(value_ptr + stop + at, mask=live, other=0.0).to(tl.float32)
+            following = tl.load(
+                value_ptr + stop + at + 1, mask=live & (at + 1 < end - stop), other=0.0
+            )
+            following = tl.where(at + 1 == end - stop, after, following.to(tl.float32))
             delta = tl.where(live, reward + gamma * following - value, 0.0)
             counted, carry = scan_block(delta, live, gamma * lam, carry, BLOCK)
-            tl.store(advantage_ptr + at, counted, mask=live)
-            tl.store(return_ptr + at, counted + value, mask=live)
+            tl.store(advantage_ptr + stop + at, counted, mask=live)
+            tl.store(return_ptr + stop + at, counted + value, mask=live)
         more_count, more_mean, more_m2 = block_moments(counted, live)
         count, mean, m2 = merge(count, mean, m2, more_count, more_mean, more_m2)
+        stop -= BLOCK
     tl.store(part_ptr + sequence, count)
     tl.store(part_ptr + parts + sequence, mean)
     tl.store(part_ptr + 2 * parts + sequence, m2)

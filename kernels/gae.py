@@ -1,7 +1,9 @@
-"""GAE of packed sequences: one program a sequence, its blocks scanned from the end.
+"""GAE of packed sequences: one program a sequence, read backwards.
 
 A_t = delta_t + decay * A_{t+1} is linear: a pair (factor, value) a token, composed by a scan within
-a block and carried over from the block after it.
+a block and carried over to the block before it in time. The scan itself runs forward: lane 0 is a
+block's last token. Triton's own reverse=True is reported wrong on GPUs for pairs that do not
+commute (triton-lang/triton issues 4362 and 8412), which its interpreter does not show.
 """
 
 import triton
@@ -11,20 +13,27 @@ from fastppo.kernels.whiten import block_moments, merge, merged_moments, whitene
 
 
 @triton.jit
+def backwards(start, stop, BLOCK: tl.constexpr):
+    """Places before `stop` from the last one back, counted from `stop`; and which are in it."""
+    at = -1 - tl.arange(0, BLOCK)
+    return at, at >= start - stop
+
+
+@triton.jit
 def compose(later_factor, later_value, factor, value):
-    """A step after what comes later in time."""
+    """A step after what comes later in time, and in an earlier lane."""
     return later_factor * factor, value + factor * later_value
 
 
 @triton.jit
 def scan_block(delta, live, decay, carry, BLOCK: tl.constexpr):
-    """Advantages of a block, and that of its first token: the carry of the block before it."""
-    # Lanes past the end hand the carry on unchanged.
+    """Advantages of a block read backwards, and that of its last lane: the next block's carry."""
+    # Lanes that are not live are a sequence's last ones: nothing comes after them.
     factor = tl.where(live, decay + delta * 0.0, 1.0)
-    factor, value = tl.associative_scan((factor, delta), 0, compose, reverse=True)
+    factor, value = tl.associative_scan((factor, delta), 0, compose)
     advantage = value + factor * carry
-    first = tl.sum(tl.where(tl.arange(0, BLOCK) == 0, advantage, 0.0), 0)
-    return advantage, first
+    last = tl.sum(tl.where(tl.arange(0, BLOCK) == BLOCK - 1, advantage, 0.0), 0)
+    return advantage, last
 
 
 @triton.jit(do_not_specialize=["reward_parts", "parts"])
@@ -55,29 +64,29 @@ def gae_kernel(
         after = tl.load(bootstrap_ptr + sequence).to(tl.float32)
     if reward_part_ptr is not None:
         reward_count, reward_mean, reward_m2 = merged_moments(reward_part_ptr, reward_parts, BLOCK)
-    lane = tl.arange(0, BLOCK)
     carry = 0.0
     count = 0.0
     mean = 0.0
     m2 = 0.0
     blocks = ((end - start + BLOCK - 1) // BLOCK).to(tl.int32)
-    for back in range(0, blocks):
-        at = start + (blocks - 1 - back).to(tl.int64) * BLOCK + lane
-        live = at < end
-        reward = tl.load(reward_ptr + at, mask=live, other=0.0).to(tl.float32)
+    stop = end
+    for _ in range(0, blocks):
+        at, live = backwards(start, stop, BLOCK)
+        reward = tl.load(reward_ptr + stop + at, mask=live, other=0.0).to(tl.float32)
         if reward_part_ptr is not None:
             reward = whitened(reward, reward_count, reward_mean, reward_m2, False)
-            tl.store(reward_ptr + at, reward, mask=live)
-        value = tl.load(value_ptr + at, mask=live, other=0.0).to(tl.float32)
-        following = tl.load(value_ptr + at + 1, mask=at + 1 < end, other=0.0).to(tl.float32)
-        following = tl.where(at + 1 == end, after, following)
+            tl.store(reward_ptr + stop + at, reward, mask=live)
+        value = tl.load(value_ptr + stop + at, mask=live, other=0.0).to(tl.float32)
+        following = tl.load(value_ptr + stop + at + 1, mask=live & (at + 1 < end - stop), other=0.0)
+        following = tl.where(at + 1 == end - stop, after, following.to(tl.float32))
         delta = tl.where(live, reward + gamma * following - value, 0.0)
         advantage, carry = scan_block(delta, live, gamma * lam, carry, BLOCK)
-        tl.store(advantage_ptr + at, advantage, mask=live)
-        tl.store(return_ptr + at, advantage + value, mask=live)
+        tl.store(advantage_ptr + stop + at, advantage, mask=live)
+        tl.store(return_ptr + stop + at, advantage + value, mask=live)
         if part_ptr is not None:
             more_count, more_mean, more_m2 = block_moments(advantage, live)
             count, mean, m2 = merge(count, mean, m2, more_count, more_mean, more_m2)
+        stop -= BLOCK
     if part_ptr is not None:
         tl.store(part_ptr + sequence, count)
         tl.store(part_ptr + parts + sequence, mean)

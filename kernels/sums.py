@@ -37,17 +37,30 @@ def sum_rows_kernel(
         tl.store(out_ptr + row, tl.sum(total, 0))
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["columns", "blocks"])
 def scale_unless_one_kernel(
-    x_ptr, factor_ptr, divisor, n, DIVISOR_ON_DEVICE: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr,
+    factor_ptr,
+    divisor,
+    columns,
+    blocks,
+    row_stride,
+    column_stride,
+    DIVISOR_ON_DEVICE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """x *= factor / divisor; nothing is read where that is 1, and the host need not know."""
+    """x *= factor / divisor, `blocks` programs a row; nothing is read where that is 1.
+
+    The host need not know. Nothing between the rows is touched: x may be a view of more.
+    """
     factor = tl.load(factor_ptr).to(tl.float32)
     if DIVISOR_ON_DEVICE:
         divisor = tl.load(divisor).to(tl.float32)
     factor = factor / divisor
     if factor != 1.0:
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + at, mask=at < n, other=0.0)
+        row = (tl.program_id(0) // blocks).to(tl.int64)
+        at = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        place = x_ptr + row * row_stride + at * column_stride
+        x = tl.load(place, mask=at < columns, other=0.0)
         scaled = x.to(tl.float32) * factor
-        tl.store(x_ptr + at, scaled.to(x_ptr.dtype.element_ty), mask=at < n)
+        tl.store(place, scaled.to(x_ptr.dtype.element_ty), mask=at < columns)

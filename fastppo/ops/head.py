@@ -25,9 +25,10 @@ _CHUNK_BYTES_CPU = 80 << 20
 _CHUNK_ROWS_CPU = 128
 _CHUNK_ROWS_TRAINED_CPU = 256
 _CHUNK_BYTES_DEVICE = 512 << 20
-# Words whose logits a CPU makes at a time in float32: of more, what its library has packed of the
-# weight leaves the caches before it is used again, and a sixth of the time with it.
-_WORDS_CPU = 1024
+# Words whose logits are made at a time where the weight is widened for them, and on a CPU in
+# float32: of more, what its library has packed of the weight leaves the caches before it is used
+# again, and a sixth of the time with it.
+_WORDS = 1024
 
 _WEIGHT = 1  # its place in `LinearRows.wanted`: hidden, weight, bias, A, B
 
@@ -71,14 +72,17 @@ class Head:
 
     def logits(self, hidden_ND: Tensor, into_NV: Tensor) -> Tensor:
         """Logits of some tokens, in the dtype of `into_NV`, whatever the GEMM's operands are."""
-        out, vocab = into_NV, self.weight_VD.shape[0]
-        if out.device.type == "cpu" and out.dtype == torch.float32:
+        out, vocab, weight_VD = into_NV, self.weight_VD.shape[0], self.weight_VD
+        wider = out.dtype != weight_VD.dtype
+        if wider and _widens(weight_VD, out.dtype):
+            torch.mm(hidden_ND, weight_VD.T, out_dtype=out.dtype, out=out)
+        elif wider or (out.device.type == "cpu" and out.dtype == torch.float32):
             wide_ND = hidden_ND.to(out.dtype)
-            for first in range(0, vocab, _WORDS_CPU):
-                own = slice(first, first + _WORDS_CPU)
-                torch.mm(wide_ND, self.weight_VD[own].T.to(out.dtype), out=out[:, own])
+            for first in range(0, vocab, _WORDS):
+                own = slice(first, first + _WORDS)
+                torch.mm(wide_ND, weight_VD[own].T.to(out.dtype), out=out[:, own])
         else:
-            _mm(hidden_ND, self.weight_VD.T, out)
+            torch.mm(hidden_ND, weight_VD.T, out=out)
         if self.lora is not None:
             low = hidden_ND.to(self.lora.A_RD.dtype) @ self.lora.A_RD.T
             out = out.add_((low @ self.lora.B_VR.T).to(out.dtype), alpha=self.lora.scaling)
@@ -114,14 +118,26 @@ def full_precision(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
-def _mm(a: Tensor, b: Tensor, into: Tensor) -> None:
-    """a @ b. A wider result than the operands is the accumulator's own on CUDA."""
-    if a.dtype == into.dtype:
-        torch.mm(a, b, out=into)
-    elif a.device.type == "cuda":
-        torch.mm(a, b, out_dtype=into.dtype, out=into)
-    else:
-        torch.mm(a.to(into.dtype), b.to(into.dtype), out=into)
+# Whether torch multiplies operands of one dtype into a wider one, by device and both dtypes.
+_widening: Final[dict[tuple[torch.device, torch.dtype, torch.dtype], bool]] = {}
+
+
+def _widens(like: Tensor, wide: torch.dtype) -> bool:
+    """Whether torch gives out the accumulators of a GEMM as they are: it is asked, once.
+
+    CUDA's does. ROCm's is a "cuda" device too, and refuses in some versions of torch.
+    """
+    key = (like.device, like.dtype, wide)
+    if key not in _widening:
+        one = like.new_ones(16, 16)
+        try:
+            torch.mm(one, one, out_dtype=wide, out=one.to(wide))
+            _widening[key] = True
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError):
+            _widening[key] = False
+    return _widening[key]
 
 
 def logits_dtype_of(op: str, hidden_ND: Tensor, asked: torch.dtype | None) -> torch.dtype:
@@ -190,7 +206,9 @@ class LinearRows:
                 self.grads[i] = fresh((vocab, size), self.dtype, self.hidden_ND.device)
             elif needed:
                 assert tensor is not None
-                self.grads[i] = torch.zeros_like(tensor, dtype=self.dtype)
+                self.grads[i] = torch.zeros(
+                    tensor.shape, dtype=self.dtype, device=self.hidden_ND.device
+                )
 
     def chunks(self) -> list[slice]:
         """Consecutive tokens whose logits fit the budget."""

@@ -76,6 +76,24 @@ def on(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def start(
+    kernel: Any,
+    grid: tuple[int, ...],
+    device: torch.device,
+    arguments: tuple[Any, ...],
+    **meta: Any,
+) -> None:
+    """Launch a kernel on the device of its tensors; the only way in.
+
+    Kernels read entry i of a vector at `ptr + i`. Arguments may have any stride, so a vector whose
+    entries do not lie side by side is copied first. What a kernel writes is made here or in
+    `outputs`, side by side.
+    """
+    packed = (x.contiguous() if isinstance(x, Tensor) and x.ndim == 1 else x for x in arguments)
+    with on(device):
+        kernel[grid](*packed, **meta)
+
+
 @cache
 def _tuned(kernel: Any) -> Any:
     import triton
@@ -92,13 +110,13 @@ def _launch(
     n, vocab = x_NV.shape
     if n == 0:
         return
-    with on(x_NV.device):
-        if AUTOTUNE and config is None and x_NV.device.type == "cuda":
-            _tuned(kernel)[(n,)](*arguments, **meta)
-            return
-        pair = kernel is score_tokens_kernels.score_tokens_kernel
-        size = config or row_config(x_NV.element_size(), vocab, pair=pair)
-        kernel[(n,)](*arguments, BLOCK=size.block, num_warps=warps_of(size), **meta)
+    if AUTOTUNE and config is None and x_NV.device.type == "cuda":
+        start(_tuned(kernel), (n,), x_NV.device, arguments, **meta)
+        return
+    pair = kernel is score_tokens_kernels.score_tokens_kernel
+    size = config or row_config(x_NV.element_size(), vocab, pair=pair)
+    meta |= {"BLOCK": size.block, "num_warps": warps_of(size)}
+    start(kernel, (n,), x_NV.device, arguments, **meta)
 
 
 def _temperature(rows: RowArguments) -> tuple[float | Tensor, int]:
@@ -157,8 +175,8 @@ def token_logprobs_backward(
         out_NV,
         rows.token_N,
         live_N,
-        None if g_N is None else g_N.contiguous(),
-        None if h_N is None else h_N.contiguous(),
+        g_N,
+        h_N,
         stats.logprob_N,
         stats.entropy_N,
         stats.highest_N,
@@ -263,25 +281,21 @@ def sum_rows(x_MN: Tensor, *, maximum: int = -1) -> tuple[Tensor, Tensor]:
     rows, n = x_MN.shape
     vector = torch.empty(rows - 1, dtype=torch.float32, device=x_MN.device)
     last = torch.empty((), dtype=torch.float32, device=x_MN.device)
-    with on(x_MN.device):
-        sums.sum_rows_kernel[(rows,)](
-            x_MN, vector, last, n, x_MN.stride(0), MAXIMUM=maximum, LAST=rows - 1, BLOCK=1024
-        )
+    arguments = (x_MN, vector, last, n, x_MN.stride(0))
+    meta = {"MAXIMUM": maximum, "LAST": rows - 1, "BLOCK": 1024}
+    start(sums.sum_rows_kernel, (rows,), x_MN.device, arguments, **meta)
     return last, vector
 
 
 def scale_unless_one(x: Tensor, factor: Tensor, divisor: float | Tensor) -> None:
-    """x *= factor / divisor, in place, decided on the device; `x` is contiguous."""
+    """x *= factor / divisor, in place, decided on the device; `x` may have any strides."""
+    if not x.numel():
+        return
+    # Without gaps it is one long row.
+    x_MN = x.view(1, -1) if x.is_contiguous() else x
+    rows, columns = x_MN.shape
     block = 4096
-    n = x.numel()
-    if n:
-        with on(x.device):
-            sums.scale_unless_one_kernel[(-(-n // block),)](
-                x,
-                factor,
-                divisor,
-                n,
-                DIVISOR_ON_DEVICE=isinstance(divisor, Tensor),
-                BLOCK=block,
-                num_warps=8,
-            )
+    blocks = -(-columns // block)
+    arguments = (x_MN, factor, divisor, columns, blocks, *x_MN.stride())
+    meta = {"DIVISOR_ON_DEVICE": isinstance(divisor, Tensor), "BLOCK": block, "num_warps": 8}
+    start(sums.scale_unless_one_kernel, (rows * blocks,), x.device, arguments, **meta)

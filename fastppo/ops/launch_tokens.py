@@ -12,7 +12,7 @@ from fastppo.kernels import gae as gae_kernels
 from fastppo.kernels import token_kl as token_kl_kernels
 from fastppo.kernels import value_loss as value_loss_kernels
 from fastppo.kernels import whiten as whiten_kernels
-from fastppo.ops.launch import on, sum_rows
+from fastppo.ops.launch import start, sum_rows
 
 BLOCK: Final = 1024
 # Associative scans of more lanes need registers that grow with them.
@@ -34,17 +34,9 @@ def token_kl(
     n = logprob_N.numel()
     kl_N, slope_N = _like(logprob_N, n), _like(logprob_N, n)
     if n:
-        with on(logprob_N.device):
-            token_kl_kernels.token_kl_kernel[(_blocks(n),)](
-                logprob_N.contiguous(),
-                ref_logprob_N.contiguous(),
-                kl_N,
-                slope_N,
-                limit,
-                n,
-                KIND=kind,
-                BLOCK=BLOCK,
-            )
+        arguments = (logprob_N, ref_logprob_N, kl_N, slope_N, limit, n)
+        kernel = token_kl_kernels.token_kl_kernel
+        start(kernel, (_blocks(n),), logprob_N.device, arguments, KIND=kind, BLOCK=BLOCK)
     return kl_N, slope_N
 
 
@@ -55,21 +47,11 @@ def value_loss(
     n = value_N.numel()
     parts = _blocks(n)
     grad_N, part_MP = _like(value_N, n), _like(value_N, 7, parts)
-    with on(value_N.device):
-        if n:
-            value_loss_kernels.value_loss_kernel[(parts,)](
-                value_N.contiguous(),
-                old_value_N.contiguous(),
-                return_N.contiguous(),
-                weight_N.contiguous(),
-                grad_N,
-                part_MP,
-                clip or 0.0,
-                n,
-                parts,
-                HAS_CLIP=clip is not None,
-                BLOCK=BLOCK,
-            )
+    if n:
+        given = (value_N, old_value_N, return_N, weight_N)
+        arguments = (*given, grad_N, part_MP, clip or 0.0, n, parts)
+        kernel, meta = value_loss_kernels.value_loss_kernel, {"HAS_CLIP": clip is not None}
+        start(kernel, (parts,), value_N.device, arguments, BLOCK=BLOCK, **meta)
     loss, vector = sum_rows(part_MP)
     return loss, vector, grad_N
 
@@ -80,24 +62,23 @@ def moments(x_N: Tensor, weight_N: Tensor | None) -> Tensor:
     parts = _blocks(n)
     part_3P = _like(x_N, 3, parts)
     if n:
-        with on(x_N.device):
-            whiten_kernels.moments_kernel[(parts,)](
-                x_N.contiguous(), _mask(weight_N), part_3P, n, parts, BLOCK=BLOCK
-            )
+        arguments = (x_N, _mask(weight_N), part_3P, n, parts)
+        start(whiten_kernels.moments_kernel, (parts,), x_N.device, arguments, BLOCK=BLOCK)
     return part_3P
 
 
 def _mask(weight_N: Tensor | None) -> Tensor | None:
-    if weight_N is None:
-        return None
-    return (weight_N.view(torch.uint8) if weight_N.dtype == torch.bool else weight_N).contiguous()
+    """Triton has no pointers to bool."""
+    if weight_N is None or weight_N.dtype != torch.bool:
+        return weight_N
+    return weight_N.view(torch.uint8)
 
 
 def merge_moments(part_3P: Tensor) -> Tensor:
     """(3,): count, mean and m2 of all parts."""
     out = _like(part_3P, 3)
-    with on(part_3P.device):
-        whiten_kernels.merge_moments_kernel[(1,)](part_3P, out, part_3P.shape[1], BLOCK=BLOCK)
+    arguments = (part_3P, out, part_3P.shape[1])
+    start(whiten_kernels.merge_moments_kernel, (1,), part_3P.device, arguments, BLOCK=BLOCK)
     return out
 
 
@@ -106,17 +87,10 @@ def whiten(x_N: Tensor, weight_N: Tensor | None, part_3P: Tensor, shift_mean: bo
     n = x_N.numel()
     y_N = _like(x_N, n)
     if n:
-        with on(x_N.device):
-            whiten_kernels.whiten_kernel[(_blocks(n),)](
-                x_N.contiguous(),
-                _mask(weight_N),
-                part_3P.contiguous(),
-                y_N,
-                n,
-                part_3P.shape[1],
-                SHIFT_MEAN=shift_mean,
-                BLOCK=BLOCK,
-            )
+        part_3P = part_3P.contiguous()
+        arguments = (x_N, _mask(weight_N), part_3P, y_N, n, part_3P.shape[1])
+        kernel, meta = whiten_kernels.whiten_kernel, {"SHIFT_MEAN": shift_mean, "BLOCK": BLOCK}
+        start(kernel, (_blocks(n),), x_N.device, arguments, **meta)
     return y_N
 
 
@@ -151,22 +125,21 @@ def _gae(
     batch = offsets.numel() - 1
     if batch == 0 or reward_N.numel() == 0:
         return
-    with on(reward_N.device):
-        gae_kernels.gae_kernel[(batch,)](
-            reward_N.contiguous(),
-            reward_part_3P,
-            value_N.contiguous(),
-            offsets.contiguous(),
-            None if bootstrap_value_B is None else bootstrap_value_B.contiguous(),
-            advantage_N,
-            return_N,
-            part_3B,
-            gamma,
-            lam,
-            0 if reward_part_3P is None else reward_part_3P.shape[1],
-            batch,
-            BLOCK=SCAN_BLOCK,
-        )
+    arguments = (
+        reward_N,
+        reward_part_3P,
+        value_N,
+        offsets,
+        bootstrap_value_B,
+        advantage_N,
+        return_N,
+        part_3B,
+        gamma,
+        lam,
+        0 if reward_part_3P is None else reward_part_3P.shape[1],
+        batch,
+    )
+    start(gae_kernels.gae_kernel, (batch,), reward_N.device, arguments, BLOCK=SCAN_BLOCK)
 
 
 def advantages(
@@ -192,34 +165,36 @@ def advantages(
     if n == 0 or batch == 0:
         return advantage_N, return_N, reward_N, kl_N
     part_3B = _like(logprob_N, 3, batch)
-    value_N, bootstrap_B = value_N.contiguous(), bootstrap_value_B
-    if bootstrap_B is not None:
-        bootstrap_B = bootstrap_B.contiguous()
-    with on(logprob_N.device):
-        advantages_kernels.advantages_kernel[(batch,)](
-            score_B.contiguous(),
-            logprob_N.contiguous(),
-            ref_logprob_N.contiguous(),
-            None if exact_kl_N is None else exact_kl_N.contiguous(),
-            None if extra_reward_N is None else extra_reward_N.contiguous(),
-            value_N,
-            offsets.contiguous(),
-            bootstrap_B,
-            kl_coef,
-            advantage_N,
-            return_N,
-            reward_N,
-            kl_N,
-            part_3B,
-            limit,
-            gamma,
-            lam,
-            batch,
-            KL_KIND=kl_kind,
-            KL_COEF_ON_DEVICE=isinstance(kl_coef, Tensor),
-            REWARDS_ONLY=whiten_rewards,
-            BLOCK=SCAN_BLOCK,
-        )
+    arguments = (
+        score_B,
+        logprob_N,
+        ref_logprob_N,
+        exact_kl_N,
+        extra_reward_N,
+        value_N,
+        offsets,
+        bootstrap_value_B,
+        kl_coef,
+        advantage_N,
+        return_N,
+        reward_N,
+        kl_N,
+        part_3B,
+        limit,
+        gamma,
+        lam,
+        batch,
+    )
+    start(
+        advantages_kernels.advantages_kernel,
+        (batch,),
+        logprob_N.device,
+        arguments,
+        KL_KIND=kl_kind,
+        KL_COEF_ON_DEVICE=isinstance(kl_coef, Tensor),
+        REWARDS_ONLY=whiten_rewards,
+        BLOCK=SCAN_BLOCK,
+    )
     if whiten_rewards:
         reward_part_3B, part_3B = part_3B, torch.empty_like(part_3B)
         _gae(
@@ -227,7 +202,7 @@ def advantages(
             reward_part_3B,
             value_N,
             offsets,
-            bootstrap_B,
+            bootstrap_value_B,
             advantage_N,
             return_N,
             part_3B,

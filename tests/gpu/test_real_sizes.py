@@ -60,6 +60,22 @@ def test_addresses_past_31_bits():
     assert torch.equal(logits.detach()[last], want.grad)
 
 
+@pytest.mark.parametrize("name", ["gae", "advantages"])
+def test_scans_of_every_length(name):
+    """Sequences of 1 to 2100 tokens and one of 5000, 20 times: what no interpreter shows."""
+    lengths = torch.tensor([*range(1, 2101), 5000])
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
+    op = OPS[name]
+    inputs = op.make_inputs(Shape(n=int(offsets[-1]), batch=len(lengths)), torch.float32, 6)
+    inputs = place({**inputs, "offsets": offsets, "gamma": 0.99}, "triton")
+    first = op.function(**inputs, backend="triton")
+    for a, b in zip(first, op.function(**inputs, backend="torch"), strict=True):
+        torch.testing.assert_close(a, b, atol=5e-5, rtol=5e-5)
+    for _ in range(20):
+        again = op.function(**inputs, backend="triton")
+        assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+
+
 @pytest.mark.parametrize("warps", [4, 8, 16])
 @pytest.mark.parametrize("vocab", [4096, 4097, 32000])
 def test_in_place_is_no_race(vocab, warps):

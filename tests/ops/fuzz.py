@@ -120,6 +120,7 @@ def rows(call: Call, shape: Shape, rng: random.Random) -> None:
         strides = choose(call, rng, "strides", STRIDES)
         for name in [name for name in inputs if name.endswith("logits_NV")]:
             inputs[name] = strided(inputs[name], strides)
+    spread(call, rng)
 
 
 def near(inputs: Inputs, seed: int) -> None:
@@ -193,11 +194,15 @@ def vectors(call: Call, shape: Shape, rng: random.Random) -> None:
         inputs["weight_N"][torch.rand(shape.n) < 0.2] = 0
     if name == "whiten":
         inputs["shift_mean"] = choose(call, rng, "shift_mean", (True, False))
-    # Every second entry of a longer vector, the entries between them poisoned.
-    if choose(call, rng, "strides", ("contiguous", "rows")) == "rows":
-        for key, x in inputs.items():
+    spread(call, rng)
+
+
+def spread(call: Call, rng: random.Random) -> None:
+    """Vectors as every second entry of longer ones, the entries between them poisoned."""
+    if choose(call, rng, "vectors", ("contiguous", "rows")) == "rows":
+        for key, x in call.inputs.items():
             if isinstance(x, Tensor) and x.ndim == 1 and x.is_floating_point():
-                inputs[key] = strided(x[:, None], "rows")[:, 0]
+                call.inputs[key] = strided(x[:, None], "rows")[:, 0]
 
 
 def cuts(shape: Shape, rng: random.Random) -> Tensor:

@@ -273,6 +273,23 @@ def test_a_tokens_result_does_not_depend_on_the_batch_around_it(op, backend):
         assert all(torch.equal(a[i : i + 1], b) for a, b in pairs if a.ndim)
 
 
+@pytest.mark.parametrize("op", [op for op in ROWS if op not in DENSE], ids=lambda op: op.name)
+def test_the_batch_around_a_hidden_state_moves_its_result_by_rounding_alone(op, backend):
+    """To the bit it is not: a library's GEMM adds a row up in an order that its rows decide."""
+    shape = Shape(n=65, vocab=501, hidden=96)
+    inputs = place(op.make_inputs(shape, torch.float32, 15), backend)
+    together = run(op, op.function, inputs, even=True, backend=backend)
+    for i in (0, 64):
+        part = {
+            k: x[i : i + 1] if isinstance(x, Tensor) and x.shape[:1] == (65,) else x
+            for k, x in inputs.items()
+        }
+        alone = run(op, op.function, part, even=True, backend=backend)
+        for a, b in zip([*together[0], *together[1]], [*alone[0], *alone[1]], strict=True):
+            if a.ndim:
+                torch.testing.assert_close(a[i : i + 1], b, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("length", [1, 1023, 1024, 1025, 2500])
 @pytest.mark.parametrize("whiten_rewards", [False, True])
 def test_scans_over_one_two_and_three_blocks(length, whiten_rewards, fused):

@@ -7,6 +7,11 @@ import torch
 
 from fastppo.ops import gae
 from fastppo.ops.gae import gae_reference
+from fastppo.ops.registry import OPS, Shape
+from tests.ops.oracle import cast, place
+
+# Around a warp's lanes, a program's and a block's; one of none, one of several blocks.
+LENGTHS = (1, 31, 32, 33, 0, 127, 128, 129, 1023, 1024, 1025, 5000)
 
 
 def t(values, dtype=torch.float64):
@@ -49,6 +54,29 @@ def test_a_sequence_knows_nothing_of_its_neighbours():
     together = gae(r, v, offsets(0, 4, 9))[0]
     alone = torch.cat([gae(r[:4], v[:4], offsets(0, 4))[0], gae(r[4:], v[4:], offsets(0, 5))[0]])
     assert torch.equal(together, alone)
+
+
+def test_undiscounted_rewards_of_1_count_what_is_left_at_every_length(backend):
+    at = torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0).int()
+    n = int(at[-1])
+    inputs = {"reward_N": torch.ones(n), "value_N": torch.zeros(n), "offsets": at}
+    advantage, _ = gae(**place(inputs, backend), gamma=1.0, lam=1.0, backend=backend)
+    # Whole numbers below 2^24: exact, in whatever order they are added.
+    left = torch.cat([torch.arange(length, 0, -1) for length in LENGTHS])
+    assert advantage.tolist() == left.tolist()
+
+
+@pytest.mark.parametrize("name", ["gae", "advantages"])
+def test_scans_of_every_length_are_the_definitions(name, fused):
+    at = torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0).int()
+    op = OPS[name]
+    inputs = op.make_inputs(Shape(n=int(at[-1]), batch=len(LENGTHS)), torch.float32, 1)
+    after = torch.linspace(-1, 1, len(LENGTHS))
+    inputs |= {"offsets": at, "gamma": 0.99, "lam": 0.9, "bootstrap_value_B": after}
+    want = op.function(**cast(inputs, torch.float64), backend="torch")
+    got = op.function(**place(inputs, fused), backend=fused)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.cpu().double(), b, atol=2e-5, rtol=2e-5)
 
 
 def test_no_gradient_flows_back():

@@ -101,7 +101,8 @@ def cases() -> Iterator[Case]:
                     yield Case("token_logprobs_backward_kernel", logits, common, *shape, 2 * size)
                     yield Case("policy_loss_kernel", logits, {**common, **loss}, *shape, 2 * size)
     yield Case("sum_rows_kernel", "fp32", {"MAXIMUM": 2, "LAST": TERMS - 1}, 1024, 4, 0)
-    yield Case("scale_unless_one_kernel", "bf16", {"DIVISOR_ON_DEVICE": True}, 4096, 8, 0)
+    scale = {"DIVISOR_ON_DEVICE": True, "column_stride": 1}
+    yield Case("scale_unless_one_kernel", "bf16", scale, 4096, 8, 0)
     yield Case("token_kl_kernel", "fp32", {"KIND": "k3"}, BLOCK, 4, 0)
     yield Case("value_loss_kernel", "fp32", {"HAS_CLIP": True}, BLOCK, 4, 0)
     yield Case("moments_kernel", "fp32", {}, BLOCK, 4, 0)
@@ -144,7 +145,17 @@ def all_kernels() -> dict[str, Any]:
     }
 
 
-INTEGERS = {"V", "n", "parts", "reward_parts", "stride", "ignore_index", "first_row"}
+INTEGERS = {
+    "V",
+    "n",
+    "parts",
+    "reward_parts",
+    "stride",
+    "ignore_index",
+    "first_row",
+    "columns",
+    "blocks",
+}
 # The parameters that a kernel may find behind a pointer.
 SCALARS = {
     "kl_coef": "KL_COEF_ON_DEVICE",
@@ -173,7 +184,8 @@ def compile_case(case: Case, target: str) -> Any:
     }
     for i, parameter in enumerate(kernel.params):
         name = parameter.name
-        if parameter.is_constexpr:
+        # An integer argument of 1 is a constant too, unless the kernel forbids it.
+        if parameter.is_constexpr or name in given:
             signature[name], constants[(i,)] = "constexpr", given.pop(name)
             continue
         aligned = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from functools import cache
@@ -41,6 +42,34 @@ def name(reading: Reading) -> str:
 
 def test_every_kernel_is_compiled() -> None:
     assert {case.kernel for case in cases()} == set(all_kernels())
+
+
+# Positional arguments of Triton's scans before `reverse`.
+SCANS = {"associative_scan": 3, "cumsum": 2, "cumprod": 2}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda p: p.name)
+def test_no_scan_runs_in_reverse(path: Path) -> None:
+    """It is reported wrong on GPUs for steps that do not commute, and right when interpreted."""
+    backwards = [
+        ast.unparse(call)
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call)
+        and (name := ast.unparse(call.func).split(".")[-1]) in SCANS
+        and (len(call.args) > SCANS[name] or any(k.arg == "reverse" for k in call.keywords))
+    ]
+    assert not backwards
+
+
+def test_there_is_one_way_into_a_kernel() -> None:
+    """`kernel[grid](...)` stands once: what is done there of strides is done for every argument."""
+    launches = [
+        f"{path.name}: {ast.unparse(call.func)}"
+        for path in sorted((ROOT / "fastppo" / "ops").rglob("*.py"))
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Subscript)
+    ]
+    assert len(launches) == 1, launches
 
 
 @EVERY

@@ -1,0 +1,77 @@
+"""float32 logits of 16-bit operands, whether or not a GPU's torch multiplies into them.
+
+No such GPU is here: tensors on the CPU say that they lie on a "cuda" device, as ROCm's do too, and
+torch.mm is a stand-in.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastppo.ops import head
+
+MM = torch.mm
+
+
+class OnCuda(Tensor):
+    """A tensor that says it lies on a GPU."""
+
+    device = property(lambda self: torch.device("cuda", 0))  # type: ignore[assignment]
+
+
+def rocm_of_torch_2_8(a: Tensor, b: Tensor, **keywords: Any) -> Tensor:
+    if "out_dtype" in keywords:
+        raise RuntimeError(
+            "gemm input type at::BFloat16 and output type float is not supported for ROCm"
+        )
+    assert a.dtype == b.dtype == keywords["out"].dtype
+    return MM(a, b, **keywords)
+
+
+def cuda(a: Tensor, b: Tensor, *, out: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    if out_dtype is None:
+        return MM(a, b, out=out)
+    assert a.dtype == b.dtype == torch.bfloat16
+    assert out_dtype == out.dtype == torch.float32
+    calls.append(tuple(out.shape))
+    return out.copy_(MM(a.float(), b.float()))
+
+
+def older_than_2_8(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+    return MM(a, b, out=out)
+
+
+calls: list[tuple[int, ...]] = []
+
+
+@pytest.mark.parametrize("mm", [rocm_of_torch_2_8, cuda, older_than_2_8], ids=lambda f: f.__name__)
+def test_logits_are_the_float32_product_whatever_torch_can(mm, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    hidden_ND = torch.randn(7, 16, generator=generator).bfloat16()
+    weight_VD = torch.randn(2500, 16, generator=generator).bfloat16()
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(head, "_widening", {}, raising=False)
+    calls.clear()
+    there = [x.as_subclass(OnCuda) for x in (hidden_ND, weight_VD, torch.empty(7, 2500))]
+    found = [head.Head(there[1]).logits(there[0], there[2]) for _ in range(2)]
+    want = hidden_ND.float() @ weight_VD.float().T
+    for logits_NV in found:
+        torch.testing.assert_close(logits_NV.as_subclass(Tensor), want, atol=1e-5, rtol=1e-5)
+    # Asked once, then all words in one product.
+    assert calls == ([(16, 16), (7, 2500), (7, 2500)] if mm is cuda else [])
+
+
+def test_a_full_gpu_is_no_answer(monkeypatch):
+    def full(*_: Any, **__: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "mm", full)
+    monkeypatch.setattr(head, "_widening", {})
+    hidden_ND, weight_VD = torch.ones(2, 4).bfloat16(), torch.ones(3, 4).bfloat16()
+    with pytest.raises(torch.OutOfMemoryError):
+        head.Head(weight_VD).logits(hidden_ND, torch.empty(2, 3))
+    assert not head._widening
