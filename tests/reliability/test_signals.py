@@ -12,6 +12,8 @@ import pytest
 from fastppo import durable
 from tests.reliability import runs
 
+pytestmark = pytest.mark.alone
+
 
 def wait_for(found, seconds: float = 60.0) -> None:
     """Until a condition holds."""
