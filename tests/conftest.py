@@ -29,8 +29,6 @@ def process_state() -> dict[str, Any]:
     """What all tests of a process share and each must leave as it found it."""
     return {
         "the working directory": os.getcwd(),
-        "the environment": {k: v for k, v in os.environ.items() if k not in NOTES},
-        "sys.path": list(sys.path),
         "sys.meta_path": list(sys.meta_path),
         "handlers of signals": [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)],
         "torch's threads": torch.get_num_threads(),
@@ -66,27 +64,30 @@ def replaced(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """What changed, by name."""
-    found = []
-    for name, old in before.items():
-        new = after[name]
-        if isinstance(old, dict):
-            keys = sorted(old.keys() | new.keys())
-            found += [f"{name}: {key}" for key in keys if old.get(key) != new.get(key)]
-        elif old != new:
-            found.append(f"{name}: {new} in place of {old}")
-    return found
+    names = [name for name, value in before.items() if after[name] != value]
+    return [f"{name}: {after[name]} in place of {before[name]}" for name in names]
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_left_behind() -> Iterator[None]:
+def _nothing_is_left_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Each test starts with the same random numbers, and puts back what it changes.
 
-    So the order of tests, and which process runs which file, changes no result.
+    So the order of tests, and which process runs which file, changes no result. What the commands
+    do to a process that is theirs is undone here: environment, `sys.path`, a user's modules.
     """
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - the global one, for whoever draws from it
     torch.manual_seed(0)
+    environment, path = dict(os.environ), list(sys.path)
     before, attributes = process_state(), module_attributes()
     yield
+    sys.path[:] = path
+    own = str(tmp_path_factory.getbasetemp())
+    for name, module in list(sys.modules.items()):
+        if (getattr(module, "__file__", None) or "").startswith(own):
+            del sys.modules[name]
+    for name in os.environ.keys() - environment.keys() - NOTES:
+        del os.environ[name]
+    os.environ.update({k: v for k, v in environment.items() if k not in NOTES})
     left = differences(before, process_state()) + replaced(attributes, module_attributes())
     assert not left, f"left behind: {'; '.join(left)}"

@@ -32,8 +32,8 @@ class BuiltOnce:
 
     Roles are equal where the keys that they read are, and the random numbers that they draw. A copy
     takes a quarter of the time. What lies below a test's own folder can change between two calls,
-    and layers that recompute or move activations hold functions that a copy would share: those are
-    built anew.
+    and layers that recompute, move activations or stream hold functions that a copy would share:
+    those are built anew.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,8 @@ class BuiltOnce:
     def __call__(self, config: Config, device: torch.device, own: Path) -> roles.Roles:
         keys = json.dumps(config.model_dump(mode="json", exclude=ELSEWHERE), sort_keys=True)
         own_files = str(own) in keys or str(own) in str(Path.cwd())
-        if own_files or offload_mode(config) != "none" or config.create_new_adapter:
+        hooked = offload_mode(config) != "none" or config.stream_frozen
+        if own_files or hooked or config.create_new_adapter:
             return roles.build(config, device)
         key = (f"{keys} {config.has_critic}", torch.get_rng_state().numpy().tobytes())
         if key not in self.known:
