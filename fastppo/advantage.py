@@ -23,9 +23,13 @@ GROUP_EPS = 1e-4  # beside the standard deviation, as in TRL
 class KLController:
     """beta, and how it follows the KL that the policy spends.
 
-        beta <- beta * (1 + clip(KL / target - 1, -0.2, 0.2) * n / horizon)
+        beta <- beta * (1 + clip(KL / target - 1, -0.2, 0.2) * min(n, horizon) / horizon)
 
-    KL is summed over a sequence and averaged over the batch, n is the number of sequences.
+    KL is summed over a sequence and averaged over the batch, n is the number of sequences. Up to
+    n = horizon that is the published rule, number for number. Past it the published factor goes on
+    falling with n, and below 0 from n = 5 horizon; a step is one measurement of the KL, and here
+    one measurement moves beta by 20% at most, so that the factor is in [0.8, 1.2] for any n.
+
     Source: Ziegler et al. 2019, Fine-Tuning Language Models from Human Preferences, section 2.2.
     """
 
@@ -38,7 +42,7 @@ class KLController:
         """Take note of a step's KL; beta changes from the next step on. NaN says nothing."""
         if self.adaptive and math.isfinite(kl):
             error = min(max(kl / self.target - 1.0, -0.2), 0.2)
-            self.kl_coef *= 1.0 + error * n / self.horizon
+            self.kl_coef *= 1.0 + error * min(n, self.horizon) / self.horizon
 
 
 @dataclass
@@ -76,6 +80,9 @@ def shape_score(scored: Scored, config: Config, running: RunningScore) -> Tensor
     if config.score_clip is not None:
         score_B = score_B.clamp(-config.score_clip, config.score_clip)
     ended_B = torch.tensor(rollout.terminated, device=score_B.device)
+    if config.bootstrap_truncated:
+        # The value that such a response goes on with predicts its score: both would pay it twice.
+        score_B = score_B.masked_fill(~ended_B, 0.0)
     if config.missing_eos_penalty is not None:
         score_B = torch.where(ended_B, score_B, score_B - config.missing_eos_penalty)
     length_B = torch.tensor(rollout.response_lengths, device=score_B.device)

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastppo.budgets import Budget
 from fastppo.errors import UserError
 from fastppo.ops import Packing
+from fastppo.seeds import seed_of
 from fastppo.types import Sequences
 
 if TYPE_CHECKING:
@@ -197,7 +198,7 @@ def endless(n: int, number: int, size: int, *, seed: int, shuffle: bool = True) 
     for position in range(number * size, (number + 1) * size):
         epoch, place = divmod(position, n)
         if epoch not in orders:
-            generator = torch.Generator().manual_seed(seed + epoch)
+            generator = torch.Generator().manual_seed(seed_of(seed, "pass", epoch))
             shuffled = torch.randperm(n, generator=generator).tolist()
             orders[epoch] = shuffled if shuffle else list(range(n))
         chosen.append(orders[epoch][place])

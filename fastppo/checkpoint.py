@@ -27,6 +27,7 @@ from fastppo.types import Answers
 if TYPE_CHECKING:
     from fastppo.config import Config
     from fastppo.state import State
+    from fastppo.tracking import Trackers
 
 
 def save_model(
@@ -102,8 +103,9 @@ def save_to_resume(state: State, output_dir: Path) -> Path:
         "surroundings": surroundings(state),
     }
     training_state.write(tree, place)
-    note_run(place, state.budgets.decisions())
+    note_run(place, state.budgets.decisions(), state.tracker)
     durable.publish(place, folder)
+    state.saved_step = state.step
     return folder
 
 
@@ -119,10 +121,13 @@ def trained(state: State) -> list[nn.Parameter]:
     return [p for group in state.optimizer.param_groups for p in group["params"]]
 
 
-def note_run(folder: Path, decisions: dict[str, Any]) -> None:
-    """Leave in `folder` that fastppo ran here, and what it decides where a file says auto."""
-    text = json.dumps({"fastppo": __version__, "decisions": decisions})
-    durable.write_text(folder / durable.RUN, text + "\n")
+def note_run(folder: Path, decisions: dict[str, Any], trackers: Trackers | None = None) -> None:
+    """Leave in `folder` that fastppo ran here, what it decides where a file says auto, and what
+    its trackers call the run."""
+    record = {"fastppo": __version__, "decisions": decisions}
+    if trackers is not None:
+        record["trackers"] = trackers.runs
+    durable.write_text(folder / durable.RUN, json.dumps(record) + "\n")
 
 
 def decided(config: Config, folder: Path) -> Config:
@@ -140,10 +145,10 @@ def decided(config: Config, folder: Path) -> Config:
     )
 
 
-def begin(output_dir: Path, decisions: dict[str, Any]) -> None:
+def begin(output_dir: Path, decisions: dict[str, Any], trackers: Trackers | None = None) -> None:
     """A run begins in `output_dir`: killed before its first checkpoint, it is known by this."""
     durable.sweep(output_dir)
-    note_run(output_dir, decisions)
+    note_run(output_dir, decisions, trackers)
 
 
 # Keys that the steps do not depend on.
@@ -274,7 +279,9 @@ def resume(state: State, folder: Path) -> list[str]:
         wrap(base, mode, offload_dir=place)
     state.began -= saved["seconds"]
     state.before = None if saved["before"] is None else Answers(**saved["before"])
-    state.evaluations = results.evaluations_in(folder)
+    # The last one is made anew, with what is written after it.
+    found = results.evaluations_in(folder)
+    state.evaluations = [each for each in found if each["step"] < state.total_steps]
     state.metrics.go_on(saved["rows"])
     state.random = saved["random"]
     training_state.set_random_state(state.random)
@@ -291,8 +298,9 @@ def start(state: State, folder: Path | None, output_dir: Path) -> list[str]:
         notes.append(f"resumes after step {state.step} from {folder}")
         if changed:
             notes.append(f"not bit for bit, for these changed since: {', '.join(changed)}")
-    results.begin_log(output_dir, state.step)
-    begin(output_dir, state.budgets.decisions())
+    evaluated = any(each["step"] == state.step for each in state.evaluations)
+    results.begin_log(output_dir, state.step, evaluated=evaluated)
+    begin(output_dir, state.budgets.decisions(), state.tracker)
     return notes
 
 
@@ -300,7 +308,9 @@ def save_and_stop(state: State, stop: Interrupted, output_dir: Path) -> Interrup
     """Save where the last whole step ended; the interruption, with where that is."""
     if state.step == 0:
         return Interrupted(stop.signal, "no step was finished, so nothing was saved")
-    folder = save_to_resume(state, output_dir)
+    folder = output_dir / f"checkpoint-{state.step}"
+    if state.saved_step != state.step:
+        save_to_resume(state, output_dir)
     return Interrupted(stop.signal, f"resume_from_checkpoint: true goes on from {folder}")
 
 

@@ -44,7 +44,10 @@ class PPOKeys(BaseModel):
     init_kl_coef: NonNegative = key(0.2, TRL, "beta at the start.")
     adap_kl_ctrl: bool = key(True, TRL, "Let the controller move beta; false keeps it.")
     horizon: Above0 = key(
-        10000, TRL, "Samples over which the controller acts; smaller moves beta faster."
+        10000,
+        TRL,
+        "Responses over which beta moves by at most 20%; smaller moves it faster, down to the "
+        "responses of a step: a step moves it by 20% at most.",
     )
     kl_penalty: Literal["kl", "abs", "mse", "low_var_kl", "full"] = key(
         "kl",
@@ -81,10 +84,16 @@ class PPOKeys(BaseModel):
         False, TUNE, "A truncated response gets reward_penalty for a score."
     )
     reward_penalty: Finite = key(
-        -3.0, TUNE, "The score, after normalising and clipping, of what the two keys above name."
+        -3.0,
+        TUNE,
+        "The score, after normalising and clipping, of what the two keys above name; no penalty "
+        "unless it is below the scores of finished responses.",
     )
     bootstrap_truncated: bool = key(
-        False, OWN, "A truncated response goes on with the critic's value in place of 0."
+        False,
+        OWN,
+        "A truncated response is paid the critic's value of where it was cut in place of its "
+        "score, which that value predicts.",
     )
     ppo_whiten_rewards: bool = key(
         False, LF, "Whiten rewards, their mean kept, before the advantages."
@@ -127,12 +136,30 @@ class PPOKeys(BaseModel):
     )
     loss_agg_mode: Literal[
         "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
-    ] = key("token-mean", VERL, "How the tokens of an optimiser step add up to its loss.")
-    cliprange_value: Above0 = key(0.2, TRL, "Value may move so far from the rollout's.")
-    vf_coef: NonNegative = key(0.1, TRL, "Weight of the value loss.")
+    ] = key(
+        "token-mean",
+        VERL,
+        "How the tokens of an optimiser step add up to its loss; the last mode divides by "
+        "max_new_tokens, where verl by default takes the padded width of its batch.",
+    )
+    cliprange_value: Above0 | None = key(
+        0.2,
+        TRL,
+        "Value may move so far from the rollout's in a step, in units of the score; null is any "
+        "distance.",
+    )
+    vf_coef: NonNegative = key(
+        0.1,
+        TRL,
+        "Weight of the value loss; it acts with critic: shared, elsewhere critic_learning_rate "
+        "does.",
+    )
     entropy_coef: NonNegative = key(0.0, OWN, "Weight of an entropy bonus in the policy loss.")
     critic_warmup: Count = key(
-        0, VERL, "So many first PPO steps train the critic alone; actor and beta stay."
+        0,
+        VERL,
+        "So many first PPO steps train the critic alone; actor and beta stay. The learning rate's "
+        "schedule counts them.",
     )
     critic_learning_rate: NonNegative | None = key(
         None, OWN, "The critic's; null is learning_rate."
@@ -175,17 +202,21 @@ class PPOKeys(BaseModel):
         return self.cliprange if self.cliprange_high is None else self.cliprange_high
 
     @property
-    def without_meaning(self) -> list[str]:
-        """Keys that were set and say nothing to this advantage estimator."""
+    def unknown_to_estimator(self) -> set[str]:
+        """Keys that say nothing to this advantage estimator."""
         critics = {"critic", "critic_model", "critic_finetuning_type", "value_head_init"}
         critics |= {"critic_learning_rate", "cliprange_value"}
-        unused = {
+        return {
             "gae": {"scale_rewards"},
             "grpo": critics | {"vf_coef", "lam"},
             "rloo": critics | {"vf_coef", "lam", "scale_rewards"},
             "reinforce++": critics | {"vf_coef", "lam", "scale_rewards"},
         }[self.advantage]
-        return sorted(unused & self.model_fields_set)
+
+    @property
+    def without_meaning(self) -> list[str]:
+        """Those of them that were set."""
+        return sorted(self.unknown_to_estimator & self.model_fields_set)
 
     @model_validator(mode="after")
     def _algorithm_belongs_together(self) -> PPOKeys:
@@ -194,6 +225,10 @@ class PPOKeys(BaseModel):
         if self.penalise_no_eos and self.missing_eos_penalty is not None:
             raise ValueError(
                 "penalise_no_eos: sets the score that missing_eos_penalty takes from; keep one"
+            )
+        if self.penalise_no_eos and self.bootstrap_truncated:
+            raise ValueError(
+                "penalise_no_eos: sets the score that bootstrap_truncated replaces; keep one"
             )
         if self.dual_clip is not None and not self.dual_clip > 1 + self.clip_high:
             raise ValueError(

@@ -57,6 +57,8 @@ SCHEDULES: dict[str, frozenset[str]] = {
         }
     ),
 }
+# Those of them that are learning rates, or shares of one.
+RATES = {"lr_end", "min_lr", "min_lr_rate", "min_lr_ratio", "warmup_lr_rate"}
 # Any one of these has to be given.
 NEEDED = {
     "cosine_with_min_lr": ("min_lr", "min_lr_rate"),
@@ -286,6 +288,13 @@ class TrainingKeys(BaseModel):
                 f"lr_scheduler_kwargs: {kind} needs {' or '.join(needed)}; write for example "
                 f"lr_scheduler_kwargs: {{{needed[0]}: {'1e-6' if 'lr' in needed[0] else '10'}}}"
             )
+        for name in sorted(given & RATES):
+            value = (self.lr_scheduler_kwargs or {})[name]
+            if isinstance(value, (int, float)) and value < 0:
+                raise ValueError(
+                    f"lr_scheduler_kwargs: {name}: {value:g} is a learning rate below 0, which "
+                    "would unlearn; give 0 or more"
+                )
         if len(given & {"min_lr", "min_lr_rate"}) == 2:
             raise ValueError("lr_scheduler_kwargs: min_lr and min_lr_rate say the same; keep one")
 

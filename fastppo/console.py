@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -15,9 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from rich.table import Table
 
 from fastppo import __version__
+from fastppo.config_effect import without_effect
 from fastppo.metrics import CSV, CURVES, SUMMARY
 from fastppo.moments import GIB
 from fastppo.ops.backend import choose
+from fastppo.optimizer import idle_steps
 from fastppo.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -82,7 +85,8 @@ def clock_face(seconds: float) -> str:
 
 def beta_room(config: Config, steps: int) -> float:
     """The largest share by which the KL controller can move beta over the whole run."""
-    return (1.0 + 0.2 * config.rollout_batch_size / config.horizon) ** steps - 1.0
+    step = 0.2 * min(config.rollout_batch_size / config.horizon, 1.0)
+    return math.expm1(min(steps * math.log1p(step), 700.0))  # e**710 is no float any more
 
 
 def notices(config: Config, steps: int) -> list[str]:
@@ -99,11 +103,24 @@ def notices(config: Config, steps: int) -> list[str]:
             f"{', '.join(config.without_meaning)}: nothing to advantage: {config.advantage}, and "
             "without effect"
         )
+    acting = without_effect(config)
+    lines += [f"{name}: {acting[name]}" for name in acting if name in config.model_fields_set]
+    if config.critic_warmup >= steps:
+        lines.append(
+            f"critic_warmup: {config.critic_warmup} leaves none of the {steps} steps to the policy; "
+            "lower it, or raise max_steps"
+        )
     room = beta_room(config, steps)
     if config.adap_kl_ctrl and room < 0.05:
         lines.append(
             f"this run is too short for the KL controller: over {steps} steps beta can move by "
             f"{room:.2%} at most (horizon {config.horizon:g}); lower horizon to let it adapt"
+        )
+    responses = config.rollout_batch_size
+    if config.adap_kl_ctrl and config.horizon < responses:
+        lines.append(
+            f"horizon: {config.horizon:g} is shorter than a step of {responses} responses, and "
+            f"acts as {responses}: beta moves by at most 20% a step"
         )
     return lines
 
@@ -130,7 +147,14 @@ def first_lines(state: State, steps: int) -> None:
         table.add_row(role, weights, f"{count:,}")
     console.print(table)
     console.print(f"  writes {config.output_dir} and {config.metrics_dir}/")
-    for line in [*state.notes, *state.roles.notes, *notices(config, steps)]:
+    idle = idle_steps(state.scheduler, steps)
+    lines = [*state.notes, *state.roles.notes, *notices(config, steps)]
+    if idle:
+        lines.append(
+            f"the learning rate is 0 in {idle} of the {steps} steps, whose rollouts teach nothing; "
+            "look at learning_rate, lr_scheduler_type and lr_scheduler_kwargs"
+        )
+    for line in lines:
         console.print(f"  [yellow]note:[/yellow] {line}")
 
 

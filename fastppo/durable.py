@@ -40,11 +40,21 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 to a neighbour and rename it over `path`: a reader never sees half a file."""
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write what is renamed over `path` afterwards: a reader never sees half a file."""
     place = path.with_name(f".{path.name}.{os.getpid()}")
-    place.write_bytes(text.encode())
-    place.replace(path)
+    try:
+        yield place
+        place.replace(path)
+    finally:
+        place.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 to `path`, whole or not at all."""
+    with whole(path) as place:
+        place.write_bytes(text.encode())
 
 
 def sha256(path: Path) -> str:

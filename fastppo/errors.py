@@ -18,8 +18,11 @@ class TrainingStopped(Exception):
     """
 
 
-class Interrupted(Exception):
-    """A signal asked the run to stop, and it has saved what it could. Exit code 128 + signal."""
+class Interrupted(BaseException):
+    """A signal asked the run to stop, and it has saved what it could. Exit code 128 + signal.
+
+    Like KeyboardInterrupt no Exception: code that catches failures lets it through.
+    """
 
     def __init__(self, signal: int, saved: str = "nothing was saved") -> None:
         super().__init__(saved)

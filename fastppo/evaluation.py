@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from fastppo.metrics import SAMPLES, SUMMARY
 from fastppo.phases import sampled, scored
 from fastppo.reward import mean_of_known
 from fastppo.reward_function import call_scores, load_function
+from fastppo.seeds import seed_of
 from fastppo.types import Answers
 
 if TYPE_CHECKING:
@@ -40,7 +42,8 @@ def answer(state: State, role: Role, prompts: list[Prompt]) -> Answers:
     size = config.per_device_eval_batch_size
     for start in range(0, len(prompts), size):
         with roles.use(role):
-            rollout = sampled(state, prompts[start : start + size], seed=config.seed + start)
+            seed = seed_of(config.seed, "evaluation", start)
+            rollout = sampled(state, prompts[start : start + size], seed=seed)
         texts += rollout.texts
         lengths += rollout.response_lengths
         terminated += rollout.terminated
@@ -81,11 +84,13 @@ class Comparison:
 
 def compare(state: State) -> Comparison:
     """`before` is the reference, where the actor started; it is sampled once and kept."""
-    began, prompts = time.monotonic(), state.eval_prompts
-    if state.before is None:
-        state.before = answer(state, "reference", prompts)
-    after = answer(state, "actor", prompts)
-    return Comparison(prompts, state.before, after, time.monotonic() - began)
+    began, prompts, before = time.monotonic(), state.eval_prompts, state.before
+    with state.stop.at_once():
+        if before is None:
+            before = answer(state, "reference", prompts)
+        after = answer(state, "actor", prompts)
+    state.before = before  # of an evaluation that was cut off nothing is kept
+    return Comparison(prompts, before, after, time.monotonic() - began)
 
 
 def summarise(state: State, compared: Comparison) -> dict[str, Any]:
@@ -126,10 +131,15 @@ def evaluate(state: State) -> dict[str, Any]:
     state.metrics.write_json(SUMMARY, summary)
     both = side_by_side(compared.prompts, compared.before, compared.after)
     state.metrics.write_json(SAMPLES, both)
-    if state.metrics.rows:
-        state.metrics.draw(f"fastppo: {state.config.model_name_or_path}, {state.step} PPO steps")
+    draw(state)
     report(state, compared, summary)
     return summary
+
+
+def draw(state: State, *, share: float = math.inf) -> None:
+    """training_curves.png; `share` of the run's time that pictures may take."""
+    title = f"fastppo: {state.config.model_name_or_path}, {state.step} PPO steps"
+    state.metrics.draw(title, share=share)
 
 
 def report(state: State, compared: Comparison, summary: dict[str, Any]) -> dict[str, Any]:
@@ -186,7 +196,8 @@ def predict(state: State, prompts: list[Prompt]) -> dict[str, Any]:
     generated_predictions.jsonl has its keys prompt, predict and label, and the reward.
     """
     began = time.monotonic()
-    answers = answer(state, "actor", prompts)
+    with state.stop.at_once():
+        answers = answer(state, "actor", prompts)
     seconds, count = time.monotonic() - began, len(prompts)
     metrics = {
         "predict_reward": mean(answers.rewards),

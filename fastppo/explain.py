@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastppo.config import ONLY, Config, load_config, renamed
+from fastppo.config_effect import without_effect
 from fastppo.config_file import override, read_file
 from fastppo.config_not_here import IGNORED, REFUSED
 
@@ -81,6 +82,10 @@ def explained(config: Config, name: str, given: Any, source: str) -> Line:
     other = "rm" if config.stage == "ppo" else "ppo"
     if name in ONLY[other]:
         meaning = f"Nothing in stage {config.stage}. In {other}: {meaning}"
+    elif name in (here := without_effect(config)):
+        meaning = f"Here {here[name]}. Elsewhere: {meaning}"
+    elif config.stage == "ppo" and name in config.unknown_to_estimator:
+        meaning = f"Nothing to advantage: {config.advantage}. Elsewhere: {meaning}"
     value = getattr(config, name)
     if source == "default" and name in config.model_fields_set:
         source = "lf_sampling"  # which sets what the file leaves out

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from fastppo import __version__
 from fastppo.cli import one_line, quieten
 from fastppo.errors import UserError
+from fastppo.launch import check_one_process
 
 HELP = """fastppo-export: merge what a run trained into a plain transformers folder
 
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from fastppo.export_config import read_export
 
         config, notes = read_export(arguments)
+        check_one_process("fastppo-export", "export_dir")
         for line in notes:
             print(f"note: {line}")
         quieten()

@@ -32,6 +32,7 @@ EOS_AT_FIRST, EOS_LEFT = 0.1, 0.1  # share in the first steps, and what is left 
 EOS_EXPECTED = 20  # so many at the first rate: fewer could be missing by chance
 LENGTH_CORRELATION = 0.6
 LENGTH_SAMPLES = 80  # a step of few responses correlates by chance
+VALUE_HELD, VALUE_STEPS = 0.25, 3  # share of tokens, and over how many steps in the mean
 SAMPLER_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # mean |difference| of log-probs
 
 
@@ -83,6 +84,12 @@ def sampler_apart(rows: Sequence[Row], config: Config, dtype: torch.dtype) -> bo
     return not rows[-1]["sampler_gap_abs"] <= SAMPLER_LIMIT[dtype]
 
 
+def value_held(rows: Sequence[Row], config: Config, dtype: torch.dtype) -> bool:
+    """The clip around the rollout's values keeps the critic from its returns, step after step."""
+    last = [row.get("value_clipfrac", 0.0) for row in rows[-VALUE_STEPS:]]
+    return len(last) == VALUE_STEPS and sum(last) / VALUE_STEPS > VALUE_HELD
+
+
 @dataclass(frozen=True)
 class Guard:
     """A condition on the rows so far, and what to say of it; `found` may quote columns."""
@@ -131,6 +138,12 @@ GUARDS = {
         "score and response length move together (correlation {score_length_corr:+.2f})",
         "the reward pays for length: read samples.json, train the reward model on pairs of equal "
         "length, or add a reward of weight below 0 for it",
+    ),
+    "guard_value_clip": Guard(
+        value_held,
+        "the value clip held {value_clipfrac:.0%} of the tokens: the critic may move by "
+        "cliprange_value a step, and its returns are further off",
+        "set cliprange_value: null, or raise it to the scale of the scores (return_std)",
     ),
     "guard_sampler": Guard(
         sampler_apart,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastppo.durable import write_text
+from fastppo.durable import whole, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,6 +81,7 @@ COLUMNS = {
     "guard_entropy": "1 where entropy is below a tenth of the first step's",
     "guard_eos": "1 where eos_share was above a tenth, and has fallen to a tenth of that",
     "guard_length": "1 where score_length_corr was past 0.6 over the last 10 steps (80 responses)",
+    "guard_value_clip": "1 where value_clipfrac was above a quarter over the last 3 steps",
     "guard_sampler": "1 where sampler_gap_abs is above 1e-3, with bf16 0.1, and nothing truncates",
     "seconds_rollout": "sampling (a clock)",
     "seconds_score": "log-probs, reference, values, reward (a clock)",
@@ -127,6 +129,7 @@ class MetricsWriter:
         self.reward_columns = [REWARD_COLUMN.format(name=name) for name in rewards]
         self.rows: list[dict[str, float]] = []
         self.is_open = False
+        self.drawn, self.drawn_at, self.drawing = 0, -math.inf, 0.0  # rows, when, seconds it took
 
     def ensure_open(self) -> None:
         """Open on the first write: a run that fails before it leaves earlier files alone."""
@@ -192,9 +195,20 @@ class MetricsWriter:
             json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
         )
 
-    def draw(self, title: str) -> None:
-        """The curves of all rows so far."""
-        draw_curves(self.rows, self.folder / CURVES, title)
+    def draw(self, title: str, *, share: float = math.inf) -> None:
+        """The curves of all rows so far, there whole or as they were.
+
+        Below `share` 1 only where that share of the time since the last drawing pays for it: a run
+        of short steps is not slowed.
+        """
+        path, began = self.folder / CURVES, time.monotonic()
+        current = self.drawn == len(self.rows) and path.is_file()
+        if not self.rows or current or began - self.drawn_at < self.drawing / share:
+            return
+        with whole(path) as place:
+            draw_curves(self.rows, place, title)
+        self.drawn, self.drawn_at = len(self.rows), time.monotonic()
+        self.drawing = self.drawn_at - began
 
 
 def _number(value: float) -> str:
@@ -273,4 +287,4 @@ def draw_curves(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> 
         axis.grid(alpha=0.25)
         axis.set_xlabel("PPO step")
         axis.xaxis.get_major_locator().set_params(integer=True)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, format="png")

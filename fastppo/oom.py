@@ -11,6 +11,7 @@ import torch
 from fastppo.budgets import Budgets, Phase
 from fastppo.errors import TrainingStopped, note
 from fastppo.ops import workspace
+from fastppo.training_state import random_state, set_random_state
 
 T = TypeVar("T")
 # What allocators say beside torch.OutOfMemoryError: PyTorch's own on a CPU, CUDA's, cuBLAS's.
@@ -43,8 +44,9 @@ def retried(
 ) -> T:
     """`run()`; where it runs out of memory, once more with half of what the phase takes on.
 
-    The second try starts where the first one did: random states are put back, and `clean` drops
-    what the first one left. `budgets` stay halved for the steps that follow.
+    The second try starts where the first one did: the generators of Python, NumPy and PyTorch are
+    put back, and `clean` drops what the first one left. `budgets` stay halved for the steps that
+    follow. What must not happen twice (asking a reward) does not belong into `run`.
 
     Args:
         phase: rollout, score or update.
@@ -55,7 +57,7 @@ def retried(
     Raises:
         OutOfMemory: the second try ran out of memory too, or there is nothing to halve.
     """
-    random = RandomState()
+    random = random_state()
     try:
         return run()
     except Exception as error:
@@ -63,7 +65,7 @@ def retried(
             raise
     # Out here: the traceback would hold every tensor of the pass that failed.
     clean()
-    random.restore()
+    set_random_state(random)
     give_back()
     change = budgets.halve(phase, used())
     if change is None:
@@ -77,21 +79,6 @@ def retried(
     clean()
     give_back()
     raise OutOfMemory(f"out of memory in {phase}, also with {change}")
-
-
-class RandomState:
-    """The random states of the host and of the devices, as they are now."""
-
-    def __init__(self) -> None:
-        self.host = torch.get_rng_state()
-        used = torch.cuda.is_initialized()
-        self.devices = torch.cuda.get_rng_state_all() if used else None
-
-    def restore(self) -> None:
-        """Put them back."""
-        torch.set_rng_state(self.host)
-        if self.devices is not None:
-            torch.cuda.set_rng_state_all(self.devices)
 
 
 def give_back() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from fastppo.errors import UserError
@@ -70,7 +71,7 @@ def vectors_apart(group: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def make_scheduler(config: Config, optimizer: torch.optim.Optimizer, steps: int) -> Any:
-    """`lr_scheduler_type` over `steps` PPO steps, of which the first already learns.
+    """`lr_scheduler_type` over `steps` PPO steps; a warm-up begins above 0.
 
     Raises:
         UserError: lr_scheduler_kwargs has a value that the schedule does not take.
@@ -78,16 +79,49 @@ def make_scheduler(config: Config, optimizer: torch.optim.Optimizer, steps: int)
     warmup = config.warmup(steps)
     try:
         scheduler = get_scheduler(
-            config.lr_scheduler_type, optimizer, warmup, steps, config.lr_scheduler_kwargs
+            config.lr_scheduler_type,
+            optimizer,
+            warmup,
+            max(steps, warmup + 1),  # polynomial divides by what is left behind the warm-up
+            config.lr_scheduler_kwargs,
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"lr_scheduler_kwargs: {error}; change it, or leave it out") from None
-    if warmup > 0:
-        # transformers' warm-up starts at 0, and a rollout is too dear to learn nothing from.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch wants an optimiser step first; none was taken
-            scheduler.step()
+    begin_above_0(scheduler, warmup)
     return scheduler
+
+
+def begin_above_0(scheduler: Any, warmup: int) -> None:
+    """Take a warm-up that begins at 0 one step ahead; from its peak on the schedule stays as it is.
+
+    Of `warmup` steps the first then has 1 / warmup of the peak and the last the peak itself, where
+    transformers' first has 0: a rollout, or a batch of pairs, that teaches nothing.
+    """
+    if warmup < 1 or not isinstance(scheduler, LambdaLR):
+        return
+
+    def ahead(factor: Callable[[int], float]) -> Callable[[int], float]:
+        if factor(0) > 0:
+            return factor
+
+        def of_step(step: int) -> float:
+            if step >= warmup:
+                return factor(step)
+            return factor(step + 1) if step + 1 < warmup else 1.0
+
+        return of_step
+
+    scheduler.lr_lambdas = [ahead(factor) for factor in scheduler.lr_lambdas]
+    begin = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    scheduler._last_lr = [rate * factor(0) for rate, factor in begin]
+    for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+        group["lr"] = rate
+
+
+def idle_steps(scheduler: Any, steps: int) -> int:
+    """How many of `steps` PPO steps learn nothing, their learning rate being 0 in every group."""
+    groups = list(zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True))
+    return sum(all(rate * factor(step) <= 0 for rate, factor in groups) for step in range(steps))
 
 
 def clip_and_step(

@@ -7,7 +7,7 @@ forgets (running sums of the loss, parameters in their own precision) is kept be
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -16,7 +16,11 @@ from transformers import Trainer, TrainerCallback
 
 from fastppo import checkpoint, console, durable, training_state
 from fastppo.errors import TrainingStopped, UserError
+from fastppo.optimizer import begin_above_0
 from fastppo.stopping import Stop
+
+if TYPE_CHECKING:
+    from fastppo.tracking import Trackers
 
 SUMS = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged")
 
@@ -33,17 +37,90 @@ class ResumableTrainer(Trainer):
         self.place: Path | None = None  # where a checkpoint is being written
         self.resumed: dict[str, Any] | None = None
         self.inputs: dict[str, Tensor] = {}
-        self.saved: Path | None = None
+        self.saved: Path | None = None  # the checkpoint that a resume would go on from
+        self.saved_at: int | None = None  # its step, where nothing was evaluated since
+        self.marked: dict[str, Any] | None = None  # where the last step ended
+        self.trackers: Trackers | None = None
         self.add_callback(Watch(self))
 
     def trained(self) -> dict[str, nn.Parameter]:
         """What trains, by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, whose warm-up begins above 0."""
+        first, warmup = self.lr_scheduler is None, self.args.get_warmup_steps(num_training_steps)
+        steps = max(num_training_steps, warmup + 1)  # as in make_scheduler
+        scheduler = super().create_scheduler(steps, *args, **kwargs)
+        if first:
+            begin_above_0(scheduler, warmup)
+        return scheduler
+
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """transformers' own; the batch is kept until the next."""
+        """transformers' own; the batch is kept until the next. A signal leaves it at once."""
         self.inputs = inputs
-        return super().training_step(model, inputs, *args, **kwargs)
+        with self.stop.at_once():
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, of evaluations and predictions; a signal leaves it at once."""
+        with self.stop.at_once():
+            return super().evaluation_loop(*args, **kwargs)
+
+    def mark(self, *, evaluated: bool) -> None:
+        """Note what the next micro-batch changes: a signal in it goes back to here."""
+        sums = {name: getattr(self, name) for name in SUMS}
+        self.marked = {
+            "evaluated": evaluated,
+            "random": training_state.random_state(),
+            "sums": {k: x.clone() if isinstance(x, Tensor) else x for k, x in sums.items()},
+            "flos": self.current_flos,
+            "bad_run": self.bad_run,
+        }
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self.mark(evaluated=True)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if not self.state.global_step or kwargs.get("skip_scheduler"):  # eval_on_start
+            return super()._evaluate(*args, **kwargs)
+        self.mark(evaluated=False)
+        self.saved_at = None
+        metrics = super()._evaluate(*args, **kwargs)
+        self.mark(evaluated=True)
+        return metrics
+
+    def catch_up(self) -> None:
+        """The evaluation that a signal had cut off behind the step that this run goes on from."""
+        if self.resumed is not None and not self.resumed.pop("evaluated", True):
+            self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        self.catch_up()
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self.catch_up()  # after the last step no generator is read back
+        return super()._finalize_training(*args, **kwargs)
+
+    def save_stopped(self) -> Path | None:
+        """The checkpoint of the last whole step, after a signal; None where there was none.
+
+        Weights and optimiser are as that step left them: only whole steps change them.
+        """
+        marked = self.marked
+        if marked is None or not self.state.global_step:
+            return self.saved
+        if self.saved_at == self.state.global_step and not self.args.save_only_model:
+            return self.saved
+        training_state.set_random_state(marked["random"])
+        for name, value in marked["sums"].items():
+            setattr(self, name, value)
+        self.current_flos, self.bad_run = marked["flos"], marked["bad_run"]
+        self.args.save_only_model = False  # or there would be nothing to go on from
+        self._save_checkpoint(self.model, None)
+        return self.saved
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """transformers' own; the last entry's mean is over the whole run, not since a resume."""
@@ -61,19 +138,21 @@ class ResumableTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         self.state.best_model_checkpoint = None  # it would be the place that is renamed below
         written = self.place / folder.name
-        checkpoint.note_run(written, self.decisions)
+        checkpoint.note_run(written, self.decisions, self.trackers)
         if not self.args.save_only_model:
             sums = {name: getattr(self, name) for name in SUMS}
             tree = {"parameters": self.trained(), "sums": sums, "bad_run": self.bad_run}
+            tree["evaluated"] = self.marked is None or self.marked["evaluated"]
             training_state.write(tree, written)
         durable.publish(written, folder)
         self.place.rmdir()
-        self.place, self.saved = None, folder
+        self.place, self.saved, self.saved_at = None, folder, self.state.global_step
         durable.keep_newest(output_dir, self.args.save_total_limit)
 
     @torch.no_grad()
     def _load_from_checkpoint(self, folder: str, model: nn.Module | None = None) -> None:
-        self.resumed = training_state.read(Path(folder))
+        self.saved = Path(folder)
+        self.resumed = training_state.read(self.saved)
         mine, saved = self.trained(), self.resumed.get("parameters", {})
         if {name: p.shape for name, p in mine.items()} != {n: p.shape for n, p in saved.items()}:
             raise UserError(
@@ -85,7 +164,7 @@ class ResumableTrainer(Trainer):
 
 
 class Watch(TrainerCallback):
-    """At a step's begin and end: what a resume restores, a bad gradient, a signal."""
+    """What a resume restores before the first step; a step whose gradient is not finite."""
 
     def __init__(self, trainer: ResumableTrainer) -> None:
         self.trainer = trainer
@@ -124,8 +203,3 @@ class Watch(TrainerCallback):
                 f"{trainer.bad_run} steps in a row had a gradient that is not finite "
                 f"(max_bad_steps); the last batch is in {path}; the likeliest cause: learning_rate"
             )
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """A safe point."""
-        if self.trainer.stop.signal is not None:
-            control.should_save = control.should_training_stop = True

@@ -34,14 +34,19 @@ def sampled(state: State, prompts: list[Prompt], *, seed: int) -> Rollout:
 
 
 def scored(state: State, rollout: Rollout, *, exact_kl: bool = False, keep: bool = False) -> Scored:
-    """What all roles say of a rollout, in micro-batches of the scoring budget."""
+    """What all roles say of a rollout, in micro-batches of the scoring budget.
+
+    The rewards are asked once: where memory runs out, only the forwards are run again.
+    """
     budgets = state.budgets
+    state.roles.eval()
+    answer = state.reward(rollout)
 
     def run() -> Scored:
         return score(
             state.roles,
             rollout,
-            state.reward,
+            lambda _: answer,
             temperature=state.config.temperature,
             budget=budgets.scoring,
             exact_kl=exact_kl,

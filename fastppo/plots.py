@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastppo.durable import whole
+
 if TYPE_CHECKING:
     from fastppo.config import Config
 
@@ -67,7 +69,8 @@ def plot(
         axis.legend()
         folder.mkdir(parents=True, exist_ok=True)
         written.append(folder / f"{prefix}_{name}.png")
-        figure.savefig(written[-1], dpi=100)
+        with whole(written[-1]) as place:
+            figure.savefig(place, dpi=100, format="png")
     return written
 
 

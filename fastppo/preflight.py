@@ -13,6 +13,7 @@ from fastppo import durable
 from fastppo.config_training import BITSANDBYTES
 from fastppo.data import Records, read_records
 from fastppo.errors import UserError
+from fastppo.launch import check_one_process
 from fastppo.reward_spec import HEAD_FILES, split
 from fastppo.templates import check_name
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 def check(config: Config) -> Records:
     """Refuse what cannot run; give back the records that were read on the way."""
+    check_one_process("fastppo-train", "output_dir")
     if config.hf_hub_token:
         os.environ["HF_TOKEN"] = config.hf_hub_token  # where all of the hub's clients look
     try:

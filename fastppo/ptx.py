@@ -16,6 +16,7 @@ from torch import Tensor
 from fastppo.batch import Batch, endless, make_batch
 from fastppo.data import fit
 from fastppo.ops import linear_token_logprobs
+from fastppo.seeds import seed_of
 from fastppo.types import Sequences
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Demonstrations:
             room = config.cutoff_len - len(prompt) - 1
             pairs.append((prompt, answer[:-1][:room] + answer[-1:]))
         size = config.per_device_train_batch_size
-        return cls(pairs, size, template.pad_id, config.seed)
+        return cls(pairs, size, template.pad_id, seed_of(config.seed, "ptx"))
 
     def stream(self, first: int, device: torch.device) -> Iterator[Batch]:
         """Micro-batches from optimiser step `first` on: the same ones after a resume."""

@@ -66,13 +66,18 @@ def clear(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def begin_log(folder: Path, step: int = 0) -> None:
-    """An empty `trainer_log.jsonl`; for a run that goes on after `step`, its lines up to there."""
+def begin_log(folder: Path, step: int = 0, *, evaluated: bool = True) -> None:
+    """An empty `trainer_log.jsonl`; for a run that goes on after `step`, its lines up to there.
+
+    Not `evaluated`: without the evaluation after `step`, which is still to come.
+    """
     path, kept = folder / LOG, []
     if step and path.is_file():
         # By newlines alone, and without what a killed run left of its last line.
         for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-            if json.loads(line).get("current_steps", 0) <= step:
+            entry = json.loads(line)
+            at, to_come = entry.get("current_steps", 0), "eval_reward" in entry and not evaluated
+            if at < step or (at == step and not to_come):
                 kept.append(line + "\n")
     write_text(path, "".join(kept))
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fastppo.batch import Budget
+from fastppo.batch import largest
+from fastppo.budgets import Budgets
 from fastppo.errors import TrainingStopped, UserError
+from fastppo.oom import retried
 from fastppo.reward_api import ApiReward
 from fastppo.reward_full import ClassifierReward, load_full
 from fastppo.reward_function import FunctionReward
@@ -34,6 +37,7 @@ class Reward:
 
     specs: tuple[RewardSpec, ...]
     parts: tuple[Part, ...]
+    budgets: Budgets | None = None  # of the run; None: a model that runs out of memory stops it
     worked: bool = False
 
     @property
@@ -68,7 +72,7 @@ class Reward:
         score_B = torch.zeros(len(rollout.prompts), device=device)
         applies_B = torch.zeros(len(rollout.prompts), dtype=torch.bool, device=device)
         for spec, part in zip(self.specs, self.parts, strict=True):
-            part_B = part(rollout).float()
+            part_B = self.ask(spec, part, rollout).float()
             if spec.kind != "function" and not part_B.isfinite().all():
                 raise TrainingStopped(
                     f"reward '{spec.name}' gave a score that is not finite; the likeliest cause: "
@@ -85,6 +89,16 @@ class Reward:
                 f"completion a number in {' or '.join(self.names)}"
             )
         return score_B, parts
+
+    def ask(self, spec: RewardSpec, part: Part, rollout: Rollout) -> Tensor:
+        """One reward's scores (B,): a model on the device once more where it ran out of memory.
+
+        A server or a function is asked once: it bills, counts or draws each time.
+        """
+        if self.budgets is None or spec.kind not in ("lora", "full"):
+            return part(rollout)
+        used = partial(largest, rollout, self.budgets.scoring)
+        return retried("score", self.budgets, partial(part, rollout), used=used)
 
     def table(self) -> str:
         """What they are, in words, for the first lines of a run."""
@@ -107,13 +121,14 @@ def make_reward(
     template: Template,
     tokenizer: Any,
     prompts: list[Prompt],
-    budget: Budget | None = None,
+    budgets: Budgets | None = None,
 ) -> Reward:
     """The rewards that the YAML names, each tried on a prompt where it can be.
 
-    They keep `budget`, and look into it at each call; None is the file's own.
+    They keep `budgets`, and look into them at each call; None are the file's own.
     """
-    budget = budget or Budget.of(config, scoring=True)
+    budgets = budgets or Budgets.of(config)
+    budget = budgets.scoring
     size = config.per_device_train_batch_size
     parts: list[Part] = []
     adapters = iter(config.reward_adapters)
@@ -124,7 +139,8 @@ def make_reward(
         elif spec.kind == "full":
             full = load_full(spec.target, config, roles.device, template, budget)
             if isinstance(full, ClassifierReward):
-                full.encode(prompts[0], "")
+                for truncated in (False, True):
+                    full.encode(prompts[0], "", truncated=truncated)
             parts.append(full)
         elif spec.kind == "api":
             api = ApiReward(
@@ -138,7 +154,7 @@ def make_reward(
             parts.append(api)
         else:
             parts.append(FunctionReward(spec.target, prompts))
-    return Reward(config.rewards, tuple(parts))
+    return Reward(config.rewards, tuple(parts), budgets)
 
 
 def mean_of_known(part_B: Tensor) -> float | None:

@@ -32,12 +32,16 @@ if TYPE_CHECKING:
     from fastppo.config import Config
     from fastppo.templates import Template
 
+# Stands behind a truncated response while its conversation is written; the rest is cut off there.
+CUT_HERE = "<<<truncated>>>"
+
 
 class ClassifierReward:
     """Scores (B,) float32 by a sequence classifier with one label.
 
     The prompt's messages and the response's text are written anew with the classifier's own chat
-    template and tokenizer, and the score is its own logit of the conversation.
+    template and tokenizer, and the score is its own logit of the conversation. A truncated response
+    gets no end of turn: the policy gave none, and no other reward is shown one.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, name: str, budget: Budget) -> None:
@@ -53,17 +57,30 @@ class ClassifierReward:
         )
         self.cut = False
 
-    def encode(self, prompt: Prompt, text: str) -> list[int]:
-        """Ids of the conversation that `text` ends; the last ones where it is too long."""
-        chat = [*prompt.messages, {"role": "assistant", "content": text}]
+    def encode(self, prompt: Prompt, text: str, *, truncated: bool = False) -> list[int]:
+        """Ids of the conversation that `text` ends; the last ones where it is too long.
+
+        Behind a `truncated` text nothing stands, no end of turn either.
+        """
+        said = text + CUT_HERE if truncated else text
+        chat = [*prompt.messages, {"role": "assistant", "content": said}]
         try:
-            ids = self.tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
+            whole = self.tokenizer.apply_chat_template(chat, tokenize=False)
         except Exception as error:  # a template is a program of its own, and may raise anything
             raise UserError(
                 f"{self.key}: its chat template refuses a conversation of "
                 f"{', '.join(turn['role'] for turn in chat)} ({error}); mend the template or the "
                 "records"
             ) from None
+        if truncated:
+            # Not continue_final_message, which refuses a template that writes a thought otherwise.
+            if CUT_HERE not in whole:
+                raise UserError(
+                    f"{self.key}: its chat template leaves out the end of an answer, so that a "
+                    "truncated one cannot be told from a finished one; mend the template"
+                )
+            whole = whole[: whole.rindex(CUT_HERE)]
+        ids = self.tokenizer(whole, add_special_tokens=False)["input_ids"]
         if len(ids) > self.max_length and not self.cut:
             self.cut = True
             warnings.warn(
@@ -76,7 +93,8 @@ class ClassifierReward:
     @torch.no_grad()
     def __call__(self, rollout: Rollout) -> Tensor:
         device = rollout.input_ids_BT.device
-        rows = [self.encode(p, t) for p, t in zip(rollout.prompts, rollout.texts, strict=True)]
+        found = zip(rollout.prompts, rollout.texts, rollout.terminated, strict=True)
+        rows = [self.encode(prompt, text, truncated=not ended) for prompt, text, ended in found]
         score_B = torch.empty(len(rows), device=device)
         for chosen in partition([len(row) for row in rows], range(len(rows)), self.budget.padded):
             score_B[chosen] = self.logits([rows[i] for i in chosen], device)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +34,7 @@ from fastppo.budgets import Budgets
 from fastppo.data import encode_pairs
 from fastppo.errors import Interrupted, TrainingStopped
 from fastppo.heads import load_value_head, new_value_head
+from fastppo.launch import alone
 from fastppo.oom import retried
 from fastppo.pair_metrics import pair_metrics
 from fastppo.pair_trainer import ResumableTrainer
@@ -133,6 +136,7 @@ class PairTrainer(ResumableTrainer):
     tokenizer: Any
     record: dict[str, Any]  # where the scores are read, for whoever loads the folder
     in_order = False  # disable_shuffling
+    plots = False  # plot_loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         if self.in_order:
@@ -161,6 +165,10 @@ class PairTrainer(ResumableTrainer):
         checkpoint.save_model(self.model.model, self.model.head, self.tokenizer, folder)
         text = json.dumps(self.record, indent=2) + "\n"
         (folder / RECORD).write_text(text, encoding="utf-8")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        pictures(self)
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -213,15 +221,16 @@ SAME_NAME = (
 )
 
 
+@alone()
 def training_arguments(config: Config, train_pairs: int) -> TrainingArguments:
-    """The YAML's keys as transformers' arguments."""
+    """The YAML's keys as transformers' arguments, on one device however many are visible."""
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
     steps = max(1, -(-train_pairs // per_step))
-    total = config.max_steps if config.max_steps > 0 else int(steps * config.num_train_epochs)
+    total = config.max_steps if config.max_steps > 0 else math.ceil(steps * config.num_train_epochs)
     given = {name: getattr(config, name) for name in SAME_NAME}
     if config.optim is not None:
         given["optim"] = "adamw_torch" if config.optim == "adamw_hf" else config.optim
-    return TrainingArguments(
+    arguments = TrainingArguments(
         **given,
         warmup_steps=config.warmup(total),
         logging_steps=config.logging_steps or min(10, max(1, total // 10)),
@@ -234,6 +243,10 @@ def training_arguments(config: Config, train_pairs: int) -> TrainingArguments:
         label_names=[],
         dataloader_pin_memory=torch.cuda.is_available() and not config.use_cpu,
     )
+    # With more than one the Trainer takes nn.DataParallel and as many times the batch: another run,
+    # and its replicas would recompute their layers on the first device.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def trained_model(config: Config, device: torch.device) -> nn.Module:
@@ -320,11 +333,11 @@ def within(config: Config, budgets: Budgets) -> Config:
 
 def run(config: Config, records: Records) -> None:
     """Stage rm; a full disk or a signal ends it in one line."""
-    with durable.space(Path(config.output_dir)), Stop() as stop:
-        run_pairs(config, records, stop)
+    with durable.space(Path(config.output_dir)), ExitStack() as until_the_end:
+        run_pairs(config, records, until_the_end)
 
 
-def run_pairs(config: Config, records: Records, stop: Stop) -> None:
+def run_pairs(config: Config, records: Records, until_the_end: ExitStack) -> None:
     """Train on the pairs, evaluate on those held out, write adapter or model, and its head.
 
     Without training: evaluate what was trained before, by fastppo or LLaMA-Factory.
@@ -381,8 +394,10 @@ def run_pairs(config: Config, records: Records, stop: Stop) -> None:
     for line in [*notes, *([] if resumed is None else [f"resumes from {resumed}"])]:
         say(f"  {line}")
     checkpoint.prepare_output_dir(output_dir)
+    stop = until_the_end.enter_context(Stop())  # before, there is nothing to save
     reward_model = RewardModel(model, head, autocast=bf16)
 
+    @alone()
     def new_trainer() -> PairTrainer:
         trainer = PairTrainer(
             model=reward_model,
@@ -398,6 +413,7 @@ def run_pairs(config: Config, records: Records, stop: Stop) -> None:
             decisions=budgets.decisions(),
         )
         trainer.tokenizer, trainer.in_order = tokenizer, config.disable_shuffling
+        trainer.plots = config.plot_loss
         trainer.record = {
             "score_at": score_at,
             "template": template.name,
@@ -410,10 +426,11 @@ def run_pairs(config: Config, records: Records, stop: Stop) -> None:
     if folder is not None:
         report(new_trainer(), config, held_out, trained=False)
         return
-    trackers = Trackers.of(config)
+    trackers = Trackers.of(config, resumed)
 
     def fitted() -> PairTrainer:
         trainer = new_trainer()
+        trainer.trackers = trackers
         if config.early_stopping_steps is not None:
             trainer.add_callback(EarlyStoppingCallback(config.early_stopping_steps))
         if trackers is not None:
@@ -433,11 +450,20 @@ def run_pairs(config: Config, records: Records, stop: Stop) -> None:
             )
         else:  # too large to keep a copy of
             trainer = fitted()
-        report(trainer, config, held_out, trained=True)
-    if config.plot_loss:
-        plots.plot_pairs(trainer.state.log_history, output_dir)
+        try:
+            report(trainer, config, held_out, trained=True)
+        except Interrupted as stopped:
+            cut = f"the reward model in {output_dir} is whole, its evaluation was cut off"
+            raise Interrupted(stopped.signal, cut) from None
+    pictures(trainer)
     if trackers is not None:
         trackers.close()
+
+
+def pictures(trainer: PairTrainer) -> None:
+    """`plot_loss`: LLaMA-Factory's pictures of all that was logged so far."""
+    if trainer.plots:
+        plots.plot_pairs(trainer.state.log_history, Path(trainer.args.output_dir))
 
 
 def fit(
@@ -450,14 +476,27 @@ def fit(
     output_dir = Path(config.output_dir)
     if resumed is None:
         results.clear(output_dir)
-    checkpoint.begin(output_dir, trainer.decisions)
-    result = trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
-    stop = trainer.stop.signal
-    if stop is not None:
-        raise Interrupted(stop, f"resume_from_checkpoint: true goes on from {trainer.saved}")
+    checkpoint.begin(output_dir, trainer.decisions, trainer.trackers)
+    start = None if resumed is None else str(resumed)
+    try:
+        result = trainer.train(resume_from_checkpoint=start)
+        known_scores = trainer.predict(known).predictions if config.calibrate_reward else None
+    except Interrupted as stop:
+        folder = trainer.save_stopped()
+        with suppress(Exception):
+            pictures(trainer)
+        if folder is None:
+            none = "no step was finished, so nothing was saved"
+            raise Interrupted(stop.signal, none) from None
+        saved = f"resume_from_checkpoint: true goes on from {folder}"
+        raise Interrupted(stop.signal, saved) from None
+    except Exception:
+        with suppress(Exception):  # what stopped the run is what there is to say
+            pictures(trainer)
+        raise
     if not all(torch.isfinite(p).all() for p in head.parameters()):
         raise TrainingStopped("the reward model's head is not finite; lower learning_rate")
-    if config.calibrate_reward:
-        calibrate(head, torch.as_tensor(trainer.predict(known).predictions).flatten())
+    if known_scores is not None:
+        calibrate(head, torch.as_tensor(known_scores).flatten())
     trainer.save_model()
     trainer.save_metrics("train", result.metrics)

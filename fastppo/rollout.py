@@ -15,6 +15,7 @@ from fastppo.decoding import few_rows
 from fastppo.merge import loses_nothing, merge_bytes, merged
 from fastppo.moments import RESERVE
 from fastppo.sampling import RecordLogprobs, Sampling, StopStrings
+from fastppo.seeds import seed_of
 from fastppo.types import Prompt, Rollout
 
 if TYPE_CHECKING:
@@ -133,7 +134,8 @@ def sample(
     with merging, few_rows(roles.base):
         for number, rows in enumerate(groups):
             own = [prompts[i] for i in rows]
-            found = generate(roles, own, sampling, template, tokenizer, seed + number)
+            drawn = seed_of(seed, "group", number)
+            found = generate(roles, own, sampling, template, tokenizer, drawn)
             for i, answer in zip(rows, found, strict=True):
                 answers[i] = answer
     done = [answer for answer in answers if answer is not None]

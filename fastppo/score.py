@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor
 from fastppo.batch import Batch, Budget, Order, batches
 from fastppo.errors import UserError
 from fastppo.ops import linear_score_tokens, linear_token_logprobs
-from fastppo.reward import Reward
 from fastppo.types import Kept, Rollout, Scored
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def exact_scores(
 def score(
     roles: Roles,
     rollout: Rollout,
-    reward: Reward,
+    reward: Callable[[Rollout], tuple[Tensor, dict[str, Tensor]]],
     *,
     temperature: float,
     budget: Budget,

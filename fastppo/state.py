@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,9 @@ from fastppo.reward import Reward, make_reward
 from fastppo.reward_function import load_function
 from fastppo.roles import Roles, build
 from fastppo.sampling import Sampling
+from fastppo.seeds import seed_of
 from fastppo.settle import advising, settled
+from fastppo.snapshot import Snapshot
 from fastppo.stopping import Stop
 from fastppo.templates import Template, get_template
 from fastppo.tracking import Trackers
@@ -66,6 +69,10 @@ class State:
     began: float = field(default_factory=time.monotonic)
     random: dict[str, Any] = field(default_factory=random_state)  # generators, after `step` steps
     stop: Stop = field(default_factory=Stop)
+    saved_step: int = -1  # the step whose checkpoint this run wrote last
+
+    def __post_init__(self) -> None:
+        self.snapshot = Snapshot(self.optimizer)
 
     def seconds(self) -> float:
         """Wall time since the run began."""
@@ -81,7 +88,8 @@ def total_steps(config: Config, n_prompts: int) -> int:
     """PPO steps of the whole run; no prompt is dropped for not filling a batch."""
     if config.max_steps > 0:
         return config.max_steps
-    return max(1, round(config.num_train_epochs * n_prompts / config.prompts_a_step))
+    steps = config.num_train_epochs * n_prompts / config.prompts_a_step
+    return max(1, math.ceil(steps - 1e-9))  # 0.1 * 30 / 3 is above 1 by rounding alone
 
 
 def prompts_of_step(state: State) -> list[Prompt]:
@@ -91,7 +99,7 @@ def prompts_of_step(state: State) -> list[Prompt]:
         len(state.prompts),
         state.step,
         config.prompts_a_step,
-        seed=config.data_order_seed,
+        seed=seed_of(config.data_order_seed, "prompt order"),
         shuffle=not config.disable_shuffling,
     )
     return [state.prompts[i] for i in chosen for _ in range(config.num_generations)]
@@ -102,8 +110,15 @@ def optimizer_steps(config: Config) -> int:
     return config.ppo_epochs * config.ppo_buffer_size
 
 
-def init_state(config: Config | str | Path | None = None, records: Records | None = None) -> State:
-    """Everything a run needs, loaded; `None` is the built-in toy, a path is a YAML file."""
+def init_state(
+    config: Config | str | Path | None = None,
+    records: Records | None = None,
+    resumed: Path | None = None,
+) -> State:
+    """Everything a run needs, loaded; `None` is the built-in toy, a path is a YAML file.
+
+    Trackers go on in the run that `resumed`, a checkpoint, is of.
+    """
     if config is None:
         from fastppo import toy
 
@@ -144,7 +159,7 @@ def init_state(config: Config | str | Path | None = None, records: Records | Non
         check_packing(roles, prompts[0].ids)
     optimizer = make_optimizer(config, roles)
     scheduler = make_scheduler(config, optimizer, total_steps(config, len(prompts)))
-    reward = make_reward(config, roles, template, tokenizer, prompts, budgets.scoring)
+    reward = make_reward(config, roles, template, tokenizer, prompts, budgets)
     return State(
         config=config,
         roles=roles,
@@ -161,7 +176,7 @@ def init_state(config: Config | str | Path | None = None, records: Records | Non
         ),
         running_score=RunningScore(),
         metrics=MetricsWriter(Path(config.metrics_dir), reward.extra_names, absent_columns(config)),
-        tracker=Trackers.of(config),
+        tracker=Trackers.of(config, resumed),
         budgets=budgets,
         plan=plan,
         notes=notes,

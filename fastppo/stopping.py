@@ -1,10 +1,12 @@
-"""SIGTERM and Ctrl-C: noted at once, obeyed at the next point where a run can be saved."""
+"""SIGTERM and Ctrl-C: obeyed at once where a step can be dropped, else when what runs has ended."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -14,10 +16,15 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stop:
-    """Inside `with`, the first signal is kept for `check`; a second one acts as it always does."""
+    """Inside `with`, the first signal ends what `at_once` holds; a second acts as it always does.
+
+    What is not in `at_once` (a checkpoint being written, a step being entered into the metrics) is
+    finished first.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.raises = False
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
@@ -30,6 +37,11 @@ class Stop:
     def __exit__(self, *_: object) -> None:
         self.restore()
 
+    @property
+    def listens(self) -> bool:
+        """Whether a signal would come here."""
+        return bool(self.before)
+
     def restore(self) -> None:
         """The handlers that were there before."""
         for number, handler in self.before.items():
@@ -37,18 +49,40 @@ class Stop:
         self.before = {}
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        """Handle a signal: remember it, and say so without any lock that print would take."""
+        """Handle a signal: remember it, and say so without any lock that print would take.
+
+        Raises:
+            Interrupted: inside `at_once`, out of whatever runs: a forward, a blocked socket, a
+                sleep. No Exception, so that no reward function takes it for a failure of its own.
+        """
         del frame
         self.signal = number
         self.restore()
         name = signal.Signals(number).name
         os.write(2, f"fastppo-train: {name}: saves and stops soon; again stops at once\n".encode())
+        if self.raises:
+            self.check()
 
     def check(self) -> None:
-        """A safe point: weights and optimiser are as the last step left them.
+        """A safe point.
 
         Raises:
             Interrupted: a signal came since the run began.
         """
         if self.signal is not None:
             raise Interrupted(self.signal)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """The block may be left at any point by Interrupted: whoever opens it puts things right.
+
+        At its ends a signal counts as well that came before it, or whose exception was lost (in a
+        destructor, in a function that catches everything).
+        """
+        outer, self.raises = self.raises, True
+        try:
+            self.check()
+            yield
+            self.check()
+        finally:
+            self.raises = outer

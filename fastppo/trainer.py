@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastppo import checkpoint, console, durable, guards, plots, results
 from fastppo.advantage import estimate
 from fastppo.errors import Interrupted
-from fastppo.evaluation import evaluate
+from fastppo.evaluation import draw, evaluate
 from fastppo.finish import finish
 from fastppo.phases import sampled, scored
+from fastppo.seeds import seed_of
 from fastppo.settle import advising
 from fastppo.state import State, init_state, optimizer_steps, prompts_of_step, total_steps
 from fastppo.summary import step_row
@@ -22,36 +26,41 @@ if TYPE_CHECKING:
     from fastppo.data import Records
 
 
+DRAWING_SHARE = 0.05  # of a run's time, for the picture that is drawn as it goes
+
+
 def step_update(state: State) -> State:
-    """One PPO step: sample, score, estimate, learn; the same state, one step on."""
+    """One PPO step: sample, score, estimate, learn; the same state, one step on.
+
+    A signal drops the step at any point up to its end, and the state is that of the step before.
+    """
     config, roles, clock = state.config, state.roles, console.Clock()
-    seed = config.seed + 1_000_003 * (state.step + 1)
+    seed = seed_of(config.seed, "step", state.step + 1)
     batch, warm = prompts_of_step(state), state.step >= config.critic_warmup
-    state.stop.check()
-    with clock("rollout"), roles.use("actor"):
-        rollout = sampled(state, batch, seed=seed)
-    state.stop.check()
-    with clock("score"):
-        keep = warm and shares_first_pass(config, state.budgets)
-        judged = scored(state, rollout, exact_kl=config.kl_penalty == "full", keep=keep)
-    state.stop.check()
-    with clock("advantage"):
-        experience = estimate(judged, config, state.controller, state.running_score)
-    with clock("update"):
-        first = state.step * optimizer_steps(config)
-        ptx = None if state.ptx is None else state.ptx.stream(first, roles.device)
-        rows = state.metrics.rows
-        learned = update(
-            roles,
-            experience,
-            config,
-            state.optimizer,
-            seed=seed,
-            train_actor=warm,
-            ptx=ptx,
-            budgets=state.budgets,
-            nonfinite_run=rows[-1]["nonfinite_run"] if rows else 0.0,
-        )
+    rows = state.metrics.rows
+    with dropped_at_a_signal(state):
+        with state.stop.at_once():
+            with clock("rollout"), roles.use("actor"):
+                rollout = sampled(state, batch, seed=seed)
+            with clock("score"):
+                keep = warm and shares_first_pass(config, state.budgets)
+                judged = scored(state, rollout, exact_kl=config.kl_penalty == "full", keep=keep)
+            with clock("advantage"):
+                experience = estimate(judged, config, state.controller, state.running_score)
+        with clock("update"), can_be_undone(state):
+            first = state.step * optimizer_steps(config)
+            ptx = None if state.ptx is None else state.ptx.stream(first, roles.device)
+            learned = update(
+                roles,
+                experience,
+                config,
+                state.optimizer,
+                seed=seed,
+                train_actor=warm,
+                ptx=ptx,
+                budgets=state.budgets,
+                nonfinite_run=rows[-1]["nonfinite_run"] if rows else 0.0,
+            )
     state.step += 1
     row = step_row(state, experience, learned, clock)
     row |= guards.flags(rows, row, config, roles.dtype)
@@ -66,10 +75,42 @@ def step_update(state: State) -> State:
     return state
 
 
+@contextmanager
+def dropped_at_a_signal(state: State) -> Iterator[None]:
+    """Where a signal leaves the block, what the step had changed is put back."""
+    running, decisions = replace(state.running_score), state.budgets.decisions()
+    state.snapshot.taken = False
+    try:
+        yield
+    except Interrupted:
+        if state.snapshot.taken:
+            state.snapshot.restore()
+        state.running_score = running
+        state.budgets.adopt(decisions)
+        raise
+
+
+def can_be_undone(state: State) -> AbstractContextManager[None]:
+    """A signal leaves the block at once, for a copy of what trains is kept from before it.
+
+    There is none where nobody listens for signals, or where it is too large to keep: then the
+    update is finished first.
+    """
+    if state.stop.listens and state.snapshot.take():
+        return state.stop.at_once()
+    state.stop.check()  # one that came a moment ago ended the listening
+    return nullcontext()
+
+
 def learn(state: State, steps: int, output_dir: Path) -> None:
     """All steps that are left, with the evaluations and checkpoints between them."""
     config, epoch = state.config, len(state.prompts) / state.config.prompts_a_step
-    if config.eval_on_start and state.step == 0:
+    done = any(each["step"] == state.step for each in state.evaluations)
+    if state.step == 0:
+        due = config.eval_on_start
+    else:  # a signal had cut it off, and the run goes on with it
+        due = config.acts("eval", state.step, steps, epoch) and state.step < steps and not done
+    if due:
         evaluation(state)
     with console.progress(config, steps, state.step) as bar:
         while state.step < steps:
@@ -78,6 +119,7 @@ def learn(state: State, steps: int, output_dir: Path) -> None:
             results.log_step(state)
             if config.acts("logging", state.step, steps, epoch):
                 console.step_line(state, steps)
+                draw(state, share=DRAWING_SHARE)
             for line in guards.warnings(state.metrics.rows):
                 console.console.print(f"[yellow]warning:[/yellow] {line}")
             if state.step == 1:
@@ -92,6 +134,7 @@ def learn(state: State, steps: int, output_dir: Path) -> None:
                 evaluation(state)
             if config.acts("save", state.step, steps, epoch) and state.step < steps:
                 checkpoint.save_to_resume(state, output_dir)
+                pictures(state, output_dir)
                 durable.keep_newest(output_dir, config.save_total_limit)
     state.stop.check()
 
@@ -102,7 +145,7 @@ def run(config: Config, records: Records) -> None:
     folder, notes = durable.to_resume(config)
     if config.resume_from_checkpoint:
         config = checkpoint.decided(config, folder or output_dir)
-    state = init_state(config, records)
+    state = init_state(config, records, folder)
     steps = total_steps(config, len(state.prompts))
     console.first_lines(state, steps)
     checkpoint.prepare_output_dir(output_dir)
@@ -112,17 +155,30 @@ def run(config: Config, records: Records) -> None:
             console.console.print(f"  {line}")
         try:
             learn(state, steps, output_dir)
+            summary = evaluate(state)
+            checkpoint.save_final(state, output_dir)
+            finish(state, records)
         except Interrupted as stop:
-            raise checkpoint.save_and_stop(state, stop, output_dir) from None
-        summary = evaluate(state)
-        checkpoint.save_final(state, output_dir)
-        finish(state, records)
-        if config.plot_loss:
-            plots.plot_ppo(state.metrics.rows, config, output_dir)
+            stopped = checkpoint.save_and_stop(state, stop, output_dir)
+            with suppress(Exception):
+                pictures(state, output_dir)
+            raise stopped from None
+        except Exception:
+            with suppress(Exception):  # what stopped the run is what there is to say
+                pictures(state, output_dir)
+            raise
+        pictures(state, output_dir)
         if state.tracker is not None:
             state.tracker.log(as_eval(summary), state.step)
             state.tracker.close()
         console.last_lines(state, summary)
+
+
+def pictures(state: State, output_dir: Path) -> None:
+    """The curves of all steps so far, and with `plot_loss` LLaMA-Factory's two."""
+    draw(state)
+    if state.config.plot_loss and state.metrics.rows:
+        plots.plot_ppo(state.metrics.rows, state.config, output_dir)
 
 
 def evaluation(state: State) -> None:

@@ -20,6 +20,7 @@ from fastppo.oom import retried
 from fastppo.ops import PolicyLoss, PolicyLossConfig, linear_policy_loss, value_loss
 from fastppo.optimizer import clip_and_step
 from fastppo.ptx import ptx_backward
+from fastppo.seeds import seed_of
 from fastppo.types import Experience, Kept
 
 if TYPE_CHECKING:
@@ -362,7 +363,8 @@ def update(
     used = partial(largest, rollout, budgets.update)
     bad_run = torch.tensor(nonfinite_run, device=experience.return_N.device)
     limit = config.max_bad_steps or math.inf
-    epochs = [mini_batches(experience, config, seed + e) for e in range(config.ppo_epochs)]
+    seeds = [seed_of(seed, "mini-batches", epoch) for epoch in range(config.ppo_epochs)]
+    epochs = [mini_batches(experience, config, each) for each in seeds]
     for passes, mini in enumerate(chain.from_iterable(epochs), 1):
         optimizer.zero_grad(set_to_none=True)
         tokens += sum(rollout.lengths[row] for row in mini.rows)

@@ -12,6 +12,7 @@ from fastppo.data.files import read_rows
 from fastppo.data.info import Source, find_source, gate
 from fastppo.data.records import Dropped, Record, to_records
 from fastppo.errors import UserError, note
+from fastppo.seeds import seed_of
 
 if TYPE_CHECKING:
     from fastppo.config import Config
@@ -91,7 +92,7 @@ def read_set(config: Config, name: str, key: str, notes: list[str]) -> list[Reco
     if line:
         notes.append(line)
     if wanted is not None:
-        records = draw(records, wanted, config.seed)
+        records = draw(records, wanted, seed_of(config.seed, f"num_samples {name}"))
     return records[: config.max_samples]
 
 

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from fastppo import toy
 from fastppo.config import config_from_dict
 from fastppo.data import Record, Records, read_records
+from fastppo.launch import SIZES
 from fastppo.templates import Template, get_template
 
 PROMPTS = [{"instruction": f"Say {i}", "output": "unused"} for i in range(4)]
@@ -77,7 +78,8 @@ def write_head(folder: Path, size: int) -> None:
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory of the test."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("ALLOW_EXTRA_ARGS", raising=False)
+    for name in ("ALLOW_EXTRA_ARGS", *SIZES):
+        monkeypatch.delenv(name, raising=False)
     for name in ("model", "data", "reward"):
         (tmp_path / name).mkdir()
     write_json(tmp_path / "model" / "config.json", {"hidden_size": 32})

@@ -47,7 +47,15 @@ and data, and reward models that LLaMA-Factory trained work as they are.
   momentum steps all the same.
 - **In stage ppo** `resume_from_checkpoint`, `val_size`, `eval_dataset`, `save_total_limit` and
   `disable_shuffling` act.
-- **The warm-up's first step** learns in stage ppo: a rollout is too dear to learn nothing from.
+- **A warm-up begins above 0**, in both stages: its steps have 1/w, 2/w, ... 1 of the learning rate,
+  where transformers' have 0, 1/w, ... and the first learns nothing. From the peak on the schedule is
+  transformers'.
+- **The last prompts of a run** are in a PPO step, rounded up.
+- **A `horizon` shorter than a PPO step** acts as one step ([ppo.md](ppo.md)): beta never goes below 0.
+- **One process on one device**, the first that is visible, where LLaMA-Factory takes all of them:
+  `CUDA_VISIBLE_DEVICES` picks another. `torchrun`, `accelerate launch`, `mpirun` and `srun` with
+  more than one process are refused, for training and for `fastppo-export`: every process would
+  write the same folder. `--explain` and `--plan` write nothing and always answer.
 - **Each PPO step** is a line on the terminal unless `logging_steps` is set, and always a row of
   `training_metrics.csv`.
 

@@ -32,6 +32,8 @@ def tree(folder: Path) -> dict[str, bytes]:
 def test_bad_input(project, capsys, monkeypatch, tmp_path_factory, case: Case):
     if case.without_packages:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name, value in case.environment.items():
+        monkeypatch.setenv(name, value)
     good = RM if case.stage == "rm" else PPO
     # Readers of tables write into a cache, which is no part of the project.
     argv = case.spoil(project, {**good, "cache_dir": str(tmp_path_factory.mktemp("cache"))})

@@ -58,6 +58,24 @@ def test_what_was_set_comes_first(run_yaml):
     assert set(sources) == set(order)
 
 
+def test_a_key_without_effect_says_so_and_names_the_one_that_acts(run_yaml):
+    def meaning(name, *overrides):
+        return {line.name: line.meaning for line in lines(run_yaml, overrides)[1]}[name]
+
+    own = meaning("vf_coef", "critic=adapter")
+    assert own.startswith("Here next to no effect with critic: adapter")
+    assert "critic_learning_rate" in own
+    plain = Config.model_fields["vf_coef"].description
+    assert meaning("vf_coef", "critic=shared") == plain
+    assert meaning("vf_coef", "critic=adapter", "optim=sgd") == plain
+    assert "adap_kl_ctrl: false" in meaning("horizon", "adap_kl_ctrl=false")
+    assert meaning("horizon") == Config.model_fields["horizon"].description
+    assert "constant_with_warmup" in meaning(
+        "warmup_ratio", "warmup_ratio=0.1", "lr_scheduler_type=constant"
+    )
+    assert meaning("lam", "advantage=reinforce++").startswith("Nothing to advantage: reinforce++")
+
+
 def test_a_secret_is_not_shown(run_yaml, capsys):
     assert main(["run.yaml", "--explain"]) == 0
     out = capsys.readouterr().out

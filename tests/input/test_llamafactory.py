@@ -159,12 +159,12 @@ def test_report_to_all_is_what_is_installed(monkeypatch):
     ("settings", "steps", "warmup"),
     [
         ({}, 100, 0),
-        ({"warmup_ratio": 0.1}, 55, 6),  # transformers rounds up
+        ({"warmup_ratio": 0.1}, 55, 6),  # rounded up
         ({"warmup_ratio": 0.1, "warmup_steps": 3}, 55, 3),  # the count wins
         ({"warmup_steps": 0.5}, 9, 5),  # as transformers 5 has it
     ],
 )
-def test_warm_up_counts_as_transformers_does(settings, steps, warmup):
+def test_a_warm_up_is_a_count_or_a_share_rounded_up(settings, steps, warmup):
     assert config_from_dict({**PPO, **settings}).warmup(steps) == warmup
 
 
@@ -218,6 +218,17 @@ def test_logging_saving_and_evaluating_follow_their_keys():
         ),
         ({"lr_scheduler_type": "warmup_stable_decay"}, "needs num_decay_steps"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "follows evaluations of stage rm"),
+        (
+            {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": -1e-6}},
+            "lr_scheduler_kwargs: lr_end: -1e-06 is a learning rate below 0",
+        ),
+        (
+            {
+                "lr_scheduler_type": "cosine_warmup_with_min_lr",
+                "lr_scheduler_kwargs": {"min_lr": 0, "warmup_lr_rate": -0.1},
+            },
+            "lr_scheduler_kwargs: warmup_lr_rate: -0.1 is a learning rate below 0",
+        ),
         ({"save_steps": 2.5}, "save_steps: above 1 it is a count of steps"),
         ({"warmup_steps": 2.5}, "warmup_steps: above 1 it is a count of steps"),
         ({"report_to": "wandb,mlflow"}, "report_to: 'mlflow' is none of tensorboard"),

@@ -25,7 +25,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastppo import checkpoint, cli, metrics, pair_trainer, toy, trainer
+from fastppo import (
+    checkpoint,
+    cli,
+    evaluation,
+    metrics,
+    pair_trainer,
+    reward_function,
+    reward_model,
+    sampling,
+    score,
+    toy,
+    trainer,
+    update,
+)
 from fastppo.metrics import COLUMNS
 
 CLOCKS = {name for name, meaning in COLUMNS.items() if "(a clock)" in meaning}
@@ -153,7 +166,7 @@ class Countdown:
 def kill_anywhere(n: int, count: str) -> None:
     """From the first call of the run on; n 0 counts and kills nobody."""
     countdown = Countdown(n, Path(count))
-    for module in (trainer, reward_module()):
+    for module in (trainer, reward_model):
         around(module, "run", countdown)
 
 
@@ -162,12 +175,6 @@ def kill_while_saving(n: int, count: str) -> None:
     countdown = Countdown(n, Path(count))
     around(checkpoint, "save_to_resume", countdown)
     around(pair_trainer.ResumableTrainer, "_save_checkpoint", countdown)
-
-
-def reward_module() -> Any:
-    from fastppo import reward_model
-
-    return reward_model
 
 
 def around(owner: Any, name: str, countdown: Countdown) -> None:
@@ -256,6 +263,50 @@ def slow_pairs(seconds: float) -> None:
         return inner(self, *args, **kwargs)
 
     pair_trainer.ResumableTrainer.training_step = training_step
+
+
+PLACES = {
+    "a token": (sampling.RecordLogprobs, "take"),
+    "scoring": (score, "token_scores"),
+    "a reward function": (reward_function, "call_scores"),
+    "the update": (update, "clip_and_step"),
+    "an evaluation": (evaluation, "answer"),
+    "a pair": (reward_model, "pair_loss"),
+}
+
+
+def stuck(place: str, step: int, calls: int, seen: str) -> None:
+    """In PPO step `step` (0: anywhere) the call number `calls` of a place has done its work, and
+    then takes a minute more; the file `seen` is there from then on."""
+    owner, name = PLACES[place]
+    inner, inner_step = getattr(owner, name), trainer.step_update
+    at, made = [0], [0]
+
+    def step_update(state: Any) -> Any:
+        at[0], made[0] = state.step + 1, 0
+        return inner_step(state)
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        result = inner(*args, **kwargs)
+        made[0] += 1
+        if made[0] == calls and step in (0, at[0]):
+            Path(seen).touch()
+            time.sleep(60)
+        return result
+
+    trainer.step_update = step_update
+    setattr(owner, name, slow)
+
+
+def slow_save(seconds: float) -> None:
+    """Time for a second signal while a checkpoint is written."""
+    inner = checkpoint.save_to_resume
+
+    def save_to_resume(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(seconds)
+        return inner(*args, **kwargs)
+
+    checkpoint.save_to_resume = save_to_resume
 
 
 def watch_memory(path: str) -> None:

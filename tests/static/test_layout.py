@@ -40,8 +40,8 @@ LEVELS = [
     {"base", "heads"},
     {"loading", "settle"},
     {"lora", "streaming"},
-    {"oom", "offload", "optim", "plots", "session", "stopping", "tracking", "training_state"},
-    {"stash"},
+    {"oom", "offload", "optim", "plots", "session", "snapshot", "stopping", "tracking"},
+    {"stash", "training_state"},
     {"streams"},
     {"explain", "plan"},
     {"memory_advice"},
@@ -56,9 +56,18 @@ LEVELS = [
     {"config_not_here"},
     {"config_data", "config_ppo", "config_roles", "config_step", "config_training"},
     {"config_memory"},
-    {"config_file", "config_key", "durable", "offload_config", "precision", "reward_spec"},
+    {
+        "config_effect",
+        "config_file",
+        "config_key",
+        "durable",
+        "launch",
+        "offload_config",
+        "precision",
+        "reward_spec",
+    },
     {"ops"},
-    {"errors", "pair_metrics", "types", "__init__"},
+    {"errors", "pair_metrics", "seeds", "types", "__init__"},
 ]
 # Packages among the modules, and their modules from the first to the last.
 INNER = {

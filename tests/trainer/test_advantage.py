@@ -62,10 +62,52 @@ def test_16_truncated_may_be_bootstrapped_and_terminated_never(scored, config):
     on = estimate(scored, go_on, controller(), RunningScore())
     last = scored.offsets[1:].long() - 1
     difference = (on.advantage_N - cut.advantage_N)[last]
-    # Only row 1 was cut off; its last delta gains gamma * V(state after it).
-    torch.testing.assert_close(
-        difference, torch.tensor([0, 0.9 * 11.0, 0, 0], dtype=difference.dtype)
+    # Only row 1 was cut off; gamma * V(state after it) takes the place of its score.
+    expected = torch.zeros_like(difference)
+    expected[1] = 0.9 * 11.0 - scored.score_B[1]
+    torch.testing.assert_close(difference, expected)
+
+
+@pytest.fixture
+def finished_and_cut(lay_out, template) -> Scored:
+    """Two responses of four tokens, the second cut off, both of score 1, on the reference."""
+    words = [70, 71, 72]
+    rollout = lay_out(["Hi", "What?"], [[*words, template.eos_id], [*words, 73]])
+    logprob_N = torch.full((8,), -3.0, dtype=torch.float64)
+    return Scored(
+        rollout=rollout,
+        offsets=torch.tensor([0, 4, 8], dtype=torch.int32),
+        logprob_N=logprob_N,
+        ref_logprob_N=logprob_N,
+        entropy_N=logprob_N.abs(),
+        value_N=torch.ones(8, dtype=torch.float64),
+        final_value_B=torch.ones(2, dtype=torch.float64),
+        score_B=torch.ones(2, dtype=torch.float64),
     )
+
+
+@pytest.mark.parametrize("bootstrap", [False, True])
+def test_16_a_right_critic_leaves_no_advantage_to_a_truncated_response(
+    finished_and_cut, config, bootstrap
+):
+    settings = config(whiten_advantages=False, bootstrap_truncated=bootstrap)
+    got = estimate(finished_and_cut, settings, controller(), RunningScore())
+    assert got.advantage_N.abs().max() < 1e-6, "all scores are 1, and the critic says so"
+
+
+@pytest.mark.parametrize("after", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("more", [{}, {"missing_eos_penalty": 0.5}, {"score_clip": 0.9}], ids=str)
+def test_16_a_truncated_response_earns_no_more_than_a_finished_one(
+    finished_and_cut, config, after, more
+):
+    """Where its critic expects no more of it than finished ones get."""
+    scored = replace(finished_and_cut, final_value_B=torch.full((2,), after).double())
+    settings = config(lam=1.0, whiten_advantages=False, bootstrap_truncated=True, **more)
+    got = estimate(scored, settings, controller(), RunningScore())
+    finished, cut = got.return_N.split(4)
+    limit = after - more.get("missing_eos_penalty", 0.0)
+    assert (cut <= torch.clamp(finished, min=limit) + 1e-6).all()
+    torch.testing.assert_close(cut, torch.full_like(cut, limit))
 
 
 def test_17_rewards_carry_no_gradient_and_the_logged_beta(scored, config):
@@ -89,6 +131,35 @@ def test_18_controller_follows_zieglers_formula():
     fixed = KLController(0.2, 6.0, 10000, adaptive=False)
     fixed.update(100.0, 8)
     assert fixed.kl_coef == 0.2
+
+
+@pytest.mark.parametrize("n", [1, 8, 59, 60, 61, 64, 300, 301, 512, 10**6, 10**12])
+@pytest.mark.parametrize("horizon", [1e-3, 10, 60, 10000])
+def test_18_beta_stays_positive_and_goes_to_its_target_for_any_horizon(n, horizon):
+    """A KL above the target raises beta, one below lowers it, by a fifth of it at most."""
+    betas = []
+    for kl in (-50.0, 0.0, 3.0, 6.0, 6.3, 12.0, 1e9):
+        held = KLController(0.2, target=6.0, horizon=horizon)
+        held.update(kl, n)
+        betas.append(held.kl_coef)
+        assert held.kl_coef > 0
+        assert (held.kl_coef > 0.2, held.kl_coef < 0.2) == (kl > 6.0, kl < 6.0)
+        assert 0.8 <= held.kl_coef / 0.2 <= 1.2000001
+    assert betas == sorted(betas), "the more KL, the more beta"
+    held = KLController(0.2, target=6.0, horizon=horizon)
+    for _ in range(300):
+        held.update(0.0, n)
+    assert 0 < held.kl_coef < 0.2
+
+
+def test_18_more_responses_never_move_beta_less():
+    def moved(n: int) -> float:
+        held = KLController(0.2, target=6.0, horizon=60)
+        held.update(0.0, n)
+        return 0.2 - held.kl_coef
+
+    steps = [moved(n) for n in (1, 16, 60, 64, 512, 10**9)]
+    assert steps == sorted(steps)
 
 
 def test_20_running_score_counts_the_batch_in_and_survives_one_sample():
@@ -136,7 +207,7 @@ def test_26_whitening_is_over_the_whole_rollout(scored, config):
 @pytest.mark.parametrize(
     ("name", "kind"), [("kl", "k1"), ("abs", "abs"), ("mse", "k2"), ("low_var_kl", "k3")]
 )
-def test_trls_kl_names_mean_what_they_mean_there(scored, config, name, kind):
+def test_kl_names_by_hand(scored, config, name, kind):
     difference = scored.logprob_N - scored.ref_logprob_N
     by_hand = {
         "k1": difference,

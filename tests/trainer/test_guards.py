@@ -26,6 +26,7 @@ HEALTHY = {
     "score_length_corr": 0.2,
     "sampler_gap_abs": 1e-6,
     "nonfinite_steps": 0.0,
+    "value_clipfrac": 0.05,
 }
 
 
@@ -96,6 +97,51 @@ def test_score_and_length_that_move_together(config):
     # Two responses always correlate by 1 or -1: 40 steps of them are needed.
     assert correlations(*[1.0] * 39, responses=2) == set()
     assert correlations(*[1.0] * 40, responses=2) == {"guard_length"}
+
+
+def test_a_critic_that_the_value_clip_holds_back(config):
+    def shares(*values: float) -> set[str]:
+        return fired(flagged([{"value_clipfrac": x} for x in values], config()))
+
+    assert shares(0.5, 0.5, 0.5) == {"guard_value_clip"}
+    assert shares(0.5, 0.5) == set(), "two steps are no habit yet"
+    assert shares(0.9, 0.9, 0.9, 0.05, 0.05, 0.05) == set()
+
+
+def constant_scores(state: Any, monkeypatch: pytest.MonkeyPatch, clip: float | None) -> Any:
+    """Four steps whose every response has score 5; the critic's head starts at 0, the actor stays."""
+    run = state(
+        critic="shared",
+        learning_rate=0.0,
+        critic_learning_rate=0.02,
+        cliprange_value=clip,
+        lr_scheduler_type="constant",
+        lam=1.0,  # so that the return of every token is 5 from the first step on
+        ppo_epochs=16,
+        max_steps=20,
+    )
+    monkeypatch.setattr(
+        type(run.reward),
+        "__call__",
+        lambda _, rollout: (torch.full((len(rollout.prompts),), 5.0), {}),
+    )
+    said = []
+    for _ in range(4):
+        trainer.step_update(run)
+        said += guards.warnings(run.metrics.rows)
+    return run.metrics.rows, [line for line in said if line.startswith("guard_value_clip")]
+
+
+def test_a_value_clip_far_below_the_scores_holds_the_critic_and_null_lets_it_go(state, monkeypatch):
+    free, silent = constant_scores(state, monkeypatch, None)
+    held, said = constant_scores(state, monkeypatch, 0.2)
+    gaps = [5.0 - rows[-1]["value_mean"] for rows in (free, held)]
+    assert abs(gaps[0]) < 1.5, "three updates, and most of the way"
+    assert gaps[1] > 2 * abs(gaps[0])
+    assert all(row["value_clipfrac"] == row["guard_value_clip"] == 0.0 for row in free)
+    assert silent == []
+    (line,) = said
+    assert "set cliprange_value: null" in line
 
 
 def test_kl_past_its_limit(state):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,10 +16,12 @@ from fastppo import checkpoint, reward_model, rollout, score, trainer, update
 from fastppo.budgets import Budget, Budgets
 from fastppo.config import Config
 from fastppo.errors import TrainingStopped
+from fastppo.evaluation import evaluate
 from fastppo.oom import OutOfMemory, out_of_memory, retried
 from fastppo.preflight import check
 from fastppo.settle import advising, smallest_changes
 from tests.trainer.conftest import PROMPTS
+from tests.trainer.reward_server import serving
 
 
 def failing(function: Callable[..., Any], at: int, error: Exception) -> Callable[..., Any]:
@@ -125,6 +129,92 @@ def test_a_retry_is_a_run_that_had_half_from_the_start(
     assert all(torch.equal(a, b) for a, b in zip(got[0], want[0], strict=True))
     assert got[1] == want[1]
     assert capsys.readouterr().err == ""
+
+
+def drawn() -> list[float]:
+    """A number of every generator that code in a run may draw from."""
+    return [random.random(), float(np.random.rand()), float(torch.rand(()))]  # noqa: NPY002
+
+
+def test_the_second_try_draws_what_the_first_one_drew():
+    seen: list[list[float]] = []
+
+    def run() -> None:
+        seen.append(drawn())
+        if len(seen) == 1:
+            raise full()
+
+    retried("score", budgets(), run, used=lambda: 64)
+    assert seen[0] == seen[1]
+
+
+ASKED: list[list[str]] = []
+
+
+def counting(prompts: list[str], completions: list[str]) -> list[float]:
+    """A reward that keeps a state and draws, as a server that bills and has one would."""
+    ASKED.append(list(completions))
+    return [len(ASKED) + 0.01 * sum(drawn()) for _ in completions]
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_rewards_are_asked_once_where_scoring_runs_out_of_memory(at, state, monkeypatch):
+    """The first step's scores are those of a run that never ran out of memory."""
+    asked = {"reward_model": f"{__name__}:counting", "reward_model_type": "function"}
+    scores = []
+    for fails in (True, False):
+        ASKED.clear()
+        made = state(**asked)
+        with monkeypatch.context() as patch:
+            if fails:
+                patch.setattr(score, "token_scores", failing(score.token_scores, at, full()))
+            trainer.step_update(made)
+        assert len(ASKED) == 1
+        scores.append((made.metrics.rows[0]["score"], made.random["python"]))
+        assert scores[0] == scores[-1]
+
+
+def test_a_server_is_billed_once_where_scoring_runs_out_of_memory(state, monkeypatch):
+    with serving() as server:
+        made = state(reward_model=server.url, reward_model_type="api")
+        before = len(server.seen)
+        monkeypatch.setattr(score, "token_scores", failing(score.token_scores, 2, full()))
+        trainer.step_update(made)
+        assert len(server.seen) - before == 1
+
+
+def test_of_several_rewards_only_the_model_that_ran_out_is_asked_again(state, reward_dir, capsys):
+    made = state(
+        reward_model=f"{__name__}:counting,{reward_dir}",
+        reward_model_type="function,lora",
+        reward_weights=[1.0, 1.0],
+    )
+    part, forwards = made.reward.parts[1], list[int]()
+    inner = part.hidden
+
+    def hidden(batch: Any) -> torch.Tensor:
+        forwards.append(len(batch.rows))
+        if len(forwards) == 1:
+            raise full()
+        return inner(batch)
+
+    part.hidden = hidden
+    ASKED.clear()
+    trainer.step_update(made)
+    assert len(ASKED) == 1
+    assert forwards[0] == 4
+    assert sum(forwards[1:]) == 4
+    assert len(forwards) > 2  # half as large
+    assert capsys.readouterr().err.count("out of memory in score") == 1
+
+
+def test_an_evaluation_whose_reward_model_runs_out_tries_again_too(state, reward_dir, capsys):
+    """The reference is scored by the rewards alone."""
+    made = state(reward_model=str(reward_dir), reward_model_type="lora")
+    part = made.reward.parts[0]
+    part.hidden = failing(part.hidden, 1, full())
+    evaluate(made)
+    assert capsys.readouterr().err.count("out of memory in score") == 1
 
 
 def test_a_later_optimiser_step_is_begun_anew_and_differs_by_rounding(state, monkeypatch):

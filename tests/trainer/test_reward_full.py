@@ -93,8 +93,9 @@ def test_scores_are_the_classifiers_own_on_its_own_template(load, classifier_dir
     plain = AutoModelForSequenceClassification.from_pretrained(classifier_dir).eval()
     tokenizer = word_tokenizer()
     expected = []
-    for prompt, text in zip(rollout.prompts, TEXTS, strict=True):
-        words = f"[user] {prompt.text} </s> [assistant] {text} </s>"
+    assert rollout.terminated == [True, False, True, True]
+    for prompt, text, ended in zip(rollout.prompts, TEXTS, rollout.terminated, strict=True):
+        words = f"[user] {prompt.text} </s> [assistant] {text}" + (" </s>" if ended else "")
         ids = torch.tensor([tokenizer.encode(words, add_special_tokens=False)])
         with torch.no_grad():
             expected.append(plain(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, 0])
@@ -111,7 +112,8 @@ def test_neither_batch_nor_padding_nor_order_changes_a_score(load, classifier_di
     for size in (1, 3):
         made.budget = Budget(rows=size)
         torch.testing.assert_close(made(rollout), together, atol=1e-5, rtol=1e-5)
-    turned = replace(rollout, prompts=rollout.prompts[::-1], texts=TEXTS[::-1])
+    backwards = {"texts": TEXTS[::-1], "terminated": rollout.terminated[::-1]}
+    turned = replace(rollout, prompts=rollout.prompts[::-1], **backwards)
     torch.testing.assert_close(made(turned).flip(0), together, atol=1e-5, rtol=1e-5)
 
 
@@ -196,7 +198,7 @@ def test_adapters_on_a_classifier_are_merged_in_their_order(load, tmp_path, roll
         )
         tuned.save_pretrained(tmp_path / f"a{seed}")
         names.append(str(tmp_path / f"a{seed}"))
-    rollout = replace(rollout, texts=TEXTS)
+    rollout = replace(rollout, texts=TEXTS, terminated=[True] * 4)
     one = load(tmp_path / "c", reward_model_adapters=names[1])(rollout)
     made = load(tmp_path / "c")
     row = [torch.tensor([made.encode(p, t)]) for p, t in zip(rollout.prompts, TEXTS, strict=True)]
@@ -220,7 +222,7 @@ def test_a_classification_adapter_on_a_plain_language_model(load, tmp_path, roll
     wanted = {"task_type": "SEQ_CLS", "r": 2, "target_modules": ["q_proj"]}
     tuned = get_peft_model(classifier, LoraConfig(**wanted, init_lora_weights=False))
     tuned.save_pretrained(tmp_path / "adapter")
-    rollout = replace(rollout, texts=TEXTS)
+    rollout = replace(rollout, texts=TEXTS, terminated=[True] * 4)
     made = load(tmp_path / "plain", reward_model_adapters=str(tmp_path / "adapter"))
     rows = [torch.tensor([made.encode(p, t)]) for p, t in zip(rollout.prompts, TEXTS, strict=True)]
     with torch.no_grad():

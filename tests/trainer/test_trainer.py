@@ -86,6 +86,32 @@ def test_a_data_set_smaller_than_the_batch_still_trains(state):
     assert len(trainer.prompts_of_step(run)) == 6
 
 
+def test_prompts_that_are_left_over_have_a_step_of_their_own(config):
+    once = config(max_steps=-1, num_train_epochs=1.0)
+    assert [trainer.total_steps(once, prompts) for prompts in (3, 4, 5, 6, 8, 9)] == [
+        *[1, 1, 2, 2, 2, 3]
+    ]
+    tenth = config(max_steps=-1, num_train_epochs=0.1, per_device_train_batch_size=3)
+    assert trainer.total_steps(tenth, 30) == 1, "0.1 * 30 / 3 is above 1 by rounding alone"
+
+
+def test_settings_that_do_nothing_are_said_before_the_run(config):
+    def said(**changes):
+        return [line for line in notices(config(**changes), 1000) if "effect" in line]
+
+    (line,) = said(vf_coef=0.5, critic="adapter")
+    assert line.startswith("vf_coef: next to no effect with critic: adapter")
+    assert "critic_learning_rate" in line
+    assert said(vf_coef=0.5, critic="shared") == said(critic="adapter") == []
+    assert said(vf_coef=0.5, critic="adapter", optim="sgd") == []
+    (line,) = said(horizon=50, init_kl_coef=0.0)
+    assert line.startswith("horizon: no effect with init_kl_coef: 0")
+    (line,) = said(warmup_steps=5, lr_scheduler_type="constant")
+    assert line.endswith("use constant_with_warmup")
+    late = notices(config(critic_warmup=10, critic="shared"), 10)
+    assert any(line.startswith("critic_warmup: 10 leaves none of the 10 steps") for line in late)
+
+
 def test_warm_up_does_not_waste_the_first_rollout(state):
     run = state(warmup_steps=2, learning_rate=1e-3, max_steps=10)
     row = trainer.step_update(run).metrics.rows[0]
@@ -96,6 +122,17 @@ def test_a_run_too_short_for_the_kl_controller_says_so(config):
     short = notices(config(horizon=10000), 10)
     assert any("too short for the KL controller" in line for line in short)
     assert not any("KL controller" in line for line in notices(config(horizon=20), 10))
+
+
+def test_a_horizon_shorter_than_a_step_is_named_and_any_number_of_steps_is_counted(config):
+    (line,) = [line for line in notices(config(horizon=3), 10**6) if line.startswith("horizon")]
+    assert line == (
+        "horizon: 3 is shorter than a step of 4 responses, and acts as 4: beta moves by at most "
+        "20% a step"
+    )
+    assert not any(line.startswith("horizon") for line in notices(config(horizon=4), 10**6))
+    fixed = config(horizon=3, adap_kl_ctrl=False)
+    assert not any("shorter" in line for line in notices(fixed, 10**6))
 
 
 def test_truncated_sampling_is_announced(config):

@@ -14,100 +14,15 @@ import pytest
 import torch
 from accelerate import tracking as accelerate_tracking
 from transformers import Adafactor
-from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from fastppo import console, optim, plots, preflight, reward_model, session, trainer
 from fastppo.config import Config
-from fastppo.config_training import SCHEDULES
 from fastppo.errors import UserError
-from fastppo.optimizer import make_optimizer, make_scheduler
+from fastppo.optimizer import make_optimizer
 from fastppo.preflight import check
 from fastppo.tracking import Trackers, settings
 
 PAIRS = [{"instruction": f"Say {i}", "chosen": "aeiou", "rejected": "xyz"} for i in range(10)]
-
-
-def rates(config: Config, steps: int) -> list[float]:
-    """The learning rate of each of `steps` steps, of a peak of 1."""
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
-    scheduler = make_scheduler(config, optimizer, steps)
-    found = []
-    for _ in range(steps):
-        found.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    return [round(rate, 6) for rate in found]
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({}, [1, 0.75, 0.5, 0.25]),
-        ({"warmup_ratio": 0.3}, [0.5, 1, 0.5, 0]),  # ceil(1.2) steps; the first one learns
-        ({"lr_scheduler_type": "constant"}, [1, 1, 1, 1]),
-        ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2}, [0.5, 1, 1, 1]),
-        ({"lr_scheduler_type": "cosine"}, [1, 0.853553, 0.5, 0.146447]),
-        (
-            {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 1.0}},
-            [1, 0.5, 0, 0.5],
-        ),
-        (
-            {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": 2}},
-            [1, 0.5, 1, 0.5],
-        ),
-        (
-            {
-                "lr_scheduler_type": "polynomial",
-                "lr_scheduler_kwargs": {"power": 2.0, "lr_end": 0.2},
-            },
-            [1, 0.65, 0.4, 0.25],  # 0.8 (1 - t)^2 + 0.2
-        ),
-        (
-            {
-                "lr_scheduler_type": "cosine_with_min_lr",
-                "lr_scheduler_kwargs": {"min_lr_rate": 0.2},
-            },
-            [1, 0.882843, 0.6, 0.317157],
-        ),
-        (
-            {
-                "lr_scheduler_type": "warmup_stable_decay",
-                "lr_scheduler_kwargs": {"num_decay_steps": 2, "decay_type": "linear"},
-            },
-            [1, 1, 1, 0.5],
-        ),
-        (
-            {"lr_scheduler_type": "inverse_sqrt", "lr_scheduler_kwargs": {"timescale": 4}},
-            [1, 0.894427, 0.816497, 0.755929],  # sqrt(4 / (t + 4))
-        ),
-    ],
-    ids=lambda value: str(value)[:60],
-)
-def test_schedules_by_hand(config, changes, expected):
-    found = rates(config(**changes), 4)
-    assert found == pytest.approx(expected, abs=1e-5)
-
-
-def test_the_kwargs_of_each_schedule_are_those_of_transformers():
-    given = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch", "kwargs"}
-    for name, kwargs in SCHEDULES.items():
-        function = TYPE_TO_SCHEDULER_FUNCTION[name]
-        if name == "reduce_lr_on_plateau":
-            function = torch.optim.lr_scheduler.ReduceLROnPlateau.__init__
-            known = set(inspect.signature(function).parameters) - {"self", "verbose"}
-        else:
-            known = set(inspect.signature(function).parameters)
-        assert known - given == kwargs, name
-    assert set(TYPE_TO_SCHEDULER_FUNCTION) - set(SCHEDULES) <= {"greedy"}
-
-
-def test_a_schedule_that_refuses_a_value_is_one_clean_error(config):
-    wrong = config(
-        lr_scheduler_type="warmup_stable_decay",
-        lr_scheduler_kwargs={"num_decay_steps": 2, "decay_type": "steep"},
-    )
-    with pytest.raises(UserError, match=r"^lr_scheduler_kwargs: "):
-        rates(wrong, 4)
 
 
 def moved(name: str | None, **changes: float) -> float:
@@ -234,8 +149,8 @@ class Recorder:
 class Folders(Recorder):
     requires_logging_directory = True
 
-    def __init__(self, run: str, folder: str) -> None:
-        super().__init__(run, folder=folder)
+    def __init__(self, run: str, folder: str, **named: Any) -> None:
+        super().__init__(run, folder=folder, **named)
 
 
 @pytest.fixture
@@ -246,13 +161,15 @@ def recorders(monkeypatch):
         monkeypatch.setitem(accelerate_tracking.LOGGER_TYPE_TO_CLASS, name, stand_in)
     monkeypatch.setattr(preflight, "check_packages", lambda config: None)
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
     return Recorder.made
 
 
 def test_trackers_get_run_project_and_folder(config, recorders, monkeypatch, tmp_path):
     Trackers(config(report_to="wandb,tensorboard", run_name="one", logging_dir="logs"))
     wandb, board = recorders
-    assert (wandb.project, wandb.named) == ("fastppo", {"name": "one"})
+    identity = {"id": wandb.named["id"], "resume": "allow"}
+    assert (wandb.project, wandb.named) == ("fastppo", {"name": "one", **identity})
     assert (board.project, board.named) == ("one", {"folder": "logs"})
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     Trackers(config(report_to="trackio,tensorboard"))
@@ -368,7 +285,7 @@ def test_a_reward_run_logs_saves_evaluates_and_draws_as_its_keys_say(
         "training_loss.png",
     ]
     (wandb,) = recorders
-    assert (wandb.named, wandb.closed) == ({"name": "pairs"}, True)
+    assert (wandb.named["name"], wandb.closed) == ("pairs", True)
     assert {step for step, row in wandb.rows if "train/loss" in row} == {2, 4}
     assert any("eval/accuracy" in row for _, row in wandb.rows)
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fastppo.batch import Budget, make_batch, token_index
+from fastppo.config_effect import without_effect
 from fastppo.errors import TrainingStopped
 from fastppo.optimizer import clip_and_step, make_optimizer
 from fastppo.score import score, token_scores
@@ -254,6 +255,26 @@ def test_an_update_raises_what_was_better_and_lowers_what_was_worse(
     change = now - experience.scored.logprob_N
     assert (change * advantage).sum() > 0
     assert change[advantage.argmax()] > 0 > change[advantage.argmin()]
+
+
+@pytest.mark.parametrize(("low", "high", "limit"), [(0.1, 10.0, 0.0), (10.0, 1000.0, 0.01)])
+@pytest.mark.parametrize(("critic", "acts"), [("adapter", False), ("shared", True)])
+def test_vf_coef_acts_on_a_trunk_that_actor_and_critic_share(
+    tiny_roles, config, rollout, critic, acts, experience_of, low, high, limit
+):
+    """A hundredfold vf_coef, gradients clipped or not: a critic of its own ends on the same weights."""
+    ends = []
+    for vf_coef in (low, high):
+        settings = config(critic=critic, ppo_epochs=4, vf_coef=vf_coef, max_grad_norm=limit)
+        made = tiny_roles(critic=critic)
+        start = flat(made)
+        experience = experience_of(made, rollout, settings)
+        update(made, experience, settings, make_optimizer(settings, made), seed=0)
+        ends.append(flat(made) - start)
+    apart = (ends[0] - ends[1]).norm() / ends[0].norm()
+    assert (apart > 0.2) == acts
+    assert (apart < 0.01) == (not acts)
+    assert ("vf_coef" in without_effect(config(critic=critic))) == (not acts)
 
 
 def test_only_the_two_trained_roles_change(tiny_roles, config, reward_dir, rollout, experience_of):

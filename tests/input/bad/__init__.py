@@ -17,6 +17,7 @@ and `docs/bad_input.md` is made from them (`page.py`).
     pickles                 paths of torch files that would run code where they are unpickled
     tensors                 path -> name -> shape of a tensor of zeros, as safetensors or .bin
     without_packages        no optional package is installed
+    environment             variables of the environment
     secret                  text that must be in nothing that is printed
     answers                 what a real server on this machine answers, one after the other
     call                    a Python expression with fastppo.ops' names and small inputs
@@ -74,6 +75,7 @@ class Case:
     pickles: list[str] = field(default_factory=list)
     tensors: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     without_packages: bool = False
+    environment: dict[str, str] = field(default_factory=dict)
     secret: str = ""
     answers: list[dict[str, Any]] = field(default_factory=list)
     call: str = ""

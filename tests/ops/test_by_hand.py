@@ -1,7 +1,8 @@
-"""The numbers of TRL, verl and OpenRLHF: each formula as that trainer has it, by its own source.
+"""Hand-computed: formulas that TRL, verl and OpenRLHF are known for, and the ops on the same tokens.
 
-Written out over padded batches in Python floats, as a reader of that source would; the ops get the
-same tokens packed. Where a trainer has a quirk that the ops do not share, its test says so.
+Written out over padded batches in Python floats; the ops get the tokens packed. No line of those
+trainers runs here: a docstring names the function whose formula it is, as a place to look it up.
+Where a trainer has a quirk that the ops do not share, its test says so.
 """
 
 from __future__ import annotations
@@ -83,7 +84,10 @@ def test_trl_policy_loss(backend):
     ],
 )
 def test_verl_aggregation_modes(mode, weight, backend):
-    """verl verl/trainer/ppo/core_algos.py, agg_loss: the modes are weights."""
+    """verl verl/trainer/ppo/core_algos.py, agg_loss: the modes are weights.
+
+    The last one's divisor there is the padded width of the batch unless it is given: 4 here.
+    """
     sums = [sum(clipped(b, t) for b_, t in PLACES if b_ == b) for b in range(2)]
     want = {
         "token-mean": sum(sums) / 6,
