@@ -3,16 +3,19 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Float32 GEMMs of the tests are tiny: threads would only wait for each other.
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# The tests' GEMMs are tiny: threads would only wait for each other, so a process has one.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# First on all cores, a file stays in one process; then those that look at clocks, memory or signals.
+EACH := $(PYTEST) -n logical --dist loadfile --no-loadscope-reorder -p no:benchmark
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-data demo-seeds test test-all lint bench gpu clean
+.PHONY: help venv demo demo-data demo-seeds test test-all test-peers lint bench gpu clean
 
 help:
 	@echo "make demo       install, then reward model, PPO and the comparison on a real model (two cores, 12 min)"
-	@echo "make test       install, then the fast tests"
-	@echo "make test-all   all tests, the slow ones too"
+	@echo "make test       install, then the fast tests, on all cores"
+	@echo "make test-all   all tests of this environment, the slow ones too"
+	@echo "make test-peers LLaMA-Factory and the operators' peers, in environments that it builds (2 GiB)"
 	@echo "make lint       ruff, and mypy on fastppo/ops and fastppo/config.py"
 	@echo "make bench      the operators against bounds, eager PyTorch and torch.compile"
 	@echo "make gpu        where there is a GPU: its tests and measurements, into benchmarks/results"
@@ -41,10 +44,21 @@ demo-seeds: venv
 	$(BIN)/python examples/demo_seeds.py
 
 test: venv
-	$(TEST) -m "not slow"
+	$(EACH) -m "not slow and not alone and not peers"
+	$(PYTEST) -m "alone and not slow and not peers"
 
 test-all: venv
-	$(TEST)
+	$(EACH) -m "not alone and not peers"
+	$(PYTEST) -m "alone and not peers"
+
+# Their own trainer and modules, run: LLaMA-Factory's stage rm both ways; Liger-Kernel, cut-cross-entropy,
+# verl and torchrl on the benchmarks' inputs, which refuse a wrong answer.
+test-peers: venv
+	$(BIN)/python -m benchmarks.peers.environments llamafactory
+	$(BIN)/python -m benchmarks.peers.install
+	$(PYTEST) -m peers
+	$(BIN)/python -m benchmarks linear --quick
+	$(BIN)/python -m benchmarks ops --quick
 
 lint: venv
 	$(BIN)/ruff check .

@@ -1,15 +1,93 @@
-"""What holds for every test: Triton's interpreter in place of a GPU, and Ctrl-C that is heard."""
+"""What holds for every test: Triton's interpreter in place of a GPU, and nothing left behind."""
+
+from __future__ import annotations
 
 import os
+import random
 import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
+import pytest
 import torch
 
-# A shell's background job has it ignored, and its children would too.
+# A shell's background job has Ctrl-C ignored, and its children would too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Triton's interpreter is chosen at import.
-
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Which test runs, and where torch.compile found its cache to be.
+NOTES = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"}
+
+
+def process_state() -> dict[str, Any]:
+    """What all tests of a process share and each must leave as it found it."""
+    return {
+        "the working directory": os.getcwd(),
+        "sys.meta_path": list(sys.meta_path),
+        "handlers of signals": [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)],
+        "torch's threads": torch.get_num_threads(),
+        "torch's default dtype": torch.get_default_dtype(),
+        "torch's default device": torch.get_default_device(),
+        "torch's matmul precision": torch.get_float32_matmul_precision(),
+        "deterministic algorithms": (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        ),
+        "gradients on or off": torch.is_grad_enabled(),
+    }
+
+
+def module_attributes() -> dict[str, dict[str, Any]]:
+    """What the modules of fastppo hold, by module and name."""
+    modules = list(sys.modules.items())
+    return {name: dict(vars(m)) for name, m in modules if name.partition(".")[0] == "fastppo"}
+
+
+def replaced(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]) -> list[str]:
+    """Functions, classes and constants that are others now; what was not there before may come."""
+    return [
+        f"fastppo's modules: {name}.{key}"
+        for name, old in before.items()
+        if list(map(id, old.values())) != list(map(id, after[name].values()))
+        for key, value in old.items()
+        if (callable(value) or key.isupper())
+        and value is not after[name].get(key)
+        and not key.startswith("__")  # torch.compile's own
+    ]
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """What changed, by name."""
+    names = [name for name, value in before.items() if after[name] != value]
+    return [f"{name}: {after[name]} in place of {before[name]}" for name in names]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Each test starts with the same random numbers, and puts back what it changes.
+
+    So the order of tests, and which process runs which file, changes no result. What the commands
+    do to a process that is theirs is undone here: environment, `sys.path`, a user's modules.
+    """
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - the global one, for whoever draws from it
+    torch.manual_seed(0)
+    environment, path = dict(os.environ), list(sys.path)
+    before, attributes = process_state(), module_attributes()
+    yield
+    sys.path[:] = path
+    own = str(tmp_path_factory.getbasetemp())
+    for name, module in list(sys.modules.items()):
+        if (getattr(module, "__file__", None) or "").startswith(own):
+            del sys.modules[name]
+    for name in os.environ.keys() - environment.keys() - NOTES:
+        del os.environ[name]
+    os.environ.update({k: v for k, v in environment.items() if k not in NOTES})
+    left = differences(before, process_state()) + replaced(attributes, module_attributes())
+    assert not left, f"left behind: {'; '.join(left)}"

@@ -117,6 +117,7 @@ def test_a_stopped_run_is_exit_code_1_and_ctrl_c_130(project, capsys, monkeypatc
         assert word in capsys.readouterr().err
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("argv", [["--help"], ["--version"], ["run.yaml"]])
 def test_help_and_errors_answer_in_under_a_second_without_torch(project, argv):
     (project / "run.yaml").write_text(yaml.safe_dump({**PPO, "lora_rnk": 1}))

@@ -13,6 +13,10 @@ from fastppo.ops.backend import available
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Float64 is the definition's alone.
 FUSED = tuple(name for name in available(DEVICE) if name != "torch")
+if "triton" in FUSED and DEVICE == "cpu":
+    from tests.ops import interpreter
+
+    interpreter.install()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -61,6 +61,7 @@ print(sorted(tops - set(sys.stdlib_module_names)))
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.alone
 def test_the_ops_import_in_under_300_ms_above_torch():
     clock = "time.perf_counter()"
     code = f"import torch, time; t = {clock}; import fastppo.ops; print({clock} - t)"

@@ -13,6 +13,8 @@ from fastppo import durable
 from tests.reliability import runs
 from tests.trainer.reward_server import Reply, scores
 
+pytestmark = pytest.mark.alone  # half a second without an answer is a fault
+
 PASSING = {
     "HTTP 500": Reply(b"", 500),
     "HTTP 503": Reply(b"", 503),

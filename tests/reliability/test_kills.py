@@ -9,6 +9,8 @@ import pytest
 
 from tests.reliability import runs
 
+pytestmark = pytest.mark.alone
+
 # Stage, what is counted, how many kills of it: 20 points in stage ppo, and more in stage rm.
 KINDS = {
     ("ppo", "anywhere"): 12,

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.reliability import runs
+
+pytestmark = pytest.mark.alone  # it reads resident memory
 
 STEPS = 300
 MIB = 1 << 20

@@ -13,6 +13,8 @@ from fastppo import durable
 from tests.reliability import runs
 from tests.trainer.reward_server import Reply
 
+pytestmark = pytest.mark.alone
+
 
 def wait_for(found, seconds: float = 60.0) -> None:
     """Until a condition holds."""

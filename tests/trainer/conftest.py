@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fastppo import checkpoint, roles, toy, trainer
+from fastppo import checkpoint, metrics, roles, toy, trainer
 from fastppo.advantage import KLController, RunningScore, estimate
 from fastppo.batch import Batch, Budget
 from fastppo.config import Config
@@ -20,15 +20,24 @@ from fastppo.reward_spec import reward_specs
 from fastppo.score import score
 from fastppo.templates import Template, get_template
 from fastppo.types import Experience, Prompt, Rollout
+from tests.trainer.shared import BuiltOnce, unchanged
 
 PROMPTS = ["Hi", "What is rain?", "A line on tea, please.", "Tell me of the sea and of bread."]
 
 
+@pytest.fixture(autouse=True)
+def _curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing a run's picture takes longer than the run: tests that are about it draw it."""
+    if request.node.get_closest_marker("pictures") is None:
+        monkeypatch.setattr(metrics, "draw_curves", lambda rows, path, title: path.write_bytes(b""))
+
+
 @pytest.fixture(scope="session")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("tiny") / "model"
     toy.write_model(folder)
-    return folder
+    with unchanged(folder):
+        yield folder
 
 
 def stir(parameters: list[torch.nn.Parameter], seed: int, scale: float = 0.1) -> None:
@@ -40,7 +49,7 @@ def stir(parameters: list[torch.nn.Parameter], seed: int, scale: float = 0.1) ->
 
 
 @pytest.fixture(scope="session")
-def reward_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reward_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A reward model as stage rm writes it, with random weights."""
     folder = tmp_path_factory.mktemp("reward")
     config = make_config(model_dir, folder, reward_model_type="function", critic="adapter")
@@ -50,7 +59,8 @@ def reward_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     checkpoint.save_model(made.model, made.critic_head, toy.byte_tokenizer(), folder)
     record = {"score_at": "eos", "template": "chatml", "fastppo": "test"}
     (folder / "fastppo_reward.json").write_text(json.dumps(record))
-    return folder
+    with unchanged(folder):
+        yield folder
 
 
 def make_config(model_dir: Path, folder: Path, **changes: Any) -> Config:
@@ -85,12 +95,24 @@ def config(model_dir: Path, tmp_path: Path) -> Callable[..., Config]:
     return lambda **changes: make_config(model_dir, tmp_path, **changes)
 
 
+@pytest.fixture(scope="session")
+def built_once() -> BuiltOnce:
+    return BuiltOnce()
+
+
 @pytest.fixture
-def tiny_roles(config: Callable[..., Config]) -> Callable[..., roles.Roles]:
+def build(built_once: BuiltOnce, tmp_path: Path) -> Callable[[Config, torch.device], roles.Roles]:
+    return lambda config, device: built_once(config, device, tmp_path)
+
+
+@pytest.fixture
+def tiny_roles(
+    config: Callable[..., Config], build: Callable[[Config, torch.device], roles.Roles]
+) -> Callable[..., roles.Roles]:
     """Roles with every adapter stirred, so that no two of them say the same."""
 
     def make(stirred: bool = True, **changes: Any) -> roles.Roles:
-        made = roles.build(config(**changes), torch.device("cpu"))
+        made = build(config(**changes), torch.device("cpu"))
         if stirred:
             stir(made.trained_parameters("actor"), 3)
             if made.has_critic and not made.shares_trunk:
@@ -103,7 +125,12 @@ def tiny_roles(config: Callable[..., Config]) -> Callable[..., roles.Roles]:
 
 
 @pytest.fixture
-def state(config: Callable[..., Config]) -> Callable[..., trainer.State]:
+def state(
+    config: Callable[..., Config],
+    build: Callable[[Config, torch.device], roles.Roles],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., trainer.State]:
+    monkeypatch.setattr("fastppo.state.build", build)
     return lambda **changes: trainer.init_state(config(**changes))
 
 
@@ -190,7 +217,7 @@ def make_rollout(texts: list[str], responses: list[list[int]], template: Templat
 
 
 @pytest.fixture(scope="session")
-def sft_dirs(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def sft_dirs(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     """Two SFT adapters, the second with a norm and a head of its own (modules_to_save)."""
     folders = []
     for seed, extra in ((11, {}), (12, {"additional_target": "norm,lm_head"})):
@@ -203,15 +230,17 @@ def sft_dirs(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
                 parameter.mul_(1.1)
         checkpoint.save_model(made.model, made.critic_head, toy.byte_tokenizer(), folder)
         folders.append(str(folder))
-    return folders
+    with unchanged(Path(folders[0])), unchanged(Path(folders[1])):
+        yield folders
 
 
 @pytest.fixture(scope="session")
-def other_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+def other_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A model of another width with the same tokenizer."""
     folder = tmp_path_factory.mktemp("other") / "model"
     toy.write_model(folder, seed=5, hidden_size=16)
-    return str(folder)
+    with unchanged(folder):
+        yield str(folder)
 
 
 def settings_of(name: str, sft: list[str], model: Path, other: str, reward: Path) -> dict[str, Any]:

@@ -108,6 +108,7 @@ def test_reinforce_plus_plus_is_the_reward_to_go_whitened(scored, config):
     assert whitened.std().item() == pytest.approx(1.0, abs=1e-7)
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("advantage", CRITICLESS)
 def test_without_a_critic_none_is_built_trained_saved_or_logged(state, tmp_path, advantage):
     changes = {"advantage": advantage, "num_generations": 2, "max_steps": 3}

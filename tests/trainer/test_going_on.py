@@ -28,6 +28,7 @@ def whole_picture(path: Path) -> bool:
     return data.startswith(PNG) and data.endswith(END)
 
 
+@pytest.mark.alone
 def test_a_run_that_is_killed_has_a_picture_of_what_it_logged(config, tmp_path):
     """SIGKILL, from outside, of the command; no checkpoint was due and no evaluation."""
     settings = config(max_steps=500, save_strategy="no")
@@ -67,6 +68,7 @@ def test_pictures_are_drawn_with_what_is_logged_and_saved(config, drawings):
     assert drawings == [2, 3, 4, 5]
 
 
+@pytest.mark.alone
 def test_a_slow_picture_slows_no_run(config, drawings, monkeypatch):
     """Twenty times what it took has to pass before the next one."""
     inner = metrics.draw_curves
@@ -81,6 +83,7 @@ def test_a_slow_picture_slows_no_run(config, drawings, monkeypatch):
     assert drawings == [1, 4]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("end", ["a failure", "a signal"])
 def test_a_run_that_ends_early_has_a_picture_of_all_its_steps(
     config, drawings, monkeypatch, tmp_path, end

@@ -119,6 +119,7 @@ def llamafactory():
 
 
 @pytest.mark.slow
+@pytest.mark.peers
 def test_llamafactory_run_anew_is_scored_within_rounding(llamafactory, tmp_path):
     llamafactory.make(tmp_path / "made")
     found = predicted_here(tmp_path / "made", tmp_path)
@@ -126,6 +127,7 @@ def test_llamafactory_run_anew_is_scored_within_rounding(llamafactory, tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.peers
 def test_llamafactory_scores_our_reward_model_as_we_do(llamafactory, tmp_path, monkeypatch):
     """The other way, with a template that writes nothing behind EOS: both read there."""
     monkeypatch.chdir(tmp_path)

@@ -349,6 +349,7 @@ def test_after_the_first_step_the_plan_is_printed_beside_what_was_taken(
     assert "; not planned" in capsys.readouterr().out
 
 
+@pytest.mark.alone
 def test_the_highest_resident_size_is_in_bytes():
     rss = console.highest_rss()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 == pytest.approx(rss, rel=0.1)

@@ -118,6 +118,7 @@ def test_a_failure_that_stays_ends_in_one_line(reward, server):
         reward.scores(["a"])
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "reply", [Reply(pause=0.6), Reply(trickle=0.05)], ids=["silence", "trickle"]
 )

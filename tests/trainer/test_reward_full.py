@@ -326,7 +326,9 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "damage", "words"), BROKEN, ids=lambda v: str(v)[:30])
+@pytest.mark.parametrize(
+    ("changes", "damage", "words"), BROKEN, ids=lambda v: getattr(v, "__name__", str(v)[:30])
+)
 def test_classifiers_that_are_no_reward_model(config, tmp_path, capsys, changes, damage, words):
     write_classifier(tmp_path / "c", **changes)
     if damage:

@@ -176,6 +176,7 @@ def test_one_weight_may_be_a_number_and_one_type_is_all_types():
     assert [spec.kind for spec in two.rewards] == ["function", "function"]
 
 
+@pytest.mark.pictures
 def test_each_is_a_column_and_in_summary_samples_and_terminal(
     several, config, tmp_path, capsys, reward_dir
 ):

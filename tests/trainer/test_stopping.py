@@ -20,6 +20,8 @@ from fastppo.cli import main
 from fastppo.errors import Interrupted
 from fastppo.stopping import Stop
 
+pytestmark = pytest.mark.alone
+
 
 def test_the_first_signal_waits_for_check_and_the_second_does_not(capfd):
     before = signal.getsignal(signal.SIGINT)

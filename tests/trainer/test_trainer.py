@@ -141,6 +141,7 @@ def test_truncated_sampling_is_announced(config):
     )
 
 
+@pytest.mark.pictures
 def test_evaluation_writes_the_files_and_compares_on_the_same_prompts(state, tmp_path):
     run = trainer.step_update(state(val_size=0.25, eval_judge="fastppo.toy:vowels"))
     summary = evaluate(run)
