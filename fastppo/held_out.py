@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from peft import PeftModel
 
-from fastppo import __version__, console, results
+from fastppo import __version__, console, lines, results
 from fastppo.base import silence_dropout
 from fastppo.errors import UserError
 from fastppo.evaluation import compare, predict, report, summarise
@@ -47,7 +47,7 @@ def run(config: Config, records: Records) -> None:
         compared = compare(state)
         summary = summarise(state, compared)
         report(state, compared, summary)
-        console.evaluation_line(summary)
+        lines.evaluation_line(summary)
     if config.do_predict:
         predict(state, held_out_prompts(state, records))
         say(f"  predictions: {Path(config.output_dir) / results.PREDICTIONS}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 from fastppo.config_training import BITSANDBYTES
 from fastppo.errors import UserError
@@ -75,3 +77,30 @@ def bitsandbytes(name: str) -> Any:
             f"optim: {name} needs bitsandbytes ({error}); pip install 'fastppo[quantization]', or "
             "use optim: adamw_torch"
         ) from None
+
+
+def begin_above_0(scheduler: Any, warmup: int) -> None:
+    """Take a warm-up that begins at 0 one step ahead; from its peak on the schedule stays as it is.
+
+    Of `warmup` steps the first then has 1 / warmup of the peak and the last the peak itself, where
+    transformers' first has 0: a rollout, or a batch of pairs, that teaches nothing.
+    """
+    if warmup < 1 or not isinstance(scheduler, LambdaLR):
+        return
+
+    def ahead(factor: Callable[[int], float]) -> Callable[[int], float]:
+        if factor(0) > 0:
+            return factor
+
+        def of_step(step: int) -> float:
+            if step >= warmup:
+                return factor(step)
+            return factor(step + 1) if step + 1 < warmup else 1.0
+
+        return of_step
+
+    scheduler.lr_lambdas = [ahead(factor) for factor in scheduler.lr_lambdas]
+    begin = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    scheduler._last_lr = [rate * factor(0) for rate, factor in begin]
+    for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+        group["lr"] = rate

@@ -6,17 +6,22 @@ forgets (running sums of the loss, parameters in their own precision) is kept be
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import EvalPrediction, Trainer, TrainerCallback
 
-from fastppo import checkpoint, console, durable, training_state
+from fastppo import console, durable, plots, save, training_state
 from fastppo.errors import TrainingStopped, UserError
-from fastppo.optimizer import begin_above_0
+from fastppo.optim import begin_above_0
+from fastppo.pair_metrics import pair_metrics
+from fastppo.pair_model import pair_loss
+from fastppo.reward_spec import RECORD
 from fastppo.stopping import Stop
 
 if TYPE_CHECKING:
@@ -138,7 +143,7 @@ class ResumableTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         self.state.best_model_checkpoint = None  # it would be the place that is renamed below
         written = self.place / folder.name
-        checkpoint.note_run(written, self.decisions, self.trackers)
+        save.note_run(written, self.decisions, self.trackers)
         if not self.args.save_only_model:
             sums = {name: getattr(self, name) for name in SUMS}
             tree = {"parameters": self.trained(), "sums": sums, "bad_run": self.bad_run}
@@ -203,3 +208,54 @@ class Watch(TrainerCallback):
                 f"{trainer.bad_run} steps in a row had a gradient that is not finite "
                 f"(max_bad_steps); the last batch is in {path}; the likeliest cause: learning_rate"
             )
+
+
+class PairTrainer(ResumableTrainer):
+    """The loop over pairs; saves what stage ppo, and LLaMA-Factory, load."""
+
+    tokenizer: Any
+    record: dict[str, Any]  # where the scores are read, for whoever loads the folder
+    in_order = False  # disable_shuffling
+    plots = False  # plot_loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        if self.in_order:
+            return SequentialSampler(train_dataset or self.train_dataset)
+        return super()._get_train_sampler(train_dataset)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
+    ) -> Any:
+        """The pairwise loss of a micro-batch."""
+        scores = model(**inputs)
+        loss = pair_loss(scores)
+        return (loss, {"scores": scores}) if return_outputs else loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, and chosen and rejected scores side by side (B, 2)."""
+        with torch.no_grad():
+            scores = model(**self._prepare_inputs(inputs))
+        both_B2 = torch.stack(scores.chunk(2), dim=1)
+        return pair_loss(scores), both_B2, torch.zeros(len(both_B2))
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        save.save_model(self.model.model, self.model.head, self.tokenizer, folder)
+        text = json.dumps(self.record, indent=2) + "\n"
+        (folder / RECORD).write_text(text, encoding="utf-8")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.draw()
+
+    def draw(self) -> None:
+        """`plot_loss`: LLaMA-Factory's pictures of all that was logged so far."""
+        if self.plots:
+            plots.plot_pairs(self.state.log_history, Path(self.args.output_dir))
+
+
+def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Accuracy, margin and calibration of the scores of pairs (N, 2)."""
+    return pair_metrics(prediction.predictions[:, 0], prediction.predictions[:, 1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -10,24 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.optimizers import create_loraplus_optimizer
-from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler, SequentialSampler
+from torch import nn
 from transformers import (
     EarlyStoppingCallback,
-    EvalPrediction,
     TrainingArguments,
     set_seed,
 )
 from transformers.trainer_callback import PrinterCallback
 
-from fastppo import __version__, checkpoint, console, durable, optim, plots, results, session
+from fastppo import __version__, console, durable, optim, results, save, session
 from fastppo.base import (
     causal_lm,
     compute_dtype,
     hidden_size,
     load_base,
     load_tokenizer,
-    trunk,
     wrap_activations,
 )
 from fastppo.budgets import Budgets
@@ -36,12 +32,13 @@ from fastppo.errors import Interrupted, TrainingStopped
 from fastppo.heads import load_value_head, new_value_head
 from fastppo.launch import alone
 from fastppo.oom import retried
-from fastppo.pair_metrics import pair_metrics
-from fastppo.pair_trainer import ResumableTrainer
+from fastppo.pair_model import RewardModel, calibrate
+from fastppo.pair_trainer import PairTrainer, compute_metrics
+from fastppo.pairs import Pairs, collate
 from fastppo.reward_head import read_score_at
 from fastppo.reward_log import Bar, Lines, Report
 from fastppo.reward_report import LogFile, report
-from fastppo.reward_spec import HEAD_FILES, RECORD
+from fastppo.reward_spec import HEAD_FILES
 from fastppo.settle import advising, settled
 from fastppo.stopping import Stop
 from fastppo.templates import get_template
@@ -58,135 +55,12 @@ from fastppo.tuning import (
     start_adapter,
     upcast,
 )
-from fastppo.types import Pair
 
 if TYPE_CHECKING:
     from fastppo.config import Config
     from fastppo.data import Records
 
 HEAD_STD = 0.01  # the head starts near 0: every pair even, and none of them by much
-
-
-class RewardModel(nn.Module):
-    """The trunk (under LoRA, or itself trained) and a linear head, read at the last token."""
-
-    def __init__(self, model: Any, head: nn.Linear, *, autocast: bool) -> None:
-        super().__init__()
-        self.model, self.head, self.autocast = model, head, autocast
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Scores (B,) float32 of right-padded sequences."""
-        device = input_ids.device.type
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=self.autocast):
-            hidden_BTD = trunk(self.model)(
-                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-            ).last_hidden_state
-        rows = torch.arange(len(input_ids), device=input_ids.device)
-        last_BD = hidden_BTD[rows, attention_mask.sum(1) - 1]
-        return self.head(last_BD.float()).squeeze(-1)
-
-
-def pair_loss(score_2B: Tensor) -> Tensor:
-    """mean of -log sigmoid(chosen - rejected); the first half of the scores are the chosen.
-
-    Source: Ouyang et al. 2022, Training language models to follow instructions, equation 1.
-    """
-    chosen_B, rejected_B = score_2B.chunk(2)
-    return -nn.functional.logsigmoid(chosen_B - rejected_B).mean()
-
-
-class Pairs(Dataset[Pair]):
-    """Pairs as a map-style data set."""
-
-    def __init__(self, pairs: list[Pair]) -> None:
-        self.pairs = pairs
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest prompt with its longer answer."""
-        return max(
-            (
-                len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
-                for pair in self.pairs
-            ),
-            default=0,
-        )
-
-    def __getitem__(self, index: int) -> Pair:
-        return self.pairs[index]
-
-
-def collate(pairs: list[Pair], pad_id: int) -> dict[str, Tensor]:
-    """All chosen, then all rejected, padded right to the longest."""
-    rows = [pair.prompt_ids + pair.chosen_ids for pair in pairs]
-    rows += [pair.prompt_ids + pair.rejected_ids for pair in pairs]
-    width = max(map(len, rows))
-    return {
-        "input_ids": torch.tensor([row + [pad_id] * (width - len(row)) for row in rows]),
-        "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
-    }
-
-
-class PairTrainer(ResumableTrainer):
-    """The loop over pairs; saves what stage ppo, and LLaMA-Factory, load."""
-
-    tokenizer: Any
-    record: dict[str, Any]  # where the scores are read, for whoever loads the folder
-    in_order = False  # disable_shuffling
-    plots = False  # plot_loss
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        if self.in_order:
-            return SequentialSampler(train_dataset or self.train_dataset)
-        return super()._get_train_sampler(train_dataset)
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
-    ) -> Any:
-        """The pairwise loss of a micro-batch."""
-        scores = model(**inputs)
-        loss = pair_loss(scores)
-        return (loss, {"scores": scores}) if return_outputs else loss
-
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, and chosen and rejected scores side by side (B, 2)."""
-        with torch.no_grad():
-            scores = model(**self._prepare_inputs(inputs))
-        both_B2 = torch.stack(scores.chunk(2), dim=1)
-        return pair_loss(scores), both_B2, torch.zeros(len(both_B2))
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        checkpoint.save_model(self.model.model, self.model.head, self.tokenizer, folder)
-        text = json.dumps(self.record, indent=2) + "\n"
-        (folder / RECORD).write_text(text, encoding="utf-8")
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        pictures(self)
-
-
-def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Accuracy, margin and calibration of the scores of pairs (N, 2)."""
-    return pair_metrics(prediction.predictions[:, 0], prediction.predictions[:, 1])
-
-
-@torch.no_grad()
-def calibrate(head: nn.Linear, score_N: Tensor) -> None:
-    """Fold into the head what makes these scores mean 0 and standard deviation 1.
-
-    The order of all answers stays as it is; beta then means the same for every reward model.
-    Source: Huang et al. 2024, The N+ Implementation Details of RLHF with PPO, detail on normalising
-    the reward model's output.
-    """
-    mean, std = score_N.mean(), score_N.std().clamp_min(1e-6)
-    head.bias.copy_((head.bias - mean) / std)
-    head.weight.div_(std)
 
 
 # Keys that transformers' arguments have by the same name and meaning.
@@ -344,7 +218,7 @@ def run_pairs(config: Config, records: Records, until_the_end: ExitStack) -> Non
     """
     resumed, notes = durable.to_resume(config)
     if config.resume_from_checkpoint:
-        config = checkpoint.decided(config, resumed or Path(config.output_dir))
+        config = save.decided(config, resumed or Path(config.output_dir))
     device = session.start(config)
     output_dir, folder = Path(config.output_dir), None
     if not config.trains:
@@ -393,7 +267,7 @@ def run_pairs(config: Config, records: Records, until_the_end: ExitStack) -> Non
         say(f"  [yellow]note:[/yellow] {line}")
     for line in [*notes, *([] if resumed is None else [f"resumes from {resumed}"])]:
         say(f"  {line}")
-    checkpoint.prepare_output_dir(output_dir)
+    save.prepare_output_dir(output_dir)
     stop = until_the_end.enter_context(Stop())  # before, there is nothing to save
     reward_model = RewardModel(model, head, autocast=bf16)
 
@@ -455,15 +329,9 @@ def run_pairs(config: Config, records: Records, until_the_end: ExitStack) -> Non
         except Interrupted as stopped:
             cut = f"the reward model in {output_dir} is whole, its evaluation was cut off"
             raise Interrupted(stopped.signal, cut) from None
-    pictures(trainer)
+    trainer.draw()
     if trackers is not None:
         trackers.close()
-
-
-def pictures(trainer: PairTrainer) -> None:
-    """`plot_loss`: LLaMA-Factory's pictures of all that was logged so far."""
-    if trainer.plots:
-        plots.plot_pairs(trainer.state.log_history, Path(trainer.args.output_dir))
 
 
 def fit(
@@ -476,7 +344,7 @@ def fit(
     output_dir = Path(config.output_dir)
     if resumed is None:
         results.clear(output_dir)
-    checkpoint.begin(output_dir, trainer.decisions, trainer.trackers)
+    save.begin(output_dir, trainer.decisions, trainer.trackers)
     start = None if resumed is None else str(resumed)
     try:
         result = trainer.train(resume_from_checkpoint=start)
@@ -484,7 +352,7 @@ def fit(
     except Interrupted as stop:
         folder = trainer.save_stopped()
         with suppress(Exception):
-            pictures(trainer)
+            trainer.draw()
         if folder is None:
             none = "no step was finished, so nothing was saved"
             raise Interrupted(stop.signal, none) from None
@@ -492,7 +360,7 @@ def fit(
         raise Interrupted(stop.signal, saved) from None
     except Exception:
         with suppress(Exception):  # what stopped the run is what there is to say
-            pictures(trainer)
+            trainer.draw()
         raise
     if not all(torch.isfinite(p).all() for p in head.parameters()):
         raise TrainingStopped("the reward model's head is not finite; lower learning_rate")

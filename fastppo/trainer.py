@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastppo import checkpoint, console, durable, guards, plots, results
+from fastppo import checkpoint, console, durable, guards, lines, plots, results, save
 from fastppo.advantage import estimate
 from fastppo.errors import Interrupted
 from fastppo.evaluation import draw, evaluate
@@ -118,7 +118,7 @@ def learn(state: State, steps: int, output_dir: Path) -> None:
             bar.advance(bar.task_ids[0])
             results.log_step(state)
             if config.acts("logging", state.step, steps, epoch):
-                console.step_line(state, steps)
+                lines.step_line(state, steps)
                 draw(state, share=DRAWING_SHARE)
             for line in guards.warnings(state.metrics.rows):
                 console.console.print(f"[yellow]warning:[/yellow] {line}")
@@ -144,11 +144,11 @@ def run(config: Config, records: Records) -> None:
     output_dir = Path(config.output_dir)
     folder, notes = durable.to_resume(config)
     if config.resume_from_checkpoint:
-        config = checkpoint.decided(config, folder or output_dir)
+        config = save.decided(config, folder or output_dir)
     state = init_state(config, records, folder)
     steps = total_steps(config, len(state.prompts))
-    console.first_lines(state, steps)
-    checkpoint.prepare_output_dir(output_dir)
+    lines.first_lines(state, steps)
+    save.prepare_output_dir(output_dir)
     advice = advising(state.plan, state.config, state.budgets, state.roles.device)
     with durable.space(output_dir), state.stop, advice:
         for line in [*notes, *checkpoint.start(state, folder, output_dir)]:
@@ -171,7 +171,7 @@ def run(config: Config, records: Records) -> None:
         if state.tracker is not None:
             state.tracker.log(as_eval(summary), state.step)
             state.tracker.close()
-        console.last_lines(state, summary)
+        lines.last_lines(state, summary)
 
 
 def pictures(state: State, output_dir: Path) -> None:
@@ -184,7 +184,7 @@ def pictures(state: State, output_dir: Path) -> None:
 def evaluation(state: State) -> None:
     """Evaluate along the way: a line, and what trackers get of it."""
     summary = evaluate(state)
-    console.evaluation_line(summary)
+    lines.evaluation_line(summary)
     if state.tracker is not None:
         state.tracker.log(as_eval(summary), state.step)
     state.random = random_state()  # rewards and judges may have drawn from it

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from watch import Watch, main, trainable
 
-from fastppo import checkpoint, roles, trainer
+from fastppo import roles, save, trainer
 from fastppo.base import load_tokenizer
 from fastppo.config import config_from_dict
 from fastppo.reward_spec import RECORD
@@ -56,7 +56,7 @@ def make_reward(settings: dict[str, Any]) -> None:
         for parameter in [*made.trained_parameters("actor"), made.critic_head.weight]:
             parameter.copy_(0.02 * torch.randn_like(parameter))
     folder = Path(settings["reward"])
-    checkpoint.save_model(made.model, made.critic_head, load_tokenizer(config), folder)
+    save.save_model(made.model, made.critic_head, load_tokenizer(config), folder)
     path = folder / "adapter_config.json"
     adapter = json.loads(path.read_text(encoding="utf-8"))
     adapter = {name: adapter[name] for name in KNOWN}

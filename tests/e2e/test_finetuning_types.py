@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from fastppo import checkpoint, toy
+from fastppo import save, toy
 from fastppo.cli import main
 
 from .test_rm_then_ppo import project, write  # noqa: F401
@@ -49,7 +49,7 @@ def sft(project):  # noqa: F811
     with torch.no_grad():
         for parameter in made.trained_parameters("actor"):
             parameter.add_(0.05)
-    checkpoint.save_weights(made.model, project / "sft")
+    save.save_weights(made.model, project / "sft")
     return project
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastppo import checkpoint, metrics, roles, toy, trainer
+from fastppo import metrics, roles, save, toy, trainer
 from fastppo.advantage import KLController, RunningScore, estimate
 from fastppo.batch import Batch, Budget
 from fastppo.config import Config
@@ -56,7 +56,7 @@ def reward_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     made = roles.build(config, torch.device("cpu"))
     stir(made.trained_parameters("actor"), 1)
     stir(list(made.critic_head.parameters()), 2, 1.0)
-    checkpoint.save_model(made.model, made.critic_head, toy.byte_tokenizer(), folder)
+    save.save_model(made.model, made.critic_head, toy.byte_tokenizer(), folder)
     record = {"score_at": "eos", "template": "chatml", "fastppo": "test"}
     (folder / "fastppo_reward.json").write_text(json.dumps(record))
     with unchanged(folder):
@@ -228,7 +228,7 @@ def sft_dirs(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         with torch.no_grad():
             for parameter in own:
                 parameter.mul_(1.1)
-        checkpoint.save_model(made.model, made.critic_head, toy.byte_tokenizer(), folder)
+        save.save_model(made.model, made.critic_head, toy.byte_tokenizer(), folder)
         folders.append(str(folder))
     with unchanged(Path(folders[0])), unchanged(Path(folders[1])):
         yield folders

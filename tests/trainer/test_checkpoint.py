@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastppo import checkpoint, durable, trainer, training_state
+from fastppo import checkpoint, durable, save, trainer, training_state
 from fastppo.errors import TrainingStopped, UserError
 
 
@@ -88,7 +88,7 @@ def test_nothing_whole_to_resume_from_is_an_error_and_nothing_yet_a_beginning(tm
         durable.to_resume(resuming)
     out = tmp_path / "out"
     out.mkdir()
-    checkpoint.begin(out, {"activation_offloading": "none"})
+    save.begin(out, {"activation_offloading": "none"})
     folder, (note,) = durable.to_resume(resuming)
     assert folder is None
     assert "the run starts from its beginning" in note
@@ -199,18 +199,18 @@ def test_no_value_of_the_file_is_in_a_checkpoint(state, tmp_path):
 
 
 def test_auto_is_decided_once(config, tmp_path):
-    checkpoint.note_run(tmp_path, {"activation_offloading": "checkpoint+offload"})
+    save.note_run(tmp_path, {"activation_offloading": "checkpoint+offload"})
     auto = config(activation_offloading="auto", disable_gradient_checkpointing=False)
-    again = checkpoint.decided(auto, tmp_path)
+    again = save.decided(auto, tmp_path)
     assert again.activation_offloading == "checkpoint+offload"
     named = config(activation_offloading="none", disable_gradient_checkpointing=False)
-    assert checkpoint.decided(named, tmp_path).activation_offloading == "none"
+    assert save.decided(named, tmp_path).activation_offloading == "none"
 
 
 def test_a_record_of_decisions_that_is_broken_is_one_line(config, tmp_path):
     (tmp_path / "fastppo_run.json").write_text("[1]")
     with pytest.raises(UserError, match=r"fastppo_run\.json cannot be read; start anew"):
-        checkpoint.decided(config(), tmp_path)
+        save.decided(config(), tmp_path)
 
 
 def test_the_last_files_replace_older_ones_one_by_one(tmp_path):

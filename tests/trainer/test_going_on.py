@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from accelerate import tracking as accelerate_tracking
 
-from fastppo import metrics, preflight, reward_model, trainer
+from fastppo import metrics, pair_trainer, preflight, reward_model, trainer
 from fastppo.errors import Interrupted, TrainingStopped
 from fastppo.preflight import check
 
@@ -221,7 +221,7 @@ def test_stage_rm_goes_on_in_the_trackers_own_run_too(config, services, tmp_path
         save_steps=2,
         report_to="wandb",
     )
-    inner, calls = reward_model.pair_loss, [0]
+    inner, calls = pair_trainer.pair_loss, [0]
 
     def dies(*args: Any) -> Any:
         calls[0] += 1
@@ -231,7 +231,7 @@ def test_stage_rm_goes_on_in_the_trackers_own_run_too(config, services, tmp_path
 
     records = check(settings)
     with monkeypatch.context() as patch:
-        patch.setattr(reward_model, "pair_loss", dies)
+        patch.setattr(pair_trainer, "pair_loss", dies)
         with pytest.raises(KeyboardInterrupt):
             reward_model.run(settings, records)
     again = settings.model_copy(update={"resume_from_checkpoint": True})

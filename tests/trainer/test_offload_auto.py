@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from fastppo import console
+from fastppo import lines
 from fastppo.offload import ActivationOffload, wrap
 from tests.trainer.offload_tools import ids, llama, loss_of
 
@@ -46,7 +46,7 @@ def test_a_run_says_which_mode_auto_came_to(state, capsys):
     made = state(**keys)
     mode = made.roles.base.activation_offload.mode
     assert mode == made.budgets.activation_offloading == "none"  # a tiny model fits as it is
-    console.first_lines(made, 2)
+    lines.first_lines(made, 2)
     # The line is folded to the terminal's width.
     said = " ".join(capsys.readouterr().out.split())
     assert f"activations: {mode}" in said

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastppo import checkpoint, reward_model, rollout, score, trainer, update
+from fastppo import checkpoint, pair_trainer, reward_model, rollout, score, trainer, update
 from fastppo.budgets import Budget, Budgets
 from fastppo.config import Config
 from fastppo.errors import TrainingStopped
@@ -277,8 +277,8 @@ def test_stage_rm_begins_anew_in_half_as_large_micro_batches(
         return load_file(tmp_path / name / "adapter_model.safetensors")
 
     with monkeypatch.context() as patch:
-        loss = failing(reward_model.pair_loss, 2, full())  # the second optimiser step
-        patch.setattr(reward_model, "pair_loss", loss)
+        loss = failing(pair_trainer.pair_loss, 2, full())  # the second optimiser step
+        patch.setattr(pair_trainer, "pair_loss", loss)
         got = train("retried")
     said = capsys.readouterr().err
     assert "out of memory in update: tries once more, and goes on, with" in said

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from fastppo import checkpoint, toy, trainer
+from fastppo import checkpoint, save, toy, trainer
 from fastppo.base import load_base, quantization
 from fastppo.batch import make_batch
 from fastppo.errors import UserError
@@ -92,7 +92,7 @@ def test_a_quantised_reference_model_and_a_quantised_critic_model(
     tiny_roles, wide_dir, tmp_path, more
 ):
     first = tiny_roles(model_name_or_path=str(wide_dir), **more)
-    checkpoint.save_weights(first.model, tmp_path / "sft")
+    save.save_weights(first.model, tmp_path / "sft")
     made = tiny_roles(
         model_name_or_path=str(wide_dir),
         quantization_bit=4,

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from fastppo.batch import Budget
+from fastppo.pair_model import calibrate
 from fastppo.reward_head import AdapterReward, append
-from fastppo.reward_model import calibrate
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastppo import checkpoint, trainer
+from fastppo import checkpoint, save, trainer
 from fastppo.advantage import KLController, RunningScore, estimate
 from fastppo.batch import Budget
 from fastppo.cli import main
@@ -99,7 +99,7 @@ def test_two_reward_models_on_one_base_each_score_as_if_alone(
     with torch.no_grad():
         for parameter in [*other.trained_parameters("actor"), *other.critic_head.parameters()]:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    checkpoint.save_model(other.model, other.critic_head, toy.byte_tokenizer(), tmp_path / "b")
+    save.save_model(other.model, other.critic_head, toy.byte_tokenizer(), tmp_path / "b")
     folders = [str(reward_dir), str(tmp_path / "b")]
 
     def parts_of(*names):

@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from fastppo import checkpoint
+from fastppo import save
 from fastppo.batch import make_batch
 from fastppo.errors import UserError
 from fastppo.heads import load_value_head
@@ -132,7 +132,7 @@ def test_an_unknown_lora_target_names_what_there_is(tiny_roles):
 
 def test_47_plain_peft_loads_what_is_saved(tiny_roles, model_dir, tokenizer, rollout, tmp_path):
     made = tiny_roles(critic="adapter")
-    checkpoint.save_model(made.model, made.critic_head, tokenizer, tmp_path / "saved")
+    save.save_model(made.model, made.critic_head, tokenizer, tmp_path / "saved")
     base = AutoModelForCausalLM.from_pretrained(model_dir)
     plain = PeftModel.from_pretrained(base, str(tmp_path / "saved")).eval()
     batch = make_batch(rollout, range(4))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastppo import checkpoint, console, trainer
+from fastppo import checkpoint, lines, trainer
 from fastppo.console import notices
 from fastppo.evaluation import evaluate
 from fastppo.metrics import COLUMNS, REWARD_COLUMN, REWARD_MEANING, absent_columns
@@ -208,5 +208,5 @@ def test_preflight_gives_the_records_that_the_run_uses(config):
 
 def test_the_first_lines_name_the_backend_that_runs(state, capsys):
     made = state()
-    console.first_lines(made, 1)
+    lines.first_lines(made, 1)
     assert f"ops: {choose('linear_policy_loss', None, torch.empty(0))}," in capsys.readouterr().out

@@ -1,0 +1,44 @@
+"""Encoded pairs as a data set, and a micro-batch of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fastppo.types import Pair
+
+
+class Pairs(Dataset[Pair]):
+    """Pairs as a map-style data set."""
+
+    def __init__(self, pairs: list[Pair]) -> None:
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with its longer answer."""
+        return max(
+            (
+                len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
+                for pair in self.pairs
+            ),
+            default=0,
+        )
+
+    def __getitem__(self, index: int) -> Pair:
+        return self.pairs[index]
+
+
+def collate(pairs: list[Pair], pad_id: int) -> dict[str, Tensor]:
+    """All chosen, then all rejected, padded right to the longest."""
+    rows = [pair.prompt_ids + pair.chosen_ids for pair in pairs]
+    rows += [pair.prompt_ids + pair.rejected_ids for pair in pairs]
+    width = max(map(len, rows))
+    return {
+        "input_ids": torch.tensor([row + [pad_id] * (width - len(row)) for row in rows]),
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
+    }
