@@ -54,9 +54,9 @@ LEVELS = [
     {"budgets"},
     {"config"},
     {"config_not_here"},
-    {"config_data", "config_ppo", "config_roles", "config_step", "config_training"},
-    {"config_memory"},
-    {"config_file", "config_key", "durable", "offload_config", "precision", "reward_spec"},
+    {"config_data", "config_ppo", "config_sampling", "config_step", "config_training"},
+    {"config_memory", "config_model", "config_rm", "config_roles", "config_run", "reward_spec"},
+    {"commandline", "config_file", "config_key", "durable", "offload_config", "precision"},
     {"ops"},
     {"errors", "pair_metrics", "types", "__init__"},
 ]
