@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from fastppo import __version__
-from fastppo.commandline import Parser, quieten
+from fastppo.commandline import Answered, Parser, quieten
 from fastppo.errors import Interrupted, TrainingStopped, UserError, one_line
 
 USAGE = "%(prog)s CONFIG [key=value ...] [--explain | --plan [--gpu SIZE]]"
@@ -50,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.plan:
             return plan(options.words, options.gpu)
         train(options.words)
-    except SystemExit as answered:  # --help, --version
-        return int(answered.code or 0)
+    except Answered:
+        return 0
     except UserError as error:
         print(f"fastppo-train: error: {one_line(error)}", file=sys.stderr)
         return 2

@@ -17,6 +17,10 @@ from fastppo.errors import UserError
 WIDTH = 84  # columns of --help
 
 
+class Answered(Exception):
+    """--help or --version has been printed, and there is nothing else to do."""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with options among the key=value, and its complaints as a UserError: one line."""
 
@@ -40,13 +44,17 @@ class Parser(argparse.ArgumentParser):
 
         Raises:
             UserError: an option is unknown, or lacks or contradicts something.
-            SystemExit: --help or --version has been answered.
+            Answered: --help or --version was asked for.
         """
         options, rest = self.parse_known_intermixed_args(arguments)
         for argument in rest:
             if argument.startswith("-"):
                 raise UserError(f"unknown option '{argument}'; keys are overridden as key=value")
         return options
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """Where argparse ends the process, the command returns."""
+        raise Answered
 
     def error(self, message: str) -> NoReturn:
         """argparse's own complaints, without the usage that it prints before them."""

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fastppo.commandline import Parser, quieten
+from fastppo.commandline import Answered, Parser, quieten
 from fastppo.errors import UserError, one_line
 
 USAGE = "%(prog)s CONFIG [key=value ...]\n       %(prog)s FOLDER EXPORT_DIR [key=value ...]"
@@ -39,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         for line in export(config):
             print(line)
-    except SystemExit as answered:  # --help, --version
-        return int(answered.code or 0)
+    except Answered:
+        return 0
     except UserError as error:
         print(f"fastppo-export: error: {one_line(error)}", file=sys.stderr)
         return 2
