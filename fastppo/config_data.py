@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import model_validator
 
-from fastppo.config_key import LF, OWN, NonNegative, Positive, key
+from fastppo.config_key import LF, OWN, Keys, NonNegative, Positive, key
 
 DATA_LISTS = ("dataset", "eval_dataset", "interleave_probs")
 
 
-class DataKeys(BaseModel):
+class DataKeys(Keys):
     """The part of a run that says what it learns from, and how that is written."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    title = "Data"
 
     dataset: str = key(
-        ..., LF, "Names in dataset_info.json, or paths of files; comma separated. docs/data.md."
+        ...,
+        LF,
+        "Names in dataset_info.json, or paths of files; comma separated. docs/data.md.",
+        first=True,
     )
     eval_dataset: str | None = key(None, LF, "The same, for evaluation.")
     dataset_dir: str = key(
@@ -42,7 +45,9 @@ class DataKeys(BaseModel):
     lf_truncation: bool = key(
         False, OWN, "Cut an over-long prompt as LLaMA-Factory does, generation header and all."
     )
-    template: str | None = key(None, LF, "Chat template by name; null is the tokenizer's own.")
+    template: str | None = key(
+        None, LF, "Chat template by name; null is the tokenizer's own.", first=True
+    )
     enable_thinking: bool = key(
         True, LF, "false writes an empty thought before every answer of a reasoning template."
     )

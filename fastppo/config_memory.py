@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
-from fastppo.config_key import OWN, Positive, key
+from fastppo.config_key import LF, OWN, Keys, Positive, key
 
 Auto = Literal["auto"]  # by the memory plan: the fastest that fits
 
 
-class MemoryKeys(BaseModel):
+class MemoryKeys(Keys):
     """The part of a run that decides how much memory its phases want, and not what they learn."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    title = "Memory"
 
     chunk_bytes: Positive | Auto | None = key(
         None,
@@ -26,4 +24,19 @@ class MemoryKeys(BaseModel):
         None,
         OWN,
         "Most sequences that are sampled at a time; auto is as many of a rollout as fit, null all.",
+    )
+    disable_gradient_checkpointing: bool = key(
+        False, LF, "Keep activations in place of recomputing them: activation_offloading: none."
+    )
+    use_unsloth_gc: bool = key(False, LF, "The same as activation_offloading: checkpoint+offload.")
+    activation_offloading: (
+        Literal["none", "checkpoint", "offload", "checkpoint+offload", "auto"] | None
+    ) = key(
+        None,
+        OWN,
+        "What happens to activations between forward and backward, see docs/offload.md; null "
+        "follows the two keys above, and is checkpoint without them.",
+    )
+    offload_dir: str | None = key(
+        None, OWN, "Offload to memory-mapped files in this folder, in place of host memory."
     )

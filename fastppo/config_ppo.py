@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import model_validator
 
 from fastppo.config_key import (
     GRPO,
@@ -22,6 +22,7 @@ from fastppo.config_key import (
     Above0,
     Count,
     Finite,
+    Keys,
     NonNegative,
     Positive,
     Share,
@@ -32,14 +33,15 @@ from fastppo.config_key import (
 KL_KIND = {"kl": "k1", "abs": "abs", "mse": "k2", "low_var_kl": "k3", "full": "k1"}
 
 
-class PPOKeys(BaseModel):
-    """The part of a run that is PPO itself."""
+class KLKeys(Keys):
+    """The part of PPO that says how long a rollout serves, and what drifting away costs."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    title = "PPO: rollouts and KL"
+    only = "ppo"
 
     ppo_buffer_size: Positive = key(1, LF, "Optimiser steps' worth of responses in a rollout.")
-    ppo_epochs: Positive = key(4, LF, "Passes over each rollout.")
-    ppo_target: Above0 = key(6.0, LF, "Target of the KL controller, nats a response.")
+    ppo_epochs: Positive = key(4, LF, "Passes over each rollout.", first=True)
+    ppo_target: Above0 = key(6.0, LF, "Target of the KL controller, nats a response.", first=True)
 
     init_kl_coef: NonNegative = key(0.2, TRL, "beta at the start.")
     adap_kl_ctrl: bool = key(True, TRL, "Let the controller move beta; false keeps it.")
@@ -61,6 +63,13 @@ class PPOKeys(BaseModel):
     kl_loss_type: Literal["low_var_kl", "mse", "abs"] = key(
         "low_var_kl", VERL, "Estimate of a token's KL in the loss: k3, k2 or its absolute value."
     )
+
+
+class ScoreKeys(Keys):
+    """The part of PPO that makes rewards of scores."""
+
+    title = "PPO: scores"
+    only = "ppo"
 
     ppo_score_norm: bool = key(
         False, LF, "Normalise scores: use_score_scaling and use_score_norm in one."
@@ -99,6 +108,13 @@ class PPOKeys(BaseModel):
         False, LF, "Whiten rewards, their mean kept, before the advantages."
     )
 
+
+class AdvantageKeys(Keys):
+    """The part of PPO that makes advantages of rewards."""
+
+    title = "PPO: advantages"
+    only = "ppo"
+
     advantage: Literal["gae", "grpo", "rloo", "reinforce++"] = key(
         "gae", OWN, "gae learns a critic; the others do without, see docs/ppo.md."
     )
@@ -115,6 +131,13 @@ class PPOKeys(BaseModel):
     whiten_advantages: bool | None = key(
         None, OWN, "Whiten advantages over the whole rollout; null is yes for gae and reinforce++."
     )
+
+
+class LossKeys(Keys):
+    """The part of PPO that makes a loss of advantages."""
+
+    title = "PPO: loss"
+    only = "ppo"
 
     cliprange: Above0 = key(0.2, TRL, "Ratio is clipped to 1 plus or minus this.")
     cliprange_low: Above0 | None = key(
@@ -178,6 +201,10 @@ class PPOKeys(BaseModel):
     ptx_dataset: str | None = key(
         None, OWN, "Records with an output, for ptx_coef; named like dataset."
     )
+
+
+class PPOKeys(LossKeys, AdvantageKeys, ScoreKeys, KLKeys):
+    """The part of a run that is PPO itself."""
 
     @property
     def has_critic(self) -> bool:

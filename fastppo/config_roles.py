@@ -6,14 +6,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from fastppo.config_key import LF, OWN, key
+from fastppo.config_key import LF, OWN, Keys, Positive, key
 
 if TYPE_CHECKING:
     from fastppo.config import Config
 
 ROLES_LISTS = (
+    "lora_target",
     "adapter_name_or_path",
     "additional_target",
     "freeze_extra_modules",
@@ -22,17 +23,30 @@ ROLES_LISTS = (
 )
 
 
-class RolesKeys(BaseModel):
-    """The part of a run that says which weights each role has, and which of them train."""
+class TuningKeys(Keys):
+    """The part of a run that says what of the base trains, and from which adapters it starts."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    title = "What trains"
 
-    quantization_bit: Literal[4, 8] | None = key(
-        None, LF, "Linear layers of the base in so many bits (QLoRA); null is none."
+    finetuning_type: Literal["lora", "freeze", "full"] = key(
+        "lora", LF, "What of the policy trains: adapters, some layers, or all."
     )
-    quantization_method: Literal["bnb"] = key("bnb", LF, "Who quantises: bitsandbytes.")
-    quantization_type: Literal["nf4", "fp4"] = key("nf4", LF, "The 4-bit number format.")
-    double_quantization: bool = key(True, LF, "Quantise the 4-bit scales too.")
+    lora_rank: Positive = key(8, LF, "Rank of the adapters.")
+    lora_alpha: Positive | None = key(None, LF, "Scale of the adapters; null is twice the rank.")
+    lora_target: str = key(
+        "all", LF, "Names of the adapted linear layers, comma separated; all of them."
+    )
+    lora_layers: Positive | None = key(
+        None, OWN, "Adapters on so many upper layers only; null is all."
+    )
+    use_rslora: bool = key(False, LF, "Rank-stabilised scaling of the adapters.")
+    use_dora: bool = key(False, LF, "Weight-decomposed adapters.")
+    loraplus_lr_ratio: Annotated[float, Field(ge=1.0, allow_inf_nan=False)] | None = key(
+        None, LF, "LoRA+: learning rate of the adapters' B over that of A."
+    )
+    additional_target: str | None = key(
+        None, LF, "With lora: modules that train whole and are saved with the adapter."
+    )
     adapter_name_or_path: str | None = key(
         None, LF, "Adapters to start from; all but the last are merged, the last trains on."
     )
@@ -46,11 +60,24 @@ class RolesKeys(BaseModel):
     freeze_extra_modules: str | None = key(
         None, LF, "With freeze: modules outside the layers that train too, such as norm."
     )
-    additional_target: str | None = key(
-        None, LF, "With lora: modules that train whole and are saved with the adapter."
-    )
-    loraplus_lr_ratio: Annotated[float, Field(ge=1.0, allow_inf_nan=False)] | None = key(
-        None, LF, "LoRA+: learning rate of the adapters' B over that of A."
+
+    @property
+    def resolved_lora_alpha(self) -> int:
+        """lora_alpha, or LLaMA-Factory's twice the rank."""
+        return self.lora_alpha if self.lora_alpha is not None else 2 * self.lora_rank
+
+
+class CriticKeys(Keys):
+    """The part of a run that says which weights the critic has."""
+
+    title = "Critic (stage ppo)"
+    only = "ppo"
+
+    critic: Literal["adapter", "shared", "model"] = key(
+        "adapter",
+        OWN,
+        "adapter has an adapter and head of its own, shared a head on the actor's trunk, model a "
+        "whole model.",
     )
     critic_model: str | None = key(
         None, OWN, "With critic: model, which; null is a second copy of the base."
@@ -58,12 +85,29 @@ class RolesKeys(BaseModel):
     critic_finetuning_type: Literal["lora", "freeze", "full"] | None = key(
         None, OWN, "With critic: model, what of it trains; null is finetuning_type."
     )
+    value_head_init: Literal["reward", "zeros"] = key(
+        "reward", OWN, "Where the critic's head starts: from the reward model's, or at 0."
+    )
+
+
+class ReferenceKeys(Keys):
+    """The part of a run that says which frozen models lie beside the base."""
+
+    title = "Reference, and frozen models (stage ppo)"
+    only = "ppo"
+
     ref_model: str | None = key(
         None, LF, "A reference model of its own; null is where the policy starts."
     )
     ref_model_adapters: str | None = key(None, LF, "Adapters that are merged into ref_model.")
     ref_model_quantization_bit: Literal[4, 8] | None = key(
         None, LF, "As quantization_bit, for ref_model."
+    )
+    stream_frozen: bool = key(
+        False,
+        OWN,
+        "Whole frozen models (ref_model, reward_model_type: full) lie in host memory and "
+        "pass through the device layer by layer, see docs/offload.md.",
     )
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel
-
-from fastppo.config_key import HF, OWN, TRL24, VERL, Above0, Positive, key
+from fastppo.config_key import HF, OWN, TRL24, VERL, Above0, Keys, Positive, key
 from fastppo.config_memory import Auto
 
 if TYPE_CHECKING:
     from fastppo.config import Config
 
 
-class StepKeys(BaseModel):
+class StepKeys(Keys):
     """They change speed and memory, and the result by rounding only."""
+
+    title = "Batches of a PPO step"
 
     ppo_max_token_len_per_gpu: Positive | Auto | None = key(
         None,

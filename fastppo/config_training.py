@@ -10,9 +10,9 @@ import importlib.util
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from fastppo.config_key import HF, LF, OWN, Above0, Count, NonNegative, Positive, Share, key
+from fastppo.config_key import HF, LF, OWN, Above0, Count, Keys, NonNegative, Positive, Share, key
 
 # Every, in steps; below 1 it is a share of the whole run.
 Every = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
@@ -67,25 +67,26 @@ NEEDED = {
 }
 
 
-class TrainingKeys(BaseModel):
-    """The part of a run that transformers' TrainingArguments describe."""
+class OptimiserKeys(Keys):
+    """The part of a run that says how far and how fast it trains."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    title = "Training"
 
     per_device_train_batch_size: Positive = key(
         8,
         HF,
         "Sequences of a micro-batch at their longest (in stage rm pairs); in stage ppo more of "
         "them share one where they are shorter.",
+        first=True,
     )
     per_device_eval_batch_size: Positive = key(
         8, HF, "Sequences that an evaluation samples at a time (in stage rm pairs that it scores)."
     )
     gradient_accumulation_steps: Positive = key(
-        1, HF, "Times per_device_train_batch_size: the responses of an optimiser step."
+        1, HF, "Times per_device_train_batch_size: the responses of an optimiser step.", first=True
     )
-    learning_rate: NonNegative = key(5e-5, HF, "Peak learning rate (the actor's).")
-    num_train_epochs: Above0 = key(3.0, HF, "Passes over the data set.")
+    learning_rate: NonNegative = key(5e-5, HF, "Peak learning rate (the actor's).", first=True)
+    num_train_epochs: Above0 = key(3.0, HF, "Passes over the data set.", first=True)
     max_steps: int = key(
         -1, HF, "Stop after so many steps, whatever num_train_epochs says; -1 is off."
     )
@@ -163,6 +164,12 @@ class TrainingKeys(BaseModel):
     use_cpu: bool = key(False, HF, "Train on the CPU where there is a GPU.")
     disable_shuffling: bool = key(False, LF, "Take the data in the order of the file.")
 
+
+class LoggingKeys(Keys):
+    """The part of a run that says what is logged, saved and evaluated when."""
+
+    title = "Logging, checkpoints, evaluation"
+
     logging_strategy: Literal["no", "steps", "epoch"] = key(
         "steps", HF, "When a line is logged: by logging_steps, after each epoch, or not."
     )
@@ -199,9 +206,6 @@ class TrainingKeys(BaseModel):
     )
     save_steps: Every = key(500, HF, "Steps between checkpoints, or a share of the run below 1.")
     save_total_limit: Positive | None = key(None, HF, "Keep only so many checkpoints.")
-    save_only_model: bool = key(
-        False, HF, "In stage rm: checkpoints without optimiser state; ppo always can resume."
-    )
     eval_strategy: Literal["no", "steps", "epoch"] = key(
         "no", HF, "When to evaluate along the way: by eval_steps, after each epoch, or not."
     )
@@ -223,6 +227,10 @@ class TrainingKeys(BaseModel):
     greater_is_better: bool | None = key(
         None, HF, "Of metric_for_best_model; null is true unless it is the loss."
     )
+
+
+class TrainingKeys(LoggingKeys, OptimiserKeys):
+    """The part of a run that transformers' TrainingArguments describe."""
 
     @property
     def trackers(self) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """Folders that are there whole or not at all, a manifest to tell, and what to say of a full disk.
 
 A checkpoint is written beside its place, each file is flushed to the disk, a manifest with sizes
-and hashes comes last, and one rename puts the folder where it belongs. No torch here.
+and hashes comes last, and one rename puts the folder where it belongs. transformers' Trainer writes
+a checkpoint in place, and takes half a folder for a whole one. No torch here.
 """
 
 from __future__ import annotations

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 
-from fastppo import __version__
-from fastppo.cli import one_line, quieten
-from fastppo.errors import UserError
+from fastppo.commandline import Answered, Parser, quieten
+from fastppo.errors import UserError, one_line
 from fastppo.launch import check_one_process
 
-HELP = """fastppo-export: merge what a run trained into a plain transformers folder
-
-usage: fastppo-export CONFIG [key=value ...]
-       fastppo-export FOLDER EXPORT_DIR [key=value ...]
-
-  CONFIG      a YAML or JSON file with LLaMA-Factory's export keys: model_name_or_path,
+USAGE = "%(prog)s CONFIG [key=value ...]\n       %(prog)s FOLDER EXPORT_DIR [key=value ...]"
+ABOUT = "Merge what a run trained into a plain transformers folder."
+END = """  CONFIG      a YAML or JSON file with LLaMA-Factory's export keys: model_name_or_path,
               adapter_name_or_path, template, export_dir, export_size, export_device
   FOLDER      output_dir of a run, or any adapter that PEFT wrote; its base is the one
               that it names
@@ -29,20 +26,13 @@ label, whose score is the reward model's. docs/export.md has the keys.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one export; every error that a user can mend is one line and exit code 2."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if "--help" in arguments or "-h" in arguments:
-        print(HELP, end="")
-        return 0
-    if "--version" in arguments:
-        print(f"fastppo {__version__}")
-        return 0
+    parser = Parser("fastppo-export", usage=USAGE, description=ABOUT, epilog=END)
+    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     try:
-        options = [argument for argument in arguments if argument.startswith("-")]
-        if options:
-            raise UserError(f"unknown option '{options[0]}'; see --help")
+        words = parser.parse(argv).words
         from fastppo.export_config import read_export
 
-        config, notes = read_export(arguments)
+        config, notes = read_export(words)
         check_one_process("fastppo-export", "export_dir")
         for line in notes:
             print(f"note: {line}")
@@ -51,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         for line in export(config):
             print(line)
+    except Answered:
+        return 0
     except UserError as error:
         print(f"fastppo-export: error: {one_line(error)}", file=sys.stderr)
         return 2

@@ -1,6 +1,7 @@
 """The memory plan: what a configuration holds on its device, by role and phase. No torch, no GPU.
 
-docs/memory.md explains the rows.
+accelerate's estimate-memory knows a model's weights and Adam's state: no roles, phases or
+activations. docs/memory.md explains the rows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""For the length of a rollout, adapters as part of the weights: one GEMM a layer and not three."""
+"""For the length of a rollout, adapters as part of the weights: one GEMM a layer and not three.
+
+Afterwards the weights are what they were, bit for bit. PEFT's unmerge subtracts what merge has
+added, which rounds: a run's base would drift from rollout to rollout.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Out of memory: half of a phase's budget, once more from a clean state; then one line, the end."""
+"""Out of memory: half of a phase's budget, once more from a clean state; then one line, the end.
+
+accelerate's find_executable_batch_size halves a whole run's batch and starts it anew; here a phase of
+a step is repeated in smaller parts, with the same result.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
     POST {"model": "model", "messages": [text, ...]}  ->  {"scores": [number, ...]}
 
 The standard library's client, for what it lets one leave out: this opener knows http, https and
-nothing else, so it follows no redirect and opens no file.
+nothing else, so it follows no redirect and opens no file. httpx has a deadline for each read and
+none for the whole answer, and no cap on its size.
 """
 
 from __future__ import annotations

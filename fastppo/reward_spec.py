@@ -1,4 +1,7 @@
-"""Which rewards a YAML names: kind, target, weight and name of each. No torch here."""
+"""The keys of the rewards; and which rewards they name: kind, target, weight and name of each.
+
+No torch here.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,58 @@ import keyword
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 from urllib.parse import urlsplit
+
+from pydantic import Field, model_validator
+
+from fastppo.config_key import LF, OWN, Finite, Keys, key
 
 Kind = Literal["lora", "full", "api", "function"]
 RECORD = "fastppo_reward.json"  # what stage rm notes beside its adapter and head
 BASE_RECORD = "fastppo_base.json"  # which adapters are part of the base that an adapter is for
 HEAD_FILES = ("value_head.safetensors", "value_head.bin")  # LLaMA-Factory's names, in its order
+
+
+class RewardKeys(Keys):
+    """The part of a run that says what scores the policy's responses."""
+
+    title = "Rewards (stage ppo)"
+    only = "ppo"
+
+    reward_model: str | None = key(
+        None,
+        LF,
+        "Folder, hub name, URL or module:function, as reward_model_type says; several make a list.",
+        first=True,
+    )
+    reward_model_type: str = key(
+        "lora",
+        LF,
+        "lora, full, api or function (docs/rewards.md); a list where there are several.",
+        first=True,
+    )
+    reward_weights: tuple[Finite, ...] | None = key(
+        None, OWN, "A weight for each reward; null is 1 for each."
+    )
+    reward_model_adapters: str | None = key(
+        None, LF, "Adapters on a reward of type full, comma separated, merged in their order."
+    )
+    reward_model_quantization_bit: Literal[4, 8] | None = key(
+        None, LF, "Load a reward of type full in so many bits, with bitsandbytes."
+    )
+    reward_api_timeout: Annotated[float, Field(gt=0.0, le=86400.0)] = key(
+        60.0, OWN, "Seconds until an attempt at a reward of type api has failed."
+    )
+    reward_api_retries: Annotated[int, Field(ge=0, le=100)] = key(
+        5, OWN, "Attempts after the first, with waits that double from half a second up to 30."
+    )
+
+    @model_validator(mode="after")
+    def _types_are_known(self) -> RewardKeys:
+        for kind in split(self.reward_model_type):
+            check_kind(kind)
+        return self
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,7 @@ class RecordLogprobs(LogitsProcessor):
     """Keeps the sampler's log-prob of each token it chose, and one row of logits, not a stack.
 
     A token is chosen after this runs, so the log-probs of step t are gathered at step t + 1.
+    transformers' generate(output_scores=True) stacks the scores of all steps: (T, B, V).
     """
 
     def __init__(self) -> None:

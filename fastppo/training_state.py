@@ -1,6 +1,7 @@
 """All that a resumed run needs beside its weights, as tensors (safetensors) and text (JSON).
 
 No pickle: what is read back can be nothing but numbers, strings and the containers below.
+transformers' own optimizer.pt and rng_state.pth are pickles.
 """
 
 from __future__ import annotations

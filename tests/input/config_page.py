@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from fastppo.config import Config
+import re
+import textwrap
+from collections.abc import Iterable
+
+from fastppo.commandline import WIDTH
+from fastppo.config import FIRST, GROUPS, Config
 from fastppo.config_not_here import IGNORED, NOT_HERE, OLD_NAMES, REFUSED
-from fastppo.config_ppo import ALIASES, ELSEWHERE, PPOKeys
-from fastppo.config_roles import RolesKeys
+from fastppo.config_ppo import ALIASES, ELSEWHERE
 
 INTRODUCTION = """# Keys
 
@@ -14,9 +18,6 @@ name, other settings are called as in the trainer that made them known, and what
 fastppo's own. Any key can be overridden on the command line as `key=value`. A key that is not on
 this page is an error that suggests the nearest one; `ALLOW_EXTRA_ARGS=1` ignores it. Relative paths
 are relative to the working directory. *needed* marks keys without a default.
-
-| key | default | from | meaning |
-|---|---|---|---|
 """
 
 
@@ -26,20 +27,38 @@ def value(default: object) -> str:
     return f"`{words[default] if default is None or isinstance(default, bool) else default}`"
 
 
-def page() -> str:
-    """The whole page."""
-    text = INTRODUCTION
-    parts = (RolesKeys.model_fields, PPOKeys.model_fields)
-    apart = [name for part in parts for name in Config.model_fields if name in part]
-    rest = [name for name in Config.model_fields if name not in apart]
-    for name in (*rest, *apart):
+def keys_in_help() -> str:
+    """The keys that most runs set as `fastppo-train --help` has them: cli.KEYS."""
+    text = "keys that most runs set:\n"
+    for name in FIRST:
+        field = Config.model_fields[name]
+        default = "" if field.is_required() else f" {value(field.default).strip('`')}"
+        # The first clause: the page has the rest.
+        meaning = re.split(r"; |\. | \(", (field.description or "").removesuffix("."))[0]
+        lines = textwrap.wrap(meaning, WIDTH - 33)
+        text += f"  {name + ':' + default:30} {lines[0]}\n"
+        text += "".join(f"{'':33}{line}\n" for line in lines[1:])
+    return text
+
+
+def table(title: str, names: Iterable[str]) -> str:
+    """A heading, and a row a key."""
+    text = f"\n## {title}\n\n| key | default | from | meaning |\n|---|---|---|---|\n"
+    for name in names:
         field = Config.model_fields[name]
         extra = field.json_schema_extra
-        if not isinstance(extra, dict):
-            continue
+        assert isinstance(extra, dict)
         default = "*needed*" if field.is_required() else value(field.default)
         meaning = (field.description or "").replace("|", "\\|")
         text += f"| `{name}` | {default} | {extra['owner']} | {meaning} |\n"
+    return text
+
+
+def page() -> str:
+    """The whole page."""
+    text = INTRODUCTION + table("The dozen that matter", FIRST)
+    for group in GROUPS:
+        text += table(group.title, group.model_fields)
     text += "\n## By another name elsewhere\n\n| there | here |\n|---|---|\n"
     for name, ours in sorted({**ALIASES, **OLD_NAMES, **ELSEWHERE}.items()):
         also = "; accepted" if name in ALIASES or name in OLD_NAMES else ""

@@ -138,6 +138,28 @@ def test_help_and_errors_answer_in_under_a_second_without_torch(project, argv):
     assert min(seconds) < 1.0
 
 
+def test_help_is_answered_without_building_the_configuration():
+    code = (
+        "import sys; from fastppo import cli, export; assert cli.main(['--help']) == 0; "
+        "assert export.main(['-h']) == 0; assert not {'pydantic', 'yaml'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+def test_options_may_stand_anywhere_and_train_may_come_first(project, capsys):
+    (project / "run.yaml").write_text(yaml.safe_dump(PPO))
+    shown = set()
+    for argv in (
+        ["run.yaml", "seed=7", "lora_rank=3", "--explain"],
+        ["--explain", "run.yaml", "seed=7", "lora_rank=3"],
+        ["train", "run.yaml", "seed=7", "--explain", "lora_rank=3"],
+    ):
+        assert main(argv) == 0
+        shown.add(capsys.readouterr().out)
+    (page,) = shown
+    assert {"7", "3"} <= {line.split()[1] for line in page.splitlines() if "command line" in line}
+
+
 def test_bad_records_are_refused_without_torch_too(project):
     write_json(project / "data" / "prompts.json", [{"output": "x"}])
     (project / "run.yaml").write_text(yaml.safe_dump(PPO))

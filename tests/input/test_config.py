@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from fastppo.config import Config, load_config
+from fastppo import cli
+from fastppo.config import FIRST, GROUPS, ONLY, Config, load_config
 from fastppo.config_not_here import IGNORED
 from fastppo.config_ppo import ALIASES, ELSEWHERE
 from fastppo.errors import UserError
 
-from .config_page import page
+from .config_page import keys_in_help, page
 from .conftest import PPO
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -194,6 +195,30 @@ def test_every_key_says_what_it_means_and_whose_it_is():
 
 def test_docs_config_md_is_what_the_code_says():
     assert (ROOT / "docs" / "config.md").read_text(encoding="utf-8") == page()
+
+
+def test_every_key_is_in_one_group_and_is_a_stages_own_by_it():
+    in_groups = [name for group in GROUPS for name in group.model_fields]
+    assert len(in_groups) == len(set(in_groups))
+    assert set(in_groups) == set(Config.model_fields) - {"source", "ignored"}
+    assert in_groups == [name for name in Config.model_fields if name in in_groups]
+    assert ONLY["rm"] == {"calibrate_reward", "lora_dropout", "save_only_model"}
+    own = {"ppo_epochs", "lam", "temperature", "reward_model", "ref_model", "critic", "metrics_dir"}
+    assert own <= ONLY["ppo"]
+    assert not {"learning_rate", "lora_rank", "dataset", "output_dir"} & ONLY["ppo"]
+
+
+def test_the_dozen_that_matter_are_first_on_the_page_and_in_help(capsys):
+    assert 12 <= len(FIRST) <= 14
+    # What has no default, and what a PPO run cannot do without.
+    needed = {name for name, field in Config.model_fields.items() if field.is_required()}
+    assert {*needed, "reward_model"} <= set(FIRST)
+    assert keys_in_help() == cli.KEYS
+    assert cli.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert cli.KEYS in shown
+    assert 24 <= len(shown.splitlines()) <= 40
+    assert max(map(len, shown.splitlines())) <= 84
 
 
 def test_lists_of_the_roles_may_be_yaml_lists(tmp_path):
