@@ -147,7 +147,9 @@ GROUPS: list[type[Keys]] = [
 ]
 # Keys that say nothing to the other stage.
 ONLY = {
-    stage: frozenset(name for group in GROUPS if group.only == stage for name in group.model_fields)
+    stage: frozenset(
+        name for group in GROUPS if group.own_stage == stage for name in group.model_fields
+    )
     for stage in ("ppo", "rm")
 }
 # The keys that most runs set.

@@ -29,10 +29,13 @@ def key(default: Any, owner: str, meaning: str, *, first: bool = False) -> Any:
     return Field(default, description=meaning, json_schema_extra=extra)
 
 
+Stage = Literal["rm", "ppo"]
+
+
 class Keys(BaseModel):
     """A group of keys: docs/config.md has a table of each, under its title."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     title: ClassVar[str]
-    only: ClassVar[Literal["rm", "ppo"] | None] = None  # the one stage that has a use for them
+    own_stage: ClassVar[Stage | None] = None  # the one stage that has a use for them

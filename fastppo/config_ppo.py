@@ -6,7 +6,7 @@ gives it; `ELSEWHERE` lists the other names, so that a wrong key is answered wit
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import model_validator
 
@@ -26,6 +26,7 @@ from fastppo.config_key import (
     NonNegative,
     Positive,
     Share,
+    Stage,
     key,
 )
 
@@ -37,7 +38,7 @@ class KLKeys(Keys):
     """The part of PPO that says how long a rollout serves, and what drifting away costs."""
 
     title = "PPO: rollouts and KL"
-    only = "ppo"
+    own_stage: ClassVar[Stage | None] = "ppo"
 
     ppo_buffer_size: Positive = key(1, LF, "Optimiser steps' worth of responses in a rollout.")
     ppo_epochs: Positive = key(4, LF, "Passes over each rollout.", first=True)
@@ -69,7 +70,7 @@ class ScoreKeys(Keys):
     """The part of PPO that makes rewards of scores."""
 
     title = "PPO: scores"
-    only = "ppo"
+    own_stage: ClassVar[Stage | None] = "ppo"
 
     ppo_score_norm: bool = key(
         False, LF, "Normalise scores: use_score_scaling and use_score_norm in one."
@@ -113,7 +114,7 @@ class AdvantageKeys(Keys):
     """The part of PPO that makes advantages of rewards."""
 
     title = "PPO: advantages"
-    only = "ppo"
+    own_stage: ClassVar[Stage | None] = "ppo"
 
     advantage: Literal["gae", "grpo", "rloo", "reinforce++"] = key(
         "gae", OWN, "gae learns a critic; the others do without, see docs/ppo.md."
@@ -137,7 +138,7 @@ class LossKeys(Keys):
     """The part of PPO that makes a loss of advantages."""
 
     title = "PPO: loss"
-    only = "ppo"
+    own_stage: ClassVar[Stage | None] = "ppo"
 
     cliprange: Above0 = key(0.2, TRL, "Ratio is clipped to 1 plus or minus this.")
     cliprange_low: Above0 | None = key(

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from fastppo.config_key import HF, LF, OWN, Keys, key
+from fastppo.config_key import HF, LF, OWN, Keys, Stage, key
 
 
 class RMKeys(Keys):
     """The part of a run that only the training of a reward model has a use for."""
 
     title = "Reward model (stage rm)"
-    only = "rm"
+    own_stage: ClassVar[Stage | None] = "rm"
 
     lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = key(
         0.0, LF, "Dropout in the adapters, in stage rm only: PPO's log-probs allow none."

@@ -4,11 +4,11 @@ together of them. No torch here.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from fastppo.config_key import LF, OWN, Keys, Positive, key
+from fastppo.config_key import LF, OWN, Keys, Positive, Stage, key
 
 if TYPE_CHECKING:
     from fastppo.config import Config
@@ -71,7 +71,7 @@ class CriticKeys(Keys):
     """The part of a run that says which weights the critic has."""
 
     title = "Critic (stage ppo)"
-    only = "ppo"
+    own_stage: ClassVar[Stage | None] = "ppo"
 
     critic: Literal["adapter", "shared", "model"] = key(
         "adapter",
@@ -94,7 +94,7 @@ class ReferenceKeys(Keys):
     """The part of a run that says which frozen models lie beside the base."""
 
     title = "Reference, and frozen models (stage ppo)"
-    only = "ppo"
+    own_stage: ClassVar[Stage | None] = "ppo"
 
     ref_model: str | None = key(
         None, LF, "A reference model of its own; null is where the policy starts."

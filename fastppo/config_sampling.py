@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from fastppo.config_key import LF, OWN, Above0, Keys, Positive, key
+from fastppo.config_key import LF, OWN, Above0, Keys, Positive, Stage, key
 from fastppo.reward_spec import check_function_name
 
 
@@ -14,7 +14,7 @@ class SamplingKeys(Keys):
     """The part of a run that says how the policy's responses are drawn."""
 
     title = "Sampling (stage ppo)"
-    only = "ppo"
+    own_stage: ClassVar[Stage | None] = "ppo"
 
     do_sample: bool = key(True, LF, "false decodes greedily, for debugging.")
     temperature: Above0 = key(1.0, LF, "Of the sampler and of every log-prob.")
@@ -41,7 +41,7 @@ class EvaluationKeys(Keys):
     """The part of a run that says what a policy is measured by, and where that is written."""
 
     title = "Metrics and evaluation (stage ppo)"
-    only = "ppo"
+    own_stage: ClassVar[Stage | None] = "ppo"
 
     metrics_dir: str = key(
         "output/ppo_metrics", OWN, "Where a PPO run's metrics, picture and summary go."

@@ -1,7 +1,7 @@
 """Out of memory: half of a phase's budget, once more from a clean state; then one line, the end.
 
-accelerate's find_executable_batch_size halves a whole run's batch and starts it anew; here a phase of
-a step is repeated in smaller parts, with the same result.
+accelerate's find_executable_batch_size halves the batch of a whole run and starts it anew; here a
+phase of a step is repeated in smaller parts, with the same result.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ def short_name(kind: Kind, target: str) -> str:
 
 def check_kind(given: str) -> Kind:
     """One of the kinds; else a ValueError that suggests the nearest."""
-    kinds = get_args(Kind)
+    kinds: tuple[Kind, ...] = get_args(Kind)
     for kind in kinds:
         if given == kind:
             return kind
