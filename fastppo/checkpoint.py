@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fastppo import durable, results, training_state
+from fastppo import durable, results, seeds, training_state
 from fastppo.advantage import RunningScore
 from fastppo.base import causal_lm
 from fastppo.errors import Interrupted, UserError
@@ -217,7 +217,7 @@ def resume(state: State, folder: Path) -> list[str]:
     state.evaluations = [each for each in found if each["step"] < state.total_steps]
     state.metrics.go_on(saved["rows"])
     state.random = saved["random"]
-    training_state.set_random_state(state.random)
+    seeds.set_random_state(state.random)
     return changed
 
 

@@ -15,7 +15,7 @@ import torch
 from fastppo.budgets import Budgets, Phase
 from fastppo.errors import TrainingStopped, note
 from fastppo.ops import workspace
-from fastppo.training_state import random_state, set_random_state
+from fastppo.seeds import random_state, set_random_state
 
 T = TypeVar("T")
 # What allocators say beside torch.OutOfMemoryError: PyTorch's own on a CPU, CUDA's, cuBLAS's.

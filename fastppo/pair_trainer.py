@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import EvalPrediction, Trainer, TrainerCallback
 
-from fastppo import console, durable, plots, save, training_state
+from fastppo import console, durable, plots, save, seeds, training_state
 from fastppo.errors import TrainingStopped, UserError
 from fastppo.optim import begin_above_0
 from fastppo.pair_metrics import pair_metrics
@@ -77,7 +77,7 @@ class ResumableTrainer(Trainer):
         sums = {name: getattr(self, name) for name in SUMS}
         self.marked = {
             "evaluated": evaluated,
-            "random": training_state.random_state(),
+            "random": seeds.random_state(),
             "sums": {k: x.clone() if isinstance(x, Tensor) else x for k, x in sums.items()},
             "flos": self.current_flos,
             "bad_run": self.bad_run,
@@ -119,7 +119,7 @@ class ResumableTrainer(Trainer):
             return self.saved
         if self.saved_at == self.state.global_step and not self.args.save_only_model:
             return self.saved
-        training_state.set_random_state(marked["random"])
+        seeds.set_random_state(marked["random"])
         for name, value in marked["sums"].items():
             setattr(self, name, value)
         self.current_flos, self.bad_run = marked["flos"], marked["bad_run"]

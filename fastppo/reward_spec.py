@@ -10,12 +10,12 @@ import keyword
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Annotated, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
-from fastppo.config_key import LF, OWN, Finite, Keys, key
+from fastppo.config_key import LF, OWN, Finite, Keys, Stage, key
 
 Kind = Literal["lora", "full", "api", "function"]
 RECORD = "fastppo_reward.json"  # what stage rm notes beside its adapter and head
@@ -27,7 +27,7 @@ class RewardKeys(Keys):
     """The part of a run that says what scores the policy's responses."""
 
     title = "Rewards (stage ppo)"
-    only = "ppo"
+    own_stage: ClassVar[Stage | None] = "ppo"
 
     reward_model: str | None = key(
         None,

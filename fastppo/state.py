@@ -26,13 +26,12 @@ from fastppo.reward import Reward, make_reward
 from fastppo.reward_function import load_function
 from fastppo.roles import Roles, build
 from fastppo.sampling import Sampling
-from fastppo.seeds import seed_of
+from fastppo.seeds import random_state, seed_of
 from fastppo.settle import advising, settled
 from fastppo.snapshot import Snapshot
 from fastppo.stopping import Stop
 from fastppo.templates import Template, get_template
 from fastppo.tracking import Trackers
-from fastppo.training_state import random_state
 from fastppo.types import Prompt
 
 if TYPE_CHECKING:

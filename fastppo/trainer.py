@@ -14,11 +14,10 @@ from fastppo.errors import Interrupted
 from fastppo.evaluation import draw, evaluate
 from fastppo.finish import finish
 from fastppo.phases import sampled, scored
-from fastppo.seeds import seed_of
+from fastppo.seeds import random_state, seed_of
 from fastppo.settle import advising
 from fastppo.state import State, init_state, optimizer_steps, prompts_of_step, total_steps
 from fastppo.summary import step_row
-from fastppo.training_state import random_state
 from fastppo.update import shares_first_pass, update
 
 if TYPE_CHECKING:

@@ -7,12 +7,9 @@ transformers' own optimizer.pt and rng_state.pth are pickles.
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -65,25 +62,3 @@ def read(folder: Path) -> Any:
         return tuple(items) if kind == "tuple" else items
 
     return decode(json.loads((folder / TRAINING_STATE).read_text(encoding="utf-8")))
-
-
-def random_state() -> dict[str, Any]:
-    """Every generator that is nobody's own: reward functions and judges may draw from them."""
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002 - whoever uses the global one
-    return {
-        "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(np.array(keys, dtype=np.int64)), *rest),
-        "cpu": torch.get_rng_state(),
-        # Of the run's device alone: where it is resumed there may be more of them, or fewer.
-        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [],
-    }
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Put them back where `random_state` found them."""
-    random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
-    torch.set_rng_state(state["cpu"])
-    if torch.cuda.is_available() and state["cuda"]:
-        torch.cuda.set_rng_state(state["cuda"][0])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastppo import checkpoint, durable, save, trainer, training_state
+from fastppo import checkpoint, durable, save, seeds, trainer, training_state
 from fastppo.errors import TrainingStopped, UserError
 
 
@@ -167,9 +167,9 @@ def test_every_generator_goes_on_where_it_was(tmp_path):
         return [random.random(), float(np.random.rand()), float(torch.rand(()))]  # noqa: NPY002
 
     draw()
-    training_state.write(training_state.random_state(), tmp_path)
+    training_state.write(seeds.random_state(), tmp_path)
     first = draw()
-    training_state.set_random_state(training_state.read(tmp_path))
+    seeds.set_random_state(training_state.read(tmp_path))
     assert draw() == first
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastppo import reward_model, training_state
+from fastppo import reward_model, seeds, training_state
 from fastppo.config import Config
 from fastppo.preflight import check
 
@@ -133,6 +133,6 @@ def test_a_checkpoint_of_many_visible_gpus_resumes_on_one(tmp_path, monkeypatch)
     monkeypatch.setattr(torch.cuda.random, "set_rng_state", put)
     monkeypatch.setattr(torch.cuda, "get_rng_state", get)
     monkeypatch.setattr(torch.cuda, "set_rng_state", put)
-    training_state.write(training_state.random_state(), tmp_path)
-    training_state.set_random_state(training_state.read(tmp_path))
+    training_state.write(seeds.random_state(), tmp_path)
+    seeds.set_random_state(training_state.read(tmp_path))
     assert places == [[7]]
