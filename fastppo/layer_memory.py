@@ -78,7 +78,7 @@ class Decoder(Tape):
         return self.add(result, scaled)
 
     def fused_linear(self, x: Value, wide: int, out: int) -> Value:
-        """The same in one output, as the fused LoRA layer: A(x) is kept, what B makes of it never."""
+        """The same in one output, as fused LoRA runs it: A(x) is kept, what B makes of it never."""
         rank, item = self.setting.rank, self.setting.item
         low = self.new(rank, item)
 

@@ -84,6 +84,7 @@ def test_a_reward_model_is_the_same_however_many_gpus_are_visible(
     changes = {"disable_gradient_checkpointing": not checkpointing}
     one = train("one", **changes)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: SEVERAL)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     several = train("several", **changes)
     assert wrapped == []
     assert one["steps"] == 6
@@ -100,6 +101,7 @@ def test_a_batch_is_per_device_train_batch_size_pairs(model_dir, tmp_path, monke
         per_device_eval_batch_size=3,
     )
     monkeypatch.setattr(torch.cuda, "device_count", lambda: SEVERAL)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     made = reward_model.training_arguments(settings, 12)
     assert (made.train_batch_size, made.eval_batch_size, made.n_gpu) == (2, 3, 1)
 
@@ -121,6 +123,7 @@ def test_a_checkpoint_of_many_visible_gpus_resumes_on_one(tmp_path, monkeypatch)
     places: list[Any] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: SEVERAL)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
 
     def get(device: Any = "cuda") -> torch.Tensor:
         return torch.tensor([7], dtype=torch.uint8)
