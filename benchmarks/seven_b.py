@@ -32,16 +32,20 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from benchmarks.gpu import RESULTS
-from fastppo import console, reward_model, roles, toy, trainer
-from fastppo.advantage import estimate
-from fastppo.base import silence_dropout
-from fastppo.batch import Batch, make_batch, token_index
+from fastppo import toy
 from fastppo.config import Config, config_from_dict
-from fastppo.model_shapes import TABLE, ModelShape
-from fastppo.offload import wrap
-from fastppo.oom import give_back, out_of_memory
-from fastppo.phases import sampled, scored
-from fastppo.preflight import check
+from fastppo.memory.retry import give_back, out_of_memory
+from fastppo.memory.shapes import TABLE, ModelShape
+from fastppo.models import build as roles
+from fastppo.models.batch import Batch, make_batch, token_index
+from fastppo.models.load import silence_dropout
+from fastppo.offload.activations import wrap
+from fastppo.ppo import trainer
+from fastppo.ppo.advantage import estimate
+from fastppo.ppo.phases import sampled, scored
+from fastppo.rm import train as reward_model
+from fastppo.run import console
+from fastppo.run.preflight import check
 from fastppo.types import Experience, Rollout
 
 GIB = 2**30

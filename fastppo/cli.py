@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 
 from fastppo import __version__
-from fastppo.commandline import Answered, Parser, quieten
 from fastppo.errors import Interrupted, TrainingStopped, UserError, one_line
+from fastppo.run.commandline import Answered, Parser, quieten
 
 USAGE = "%(prog)s CONFIG [key=value ...] [--explain | --plan [--gpu SIZE]]"
 ABOUT = f"fastppo {__version__}: PPO for language models on one GPU, from LLaMA-Factory's YAML"
@@ -110,15 +110,15 @@ def read(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def explain(words: list[str]) -> int:
     """`--explain`, before or after CONFIG."""
-    from fastppo import explain
+    from fastppo.config import explain
 
     return explain.run(words[0], words[1:])
 
 
 def plan(words: list[str], gpu: str | None) -> int:
     """`--plan` with its `--gpu`; data, rewards and outputs need not be there."""
-    from fastppo import plan
     from fastppo.config import load_config
+    from fastppo.memory import command as plan
 
     return plan.run(load_config(words[0], words[1:]), gpu)
 
@@ -126,7 +126,7 @@ def plan(words: list[str], gpu: str | None) -> int:
 def train(words: list[str]) -> None:
     """Check everything that needs no model, then import what does."""
     from fastppo.config import load_config
-    from fastppo.preflight import check
+    from fastppo.run.preflight import check
 
     config = load_config(words[0], words[1:])
     records = check(config)
@@ -135,15 +135,15 @@ def train(words: list[str]) -> None:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     if config.stage == "rm":
-        from fastppo import reward_model
+        from fastppo.rm import train as reward_model
 
         reward_model.run(config, records)
     elif not config.trains:
-        from fastppo import held_out
+        from fastppo.ppo import evaluate_only as held_out
 
         held_out.run(config, records)
     else:
-        from fastppo import trainer
+        from fastppo.ppo import trainer
 
         trainer.run(config, records)
 

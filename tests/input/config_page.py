@@ -6,10 +6,11 @@ import re
 import textwrap
 from collections.abc import Iterable
 
-from fastppo.commandline import WIDTH
-from fastppo.config import FIRST, GROUPS, Config
-from fastppo.config_not_here import IGNORED, NOT_HERE, OLD_NAMES, REFUSED
-from fastppo.config_ppo import ALIASES, ELSEWHERE
+from fastppo.config import Config
+from fastppo.config.elsewhere import IGNORED, NOT_HERE, OLD_NAMES, REFUSED
+from fastppo.config.ppo import ALIASES, ELSEWHERE
+from fastppo.config.schema import FIRST, GROUPS
+from fastppo.run.commandline import WIDTH
 
 INTRODUCTION = """# Keys
 

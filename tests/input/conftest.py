@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from fastppo import toy
 from fastppo.config import config_from_dict
 from fastppo.data import Record, Records, read_records
-from fastppo.launch import SIZES
+from fastppo.run.launch import SIZES
 from fastppo.templates import Template, get_template
 
 PROMPTS = [{"instruction": f"Say {i}", "output": "unused"} for i in range(4)]

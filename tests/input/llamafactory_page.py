@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastppo.config import ONLY, Config
-from fastppo.config_file import read_file
-from fastppo.config_not_here import IGNORED, NOT_HERE, OLD_NAMES, REFUSED
+from fastppo.config import Config
+from fastppo.config.elsewhere import IGNORED, NOT_HERE, OLD_NAMES, REFUSED
+from fastppo.config.file import read_file
+from fastppo.config.schema import ONLY
 
 from .config_page import value
 

@@ -86,7 +86,7 @@ def test_paths_in_the_yaml_may_lead_anywhere(project, tmp_path_factory):
 
 def test_a_head_in_a_bin_file_is_enough_for_the_first_look(project):
     from fastppo.config import config_from_dict
-    from fastppo.preflight import check
+    from fastppo.run.preflight import check
 
     head = project / "reward" / "value_head.safetensors"
     head.rename(head.with_suffix(".bin"))

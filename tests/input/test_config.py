@@ -9,9 +9,10 @@ import pytest
 from pydantic import ValidationError
 
 from fastppo import cli
-from fastppo.config import FIRST, GROUPS, ONLY, Config, load_config
-from fastppo.config_not_here import IGNORED
-from fastppo.config_ppo import ALIASES, ELSEWHERE
+from fastppo.config import Config, load_config
+from fastppo.config.elsewhere import IGNORED
+from fastppo.config.ppo import ALIASES, ELSEWHERE
+from fastppo.config.schema import FIRST, GROUPS, ONLY
 from fastppo.errors import UserError
 
 from .config_page import keys_in_help, page

@@ -10,7 +10,7 @@ import yaml
 
 from fastppo.cli import main
 from fastppo.config import Config
-from fastppo.explain import lines, written
+from fastppo.config.explain import lines, written
 
 from .conftest import PPO
 

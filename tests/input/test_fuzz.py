@@ -14,8 +14,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from fastppo.cli import main
-from fastppo.config import IGNORED, REFUSED, Config, config_from_dict, load_config
-from fastppo.config_ppo import ALIASES
+from fastppo.config import Config, config_from_dict, load_config
+from fastppo.config.ppo import ALIASES
+from fastppo.config.schema import IGNORED, REFUSED
 from fastppo.data import read_records
 from fastppo.errors import UserError
 
@@ -72,7 +73,7 @@ def test_any_keys_and_values_give_a_configuration_or_one_clean_error(values):
 @given(st.sampled_from(KNOWN), VALUES)
 def test_any_value_of_one_key_gets_as_far_as_the_disk(project, name, value):
     """What the YAML lets through is opened, and what is no path is no crash."""
-    from fastppo.preflight import check
+    from fastppo.run.preflight import check
 
     config = tried(config_from_dict, {**PPO, name: value})
     # A hub is asked only where the file says so, and never here.

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
-from fastppo import cli, export, preflight
+from fastppo import cli
 from fastppo.config import config_from_dict
 from fastppo.errors import UserError
+from fastppo.export import cli as export
+from fastppo.run import preflight
 
 from .conftest import PPO, RM
 
@@ -40,7 +42,8 @@ def files(project: Path) -> Path:
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The stages that a command got to, in place of running them."""
-    from fastppo import reward_model, trainer
+    from fastppo.ppo import trainer
+    from fastppo.rm import train as reward_model
 
     found: list[str] = []
     for stage, module in (("ppo", trainer), ("rm", reward_model)):
@@ -117,7 +120,7 @@ def test_what_writes_nothing_answers_everybody(files: Path, monkeypatch, capsys)
     set_environment(monkeypatch, TORCHRUN)
     before = written(files)
     assert cli.main(["ppo.yaml", "--explain"]) == 0
-    monkeypatch.setattr("fastppo.plan.run", lambda *_: 0)
+    monkeypatch.setattr("fastppo.memory.command.run", lambda *_: 0)
     assert cli.main(["ppo.yaml", "--plan"]) == 0
     assert written(files) == before
     assert not capsys.readouterr().err

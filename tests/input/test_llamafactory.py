@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from fastppo.config import COMMA_LISTS, ONLY, Config, config_from_dict, load_config
-from fastppo.config_file import read_file
-from fastppo.config_not_here import IGNORED, NOT_HERE, OLD_NAMES, REFUSED
-from fastppo.config_ppo import ALIASES, ELSEWHERE
-from fastppo.config_training import TRACKERS, due
+from fastppo.config import Config, config_from_dict, load_config
+from fastppo.config.elsewhere import IGNORED, NOT_HERE, OLD_NAMES, REFUSED
+from fastppo.config.file import read_file
+from fastppo.config.ppo import ALIASES, ELSEWHERE
+from fastppo.config.schema import COMMA_LISTS, ONLY
+from fastppo.config.training import TRACKERS, due
 from fastppo.errors import UserError
 
 from .conftest import PPO, RM

@@ -15,16 +15,16 @@ from typing import Any
 
 import pytest
 
-from fastppo import plan as command
 from fastppo.cli import main
 from fastppo.config import Config, load_config
 from fastppo.errors import UserError
-from fastppo.memory import make_plan
-from fastppo.memory_advice import LADDER, advise, applied
-from fastppo.model_shapes import TABLE, find_shape_and_source, from_config, from_table
-from fastppo.moments import GIB, PHASES, RESERVE
-from fastppo.recipe import Recipe
-from fastppo.residents import Shapes
+from fastppo.memory import command as command
+from fastppo.memory.advice import LADDER, advise, applied
+from fastppo.memory.inputs import Recipe
+from fastppo.memory.peaks import GIB, PHASES, RESERVE
+from fastppo.memory.plan import make_plan
+from fastppo.memory.shapes import TABLE, find_shape_and_source, from_config, from_table
+from fastppo.memory.weights import Shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 SEVEN_B = TABLE["Qwen/Qwen2.5-7B"]

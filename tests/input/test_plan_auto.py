@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from fastppo.cli import main
-from fastppo.memory import Plan, make_plan
-from fastppo.memory_advice import settle
-from fastppo.moments import GIB
-from fastppo.recipe import AUTO_KEYS
-from fastppo.residents import Shapes
+from fastppo.memory.advice import settle
+from fastppo.memory.inputs import AUTO_KEYS
+from fastppo.memory.peaks import GIB
+from fastppo.memory.plan import Plan, make_plan
+from fastppo.memory.weights import Shapes
 from tests.input.test_plan import PPO, SEVEN_B, recipe
 
 

@@ -6,14 +6,14 @@ import json
 
 import pytest
 
-from fastppo import plan as command
 from fastppo.cli import main
 from fastppo.config import config_from_dict, load_config
-from fastppo.memory import make_plan
-from fastppo.memory_advice import LADDER
-from fastppo.moments import GIB
-from fastppo.recipe import Recipe
-from fastppo.residents import Shapes
+from fastppo.memory import command as command
+from fastppo.memory.advice import LADDER
+from fastppo.memory.inputs import Recipe
+from fastppo.memory.peaks import GIB
+from fastppo.memory.plan import make_plan
+from fastppo.memory.weights import Shapes
 
 from .conftest import PPO as USER
 from .test_plan import CONFIG_JSON, PPO, SEVEN_B, recipe

@@ -25,21 +25,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastppo import (
-    checkpoint,
-    cli,
-    evaluation,
-    metrics,
-    pair_trainer,
-    reward_function,
-    reward_model,
-    sampling,
-    score,
-    toy,
-    trainer,
-    update,
-)
-from fastppo.metrics import COLUMNS
+from fastppo import cli, toy
+from fastppo.ppo import checkpoint, evaluation, metrics, sampling, score, trainer, update
+from fastppo.ppo.metrics import COLUMNS
+from fastppo.rewards import function as reward_function
+from fastppo.rm import train as reward_model
+from fastppo.rm import trainer as pair_trainer
 
 CLOCKS = {name for name, meaning in COLUMNS.items() if "(a clock)" in meaning}
 CLOCK_WORDS = ("seconds", "runtime", "per_second")  # in keys of summary.json and transformers'

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastppo import durable
+from fastppo.run import durable
 from tests.reliability import runs
 from tests.trainer.reward_server import Reply, scores
 

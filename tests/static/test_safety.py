@@ -103,6 +103,6 @@ def test_only_the_reward_client_speaks_to_servers(path):
 def test_our_yaml_loader_is_safe():
     import yaml
 
-    from fastppo.config_file import _Loader
+    from fastppo.config.file import _Loader
 
     assert issubclass(_Loader, yaml.SafeLoader)

@@ -10,14 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from fastppo import metrics, roles, save, toy, trainer
-from fastppo.advantage import KLController, RunningScore, estimate
-from fastppo.batch import Batch, Budget
+from fastppo import toy
 from fastppo.config import Config
-from fastppo.reward import Reward
-from fastppo.reward_function import FunctionReward
-from fastppo.reward_spec import reward_specs
-from fastppo.score import score
+from fastppo.config.rewards import reward_specs
+from fastppo.models import build as roles
+from fastppo.models.batch import Batch, Budget
+from fastppo.ppo import metrics, trainer
+from fastppo.ppo.advantage import KLController, RunningScore, estimate
+from fastppo.ppo.score import score
+from fastppo.rewards.function import FunctionReward
+from fastppo.rewards.reward import Reward
+from fastppo.run import save
 from fastppo.templates import Template, get_template
 from fastppo.types import Experience, Prompt, Rollout
 from tests.trainer.shared import BuiltOnce, unchanged
@@ -130,7 +133,7 @@ def state(
     build: Callable[[Config, torch.device], roles.Roles],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., trainer.State]:
-    monkeypatch.setattr("fastppo.state.build", build)
+    monkeypatch.setattr("fastppo.ppo.state.build", build)
     return lambda **changes: trainer.init_state(config(**changes))
 
 

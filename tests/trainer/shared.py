@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from fastppo import roles
 from fastppo.config import Config
-from fastppo.config_data import DataKeys
-from fastppo.config_ppo import PPOKeys
-from fastppo.config_step import StepKeys
-from fastppo.config_training import TrainingKeys
-from fastppo.offload_config import offload_mode
+from fastppo.config.data import DataKeys
+from fastppo.config.offload import offload_mode
+from fastppo.config.ppo import PPOKeys
+from fastppo.config.step import StepKeys
+from fastppo.config.training import TrainingKeys
+from fastppo.models import build as roles
 
 # What decides no weight, nor where a role runs: data, schedule, arithmetic, files.
 ELSEWHERE = {

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastppo.advantage import KLController, RunningScore, estimate, shape_score
+from fastppo.ppo.advantage import KLController, RunningScore, estimate, shape_score
 from fastppo.types import Scored
 
 

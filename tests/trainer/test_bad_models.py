@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastppo import reward_api
 from fastppo.cli import main
-from fastppo.reward_api import TOKEN
+from fastppo.rewards import server as reward_api
+from fastppo.rewards.server import TOKEN
 from tests.input.bad import HEAVY, Case, cases, put
 from tests.trainer.reward_server import Reply, serving
 

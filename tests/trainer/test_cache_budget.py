@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastppo import rollout
-from fastppo.phases import sampled
-from fastppo.trainer import State
+from fastppo.ppo import rollout
+from fastppo.ppo.phases import sampled
+from fastppo.ppo.trainer import State
 
 from .test_reward_full import write_classifier
 

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastppo import checkpoint, durable, save, seeds, trainer, training_state
+from fastppo import seeds
 from fastppo.errors import TrainingStopped, UserError
+from fastppo.ppo import checkpoint, trainer
+from fastppo.run import durable, save, training_state
 
 
 def write(output_dir: Path, number: int, text: str = "weights") -> Path:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastppo import decoding
 from fastppo.errors import UserError
-from fastppo.merge import active_layers, loses_nothing, merge_bytes, merged
+from fastppo.models import few_rows as decoding
+from fastppo.models.merged import active_layers, loses_nothing, merge_bytes, merged
 from fastppo.ops.native_library import OBSTACLE
-from fastppo.rollout import cache_budget, cache_bytes, merges, sample, split
-from fastppo.sampling import Sampling, StopStrings
+from fastppo.ppo.rollout import cache_budget, cache_bytes, merges, sample, split
+from fastppo.ppo.sampling import Sampling, StopStrings
 from fastppo.templates import get_template
 from fastppo.types import Prompt
 
@@ -175,7 +175,7 @@ def test_weights_are_merged_where_nothing_is_lost_and_the_copies_fit(tiny_roles,
     assert merges(made, Sampling(8))
     assert not merges(made, Sampling(8, merge_adapter=False))
     memory = type("Memory", (), {"total": 4 * weights - 1})
-    monkeypatch.setattr("fastppo.rollout.psutil.virtual_memory", lambda: memory)
+    monkeypatch.setattr("fastppo.ppo.rollout.psutil.virtual_memory", lambda: memory)
     assert not merges(made, Sampling(8))
     monkeypatch.undo()
     with made.use("reference"):

@@ -10,16 +10,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastppo import checkpoint, trainer
-from fastppo.advantage import KLController, RunningScore, estimate, group_advantages
-from fastppo.console import notices
 from fastppo.errors import UserError
-from fastppo.evaluation import evaluate
-from fastppo.metrics import CRITIC_COLUMNS
-from fastppo.optimizer import make_optimizer
-from fastppo.preflight import check
+from fastppo.ppo import checkpoint, trainer
+from fastppo.ppo.advantage import KLController, RunningScore, estimate, group_advantages
+from fastppo.ppo.evaluation import evaluate
+from fastppo.ppo.metrics import CRITIC_COLUMNS
+from fastppo.ppo.optimizer import make_optimizer
+from fastppo.ppo.update import update
+from fastppo.run.console import notices
+from fastppo.run.preflight import check
 from fastppo.types import Scored
-from fastppo.update import update
 
 CRITICLESS = ["grpo", "rloo", "reinforce++"]
 

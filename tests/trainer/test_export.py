@@ -15,12 +15,12 @@ from transformers import (
     AutoTokenizer,
 )
 
-from fastppo import trainer
-from fastppo.batch import Budget
-from fastppo.export import main
-from fastppo.heads import load_value_head
-from fastppo.reward_full import load_full
-from fastppo.reward_head import AdapterReward
+from fastppo.export.cli import main
+from fastppo.models.batch import Budget
+from fastppo.models.value_head import load_value_head
+from fastppo.ppo import trainer
+from fastppo.rewards.adapter import AdapterReward
+from fastppo.rewards.model import load_full
 
 from .conftest import PROMPTS, stir
 

@@ -15,9 +15,12 @@ from typing import Any
 import pytest
 from accelerate import tracking as accelerate_tracking
 
-from fastppo import metrics, pair_trainer, preflight, reward_model, trainer
 from fastppo.errors import Interrupted, TrainingStopped
-from fastppo.preflight import check
+from fastppo.ppo import metrics, trainer
+from fastppo.rm import train as reward_model
+from fastppo.rm import trainer as pair_trainer
+from fastppo.run import preflight
+from fastppo.run.preflight import check
 
 PNG = b"\x89PNG"
 END = b"IEND\xaeB`\x82"

@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from fastppo import checkpoint, guards, toy, trainer
+from fastppo import toy
 from fastppo.errors import TrainingStopped
-from fastppo.metrics import COLUMNS
-from fastppo.state import init_state
-from fastppo.update import check_first_pass
+from fastppo.ppo import checkpoint, guards, trainer
+from fastppo.ppo.metrics import COLUMNS
+from fastppo.ppo.state import init_state
+from fastppo.ppo.update import check_first_pass
 
 HEALTHY = {
     "ratio_first_pass": 0.0,

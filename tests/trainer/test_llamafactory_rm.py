@@ -16,10 +16,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.peers import llamafactory_rm
-from fastppo.batch import Budget
 from fastppo.cli import main
-from fastppo.export import main as export
-from fastppo.reward_head import AdapterReward
+from fastppo.export.cli import main as export
+from fastppo.models.batch import Budget
+from fastppo.rewards.adapter import AdapterReward
 from fastppo.types import Prompt, Rollout
 
 FOLDER = Path(__file__).parent / "fixtures" / "llamafactory_rm"
@@ -68,7 +68,7 @@ def test_read_at_eos_they_would_be_others(tmp_path):
 
 
 def test_so_does_the_reward_of_stage_ppo(tiny_roles, template):
-    from fastppo.heads import load_value_head
+    from fastppo.models.value_head import load_value_head
 
     held_out = json.loads((FOLDER / "held_out.json").read_text())
     made = tiny_roles(

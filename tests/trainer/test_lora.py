@@ -8,8 +8,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fastppo import lora
-from fastppo.lora import fuse, lora_linear, suits
+from fastppo.models import fused_lora as lora
+from fastppo.models.fused_lora import fuse, lora_linear, suits
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_the_trainers_layers_are_fused(tiny_roles):
     layers = [m for m in made.model.modules() if hasattr(m, "lora_A")]
     assert layers
     assert all(suits(layer, x) == "default" for layer in layers)
-    assert all(layer.forward.__func__.__module__ == "fastppo.lora" for layer in layers)
+    assert all(layer.forward.__func__.__module__ == "fastppo.models.fused_lora" for layer in layers)
 
 
 def test_a_block_that_runs_again_leaves_out_its_last_product(layer, monkeypatch):

@@ -7,10 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.harness import allocations, peak_bytes
-from fastppo import toy, trainer
+from fastppo import toy
 from fastppo.ops import head, rows
-from fastppo.rollout import sample
-from fastppo.sampling import Sampling
+from fastppo.ppo import trainer
+from fastppo.ppo.rollout import sample
+from fastppo.ppo.sampling import Sampling
 
 # So large that nothing else of the tiny model is nearly as large as a row of logits a token.
 VOCAB, HIDDEN, NEW = 40_000, 8, 24

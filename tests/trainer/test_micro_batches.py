@@ -9,13 +9,21 @@ from itertools import pairwise
 import pytest
 import torch
 
-from fastppo.batch import PASS_TOKENS, Budget, Order, batches, check_packing, make_batch, partition
-from fastppo.budgets import Budgets
 from fastppo.config import config_from_dict
 from fastppo.errors import UserError
-from fastppo.optimizer import make_optimizer
-from fastppo.score import score
-from fastppo.update import Totals, backward, mini_batches, shares_first_pass, update
+from fastppo.memory.budgets import Budgets
+from fastppo.models.batch import (
+    PASS_TOKENS,
+    Budget,
+    Order,
+    batches,
+    check_packing,
+    make_batch,
+    partition,
+)
+from fastppo.ppo.optimizer import make_optimizer
+from fastppo.ppo.score import score
+from fastppo.ppo.update import Totals, backward, mini_batches, shares_first_pass, update
 
 SPLITS = {
     "1 row": Budget(rows=1),

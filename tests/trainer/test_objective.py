@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastppo.batch import Budget, batches, make_batch
+from fastppo.models.batch import Budget, batches, make_batch
 from fastppo.ops import PolicyLossConfig, head
-from fastppo.update import Totals, backward, mini_batches, policy_loss_config, token_weights
+from fastppo.ppo.update import Totals, backward, mini_batches, policy_loss_config, token_weights
 
 MODES = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 LEVELS = ["token", "sequence"]

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from fastppo.batch import Budget, batches, make_batch
 from fastppo.errors import UserError
-from fastppo.offload import ActivationOffload, find_layers
+from fastppo.models.batch import Budget, batches, make_batch
+from fastppo.offload.activations import ActivationOffload, find_layers
+from fastppo.offload.parked import Group, Stash
 from fastppo.ops import linear_policy_loss
-from fastppo.stash import Group, Stash
-from fastppo.update import Totals, backward, mini_batches
+from fastppo.ppo.update import Totals, backward, mini_batches
 from tests.trainer.offload_tools import (
     HIDDEN,
     INPUT_BYTES,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from fastppo import lines
-from fastppo.offload import ActivationOffload, wrap
+from fastppo.offload.activations import ActivationOffload, wrap
+from fastppo.ppo import lines
 from tests.trainer.offload_tools import ids, llama, loss_of
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastppo.offload import ActivationOffload
-from fastppo.streams import DeviceStreams
+from fastppo.offload.activations import ActivationOffload
+from fastppo.offload.streams import DeviceStreams
 from tests.trainer.offload_tools import LAYERS, LateStreams, gradients, ids, llama, loss_of, same
 
 MOVING = ["offload", "checkpoint+offload"]

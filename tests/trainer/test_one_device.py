@@ -10,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastppo import reward_model, seeds, training_state
+from fastppo import seeds
 from fastppo.config import Config
-from fastppo.preflight import check
+from fastppo.rm import train as reward_model
+from fastppo.run import training_state
+from fastppo.run.preflight import check
 
 # What torchrun and accelerate launch set for their only process.
 ALONE = {
@@ -84,7 +86,6 @@ def test_a_reward_model_is_the_same_however_many_gpus_are_visible(
     changes = {"disable_gradient_checkpointing": not checkpointing}
     one = train("one", **changes)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: SEVERAL)
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     several = train("several", **changes)
     assert wrapped == []
     assert one["steps"] == 6
@@ -101,7 +102,6 @@ def test_a_batch_is_per_device_train_batch_size_pairs(model_dir, tmp_path, monke
         per_device_eval_batch_size=3,
     )
     monkeypatch.setattr(torch.cuda, "device_count", lambda: SEVERAL)
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     made = reward_model.training_arguments(settings, 12)
     assert (made.train_batch_size, made.eval_batch_size, made.n_gpu) == (2, 3, 1)
 

@@ -12,10 +12,10 @@ from types import ModuleType
 import pytest
 import torch
 
-from fastppo import update as update_module
-from fastppo.advantage import KLController, RunningScore, estimate
-from fastppo.optimizer import make_optimizer
-from fastppo.update import update
+from fastppo.ppo import update as update_module
+from fastppo.ppo.advantage import KLController, RunningScore, estimate
+from fastppo.ppo.optimizer import make_optimizer
+from fastppo.ppo.update import update
 
 PAGE = Path(__file__).resolve().parents[2] / "examples" / "ppo_in_one_page.py"
 # Between the clip's edges and past them, on either side.

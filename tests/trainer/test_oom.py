@@ -12,14 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastppo import checkpoint, pair_trainer, reward_model, rollout, score, trainer, update
-from fastppo.budgets import Budget, Budgets
 from fastppo.config import Config
 from fastppo.errors import TrainingStopped
-from fastppo.evaluation import evaluate
-from fastppo.oom import OutOfMemory, out_of_memory, retried
-from fastppo.preflight import check
-from fastppo.settle import advising, smallest_changes
+from fastppo.memory.auto import advising, smallest_changes
+from fastppo.memory.budgets import Budget, Budgets
+from fastppo.memory.retry import OutOfMemory, out_of_memory, retried
+from fastppo.ppo import checkpoint, rollout, score, trainer, update
+from fastppo.ppo.evaluation import evaluate
+from fastppo.rm import train as reward_model
+from fastppo.rm import trainer as pair_trainer
+from fastppo.run.preflight import check
 from tests.trainer.conftest import PROMPTS
 from tests.trainer.reward_server import serving
 
@@ -242,7 +244,7 @@ def test_a_second_failure_is_one_line_with_what_helps_and_code_1(state, monkeypa
 
 
 def test_a_load_that_fails_says_what_helps(config, monkeypatch):
-    monkeypatch.setattr("fastppo.state.build", lambda *_: never())
+    monkeypatch.setattr("fastppo.ppo.state.build", lambda *_: never())
     with pytest.raises(TrainingStopped, match="out of memory; the smallest changes that help"):
         trainer.init_state(config())
 

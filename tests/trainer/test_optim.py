@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from fastppo.errors import UserError
-from fastppo.optim import BITSANDBYTES, adamw
-from fastppo.optimizer import make_optimizer
-from fastppo.preflight import check_packages
-from fastppo.reward_model import training_arguments
+from fastppo.models.optim import BITSANDBYTES, adamw
+from fastppo.ppo.optimizer import make_optimizer
+from fastppo.rm.train import training_arguments
+from fastppo.run.preflight import check_packages
 
 SETTINGS = {"betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 

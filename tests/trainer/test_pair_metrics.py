@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from fastppo.pair_metrics import calibration_error, pair_metrics
+from fastppo.rm.metrics import calibration_error, pair_metrics
 
 
 def logit(p: float) -> float:

@@ -30,18 +30,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from fastppo import console, toy, trainer
-from fastppo.advantage import estimate
-from fastppo.batch import Budget
+from fastppo import toy
 from fastppo.config import config_from_dict
-from fastppo.layer_memory import LayerSetting, trunk_memory
-from fastppo.lora import fuse
-from fastppo.memory import Plan, make_plan
-from fastppo.model_shapes import TABLE, ModelShape, from_config
-from fastppo.offload import wrap
-from fastppo.ops import head, workspace
-from fastppo.ops.backend import choose
-from fastppo.recipe import (
+from fastppo.memory.inputs import (
     CHUNK_BYTES_CPU,
     CHUNK_BYTES_GPU,
     CHUNK_ROWS_CPU,
@@ -50,11 +41,22 @@ from fastppo.recipe import (
     KEPT_TO,
     Recipe,
 )
-from fastppo.residents import Shapes
-from fastppo.score import score
-from fastppo.tuning import leave_inputs
+from fastppo.memory.layer import LayerSetting, trunk_memory
+from fastppo.memory.plan import Plan, make_plan
+from fastppo.memory.shapes import TABLE, ModelShape, from_config
+from fastppo.memory.weights import Shapes
+from fastppo.models.adapters import leave_inputs
+from fastppo.models.batch import Budget
+from fastppo.models.fused_lora import fuse
+from fastppo.offload.activations import wrap
+from fastppo.ops import head, workspace
+from fastppo.ops.backend import choose
+from fastppo.ppo import trainer
+from fastppo.ppo.advantage import estimate
+from fastppo.ppo.score import score
+from fastppo.ppo.update import update
+from fastppo.run import console
 from fastppo.types import Prompt, Rollout
-from fastppo.update import update
 
 STAYS = ("weights", "adapter", "optimiser")
 

@@ -9,11 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fastppo import toy
-from fastppo.base import compute_dtype
+from fastppo.config.precision import own_dtype
 from fastppo.errors import UserError
-from fastppo.model_shapes import find_shape
-from fastppo.precision import own_dtype
-from fastppo.recipe import Recipe
+from fastppo.memory.inputs import Recipe
+from fastppo.memory.shapes import find_shape
+from fastppo.models.load import compute_dtype
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")  # looked at by name: none has to be there
 

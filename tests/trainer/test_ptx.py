@@ -9,13 +9,13 @@ from itertools import islice
 import pytest
 import torch
 
-from fastppo import checkpoint, trainer
-from fastppo.batch import endless
 from fastppo.errors import UserError
-from fastppo.optimizer import make_optimizer
-from fastppo.preflight import check
-from fastppo.ptx import Demonstrations, ptx_backward
-from fastppo.update import update
+from fastppo.models.batch import endless
+from fastppo.ppo import checkpoint, trainer
+from fastppo.ppo.optimizer import make_optimizer
+from fastppo.ppo.ptx import Demonstrations, ptx_backward
+from fastppo.ppo.update import update
+from fastppo.run.preflight import check
 
 RECORDS = [
     {"instruction": "Hi", "output": "Hello."},

@@ -12,10 +12,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from fastppo import checkpoint, save, toy, trainer
-from fastppo.base import load_base, quantization
-from fastppo.batch import make_batch
+from fastppo import toy
 from fastppo.errors import UserError
+from fastppo.models.batch import make_batch
+from fastppo.models.load import load_base, quantization
+from fastppo.ppo import checkpoint, trainer
+from fastppo.run import save
 
 from .conftest import hidden_as
 

@@ -13,8 +13,8 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
 
-from fastppo import results, samples
 from fastppo.cli import main
+from fastppo.run import results, samples
 
 from .conftest import PROMPTS
 from .written import LF_FILES, lines, read

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastppo.batch import Budget
-from fastppo.pair_model import calibrate
-from fastppo.reward_head import AdapterReward, append
+from fastppo.models.batch import Budget
+from fastppo.rewards.adapter import AdapterReward, append
+from fastppo.rm.model import calibrate
 
 
 @pytest.fixture

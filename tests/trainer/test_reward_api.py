@@ -8,10 +8,10 @@ import time
 
 import pytest
 
-from fastppo import reward_api
 from fastppo.cli import main
 from fastppo.errors import UserError
-from fastppo.reward_api import TOKEN, ApiReward
+from fastppo.rewards import server as reward_api
+from fastppo.rewards.server import TOKEN, ApiReward
 from tests.trainer.reward_server import Reply, scores, serving
 
 

@@ -21,11 +21,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fastppo.batch import Budget
 from fastppo.cli import main
 from fastppo.errors import UserError
-from fastppo.reward_full import ClassifierReward, load_full
-from fastppo.reward_head import append
+from fastppo.models.batch import Budget
+from fastppo.rewards.adapter import append
+from fastppo.rewards.model import ClassifierReward, load_full
 
 CHAT = (
     "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}"
@@ -280,7 +280,7 @@ def test_a_value_head_with_another_tokenizer_is_refused(load, model_dir, tmp_pat
 
 def test_a_reward_models_adapter_beside_its_base(load, model_dir, reward_dir, rollout, tiny_roles):
     """LLaMA-Factory: reward_model is the base and reward_model_adapters has adapter and head."""
-    from fastppo.reward_head import AdapterReward
+    from fastppo.rewards.adapter import AdapterReward
 
     made = load(model_dir, reward_model_adapters=str(reward_dir))
     roles = tiny_roles(reward_model_type="lora", reward_model=str(reward_dir))

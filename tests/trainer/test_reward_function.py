@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastppo.errors import UserError
-from fastppo.reward_function import FunctionReward, call_scores, check_arguments, load_function
+from fastppo.rewards.function import FunctionReward, call_scores, check_arguments, load_function
 
 
 def call(function, columns=None, ids=None):

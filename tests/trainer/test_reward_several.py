@@ -10,16 +10,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastppo import checkpoint, save, trainer
-from fastppo.advantage import KLController, RunningScore, estimate
-from fastppo.batch import Budget
 from fastppo.cli import main
 from fastppo.config import config_from_dict
+from fastppo.config.rewards import reward_specs
 from fastppo.errors import TrainingStopped, UserError
-from fastppo.metrics import COLUMNS
-from fastppo.reward import Reward, make_reward
-from fastppo.reward_spec import reward_specs
-from fastppo.score import score
+from fastppo.models.batch import Budget
+from fastppo.ppo import checkpoint, trainer
+from fastppo.ppo.advantage import KLController, RunningScore, estimate
+from fastppo.ppo.metrics import COLUMNS
+from fastppo.ppo.score import score
+from fastppo.rewards.reward import Reward, make_reward
+from fastppo.run import save
 
 MODULE = """
 def short(completions, **kwargs):
@@ -92,7 +93,8 @@ def test_every_part_is_kept_with_the_scored_rollout(several, config, tiny_roles,
 def test_two_reward_models_on_one_base_each_score_as_if_alone(
     config, tiny_roles, template, rollout, reward_dir, model_dir, tmp_path
 ):
-    from fastppo import roles, toy
+    from fastppo import toy
+    from fastppo.models import build as roles
 
     other = roles.build(config(), torch.device("cpu"))
     generator = torch.Generator().manual_seed(9)

@@ -8,10 +8,10 @@ from peft import PeftModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from fastppo import save
-from fastppo.batch import make_batch
 from fastppo.errors import UserError
-from fastppo.heads import load_value_head
+from fastppo.models.batch import make_batch
+from fastppo.models.value_head import load_value_head
+from fastppo.run import save
 
 from .conftest import hidden_as
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.harness import allocations, peak_bytes
-from fastppo.tuning import leave_inputs
+from fastppo.models.adapters import leave_inputs
 from tests.trainer.offload_tools import gradients, ids, llama, same
 
 ROWS, LENGTH = 4, 128

@@ -15,14 +15,14 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from fastppo import reward_model
-from fastppo.base import attention, causal_lm, silence_dropout, trunk
-from fastppo.batch import make_batch
 from fastppo.errors import UserError
+from fastppo.models.batch import make_batch
+from fastppo.models.load import attention, causal_lm, silence_dropout, trunk
 from fastppo.ops import linear_token_logprobs
-from fastppo.optimizer import clip_and_step, make_optimizer
-from fastppo.rollout import Sampling, sample
-from fastppo.update import Totals, backward, mini_batches, update
+from fastppo.ppo.optimizer import clip_and_step, make_optimizer
+from fastppo.ppo.rollout import Sampling, sample
+from fastppo.ppo.update import Totals, backward, mini_batches, update
+from fastppo.rm import train as reward_model
 
 from .conftest import hidden_as, named, stir
 

@@ -10,11 +10,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastppo import checkpoint, durable, toy, trainer
-from fastppo.base import trunk
-from fastppo.batch import make_batch
+from fastppo import toy
 from fastppo.errors import UserError
-from fastppo.heads import load_value_head
+from fastppo.models.batch import make_batch
+from fastppo.models.load import trunk
+from fastppo.models.value_head import load_value_head
+from fastppo.ppo import checkpoint, trainer
+from fastppo.run import durable
 
 from .conftest import hidden_as, settings_of, stir
 

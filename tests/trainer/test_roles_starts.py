@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from fastppo import toy
-from fastppo.batch import Budget, make_batch
 from fastppo.errors import UserError
-from fastppo.score import score
+from fastppo.models.batch import Budget, make_batch
+from fastppo.ppo.score import score
 
 from .conftest import NAMES, hidden_as, named, stir
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from fastppo.batch import make_batch
-from fastppo.rollout import cut, lay_out, response_length, sample
-from fastppo.sampling import RecordLogprobs, Sampling
-from fastppo.score import token_scores
+from fastppo.models.batch import make_batch
+from fastppo.ppo.rollout import cut, lay_out, response_length, sample
+from fastppo.ppo.sampling import RecordLogprobs, Sampling
+from fastppo.ppo.score import token_scores
 from fastppo.types import Prompt
 
 GREEDY = Sampling(max_new_tokens=8, do_sample=False)

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastppo import guards, trainer
 from fastppo.errors import TrainingStopped, UserError
-from fastppo.roles import Roles
+from fastppo.models.build import Roles
+from fastppo.ppo import guards, trainer
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 APART = {"log_prob_max_token_len_per_gpu": 4000}  # the update runs a forward of its own
@@ -130,7 +130,7 @@ EIGHT, PLAIN = SimpleNamespace(is_loaded_in_8bit=True), SimpleNamespace()
     ],
 )
 def test_what_products_are_in(flag, device, base, autocast, expected):
-    from fastppo.rounding import product_precision
+    from fastppo.models.rounding import product_precision
 
     torch.set_float32_matmul_precision(flag)
     assert product_precision(device, base, autocast=autocast) == expected
@@ -138,7 +138,7 @@ def test_what_products_are_in(flag, device, base, autocast, expected):
 
 def test_tf32_that_other_code_turned_on_counts():
     """By PyTorch's older flag, as a reward function's module may do."""
-    from fastppo.rounding import float32_precision
+    from fastppo.models.rounding import float32_precision
 
     torch.backends.cuda.matmul.allow_tf32 = True
     assert float32_precision(CUDA) == "tf32"
@@ -156,7 +156,7 @@ def test_an_autocast_around_the_loop_counts(tiny_roles, dtype, expected):
 
 
 def test_every_limit_grows_with_the_rounding():
-    from fastppo.rounding import LIMITS
+    from fastppo.models.rounding import LIMITS
 
     steps = [LIMITS[name] for name in ("float32", "tf32", "bfloat16")]
     for name in ("log_ratio", "sampler_gap", "head"):

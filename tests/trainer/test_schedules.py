@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from transformers import get_scheduler
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
-from fastppo import reward_model
 from fastppo.config import Config
-from fastppo.config_training import SCHEDULES
+from fastppo.config.training import SCHEDULES
 from fastppo.errors import UserError
-from fastppo.optimizer import idle_steps, make_scheduler
-from fastppo.preflight import check
+from fastppo.ppo.optimizer import idle_steps, make_scheduler
+from fastppo.rm import train as reward_model
+from fastppo.run.preflight import check
 
 PAIRS = [{"instruction": f"Say {i}", "chosen": "aeiou", "rejected": "xyz"} for i in range(10)]
 

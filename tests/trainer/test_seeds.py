@@ -6,8 +6,8 @@ from itertools import product
 
 import torch
 
-from fastppo import ptx, rollout, trainer, update
-from fastppo.evaluation import evaluate
+from fastppo.ppo import ptx, rollout, trainer, update
+from fastppo.ppo.evaluation import evaluate
 from fastppo.seeds import seed_of
 
 PURPOSES = ("step", "prompt order", "mini-batches", "evaluation", "ptx", "group", "pass")

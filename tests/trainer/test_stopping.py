@@ -15,10 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastppo import checkpoint, durable, evaluation, sampling, score, toy, trainer, update
+from fastppo import toy
 from fastppo.cli import main
 from fastppo.errors import Interrupted
-from fastppo.stopping import Stop
+from fastppo.ppo import checkpoint, evaluation, sampling, score, trainer, update
+from fastppo.run import durable
+from fastppo.run.stopping import Stop
 
 pytestmark = pytest.mark.alone
 
@@ -213,7 +215,7 @@ def test_a_signal_drops_the_step_at_once_and_a_resume_is_the_unbroken_run(
 def test_without_a_handler_no_copy_is_made_and_one_that_is_too_large_is_not(state, monkeypatch):
     run = trainer.step_update(state())
     assert not run.snapshot.copies
-    monkeypatch.setattr("fastppo.snapshot.SHARE", 0.0)
+    monkeypatch.setattr("fastppo.ppo.snapshot.SHARE", 0.0)
     with run.stop:
         assert trainer.step_update(run).step == 2
     assert not run.snapshot.copies
@@ -221,7 +223,7 @@ def test_without_a_handler_no_copy_is_made_and_one_that_is_too_large_is_not(stat
 
 def test_an_update_of_which_there_is_no_copy_is_finished_first(state, monkeypatch):
     """What trains is larger than the host: there is nothing to go back to."""
-    monkeypatch.setattr("fastppo.snapshot.SHARE", 0.0)
+    monkeypatch.setattr("fastppo.ppo.snapshot.SHARE", 0.0)
     run, inner = state(), update.clip_and_step
 
     def signalled(*args, **kwargs):

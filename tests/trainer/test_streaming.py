@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastppo.streaming import place_frozen, stream
-from fastppo.streams import HostMemory
+from fastppo.offload.frozen import place_frozen, stream
+from fastppo.offload.streams import HostMemory
 from tests.trainer.offload_tools import LateStreams, ids, llama
 
 CPU = torch.device("cpu")

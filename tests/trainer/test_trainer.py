@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastppo import checkpoint, lines, trainer
-from fastppo.console import notices
-from fastppo.evaluation import evaluate
-from fastppo.metrics import COLUMNS, REWARD_COLUMN, REWARD_MEANING, absent_columns
 from fastppo.ops.backend import choose
-from fastppo.preflight import check
+from fastppo.ppo import checkpoint, lines, trainer
+from fastppo.ppo.evaluation import evaluate
+from fastppo.ppo.metrics import COLUMNS, REWARD_COLUMN, REWARD_MEANING, absent_columns
+from fastppo.run.console import notices
+from fastppo.run.preflight import check
 
 CLOCKS = {name for name, words in COLUMNS.items() if words.endswith("(a clock)")}
 ROOT = Path(__file__).parents[2]

@@ -14,12 +14,15 @@ import torch
 from accelerate import tracking as accelerate_tracking
 from transformers import Adafactor
 
-from fastppo import console, optim, plots, preflight, reward_model, session, trainer
 from fastppo.config import Config
 from fastppo.errors import UserError
-from fastppo.optimizer import make_optimizer
-from fastppo.preflight import check
-from fastppo.tracking import Trackers, settings
+from fastppo.models import optim
+from fastppo.ppo import trainer
+from fastppo.ppo.optimizer import make_optimizer
+from fastppo.rm import train as reward_model
+from fastppo.run import console, plots, preflight, session
+from fastppo.run.preflight import check
+from fastppo.run.tracking import Trackers, settings
 
 PAIRS = [{"instruction": f"Say {i}", "chosen": "aeiou", "rejected": "xyz"} for i in range(10)]
 

@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from fastppo import reward_api, reward_function
-from fastppo.batch import Budget
 from fastppo.errors import UserError
-from fastppo.export import main
-from fastppo.reward_api import ApiReward
-from fastppo.reward_full import ClassifierReward, load_full
-from fastppo.reward_function import FunctionReward
-from fastppo.reward_head import AdapterReward, HeadReward
+from fastppo.export.cli import main
+from fastppo.models.batch import Budget
+from fastppo.rewards import function as reward_function
+from fastppo.rewards import server as reward_api
+from fastppo.rewards.adapter import AdapterReward, HeadReward
+from fastppo.rewards.function import FunctionReward
+from fastppo.rewards.model import ClassifierReward, load_full
+from fastppo.rewards.server import ApiReward
 from fastppo.types import Rollout
 
 from .conftest import PROMPTS

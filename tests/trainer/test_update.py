@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastppo.batch import Budget, make_batch, token_index
-from fastppo.config_effect import without_effect
+from fastppo.config.effect import without_effect
 from fastppo.errors import TrainingStopped
-from fastppo.optimizer import clip_and_step, make_optimizer
-from fastppo.score import score, token_scores
-from fastppo.update import check_first_pass, mini_batches, update
+from fastppo.models.batch import Budget, make_batch, token_index
+from fastppo.ppo.optimizer import clip_and_step, make_optimizer
+from fastppo.ppo.score import score, token_scores
+from fastppo.ppo.update import check_first_pass, mini_batches, update
 
 
 def flat(made):
@@ -148,7 +148,7 @@ def test_29_a_runaway_ratio_teaches_nothing(
     far = replace(
         experience, scored=replace(experience.scored, logprob_N=experience.scored.logprob_N - 100.0)
     )
-    monkeypatch.setattr("fastppo.update.check_first_pass", lambda *_: None)
+    monkeypatch.setattr("fastppo.ppo.update.check_first_pass", lambda *_: None)
     optimizer = make_optimizer(settings, made)
     before = flat(made)
     learned = update(made, far, settings, optimizer, seed=0)

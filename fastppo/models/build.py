@@ -1,0 +1,278 @@
+"""Four roles, one base: the models, adapters and heads that a configuration asks for.
+
+| role      | weights                                                             | trains |
+|-----------|---------------------------------------------------------------------|--------|
+| actor     | base + LoRA `default`; or the base itself (freeze, full)            | yes    |
+| reference | base, adapters off; or the SFT adapter, the base or a model, frozen | no     |
+| reward    | base + LoRA `reward` + head; or whatever else gives a score         | no     |
+| critic    | base + LoRA `critic` + head, a head on the actor, or a model + head | yes    |
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from fastppo.config.offload import reference_streams
+from fastppo.config.rewards import HEAD_FILES, RECORD
+from fastppo.models.adapters import (
+    adapter_parameters,
+    add_adapter,
+    comma_list,
+    compute_in_bfloat16,
+    continued,
+    first_adapter,
+    frozen_copy,
+    leave_inputs,
+    load_adapter,
+    merge_list,
+    merged,
+    select,
+    start_adapter,
+    upcast,
+    with_adapter,
+)
+from fastppo.models.load import (
+    causal_lm,
+    check_same_tokens,
+    compute_dtype,
+    hidden_size,
+    load_base,
+    silence_dropout,
+    wrap_activations,
+)
+from fastppo.models.roles import Role, Roles, Seat
+from fastppo.models.value_head import load_value_head, new_value_head
+from fastppo.offload.frozen import place_frozen
+
+if TYPE_CHECKING:
+    from fastppo.config import Config
+
+__all__ = ["Role", "Roles", "build"]
+
+
+@dataclass
+class Draft:
+    """The seats while adapters are still being hung: PEFT replaces parameters as it goes."""
+
+    config: Config
+    device: torch.device
+    places: dict[str, tuple[nn.Module, str | None, str]] = field(default_factory=dict)
+    whole: dict[str, list[nn.Parameter]] = field(default_factory=dict)  # trained without adapter
+    reward_heads: dict[str, nn.Linear] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def seat(self, role: str) -> Seat:
+        """The finished seat; actor and critic train, and a critic on the actor's trunk its head."""
+        model, adapter, words = self.places[role]
+        trained = self.whole.get(role, [])
+        if role in ("actor", "critic") and adapter is not None:
+            trained = adapter_parameters(model, adapter)
+        return Seat(model, adapter, words, tuple(trained))
+
+
+def build(config: Config, device: torch.device) -> Roles:
+    """Load what the configuration names, once each, and seat the four roles on it."""
+    draft = Draft(config, device)
+    base = load_base(config, device, bits=config.quantization_bit)
+    if config.quantization_bit == 8:
+        draft.notes.append(
+            "quantization_bit: 8 picks outlier columns by batch on a GPU, so log-probs change with "
+            "the micro-batch and the first ratios are not exactly 1; 4 has no such effect"
+        )
+    if config.finetuning_type == "lora":
+        seat_on_adapters(draft, base)
+    else:
+        seat_on_weights(draft, base)
+    if config.ref_model is not None:
+        seat_reference_model(draft, config.ref_model)
+    critic_head = seat_critic(draft) if config.has_critic else None
+    for model in {id(model): model for model, _, _ in draft.places.values()}.values():
+        silence_dropout(model)
+        leave_inputs(model)
+        if not stays(causal_lm(model)):
+            model.to(device)
+        model.eval()
+    seats = {role: draft.seat(role) for role in draft.places}
+    for seat in seats.values():
+        if seat.adapter is not None:
+            compute_in_bfloat16(seat.model, seat.trained)
+        upcast(seat.trained)
+    for seat in seats.values():
+        if seat.trained:
+            wrap_activations(config, causal_lm(seat.model))
+    autocast = compute_dtype(config, device) == torch.bfloat16
+    if autocast and not config.bf16:
+        draft.notes.append(
+            "bf16 is not set, and on a GPU a base in 16 bits then stays so: this run is in bfloat16"
+        )
+    return Roles(
+        seats, draft.reward_heads, critic_head, device, autocast=autocast, notes=draft.notes
+    )
+
+
+def stays(base: nn.Module) -> bool:
+    """Whether a model is where it belongs: quantised on the device, or passing through it."""
+    return getattr(base, "is_quantized", False) or hasattr(base, "streamed")
+
+
+def seat_on_adapters(draft: Draft, base: nn.Module) -> None:
+    """`finetuning_type: lora`: actor, reference and lora rewards as adapters on one base."""
+    config = draft.config
+    model = start_adapter(config, base)
+    below = merge_list(config)
+    words = f"base + {' + '.join(below)}" if below else "base"
+    draft.places["actor"] = (model, "default", f"{words} + LoRA 'default'")
+    if below:
+        draft.notes.append(
+            f"{', '.join(below)} became part of the base; what is saved goes on top of that: "
+            "load it with adapter_name_or_path: " + ",".join([*below, config.output_dir])
+        )
+    sft = continued(config)
+    if sft is None:
+        draft.places["reference"] = (model, None, f"{words}, adapters off")
+    else:
+        draft.places["actor"] = (model, "default", f"{words} + LoRA 'default' from {sft}")
+        if config.ref_model is None:
+            key = "adapter_name_or_path"
+            load_adapter(model, sft, "reference", key, torch_device=str(draft.device))
+            draft.places["reference"] = (model, "reference", f"{words} + {sft}, frozen")
+            draft.notes.append(
+                f"the reference is {sft} as it is now, where the policy starts and KL is 0; "
+                "LLaMA-Factory's would be the base without it"
+            )
+    for role, folder in config.reward_adapters.items():
+        # Frozen, so it stays in the base's dtype instead of PEFT's float32.
+        load_adapter(
+            model,
+            folder,
+            role,
+            "reward_model",
+            autocast_adapter_dtype=False,
+            torch_device=str(draft.device),
+        )
+        head = load_value_head(Path(folder), hidden_size(model), draft.device)
+        draft.places[role] = (model, role, f"{words} + LoRA '{role}' + head")
+        draft.reward_heads[role] = head
+        note_another_base(draft, folder, below)
+
+
+def note_another_base(draft: Draft, folder: str, below: list[str]) -> None:
+    """A reward adapter knows the base that it was trained on, merged adapters included."""
+    record = Path(folder) / RECORD
+    if not record.is_file():
+        return  # LLaMA-Factory's say nothing of it
+    try:
+        there = json.loads(record.read_text(encoding="utf-8")).get("merged", [])
+    except (ValueError, AttributeError):
+        return  # the reward that reads its score's place there says what is wrong with it
+    if [Path(name).name for name in there] != [Path(name).name for name in below]:
+        draft.notes.append(
+            f"{folder} was trained on a base with {', '.join(there) or 'nothing'} merged into it, "
+            f"and here it is {', '.join(below) or 'nothing'}: its scores can be off; train it with "
+            "the same adapter_name_or_path and create_new_adapter"
+        )
+
+
+def seat_on_weights(draft: Draft, base: nn.Module) -> None:
+    """`finetuning_type: freeze | full`: the base itself trains, so the reference is a copy of it.
+
+    Frozen layers are in memory once: the copy shares them.
+    """
+    config = draft.config
+    full = config.finetuning_type == "full"
+    draft.whole["actor"] = select(config, base, config.finetuning_type)
+    draft.places["actor"] = (base, None, "base" if full else "base, some of its layers")
+    if config.ref_model is None:
+        words = "frozen copy of the base" if full else "base, frozen copy of those layers"
+        draft.places["reference"] = (frozen_copy(base), None, words)
+
+
+def seat_reference_model(draft: Draft, name: str) -> None:
+    """`ref_model` with `ref_model_adapters`: a model of its own, frozen."""
+    config, bits = draft.config, draft.config.ref_model_quantization_bit
+    model = load_base(config, draft.device, name, bits, stay=True)
+    check_same_tokens(config, "ref_model", name, model)
+    folders = comma_list(config.ref_model_adapters)
+    adapter = None
+    if bits is None:
+        model = merged(model, folders, "ref_model_adapters")
+        streamed, folder = reference_streams(config), config.offload_dir
+        model = place_frozen(model, draft.device, streamed=streamed, offload_dir=folder)
+    elif folders:  # quantised weights take no merge
+        model = first_adapter(model, folders[0], "ref_model_adapters", train=False)
+        adapter = "default"
+    draft.places["reference"] = (model, adapter, " + ".join([name, *folders]) + ", frozen")
+
+
+def seat_critic(draft: Draft) -> nn.Linear:
+    """The critic's place, and its head: from the reward model, from its folder, or at 0."""
+    config = draft.config
+    if config.critic == "shared":
+        model, adapter, _ = draft.places["actor"]
+        draft.places["critic"] = (model, adapter, "head on the actor")
+        return new_value_head(hidden_size(model), draft.device)
+    if config.critic == "model":
+        return seat_critic_model(draft)
+    # On what does not move: with freeze and full that is the reference.
+    model, _, words = draft.places["actor" if config.finetuning_type == "lora" else "reference"]
+    head = new_value_head(hidden_size(model), draft.device)
+    rewards = config.reward_adapters
+    if config.finetuning_type != "lora":
+        _, adapter, reference = draft.places["reference"]
+        if adapter is None:
+            model = with_adapter(config, model, "critic", extras=False)
+        else:
+            add_adapter(config, model, "critic")
+        draft.places["reference"] = (model, adapter, reference)
+        draft.places["critic"] = (model, "critic", "the reference + LoRA 'critic' + head")
+        return head
+    if rewards:
+        role, folder = next(iter(rewards.items()))
+        settings = {"is_trainable": True, "torch_device": str(draft.device)}
+        load_adapter(model, folder, "critic", "reward_model", **settings)
+        if config.value_head_init == "reward":
+            head.load_state_dict(draft.reward_heads[role].state_dict())
+    else:
+        add_adapter(config, model, "critic")
+    base_words = words.split(" + LoRA")[0]
+    draft.places["critic"] = (model, "critic", f"{base_words} + LoRA 'critic' + head")
+    return head
+
+
+def seat_critic_model(draft: Draft) -> nn.Linear:
+    """`critic: model`: a model of its own, trained by `critic_finetuning_type`, and its head.
+
+    `critic_model` with the head that lies in it; else a second copy of the base, which starts from
+    the reward model where that is an adapter.
+    """
+    config, name = draft.config, draft.config.critic_model
+    kind = config.critic_finetuning_type or config.finetuning_type
+    bits = config.quantization_bit if kind == "lora" else None
+    model = load_base(config, draft.device, name, bits)
+    head = new_value_head(hidden_size(model), draft.device)
+    words = name or "a second copy of the base"
+    if name is not None:
+        check_same_tokens(config, "critic_model", name, model)
+        if any((Path(name) / file).is_file() for file in HEAD_FILES):
+            head = load_value_head(Path(name), hidden_size(model), draft.device, "critic_model")
+    else:
+        model = merged(model, merge_list(config), "adapter_name_or_path")
+        for role, folder in list(config.reward_adapters.items())[:1]:
+            model = merged(model, [folder], "reward_model")
+            words += f" + {folder}"
+            if config.value_head_init == "reward":
+                head.load_state_dict(draft.reward_heads[role].state_dict())
+    if kind == "lora":
+        model = with_adapter(config, model, "critic", extras=False)
+        draft.places["critic"] = (model, "critic", f"{words} + LoRA 'critic' + head")
+    else:
+        draft.whole["critic"] = select(config, model, kind)
+        some = "" if kind == "full" else ", some layers"
+        draft.places["critic"] = (model, None, f"{words}{some} + head")
+    return head
