@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,18 @@ if not torch.cuda.is_available():
 
 # Which test runs, and where torch.compile found its cache to be.
 NOTES = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"}
+
+
+WITHOUT_TRAINER = ("ops", "gpu")  # folders that need torch and no more
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The trainer's fixtures: `tests.tiny` (a tiny model), `tests.project` (a user's files)."""
+    named = [Path(argument.partition("::")[0]).resolve() for argument in config.args]
+    if all(any(part in WITHOUT_TRAINER for part in path.parts) for path in named):
+        return
+    for plugin in ("tests.tiny", "tests.project"):
+        config.pluginmanager.import_plugin(plugin)
 
 
 def process_state() -> dict[str, Any]:

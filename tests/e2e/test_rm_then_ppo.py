@@ -17,7 +17,7 @@ from fastppo.cli import main
 from fastppo.ppo.metrics import COLUMNS
 
 ROOT = Path(__file__).parents[2]
-FIXTURES = ROOT / "tests" / "input" / "fixtures"
+FIXTURES = ROOT / "tests" / "fixtures"
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 
 from fastppo.run import durable
 from tests.reliability import runs
-from tests.trainer.reward_server import Reply
+from tests.reward_server import Reply
 
 pytestmark = pytest.mark.alone
 
