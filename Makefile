@@ -58,7 +58,7 @@ test-peers: venv
 	$(BIN)/python -m benchmarks.peers.install
 	$(PYTEST) -m peers
 	$(BIN)/python -m benchmarks linear --quick
-	$(BIN)/python -m benchmarks ops --quick
+	$(BIN)/python -m benchmarks ops --quick --only gae
 
 lint: venv
 	$(BIN)/ruff check .
