@@ -46,7 +46,7 @@ from fastppo.models.load import (
     silence_dropout,
     wrap_activations,
 )
-from fastppo.models.roles import Role, Roles, Seat
+from fastppo.models.roles import Place, Role, Roles
 from fastppo.models.value_head import load_value_head, new_value_head
 from fastppo.offload.frozen import place_frozen
 
@@ -58,26 +58,26 @@ __all__ = ["Role", "Roles", "build"]
 
 @dataclass
 class Draft:
-    """The seats while adapters are still being hung: PEFT replaces parameters as it goes."""
+    """The places while adapters are still being hung: PEFT replaces parameters as it goes."""
 
     config: Config
     device: torch.device
-    places: dict[str, tuple[nn.Module, str | None, str]] = field(default_factory=dict)
+    drafts: dict[str, tuple[nn.Module, str | None, str]] = field(default_factory=dict)
     whole: dict[str, list[nn.Parameter]] = field(default_factory=dict)  # trained without adapter
     reward_heads: dict[str, nn.Linear] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def seat(self, role: str) -> Seat:
-        """The finished seat; actor and critic train, and a critic on the actor's trunk its head."""
-        model, adapter, words = self.places[role]
+    def place(self, role: str) -> Place:
+        """The finished place; actor and critic train, and a critic on the actor's trunk its head."""
+        model, adapter, words = self.drafts[role]
         trained = self.whole.get(role, [])
         if role in ("actor", "critic") and adapter is not None:
             trained = adapter_parameters(model, adapter)
-        return Seat(model, adapter, words, tuple(trained))
+        return Place(model, adapter, words, tuple(trained))
 
 
 def build(config: Config, device: torch.device) -> Roles:
-    """Load what the configuration names, once each, and seat the four roles on it."""
+    """Load what the configuration names, once each, and place the four roles on it."""
     draft = Draft(config, device)
     base = load_base(config, device, bits=config.quantization_bit)
     if config.quantization_bit == 8:
@@ -86,33 +86,33 @@ def build(config: Config, device: torch.device) -> Roles:
             "the micro-batch and the first ratios are not exactly 1; 4 has no such effect"
         )
     if config.finetuning_type == "lora":
-        seat_on_adapters(draft, base)
+        place_on_adapters(draft, base)
     else:
-        seat_on_weights(draft, base)
+        place_on_weights(draft, base)
     if config.ref_model is not None:
-        seat_reference_model(draft, config.ref_model)
-    critic_head = seat_critic(draft) if config.has_critic else None
-    for model in {id(model): model for model, _, _ in draft.places.values()}.values():
+        place_reference_model(draft, config.ref_model)
+    critic_head = place_critic(draft) if config.has_critic else None
+    for model in {id(model): model for model, _, _ in draft.drafts.values()}.values():
         silence_dropout(model)
         leave_inputs(model)
         if not stays(causal_lm(model)):
             model.to(device)
         model.eval()
-    seats = {role: draft.seat(role) for role in draft.places}
-    for seat in seats.values():
-        if seat.adapter is not None:
-            compute_in_bfloat16(seat.model, seat.trained)
-        upcast(seat.trained)
-    for seat in seats.values():
-        if seat.trained:
-            wrap_activations(config, causal_lm(seat.model))
+    places = {role: draft.place(role) for role in draft.drafts}
+    for place in places.values():
+        if place.adapter is not None:
+            compute_in_bfloat16(place.model, place.trained)
+        upcast(place.trained)
+    for place in places.values():
+        if place.trained:
+            wrap_activations(config, causal_lm(place.model))
     autocast = compute_dtype(config, device) == torch.bfloat16
     if autocast and not config.bf16:
         draft.notes.append(
             "bf16 is not set, and on a GPU a base in 16 bits then stays so: this run is in bfloat16"
         )
     return Roles(
-        seats, draft.reward_heads, critic_head, device, autocast=autocast, notes=draft.notes
+        places, draft.reward_heads, critic_head, device, autocast=autocast, notes=draft.notes
     )
 
 
@@ -121,13 +121,13 @@ def stays(base: nn.Module) -> bool:
     return getattr(base, "is_quantized", False) or hasattr(base, "streamed")
 
 
-def seat_on_adapters(draft: Draft, base: nn.Module) -> None:
+def place_on_adapters(draft: Draft, base: nn.Module) -> None:
     """`finetuning_type: lora`: actor, reference and lora rewards as adapters on one base."""
     config = draft.config
     model = start_adapter(config, base)
     below = merge_list(config)
     words = f"base + {' + '.join(below)}" if below else "base"
-    draft.places["actor"] = (model, "default", f"{words} + LoRA 'default'")
+    draft.drafts["actor"] = (model, "default", f"{words} + LoRA 'default'")
     if below:
         draft.notes.append(
             f"{', '.join(below)} became part of the base; what is saved goes on top of that: "
@@ -135,13 +135,13 @@ def seat_on_adapters(draft: Draft, base: nn.Module) -> None:
         )
     sft = continued(config)
     if sft is None:
-        draft.places["reference"] = (model, None, f"{words}, adapters off")
+        draft.drafts["reference"] = (model, None, f"{words}, adapters off")
     else:
-        draft.places["actor"] = (model, "default", f"{words} + LoRA 'default' from {sft}")
+        draft.drafts["actor"] = (model, "default", f"{words} + LoRA 'default' from {sft}")
         if config.ref_model is None:
             key = "adapter_name_or_path"
             load_adapter(model, sft, "reference", key, torch_device=str(draft.device))
-            draft.places["reference"] = (model, "reference", f"{words} + {sft}, frozen")
+            draft.drafts["reference"] = (model, "reference", f"{words} + {sft}, frozen")
             draft.notes.append(
                 f"the reference is {sft} as it is now, where the policy starts and KL is 0; "
                 "LLaMA-Factory's would be the base without it"
@@ -157,7 +157,7 @@ def seat_on_adapters(draft: Draft, base: nn.Module) -> None:
             torch_device=str(draft.device),
         )
         head = load_value_head(Path(folder), hidden_size(model), draft.device)
-        draft.places[role] = (model, role, f"{words} + LoRA '{role}' + head")
+        draft.drafts[role] = (model, role, f"{words} + LoRA '{role}' + head")
         draft.reward_heads[role] = head
         note_another_base(draft, folder, below)
 
@@ -179,7 +179,7 @@ def note_another_base(draft: Draft, folder: str, below: list[str]) -> None:
         )
 
 
-def seat_on_weights(draft: Draft, base: nn.Module) -> None:
+def place_on_weights(draft: Draft, base: nn.Module) -> None:
     """`finetuning_type: freeze | full`: the base itself trains, so the reference is a copy of it.
 
     Frozen layers are in memory once: the copy shares them.
@@ -187,13 +187,13 @@ def seat_on_weights(draft: Draft, base: nn.Module) -> None:
     config = draft.config
     full = config.finetuning_type == "full"
     draft.whole["actor"] = select(config, base, config.finetuning_type)
-    draft.places["actor"] = (base, None, "base" if full else "base, some of its layers")
+    draft.drafts["actor"] = (base, None, "base" if full else "base, some of its layers")
     if config.ref_model is None:
         words = "frozen copy of the base" if full else "base, frozen copy of those layers"
-        draft.places["reference"] = (frozen_copy(base), None, words)
+        draft.drafts["reference"] = (frozen_copy(base), None, words)
 
 
-def seat_reference_model(draft: Draft, name: str) -> None:
+def place_reference_model(draft: Draft, name: str) -> None:
     """`ref_model` with `ref_model_adapters`: a model of its own, frozen."""
     config, bits = draft.config, draft.config.ref_model_quantization_bit
     model = load_base(config, draft.device, name, bits, stay=True)
@@ -207,30 +207,30 @@ def seat_reference_model(draft: Draft, name: str) -> None:
     elif folders:  # quantised weights take no merge
         model = first_adapter(model, folders[0], "ref_model_adapters", train=False)
         adapter = "default"
-    draft.places["reference"] = (model, adapter, " + ".join([name, *folders]) + ", frozen")
+    draft.drafts["reference"] = (model, adapter, " + ".join([name, *folders]) + ", frozen")
 
 
-def seat_critic(draft: Draft) -> nn.Linear:
+def place_critic(draft: Draft) -> nn.Linear:
     """The critic's place, and its head: from the reward model, from its folder, or at 0."""
     config = draft.config
     if config.critic == "shared":
-        model, adapter, _ = draft.places["actor"]
-        draft.places["critic"] = (model, adapter, "head on the actor")
+        model, adapter, _ = draft.drafts["actor"]
+        draft.drafts["critic"] = (model, adapter, "head on the actor")
         return new_value_head(hidden_size(model), draft.device)
     if config.critic == "model":
-        return seat_critic_model(draft)
+        return place_critic_model(draft)
     # On what does not move: with freeze and full that is the reference.
-    model, _, words = draft.places["actor" if config.finetuning_type == "lora" else "reference"]
+    model, _, words = draft.drafts["actor" if config.finetuning_type == "lora" else "reference"]
     head = new_value_head(hidden_size(model), draft.device)
     rewards = config.reward_adapters
     if config.finetuning_type != "lora":
-        _, adapter, reference = draft.places["reference"]
+        _, adapter, reference = draft.drafts["reference"]
         if adapter is None:
             model = with_adapter(config, model, "critic", extras=False)
         else:
             add_adapter(config, model, "critic")
-        draft.places["reference"] = (model, adapter, reference)
-        draft.places["critic"] = (model, "critic", "the reference + LoRA 'critic' + head")
+        draft.drafts["reference"] = (model, adapter, reference)
+        draft.drafts["critic"] = (model, "critic", "the reference + LoRA 'critic' + head")
         return head
     if rewards:
         role, folder = next(iter(rewards.items()))
@@ -241,11 +241,11 @@ def seat_critic(draft: Draft) -> nn.Linear:
     else:
         add_adapter(config, model, "critic")
     base_words = words.split(" + LoRA")[0]
-    draft.places["critic"] = (model, "critic", f"{base_words} + LoRA 'critic' + head")
+    draft.drafts["critic"] = (model, "critic", f"{base_words} + LoRA 'critic' + head")
     return head
 
 
-def seat_critic_model(draft: Draft) -> nn.Linear:
+def place_critic_model(draft: Draft) -> nn.Linear:
     """`critic: model`: a model of its own, trained by `critic_finetuning_type`, and its head.
 
     `critic_model` with the head that lies in it; else a second copy of the base, which starts from
@@ -270,9 +270,9 @@ def seat_critic_model(draft: Draft) -> nn.Linear:
                 head.load_state_dict(draft.reward_heads[role].state_dict())
     if kind == "lora":
         model = with_adapter(config, model, "critic", extras=False)
-        draft.places["critic"] = (model, "critic", f"{words} + LoRA 'critic' + head")
+        draft.drafts["critic"] = (model, "critic", f"{words} + LoRA 'critic' + head")
     else:
         draft.whole["critic"] = select(config, model, kind)
         some = "" if kind == "full" else ", some layers"
-        draft.places["critic"] = (model, None, f"{words}{some} + head")
+        draft.drafts["critic"] = (model, None, f"{words}{some} + head")
     return head

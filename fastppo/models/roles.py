@@ -21,7 +21,7 @@ Role = Literal["actor", "reference", "reward", "critic"]
 
 
 @dataclass(frozen=True)
-class Seat:
+class Place:
     """Where a role runs: a model, the adapter that is on (None: none), and what of it trains."""
 
     model: nn.Module
@@ -32,12 +32,12 @@ class Seat:
 
 @dataclass
 class Roles:
-    """The seats of all roles, and their heads. `use(role)` is the only way to switch between them.
+    """The places of all roles, and their heads. `use(role)` is the only way to switch between them.
 
-    `seats` has actor and reference, critic where there is one, and each reward that is an adapter.
+    `places` has actor and reference, critic where there is one, and each reward that is an adapter.
     """
 
-    seats: dict[str, Seat]
+    places: dict[str, Place]
     reward_heads: dict[str, nn.Linear]  # by the role of the reward that each belongs to
     critic_head: nn.Linear | None  # None: advantages without a critic
     device: torch.device
@@ -46,21 +46,21 @@ class Roles:
 
     def __post_init__(self) -> None:
         # PEFT's own switches set requires_grad on adapters as they go; this is what stays true.
-        self._trained = {parameter for seat in self.seats.values() for parameter in seat.trained}
-        for seat in self.seats.values():
-            fuse(seat.model)
+        self._trained = {parameter for place in self.places.values() for parameter in place.trained}
+        for place in self.places.values():
+            fuse(place.model)
         if self.critic_head is not None:
             self.critic_head.requires_grad_(True)
         for head in self.reward_heads.values():
             head.requires_grad_(False)
-        for role in self.seats:
+        for role in self.places:
             self._activate(role)
         self._activate("actor")
 
     @property
     def model(self) -> nn.Module:
         """The actor's model: PEFT's, or with `finetuning_type: freeze` and `full` the base."""
-        return self.seats["actor"].model
+        return self.places["actor"].model
 
     @property
     def has_critic(self) -> bool:
@@ -70,7 +70,7 @@ class Roles:
     @property
     def shares_trunk(self) -> bool:
         """Whether the critic is a head on the actor's trunk."""
-        actor, critic = self.seats["actor"], self.seats.get("critic")
+        actor, critic = self.places["actor"], self.places.get("critic")
         return critic is not None and (actor.model, actor.adapter) == (critic.model, critic.adapter)
 
     @contextmanager
@@ -88,27 +88,27 @@ class Roles:
             self._activate(previous)
 
     def _activate(self, role: str) -> None:
-        seat = self.seats[role]
-        if isinstance(seat.model, PeftModel):
-            if seat.adapter is None:
-                seat.model.base_model.disable_adapter_layers()
+        place = self.places[role]
+        if isinstance(place.model, PeftModel):
+            if place.adapter is None:
+                place.model.base_model.disable_adapter_layers()
             else:
-                seat.model.base_model.enable_adapter_layers()
-                seat.model.set_adapter(seat.adapter)
-        for parameter in seat.model.parameters():
+                place.model.base_model.enable_adapter_layers()
+                place.model.set_adapter(place.adapter)
+        for parameter in place.model.parameters():
             parameter.requires_grad_(parameter in self._trained)
         self._active = role
 
     def train(self) -> None:
         """Training mode for the models that train: their layers are checkpointed in it."""
-        for seat in self.seats.values():
-            if seat.trained:
-                seat.model.train()
+        for place in self.places.values():
+            if place.trained:
+                place.model.train()
 
     def eval(self) -> None:
         """Evaluation mode for all: sampling keeps its KV cache, scoring recomputes nothing."""
-        for seat in self.seats.values():
-            seat.model.eval()
+        for place in self.places.values():
+            place.model.eval()
 
     def hidden(
         self,
@@ -129,7 +129,7 @@ class Roles:
     @property
     def product_precision(self) -> Precision:
         """How the actor's products are rounded, as PyTorch's flags are now."""
-        base = causal_lm(self.seats["actor"].model)
+        base = causal_lm(self.places["actor"].model)
         return product_precision(self.device, base, autocast=self.autocast)
 
     def precision(self) -> Any:
@@ -141,7 +141,7 @@ class Roles:
     @property
     def base(self) -> nn.Module:
         """The causal language model of the active role, inside its PEFT wrapper."""
-        return causal_lm(self.seats[self._active].model)
+        return causal_lm(self.places[self._active].model)
 
     @property
     def trunk(self) -> nn.Module:
@@ -160,7 +160,7 @@ class Roles:
 
     def trained_parameters(self, role: Role | str) -> list[nn.Parameter]:
         """What an optimiser of `role` holds; with a shared trunk the critic has only its head."""
-        own = [] if role not in self.seats else list(self.seats[role].trained)
+        own = [] if role not in self.places else list(self.places[role].trained)
         if role == "critic" and self.critic_head is not None:
             own = [*([] if self.shares_trunk else own), *self.critic_head.parameters()]
         return own
@@ -168,9 +168,9 @@ class Roles:
     def table(self, reward: str) -> list[tuple[str, str, int]]:
         """Role, weights in words, trainable count: what the first lines of a run print.
 
-        `reward` is what gives the score: not all of that has a seat here.
+        `reward` is what gives the score: not all of that has a place here.
         """
-        words = {role: seat.words for role, seat in self.seats.items()}
+        words = {role: place.words for role, place in self.places.items()}
         words = {"critic": "none", **words, "reward": reward}
         return [
             (role, words[role], sum(p.numel() for p in self.trained_parameters(role)))

@@ -35,7 +35,7 @@ def save(state: State, folder: Path) -> None:
     roles = state.roles
     save_model(roles.model, roles.critic_head, state.tokenizer, folder)
     if roles.critic_head is not None and not roles.shares_trunk:
-        critic, below = roles.seats["critic"], folder / "critic"
+        critic, below = roles.places["critic"], folder / "critic"
         below.mkdir(exist_ok=True)
         save_weights(critic.model, folder if critic.adapter else below, "critic")
         save_file(value_head_state(roles.critic_head), below / VALUE_HEAD_FILE)
@@ -209,7 +209,7 @@ def resume(state: State, folder: Path) -> list[str]:
     state.step = saved["step"]
     state.budgets.adopt(saved["decisions"])
     mode, place = state.budgets.activation_offloading, state.config.offload_dir
-    for base in {causal_lm(seat.model) for seat in state.roles.seats.values() if seat.trained}:
+    for base in {causal_lm(place.model) for place in state.roles.places.values() if place.trained}:
         wrap(base, mode, offload_dir=place)
     state.began -= saved["seconds"]
     state.before = None if saved["before"] is None else Answers(**saved["before"])

@@ -41,7 +41,7 @@ def run(config: Config, records: Records) -> None:
     load_policy(state.roles, folder)
     say = console.console.print
     say(f"[bold]fastppo {__version__}[/bold], stage ppo, {config.model_name_or_path}")
-    say(f"  policy: {folder}, reference: {state.roles.seats['reference'].words}")
+    say(f"  policy: {folder}, reference: {state.roles.places['reference'].words}")
     say(f"  {len(records.eval)} prompts held out; writes {config.output_dir}")
     for line in config.ignored:
         say(f"  [yellow]note:[/yellow] {line}")
@@ -56,12 +56,12 @@ def run(config: Config, records: Records) -> None:
 
 
 def load_policy(roles: Roles, folder: Path) -> None:
-    """Seat what lies in `folder` as the actor; its rank may be other than the file's."""
+    """Place what lies in `folder` as the actor; its rank may be other than the file's."""
     model = roles.model
     if isinstance(model, PeftModel):
         load_adapter(model, str(folder), TRAINED, "adapter_name_or_path")
-        for role in {"actor", "critic"} & roles.seats.keys():  # which is a head on the actor
-            roles.seats[role] = replace(roles.seats[role], adapter=TRAINED, trained=())
+        for role in {"actor", "critic"} & roles.places.keys():  # which is a head on the actor
+            roles.places[role] = replace(roles.places[role], adapter=TRAINED, trained=())
     else:
         try:
             trained = type(model).from_pretrained(folder, dtype=model.dtype)

@@ -49,7 +49,7 @@ def role_groups(config: Config, roles: Roles, role: Role, rate: float) -> list[d
         return [{"role": role, "params": parameters, "lr": rate}]
     fast = {
         parameter
-        for name, parameter in roles.seats[role].model.named_parameters()
+        for name, parameter in roles.places[role].model.named_parameters()
         if "lora_B" in name or parameter.dim() == 1
     }
     slow, quick = ([p for p in parameters if (p in fast) is which] for which in (False, True))

@@ -72,11 +72,11 @@ def cache_budget(roles: Roles, sampling: Sampling, plan: Plan | None = None) -> 
     total = torch.cuda.get_device_properties(roles.device).total_memory
     if plan is not None:
         return 0.8 * max(0, total - plan.stays_in_rollout)
-    parameters = {p for seat in roles.seats.values() for p in seat.model.parameters()}
+    parameters = {p for place in roles.places.values() for p in place.model.parameters()}
     streamed = {
         id(x)
-        for seat in roles.seats.values()
-        if (streams := getattr(causal_lm(seat.model), "streamed", None)) is not None
+        for place in roles.places.values()
+        if (streams := getattr(causal_lm(place.model), "streamed", None)) is not None
         for packed in streams.packed
         for x in packed.tensors
     }

@@ -105,7 +105,7 @@ def test_a_quantised_reference_model_and_a_quantised_critic_model(
         **more,
     )
     kinds = {
-        role: made.seats[role].model.get_base_model().model.layers[0].mlp.up_proj.base_layer
+        role: made.places[role].model.get_base_model().model.layers[0].mlp.up_proj.base_layer
         for role in ("actor", "reference", "critic")
     }
     assert {role: type(layer).__name__ for role, layer in kinds.items()} == {

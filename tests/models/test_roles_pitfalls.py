@@ -32,7 +32,7 @@ FEW = ["lora", "lora norm,lm_head", "full", "freeze model"]
 
 def gradients(made, batch, role):
     """Of the log-probs under the role's head, or of the value where it is the critic."""
-    everything = [p for seat in made.seats.values() for p in seat.trained]
+    everything = [p for place in made.places.values() for p in place.trained]
     for parameter in everything:
         parameter.grad = None
     with made.use(role):
@@ -60,7 +60,7 @@ def test_09_checkpointing_changes_no_gradient_of_any_role(made, rollout, order):
         next(n for n, _ in made.model.named_modules() if n.endswith("layers.1.mlp"))
     ).register_forward_pre_hook(lambda *_: calls.append(1))
     made.train()
-    bases = {causal_lm(made.seats[role].model) for role in order}
+    bases = {causal_lm(made.places[role].model) for role in order}
     found = []
     for checkpointed in (True, False):
         if not checkpointed:
@@ -68,7 +68,7 @@ def test_09_checkpointing_changes_no_gradient_of_any_role(made, rollout, order):
                 base.activation_offload.__exit__()
         calls.clear()
         found.append([gradients(made, batch, role) for role in order])
-        recomputed = len(calls) > (2 if made.seats["critic"].model is made.model else 1)
+        recomputed = len(calls) > (2 if made.places["critic"].model is made.model else 1)
         assert recomputed == checkpointed
     for with_it, without in zip(*found, strict=True):
         assert any(g is not None for g in without)
@@ -93,7 +93,7 @@ def test_09_the_update_ends_a_roles_backward_before_it_enters_the_next(
     found = []
     for checkpointed in (True, False):
         if not checkpointed:
-            for base in {causal_lm(made.seats[role].model) for role in ("actor", "critic")}:
+            for base in {causal_lm(made.places[role].model) for role in ("actor", "critic")}:
                 base.activation_offload.__exit__()
         for parameter in trained:
             parameter.grad = None
@@ -109,7 +109,9 @@ def test_one_update_moves_both_trained_roles_and_nothing_else(made, config, roll
     settings = config(vf_coef=1.0)
     for seed, role in enumerate(("actor", "critic")):
         stir(made.trained_parameters(role), seed)
-    everything = {p: p.detach().clone() for seat in made.seats.values() for p in seat_all(seat)}
+    everything = {
+        p: p.detach().clone() for place in made.places.values() for p in parameters_of(place)
+    }
     experience = experience_of(made, rollout, settings)
     update(made, experience, settings, make_optimizer(settings, made), seed=0)
     moved = {p for p, before in everything.items() if not torch.equal(p, before)}
@@ -120,8 +122,8 @@ def test_one_update_moves_both_trained_roles_and_nothing_else(made, config, roll
         assert not own or sum(p in moved for p in own) > 0.9 * len(own)
 
 
-def seat_all(seat):
-    return list(seat.model.parameters())
+def parameters_of(place):
+    return list(place.model.parameters())
 
 
 @pytest.mark.parametrize("made", named(["lora", "full"]), indirect=True)

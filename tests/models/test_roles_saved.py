@@ -97,7 +97,7 @@ def test_without_a_critic_none_is_built_trained_or_saved(named, kind, whole, tmp
     settings = named(kind, disable_gradient_checkpointing=False)
     state = trainer.init_state(settings)
     made = state.roles
-    assert "critic" not in made.seats
+    assert "critic" not in made.places
     assert made.critic_head is None
     assert made.table("one")[-1] == ("critic", "none", 0)
     before = [p.detach().clone() for p in made.trained_parameters("actor")]

@@ -40,8 +40,8 @@ def test_10_kl_is_0_before_the_first_update(request, made, scored):
     assert table["actor"] > 0
     assert table["critic"] >= made.critic_head.in_features + 1
     trained = {p for role in ("actor", "critic") for p in made.trained_parameters(role)}
-    everything = [p for seat in made.seats.values() for p in seat.model.parameters()]
-    for role in made.seats:
+    everything = [p for place in made.places.values() for p in place.model.parameters()]
+    for role in made.places:
         with made.use(role):
             assert all(p.requires_grad == (p in trained) for p in everything), role
         assert all(p.requires_grad == (p in trained) for p in everything), role
@@ -56,7 +56,7 @@ def test_10_in_bf16_too_where_what_trains_is_float32_and_the_reference_is_not(
     assert (result.logprob_N - result.ref_logprob_N).abs().max().item() <= limit
     for role in ("actor", "critic"):
         assert all(p.dtype == torch.float32 for p in made.trained_parameters(role))
-    reference = made.seats["reference"].model
+    reference = made.places["reference"].model
     frozen = [p for n, p in reference.named_parameters() if "lora_" not in n and "_save" not in n]
     assert {p.dtype for p in frozen} == {torch.bfloat16}
 
@@ -130,7 +130,7 @@ def test_34_a_critic_of_its_own_starts_from_the_reward_model(tiny_roles, reward_
         hidden_as(made, "critic", batch), hidden_as(made, "reward", batch), atol=1e-4, rtol=0
     )
     assert torch.equal(made.critic_head.weight, made.reward_heads["reward"].weight)
-    assert made.seats["critic"].model is not made.model
+    assert made.places["critic"].model is not made.model
 
 
 def test_34_critic_model_brings_the_head_that_lies_in_it(tiny_roles, other_dir, tmp_path):
@@ -150,7 +150,7 @@ def test_34_critic_model_brings_the_head_that_lies_in_it(tiny_roles, other_dir, 
 def test_frozen_layers_are_in_memory_once(tiny_roles):
     made = tiny_roles(finetuning_type="freeze", freeze_trainable_layers=1, critic="shared")
     actor = {p.data_ptr() for p in made.model.parameters()}
-    copied = [p for p in made.seats["reference"].model.parameters() if p.data_ptr() not in actor]
+    copied = [p for p in made.places["reference"].model.parameters() if p.data_ptr() not in actor]
     assert sum(p.numel() for p in copied) == made.table("one")[0][2]
 
 
@@ -226,7 +226,7 @@ def test_a_streamed_reference_model_says_what_it_says_on_the_device(
     batch = make_batch(rollout, range(4))
     expected = hidden_as(resident, "reference", batch)
     assert torch.equal(hidden_as(streamed, "reference", batch), expected)
-    passing = streamed.seats["reference"].model.streamed
+    passing = streamed.places["reference"].model.streamed
     assert passing.bytes_moved > 0
     assert not any(p.requires_grad for p in passing.model.parameters())
     homes = {p.host.untyped_storage().data_ptr() for p in passing.packed}

@@ -24,7 +24,7 @@ KINDS = [
 
 def weights(made: roles.Roles) -> dict[str, torch.Tensor]:
     models = {
-        f"{role}.{n}": p for role, s in made.seats.items() for n, p in s.model.named_parameters()
+        f"{role}.{n}": p for role, s in made.places.items() for n, p in s.model.named_parameters()
     }
     head = [] if made.critic_head is None else made.critic_head.named_parameters()
     return models | {f"critic_head.{name}": parameter for name, parameter in head}

@@ -46,7 +46,7 @@ def both(tiny_roles, rollout, experience_of, config, page):
     """Float64 roles with their experience, and the same rollout as the page lays it out."""
     settings = config(**SETTINGS)
     made = tiny_roles(**SETTINGS)
-    for model in (made.model, made.seats["reference"].model, made.critic_head):
+    for model in (made.model, made.places["reference"].model, made.critic_head):
         model.double()
     experience = experience_of(made, rollout, settings)
     first, longest = max(rollout.prompt_lengths), max(rollout.response_lengths)
@@ -66,7 +66,7 @@ def test_the_page_has_the_trainers_advantages_and_returns(both, page):
     made, experience, settings, batch = both
     scored, beta = experience.scored, 0.1
     kl_B = page.estimate(
-        made.model, made.seats["reference"].model, made.critic_head, batch, scored.score_B, beta
+        made.model, made.places["reference"].model, made.critic_head, batch, scored.score_B, beta
     )
     ours = estimate(scored, settings, KLController(beta, 6.0, 10000), RunningScore())
     live_BR = batch["live"]
