@@ -61,7 +61,7 @@ class ExportConfig(BaseModel):
         return split(self.adapter_name_or_path) if self.adapter_name_or_path else []
 
     @property
-    def trained(self) -> Path:
+    def trained_folder(self) -> Path:
         """Where head, tokenizer and records lie: the last adapter, or the model."""
         return Path((self.adapters or [self.model_name_or_path])[-1] or "")
 

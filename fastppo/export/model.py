@@ -37,7 +37,7 @@ SCORE_BIAS = "score_bias"  # in config.json, where plain transformers has no pla
 def export(config: ExportConfig) -> Iterator[str]:
     """Load, merge and write; yields what to say of it, line by line."""
     disable_progress_bar()
-    name, last = str(config.model_name_or_path), config.trained
+    name, last = str(config.model_name_or_path), config.trained_folder
     source = last if (last / "tokenizer_config.json").is_file() else Path(name)
     tokenizer = load(AutoTokenizer, str(source), config)
     template = get_template(config.template or recorded_template(last), tokenizer)

@@ -101,10 +101,10 @@ def build(config: Config, device: torch.device) -> Roles:
     places = {role: draft.place(role) for role in draft.drafts}
     for place in places.values():
         if place.adapter is not None:
-            compute_in_bfloat16(place.model, place.trained)
-        upcast(place.trained)
+            compute_in_bfloat16(place.model, place.trainable)
+        upcast(place.trainable)
     for place in places.values():
-        if place.trained:
+        if place.trainable:
             wrap_activations(config, causal_lm(place.model))
     autocast = compute_dtype(config, device) == torch.bfloat16
     if autocast and not config.bf16:

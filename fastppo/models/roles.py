@@ -27,7 +27,7 @@ class Place:
     model: nn.Module
     adapter: str | None
     words: str
-    trained: tuple[nn.Parameter, ...] = ()
+    trainable: tuple[nn.Parameter, ...] = ()
 
 
 @dataclass
@@ -46,7 +46,9 @@ class Roles:
 
     def __post_init__(self) -> None:
         # PEFT's own switches set requires_grad on adapters as they go; this is what stays true.
-        self._trained = {parameter for place in self.places.values() for parameter in place.trained}
+        self._trainable = {
+            parameter for place in self.places.values() for parameter in place.trainable
+        }
         for place in self.places.values():
             fuse(place.model)
         if self.critic_head is not None:
@@ -96,13 +98,13 @@ class Roles:
                 place.model.base_model.enable_adapter_layers()
                 place.model.set_adapter(place.adapter)
         for parameter in place.model.parameters():
-            parameter.requires_grad_(parameter in self._trained)
+            parameter.requires_grad_(parameter in self._trainable)
         self._active = role
 
     def train(self) -> None:
         """Training mode for the models that train: their layers are checkpointed in it."""
         for place in self.places.values():
-            if place.trained:
+            if place.trainable:
                 place.model.train()
 
     def eval(self) -> None:
@@ -160,7 +162,7 @@ class Roles:
 
     def trained_parameters(self, role: Role | str) -> list[nn.Parameter]:
         """What an optimiser of `role` holds; with a shared trunk the critic has only its head."""
-        own = [] if role not in self.places else list(self.places[role].trained)
+        own = [] if role not in self.places else list(self.places[role].trainable)
         if role == "critic" and self.critic_head is not None:
             own = [*([] if self.shares_trunk else own), *self.critic_head.parameters()]
         return own

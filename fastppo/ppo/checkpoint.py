@@ -58,7 +58,7 @@ def save_to_resume(state: State, output_dir: Path) -> Path:
         "scheduler": state.scheduler.state_dict(),
         "kl_coef": state.controller.kl_coef,
         "running_score": asdict(state.running_score),
-        "trained": [p.detach() for p in trained(state)],
+        "trained": [p.detach() for p in trainable_parameters(state)],
         "rows": state.metrics.rows,
         "before": None if state.before is None else vars(state.before),
         "random": state.random,
@@ -80,7 +80,7 @@ def save_final(state: State, output_dir: Path) -> None:
     durable.move_into(place, output_dir)
 
 
-def trained(state: State) -> list[nn.Parameter]:
+def trainable_parameters(state: State) -> list[nn.Parameter]:
     """Every trained parameter, in the optimiser's order."""
     return [p for group in state.optimizer.param_groups for p in group["params"]]
 
@@ -172,7 +172,7 @@ def check_same(state: State, saved: dict[str, Any], folder: Path) -> list[str]:
                 f"{key} was trained with another {name}, which it carries on; put the old value "
                 "back, or start anew"
             )
-    if [p.shape for p in trained(state)] != [p.shape for p in saved["trained"]]:
+    if [p.shape for p in trainable_parameters(state)] != [p.shape for p in saved["trained"]]:
         raise UserError(
             f"{key}: what trained there has other shapes; keep lora_rank, lora_target, "
             "finetuning_type, critic and advantage as they were"
@@ -200,7 +200,7 @@ def resume(state: State, folder: Path) -> list[str]:
             "stage ppo"
         )
     changed = check_same(state, saved, folder)
-    for parameter, value in zip(trained(state), saved["trained"], strict=True):
+    for parameter, value in zip(trainable_parameters(state), saved["trained"], strict=True):
         parameter.copy_(value)
     state.optimizer.load_state_dict(saved["optimizer"])
     state.scheduler.load_state_dict(saved["scheduler"])
@@ -209,7 +209,9 @@ def resume(state: State, folder: Path) -> list[str]:
     state.step = saved["step"]
     state.budgets.adopt(saved["decisions"])
     mode, place = state.budgets.activation_offloading, state.config.offload_dir
-    for base in {causal_lm(place.model) for place in state.roles.places.values() if place.trained}:
+    for base in {
+        causal_lm(place.model) for place in state.roles.places.values() if place.trainable
+    }:
         wrap(base, mode, offload_dir=place)
     state.began -= saved["seconds"]
     state.before = None if saved["before"] is None else Answers(**saved["before"])

@@ -61,7 +61,7 @@ def load_policy(roles: Roles, folder: Path) -> None:
     if isinstance(model, PeftModel):
         load_adapter(model, str(folder), TRAINED, "adapter_name_or_path")
         for role in {"actor", "critic"} & roles.places.keys():  # which is a head on the actor
-            roles.places[role] = replace(roles.places[role], adapter=TRAINED, trained=())
+            roles.places[role] = replace(roles.places[role], adapter=TRAINED, trainable=())
     else:
         try:
             trained = type(model).from_pretrained(folder, dtype=model.dtype)

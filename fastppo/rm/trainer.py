@@ -49,7 +49,7 @@ class ResumableTrainer(Trainer):
         self.trackers: Trackers | None = None
         self.add_callback(Watch(self))
 
-    def trained(self) -> dict[str, nn.Parameter]:
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """What trains, by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
@@ -147,7 +147,11 @@ class ResumableTrainer(Trainer):
         save.note_run(written, self.decisions, self.trackers)
         if not self.args.save_only_model:
             sums = {name: getattr(self, name) for name in SUMS}
-            tree = {"parameters": self.trained(), "sums": sums, "bad_run": self.bad_run}
+            tree = {
+                "parameters": self.trainable_parameters(),
+                "sums": sums,
+                "bad_run": self.bad_run,
+            }
             tree["evaluated"] = self.marked is None or self.marked["evaluated"]
             training_state.write(tree, written)
         durable.publish(written, folder)
@@ -159,7 +163,7 @@ class ResumableTrainer(Trainer):
     def _load_from_checkpoint(self, folder: str, model: nn.Module | None = None) -> None:
         self.saved = Path(folder)
         self.resumed = training_state.read(self.saved)
-        mine, saved = self.trained(), self.resumed.get("parameters", {})
+        mine, saved = self.trainable_parameters(), self.resumed.get("parameters", {})
         if {name: p.shape for name, p in mine.items()} != {n: p.shape for n, p in saved.items()}:
             raise UserError(
                 f"resume_from_checkpoint: {folder}: what trained there has other names or shapes; "
@@ -187,7 +191,7 @@ class Watch(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
         """Call off a step whose gradient is not finite: without gradients AdamW does nothing."""
         trainer = self.trainer
-        own = list(trainer.trained().values())
+        own = list(trainer.trainable_parameters().values())
         gradients = [p.grad for p in own if p.grad is not None]
         if nn.utils.get_total_norm(gradients).isfinite():
             trainer.bad_run = 0

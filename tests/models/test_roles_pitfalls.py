@@ -32,7 +32,7 @@ FEW = ["lora", "lora norm,lm_head", "full", "freeze model"]
 
 def gradients(made, batch, role):
     """Of the log-probs under the role's head, or of the value where it is the critic."""
-    everything = [p for place in made.places.values() for p in place.trained]
+    everything = [p for place in made.places.values() for p in place.trainable]
     for parameter in everything:
         parameter.grad = None
     with made.use(role):

@@ -115,7 +115,11 @@ def test_without_a_critic_none_is_built_trained_or_saved(named, kind, whole, tmp
     assert not (folder / "critic").exists()
     resumed = trainer.init_state(settings)
     checkpoint.resume(resumed, folder)
-    pairs = zip(checkpoint.trained(resumed), checkpoint.trained(state), strict=True)
+    pairs = zip(
+        checkpoint.trainable_parameters(resumed),
+        checkpoint.trainable_parameters(state),
+        strict=True,
+    )
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
@@ -186,7 +190,11 @@ def test_19_a_resumed_run_is_the_unbroken_one_bit_for_bit(named, kind, tmp_path)
     for name in ("score", "kl", "policy_loss", "value_loss", "grad_norm_actor", "entropy"):
         assert resumed.metrics.rows[-1][name] == straight.metrics.rows[-1][name]
     assert straight.metrics.rows[0]["kl"] == 0.0
-    pairs = zip(checkpoint.trained(resumed), checkpoint.trained(straight), strict=True)
+    pairs = zip(
+        checkpoint.trainable_parameters(resumed),
+        checkpoint.trainable_parameters(straight),
+        strict=True,
+    )
     assert all(torch.equal(a, b) for a, b in pairs)
 
 

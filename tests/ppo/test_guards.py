@@ -202,7 +202,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, steps: set[int], value: float) -> 
 def learned(run: Any) -> list[torch.Tensor]:
     """Weights and Adam's moments, a copy."""
     moments = [x for one in run.optimizer.state.values() for x in one.values()]
-    return [x.detach().clone() for x in [*checkpoint.trained(run), *moments]]
+    return [x.detach().clone() for x in [*checkpoint.trainable_parameters(run), *moments]]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -112,7 +112,11 @@ def test_a_run_with_ptx_logs_it_and_resumes_bit_for_bit(state, ptx_file, tmp_pat
                 checkpoint.save_to_resume(run, tmp_path)
         runs.append(run)
     assert runs[0].metrics.rows[1]["ptx_loss"] == runs[1].metrics.rows[1]["ptx_loss"] > 0
-    pairs = zip(checkpoint.trained(runs[0]), checkpoint.trained(runs[1]), strict=True)
+    pairs = zip(
+        checkpoint.trainable_parameters(runs[0]),
+        checkpoint.trainable_parameters(runs[1]),
+        strict=True,
+    )
     assert all(torch.equal(a, b) for a, b in pairs)
 
 

@@ -251,7 +251,7 @@ def test_a_dropped_update_leaves_weights_moments_and_counts_as_they_were(state, 
 
     def everything():
         tree = [run.optimizer.state_dict()["state"], vars(run.running_score)]
-        return [p.detach().clone() for p in checkpoint.trained(run)], json.loads(
+        return [p.detach().clone() for p in checkpoint.trainable_parameters(run)], json.loads(
             json.dumps(tree, default=lambda tensor: tensor.tolist())
         )
 

@@ -42,7 +42,11 @@ def test_36_a_seeded_run_twice_is_identical(state, tmp_path):
             run = trainer.step_update(run)
         runs.append(run)
     assert without_clocks(runs[0].metrics.rows) == without_clocks(runs[1].metrics.rows)
-    pairs = zip(checkpoint.trained(runs[0]), checkpoint.trained(runs[1]), strict=True)
+    pairs = zip(
+        checkpoint.trainable_parameters(runs[0]),
+        checkpoint.trainable_parameters(runs[1]),
+        strict=True,
+    )
     assert all(torch.equal(a, b) for a, b in pairs)
     other = trainer.step_update(state(seed=8, metrics_dir=str(tmp_path / "c")))
     assert without_clocks(other.metrics.rows)[0] != without_clocks(runs[0].metrics.rows)[0]
@@ -65,7 +69,11 @@ def test_19_a_resumed_run_is_the_unbroken_one_bit_for_bit(state, tmp_path, criti
     assert without_clocks(resumed.metrics.rows) == without_clocks(straight.metrics.rows)
     assert resumed.controller == straight.controller
     assert resumed.running_score == straight.running_score
-    pairs = zip(checkpoint.trained(resumed), checkpoint.trained(straight), strict=True)
+    pairs = zip(
+        checkpoint.trainable_parameters(resumed),
+        checkpoint.trainable_parameters(straight),
+        strict=True,
+    )
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
