@@ -40,10 +40,10 @@ class Advice:
 
 def smaller_batch(plan: Plan) -> Change:
     """Half the micro-batch, and twice as many of them: the same optimiser step."""
-    if plan.recipe.ppo_max_token_len_per_gpu is not None:
-        rows, length = plan.recipe.update_batch
+    if plan.inputs.ppo_max_token_len_per_gpu is not None:
+        rows, length = plan.inputs.update_batch
         return {"ppo_max_token_len_per_gpu": rows // 2 * length} if rows > 1 else {}
-    rows, steps = plan.recipe.per_device_train_batch_size, plan.recipe.gradient_accumulation_steps
+    rows, steps = plan.inputs.per_device_train_batch_size, plan.inputs.gradient_accumulation_steps
     if rows % 2:
         return {}
     return {"per_device_train_batch_size": rows // 2, "gradient_accumulation_steps": 2 * steps}
@@ -51,13 +51,13 @@ def smaller_batch(plan: Plan) -> Change:
 
 def smaller_scoring(plan: Plan) -> Change:
     """Half as many sequences in a scoring pass."""
-    rows, length = plan.recipe.score_batch
+    rows, length = plan.inputs.score_batch
     return {"log_prob_max_token_len_per_gpu": rows // 2 * length} if rows > 1 else {}
 
 
 def fewer_at_once(plan: Plan) -> Change:
     """Half as many sequences sampled at a time."""
-    rows = plan.recipe.rollout_rows
+    rows = plan.inputs.rollout_rows
     return {"generation_batch": rows // 2} if rows > 1 else {}
 
 
@@ -65,7 +65,7 @@ def halved(key: str, least: int) -> Callable[[Plan], Change]:
     """Half of a count, down to `least`."""
 
     def rung(plan: Plan) -> Change:
-        value = getattr(plan.recipe, key)
+        value = getattr(plan.inputs, key)
         return {key: max(least, value // 2)} if value > least else {}
 
     return rung
@@ -75,16 +75,16 @@ def shorter(key: str) -> Callable[[Plan], Change]:
     """Half of a length, down to SHORTEST; budgets that are in tokens shrink with the sequence."""
 
     def rung(plan: Plan) -> Change:
-        recipe = plan.recipe
-        value = getattr(recipe, key)
+        inputs = plan.inputs
+        value = getattr(inputs, key)
         if value <= SHORTEST:
             return {}
         change: Change = {key: max(SHORTEST, value // 2)}
-        sequence = replace(recipe, **change).sequence
+        sequence = replace(inputs, **change).sequence
         for budget in ("ppo_max_token_len_per_gpu", "log_prob_max_token_len_per_gpu"):
-            tokens = getattr(recipe, budget)
+            tokens = getattr(inputs, budget)
             if tokens is not None:
-                change[budget] = tokens * sequence // recipe.sequence
+                change[budget] = tokens * sequence // inputs.sequence
         return change
 
     return rung
@@ -92,16 +92,16 @@ def shorter(key: str) -> Callable[[Plan], Change]:
 
 def put(key: str, value: Any) -> Callable[[Plan], Change]:
     """A setting as it should be."""
-    return lambda plan: {} if getattr(plan.recipe, key) == value else {key: value}
+    return lambda plan: {} if getattr(plan.inputs, key) == value else {key: value}
 
 
 def quantised(bits: int) -> Callable[[Plan], Change]:
     """Fewer bits for the frozen base; what trains, or takes a merge, cannot be quantised."""
 
     def rung(plan: Plan) -> Change:
-        recipe = plan.recipe
-        now = recipe.quantization_bit or 16
-        takes = recipe.finetuning_type == "lora" and not recipe.merges
+        inputs = plan.inputs
+        now = inputs.quantization_bit or 16
+        takes = inputs.finetuning_type == "lora" and not inputs.merges
         return {"quantization_bit": bits} if takes and now > bits else {}
 
     return rung
@@ -166,18 +166,18 @@ def climb(plan: Plan, known: Collection[str], gpu_bytes: int) -> dict[int, Chang
 def applied(plan: Plan, changes: dict[int, Change]) -> Plan:
     """The plan after these changes; an assumed reward adapter follows the policy's rank."""
     together = {key: changes[rung][key] for rung in sorted(changes) for key in changes[rung]}
-    if "lora_rank" in together and plan.recipe.reward_source.startswith("assumed"):
+    if "lora_rank" in together and plan.inputs.reward_source.startswith("assumed"):
         together["reward_rank"] = together["lora_rank"]
     return plan.again(**together)
 
 
-def settle(plan: Plan, room: int) -> Change:
-    """Values for the keys that the recipe leaves to the plan: the fastest whose plan fits in `room`
+def choose_auto(plan: Plan, room: int) -> Change:
+    """Values for the keys that the inputs leaves to the plan: the fastest whose plan fits in `room`
     bytes, the leanest where none does.
 
     One after the other, in the order of AUTO_KEYS, while those still open are at their leanest.
     """
-    choices = {key: CHOICES[key](plan) for key in AUTO_KEYS if key in plan.recipe.auto}
+    choices = {key: CHOICES[key](plan) for key in AUTO_KEYS if key in plan.inputs.auto}
     chosen: Change = {key: values[-1] for key, values in choices.items()}
     for key, values in choices.items():
         fits = partial(fits_with, plan, room, chosen, key)
@@ -196,13 +196,13 @@ def modes(plan: Plan) -> list[Any]:
 
     `offload` alone is never chosen: it moves some 30 times as much as `checkpoint+offload`.
     """
-    away = plan.recipe.device == "gpu" or plan.recipe.offload_dir
+    away = plan.inputs.device == "gpu" or plan.inputs.offload_dir
     return ["none", "checkpoint", *(["checkpoint+offload"] if away else [])]
 
 
 def chunks(plan: Plan) -> list[Any]:
     """The operators' own default and halves of it, down to LEAST_CHUNK."""
-    size, sizes = plan.recipe.resolved_chunk_bytes, []
+    size, sizes = plan.inputs.resolved_chunk_bytes, []
     while size >= LEAST_CHUNK:
         sizes.append(size)
         size //= 2
@@ -211,7 +211,7 @@ def chunks(plan: Plan) -> list[Any]:
 
 def whole_rows(plan: Plan) -> list[Any]:
     """Tokens of so many of the longest sequences, from a whole optimiser step's down to one's."""
-    return [rows * plan.recipe.sequence for rows in range(plan.recipe.step_rows, 0, -1)]
+    return [rows * plan.inputs.sequence for rows in range(plan.inputs.step_rows, 0, -1)]
 
 
 CHOICES: dict[str, Callable[[Plan], list[Any]]] = {
@@ -219,5 +219,5 @@ CHOICES: dict[str, Callable[[Plan], list[Any]]] = {
     "chunk_bytes": chunks,
     "ppo_max_token_len_per_gpu": whole_rows,
     "log_prob_max_token_len_per_gpu": whole_rows,
-    "generation_batch": lambda plan: list(range(plan.recipe.rollout_rows, 0, -1)),
+    "generation_batch": lambda plan: list(range(plan.inputs.rollout_rows, 0, -1)),
 }

@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from fastppo.errors import TrainingStopped, UserError
-from fastppo.memory.advice import advise, settle
+from fastppo.memory.advice import advise, choose_auto
 from fastppo.memory.command import plan_of, spell
 from fastppo.memory.inputs import AUTO_KEYS
 from fastppo.memory.retry import OutOfMemory, out_of_memory
@@ -33,7 +33,7 @@ def room_of(device: torch.device) -> int:
     return min(total, free + torch.cuda.memory_reserved(device) + CONTEXT)
 
 
-def settled(config: Config, device: torch.device) -> tuple[Config, Plan | None, list[str]]:
+def resolve_auto(config: Config, device: torch.device) -> tuple[Config, Plan | None, list[str]]:
     """The configuration without `auto`, its plan, and what to say of both.
 
     A model whose shape is not known has no plan: that is a note, and an error only where the plan
@@ -49,8 +49,8 @@ def settled(config: Config, device: torch.device) -> tuple[Config, Plan | None, 
             raise
         return config, None, [f"no memory plan: {error}"]
     notes = []
-    if plan.recipe.auto:
-        chosen = settle(plan, room_of(device))
+    if plan.inputs.auto:
+        chosen = choose_auto(plan, room_of(device))
         plan = plan.again(**chosen)
         config = config.model_copy(update=chosen)
         notes.append(f"auto, by the memory plan: {spell(chosen)}")
@@ -63,7 +63,7 @@ def autos(config: Config) -> list[str]:
 
 
 @contextmanager
-def advising(
+def advice_on_failure(
     plan: Plan | None, config: Config, budgets: Budgets, device: torch.device
 ) -> Iterator[None]:
     """Inside, running out of memory for good is one line, with the smallest changes that help.

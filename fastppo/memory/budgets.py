@@ -70,7 +70,7 @@ class Budgets:
 
     @classmethod
     def of(cls, config: Config) -> Budgets:
-        """What the file says, once its `auto` are settled."""
+        """What the file says, once each `auto` is resolved."""
         return cls(
             update=Budget.of(config),
             scoring=Budget.of(config, scoring=True),
@@ -115,5 +115,5 @@ class Budgets:
 
 def count(value: int | str | None) -> int | None:
     """A count; `auto` would be one that the plan was not asked about."""
-    assert not isinstance(value, str), f"{value} is not settled"
+    assert not isinstance(value, str), f"{value} is not resolved"
     return value

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Literal
 from fastppo import __version__
 from fastppo.config import Config
 from fastppo.errors import UserError
-from fastppo.memory.advice import Change, advise, settle
-from fastppo.memory.inputs import Recipe
+from fastppo.memory.advice import Change, advise, choose_auto
+from fastppo.memory.inputs import PlanInputs
 from fastppo.memory.peaks import GIB, MIB, PHASES, ROWS
 from fastppo.memory.plan import Plan, make_plan, uncounted
 from fastppo.memory.shapes import ModelShape, find_shape_and_source
@@ -62,38 +62,38 @@ def plan_of(config: Config, device: Literal["gpu", "cpu"]) -> tuple[Plan, list[s
     base, source = find_shape_and_source(
         config.model_name_or_path, config.cache_dir, config.model_revision
     )
-    recipe = Recipe.of(config, base, device=device)
+    inputs = PlanInputs.of(config, base, device=device)
     notes = [f"shape of the base from {source}"]
     others: dict[str, ModelShape] = {}
-    for role, name in other_models(recipe, config).items():
+    for role, name in other_models(inputs, config).items():
         others[role], source = find_shape_and_source(name, config.cache_dir)
         notes.append(f"shape of the {role} ({name}) from {source}")
-    if "lora" in recipe.rewards:
-        where = recipe.reward_source
-        notes.append(f"reward adapter of rank {recipe.reward_rank} ({where})")
+    if "lora" in inputs.rewards:
+        where = inputs.reward_source
+        notes.append(f"reward adapter of rank {inputs.reward_rank} ({where})")
     own = "the checkpoint's own on a GPU" if device == "gpu" else "float32 on a CPU"
-    why = "bf16: true" if recipe.bf16 else f"bf16 is not set: {own}"
-    notes.append(f"base in {recipe.dtype} ({why})")
+    why = "bf16: true" if inputs.bf16 else f"bf16 is not set: {own}"
+    notes.append(f"base in {inputs.dtype} ({why})")
     if config.stage == "ppo":
         notes.append(
-            f"prompts of cutoff_len {recipe.cutoff_len} tokens, responses of max_new_tokens "
-            f"{recipe.max_new_tokens}, all of them; shorter ones need less"
+            f"prompts of cutoff_len {inputs.cutoff_len} tokens, responses of max_new_tokens "
+            f"{inputs.max_new_tokens}, all of them; shorter ones need less"
         )
     else:
-        notes.append(f"prompt and answer together cutoff_len {recipe.cutoff_len} tokens, always")
-    return make_plan(recipe, Shapes(base, **others)), notes
+        notes.append(f"prompt and answer together cutoff_len {inputs.cutoff_len} tokens, always")
+    return make_plan(inputs, Shapes(base, **others)), notes
 
 
-def other_models(recipe: Recipe, config: Config) -> dict[str, str]:
+def other_models(inputs: PlanInputs, config: Config) -> dict[str, str]:
     """Models beside the base that are named: role -> name."""
     found = {}
     for spec in config.rewards:
         if spec.kind == "full":
             found["reward"] = spec.target
-    if recipe.ref_model is not None:
-        found["reference"] = recipe.ref_model
-    if recipe.critic == "model" and recipe.critic_model is not None:
-        found["critic"] = recipe.critic_model
+    if inputs.ref_model is not None:
+        found["reference"] = inputs.ref_model
+    if inputs.critic == "model" and inputs.critic_model is not None:
+        found["critic"] = inputs.critic_model
     return found
 
 
@@ -103,11 +103,11 @@ def run(config: Config, gpu: str | None) -> int:
     if size is None and (found := present_gpu()) is not None:
         size, name = found[0], f"the {found[1]} here, {found[0] / GIB:.1f} GiB"
     plan, notes = plan_of(config, "cpu" if size is None else "gpu")
-    if plan.recipe.auto:
+    if plan.inputs.auto:
         if size is None:
-            notes.append(f"{', '.join(plan.recipe.auto)}: auto, which a run decides by its memory")
+            notes.append(f"{', '.join(plan.inputs.auto)}: auto, which a run decides by its memory")
         else:
-            chosen = settle(plan, size)
+            chosen = choose_auto(plan, size)
             plan = plan.again(**chosen)
             notes.append(f"auto: {spell(chosen)}")
     print("\n".join(head_lines(config, plan, notes)))
@@ -135,20 +135,20 @@ def unit_of(plan: Plan) -> tuple[int, str]:
 
 
 def table(plan: Plan) -> list[str]:
-    """Rows by role, columns by phase: what is alive at each phase's highest moment."""
+    """Rows by role, columns by phase: what is alive at each phase's highest peak."""
     unit, name = unit_of(plan)
     columns = {phase: plan.columns[phase] for phase in PHASES if phase in plan.columns}
     digits = 2 if unit == GIB else 1
-    there = {row for moment in columns.values() for row in moment.rows}
+    there = {row for peak in columns.values() for row in peak.rows}
     lines = [f"{name:20}" + "".join(f"{phase:>10}" for phase in columns)]
     for row in (row for row in ROWS if row in there):
-        cells = (moment.rows.get(row, 0) for moment in columns.values())
+        cells = (peak.rows.get(row, 0) for peak in columns.values())
         lines.append(
             f"{row:20}" + "".join(f"{c / unit:>10.{digits}f}" if c else f"{'-':>10}" for c in cells)
         )
-    totals = (moment.total for moment in columns.values())
+    totals = (peak.total for peak in columns.values())
     lines.append(f"{'total':20}" + "".join(f"{t / unit:>10.{digits}f}" for t in totals))
-    lines += [f"  {phase}: {moment.name}" for phase, moment in columns.items()]
+    lines += [f"  {phase}: {peak.name}" for phase, peak in columns.items()]
     return lines
 
 

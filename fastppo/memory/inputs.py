@@ -31,7 +31,7 @@ AUTO_KEYS = (
 
 
 @dataclass(frozen=True)
-class Recipe:
+class PlanInputs:
     """One run, as far as memory depends on it. Keys that a Config lacks have these defaults."""
 
     stage: str = "ppo"
@@ -210,8 +210,8 @@ class Recipe:
         return rows > 1 and self.mixed_lengths
 
     @classmethod
-    def of(cls, config: Config, shape: ModelShape, *, device: Literal["gpu", "cpu"]) -> Recipe:
-        """The recipe of a configuration on a base of `shape`."""
+    def of(cls, config: Config, shape: ModelShape, *, device: Literal["gpu", "cpu"]) -> PlanInputs:
+        """The inputs of a configuration on a base of `shape`."""
         own = {f.name for f in fields(cls)} - {"device", "own_dtype", "rewards", "auto"}
         values: dict[str, Any] = {n: getattr(config, n) for n in own if hasattr(config, n)}
         auto = tuple(name for name in AUTO_KEYS if values.get(name) == "auto")

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from fastppo.memory.inputs import Recipe
-from fastppo.memory.peaks import PHASES, Moment, Planner
-from fastppo.memory.weights import Residents, Shapes
+from fastppo.memory.inputs import PlanInputs
+from fastppo.memory.peaks import PHASES, Peak, Planner
+from fastppo.memory.weights import Shapes, StaticBytes
 
 if TYPE_CHECKING:
     from fastppo.config import Config
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """All moments of a run, the highest of each phase, and the highest of all."""
+    """All peaks of a run, the highest of each phase, and the highest of all."""
 
-    recipe: Recipe
+    inputs: PlanInputs
     shapes: Shapes
-    moments: tuple[Moment, ...]
+    peaks: tuple[Peak, ...]
     host: dict[str, int]  # what lies in host memory, pinned
 
     def again(self, **changes: Any) -> Plan:
         """The plan of the same run with some settings changed."""
-        return make_plan(replace(self.recipe, **changes), self.shapes)
+        return make_plan(replace(self.inputs, **changes), self.shapes)
 
     @property
     def host_bytes(self) -> int:
@@ -36,23 +36,23 @@ class Plan:
         return self.host.get("activations", 0)
 
     @property
-    def columns(self) -> dict[str, Moment]:
-        """Phase -> its highest moment."""
+    def columns(self) -> dict[str, Peak]:
+        """Phase -> its highest peak."""
         return {
-            phase: max((m for m in self.moments if m.phase == phase), key=lambda m: m.total)
+            phase: max((m for m in self.peaks if m.phase == phase), key=lambda m: m.total)
             for phase in PHASES
-            if any(m.phase == phase for m in self.moments)
+            if any(m.phase == phase for m in self.peaks)
         }
 
     @property
-    def peak(self) -> Moment:
-        """The highest moment of the run."""
-        return max(self.moments, key=lambda m: m.total)
+    def peak(self) -> Peak:
+        """The highest peak of the run."""
+        return max(self.peaks, key=lambda m: m.total)
 
     @property
     def step_peak(self) -> int:
-        """Bytes that tensors take at the highest moment of a step: no reserve, no evaluation."""
-        return max(m.total - m.rows.get("reserve", 0) for m in self.moments if not m.evaluation)
+        """Bytes that tensors take at the highest peak of a step: no reserve, no evaluation."""
+        return max(m.total - m.rows.get("reserve", 0) for m in self.peaks if not m.evaluation)
 
     @property
     def stays_in_rollout(self) -> int:
@@ -62,9 +62,9 @@ class Plan:
         """
         comes = ("KV cache", "kept activations", "layer at work", "head chunk")
         return max(
-            sum(count for row, count in moment.rows.items() if row not in comes)
-            for moment in self.moments
-            if moment.phase == "rollout"
+            sum(count for row, count in peak.rows.items() if row not in comes)
+            for peak in self.peaks
+            if peak.phase == "rollout"
         )
 
     def fits(self, gpu_bytes: int) -> bool:
@@ -81,9 +81,9 @@ def uncounted(config: Config) -> str | None:
     return next((key for key, counted in keys.items() if getattr(config, key) != counted), None)
 
 
-def make_plan(recipe: Recipe, shapes: Shapes) -> Plan:
-    """The plan of a recipe on models of these shapes."""
-    residents = Residents(recipe, shapes)
-    planner = Planner(recipe, shapes.base, residents)
-    host = {"activations": planner.host_bytes(), **residents.host}
-    return Plan(recipe, shapes, tuple(planner.moments()), host)
+def make_plan(inputs: PlanInputs, shapes: Shapes) -> Plan:
+    """The plan of a run on models of these shapes."""
+    static = StaticBytes(inputs, shapes)
+    planner = Planner(inputs, shapes.base, static)
+    host = {"activations": planner.host_bytes(), **static.host}
+    return Plan(inputs, shapes, tuple(planner.peaks()), host)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from fastppo.memory.inputs import Recipe
+from fastppo.memory.inputs import PlanInputs
 from fastppo.memory.shapes import ModelShape
 from fastppo.memory.tape import FLOAT32
 
@@ -75,29 +75,29 @@ class Shapes:
 
 
 @dataclass
-class Residents:
+class StaticBytes:
     """Bytes by row, and what of the actor and the critic trains."""
 
-    recipe: Recipe
+    inputs: PlanInputs
     shapes: Shapes
     rows: dict[str, int] = field(default_factory=dict)
     host: dict[str, int] = field(default_factory=dict)  # what lies in host memory, by what it is
 
     def __post_init__(self) -> None:
-        recipe, item = self.recipe, self.recipe.item
+        inputs, item = self.inputs, self.inputs.item
         self.shape = self.shapes.base
-        own = (recipe.actor_rank, recipe.actor_target)
-        self.actor = self.trained(self.shape, recipe.finetuning_type, *own)
-        base = weight_bytes(self.shape, item, recipe.quantization_bit)
+        own = (inputs.actor_rank, inputs.actor_target)
+        self.actor = self.trained(self.shape, inputs.finetuning_type, *own)
+        base = weight_bytes(self.shape, item, inputs.quantization_bit)
         if self.actor.whole:  # what trains is float32 in place of the base's dtype
             base += self.actor.parameters * (FLOAT32 - item)
         self.rows["base weights"] = base
         self.rows["actor adapter"] = self.actor.adapter
         self.critic = Trained()
-        if recipe.stage == "ppo":
+        if inputs.stage == "ppo":
             self.place_reference()
             self.place_rewards()
-            if recipe.has_critic:
+            if inputs.has_critic:
                 self.place_critic()
         else:  # the reward model's head trains with it
             self.actor = with_head(self.actor, self.shape)
@@ -107,26 +107,26 @@ class Residents:
 
     def trained(self, shape: ModelShape, kind: str, rank: int, target: str) -> Trained:
         """An adapter, some layers, or everything."""
-        recipe = self.recipe
-        casts = recipe.item if recipe.autocast else 0
+        inputs = self.inputs
+        casts = inputs.item if inputs.autocast else 0
         if kind == "lora":
-            count = shape.lora_parameters(rank, target, recipe.lora_layers)
-            layers = min(recipe.lora_layers or shape.layers, shape.layers)
-            if recipe.use_dora:  # a magnitude for each output
+            count = shape.lora_parameters(rank, target, inputs.lora_layers)
+            layers = min(inputs.lora_layers or shape.layers, shape.layers)
+            if inputs.use_dora:  # a magnitude for each output
                 outputs = sum(out for _, out in shape.targets(target).values())
                 count += layers * outputs
             return Trained(FLOAT32 * count, count, casts * count, rank, layers)
         if kind == "freeze":
-            layers = min(abs(recipe.freeze_trainable_layers), shape.layers)
+            layers = min(abs(inputs.freeze_trainable_layers), shape.layers)
             count = layers * shape.layer_parameters
-            deep = layers if recipe.freeze_trainable_layers > 0 else shape.layers
+            deep = layers if inputs.freeze_trainable_layers > 0 else shape.layers
             return Trained(0, count, casts * count, 0, deep, whole=True)
         count = shape.parameters
         return Trained(0, count, casts * count, 0, shape.layers, whole=True)
 
     def place_states(self, role: str, parameters: int, rank: int) -> None:
         """What the optimiser keeps; paged states come onto the device only as they are wanted."""
-        optim = self.recipe.optim or ""
+        optim = self.inputs.optim or ""
         states = next((count for name, count in STATES.items() if name in optim), 2)
         each = states * (EIGHT_BITS if "8bit" in optim else FLOAT32)
         if optim == "adafactor":  # a row and a column of each matrix: of an adapter 1 in its rank
@@ -138,55 +138,55 @@ class Residents:
         self, row: str, shape: ModelShape, bits: int | None, *, stays: bool = False
     ) -> None:
         """A whole frozen model beside the base, on the device or passing through it."""
-        size = weight_bytes(shape, self.recipe.item, bits)
-        if self.recipe.stream_frozen and bits is None and not stays:
-            size, away = streamed_bytes(shape, self.recipe.item)
+        size = weight_bytes(shape, self.inputs.item, bits)
+        if self.inputs.stream_frozen and bits is None and not stays:
+            size, away = streamed_bytes(shape, self.inputs.item)
             self.host[row] = self.host.get(row, 0) + away
         self.rows[row] = self.rows.get(row, 0) + size
 
     def place_reference(self) -> None:
         """Adapters off, a frozen copy of what trains (or trains on), or a model of its own."""
-        recipe, item = self.recipe, self.recipe.item
-        if recipe.ref_model is not None:
-            bits = recipe.ref_model_quantization_bit
+        inputs, item = self.inputs, self.inputs.item
+        if inputs.ref_model is not None:
+            bits = inputs.ref_model_quantization_bit
             shape = self.shapes.reference or self.shape
             # With freeze and full a critic that is an adapter trains on it.
-            stays = self.actor.whole and recipe.has_critic and recipe.critic == "adapter"
+            stays = self.actor.whole and inputs.has_critic and inputs.critic == "adapter"
             self.place_model("reference weights", shape, bits, stays=stays)
         elif self.actor.whole:
             self.rows["reference weights"] = self.actor.parameters * item
-        elif recipe.continues:
+        elif inputs.continues:
             self.rows["reference adapter"] = self.actor.adapter
 
     def place_rewards(self) -> None:
         """Frozen adapters stay in the base's dtype; a function or an API is elsewhere."""
-        recipe, item = self.recipe, self.recipe.item
-        for kind in recipe.rewards:
+        inputs, item = self.inputs, self.inputs.item
+        for kind in inputs.rewards:
             if kind == "lora":
                 count = self.shape.lora_parameters(
-                    recipe.reward_rank, recipe.reward_target, recipe.lora_layers
+                    inputs.reward_rank, inputs.reward_target, inputs.lora_layers
                 )
                 size = count * item + head_bytes(self.shape)
                 self.rows["reward adapter"] = self.rows.get("reward adapter", 0) + size
             elif kind == "full":  # a classifier: the trunk, and a row in place of the head
                 trunk = replace(self.shapes.reward or self.shape, tied=True)
-                self.place_model("reward weights", trunk, recipe.reward_model_quantization_bit)
+                self.place_model("reward weights", trunk, inputs.reward_model_quantization_bit)
 
     def place_critic(self) -> None:
         """A head, an adapter (the reward model's, to train on), or a model."""
-        recipe, shape, critic = self.recipe, self.shape, Trained()
-        if recipe.critic == "model":
+        inputs, shape, critic = self.inputs, self.shape, Trained()
+        if inputs.critic == "model":
             shape = self.shapes.resolved_critic
-            kind = recipe.critic_finetuning_type or recipe.finetuning_type
-            bits = recipe.quantization_bit if kind == "lora" else None
-            critic = self.trained(shape, kind, recipe.lora_rank, recipe.lora_target)
-            weights = weight_bytes(shape, recipe.item, bits)
+            kind = inputs.critic_finetuning_type or inputs.finetuning_type
+            bits = inputs.quantization_bit if kind == "lora" else None
+            critic = self.trained(shape, kind, inputs.lora_rank, inputs.lora_target)
+            weights = weight_bytes(shape, inputs.item, bits)
             if critic.whole:
-                weights += critic.parameters * (FLOAT32 - recipe.item)
+                weights += critic.parameters * (FLOAT32 - inputs.item)
             self.rows["critic weights"] = weights
-        elif recipe.critic == "adapter":
-            rank = recipe.reward_rank if "lora" in recipe.rewards else recipe.lora_rank
-            critic = self.trained(shape, "lora", rank, recipe.lora_target)
+        elif inputs.critic == "adapter":
+            rank = inputs.reward_rank if "lora" in inputs.rewards else inputs.lora_rank
+            critic = self.trained(shape, "lora", rank, inputs.lora_target)
         self.critic = with_head(critic, shape)
         self.rows["critic adapter"] = self.critic.adapter + head_bytes(shape)
 

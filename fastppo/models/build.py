@@ -68,7 +68,7 @@ class Draft:
     notes: list[str] = field(default_factory=list)
 
     def place(self, role: str) -> Place:
-        """The finished place; actor and critic train, and a critic on the actor's trunk its head."""
+        """The finished place; actor and critic train, a critic on the actor's trunk its head."""
         model, adapter, words = self.drafts[role]
         trained = self.whole.get(role, [])
         if role in ("actor", "critic") and adapter is not None:

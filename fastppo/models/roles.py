@@ -46,9 +46,7 @@ class Roles:
 
     def __post_init__(self) -> None:
         # PEFT's own switches set requires_grad on adapters as they go; this is what stays true.
-        self._trainable = {
-            parameter for place in self.places.values() for parameter in place.trainable
-        }
+        self._trainable = {p for place in self.places.values() for p in place.trainable}
         for place in self.places.values():
             fuse(place.model)
         if self.critic_head is not None:

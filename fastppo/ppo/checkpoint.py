@@ -208,11 +208,10 @@ def resume(state: State, folder: Path) -> list[str]:
     state.running_score = RunningScore(**saved["running_score"])
     state.step = saved["step"]
     state.budgets.adopt(saved["decisions"])
-    mode, place = state.budgets.activation_offloading, state.config.offload_dir
-    for base in {
-        causal_lm(place.model) for place in state.roles.places.values() if place.trainable
-    }:
-        wrap(base, mode, offload_dir=place)
+    mode, offload_dir = state.budgets.activation_offloading, state.config.offload_dir
+    trained = [place.model for place in state.roles.places.values() if place.trainable]
+    for base in {causal_lm(model) for model in trained}:
+        wrap(base, mode, offload_dir=offload_dir)
     state.began -= saved["seconds"]
     state.before = None if saved["before"] is None else Answers(**saved["before"])
     # The last one is made anew, with what is written after it.

@@ -13,7 +13,7 @@ from transformers import set_seed
 
 from fastppo.config import Config, load_config
 from fastppo.data import encode_prompts
-from fastppo.memory.auto import advising, settled
+from fastppo.memory.auto import advice_on_failure, resolve_auto
 from fastppo.memory.budgets import Budgets
 from fastppo.models.batch import check_packing, endless
 from fastppo.models.build import Roles, build
@@ -148,9 +148,9 @@ def init_state(
         if held_out
         else prompts
     )[: config.eval_max_samples]
-    config, plan, notes = settled(config, device)  # the shape is in the hub's cache by now
+    config, plan, notes = resolve_auto(config, device)  # the shape is in the hub's cache by now
     budgets = Budgets.of(config)
-    with advising(plan, config, budgets, device):
+    with advice_on_failure(plan, config, budgets, device):
         roles = build(config, device)
     roles.check_head(prompts[0].ids)
     Sampling.of(config).check(device)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastppo.errors import Interrupted
-from fastppo.memory.auto import advising
+from fastppo.memory.auto import advice_on_failure
 from fastppo.ppo import checkpoint, guards, lines
 from fastppo.ppo.advantage import estimate
 from fastppo.ppo.evaluation import draw, evaluate
@@ -98,7 +98,7 @@ def can_be_undone(state: State) -> AbstractContextManager[None]:
     """
     if state.stop.listens and state.snapshot.take():
         return state.stop.at_once()
-    state.stop.check()  # one that came a moment ago ended the listening
+    state.stop.check()  # one that came a peak ago ended the listening
     return nullcontext()
 
 
@@ -149,7 +149,7 @@ def run(config: Config, records: Records) -> None:
     steps = total_steps(config, len(state.prompts))
     lines.first_lines(state, steps)
     save.prepare_output_dir(output_dir)
-    advice = advising(state.plan, state.config, state.budgets, state.roles.device)
+    advice = advice_on_failure(state.plan, state.config, state.budgets, state.roles.device)
     with durable.space(output_dir), state.stop, advice:
         for line in [*notes, *checkpoint.start(state, folder, output_dir)]:
             console.console.print(f"  {line}")

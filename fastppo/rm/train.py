@@ -22,7 +22,7 @@ from fastppo.config.rewards import HEAD_FILES
 from fastppo.config.trained import trained_before
 from fastppo.data import encode_pairs
 from fastppo.errors import Interrupted, TrainingStopped
-from fastppo.memory.auto import advising, settled
+from fastppo.memory.auto import advice_on_failure, resolve_auto
 from fastppo.memory.budgets import Budgets
 from fastppo.memory.retry import retried
 from fastppo.models import optim
@@ -241,10 +241,10 @@ def run_pairs(config: Config, records: Records, until_the_end: ExitStack) -> Non
     train, held_out = (
         Pairs(encode_pairs(rows, template, *room, **how)) for rows in (records.train, records.eval)
     )
-    config, plan, said = settled(config, device)
+    config, plan, said = resolve_auto(config, device)
     budgets = Budgets.of(config)
     set_seed(config.seed)
-    with advising(plan, config, budgets, device):
+    with advice_on_failure(plan, config, budgets, device):
         model = load_trained(config, folder, device) if folder else trained_model(config, device)
     if start is None:
         head = new_value_head(hidden_size(model), device)
@@ -314,7 +314,7 @@ def run_pairs(config: Config, records: Records, until_the_end: ExitStack) -> Non
         fit(trainer, config, head, held_out or train, resumed)
         return trainer
 
-    with advising(plan, config, budgets, device):
+    with advice_on_failure(plan, config, budgets, device):
         if config.finetuning_type == "lora":
             back = Beginning(reward_model)
             trainer = retried(

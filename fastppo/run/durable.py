@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fastppo.config import Config
 
 MANIFEST = "manifest.json"
-RUN = "fastppo_run.json"  # in output_dir from a run's first moment on, and in checkpoints
+RUN = "fastppo_run.json"  # in output_dir from a run's first peak on, and in checkpoints
 TRAINING_STATE = "training_state.json"  # the half of a checkpoint that only a resume reads
 NUMBERED = re.compile(r"checkpoint-(\d+)")
 FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}

@@ -20,7 +20,7 @@ from fastppo.config import Config, load_config
 from fastppo.errors import UserError
 from fastppo.memory import command as command
 from fastppo.memory.advice import LADDER, advise, applied
-from fastppo.memory.inputs import Recipe
+from fastppo.memory.inputs import PlanInputs
 from fastppo.memory.peaks import GIB, PHASES, RESERVE
 from fastppo.memory.plan import make_plan
 from fastppo.memory.shapes import TABLE, find_shape_and_source, from_config, from_table
@@ -69,7 +69,7 @@ PUBLISHED = {
 }
 
 
-def recipe(**changes: Any) -> Recipe:
+def inputs(**changes: Any) -> PlanInputs:
     """The tutorial's PPO at rank 64 and 2048 tokens."""
     settings: dict[str, Any] = {
         "lora_rank": 64,
@@ -82,7 +82,7 @@ def recipe(**changes: Any) -> Recipe:
         "gradient_accumulation_steps": 8,
         **changes,
     }
-    return Recipe(**settings)
+    return PlanInputs(**settings)
 
 
 def gib(rows: dict[str, int], *names: str) -> float:
@@ -154,14 +154,14 @@ def test_folder_then_cache_then_table(tmp_path):
 
 def test_weights_by_hand():
     # 7,615,616,512 parameters in 2 bytes.
-    rows = make_plan(recipe(), Shapes(SEVEN_B)).columns["load"].rows
+    rows = make_plan(inputs(), Shapes(SEVEN_B)).columns["load"].rows
     assert gib(rows, "base weights") == pytest.approx(14.185, abs=0.001)
     # Linear layers, 28 x 233,046,016 = 6,525,288,448 at 0.5 + 1/64 + 4/(64 x 256) bytes: 3.135 GiB;
     # embedding and head in bf16, 2 x 544,997,376 x 2: 2.030 GiB; norms and biases 0.0008.
-    four = make_plan(recipe(quantization_bit=4), Shapes(SEVEN_B)).columns["load"].rows
+    four = make_plan(inputs(quantization_bit=4), Shapes(SEVEN_B)).columns["load"].rows
     assert gib(four, "base weights") == pytest.approx(5.166, abs=0.001)
     # A byte each, 6.077, and a float32 for each of 28 x 50,688 outputs, 0.005.
-    eight = make_plan(recipe(quantization_bit=8), Shapes(SEVEN_B)).columns["load"].rows
+    eight = make_plan(inputs(quantization_bit=8), Shapes(SEVEN_B)).columns["load"].rows
     assert gib(eight, "base weights") == pytest.approx(8.113, abs=0.001)
 
 
@@ -169,7 +169,7 @@ def test_an_adapter_of_rank_64_by_hand():
     # Per layer 64 x (7168 + 2 x 4096 + 7168 + 3 x 22528) = 64 x 90,112 = 5,767,168;
     # x 28 = 161,480,704: 4 bytes of weight and gradient, 8 of Adam.
     assert SEVEN_B.lora_parameters(64) == 161_480_704
-    rows = make_plan(recipe(), Shapes(SEVEN_B)).columns["update"].rows
+    rows = make_plan(inputs(), Shapes(SEVEN_B)).columns["update"].rows
     for role in ("actor", "critic"):
         whole = gib(rows, f"{role} adapter", f"{role} gradients", f"{role} optimiser")
         assert whole == pytest.approx(2.406, abs=0.001)
@@ -178,8 +178,8 @@ def test_an_adapter_of_rank_64_by_hand():
 
 def test_kv_cache_by_hand():
     # 2 x 4 x 128 x 2 bytes x 28 layers = 56 KiB a token; 8 x 2048 tokens: 0.875 GiB.
-    plan = make_plan(recipe(), Shapes(SEVEN_B))
-    (last,) = [m for m in plan.moments if m.name == "the last token of 8 sequences of 2048"]
+    plan = make_plan(inputs(), Shapes(SEVEN_B))
+    (last,) = [m for m in plan.peaks if m.name == "the last token of 8 sequences of 2048"]
     assert last.rows["KV cache"] == 8 * 2048 * 56 * 1024
     # Layers with a sliding window cache no more than the window.
     gemma = TABLE["google/gemma-2-2b"]
@@ -187,27 +187,27 @@ def test_kv_cache_by_hand():
 
 
 def test_checkpoint_inputs_and_recompute_by_hand():
-    plan = make_plan(recipe(), Shapes(SEVEN_B))
-    (moment,) = [m for m in plan.moments if m.name == "the actor's backward"]
+    plan = make_plan(inputs(), Shapes(SEVEN_B))
+    (peak,) = [m for m in plan.peaks if m.name == "the actor's backward"]
     # 27 layers below the top one x 2048 x 3584 x 2 bytes = 0.369, and the hidden states of 1024
     # response tokens, 0.007.
-    assert gib(moment.rows, "kept activations") == pytest.approx(0.376, abs=0.001)
+    assert gib(peak.rows, "kept activations") == pytest.approx(0.376, abs=0.001)
     # One layer recomputed: 220 KiB a token kept, which is 0.43 for 2048, and on the way two
     # gradients of the MLP's width, 0.072 each.
-    assert gib(moment.rows, "layer at work") == pytest.approx(0.43 + 2 * 0.072, rel=0.05)
+    assert gib(peak.rows, "layer at work") == pytest.approx(0.43 + 2 * 0.072, rel=0.05)
 
 
 def test_activations_without_checkpointing_by_hand():
-    plan = make_plan(recipe(disable_gradient_checkpointing=True), Shapes(SEVEN_B))
-    (loss,) = [m for m in plan.moments if m.name == "the actor's loss"]
+    plan = make_plan(inputs(disable_gradient_checkpointing=True), Shapes(SEVEN_B))
+    (loss,) = [m for m in plan.peaks if m.name == "the actor's loss"]
     # 220 KiB a token and layer: 12.0 GiB for 2048 tokens.
     assert gib(loss.rows, "kept activations") == pytest.approx(12.0, rel=0.04)
 
 
 def test_head_chunk_by_hand():
     def chunk(**changes: Any) -> float:
-        plan = make_plan(recipe(**changes), Shapes(SEVEN_B))
-        (loss,) = [m for m in plan.moments if m.name == "the actor's loss"]
+        plan = make_plan(inputs(**changes), Shapes(SEVEN_B))
+        (loss,) = [m for m in plan.peaks if m.name == "the actor's loss"]
         return loss.rows["head chunk"] / GIB
 
     # 1024 response tokens x 152,064 x 2 bytes; with 4 sequences 512 MiB hold 1765 of the 4096, so
@@ -219,22 +219,22 @@ def test_head_chunk_by_hand():
 def test_the_whole_by_hand():
     # Base and reward adapter, actor and critic: 14.185 + 0.301 + 2 x 2.406 = 19.30. On top of that
     # inputs 0.38 and one layer 0.58 to 0.64: 20.3, and the reserve.
-    update = make_plan(recipe(), Shapes(SEVEN_B)).columns["update"]
+    update = make_plan(inputs(), Shapes(SEVEN_B)).columns["update"]
     assert (update.total - RESERVE) / GIB == pytest.approx(20.3, abs=0.1)
     # A shared critic is a head: 2.4 less.
-    shared = make_plan(recipe(critic="shared"), Shapes(SEVEN_B)).columns["update"]
+    shared = make_plan(inputs(critic="shared"), Shapes(SEVEN_B)).columns["update"]
     assert (update.total - shared.total) / GIB == pytest.approx(2.41, abs=0.03)
     # 4 bits: 5.17 + 2.41 + 0.30 + 1.2 + a tile of 18944 x 3584 x 2 bytes, 0.13.
-    four = make_plan(recipe(critic="shared", quantization_bit=4), Shapes(SEVEN_B))
+    four = make_plan(inputs(critic="shared", quantization_bit=4), Shapes(SEVEN_B))
     assert (four.columns["update"].total - RESERVE) / GIB == pytest.approx(9.0, abs=0.1)
 
 
 def test_aim_of_a_separate_critic_at_2048_tokens_in_22_and_a_half():
-    assert make_plan(recipe(), Shapes(SEVEN_B)).fits(int(22.5 * GIB))
+    assert make_plan(inputs(), Shapes(SEVEN_B)).fits(int(22.5 * GIB))
 
 
 def test_offloading_takes_the_inputs_of_8192_tokens_off_the_device():
-    long = recipe(cutoff_len=4096, max_new_tokens=4096)
+    long = inputs(cutoff_len=4096, max_new_tokens=4096)
     kept = make_plan(long, Shapes(SEVEN_B))
     moved = make_plan(replace(long, activation_offloading="checkpoint+offload"), Shapes(SEVEN_B))
     # 28 layers x 8192 x 3584 x 2 bytes = 1.53 GiB, of which one stays on the way.
@@ -245,7 +245,7 @@ def test_offloading_takes_the_inputs_of_8192_tokens_off_the_device():
 
 
 def test_a_full_finetune_has_16_bytes_a_parameter_and_a_frozen_copy():
-    full = recipe(finetuning_type="full", critic="model", rewards=("full",))
+    full = inputs(finetuning_type="full", critic="model", rewards=("full",))
     rows = make_plan(full, Shapes(SEVEN_B)).columns["update"].rows
     actor = gib(rows, "base weights", "actor gradients", "actor optimiser")
     critic = gib(rows, "critic weights", "critic gradients", "critic optimiser")
@@ -256,33 +256,33 @@ def test_a_full_finetune_has_16_bytes_a_parameter_and_a_frozen_copy():
 
 
 def test_frozen_layers_keep_nothing_for_the_backward():
-    frozen = recipe(finetuning_type="freeze", freeze_trainable_layers=2, rewards=("function",))
+    frozen = inputs(finetuning_type="freeze", freeze_trainable_layers=2, rewards=("function",))
     plan = make_plan(frozen, Shapes(SEVEN_B))
-    (moment,) = [m for m in plan.moments if m.name == "the actor's backward"]
-    assert moment.rows["kept activations"] == (2048 + 1024) * 3584 * 2  # one layer below, the head
+    (peak,) = [m for m in plan.peaks if m.name == "the actor's backward"]
+    assert peak.rows["kept activations"] == (2048 + 1024) * 3584 * 2  # one layer below, the head
     rows = plan.columns["update"].rows
     assert gib(rows, "actor gradients") == pytest.approx(2 * 233_057_792 * 4 / GIB, abs=0.001)
 
 
 @pytest.mark.parametrize("kind", ["function", "api"])
 def test_a_reward_from_elsewhere_takes_nothing(kind):
-    rows = make_plan(recipe(rewards=(kind,)), Shapes(SEVEN_B)).peak.rows
+    rows = make_plan(inputs(rewards=(kind,)), Shapes(SEVEN_B)).peak.rows
     assert not [row for row in rows if row.startswith("reward")]
 
 
 def test_a_reference_model_of_its_own_is_counted():
     small = TABLE["Qwen/Qwen2.5-1.5B"]
-    plan = make_plan(recipe(ref_model="x"), Shapes(SEVEN_B, reference=small))
+    plan = make_plan(inputs(ref_model="x"), Shapes(SEVEN_B, reference=small))
     assert plan.peak.rows["reference weights"] == small.parameters * 2
 
 
 def test_rows_add_up_and_every_phase_is_there():
     for stage in ("ppo", "rm"):
-        plan = make_plan(recipe(stage=stage, rewards=("lora",)), Shapes(SEVEN_B))
+        plan = make_plan(inputs(stage=stage, rewards=("lora",)), Shapes(SEVEN_B))
         assert list(plan.columns) == [p for p in PHASES if stage == "ppo" or p != "rollout"]
         lines = command.table(plan)
-        for index, moment in enumerate(plan.columns.values()):
-            assert moment.total == sum(moment.rows.values())
+        for index, peak in enumerate(plan.columns.values()):
+            assert peak.total == sum(peak.rows.values())
             column = [line[20 + 10 * index : 30 + 10 * index].strip() for line in lines]
             numbers = [float(x) for x in column[1 : len(lines) - len(plan.columns)] if x != "-"]
             assert numbers[-1] == pytest.approx(sum(numbers[:-1]), abs=0.06)
@@ -322,14 +322,14 @@ def test_what_is_proposed_makes_it_fit(file, card, capsys):
     assert f"peak {last:.2f} GiB" in capsys.readouterr().out
 
 
-KEYS = set(Recipe.__annotations__)
+KEYS = set(PlanInputs.__annotations__)
 
 
 @pytest.mark.parametrize("stage", ["ppo", "rm"])
 @pytest.mark.parametrize("card", [8, 12, 16, 20, 24, 32])
 def test_proposals_fit_and_none_of_them_is_idle(stage, card):
     plan = make_plan(
-        recipe(stage=stage, per_device_eval_batch_size=8, reward_source="assumed"),
+        inputs(stage=stage, per_device_eval_batch_size=8, reward_source="assumed"),
         Shapes(SEVEN_B),
     )
     advice = advise(plan, card * GIB, KEYS)
@@ -343,14 +343,14 @@ def test_proposals_fit_and_none_of_them_is_idle(stage, card):
 
 def test_no_key_is_proposed_that_a_config_does_not_have(capsys):
     known = set(Config.model_fields)
-    plan = make_plan(recipe(), Shapes(SEVEN_B))
+    plan = make_plan(inputs(), Shapes(SEVEN_B))
     assert set(advise(plan, 4 * GIB, known).change) <= known
     assert main([str(PPO), "--plan", "--gpu", "4GiB"]) == 3
     assert "no change of settings makes it fit" in capsys.readouterr().out
 
 
 def test_the_ladder_leaves_what_trains_whole_unquantised():
-    plan = make_plan(recipe(finetuning_type="full", rewards=("function",)), Shapes(SEVEN_B))
+    plan = make_plan(inputs(finetuning_type="full", rewards=("function",)), Shapes(SEVEN_B))
     assert not any("quantization_bit" in step(plan) for step in LADDER)
 
 
@@ -358,8 +358,8 @@ def test_which_dtype_is_assumed_is_said(capsys):
     assert main([str(REWARD), "--plan", "--gpu", "80GiB"]) == 0
     out = capsys.readouterr().out
     assert "base in bfloat16 (bf16 is not set: the checkpoint's own on a GPU)" in out
-    assert Recipe(device="cpu").dtype == "float32"
-    assert Recipe(device="gpu", own_dtype="float32").dtype == "float32"
+    assert PlanInputs(device="cpu").dtype == "float32"
+    assert PlanInputs(device="gpu", own_dtype="float32").dtype == "float32"
 
 
 def test_without_a_gpu_there_is_nothing_to_fit_into(monkeypatch, capsys):

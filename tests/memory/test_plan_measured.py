@@ -39,7 +39,7 @@ from fastppo.memory.inputs import (
     CHUNK_ROWS_TRAINED_CPU,
     KEPT_FROM,
     KEPT_TO,
-    Recipe,
+    PlanInputs,
 )
 from fastppo.memory.layer import LayerSetting, trunk_memory
 from fastppo.memory.plan import Plan, make_plan
@@ -83,10 +83,10 @@ def allocations() -> Iterator[SimpleNamespace]:
 
 
 def come_and_go(plan: Plan, phase: str) -> int:
-    """The highest moment of a phase, without what stays through the run."""
+    """The highest peak of a phase, without what stays through the run."""
     return max(
         sum(count for row, count in m.rows.items() if not row.endswith(STAYS))
-        for m in plan.moments
+        for m in plan.peaks
         if m.phase == phase and not m.evaluation
     )
 
@@ -136,14 +136,14 @@ def measure(state: trainer.State, rollout: Rollout) -> dict[str, int]:
 
 
 def plan_for(state: trainer.State, shape: ModelShape, prompts: list[int], response: int) -> Plan:
-    recipe = replace(
-        Recipe.of(state.config, shape, device="cpu"),
+    inputs = replace(
+        PlanInputs.of(state.config, shape, device="cpu"),
         cutoff_len=max(prompts),
         max_new_tokens=response,
         mixed_lengths=len(set(prompts)) > 1,
         compiled_ops=choose("test", None, torch.zeros(1)) == "native",
     )
-    return make_plan(recipe, Shapes(shape))
+    return make_plan(inputs, Shapes(shape))
 
 
 TINY = {
@@ -318,8 +318,8 @@ def test_the_head_chunks_of_the_plan_are_those_of_the_operators():
     shape = TABLE["Qwen/Qwen2.5-7B"]
     chunks = head.chunk_slices(4096, shape.vocab, torch.bfloat16, torch.device("cuda"), None)
     rows = max(chunk.stop - chunk.start for chunk in chunks)
-    recipe = Recipe(per_device_train_batch_size=4, bf16=True)
-    (loss,) = [m for m in make_plan(recipe, Shapes(shape)).moments if m.name == "the actor's loss"]
+    inputs = PlanInputs(per_device_train_batch_size=4, bf16=True)
+    (loss,) = [m for m in make_plan(inputs, Shapes(shape)).peaks if m.name == "the actor's loss"]
     assert loss.rows["head chunk"] == rows * shape.vocab * 2
 
 
@@ -328,7 +328,9 @@ def test_the_peak_that_a_run_prints_counts_tensors_and_no_evaluation(config: Cal
     keys = {"bf16": True, "lora_rank": 64, "disable_gradient_checkpointing": False}
     own = config(**keys, per_device_eval_batch_size=64)
     less = config(**keys, per_device_eval_batch_size=1)
-    plan, small = (make_plan(Recipe.of(c, shape, device="gpu"), Shapes(shape)) for c in (own, less))
+    plan, small = (
+        make_plan(PlanInputs.of(c, shape, device="gpu"), Shapes(shape)) for c in (own, less)
+    )
     assert plan.step_peak == small.step_peak
     assert plan.step_peak < plan.peak.total - plan.peak.rows["reserve"]
 

@@ -10,11 +10,11 @@ from fastppo.cli import main
 from fastppo.config import config_from_dict, load_config
 from fastppo.memory import command as command
 from fastppo.memory.advice import LADDER
-from fastppo.memory.inputs import Recipe
+from fastppo.memory.inputs import PlanInputs
 from fastppo.memory.peaks import GIB
 from fastppo.memory.plan import make_plan
 from fastppo.memory.weights import Shapes
-from tests.memory.test_plan import CONFIG_JSON, PPO, SEVEN_B, recipe
+from tests.memory.test_plan import CONFIG_JSON, PPO, SEVEN_B, inputs
 from tests.project import PPO as USER
 
 
@@ -39,9 +39,9 @@ def test_an_adapter_that_trains_on_has_its_own_rank_and_a_frozen_copy(project):
 
 
 def test_no_bits_are_proposed_for_a_base_that_takes_a_merge():
-    plan = make_plan(recipe(adapter_name_or_path="a,b"), Shapes(SEVEN_B))
+    plan = make_plan(inputs(adapter_name_or_path="a,b"), Shapes(SEVEN_B))
     assert not any("quantization_bit" in step(plan) for step in LADDER)
-    plan = make_plan(recipe(adapter_name_or_path="a"), Shapes(SEVEN_B))
+    plan = make_plan(inputs(adapter_name_or_path="a"), Shapes(SEVEN_B))
     assert any("quantization_bit" in step(plan) for step in LADDER)
 
 
@@ -58,18 +58,18 @@ def test_no_bits_are_proposed_for_a_base_that_takes_a_merge():
     ids=" ".join,
 )
 def test_what_the_roles_keys_ask_for_is_planned(arguments, capsys):
-    """As the same recipe says it that does not come from a file."""
+    """As the same inputs says it that does not come from a file."""
     assert main([str(PPO), *arguments, "--plan", "--gpu", "4000GiB"]) == 0
     out = capsys.readouterr().out
     config = load_config(PPO, arguments)
     plan, _ = command.plan_of(config, "gpu")
-    own = {key: getattr(plan.recipe, key) for key in Recipe.__annotations__}
+    own = {key: getattr(plan.inputs, key) for key in PlanInputs.__annotations__}
     for word in arguments:
         key, _, value = word.partition("=")
         if key in own:
             assert str(own[key]) == value
     there = "reference weights" in plan.peak.rows
-    assert there == (plan.recipe.finetuning_type != "lora" or config.ref_model is not None)
+    assert there == (plan.inputs.finetuning_type != "lora" or config.ref_model is not None)
     assert ("critic weights" in plan.peak.rows) == (config.critic == "model")
     assert f"peak {plan.peak.total / GIB:.2f} GiB" in out
 

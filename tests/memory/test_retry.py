@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from fastppo.config import Config
 from fastppo.errors import TrainingStopped
-from fastppo.memory.auto import advising, smallest_changes
+from fastppo.memory.auto import advice_on_failure, smallest_changes
 from fastppo.memory.budgets import Budget, Budgets
 from fastppo.memory.retry import OutOfMemory, out_of_memory, retried
 from fastppo.ppo import checkpoint, rollout, score, trainer, update
@@ -233,7 +233,7 @@ def test_a_second_failure_is_one_line_with_what_helps_and_code_1(state, monkeypa
     monkeypatch.setattr(update, "backward", lambda *_, **__: never())
     with (
         pytest.raises(TrainingStopped) as stopped,
-        advising(made.plan, made.config, made.budgets, made.roles.device),
+        advice_on_failure(made.plan, made.config, made.budgets, made.roles.device),
     ):
         trainer.step_update(made)
     said = str(stopped.value)

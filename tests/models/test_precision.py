@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from fastppo import toy
 from fastppo.config.precision import own_dtype
 from fastppo.errors import UserError
-from fastppo.memory.inputs import Recipe
+from fastppo.memory.inputs import PlanInputs
 from fastppo.memory.shapes import find_shape
 from fastppo.models.load import compute_dtype
 
@@ -46,7 +46,7 @@ def test_trainer_and_plan_agree_on_the_dtype(config, folder, own, bf16, on_gpu, 
     settings = config(model_name_or_path=str(folder), bf16=bf16)
     for device, name, expected in ((GPU, "gpu", on_gpu), (CPU, "cpu", on_cpu)):
         assert compute_dtype(settings, device) == getattr(torch, expected)
-        planned = Recipe.of(settings, find_shape(str(folder)), device=name)
+        planned = PlanInputs.of(settings, find_shape(str(folder)), device=name)
         assert planned.dtype == expected
         assert planned.autocast == (expected == "bfloat16")
 

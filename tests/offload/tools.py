@@ -61,7 +61,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 class LateStreams:
-    """A device whose copies run at the last moment that is allowed: when compute waits for them.
+    """A device whose copies run at the last peak that is allowed: when compute waits for them.
 
     A copy is remembered by the memory it reads and writes, not by the tensors: memory that was let
     go of before the copy's event was waited for is garbage, and is reported in `broken`.
