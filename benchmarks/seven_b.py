@@ -184,7 +184,7 @@ class Phases(console.Clock):
                 torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() / GIB if self.cuda else 0.0
         self.found[phase] = {
-            "seconds": round(self.phases[phase], 3),
+            "seconds": round(self.seconds[phase], 3),
             "peak_gib": round(peak, 2),
         }
 

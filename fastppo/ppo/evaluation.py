@@ -109,7 +109,7 @@ def summarise(state: State, compared: Comparison) -> dict[str, Any]:
         "eos_share_before": mean(before.terminated),
         "eos_share_after": mean(after.terminated),
         "eval_prompts": len(compared.prompts),
-        "eval_prompts_held_out": state.held_out,
+        "eval_prompts_held_out": state.eval_is_held_out,
     }
     if before.judged is not None and after.judged is not None:
         summary["judge_before"] = mean(before.judged)

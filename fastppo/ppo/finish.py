@@ -22,7 +22,7 @@ def finish(state: State, records: Records) -> None:
     if state.config.do_predict:
         predict(state, held_out_prompts(state, records))
     shown = {k: v for k, v in state.evaluations[-1].items() if k.startswith("eval_")}
-    where = "held-out prompts" if state.held_out else "prompts of the training set"
+    where = "held-out prompts" if state.eval_is_held_out else "prompts of the training set"
     card.write(
         folder,
         state.config,

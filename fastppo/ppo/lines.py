@@ -68,7 +68,7 @@ def first_lines(state: State, steps: int) -> None:
     """What will run, on what, with which roles, and where it writes."""
     config = state.config
     batch = config.rollout_batch_size
-    length = "held out" if state.held_out else "from the training set"
+    length = "held out" if state.eval_is_held_out else "from the training set"
     ops = choose("linear_policy_loss", None, torch.empty(0, device=state.roles.device))
     console.print(f"[bold]fastppo {__version__}[/bold], stage ppo, {config.model_name_or_path}")
     console.print(

@@ -51,7 +51,7 @@ class State:
     reward: Reward
     prompts: list[Prompt]
     eval_prompts: list[Prompt]
-    held_out: bool  # eval_prompts were kept out of training
+    eval_is_held_out: bool  # eval_prompts were kept out of training
     optimizer: torch.optim.Optimizer
     scheduler: Any
     controller: KLController
@@ -167,7 +167,7 @@ def init_state(
         reward=reward,
         prompts=prompts,
         eval_prompts=eval_prompts,
-        held_out=held_out,
+        eval_is_held_out=held_out,
         optimizer=optimizer,
         scheduler=scheduler,
         controller=KLController(

@@ -25,7 +25,7 @@ class Clock:
     """Seconds by phase of one step."""
 
     def __init__(self) -> None:
-        self.phases: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
         self.began = time.monotonic()
 
     @contextmanager
@@ -34,20 +34,20 @@ class Clock:
         yield
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # what was queued belongs to the phase that queued it
-        self.phases[phase] = time.monotonic() - began
+        self.seconds[phase] = time.monotonic() - began
 
     def columns(self) -> dict[str, float]:
         """The phases and the whole, as metrics columns."""
-        columns = {f"seconds_{phase}": seconds for phase, seconds in self.phases.items()}
+        columns = {f"seconds_{phase}": seconds for phase, seconds in self.seconds.items()}
         return {**columns, "seconds": time.monotonic() - self.began}
 
     def step_columns(self, response_tokens: float, update_tokens: float) -> dict[str, float]:
         """Those of a PPO step: tokens a second of its phases, and of the whole, beside them."""
-        columns, phases = self.columns(), self.phases
+        columns, seconds = self.columns(), self.seconds
         return {
             **columns,
-            "rollout_tokens_per_second": response_tokens / phases["rollout"],
-            "update_tokens_per_second": update_tokens / phases["update"],
+            "rollout_tokens_per_second": response_tokens / seconds["rollout"],
+            "update_tokens_per_second": update_tokens / seconds["update"],
             "tokens_per_second": response_tokens / columns["seconds"],
         }
 
