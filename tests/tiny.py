@@ -29,7 +29,11 @@ PROMPTS = ["Hi", "What is rain?", "A line on tea, please.", "Tell me of the sea 
 
 
 @pytest.fixture(autouse=True)
-def _curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def _curves(
+    _nothing_is_left_behind: None,  # looks after monkeypatch has put things back
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Drawing a run's picture takes longer than the run: tests that are about it draw it."""
     whole_runs = request.node.path.parent.name in ("e2e", "reliability")
     if request.node.get_closest_marker("pictures") is None and not whole_runs:
