@@ -42,7 +42,9 @@ from fastppo.models.load import silence_dropout
 from fastppo.offload.activations import wrap
 from fastppo.ppo import trainer
 from fastppo.ppo.advantage import estimate
-from fastppo.ppo.phases import sampled, scored
+from fastppo.ppo.rollout import sample
+from fastppo.ppo.sampling import Sampling
+from fastppo.ppo.score import score
 from fastppo.rm import train as reward_model
 from fastppo.run import console
 from fastppo.run.preflight import check
@@ -217,7 +219,16 @@ def planned(state: trainer.State, mode: str) -> float | None:
 def rollout_of(state: trainer.State) -> Rollout:
     """What is scored and learned from in the usual way; how it was sampled is not compared."""
     with state.roles.use("actor"):
-        return sampled(state, state.prompts[: state.config.rollout_batch_size], seed=0)
+        return sample(
+            state.roles,
+            state.prompts[: state.config.rollout_batch_size],
+            sampling=Sampling.of(state.config),
+            template=state.template,
+            tokenizer=state.tokenizer,
+            seed=0,
+            budgets=state.budgets,
+            plan=state.plan,
+        )
 
 
 def usual(size: Size, state: trainer.State) -> dict[str, Any]:
@@ -225,8 +236,15 @@ def usual(size: Size, state: trainer.State) -> dict[str, Any]:
     clock, made = Phases(size), state.roles
     wrap(made.base, "checkpoint")
     rollout = rollout_of(state)
-    judged = scored(state, rollout)
-    experience = estimate(judged, state.config, state.controller, state.running_score)
+    scored = score(
+        made,
+        rollout,
+        state.reward(rollout),
+        temperature=state.config.temperature,
+        budget=state.budgets.scoring,
+        chunk_bytes=state.budgets.chunk_bytes,
+    )
+    experience = estimate(scored, state.config, state.controller, state.running_score)
     batches = [make_batch(rollout, [row]) for row in range(len(rollout.prompts))]
     adapted = [module for module in made.model.modules() if isinstance(module, LoraLayer)]
     for module in adapted:
@@ -269,9 +287,9 @@ def log_softmax(state: trainer.State, batch: Batch) -> tuple[Tensor, Tensor]:
 
 def usual_backward(state: trainer.State, experience: Experience, batch: Batch) -> None:
     """Clipped surrogate with entropy, then the clipped value loss; autograd for both."""
-    made, judged = state.roles, experience.scored
-    at = token_index(judged.rollout.response_lengths, batch.rows).to(batch.input_ids_BT.device)
-    advantage, old = experience.advantage_N[at], judged.logprob_N[at]
+    made, scored = state.roles, experience.scored
+    at = token_index(scored.rollout.response_lengths, batch.rows).to(batch.input_ids_BT.device)
+    advantage, old = experience.advantage_N[at], scored.logprob_N[at]
     with made.use("actor"):
         logprob_BT, entropy_BT = log_softmax(state, batch)
         ratio = (batch.packing.gather(logprob_BT) - old).exp()
@@ -280,7 +298,7 @@ def usual_backward(state: trainer.State, experience: Experience, batch: Batch) -
     with made.use("critic"):
         hidden_BTD = made.hidden(**batch.inputs)
         value, target = made.value(batch.packing.gather(hidden_BTD)), experience.return_N[at]
-        before = judged.value_N[at]
+        before = scored.value_N[at]
         clipped = before + (value - before).clamp(-0.2, 0.2)
         worst = torch.max((value - target).square(), (clipped - target).square())
         (0.05 * worst.mean()).backward()

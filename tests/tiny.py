@@ -190,7 +190,7 @@ def experience_of(vowels: Reward) -> Callable[..., Experience]:
         scored = score(
             made,
             rollout,
-            vowels,
+            vowels(rollout),
             temperature=settings.temperature,
             budget=Budget(rows=batch_size),
             exact_kl=settings.kl_penalty == "full",

@@ -1,6 +1,6 @@
-"""Out of memory: half of a phase's budget, once more from a clean state; then one line, the end.
+"""Out of memory: a phase is repeated once with half of its budget; a second failure ends the run.
 
-accelerate's find_executable_batch_size halves the batch of a whole run and starts it anew; here a
+accelerate's find_executable_batch_size halves the batch of a whole run and starts it anew; here one
 phase of a step is repeated in smaller parts, with the same result.
 """
 
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from typing import TypeVar
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -17,8 +18,9 @@ from fastppo.memory.budgets import Budgets, Phase
 from fastppo.ops import workspace
 from fastppo.seeds import random_state, set_random_state
 
+P = ParamSpec("P")
 T = TypeVar("T")
-# What allocators say beside torch.OutOfMemoryError: PyTorch's own on a CPU, CUDA's, cuBLAS's.
+# Messages of other errors than torch.OutOfMemoryError: PyTorch's on a CPU, CUDA's, cuBLAS's.
 WORDS = (
     "can't allocate memory",
     "not enough memory",
@@ -38,55 +40,72 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in WORDS)
 
 
-def retried(
+def may_be_retried(error: Exception) -> bool:
+    """Whether an allocation failed that no retry inside has given up on."""
+    return out_of_memory(error) and not isinstance(error, OutOfMemory)
+
+
+def retry(
     phase: Phase,
     budgets: Budgets,
-    run: Callable[[], T],
     *,
     used: Callable[[], int],
     clean: Callable[[], None] = lambda: None,
-) -> T:
-    """`run()`; where it runs out of memory, once more with half of what the phase takes on.
+) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorator: a function that runs out of memory is called once more with half of the budget.
 
-    The second try starts where the first one did: the generators of Python, NumPy and PyTorch are
-    put back, and `clean` drops what the first one left. `budgets` stay halved for the steps that
-    follow. What must not happen twice (asking a reward) does not belong into `run`.
+    The second call starts where the first one did: the generators of Python, NumPy and PyTorch are
+    restored, and `clean` removes what the first call left behind. `budgets` stay halved for the
+    steps that follow. What must not happen twice (asking a reward) does not belong into the
+    function.
 
     Args:
         phase: rollout, score or update.
-        budgets: the run's; `run` reads them anew each time.
-        used: gives what the phase took on at most (sequences in rollout, else tokens of a
-            micro-batch), which is what has to be halved where the budget is larger.
+        budgets: the run's, halved in place; the function must read its own budget from them, or
+            from the `Budget` object in them, at each call.
+        used: returns the most that the phase ran at a time (sequences in rollout, else tokens of
+            a micro-batch): that is what has to be halved where the budget is larger.
+        clean: releases gradients and other state that the failed call left.
 
     Raises:
-        OutOfMemory: the second try ran out of memory too, or there is nothing to halve.
+        OutOfMemory: the second call ran out of memory too, or there is nothing to halve.
     """
-    random = random_state()
-    try:
-        return run()
-    except Exception as error:
-        if isinstance(error, OutOfMemory) or not out_of_memory(error):
-            raise
-    # Out here: the traceback would hold every tensor of the pass that failed.
-    clean()
-    set_random_state(random)
-    give_back()
-    change = budgets.halve(phase, used())
-    if change is None:
-        raise OutOfMemory(f"out of memory in {phase}, which takes on one sequence at a time")
-    note(f"out of memory in {phase}: tries once more, and goes on, with {change}")
-    try:
-        return run()
-    except Exception as error:
-        if isinstance(error, OutOfMemory) or not out_of_memory(error):
-            raise
-    clean()
-    give_back()
-    raise OutOfMemory(f"out of memory in {phase}, also with {change}")
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        @wraps(function)
+        def run(*args: P.args, **kwargs: P.kwargs) -> T:
+            random = random_state()
+            try:
+                return function(*args, **kwargs)
+            except Exception as error:
+                if not may_be_retried(error):
+                    raise
+            # Out here: the traceback would hold every tensor of the call that failed.
+            clean()
+            set_random_state(random)
+            give_back()
+            change = budgets.halve(phase, used())
+            if change is None:
+                raise OutOfMemory(
+                    f"out of memory in {phase}, which takes on one sequence at a time"
+                )
+            note(f"out of memory in {phase}: tries once more, and goes on, with {change}")
+            try:
+                return function(*args, **kwargs)
+            except Exception as error:
+                if not may_be_retried(error):
+                    raise
+            clean()
+            give_back()
+            raise OutOfMemory(f"out of memory in {phase}, also with {change}")
+
+        return run
+
+    return decorate
 
 
 def give_back() -> None:
-    """Let go of what nobody refers to, of the operators' buffers and of the device's blocks."""
+    """Collect garbage; release the operators' buffers and the allocator's cached blocks."""
     gc.collect()
     workspace.release()
     if torch.cuda.is_initialized():

@@ -15,8 +15,7 @@ from fastppo.models.adapters import load_adapter
 from fastppo.models.load import silence_dropout
 from fastppo.models.loading import LOAD_ERRORS, first_line
 from fastppo.ppo import lines
-from fastppo.ppo.evaluation import compare, predict, report, summarise
-from fastppo.ppo.finish import held_out_prompts
+from fastppo.ppo.evaluation import compare, held_out_prompts, predict, report, summarise
 from fastppo.ppo.state import init_state
 from fastppo.run import console, results
 

@@ -5,24 +5,32 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from fastppo.data import encode_prompts
 from fastppo.errors import UserError
+from fastppo.memory.retry import retry
+from fastppo.models.batch import largest
+from fastppo.ppo import lines
 from fastppo.ppo.metrics import SAMPLES, SUMMARY
-from fastppo.ppo.phases import sampled, scored
+from fastppo.ppo.rollout import sample
+from fastppo.ppo.sampling import Sampling
+from fastppo.ppo.score import score
 from fastppo.rewards.function import call_scores, load_function
 from fastppo.rewards.reward import mean_of_known
-from fastppo.run import results, samples
-from fastppo.seeds import seed_of
+from fastppo.run import card, plots, results, samples
+from fastppo.seeds import random_state, seed_of
 from fastppo.types import Answers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from fastppo.data import Records
     from fastppo.models.build import Role
     from fastppo.ppo.state import State
     from fastppo.types import Prompt
@@ -39,23 +47,37 @@ def answer(state: State, role: Role, prompts: list[Prompt]) -> Answers:
     lengths: list[int] = []
     terminated: list[bool] = []
     kl = 0.0
-    size = config.per_device_eval_batch_size
+    size, budgets = config.per_device_eval_batch_size, state.budgets
     for start in range(0, len(prompts), size):
+        group = prompts[start : start + size]
         with roles.use(role):
-            seed = seed_of(config.seed, "evaluation", start)
-            rollout = sampled(state, prompts[start : start + size], seed=seed)
+            rollout = retry("rollout", budgets, used=partial(len, group))(sample)(
+                roles,
+                group,
+                sampling=Sampling.of(config),
+                template=state.template,
+                tokenizer=state.tokenizer,
+                seed=seed_of(config.seed, "evaluation", start),
+                budgets=budgets,
+                plan=state.plan,
+            )
         texts += rollout.texts
         lengths += rollout.response_lengths
         terminated += rollout.terminated
-        if role == "reference":
-            score_B, reward_parts = state.reward(rollout)
-            rewards += score_B.tolist()
-            parts.append(reward_parts)
-        else:
-            found = scored(state, rollout)
-            rewards += found.score_B.tolist()
-            parts.append(found.reward_parts)
-            kl += (found.logprob_N - found.ref_logprob_N).sum().item()
+        score_B, reward_parts = state.reward(rollout)
+        rewards += score_B.tolist()
+        parts.append(reward_parts)
+        if role != "reference":
+            used = partial(largest, rollout, budgets.scoring)
+            scored = retry("score", budgets, used=used)(score)(
+                roles,
+                rollout,
+                (score_B, reward_parts),
+                temperature=config.temperature,
+                budget=budgets.scoring,
+                chunk_bytes=budgets.chunk_bytes,
+            )
+            kl += (scored.logprob_N - scored.ref_logprob_N).sum().item()
     judged = None
     if config.eval_judge is not None:
         judge = load_function(config.eval_judge, "eval_judge")
@@ -136,10 +158,31 @@ def evaluate(state: State) -> dict[str, Any]:
     return summary
 
 
+def evaluate_between_steps(state: State) -> None:
+    """Evaluate during training: print a line, and send the metrics to the trackers."""
+    summary = evaluate(state)
+    lines.evaluation_line(summary)
+    if state.tracker is not None:
+        state.tracker.log(eval_metrics(summary), state.step)
+    state.random = random_state()  # rewards and judges may have drawn from it
+
+
+def eval_metrics(summary: dict[str, Any]) -> dict[str, Any]:
+    """The summary's numbers under names that trackers put into a panel of their own."""
+    return {f"eval/{name}": value for name, value in summary.items()}
+
+
 def draw(state: State, *, share: float = math.inf) -> None:
-    """training_curves.png; `share` of the run's time that pictures may take."""
+    """Draw training_curves.png; drawing may take at most `share` of the run's time."""
     title = f"fastppo: {state.config.model_name_or_path}, {state.step} PPO steps"
     state.metrics.draw(title, share=share)
+
+
+def draw_all(state: State, output_dir: Path) -> None:
+    """Draw the curves of all steps so far, and with `plot_loss` LLaMA-Factory's two."""
+    draw(state)
+    if state.config.plot_loss and state.metrics.rows:
+        plots.plot_ppo(state.metrics.rows, state.config, output_dir)
 
 
 def report(state: State, compared: Comparison, summary: dict[str, Any]) -> dict[str, Any]:
@@ -216,6 +259,35 @@ def predict(state: State, prompts: list[Prompt]) -> dict[str, Any]:
     ]
     results.write_jsonl(folder / results.PREDICTIONS, rows)
     return metrics
+
+
+def held_out_prompts(state: State, records: Records) -> list[Prompt]:
+    """All held-out prompts; an evaluation takes the first `eval_max_samples` of them."""
+    config = state.config
+    return encode_prompts(
+        records.eval,
+        state.template,
+        config.cutoff_len,
+        config.default_system,
+        lf_truncation=config.lf_truncation,
+    )
+
+
+def write_results(state: State, records: Records) -> None:
+    """After the last evaluation: train_results.json, predictions if asked for, the model card."""
+    folder = Path(state.config.output_dir)
+    results.save_metrics(folder, "train", results.train_metrics(state))
+    if state.config.do_predict:
+        predict(state, held_out_prompts(state, records))
+    metrics = {k: v for k, v in state.evaluations[-1].items() if k.startswith("eval_")}
+    origin = "held-out prompts" if state.eval_is_held_out else "prompts of the training set"
+    card.write(
+        folder,
+        state.config,
+        steps=state.step,
+        metrics=metrics,
+        held_out=f"{len(state.eval_prompts)} {origin}",
+    )
 
 
 def side_by_side(prompts: list[Prompt], before: Answers, after: Answers) -> list[dict[str, Any]]:

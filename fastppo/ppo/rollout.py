@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from fastppo.seeds import seed_of
 from fastppo.types import Prompt, Rollout
 
 if TYPE_CHECKING:
+    from fastppo.memory.budgets import Budgets
     from fastppo.memory.plan import Plan
     from fastppo.models.build import Roles
     from fastppo.templates import Template
@@ -130,29 +132,40 @@ def sample(
     template: Template,
     tokenizer: Any,
     seed: int,
-    most: int | None = None,
+    budgets: Budgets | None = None,
     plan: Plan | None = None,
 ) -> Rollout:
-    """Responses of the active role to `prompts`, in the layout of everything that follows.
+    """Sample a response of the active role to each prompt.
 
     The same seed gives the same responses: the generator is this call's own, so that what ran
-    before (or whether it ran, after a resume) does not matter. No more than `most` prompts are
-    answered at a time, nor more than a GPU has room for beside what `plan` says lies there.
+    before (or whether it ran, after a resume) does not matter.
+
+    Args:
+        sampling: the distribution that responses are drawn from.
+        budgets: at most `generation_batch` prompts are answered at a time; None: all of them.
+        plan: says how much memory is taken on the GPU, and so how many the KV cache has room for.
+
+    Returns:
+        Prompts and responses side by side, padded on the right.
     """
     roles.eval()
-    budget = cache_budget(roles, sampling, plan)
-    groups = split(prompts, sampling.max_new_tokens, cache_bytes(roles.base), budget, most)
-    answers: list[Answer | None] = [None] * len(prompts)
+    groups = split(
+        prompts,
+        sampling.max_new_tokens,
+        cache_bytes(roles.base),
+        cache_budget(roles, sampling, plan),
+        None if budgets is None else budgets.generation_batch,
+    )
+    answers: dict[int, Answer] = {}
     merging = merged(roles.base) if merges(roles, sampling) else nullcontext()
     with merging, few_rows(roles.base):
         for number, rows in enumerate(groups):
-            own = [prompts[i] for i in rows]
-            drawn = seed_of(seed, "group", number)
-            found = generate(roles, own, sampling, template, tokenizer, drawn)
-            for i, answer in zip(rows, found, strict=True):
-                answers[i] = answer
-    done = [answer for answer in answers if answer is not None]
-    return lay_out(prompts, done, template, tokenizer, roles.device)
+            group = [prompts[row] for row in rows]
+            group_seed = seed_of(seed, "group", number)
+            found = generate(roles, group, sampling, template, tokenizer, group_seed)
+            answers |= zip(rows, found, strict=True)
+    in_order = [answers[row] for row in range(len(prompts))]
+    return lay_out(prompts, in_order, template, tokenizer, roles.device)
 
 
 @dataclass(frozen=True)
@@ -195,7 +208,11 @@ def generate(
         generation.cache_implementation = "static"  # on CUDA transformers compiles its steps
     strings = StopStrings(tokenizer, template.stop_strings) if template.stop_strings else None
     devices = [roles.device] if roles.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), only(roles.base, generation), roles.precision():
+    with (
+        torch.random.fork_rng(devices=devices),
+        generation_config_of(roles.base, generation),
+        roles.precision(),
+    ):
         torch.manual_seed(seed)
         tokens = roles.base.generate(
             input_ids=prompt_BP,
@@ -227,25 +244,19 @@ def cut(
     return answers
 
 
-class only:
-    """For the length of a block the model has no generation_config but this one.
+@contextmanager
+def generation_config_of(model: Any, generation: GenerationConfig) -> Iterator[None]:
+    """Inside the block `generation` is the model's own generation_config, and its cache is on.
 
     transformers fills unset fields of a passed configuration from the model's (Qwen2.5-Instruct
     brings repetition_penalty 1.05 and top_k 20), which would make the sampler another policy.
     """
-
-    def __init__(self, model: Any, generation: GenerationConfig) -> None:
-        self.model, self.generation = model, generation
-
-    def __enter__(self) -> None:
-        self.own = self.model.generation_config
-        self.own_use_cache = self.model.config.use_cache
-        self.model.generation_config = self.generation
-        self.model.config.use_cache = True
-
-    def __exit__(self, *_: object) -> None:
-        self.model.generation_config = self.own
-        self.model.config.use_cache = self.own_use_cache
+    before, use_cache = model.generation_config, model.config.use_cache
+    model.generation_config, model.config.use_cache = generation, True
+    try:
+        yield
+    finally:
+        model.generation_config, model.config.use_cache = before, use_cache
 
 
 def lay_out(

@@ -1,8 +1,7 @@
-"""Rollout -> Scored: what actor, reference, critic and reward say of it, forward only."""
+"""Rollout -> Scored: log-probs of actor and reference, values of the critic; forward only."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -73,7 +72,7 @@ def exact_scores(
 def score(
     roles: Roles,
     rollout: Rollout,
-    reward: Callable[[Rollout], tuple[Tensor, dict[str, Tensor]]],
+    rewards: tuple[Tensor, dict[str, Tensor]],
     *,
     temperature: float,
     budget: Budget,
@@ -81,14 +80,18 @@ def score(
     keep: bool = False,
     chunk_bytes: int | None = None,
 ) -> Scored:
-    """Score every response, forward only, in micro-batches of rows of similar length.
+    """Log-probs, reference log-probs, entropies and values of every response token, forward only.
 
-    With `keep`, and all rows in one micro-batch, the actor's forward is run as the update runs it
-    and its graph kept: the first optimiser pass, with the same weights, starts behind it. It is the
-    last forward of all, so that nothing but the advantages is computed while the graph waits.
+    Args:
+        rewards: the score (B,) and each reward's own, which are passed on.
+        budget: of a micro-batch, read at each call; rows of similar length share one.
+        exact_kl: also the KL over the whole vocabulary (`kl_penalty: full`).
+        keep: if all rows are in one micro-batch, the actor's forward runs as the update runs it,
+            and its graph is kept for the first optimiser step, which has the same weights. It is
+            the last forward of all: only the advantages are computed while the graph waits.
     """
     roles.eval()
-    score_B, reward_parts = reward(rollout)
+    score_B, reward_parts = rewards
     made = batches(rollout, range(len(rollout.prompts)), budget)
     kept = None
     logprobs, refs, entropies, kls, values, finals = [], [], [], [], [], []

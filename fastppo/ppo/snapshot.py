@@ -1,33 +1,39 @@
-"""What an update changes, copied to the host before it: where a signal cuts it off, the step is
-dropped, and parameters and optimiser are what the last step left."""
+"""Undoing a step that a signal interrupts: parameters and optimiser state are copied to the host
+before the update, and restored if it does not end."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 from torch import Tensor, nn
 
-SHARE = 0.25  # of the host's free memory, that a copy may take; a larger one is not made
+from fastppo.errors import Interrupted
+
+if TYPE_CHECKING:
+    from fastppo.ppo.state import State
+
+SHARE = 0.25  # a copy larger than this share of the host's free memory is not made
 
 
 class Snapshot:
-    """A host copy of an optimiser's parameters and state, in buffers that are used again.
+    """A host copy of an optimiser's parameters and state, in buffers that every step reuses.
 
-    Three float32 for each trained parameter under AdamW: for LoRA adapters a small part of what a
-    step computes with.
+    With AdamW three float32 for each trainable parameter; for LoRA adapters that is little.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
         self.copies: dict[tuple[int, str], Tensor] = {}
-        self.others: dict[tuple[int, str], Any] = {}  # steps that are counted on the host
+        self.others: dict[tuple[int, str], Any] = {}  # counts of steps that are no tensors
         self.taken = False
 
     def parameters(self) -> list[nn.Parameter]:
-        """All that trains, in the optimiser's order."""
+        """The trainable parameters, in the optimiser's order."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def items(self) -> Iterator[tuple[tuple[int, str], Any]]:
@@ -38,16 +44,16 @@ class Snapshot:
                 yield (place, name), value
 
     def nbytes(self) -> int:
-        """Bytes of a copy."""
+        """Size of a copy."""
         return sum(value.nbytes for _, value in self.items() if isinstance(value, Tensor))
 
     def fits(self) -> bool:
-        """Whether the host has room; buffers that are there already have it."""
+        """Whether the host has room for a copy, or has its buffers already."""
         return bool(self.copies) or self.nbytes() <= SHARE * psutil.virtual_memory().available
 
     @torch.no_grad()
     def take(self) -> bool:
-        """Copy what is there now; False where that is too large to be kept."""
+        """Copy parameters and state as they are now; False if that is too large."""
         self.taken = False
         if not self.fits():
             return False
@@ -65,7 +71,7 @@ class Snapshot:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put back what was copied; state that a parameter did not have then is taken away."""
+        """Restore what was copied; optimiser state that is newer than the copy is deleted."""
         for place, parameter in enumerate(self.parameters()):
             parameter.copy_(self.copies[place, ""])
             state = self.optimizer.state.get(parameter, {})
@@ -78,3 +84,29 @@ class Snapshot:
                     del state[name]
             if not state:
                 self.optimizer.state.pop(parameter, None)
+
+
+@contextmanager
+def undo_if_interrupted(state: State) -> Iterator[None]:
+    """If a signal ends the block, restore everything that the step has changed."""
+    running, decisions = replace(state.running_score), state.budgets.decisions()
+    state.snapshot.taken = False
+    try:
+        yield
+    except Interrupted:
+        if state.snapshot.taken:
+            state.snapshot.restore()
+        state.running_score = running
+        state.budgets.adopt(decisions)
+        raise
+
+
+def interruptible_update(state: State) -> AbstractContextManager[None]:
+    """A block that a signal ends at once, because a copy of what it changes has been made.
+
+    Without a copy (nobody listens for signals, or it is too large) a signal waits for its end.
+    """
+    if state.stop.listens and state.snapshot.take():
+        return state.stop.at_once()
+    state.stop.check()  # a signal may have come just before, and it ended the listening
+    return nullcontext()

@@ -15,7 +15,7 @@ from fastppo.config import Config, load_config
 from fastppo.data import encode_prompts
 from fastppo.memory.auto import advice_on_failure, resolve_auto
 from fastppo.memory.budgets import Budgets
-from fastppo.models.batch import check_packing, endless
+from fastppo.models.batch import check_packing
 from fastppo.models.build import Roles, build
 from fastppo.models.load import load_tokenizer
 from fastppo.ppo.advantage import KLController, RunningScore
@@ -30,7 +30,7 @@ from fastppo.run import session
 from fastppo.run.preflight import check
 from fastppo.run.stopping import Stop
 from fastppo.run.tracking import Trackers
-from fastppo.seeds import random_state, seed_of
+from fastppo.seeds import random_state
 from fastppo.templates import Template, get_template
 from fastppo.types import Prompt
 
@@ -89,24 +89,6 @@ def total_steps(config: Config, n_prompts: int) -> int:
         return config.max_steps
     steps = config.num_train_epochs * n_prompts / config.prompts_a_step
     return max(1, math.ceil(steps - 1e-9))  # 0.1 * 30 / 3 is above 1 by rounding alone
-
-
-def prompts_of_step(state: State) -> list[Prompt]:
-    """The next prompts of an endless shuffled stream, each `num_generations` times in a row."""
-    config = state.config
-    chosen = endless(
-        len(state.prompts),
-        state.step,
-        config.prompts_a_step,
-        seed=seed_of(config.data_order_seed, "prompt order"),
-        shuffle=not config.disable_shuffling,
-    )
-    return [state.prompts[i] for i in chosen for _ in range(config.num_generations)]
-
-
-def optimizer_steps(config: Config) -> int:
-    """Optimiser steps in a PPO step that nothing cuts short."""
-    return config.ppo_epochs * config.ppo_buffer_size
 
 
 def init_state(

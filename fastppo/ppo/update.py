@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from fastppo.config.ppo import KL_KIND
 from fastppo.errors import TrainingStopped
 from fastppo.memory.budgets import Budgets
-from fastppo.memory.retry import retried
+from fastppo.memory.retry import retry
 from fastppo.models.batch import Batch, batches, largest, to_device, token_index
 from fastppo.models.rounding import LIMITS, Precision
 from fastppo.ops import PolicyLoss, PolicyLossConfig, linear_policy_loss, value_loss
@@ -49,6 +48,10 @@ class Totals:
         """Add all that `other` has."""
         for name, value in other.sums.items():
             self.add(name, value)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """One sum, as it is on the device."""
+        return self.sums[name]
 
     def read(self) -> dict[str, float]:
         """All sums, in one transfer."""
@@ -210,7 +213,7 @@ def critic_loss(
     return value.loss
 
 
-def backward(
+def forward_backward(
     roles: Roles,
     experience: Experience,
     batch: Batch,
@@ -222,9 +225,10 @@ def backward(
     kept: Kept | None = None,
     chunk_bytes: int | None = None,
 ) -> None:
-    """Losses and gradients of one micro-batch; a role's backward ends before the next's forward.
+    """Forward, loss and backward of one micro-batch; gradients and `totals` are added to.
 
-    What scoring `kept` of these rows, before any weight moved, takes the place of the forward.
+    A role's backward ends before the next role's forward. `kept` is the actor's forward that
+    scoring has kept: if it is of these rows, it takes the place of the actor's forward here.
     """
     tokens = Tokens.of(experience, batch, mini)
     with roles.use("actor"):
@@ -244,7 +248,8 @@ def backward(
         with roles.use("critic"):
             critic_ND = batch.packing.gather(roles.hidden(**batch.inputs))
             value = critic_loss(roles, experience, tokens, critic_ND, config, totals)
-            (config.vf_coef * value).backward()
+            loss = config.vf_coef * value
+            loss.backward()
     stats = policy.metrics
     totals.add("policy_loss", stats.surrogate)
     if config.use_kl_loss:
@@ -253,6 +258,43 @@ def backward(
         totals.add(name, getattr(stats, name))
     for name in ("ratio", "clipped", "approx_kl", "policy_kl", "log_ratio_abs"):
         totals.add(name, getattr(stats, f"{name}_sum"))
+
+
+def accumulate_gradients(
+    roles: Roles,
+    experience: Experience,
+    mini: MiniBatch,
+    config: Config,
+    budgets: Budgets,
+    *,
+    train_actor: bool = True,
+) -> Totals:
+    """Forward, loss and backward of one optimiser step, in micro-batches as the budget is now.
+
+    Returns:
+        The sums of the step's metrics; the gradients are added to the parameters'.
+    """
+    totals = Totals()
+    for batch in batches(experience.scored.rollout, mini.rows, budgets.update):
+        forward_backward(
+            roles,
+            experience,
+            batch,
+            mini,
+            config,
+            totals,
+            train_actor=train_actor,
+            kept=experience.scored.kept,
+            chunk_bytes=budgets.chunk_bytes,
+        )
+    return totals
+
+
+def release(optimizer: torch.optim.Optimizer, kept: Kept | None) -> None:
+    """Release what a failed pass has left: gradients, and the forward that scoring kept."""
+    optimizer.zero_grad(set_to_none=True)
+    if kept is not None:
+        kept.hidden_BTD = None
 
 
 def check_first_pass(mean_log_ratio: float, precision: Precision) -> None:
@@ -277,51 +319,6 @@ def shares_first_pass(config: Config, budgets: Budgets) -> bool:
     return config.ppo_buffer_size == 1 and budgets.update == budgets.scoring
 
 
-@dataclass
-class Passes:
-    """Losses and gradients of one optimiser step after another, each by micro-batches."""
-
-    roles: Roles
-    experience: Experience
-    config: Config
-    budgets: Budgets
-    train_actor: bool
-    # One mini-batch has the same micro-batches in every epoch.
-    layouts: dict[tuple[int, ...], list[Batch]] = field(default_factory=dict)
-
-    def micro_batches(self, mini: MiniBatch) -> list[Batch]:
-        """As large as the budget is now."""
-        rows = tuple(sorted(mini.rows))
-        if rows not in self.layouts:
-            rollout = self.experience.scored.rollout
-            self.layouts = {rows: batches(rollout, mini.rows, self.budgets.update)}
-        return self.layouts[rows]
-
-    def __call__(self, mini: MiniBatch) -> Totals:
-        """Gradients are added to what is there."""
-        totals, kept = Totals(), self.experience.scored.kept
-        for batch in self.micro_batches(mini):
-            backward(
-                self.roles,
-                self.experience,
-                batch,
-                mini,
-                self.config,
-                totals,
-                train_actor=self.train_actor,
-                kept=kept,
-                chunk_bytes=self.budgets.chunk_bytes,
-            )
-        return totals
-
-    def clear(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let go of gradients, of a kept forward, and of micro-batches that were too large."""
-        optimizer.zero_grad(set_to_none=True)
-        self.layouts = {}
-        if self.experience.scored.kept is not None:
-            self.experience.scored.kept.hidden_BTD = None
-
-
 def losses_finite(totals: Totals) -> Tensor:
     """Whether every loss of an optimiser step is a number (0-d bool, on the device)."""
     names = {"policy_loss", "kl_loss", "value_loss", "ptx_loss"} & totals.sums.keys()
@@ -340,55 +337,66 @@ def update(
     budgets: Budgets | None = None,
     nonfinite_run: float = 0.0,
 ) -> dict[str, float]:
-    """Learn from a rollout: `ppo_epochs` passes over it, an optimiser step a mini-batch.
+    """Train on a rollout: `ppo_epochs` passes over it, one optimiser step for each mini-batch.
 
-    The host waits for the device once for the first pass, once at the end, and once an optimiser
-    step where `early_stopping` has to know the KL. An optimiser step that runs out of memory is
-    begun anew with smaller micro-batches: nothing has moved yet. `budgets` are the file's where
-    none are given.
+    The host waits for the device once after the first pass, once at the end, and with
+    `early_stopping` once for each optimiser step, to know the KL. An optimiser step that runs out
+    of memory is repeated in smaller micro-batches: no weight has moved yet.
 
     A step whose loss or gradient is not finite is skipped; after `max_bad_steps` of them in a row,
-    `nonfinite_run` from before counted in, no step is taken any more.
+    counted on from `nonfinite_run`, no further step is taken.
+
+    Args:
+        train_actor: False trains the critic alone (`critic_warmup`).
+        ptx: micro-batches of written answers, one for each optimiser step.
+        budgets: sizes of micro-batches; None takes the configuration's.
+
+    Returns:
+        The step's metrics, by their names in docs/metrics.md.
     """
     roles.train()
     budgets = budgets or Budgets.of(config)
+    scored, lengths = experience.scored, experience.scored.rollout.lengths
+    # One call that may run out of memory: forward, loss and backward of all micro-batches.
+    accumulate = retry(
+        "update",
+        budgets,
+        used=partial(largest, scored.rollout, budgets.update),
+        clean=partial(release, optimizer, scored.kept),
+    )(accumulate_gradients)
     totals, first_pass, steps, early_stopped, tokens = Totals(), 0.0, 0, False, 0
-    rollout = experience.scored.rollout
-    gradients = Passes(roles, experience, config, budgets, train_actor)
-    clear = partial(gradients.clear, optimizer)
-    used = partial(largest, rollout, budgets.update)
     bad_run = torch.tensor(nonfinite_run, device=experience.return_N.device)
     limit = config.max_bad_steps or math.inf
     seeds = [seed_of(seed, "mini-batches", epoch) for epoch in range(config.ppo_epochs)]
-    epochs = [mini_batches(experience, config, each) for each in seeds]
-    for passes, mini in enumerate(chain.from_iterable(epochs), 1):
+    minis = [mini for each in seeds for mini in mini_batches(experience, config, each)]
+    for passes, mini in enumerate(minis, 1):
+        tokens += sum(lengths[row] for row in mini.rows)
         optimizer.zero_grad(set_to_none=True)
-        tokens += sum(rollout.lengths[row] for row in mini.rows)
-        own = retried("update", budgets, partial(gradients, mini), used=used, clean=clear)
+        sums = accumulate(roles, experience, mini, config, budgets, train_actor=train_actor)
         if passes == 1:
-            first_pass = own.sums["log_ratio_abs"].item() / mini.tokens
+            first_pass = sums["log_ratio_abs"].item() / mini.tokens
             check_first_pass(first_pass, roles.product_precision)
         if ptx is not None and train_actor:
-            own.add("ptx_loss", ptx_backward(roles, next(ptx), config.ptx_coef))
-        totals.merge(own)
+            sums.add("ptx_loss", ptx_backward(roles, next(ptx), config.ptx_coef))
+        totals.merge(sums)
         if config.early_stopping:
-            early_stopped = own.sums["policy_kl"].item() / mini.tokens > 1.5 * config.target_kl
+            early_stopped = sums["policy_kl"].item() / mini.tokens > 1.5 * config.target_kl
             if early_stopped:
                 break
         # A step whose mean ratio has run away teaches nothing (TRL's ratio_threshold).
-        keep = own.sums["ratio"] <= config.ratio_threshold * mini.tokens
-        finite = losses_finite(own)
-        keep = keep & finite & (bad_run < limit)
-        norms, taken = clip_and_step(optimizer, config.max_grad_norm, keep)
+        ratio_is_near = sums["ratio"] <= config.ratio_threshold * mini.tokens
+        finite, goes_on = losses_finite(sums), bad_run < limit
+        norms, taken = clip_and_step(
+            optimizer, config.max_grad_norm, keep=ratio_is_near & finite & goes_on
+        )
         steps += 1
-        for norm in norms.values():
-            finite = finite & norm.isfinite()
-        bad_run = torch.where(finite & (bad_run < limit), 0.0, bad_run + 1)
-        totals.add("nonfinite", (~finite).float())
-        totals.sums["nonfinite_run"] = bad_run
-        totals.add("taken", taken.float())
         for role, norm in norms.items():
+            finite = finite & norm.isfinite()
             totals.add(f"grad_norm_{role}", torch.where(taken, norm, 0))
+        bad_run = torch.where(finite & goes_on, 0.0, bad_run + 1)
+        totals.sums["nonfinite_run"] = bad_run
+        totals.add("nonfinite", (~finite).float())
+        totals.add("taken", taken.float())
     optimizer.zero_grad(set_to_none=True)
     roles.eval()
     row = means(totals, passes=passes, steps=steps, early_stopped=early_stopped)

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastppo.config.rewards import RewardSpec
 from fastppo.errors import TrainingStopped, UserError
 from fastppo.memory.budgets import Budgets
-from fastppo.memory.retry import retried
+from fastppo.memory.retry import retry
 from fastppo.models.batch import largest
 from fastppo.rewards.adapter import AdapterReward
 from fastppo.rewards.function import FunctionReward
@@ -98,7 +98,7 @@ class Reward:
         if self.budgets is None or spec.kind not in ("lora", "full"):
             return part(rollout)
         used = partial(largest, rollout, self.budgets.scoring)
-        return retried("score", self.budgets, partial(part, rollout), used=used)
+        return retry("score", self.budgets, used=used)(part)(rollout)
 
     def table(self) -> str:
         """What they are, in words, for the first lines of a run."""

@@ -24,7 +24,7 @@ from fastppo.data import encode_pairs
 from fastppo.errors import Interrupted, TrainingStopped
 from fastppo.memory.auto import advice_on_failure, resolve_auto
 from fastppo.memory.budgets import Budgets
-from fastppo.memory.retry import retried
+from fastppo.memory.retry import retry
 from fastppo.models import optim
 from fastppo.models.adapters import (
     compute_in_bfloat16,
@@ -317,13 +317,12 @@ def run_pairs(config: Config, records: Records, until_the_end: ExitStack) -> Non
     with advice_on_failure(plan, config, budgets, device):
         if config.finetuning_type == "lora":
             back = Beginning(reward_model)
-            trainer = retried(
+            trainer = retry(
                 "update",
                 budgets,
-                fitted,
                 used=lambda: budgets.update.tokens or 0,
                 clean=back.restore,
-            )
+            )(fitted)()
         else:  # too large to keep a copy of
             trainer = fitted()
         try:

@@ -127,7 +127,9 @@ def measure(state: trainer.State, rollout: Rollout) -> dict[str, int]:
     state.optimizer.zero_grad(set_to_none=True)
     workspace.release()
     with allocations() as scoring:
-        scored = score(state.roles, rollout, state.reward, temperature=1.0, budget=Budget())
+        scored = score(
+            state.roles, rollout, state.reward(rollout), temperature=1.0, budget=Budget()
+        )
     experience = estimate(scored, state.config, state.controller, state.running_score)
     workspace.release()
     with allocations() as updating:

@@ -16,7 +16,7 @@ from fastppo.config import Config
 from fastppo.errors import TrainingStopped
 from fastppo.memory.auto import advice_on_failure, smallest_changes
 from fastppo.memory.budgets import Budget, Budgets
-from fastppo.memory.retry import OutOfMemory, out_of_memory, retried
+from fastppo.memory.retry import OutOfMemory, out_of_memory, retry
 from fastppo.ppo import checkpoint, rollout, score, trainer, update
 from fastppo.ppo.evaluation import evaluate
 from fastppo.rm import train as reward_model
@@ -74,9 +74,9 @@ def never() -> None:
 
 def test_a_second_failure_ends_it_and_another_error_is_let_through():
     with pytest.raises(OutOfMemory, match="in score, also with log_prob_max_token_len_per_gpu: 32"):
-        retried("score", budgets(), never, used=lambda: 64)
+        retry("score", budgets(), used=lambda: 64)(never)()
     with pytest.raises(OutOfMemory, match="in rollout, which takes on one sequence at a time"):
-        retried("rollout", budgets(), never, used=lambda: 1)
+        retry("rollout", budgets(), used=lambda: 1)(never)()
     calls: list[int] = []
 
     def wrong() -> None:
@@ -84,7 +84,7 @@ def test_a_second_failure_ends_it_and_another_error_is_let_through():
         raise RuntimeError("shapes do not agree")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        retried("score", budgets(), wrong, used=lambda: 64)
+        retry("score", budgets(), used=lambda: 64)(wrong)()
     assert len(calls) == 1
 
 
@@ -109,7 +109,7 @@ def steps(made: trainer.State) -> tuple[list[torch.Tensor], list[dict[str, float
     [
         ("rollout", rollout, "generate", 1),
         ("score", score, "token_scores", 2),
-        ("update", update, "backward", 1),
+        ("update", update, "forward_backward", 1),
     ],
 )
 def test_a_retry_is_a_run_that_had_half_from_the_start(
@@ -146,7 +146,7 @@ def test_the_second_try_draws_what_the_first_one_drew():
         if len(seen) == 1:
             raise full()
 
-    retried("score", budgets(), run, used=lambda: 64)
+    retry("score", budgets(), used=lambda: 64)(run)()
     assert seen[0] == seen[1]
 
 
@@ -221,7 +221,7 @@ def test_an_evaluation_whose_reward_model_runs_out_tries_again_too(state, reward
 
 def test_a_later_optimiser_step_is_begun_anew_and_differs_by_rounding(state, monkeypatch):
     made, plain = state(), state()
-    monkeypatch.setattr(update, "backward", failing(update.backward, 2, full()))
+    monkeypatch.setattr(update, "forward_backward", failing(update.forward_backward, 2, full()))
     got = steps(made)[0]
     monkeypatch.undo()
     want = steps(plain)[0]
@@ -230,7 +230,7 @@ def test_a_later_optimiser_step_is_begun_anew_and_differs_by_rounding(state, mon
 
 def test_a_second_failure_is_one_line_with_what_helps_and_code_1(state, monkeypatch):
     made = state()
-    monkeypatch.setattr(update, "backward", lambda *_, **__: never())
+    monkeypatch.setattr(update, "forward_backward", lambda *_, **__: never())
     with (
         pytest.raises(TrainingStopped) as stopped,
         advice_on_failure(made.plan, made.config, made.budgets, made.roles.device),

@@ -21,7 +21,7 @@ from fastppo.models.load import attention, causal_lm, silence_dropout, trunk
 from fastppo.ops import linear_token_logprobs
 from fastppo.ppo.optimizer import clip_and_step, make_optimizer
 from fastppo.ppo.rollout import Sampling, sample
-from fastppo.ppo.update import Totals, backward, mini_batches, update
+from fastppo.ppo.update import Totals, forward_backward, mini_batches, update
 from fastppo.rm import train as reward_model
 from tests.tiny import hidden_as, named, stir
 
@@ -98,7 +98,7 @@ def test_09_the_update_ends_a_roles_backward_before_it_enters_the_next(
         for parameter in trained:
             parameter.grad = None
         batch = make_batch(rollout, mini.rows)
-        backward(made, experience, batch, mini, settings, Totals())
+        forward_backward(made, experience, batch, mini, settings, Totals())
         found.append([parameter.grad.clone() for parameter in trained])
     assert all(grad.abs().max() > 0 for grad in found[1])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

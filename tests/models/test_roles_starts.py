@@ -20,7 +20,9 @@ from tests.tiny import NAMES, hidden_as, named, stir
 
 @pytest.fixture
 def scored(vowels, rollout):
-    return lambda made: score(made, rollout, vowels, temperature=1.0, budget=Budget(rows=4))
+    return lambda made: score(
+        made, rollout, vowels(rollout), temperature=1.0, budget=Budget(rows=4)
+    )
 
 
 BF16 = ["dora", "lora norm,lm_head", "sft with modules_to_save", "freeze shared", "full model"]

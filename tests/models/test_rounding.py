@@ -74,8 +74,8 @@ def test_in_tf32_a_policy_that_is_another_still_stops_the_run(state, monkeypatch
         scored = inner(*args, **kwargs)
         return replace(scored, logprob_N=scored.logprob_N + 0.05)
 
-    inner = trainer.scored
-    monkeypatch.setattr(trainer, "scored", moved)
+    inner = trainer.score
+    monkeypatch.setattr(trainer, "score", moved)
     with pytest.raises(TrainingStopped, match="before the first update"):
         trainer.step_update(state(tf32=True, **APART))
 
@@ -92,8 +92,8 @@ def test_a_sampler_in_tf32_is_the_same_policy(state, monkeypatch, tf32, warned):
         finally:
             sampling.clear()
 
-    inner = trainer.sampled
-    monkeypatch.setattr(trainer, "sampled", sampled)
+    inner = trainer.sample
+    monkeypatch.setattr(trainer, "sample", sampled)
     run = state(tf32=tf32)
     round_where(run.roles, lambda: bool(sampling))
     row = trainer.step_update(run).metrics.rows[-1]

@@ -14,7 +14,7 @@ from fastppo.models.batch import Budget, batches, make_batch
 from fastppo.offload.activations import ActivationOffload, find_layers
 from fastppo.offload.parked import Group, Stash
 from fastppo.ops import linear_policy_loss
-from fastppo.ppo.update import Totals, backward, mini_batches
+from fastppo.ppo.update import Totals, forward_backward, mini_batches
 from tests.offload.tools import (
     HIDDEN,
     INPUT_BYTES,
@@ -112,7 +112,7 @@ def test_a_ppo_update_has_the_same_gradients(
         made.critic_head.zero_grad(set_to_none=True)
         with offload(made.base, chosen, keep_last=0) as context:
             for batch in batches(rollout, mini.rows, Budget(rows=3)):
-                backward(made, experience, batch, mini, settings, Totals())
+                forward_backward(made, experience, batch, mini, settings, Totals())
         trained = [*made.trained_parameters("actor"), *made.trained_parameters("critic")]
         found.append(torch.cat([p.grad.flatten() for p in trained if p.grad is not None]))
     assert found[0].any()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastppo.ppo import rollout
-from fastppo.ppo.phases import sampled
+from fastppo.ppo.sampling import Sampling
 from fastppo.ppo.trainer import State
 from tests.rewards.test_model import write_classifier
 
@@ -33,7 +33,15 @@ def room(monkeypatch: pytest.MonkeyPatch):
             patch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
             patch.setattr(run.roles, "device", torch.device("cuda"))
             with pytest.raises(InterruptedError):
-                sampled(run, run.prompts, seed=0)
+                rollout.sample(
+                    run.roles,
+                    run.prompts,
+                    sampling=Sampling.of(run.config),
+                    template=run.template,
+                    tokenizer=run.tokenizer,
+                    seed=0,
+                    plan=run.plan,
+                )
         return found[0]
 
     return of

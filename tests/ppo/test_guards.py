@@ -163,8 +163,8 @@ def test_a_ratio_that_is_off_on_the_first_pass(state, monkeypatch):
         scored = inner(*args, **kwargs)
         return replace(scored, logprob_N=scored.logprob_N + 5e-5)
 
-    inner = trainer.scored
-    monkeypatch.setattr(trainer, "scored", shifted)
+    inner = trainer.score
+    monkeypatch.setattr(trainer, "score", shifted)
     assert fired(trainer.step_update(state()).metrics.rows) == {"guard_ratio"}
     # Ten times the limit of the warning stops the run, see check_first_pass.
     with pytest.raises(TrainingStopped, match="before the first update"):
@@ -178,8 +178,8 @@ def test_a_sampler_that_is_another_policy(state, monkeypatch, changes, fires):
         sign_N = torch.arange(len(rollout.sampler_logprob_N)) % 2 * 2.0 - 1.0
         return replace(rollout, sampler_logprob_N=rollout.sampler_logprob_N + 0.01 * sign_N)
 
-    inner = trainer.sampled
-    monkeypatch.setattr(trainer, "sampled", shifted)
+    inner = trainer.sample
+    monkeypatch.setattr(trainer, "sample", shifted)
     row = trainer.step_update(state(**changes)).metrics.rows[0]
     assert row["sampler_gap_abs"] >= 0.005
     assert row["guard_sampler"] == float(fires)

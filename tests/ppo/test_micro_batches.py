@@ -23,7 +23,7 @@ from fastppo.models.batch import (
 )
 from fastppo.ppo.optimizer import make_optimizer
 from fastppo.ppo.score import score
-from fastppo.ppo.update import Totals, backward, mini_batches, shares_first_pass, update
+from fastppo.ppo.update import Totals, forward_backward, mini_batches, shares_first_pass, update
 
 SPLITS = {
     "1 row": Budget(rows=1),
@@ -108,7 +108,7 @@ def gradient(made, experience, settings, budget):
         parameter.grad = None
     (mini,) = mini_batches(experience, settings, seed=0)
     for batch in batches(experience.scored.rollout, mini.rows, budget):
-        backward(made, experience, batch, mini, settings, Totals())
+        forward_backward(made, experience, batch, mini, settings, Totals())
     return torch.cat([p.grad.flatten() for p in both if p.grad is not None])
 
 
@@ -175,8 +175,8 @@ def test_scores_are_in_the_order_of_the_rollout_however_it_is_split(
 ):
     made = tiny_roles()
     settings = {"temperature": 0.9, "exact_kl": exact_kl}
-    wanted = score(made, rollout, vowels, budget=Budget(rows=4), **settings)
-    found = score(made, rollout, vowels, budget=SPLITS[name], **settings)
+    wanted = score(made, rollout, vowels(rollout), budget=Budget(rows=4), **settings)
+    found = score(made, rollout, vowels(rollout), budget=SPLITS[name], **settings)
     names = ["logprob_N", "ref_logprob_N", "entropy_N", "value_N", "final_value_B"]
     for field in [*names, *(["exact_kl_N"] if exact_kl else [])]:
         torch.testing.assert_close(
@@ -224,7 +224,9 @@ def test_nothing_is_kept_that_the_update_would_not_take(config, tiny_roles, roll
         other = config(**changes)
         assert not shares_first_pass(other, Budgets.of(other))
     kwargs = {"temperature": 1.0, "keep": True}
-    assert score(tiny_roles(), rollout, vowels, budget=Budget(rows=2), **kwargs).kept is None
+    assert (
+        score(tiny_roles(), rollout, vowels(rollout), budget=Budget(rows=2), **kwargs).kept is None
+    )
 
 
 def test_names_of_other_trainers_lead_to_these_keys():

@@ -9,7 +9,13 @@ import torch
 
 from fastppo.models.batch import Budget, batches, make_batch
 from fastppo.ops import PolicyLossConfig, head
-from fastppo.ppo.update import Totals, backward, mini_batches, policy_loss_config, token_weights
+from fastppo.ppo.update import (
+    Totals,
+    forward_backward,
+    mini_batches,
+    policy_loss_config,
+    token_weights,
+)
 
 MODES = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 LEVELS = ["token", "sequence"]
@@ -55,7 +61,7 @@ def gradient(made, experience, settings, budget):
         parameter.grad = None
     (mini,) = mini_batches(experience, settings, seed=0)
     for batch in batches(experience.scored.rollout, mini.rows, budget):
-        backward(made, experience, batch, mini, settings, Totals())
+        forward_backward(made, experience, batch, mini, settings, Totals())
     return torch.cat([p.grad.flatten() for p in both if p.grad is not None])
 
 
@@ -192,5 +198,5 @@ def test_40_entropy_and_loss_never_hold_logits_of_the_whole_batch(
     monkeypatch.setattr(head.Head, "logits", counted)
     monkeypatch.setattr(head, "_CHUNK_BYTES_CPU", 2 * 4 * made.lm_head.weight_VD.shape[0])
     monkeypatch.setattr(head, "_CHUNK_ROWS_CPU", 1)
-    backward(made, experience, make_batch(rollout, mini.rows), mini, settings, Totals())
+    forward_backward(made, experience, make_batch(rollout, mini.rows), mini, settings, Totals())
     assert (max(made_at_a_time), sum(made_at_a_time)) == (2, 11)

@@ -79,7 +79,7 @@ def test_what_is_ignored_stays_ignored():
         signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("phase", ["sampled", "scored"])
+@pytest.mark.parametrize("phase", ["sample", "score"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_within_a_step_saves_the_step_before_it(
     config, tmp_path, monkeypatch, capfd, phase, number, code

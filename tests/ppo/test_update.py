@@ -33,7 +33,7 @@ def all_parameters(optimizer):
 def test_05_a_token_is_scored_by_the_state_before_it(tiny_roles, rollout, vowels):
     """Against the plain model, token by token, one row at a time."""
     made = tiny_roles()
-    scored = score(made, rollout, vowels, temperature=1.0, budget=Budget(rows=4))
+    scored = score(made, rollout, vowels(rollout), temperature=1.0, budget=Budget(rows=4))
     expected, values = [], []
     for row in range(4):
         ids = rollout.input_ids_BT[row : row + 1, : rollout.lengths[row]]
@@ -212,7 +212,7 @@ def test_the_host_reads_the_device_no_more_than_once_an_optimiser_step(
 
         def read(tensor, *args):
             caller = sys._getframe(1).f_code
-            if Path(caller.co_filename).parent.name == "fastppo":
+            if Path(caller.co_filename).parent.name == "ppo":
                 reads.append(caller.co_name)
             return original(tensor, *args)
 

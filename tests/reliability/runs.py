@@ -236,13 +236,13 @@ def full_device(step: int, path: str) -> None:
 
 def slow_steps(seconds: float) -> None:
     """Time for somebody to send a signal."""
-    inner = trainer.scored
+    inner = trainer.score
 
     def scored(*args: Any, **kwargs: Any) -> Any:
         time.sleep(seconds)
         return inner(*args, **kwargs)
 
-    trainer.scored = scored
+    trainer.score = scored
 
 
 def slow_pairs(seconds: float) -> None:

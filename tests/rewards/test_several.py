@@ -82,7 +82,7 @@ def test_the_score_is_the_weighted_sum_over_what_applies(
 def test_every_part_is_kept_with_the_scored_rollout(several, config, tiny_roles, template, rollout):
     made = tiny_roles(**several)
     reward = make_reward(config(**several), made, template, template.tokenizer, rollout.prompts)
-    scored = score(made, rollout, reward, temperature=1.0, budget=Budget(rows=4))
+    scored = score(made, rollout, reward(rollout), temperature=1.0, budget=Budget(rows=4))
     assert list(scored.reward_parts) == reward.names
     settings = config(**several)
     experience = estimate(scored, settings, KLController(0.1, 6.0, 10000), RunningScore())
