@@ -108,5 +108,5 @@ def give_back() -> None:
     """Collect garbage; release the operators' buffers and the allocator's cached blocks."""
     gc.collect()
     workspace.release()
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()

@@ -16,12 +16,12 @@ from fastppo.types import Experience, Scored
 if TYPE_CHECKING:
     from fastppo.config import Config
 
-GROUP_EPS = 1e-4  # beside the standard deviation, as in TRL
+GROUP_EPS = 1e-4  # added to the standard deviation, as in TRL
 
 
 @dataclass
 class KLController:
-    """beta, and how it follows the KL that the policy spends.
+    """beta (`kl_coef`), and its adaptation to the measured KL.
 
         beta <- beta * (1 + clip(KL / target - 1, -0.2, 0.2) * min(n, horizon) / horizon)
 
@@ -39,7 +39,7 @@ class KLController:
     adaptive: bool = True
 
     def update(self, kl: float, n: int) -> None:
-        """Take note of a step's KL; beta changes from the next step on. NaN says nothing."""
+        """Adapt beta to a step's KL, over n sequences; a KL that is not finite is ignored."""
         if self.adaptive and math.isfinite(kl):
             error = min(max(kl / self.target - 1.0, -0.2), 0.2)
             self.kl_coef *= 1.0 + error * min(n, self.horizon) / self.horizon
@@ -47,7 +47,7 @@ class KLController:
 
 @dataclass
 class RunningScore:
-    """Mean and standard deviation of all scores so far, the current batch included."""
+    """Running mean and standard deviation of all scores of a run."""
 
     count: float = 0.0
     mean: float = 0.0
@@ -55,13 +55,13 @@ class RunningScore:
 
     @property
     def std(self) -> float:
-        """Unbiased; 1 where there are not yet two different scores to tell a spread."""
+        """Unbiased standard deviation; 1 as long as there are not two different scores."""
         if self.count <= 1 or self.m2 <= 0:
             return 1.0
         return math.sqrt(self.m2 / (self.count - 1))
 
     def normalise(self, score_B: Tensor, *, centre: bool = True) -> Tensor:
-        """Count this batch in, then (centre and) scale it by everything seen so far."""
+        """Add a batch to the statistics, then scale it (and with `centre` shift it) by them."""
         count, mean, m2 = (float(x) for x in moments(score_B.double()))
         total = self.count + count
         delta = mean - self.mean
@@ -72,7 +72,7 @@ class RunningScore:
 
 
 def shape_score(scored: Scored, config: Config, running: RunningScore) -> Tensor:
-    """Normalise, then clip, then penalise: in that order, and all before the KL is added."""
+    """Scores (B,) after normalisation, clipping and penalties, in that order."""
     score_B, rollout = scored.score_B, scored.rollout
     if config.ppo_score_norm or config.use_score_scaling:
         centre = config.ppo_score_norm or config.use_score_norm
@@ -81,7 +81,7 @@ def shape_score(scored: Scored, config: Config, running: RunningScore) -> Tensor
         score_B = score_B.clamp(-config.score_clip, config.score_clip)
     ended_B = torch.tensor(rollout.terminated, device=score_B.device)
     if config.bootstrap_truncated:
-        # The value that such a response goes on with predicts its score: both would pay it twice.
+        # The bootstrapped value predicts that score: with both, it would be paid twice.
         score_B = score_B.masked_fill(~ended_B, 0.0)
     if config.missing_eos_penalty is not None:
         score_B = torch.where(ended_B, score_B, score_B - config.missing_eos_penalty)
@@ -128,11 +128,10 @@ def importance_weights(scored: Scored, threshold: float) -> Tensor:
 def estimate(
     scored: Scored, config: Config, controller: KLController, running: RunningScore
 ) -> Experience:
-    """Advantages and returns of every response token; what is whitened is so over the rollout.
+    """Advantages and returns of every response token; whitening is over the whole rollout.
 
-    Without a critic the values are 0, so that the return of a token is the sum of the rewards from
-    there on: reinforce++ takes that for its advantage, grpo and rloo compare that of whole
-    responses.
+    Without a critic the values are 0, so that a token's return is the sum of the rewards from there
+    on: reinforce++ takes it as the advantage, grpo and rloo compare the returns of whole responses.
     """
     score_B = shape_score(scored, config, running)
     by_response = config.advantage in ("grpo", "rloo")

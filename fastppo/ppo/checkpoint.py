@@ -1,4 +1,4 @@
-"""Folders that PEFT, transformers and LLaMA-Factory read: adapter or model, head, tokenizer."""
+"""Checkpoints and the final model, in folders that PEFT, transformers and LLaMA-Factory load."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def save(state: State, folder: Path) -> None:
-    """Actor at the root, where plain PEFT looks; the critic, if it has its own weights, below."""
+    """Save the actor in `folder`, where PEFT looks, and a critic of its own in `critic`."""
     roles = state.roles
     save_model(roles.model, roles.critic_head, state.tokenizer, folder)
     if roles.critic_head is not None and not roles.shares_trunk:
@@ -39,15 +39,15 @@ def save(state: State, folder: Path) -> None:
         below.mkdir(exist_ok=True)
         save_weights(critic.model, folder if critic.adapter else below, "critic")
         save_file(value_head_state(roles.critic_head), below / VALUE_HEAD_FILE)
-    below = merge_list(state.config)
-    if below:
-        text = json.dumps({"merged": below}, indent=2) + "\n"
+    merged = merge_list(state.config)
+    if merged:
+        text = json.dumps({"merged": merged}, indent=2) + "\n"
         (folder / BASE_RECORD).write_text(text, encoding="utf-8")
     results.write_trainer_state(state, folder)
 
 
 def save_to_resume(state: State, output_dir: Path) -> Path:
-    """`checkpoint-N` with all that the steps after N depend on; there whole or not at all."""
+    """Write `checkpoint-N` with everything that later steps depend on, completely or not at all."""
     folder = output_dir / f"checkpoint-{state.step}"
     place = durable.beside(folder)
     save(state, place)
@@ -74,18 +74,18 @@ def save_to_resume(state: State, output_dir: Path) -> Path:
 
 
 def save_final(state: State, output_dir: Path) -> None:
-    """A finished run's files in `output_dir` itself; each replaces an older one in one step."""
+    """Save a finished run into `output_dir` itself; each file replaces an older one atomically."""
     place = durable.beside(output_dir / "checkpoint-final")
     save(state, place)
     durable.move_into(place, output_dir)
 
 
 def trainable_parameters(state: State) -> list[nn.Parameter]:
-    """Every trained parameter, in the optimiser's order."""
+    """Every trainable parameter, in the optimiser's order."""
     return [p for group in state.optimizer.param_groups for p in group["params"]]
 
 
-# Keys that the steps do not depend on.
+# Keys that may change between a checkpoint and the run that resumes it.
 FREE = {
     "source",
     "ignored",
@@ -114,7 +114,7 @@ FREE = {
     "logging_dir",
     "reward_api_timeout",
     "reward_api_retries",
-    # What a run decides by the memory plan, and goes on with: see `budgets`.
+    # Decided by the memory plan, and stored in the checkpoint as `decisions`.
     "activation_offloading",
     "chunk_bytes",
     "generation_batch",
@@ -126,7 +126,7 @@ FREE = {
     "do_eval",
     "cache_dir",
 }
-# Keys whose values lie in the checkpoint: the file's own would say nothing.
+# Keys whose values the checkpoint itself holds: another value in the YAML would have no effect.
 CARRIED = {
     "adam_beta1",
     "adam_beta2",
@@ -140,7 +140,7 @@ CARRIED = {
 
 
 def settings(config: Config) -> dict[str, str]:
-    """A digest of each key that the steps depend on: to compare, and no secret of an URL in it."""
+    """A digest of each key that the steps depend on; digests show no secret of an URL."""
     values = config.model_dump(mode="json", exclude=FREE)
     return {
         key: hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
@@ -149,7 +149,7 @@ def settings(config: Config) -> dict[str, str]:
 
 
 def surroundings(state: State) -> dict[str, str]:
-    """What bits depend on beside the configuration: prompts, and what computes."""
+    """What else the results depend on, to the bit: the prompts, the device and its libraries."""
     device = state.roles.device
     ids = json.dumps([prompt.ids for prompt in state.prompts])
     return {
@@ -162,7 +162,7 @@ def surroundings(state: State) -> dict[str, str]:
 
 
 def check_same(state: State, saved: dict[str, Any], folder: Path) -> list[str]:
-    """What is not as it was when `folder` was written, in words for one note."""
+    """Check that `folder` can be resumed; returns what has changed since, in words."""
     key = f"{state.config.source}: resume_from_checkpoint: {folder}"
     now, then = settings(state.config), saved["settings"]
     changed = sorted(name for name in now if now[name] != then.get(name))
@@ -188,10 +188,10 @@ def check_same(state: State, saved: dict[str, Any], folder: Path) -> list[str]:
 
 @torch.no_grad()
 def resume(state: State, folder: Path) -> list[str]:
-    """Go on where `folder` was saved, with everything that a later step depends on.
+    """Load everything that later steps depend on from the checkpoint in `folder`.
 
     Returns:
-        What has changed since, in words: with nothing in it, the run goes on bit for bit.
+        What has changed since, in words; if nothing has, the run goes on bit for bit.
     """
     saved = training_state.read(folder)
     if "trained" not in saved:
@@ -214,17 +214,17 @@ def resume(state: State, folder: Path) -> list[str]:
         wrap(base, mode, offload_dir=offload_dir)
     state.began -= saved["seconds"]
     state.before = None if saved["before"] is None else Answers(**saved["before"])
-    # The last one is made anew, with what is written after it.
+    # The evaluation after the last step is run again, with what is written after it.
     found = results.evaluations_in(folder)
     state.evaluations = [each for each in found if each["step"] < state.total_steps]
-    state.metrics.go_on(saved["rows"])
+    state.metrics.resume(saved["rows"])
     state.random = saved["random"]
     seeds.set_random_state(state.random)
     return changed
 
 
 def start(state: State, folder: Path | None, output_dir: Path) -> list[str]:
-    """Begin in `output_dir`, or go on from `folder`; in words where, and whether to the bit."""
+    """Start anew in `output_dir`, or resume from `folder`; returns notes for the terminal."""
     notes = []
     if folder is None:
         results.clear(output_dir)
@@ -240,7 +240,7 @@ def start(state: State, folder: Path | None, output_dir: Path) -> list[str]:
 
 
 def save_and_stop(state: State, stop: Interrupted, output_dir: Path) -> Interrupted:
-    """Save where the last whole step ended; the interruption, with where that is."""
+    """Save the state after the last complete step; returns the interruption with its folder."""
     if state.step == 0:
         return Interrupted(stop.signal, "no step was finished, so nothing was saved")
     folder = output_dir / f"checkpoint-{state.step}"

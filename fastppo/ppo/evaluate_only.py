@@ -1,10 +1,10 @@
-"""Stage ppo without training: `do_eval` and `do_predict` of a policy that was trained before."""
+"""Stage ppo without training: `do_eval` and `do_predict` of an already trained policy."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 
@@ -24,26 +24,26 @@ if TYPE_CHECKING:
     from fastppo.data import Records
     from fastppo.models.build import Roles
 
-TRAINED = "trained"  # the adapter's name beside the run's own
+TRAINED = "trained"  # name of the loaded adapter in the PEFT model
 
 
 def run(config: Config, records: Records) -> None:
-    """Load what was trained, compare it with its reference, and write what was asked for.
+    """Load the trained policy; evaluate it against its reference, and predict, as asked for.
 
     Only `output_dir` is written to: the metrics of the run that trained it stay as they are.
     """
     folder, config = trained_before(config)
-    # A critic says nothing here, so it is the smallest there is; and a tracker has no curve.
+    # No critic is needed here, so it is the smallest one; and there is no curve to track.
     update = {"critic": "shared", "critic_finetuning_type": None, "report_to": "none"}
     config = config.model_copy(update=update)
     state = init_state(config, records)
     load_policy(state.roles, folder)
-    say = console.console.print
-    say(f"[bold]fastppo {__version__}[/bold], stage ppo, {config.model_name_or_path}")
-    say(f"  policy: {folder}, reference: {state.roles.places['reference'].words}")
-    say(f"  {len(records.eval)} prompts held out; writes {config.output_dir}")
+    print_line = console.console.print
+    print_line(f"[bold]fastppo {__version__}[/bold], stage ppo, {config.model_name_or_path}")
+    print_line(f"  policy: {folder}, reference: {state.roles.places['reference'].words}")
+    print_line(f"  {len(records.eval)} prompts held out; writes {config.output_dir}")
     for line in config.ignored:
-        say(f"  [yellow]note:[/yellow] {line}")
+        print_line(f"  [yellow]note:[/yellow] {line}")
     if config.do_eval:
         compared = compare(state)
         summary = summarise(state, compared)
@@ -51,11 +51,11 @@ def run(config: Config, records: Records) -> None:
         lines.evaluation_line(summary)
     if config.do_predict:
         predict(state, held_out_prompts(state, records))
-        say(f"  predictions: {Path(config.output_dir) / results.PREDICTIONS}")
+        print_line(f"  predictions: {Path(config.output_dir) / results.PREDICTIONS}")
 
 
 def load_policy(roles: Roles, folder: Path) -> None:
-    """Place what lies in `folder` as the actor; its rank may be other than the file's."""
+    """Load the policy in `folder` as the actor; its LoRA rank may differ from the YAML's."""
     model = roles.model
     if isinstance(model, PeftModel):
         load_adapter(model, str(folder), TRAINED, "adapter_name_or_path")
@@ -63,7 +63,8 @@ def load_policy(roles: Roles, folder: Path) -> None:
             roles.places[role] = replace(roles.places[role], adapter=TRAINED, trainable=())
     else:
         try:
-            trained = type(model).from_pretrained(folder, dtype=model.dtype)
+            model_class: Any = type(model)
+            trained = model_class.from_pretrained(folder, dtype=model.dtype)
             model.load_state_dict(trained.state_dict())
         except LOAD_ERRORS as error:
             raise UserError(

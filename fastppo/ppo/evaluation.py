@@ -1,4 +1,4 @@
-"""Before and after, on the same prompts with the same random numbers; and predictions."""
+"""Evaluation: the policy against its reference on the same prompts and seeds; predictions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fastppo.seeds import random_state, seed_of
 from fastppo.types import Answers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from fastppo.data import Records
     from fastppo.models.build import Role
@@ -89,14 +89,14 @@ def answer(state: State, role: Role, prompts: list[Prompt]) -> Answers:
     return Answers(texts, rewards, joined, judged, lengths, terminated, kl / len(prompts))
 
 
-def mean(values: list[Any]) -> float:
-    """Arithmetic mean of numbers or truths."""
+def mean(values: Sequence[float]) -> float:
+    """Arithmetic mean of numbers or booleans."""
     return sum(values) / len(values)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The actor beside the policy that it started from, on the same prompts."""
+    """Responses of the reference (`before`) and of the actor (`after`) to the same prompts."""
 
     prompts: list[Prompt]
     before: Answers
@@ -105,18 +105,18 @@ class Comparison:
 
 
 def compare(state: State) -> Comparison:
-    """`before` is the reference, where the actor started; it is sampled once and kept."""
+    """Sample reference and actor on the evaluation prompts; the reference only once a run."""
     began, prompts, before = time.monotonic(), state.eval_prompts, state.before
     with state.stop.at_once():
         if before is None:
             before = answer(state, "reference", prompts)
         after = answer(state, "actor", prompts)
-    state.before = before  # of an evaluation that was cut off nothing is kept
+    state.before = before  # only now: an interrupted evaluation leaves nothing behind
     return Comparison(prompts, before, after, time.monotonic() - began)
 
 
 def summarise(state: State, compared: Comparison) -> dict[str, Any]:
-    """The comparison in numbers, as summary.json has them."""
+    """The numbers of summary.json."""
     before, after = compared.before, compared.after
     summary: dict[str, Any] = {
         "steps": state.step,
@@ -143,9 +143,9 @@ def summarise(state: State, compared: Comparison) -> dict[str, Any]:
 
 
 def evaluate(state: State) -> dict[str, Any]:
-    """Compare the actor with the policy it started from; files in metrics_dir and output_dir.
+    """Compare the actor with the policy that it started from; returns the numbers of summary.json.
 
-    metrics_dir gets summary.json, samples and curves; output_dir what `report` writes.
+    Writes summary.json, samples and curves into metrics_dir, and what `report` writes.
     """
     compared = compare(state)
     summary = summarise(state, compared)
@@ -186,7 +186,7 @@ def draw_all(state: State, output_dir: Path) -> None:
 
 
 def report(state: State, compared: Comparison, summary: dict[str, Any]) -> dict[str, Any]:
-    """LLaMA-Factory's eval_results.json and the table and page of samples, into output_dir.
+    """Write LLaMA-Factory's eval_results.json and the samples into output_dir.
 
     Returns:
         The metrics under their names there, `eval_...`; those of the reference end in _reference.
@@ -218,7 +218,7 @@ def report(state: State, compared: Comparison, summary: dict[str, Any]) -> dict[
 
 
 def sample_rows(compared: Comparison) -> Iterator[dict[str, Any]]:
-    """Prompt by prompt: both policies' answers, their rewards, and who won."""
+    """A row for each prompt: both policies' answers, their rewards, and which is better."""
     before, after = compared.before, compared.after
     for i, prompt in enumerate(compared.prompts):
         row: dict[str, Any] = {"prompt": prompt.text}
@@ -234,7 +234,7 @@ def sample_rows(compared: Comparison) -> Iterator[dict[str, Any]]:
 
 
 def predict(state: State, prompts: list[Prompt]) -> dict[str, Any]:
-    """`do_predict`: the actor's response to every prompt; LLaMA-Factory's two files of it.
+    """`do_predict`: sample the actor on every prompt, and write LLaMA-Factory's two files.
 
     generated_predictions.jsonl has its keys prompt, predict and label, and the reward.
     """
@@ -291,7 +291,7 @@ def write_results(state: State, records: Records) -> None:
 
 
 def side_by_side(prompts: list[Prompt], before: Answers, after: Answers) -> list[dict[str, Any]]:
-    """Prompt by prompt: the record's own answer where it has one, and both policies'."""
+    """A row for each prompt: both policies' answers, and the record's own if it has one."""
     rows = []
     for i, prompt in enumerate(prompts[:SAMPLES_KEPT]):
         row: dict[str, Any] = {"prompt": prompt.text}

@@ -1,4 +1,4 @@
-"""Watches over a run: each names what has begun to go wrong, and what to try, once.
+"""Warnings on what goes wrong in a run, each with its cure, and the stop after bad steps.
 
 Each looks at the rows of training_metrics.csv alone, so a resumed run warns as an unbroken one
 does. A guard's column is 1 in every step in which it fires.
@@ -36,17 +36,17 @@ VALUE_HELD, VALUE_STEPS = 0.25, 3  # share of tokens, and over how many steps in
 
 
 def mean(rows: Sequence[Row], column: str) -> float:
-    """Of a column."""
+    """Mean of a column over rows."""
     return sum(row[column] for row in rows) / len(rows)
 
 
 def responses(row: Row) -> float:
-    """How many there were in a step."""
+    """Number of responses in a step."""
     return row["response_tokens"] / row["response_length"]
 
 
 def ratio_off(rows: Sequence[Row], config: Config, precision: Precision) -> bool:
-    """Scoring and update disagree before anything was learned."""
+    """Scoring and update disagree before the first optimiser step."""
     return rows[-1]["ratio_first_pass"] > LIMITS[precision].log_ratio
 
 
@@ -56,12 +56,12 @@ def kl_far(rows: Sequence[Row], config: Config, precision: Precision) -> bool:
 
 
 def entropy_gone(rows: Sequence[Row], config: Config, precision: Precision) -> bool:
-    """The policy says nearly one thing."""
+    """The policy has nearly collapsed to one response."""
     return rows[-1]["entropy"] < ENTROPY_LEFT * rows[0]["entropy"]
 
 
 def eos_gone(rows: Sequence[Row], config: Config, precision: Precision) -> bool:
-    """Responses ended by themselves at first, and no longer do."""
+    """Responses used to end with EOS, and no longer do."""
     first = mean(rows[:5], "eos_share")
     if first < EOS_AT_FIRST:
         return False
@@ -70,28 +70,28 @@ def eos_gone(rows: Sequence[Row], config: Config, precision: Precision) -> bool:
 
 
 def length_pays(rows: Sequence[Row], config: Config, precision: Precision) -> bool:
-    """Over many responses, score and length move together."""
+    """Score and response length correlate over many responses."""
     window = max(10, math.ceil(LENGTH_SAMPLES / responses(rows[-1])))
     enough = len(rows) >= window
     return enough and abs(mean(rows[-window:], "score_length_corr")) >= LENGTH_CORRELATION
 
 
 def sampler_apart(rows: Sequence[Row], config: Config, precision: Precision) -> bool:
-    """The sampler's log-probs are not the trainer's, and no setting says that they should not."""
+    """The sampler's log-probs differ from the trainer's, though no setting truncates."""
     if Sampling.of(config).truncates or config.min_new_tokens:
         return False
     return not rows[-1]["sampler_gap_abs"] <= LIMITS[precision].sampler_gap
 
 
 def value_held(rows: Sequence[Row], config: Config, precision: Precision) -> bool:
-    """The clip around the rollout's values keeps the critic from its returns, step after step."""
+    """The value clip holds many tokens back from their returns, step after step."""
     last = [row.get("value_clipfrac", 0.0) for row in rows[-VALUE_STEPS:]]
     return len(last) == VALUE_STEPS and sum(last) / VALUE_STEPS > VALUE_HELD
 
 
 @dataclass(frozen=True)
 class Guard:
-    """A condition on the rows so far, and what to say of it; `found` may quote columns."""
+    """A condition on the rows so far, and its warning; `found` may quote columns."""
 
     fires: Callable[[Sequence[Row], Config, Precision], bool]
     found: str
@@ -155,13 +155,13 @@ GUARDS = {
 
 
 def flags(rows: Sequence[Row], row: Row, config: Config, precision: Precision) -> dict[str, float]:
-    """The guards' columns of the step that `row` is of, after `rows`."""
+    """The guards' columns for the step of `row`, which comes after `rows`."""
     so_far = [*rows, row]
     return {name: float(guard.fires(so_far, config, precision)) for name, guard in GUARDS.items()}
 
 
 def warnings(rows: Sequence[Row]) -> list[str]:
-    """The lines of those that fire in the last step for the first time."""
+    """Warnings of the guards that fire in the last step for the first time."""
     return [
         guard.line(name, rows[-1])
         for name, guard in GUARDS.items()
@@ -170,7 +170,7 @@ def warnings(rows: Sequence[Row]) -> list[str]:
 
 
 def save_batch(experience: Experience, path: Path) -> None:
-    """A rollout with all that the update was given, to look at: tensors, and texts as metadata."""
+    """Save a rollout and everything that the update was given: tensors, and texts as metadata."""
     scored, rollout = experience.scored, experience.scored.rollout
     tensors = {
         "input_ids_BT": rollout.input_ids_BT,
@@ -198,7 +198,7 @@ def save_batch(experience: Experience, path: Path) -> None:
 
 
 def check_finite(row: Row, experience: Experience, config: Config) -> None:
-    """Stop a run whose optimiser steps are bad one after the other; its batch is kept.
+    """Stop a run after `max_bad_steps` bad optimiser steps in a row, and save their batch.
 
     Raises:
         TrainingStopped: `max_bad_steps` of them in a row.

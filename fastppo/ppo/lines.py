@@ -1,4 +1,4 @@
-"""What a PPO run says on the terminal."""
+"""The lines that a PPO run prints on the terminal."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def beta_room(config: Config, steps: int) -> float:
 
 
 def notices(config: Config, steps: int) -> list[str]:
-    """What a user would want to have been told before the run, not after."""
+    """Notes on settings that have no effect, or another one than a user may expect."""
     lines = list(config.ignored)
     truncating = Sampling.of(config).truncates
     if truncating:
@@ -65,16 +65,18 @@ def notices(config: Config, steps: int) -> list[str]:
 
 
 def first_lines(state: State, steps: int) -> None:
-    """What will run, on what, with which roles, and where it writes."""
-    config = state.config
+    """Print what will run, on which device, with which roles, and where it writes."""
+    config, base = state.config, state.roles.base
+    model_config: Any = base.config
+    offload: Any = base.activation_offload
     batch = config.rollout_batch_size
     length = "held out" if state.eval_is_held_out else "from the training set"
     ops = choose("linear_policy_loss", None, torch.empty(0, device=state.roles.device))
     console.print(f"[bold]fastppo {__version__}[/bold], stage ppo, {config.model_name_or_path}")
     console.print(
         f"  device {state.roles.device}, {'bf16' if state.roles.autocast else 'float32'}, "
-        f"attention {state.roles.base.config._attn_implementation}, ops: {ops}, "
-        f"activations: {state.roles.base.activation_offload.mode}"
+        f"attention {model_config._attn_implementation}, ops: {ops}, "
+        f"activations: {offload.mode}"
     )
     console.print(
         f"  {steps} steps of {batch} responses to {config.prompts_a_step} prompts "
@@ -98,7 +100,7 @@ def first_lines(state: State, steps: int) -> None:
 
 
 def step_line(state: State, steps: int) -> None:
-    """One line a step, with the time left."""
+    """Print the line of a step, with the time left."""
     row = state.metrics.rows[-1]
     left = state.seconds() / state.step * (steps - state.step)
     console.print(
@@ -110,7 +112,7 @@ def step_line(state: State, steps: int) -> None:
 
 
 def evaluation_line(summary: dict[str, Any]) -> None:
-    """Before and after in one line."""
+    """Print an evaluation: reference and policy in one line."""
     judge = ""
     if "judge_before" in summary:
         judge = f", judge {summary['judge_before']:+.3f} -> {summary['judge_after']:+.3f}"
@@ -128,7 +130,7 @@ def evaluation_line(summary: dict[str, Any]) -> None:
 
 
 def last_lines(state: State, summary: dict[str, Any]) -> None:
-    """The result, and where to look."""
+    """Print the last evaluation, and where the files are."""
     evaluation_line(summary)
     folder = Path(state.config.metrics_dir)
     for name in (SUMMARY, CURVES, CSV):

@@ -1,4 +1,4 @@
-"""What a run leaves in `metrics_dir`: training_metrics.csv, training_curves.png, summary.json."""
+"""Metrics of a PPO step: sums during the update, a row after it, and the files in `metrics_dir`."""
 
 from __future__ import annotations
 
@@ -8,15 +8,23 @@ import json
 import math
 import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
+from fastppo.ppo.columns import COLUMNS, REWARD_COLUMN
+from fastppo.ppo.curves import draw_curves
+from fastppo.rewards.reward import mean_of_known
 from fastppo.run.durable import whole, write_text
+from fastppo.types import Experience
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
     from fastppo.config import Config
+    from fastppo.ppo.state import State
+    from fastppo.run.console import Clock
 
 CSV, CURVES, SUMMARY, SAMPLES = (
     "training_metrics.csv",
@@ -25,103 +33,157 @@ CSV, CURVES, SUMMARY, SAMPLES = (
     "samples.json",
 )
 
-# Column -> what it is. docs/metrics.md has the same table, and a test holds the two together.
-COLUMNS = {
-    "step": "PPO step, from 1",
-    "epoch": "passes over the prompts so far",
-    "score": "mean score of the rollout as the reward gave it; of several, their weighted sum",
-    "score_std": "standard deviation of those scores",
-    "score_shaped": "mean score after normalisation, clipping and penalties: what entered the "
-    "reward",
-    "kl": "KL to the reference, summed over a response, mean over responses (nats)",
-    "kl_controlled": "the same by kl_penalty's estimate: what the KL controller follows",
-    "kl_target": "target of the KL controller (ppo_target)",
-    "kl_coef": "beta that this step's rewards (with use_kl_loss: its loss) were made with",
-    "entropy": "mean entropy of the policy at a response token, full vocabulary (nats)",
-    "policy_loss": "clipped surrogate alone, mean over the step's optimiser steps",
-    "kl_loss": "the KL's part of the loss, beta included (with use_kl_loss)",
-    "ptx_loss": "mean -log-prob of an answer's token in ptx_dataset, before ptx_coef",
-    "value_loss": "clipped value loss with its factor 1/2, before vf_coef",
-    "explained_variance": "1 - var(return - value) / var(return), at rollout",
-    "value_mean": "mean value of the rollout's states",
-    "value_std": "standard deviation of those values",
-    "return_mean": "mean return (reward units)",
-    "return_std": "standard deviation of the returns",
-    "clipfrac": "share of tokens whose policy gradient the clip cut off",
-    "value_clipfrac": "share of tokens whose value the clip held",
-    "approxkl": "mean k3 estimate of KL(behaviour, policy) over all passes (nats)",
-    "policykl": "mean of log-prob before minus after, over all passes (TRL's policykl, nats)",
-    "ratio_mean": "mean of policy over behaviour probability",
-    "ratio_max": "largest such ratio",
-    "ratio_first_pass": "mean |log ratio| before the first update of the step: 0 but for rounding",
-    "sampler_gap": "mean of sampler's minus recomputed log-prob: 0 unless sampling is truncated",
-    "sampler_gap_abs": "mean of that difference's absolute value: rounding, and what truncates",
-    "rollout_is_mean": "mean truncated importance weight of a token (with rollout_is_threshold)",
-    "rollout_is_capped": "share of tokens whose weight met rollout_is_threshold",
-    "response_length": "mean tokens of a response, EOS included",
-    "response_length_max": "longest response",
-    "eos_share": "share of responses that ended by themselves",
-    "score_length_corr": "correlation of score and response length: near 1 smells of length "
-    "hacking",
-    "learning_rate": "the actor's",
-    "critic_learning_rate": "the critic's",
-    "grad_norm_actor": "mean gradient norm before clipping",
-    "grad_norm_critic": "mean gradient norm before clipping",
-    "optimizer_steps": "optimiser steps taken in this PPO step",
-    "skipped_steps": "optimiser steps skipped: a gradient that was not finite, or ratio_threshold",
-    "nonfinite_steps": "those of them whose loss or gradient was not finite",
-    "nonfinite_run": "such steps in a row, up to this step's last; max_bad_steps of them stop the "
-    "run",
-    "early_stopped": "1 where the step's epochs were cut short by target_kl",
-    "response_tokens": "response tokens in the rollout",
-    "update_tokens": "tokens that the update ran over in all its passes, prompts included",
-    "guard_nonfinite": "1 where a loss or gradient was not finite",
-    "guard_ratio": "1 where ratio_first_pass is above rounding: 1e-5, with tf32 2.5e-3, "
-    "with bf16 2e-2",
-    "guard_kl": "1 where kl is above 5 times ppo_target",
-    "guard_entropy": "1 where entropy is below a tenth of the first step's",
-    "guard_eos": "1 where eos_share was above a tenth, and has fallen to a tenth of that",
-    "guard_length": "1 where score_length_corr was past 0.6 over the last 10 steps (80 responses)",
-    "guard_value_clip": "1 where value_clipfrac was above a quarter over the last 3 steps",
-    "guard_sampler": "1 where sampler_gap_abs is above 1e-3, with tf32 1.25e-2, with bf16 0.1, "
-    "and nothing truncates",
-    "seconds_rollout": "sampling (a clock)",
-    "seconds_score": "log-probs, reference, values, reward (a clock)",
-    "seconds_advantage": "KL reward, GAE, whitening (a clock)",
-    "seconds_update": "PPO epochs (a clock)",
-    "seconds": "the whole step (a clock)",
-    "rollout_tokens_per_second": "response tokens sampled in a second (a clock)",
-    "update_tokens_per_second": "update_tokens by seconds_update (a clock)",
-    "tokens_per_second": "response tokens by the seconds of the whole step (a clock)",
-}
-# Of several rewards each has a column more; its cell is empty where it applied to no response.
-REWARD_COLUMN = "reward/{name}"
-REWARD_MEANING = "of several rewards: mean score by that one, before its weight"
-CRITIC_COLUMNS = {
-    "value_loss",
-    "explained_variance",
-    "value_mean",
-    "value_std",
-    "value_clipfrac",
-    "critic_learning_rate",
-    "grad_norm_critic",
-}
+
+@dataclass
+class Totals:
+    """Sums over micro-batches; they stay on the device until `read` at the end of the update."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Add `value` to a sum; for names that end in _max, take the maximum."""
+        value = value.detach()
+        if name not in self.sums:
+            self.sums[name] = value
+        elif name.endswith("_max"):
+            self.sums[name] = torch.maximum(self.sums[name], value)
+        else:
+            self.sums[name] = self.sums[name] + value
+
+    def merge(self, other: Totals) -> None:
+        """Add every sum of `other`."""
+        for name, value in other.sums.items():
+            self.add(name, value)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """One sum, as it is on the device."""
+        return self.sums[name]
+
+    def read(self) -> dict[str, float]:
+        """Transfer all sums to the host, at once."""
+        names = list(self.sums)
+        values = torch.stack([self.sums[name].double() for name in names]).tolist()
+        return dict(zip(names, values, strict=True))
 
 
-def absent_columns(config: Config) -> set[str]:
-    """Columns that mean nothing in this run: its file does not have them."""
-    absent = set() if config.has_critic else set(CRITIC_COLUMNS)
-    if not config.use_kl_loss:
-        absent.add("kl_loss")
-    if config.ptx_dataset is None:
-        absent.add("ptx_loss")
-    if config.rollout_is_threshold is None:
-        absent |= {"rollout_is_mean", "rollout_is_capped"}
-    return absent
+def means(totals: Totals, *, passes: int, steps: int, early_stopped: bool) -> dict[str, float]:
+    """Means over the tokens or passes of an update, by their names in docs/metrics.md."""
+    sums = totals.read()
+    tokens, passes = max(sums["count"], 1.0), max(passes, 1)
+    taken = sums.get("taken", 0.0)
+    row = {
+        "clipfrac": sums["clipped"] / tokens,
+        "approxkl": sums["approx_kl"] / tokens,
+        "policykl": sums["policy_kl"] / tokens,
+        "ratio_mean": sums["ratio"] / tokens,
+        "ratio_max": sums["ratio_max"],
+        "optimizer_steps": taken,
+        "skipped_steps": steps - taken,
+        "nonfinite_steps": sums.get("nonfinite", 0.0),
+        "nonfinite_run": sums.get("nonfinite_run", 0.0),
+        "early_stopped": float(early_stopped),
+    }
+    for name in ("policy_loss", "kl_loss", "value_loss", "ptx_loss"):
+        if name in sums:
+            row[name] = sums[name] / passes
+    if "value_clipped" in sums:
+        row["value_clipfrac"] = sums["value_clipped"] / tokens
+    for name in ("grad_norm_actor", "grad_norm_critic"):
+        if name in sums:
+            row[name] = sums[name] / max(taken, 1.0)
+    return row
+
+
+def correlation(x_B: Tensor, y_B: Tensor) -> float:
+    """Pearson's correlation; 0 if one of the two does not vary."""
+    x_B, y_B = x_B.double() - x_B.double().mean(), y_B.double() - y_B.double().mean()
+    scale = (x_B.square().sum() * y_B.square().sum()).sqrt().item()
+    return (x_B * y_B).sum().item() / scale if scale > 0 else 0.0
+
+
+def spread(x: Tensor) -> float:
+    """Standard deviation, unbiased; 0 for fewer than two values."""
+    return x.std().item() if x.numel() > 1 else 0.0
+
+
+def explained_variance(value_N: Tensor, return_N: Tensor) -> float:
+    """1 - var(return - value) / var(return); 0 where the returns do not vary."""
+    variance = return_N.var(correction=0).item()
+    return 1.0 - (return_N - value_N).var(correction=0).item() / variance if variance > 0 else 0.0
+
+
+def critic_columns(experience: Experience, rates: dict[str, float]) -> dict[str, float]:
+    """Columns on the critic at the time of the rollout; empty without a critic."""
+    value_N = experience.scored.value_N
+    if value_N is None:
+        return {}
+    return {
+        "explained_variance": explained_variance(value_N, experience.return_N),
+        "value_mean": value_N.mean().item(),
+        "value_std": spread(value_N),
+        "critic_learning_rate": rates["critic"],
+        "grad_norm_critic": 0.0,
+    }
+
+
+def sampler_columns(experience: Experience, config: Config) -> dict[str, float]:
+    """Columns on the truncated importance weights; empty without `rollout_is_threshold`."""
+    weight_N, threshold = experience.importance_weight_N, config.rollout_is_threshold
+    if weight_N is None or threshold is None:
+        return {}
+    # exp(log(threshold)) is not threshold to the bit.
+    capped_N = weight_N >= threshold * (1 - 1e-6)
+    return {
+        "rollout_is_mean": weight_N.mean().item(),
+        "rollout_is_capped": capped_N.float().mean().item(),
+    }
+
+
+def step_row(
+    state: State, experience: Experience, learned: dict[str, float], clock: Clock
+) -> dict[str, float]:
+    """The step's row of training_metrics.csv, by the names of `fastppo.ppo.columns.COLUMNS`."""
+    scored, config = experience.scored, state.config
+    rollout = scored.rollout
+    sequences = len(rollout.prompts)
+    length_B = torch.tensor(rollout.response_lengths, device=scored.score_B.device).float()
+    gap_N = rollout.sampler_logprob_N - scored.logprob_N
+    # The first group of a role; with LoRA+ its second has a rate that is a multiple of that.
+    rates = {group["role"]: group["lr"] for group in reversed(state.optimizer.param_groups)}
+    parts = {name: mean_of_known(scored.reward_parts[name]) for name in state.reward.extra_names}
+    return {
+        "step": state.step,
+        "epoch": state.step * (sequences // config.num_generations) / len(state.prompts),
+        "score": scored.score_B.mean().item(),
+        "score_std": spread(scored.score_B),
+        **{f"reward/{name}": mean for name, mean in parts.items() if mean is not None},
+        "score_shaped": experience.score_B.mean().item(),
+        "kl": (scored.logprob_N - scored.ref_logprob_N).sum().item() / sequences,
+        "kl_controlled": experience.kl_N.sum().item() / sequences,
+        "kl_target": config.ppo_target,
+        "kl_coef": experience.kl_coef,
+        "entropy": scored.entropy_N.mean().item(),
+        "return_mean": experience.return_N.mean().item(),
+        "return_std": spread(experience.return_N),
+        "sampler_gap": gap_N.mean().item(),
+        "sampler_gap_abs": gap_N.abs().mean().item(),
+        "response_length": length_B.mean().item(),
+        "response_length_max": length_B.max().item(),
+        "eos_share": sum(rollout.terminated) / sequences,
+        "score_length_corr": correlation(scored.score_B, length_B),
+        "learning_rate": rates["actor"],
+        "response_tokens": sum(rollout.response_lengths),
+        "grad_norm_actor": 0.0,  # unless it learned
+        **critic_columns(experience, rates),
+        **sampler_columns(experience, config),
+        **({"ptx_loss": 0.0} if state.ptx is not None else {}),
+        **learned,
+        **clock.step_columns(sum(rollout.response_lengths), learned["update_tokens"]),
+    }
 
 
 class MetricsWriter:
-    """Writes rows as they come. An earlier run's files are moved aside, never mixed with."""
+    """Writes a row a step; files of an earlier run are moved aside and never appended to."""
 
     def __init__(
         self, folder: Path, rewards: Sequence[str] = (), absent: Collection[str] = ()
@@ -164,12 +226,12 @@ class MetricsWriter:
         return file.getvalue()
 
     def cells(self, row: Mapping[str, float]) -> list[str]:
-        """A row's line."""
+        """The cells of a row, in the order of the columns."""
         extra = [_number(row[name]) if name in row else "" for name in self.reward_columns]
         return [*(_number(row[name]) for name in self.columns), *extra]
 
-    def go_on(self, rows: Sequence[Mapping[str, float]]) -> None:
-        """Resume: a file that begins with `rows` is cut behind them, another is moved aside."""
+    def resume(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Resume behind `rows`: a file that begins with them is cut there, another moved aside."""
         text = self.text(rows)
         path = self.folder / CSV
         same = path.is_file() and path.read_bytes().startswith(text.encode())
@@ -191,17 +253,17 @@ class MetricsWriter:
             csv.writer(file).writerow(self.cells(row))
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write a file of the run's, whole or not at all."""
+        """Write a JSON file into `metrics_dir`, completely or not at all."""
         write_text(
             self.folder / name,
             json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
         )
 
     def draw(self, title: str, *, share: float = math.inf) -> None:
-        """The curves of all rows so far, there whole or as they were.
+        """Draw the curves of all rows so far, completely or not at all.
 
-        Below `share` 1 only where that share of the time since the last drawing pays for it: a run
-        of short steps is not slowed.
+        Skipped if drawing would take more than `share` of the time since the last drawing, so that
+        a run of short steps is not slowed.
         """
         path, began = self.folder / CURVES, time.monotonic()
         current = self.drawn == len(self.rows) and path.is_file()
@@ -215,78 +277,3 @@ class MetricsWriter:
 
 def _number(value: float) -> str:
     return str(int(value)) if float(value).is_integer() else f"{value:.9g}"
-
-
-def draw_curves(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> None:
-    """Eight panels against the PPO step, to read at a glance; no critic leaves one empty."""
-    # The Agg figure directly, without pyplot: no global state, no display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(15, 7.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=13)
-    axes = figure.subplots(2, 4).flatten()
-    steps = [row["step"] for row in rows]
-
-    def line(axis: Axes, name: str, label: str | None = None, **style: Any) -> None:
-        style = {"marker": "o" if len(steps) < 40 else None, "markersize": 3, **style}
-        axis.plot(steps, [row[name] for row in rows], label=label, **style)
-
-    score, kl, beta, entropy, clip, value, length, seconds = axes
-    line(score, "score", color="tab:green")
-    low = [row["score"] - row["score_std"] for row in rows]
-    high = [row["score"] + row["score_std"] for row in rows]
-    score.fill_between(steps, low, high, alpha=0.15, color="tab:green", linewidth=0)
-    for name in sorted({name for row in rows for name in row if name.startswith("reward/")}):
-        values = [row.get(name, float("nan")) for row in rows]
-        score.plot(steps, values, linestyle=":", label=name.removeprefix("reward/"))
-        score.legend(fontsize=8)
-    score.set_title("score (mean, ± one standard deviation)")
-
-    line(kl, "kl", "KL", color="tab:blue")
-    line(kl, "kl_target", "target", color="grey", linestyle="--", marker=None)
-    kl.legend(fontsize=8)
-    kl.set_title("KL to the reference (nats a response)")
-
-    line(beta, "kl_coef", color="tab:blue")
-    beta.set_title("KL coefficient")
-
-    line(entropy, "entropy", color="tab:purple")
-    entropy.set_title("entropy (nats a token)")
-
-    line(clip, "clipfrac", "policy", color="tab:orange")
-    if "value_loss" in rows[0]:
-        line(clip, "value_clipfrac", "value", color="tab:red")
-    clip.legend(fontsize=8)
-    clip.set_title("clip fraction")
-
-    if "value_loss" in rows[0]:
-        line(value, "value_loss", "value loss", color="tab:red")
-        value.set_title("value loss, explained variance")
-        twin = value.twinx()
-        line(twin, "explained_variance", "explained variance", color="tab:cyan")
-        twin.set_ylim(-1.05, 1.05)
-        lines = [*value.get_lines(), *twin.get_lines()]
-        value.legend(lines, [str(entry.get_label()) for entry in lines], fontsize=8)
-    else:
-        value.set_visible(False)
-
-    line(length, "response_length", color="tab:brown")
-    length.set_title("response length (tokens)")
-
-    names = ("rollout", "score", "advantage", "update")
-    seconds.stackplot(
-        steps,
-        *([row[f"seconds_{name}"] for row in rows] for name in names),
-        labels=names,
-        alpha=0.8,
-    )
-    seconds.legend(fontsize=8, loc="lower right")
-    seconds.set_title("seconds a step, by phase")
-
-    for axis in axes:
-        axis.grid(alpha=0.25)
-        axis.set_xlabel("PPO step")
-        axis.xaxis.get_major_locator().set_params(integer=True)
-    figure.savefig(path, dpi=100, format="png")

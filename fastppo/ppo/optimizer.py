@@ -1,12 +1,10 @@
-"""AdamW over the trained roles, and a step that the device itself can call off."""
+"""The optimiser and the schedule of its learning rate: a parameter group for each role."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
 from transformers import get_scheduler
 
 from fastppo.errors import UserError
@@ -18,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def make_optimizer(config: Config, roles: Roles) -> torch.optim.Optimizer:
-    """AdamW over the actor's parameters and, where there is one, the critic's: a group each.
+    """The optimiser of `optim`, with a parameter group for the actor and one for the critic.
 
-    With LoRA+ two each.
+    With LoRA+ each role has two.
     """
     groups = role_groups(config, roles, "actor", config.learning_rate)
     if roles.has_critic:
@@ -30,7 +28,7 @@ def make_optimizer(config: Config, roles: Roles) -> torch.optim.Optimizer:
     if config.weight_decay:
         groups = [part for group in groups for part in vectors_apart(group)]
     return make(
-        config.optim or "adamw_torch_fused",  # the one that reads found_inf, see below
+        config.optim or "adamw_torch_fused",  # reads found_inf, see clip_and_step
         groups,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
@@ -39,7 +37,7 @@ def make_optimizer(config: Config, roles: Roles) -> torch.optim.Optimizer:
 
 
 def role_groups(config: Config, roles: Roles, role: Role, rate: float) -> list[dict[str, Any]]:
-    """A role's parameters; with `loraplus_lr_ratio` those that start at 0 learn so much faster.
+    """Parameter groups of a role; `loraplus_lr_ratio` multiplies the rate of LoRA's B matrices.
 
     Source: Hayou et al. 2024, LoRA+: Efficient Low Rank Adaptation of Large Models. As in PEFT and
     LLaMA-Factory, vectors (DoRA's magnitudes) go with the B matrices.
@@ -61,7 +59,7 @@ def role_groups(config: Config, roles: Roles, role: Role, rate: float) -> list[d
 
 
 def vectors_apart(group: dict[str, Any]) -> list[dict[str, Any]]:
-    """The group's matrices, and its vectors undecayed: biases and norms, as transformers has it."""
+    """Split off vectors (biases, norms), which have no weight decay; as in transformers."""
     flat = [p for p in group["params"] if p.dim() == 1]
     full = [p for p in group["params"] if p.dim() != 1]
     parts = [{**group, "params": full}, {**group, "params": flat, "weight_decay": 0.0}]
@@ -69,7 +67,7 @@ def vectors_apart(group: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def make_scheduler(config: Config, optimizer: torch.optim.Optimizer, steps: int) -> Any:
-    """`lr_scheduler_type` over `steps` PPO steps; a warm-up begins above 0.
+    """The schedule of `lr_scheduler_type` over `steps` PPO steps; a warm-up begins above 0.
 
     Raises:
         UserError: lr_scheduler_kwargs has a value that the schedule does not take.
@@ -90,37 +88,6 @@ def make_scheduler(config: Config, optimizer: torch.optim.Optimizer, steps: int)
 
 
 def idle_steps(scheduler: Any, steps: int) -> int:
-    """How many of `steps` PPO steps learn nothing, their learning rate being 0 in every group."""
+    """Number of PPO steps, of `steps`, whose learning rate is 0 in every group."""
     groups = list(zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True))
     return sum(all(rate * factor(step) <= 0 for rate, factor in groups) for step in range(steps))
-
-
-def clip_and_step(
-    optimizer: torch.optim.Optimizer, max_grad_norm: float, keep: Tensor
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Clip each role by its own norm, once, after the last micro-batch; then step, or not.
-
-    Actor and critic apart: a critic far from its target would otherwise shrink the actor's step.
-    Where `keep` (0-d bool) is False, or a gradient is not finite, weights and moments stay as they
-    were. With PyTorch's fused AdamW the device decides that and the host does not wait; another
-    optimiser has to be told by the host.
-
-    Returns:
-        Norms before clipping, by role (0-d, of those that have a gradient), and whether the step
-        was taken (0-d bool).
-    """
-    limit = max_grad_norm if max_grad_norm > 0 else float("inf")
-    owned: dict[str, list[nn.Parameter]] = defaultdict(list)
-    for group in optimizer.param_groups:
-        owned[group["role"]] += [p for p in group["params"] if p.grad is not None]
-    norms = {role: nn.utils.clip_grad_norm_(own, limit) for role, own in owned.items() if own}
-    taken = keep
-    for norm in norms.values():
-        taken = taken & norm.isfinite()
-    if optimizer.defaults.get("fused"):
-        # GradScaler's way to a fused optimiser: where this is 1, its kernels write nothing.
-        optimizer.found_inf = (~taken).float()  # type: ignore[attr-defined]
-        optimizer.step()
-    elif taken.item():
-        optimizer.step()
-    return norms, taken

@@ -1,4 +1,4 @@
-"""PTX: cross-entropy on written answers beside PPO's loss, so that the policy keeps its language.
+"""PTX: cross-entropy on written answers, added to PPO's loss so that the policy keeps its language.
 
 Source: Ouyang et al. 2022, arXiv 2203.02155, eq. 2 (gamma there is `ptx_coef`).
 """
@@ -37,12 +37,12 @@ class Demonstrations:
 
     @classmethod
     def of(cls, records: list[Record], template: Template, config: Config) -> Demonstrations | None:
-        """Encode what `ptx_dataset` names; None where there is nothing to mix in."""
+        """Encode the records of `ptx_dataset`; None if there are none."""
         if not records:
             return None
         pairs = []
         for record in records:
-            # As for pairs: the prompt has half of the room, an answer loses its end but no EOS.
+            # As for pairs: a prompt gets half of cutoff_len; a cut answer keeps its EOS.
             prompt = fit(record, template, max(config.cutoff_len // 2, 1), config.default_system)
             answer = template.encode_response(record.response or "")
             room = config.cutoff_len - len(prompt) - 1
@@ -85,5 +85,5 @@ def ptx_backward(roles: Roles, batch: Batch, coef: float) -> Tensor:
             softcap=head.softcap,
         ).logprob_N
         loss = -logprob_N.mean()
-        (coef * loss).backward()
+        (coef * loss).backward()  # type: ignore[no-untyped-call]
     return loss.detach()

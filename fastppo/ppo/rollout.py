@@ -1,4 +1,4 @@
-"""Prompt -> Rollout: sample the whole batch at once, as far as the cache has room."""
+"""Prompt -> Rollout: sample all responses at once, as far as the KV cache has room."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def left_pad(prompts: list[Prompt], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Prompt ids and their mask, both int64 (B, P), the last token of each in the last column."""
+    """Prompt ids and their mask, both int64 (B, P), padded on the left."""
     width = max(len(prompt.ids) for prompt in prompts)
     rows = [[pad_id] * (width - len(prompt.ids)) + prompt.ids for prompt in prompts]
     mask = [[0] * (width - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in prompts]
@@ -38,7 +38,7 @@ def left_pad(prompts: list[Prompt], pad_id: int, device: torch.device) -> tuple[
 def response_length(
     token_row: list[int], stop_ids: tuple[int, ...], stop_string: int | None = None
 ) -> tuple[int, bool]:
-    """Tokens up to and with the first stop token, and whether there was one.
+    """Number of tokens up to and including the first stop token, and whether there is one.
 
     By position and not by pad tokens: a model whose pad is its EOS keeps exactly one of them.
     `stop_string` is the length at which a stop string was complete.
@@ -52,20 +52,20 @@ def response_length(
 
 
 def cache_bytes(model: Any) -> int:
-    """Keys and values of a token, over all layers (sliding windows are not taken off)."""
+    """Bytes of one token's keys and values over all layers; sliding windows are not deducted."""
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return 2 * config.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize
+    return int(2 * config.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize)
 
 
 def cache_budget(roles: Roles, sampling: Sampling, plan: Plan | None = None) -> float:
-    """Bytes that the cache may take: `rollout_kv_cache_gib`, or what a GPU has left.
+    """Bytes that the KV cache may take: `rollout_kv_cache_gib`, or 80% of what a GPU has left.
 
-    What lies there is the memory plan's to say: it knows reward models, and what is streamed.
-    From what the device has in all, not from what is free now: a run and its repetition split
-    their prompts alike. Without a plan only the models with a role are known.
+    The memory plan knows what else lies on the GPU, reward models and streamed layers included;
+    without a plan the weights of the roles are counted. It is deducted from all memory of the
+    device and not from what is free now, so that a repeated run splits its prompts alike.
     """
     if sampling.kv_cache_gib is not None:
         return sampling.kv_cache_gib * 2**30
@@ -94,9 +94,10 @@ def split(
     budget: float,
     most: int | None = None,
 ) -> list[list[int]]:
-    """Which prompts are answered together: `most`, or as many as the cache has room for.
+    """Groups of prompts, by index, that are answered together.
 
-    Where there are several groups, prompts of similar length are in one; no group is empty.
+    A group has at most `most` prompts, and no more than the KV cache has room for in `budget`
+    bytes. If there are several, prompts of similar length share one; no group is empty.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     groups: list[list[int]] = [[]]
@@ -110,9 +111,10 @@ def split(
 
 
 def merges(roles: Roles, sampling: Sampling) -> bool:
-    """`rollout_merge_adapter`, or: where nothing is lost by it, and the copies fit easily.
+    """Whether to sample with the adapter merged: `rollout_merge_adapter`, or if that is not set,
+    whether merging loses no precision and the copies take at most a quarter of all memory.
 
-    A quarter of the device's memory in all, and not what is free now: a repetition decides alike.
+    Of all memory and not of what is free now, so that a repeated run decides alike.
     """
     if sampling.merge_adapter is not None:
         return sampling.merge_adapter
@@ -170,7 +172,7 @@ def sample(
 
 @dataclass(frozen=True)
 class Answer:
-    """A response up to and with what ended it, and the sampler's log-prob of each token."""
+    """A response, including the token that ended it, and the sampler's log-prob of each token."""
 
     ids: list[int]
     terminated: bool
@@ -185,10 +187,11 @@ def generate(
     tokenizer: Any,
     seed: int,
 ) -> list[Answer]:
-    """Answers to prompts that are sampled together."""
+    """Sample responses to prompts that run as one batch."""
+    base: Any = roles.base
     prompt_BP, mask_BP = left_pad(prompts, template.pad_id, roles.device)
     record = RecordLogprobs()
-    generation = GenerationConfig(
+    generation = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=sampling.max_new_tokens,
         min_new_tokens=sampling.min_new_tokens or None,
         do_sample=sampling.do_sample,
@@ -197,7 +200,7 @@ def generate(
         bos_token_id=tokenizer.bos_token_id,
         use_cache=True,
         num_beams=1,
-        # The chain below does these, in full view of the recorder. What is left None here would be
+        # The processors below do these, before RecordLogprobs. A field that is None here would be
         # filled from the model's own generation_config.
         temperature=1.0,
         top_p=1.0,
@@ -210,11 +213,11 @@ def generate(
     devices = [roles.device] if roles.device.type == "cuda" else []
     with (
         torch.random.fork_rng(devices=devices),
-        generation_config_of(roles.base, generation),
+        generation_config_of(base, generation),
         roles.precision(),
     ):
         torch.manual_seed(seed)
-        tokens = roles.base.generate(
+        tokens = base.generate(
             input_ids=prompt_BP,
             attention_mask=mask_BP,
             generation_config=generation,
@@ -236,7 +239,7 @@ def cut(
     stop_ids: tuple[int, ...],
     stop_strings: list[int | None] | None = None,
 ) -> list[Answer]:
-    """Each row up to its stop token, or to the token that completed a stop string."""
+    """Cut each row behind its stop token, or behind the token that completed a stop string."""
     answers = []
     for b, row in enumerate(response_BR.tolist()):
         length, ended = response_length(row, stop_ids, stop_strings[b] if stop_strings else None)
@@ -266,7 +269,7 @@ def lay_out(
     tokenizer: Any,
     device: torch.device,
 ) -> Rollout:
-    """Prompt and response side by side, padded right."""
+    """Put each response behind its prompt, in rows that are padded on the right."""
     rows = [prompt.ids + answer.ids for prompt, answer in zip(prompts, answers, strict=True)]
     width = max(map(len, rows))
     padded = [row + [template.pad_id] * (width - len(row)) for row in rows]

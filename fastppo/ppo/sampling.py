@@ -1,4 +1,4 @@
-"""Which distribution responses are drawn from, and what is noted as they are."""
+"""The distribution that responses are sampled from, and recorders of what generate does."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Every setting of the sampler; nothing is left to the model's own generation_config."""
+    """All settings of the sampler; the model's own generation_config has no say."""
 
     max_new_tokens: int
     min_new_tokens: int = 0
@@ -34,14 +34,14 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     repetition_penalty: float = 1.0
-    # How it is done; the policy is the same.
+    # These change speed and memory, and not the distribution.
     kv_cache_gib: float | None = None
     merge_adapter: bool | None = None
     cache_implementation: str = "dynamic"
 
     @classmethod
     def of(cls, config: Config) -> Sampling:
-        """The sampling that the YAML asks for."""
+        """The settings that the configuration asks for."""
         return cls(
             max_new_tokens=config.max_new_tokens,
             min_new_tokens=config.min_new_tokens,
@@ -56,7 +56,7 @@ class Sampling:
         )
 
     def check(self, device: torch.device) -> None:
-        """Refuse what the device cannot do."""
+        """Raise UserError for settings that the device cannot run."""
         if self.cache_implementation == "static" and device.type != "cuda":
             raise UserError(
                 "cache_implementation: static is for decoding that is compiled, on a CUDA device, "
@@ -65,12 +65,12 @@ class Sampling:
 
     @property
     def truncates(self) -> list[str]:
-        """The settings that make the sampler another distribution than the one that trains."""
+        """Names of the settings with which the sampler is another distribution than the policy."""
         off = {"top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "do_sample": True}
         return [name for name, value in off.items() if getattr(self, name) != value]
 
     def processors(self) -> list[LogitsProcessor]:
-        """transformers' own processors, in its own order."""
+        """transformers' processors for these settings, in transformers' order."""
         chain: list[LogitsProcessor] = []
         if self.repetition_penalty != 1.0:
             chain.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
@@ -84,7 +84,7 @@ class Sampling:
 
 
 class RecordLogprobs(LogitsProcessor):
-    """Keeps the sampler's log-prob of each token it chose, and one row of logits, not a stack.
+    """Records the log-prob of each sampled token; holds the logits of one step, not of all.
 
     A token is chosen after this runs, so the log-probs of step t are gathered at step t + 1.
     transformers' generate(output_scores=True) stacks the scores of all steps: (T, B, V).
@@ -101,7 +101,7 @@ class RecordLogprobs(LogitsProcessor):
         return scores
 
     def take(self, token_B: Tensor) -> None:
-        """File the log-prob of the tokens that were chosen from the pending logits."""
+        """Record the log-probs of the tokens (B,) that were sampled from the pending logits."""
         assert self.pending_BV is not None
         pending = self.pending_BV.float()
         chosen_B = pending.gather(1, token_B[:, None]).squeeze(1)
@@ -110,18 +110,18 @@ class RecordLogprobs(LogitsProcessor):
 
 
 class StopStrings(StoppingCriteria):
-    """transformers' search for stop strings; keeps at which step it found each row's."""
+    """transformers' search for stop strings; records at which step it found one in each row."""
 
     def __init__(self, tokenizer: Any, strings: tuple[str, ...]) -> None:
         self.search = StopStringCriteria(tokenizer, list(strings))
         self.columns: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        found_B = self.search(input_ids, scores)
+        found_B: Tensor = self.search(input_ids, scores)
         self.columns.append(found_B)
         return found_B
 
     def lengths(self) -> list[int | None]:
-        """Tokens of each response up to the one that completes a stop string."""
+        """For each response, the number of tokens up to the one that completes a stop string."""
         rows = torch.stack(self.columns, dim=1).tolist()
         return [row.index(True) + 1 if True in row else None for row in rows]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fastppo.errors import UserError
-from fastppo.models.batch import Batch, Budget, Order, batches
+from fastppo.memory.budgets import Budget
+from fastppo.models.batch import Batch, Order, batches
 from fastppo.ops import linear_score_tokens, linear_token_logprobs
 from fastppo.types import Kept, Rollout, Scored
 
@@ -24,7 +25,7 @@ def token_scores(
     temperature: float,
     chunk_bytes: int | None = None,
 ) -> TokenLogprobs:
-    """Log-prob and entropy of the batch's response tokens, with the head on those tokens only."""
+    """Log-prob and entropy of the response tokens; the head runs on those tokens only."""
     weight_VD, bias_V, softcap = roles.lm_head
     hidden_ND = batch.packing.gather(hidden_BTD)
     return linear_token_logprobs(
@@ -116,12 +117,14 @@ def score(
                 actor_BTD = roles.hidden(**batch.inputs)
             if not exact_kl:
                 actor = token_scores(roles, actor_BTD, batch, temperature, chunk_bytes)
+                logprobs.append(actor.logprob_N)
+                entropies.append(actor.entropy_N)
         if exact_kl:
-            actor = exact_scores(roles, actor_BTD, ref_BTD, batch, temperature, chunk_bytes)
-            refs.append(actor.ref_logprob_N)
-            kls.append(actor.exact_kl_N)
-        logprobs.append(actor.logprob_N)
-        entropies.append(actor.entropy_N)
+            both = exact_scores(roles, actor_BTD, ref_BTD, batch, temperature, chunk_bytes)
+            logprobs.append(both.logprob_N)
+            entropies.append(both.entropy_N)
+            refs.append(both.ref_logprob_N)
+            kls.append(both.exact_kl_N)
         if roles.has_critic and roles.shares_trunk:
             values.append(roles.value(batch.packing.gather(actor_BTD)))
             finals.append(roles.value(batch.last(actor_BTD)))
@@ -143,7 +146,7 @@ def score(
 
 
 def keep_forward(roles: Roles, batch: Batch) -> Tensor:
-    """The active role's forward with its graph, in the mode in which the update runs it."""
+    """Hidden states of the active role with their graph, in the update's training mode."""
     roles.train()
     with torch.enable_grad():
         hidden_BTD = roles.hidden(**batch.inputs)

@@ -1,10 +1,12 @@
-"""What a run is between two steps, and how it comes to be."""
+"""The state of a run between two steps, and how it is built from the configuration."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +17,12 @@ from fastppo.config import Config, load_config
 from fastppo.data import encode_prompts
 from fastppo.memory.auto import advice_on_failure, resolve_auto
 from fastppo.memory.budgets import Budgets
-from fastppo.models.batch import check_packing
+from fastppo.models.batch import check_packing, endless
 from fastppo.models.build import Roles, build
 from fastppo.models.load import load_tokenizer
 from fastppo.ppo.advantage import KLController, RunningScore
-from fastppo.ppo.metrics import MetricsWriter, absent_columns
+from fastppo.ppo.columns import absent_columns
+from fastppo.ppo.metrics import MetricsWriter
 from fastppo.ppo.optimizer import make_optimizer, make_scheduler
 from fastppo.ppo.ptx import Demonstrations
 from fastppo.ppo.sampling import Sampling
@@ -30,7 +33,7 @@ from fastppo.run import session
 from fastppo.run.preflight import check
 from fastppo.run.stopping import Stop
 from fastppo.run.tracking import Trackers
-from fastppo.seeds import random_state
+from fastppo.seeds import random_state, seed_of
 from fastppo.templates import Template, get_template
 from fastppo.types import Prompt
 
@@ -42,7 +45,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class State:
-    """All that a run is between two steps."""
+    """The state of a run between two steps."""
 
     config: Config
     roles: Roles
@@ -51,7 +54,7 @@ class State:
     reward: Reward
     prompts: list[Prompt]
     eval_prompts: list[Prompt]
-    eval_is_held_out: bool  # eval_prompts were kept out of training
+    eval_is_held_out: bool  # eval_prompts are not among the training prompts
     optimizer: torch.optim.Optimizer
     scheduler: Any
     controller: KLController
@@ -59,19 +62,22 @@ class State:
     metrics: MetricsWriter
     tracker: Trackers | None
     budgets: Budgets
-    plan: Plan | None  # None: a model whose shape is not known
-    notes: list[str]  # what was decided by the memory plan, in words
+    plan: Plan | None  # None: the shape of the model is not known
+    notes: list[str]  # the memory plan's decisions, in words
     ptx: Demonstrations | None = None
     step: int = 0
     before: Answers | None = None
-    evaluations: list[dict[str, Any]] = field(default_factory=list)  # as the log has them
+    evaluations: list[dict[str, Any]] = field(default_factory=list)  # entries of the log
     began: float = field(default_factory=time.monotonic)
-    random: dict[str, Any] = field(default_factory=random_state)  # generators, after `step` steps
+    random: dict[str, Any] = field(
+        default_factory=random_state
+    )  # state of the generators after `step` steps
     stop: Stop = field(default_factory=Stop)
-    saved_step: int = -1  # the step whose checkpoint this run wrote last
+    saved_step: int = -1  # the step of the last checkpoint that this run wrote
 
     def __post_init__(self) -> None:
         self.snapshot = Snapshot(self.optimizer)
+        self.prompt_order = prompt_order(self.config, len(self.prompts))
 
     def seconds(self) -> float:
         """Wall time since the run began."""
@@ -91,14 +97,31 @@ def total_steps(config: Config, n_prompts: int) -> int:
     return max(1, math.ceil(steps - 1e-9))  # 0.1 * 30 / 3 is above 1 by rounding alone
 
 
+def prompt_order(config: Config, n_prompts: int) -> Callable[[int], list[int]]:
+    """A function of the step that returns the indices of its prompts.
+
+    They are an endless stream over all prompts, which is shuffled anew in every pass.
+    """
+    return partial(
+        endless,
+        n_prompts,
+        size=config.prompts_a_step,
+        seed=seed_of(config.data_order_seed, "prompt order"),
+        shuffle=not config.disable_shuffling,
+    )
+
+
 def init_state(
     config: Config | str | Path | None = None,
     records: Records | None = None,
     resumed: Path | None = None,
 ) -> State:
-    """Everything a run needs, loaded; `None` is the built-in toy, a path is a YAML file.
+    """Load everything that a run needs.
 
-    Trackers go on in the run that `resumed`, a checkpoint, is of.
+    Args:
+        config: a configuration, the path of a YAML file, or None for the built-in toy.
+        records: the data, if they are read already.
+        resumed: the checkpoint that the run goes on from; trackers then continue its curves.
     """
     if config is None:
         from fastppo import toy
@@ -112,7 +135,7 @@ def init_state(
     set_seed(config.seed)
     if config.eval_judge is not None:
         load_function(config.eval_judge, "eval_judge")
-    for spec in config.rewards:  # before the base is loaded, which takes a while
+    for spec in config.rewards:  # loading the base takes a while; first what may be wrong
         if spec.kind == "function":
             load_function(spec.target, "reward_model")
     tokenizer = load_tokenizer(config)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from fastppo.errors import Interrupted
 from fastppo.memory.auto import advice_on_failure
 from fastppo.memory.retry import retry
-from fastppo.models.batch import endless, largest
+from fastppo.models.batch import largest
 from fastppo.ppo import checkpoint, guards, lines
 from fastppo.ppo.advantage import estimate
 from fastppo.ppo.evaluation import (
@@ -21,12 +21,12 @@ from fastppo.ppo.evaluation import (
     evaluate_between_steps,
     write_results,
 )
+from fastppo.ppo.metrics import step_row
 from fastppo.ppo.rollout import sample
 from fastppo.ppo.sampling import Sampling
 from fastppo.ppo.score import score
 from fastppo.ppo.snapshot import interruptible_update, undo_if_interrupted
 from fastppo.ppo.state import State, init_state, total_steps
-from fastppo.ppo.step_row import step_row
 from fastppo.ppo.update import shares_first_pass, update
 from fastppo.run import console, durable, results, save
 from fastppo.seeds import random_state, seed_of
@@ -40,16 +40,9 @@ DRAWING_SHARE = 0.05  # of a run's time may go into drawing its curves along the
 
 
 def prompts_of_step(state: State) -> list[Prompt]:
-    """The next prompts of an endless shuffled stream, each `num_generations` times in a row."""
-    config = state.config
-    chosen = endless(
-        len(state.prompts),
-        state.step,
-        config.prompts_a_step,
-        seed=seed_of(config.data_order_seed, "prompt order"),
-        shuffle=not config.disable_shuffling,
-    )
-    return [state.prompts[i] for i in chosen for _ in range(config.num_generations)]
+    """The prompts of the step that comes next, each `num_generations` times in a row."""
+    copies = range(state.config.num_generations)
+    return [state.prompts[i] for i in state.prompt_order(state.step) for _ in copies]
 
 
 def step_update(state: State) -> State:

@@ -1,15 +1,16 @@
-"""Experience -> metrics: PPO's epochs over mini-batches and micro-batches."""
+"""Experience -> metrics: PPO's epochs over mini-batches, and their micro-batches."""
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastppo.config.ppo import KL_KIND
 from fastppo.errors import TrainingStopped
@@ -18,7 +19,7 @@ from fastppo.memory.retry import retry
 from fastppo.models.batch import Batch, batches, largest, to_device, token_index
 from fastppo.models.rounding import LIMITS, Precision
 from fastppo.ops import PolicyLoss, PolicyLossConfig, linear_policy_loss, value_loss
-from fastppo.ppo.optimizer import clip_and_step
+from fastppo.ppo.metrics import Totals, means
 from fastppo.ppo.ptx import ptx_backward
 from fastppo.seeds import seed_of
 from fastppo.types import Experience, Kept
@@ -28,69 +29,9 @@ if TYPE_CHECKING:
     from fastppo.models.build import Roles
 
 
-@dataclass
-class Totals:
-    """Sums over micro-batches, left on the device: the host reads them once, at the end."""
-
-    sums: dict[str, Tensor] = field(default_factory=dict)
-
-    def add(self, name: str, value: Tensor) -> None:
-        """Add to a sum; names ending in _max keep the maximum."""
-        value = value.detach()
-        if name not in self.sums:
-            self.sums[name] = value
-        elif name.endswith("_max"):
-            self.sums[name] = torch.maximum(self.sums[name], value)
-        else:
-            self.sums[name] = self.sums[name] + value
-
-    def merge(self, other: Totals) -> None:
-        """Add all that `other` has."""
-        for name, value in other.sums.items():
-            self.add(name, value)
-
-    def __getitem__(self, name: str) -> Tensor:
-        """One sum, as it is on the device."""
-        return self.sums[name]
-
-    def read(self) -> dict[str, float]:
-        """All sums, in one transfer."""
-        names = list(self.sums)
-        values = torch.stack([self.sums[name].double() for name in names]).tolist()
-        return dict(zip(names, values, strict=True))
-
-
-def means(totals: Totals, *, passes: int, steps: int, early_stopped: bool) -> dict[str, float]:
-    """The means of a PPO step, by the names of docs/metrics.md."""
-    sums = totals.read()
-    tokens, passes = max(sums["count"], 1.0), max(passes, 1)
-    taken = sums.get("taken", 0.0)
-    row = {
-        "clipfrac": sums["clipped"] / tokens,
-        "approxkl": sums["approx_kl"] / tokens,
-        "policykl": sums["policy_kl"] / tokens,
-        "ratio_mean": sums["ratio"] / tokens,
-        "ratio_max": sums["ratio_max"],
-        "optimizer_steps": taken,
-        "skipped_steps": steps - taken,
-        "nonfinite_steps": sums.get("nonfinite", 0.0),
-        "nonfinite_run": sums.get("nonfinite_run", 0.0),
-        "early_stopped": float(early_stopped),
-    }
-    for name in ("policy_loss", "kl_loss", "value_loss", "ptx_loss"):
-        if name in sums:
-            row[name] = sums[name] / passes
-    if "value_clipped" in sums:
-        row["value_clipfrac"] = sums["value_clipped"] / tokens
-    for name in ("grad_norm_actor", "grad_norm_critic"):
-        if name in sums:
-            row[name] = sums[name] / max(taken, 1.0)
-    return row
-
-
 @dataclass(frozen=True)
 class MiniBatch:
-    """Rows of one optimiser step, and what a token of each weighs in its loss."""
+    """The rows of one optimiser step, the loss weight of each row's tokens, and their number."""
 
     rows: list[int]
     weights: dict[int, float]
@@ -98,9 +39,9 @@ class MiniBatch:
 
 
 def token_weights(lengths: Sequence[int], mode: str, max_new_tokens: int, /) -> list[float]:
-    """What a token of each sequence weighs: verl's `loss_agg_mode` over a whole optimiser step.
+    """Weight of a token of each sequence in the loss of an optimiser step (verl's `loss_agg_mode`).
 
-    Fixed before any micro-batch runs, so how the step is split into them changes only rounding.
+    Counted before any micro-batch runs, so that splitting the step changes only rounding.
     """
     n = len(lengths)
     return {
@@ -112,7 +53,7 @@ def token_weights(lengths: Sequence[int], mode: str, max_new_tokens: int, /) -> 
 
 
 def mini_batches(experience: Experience, config: Config, seed: int) -> list[MiniBatch]:
-    """One epoch's optimiser steps: all rows once, in an order of their own."""
+    """Split all rows of the rollout, shuffled by `seed`, into one epoch's optimiser steps."""
     generator = torch.Generator().manual_seed(seed)
     lengths = experience.scored.rollout.response_lengths
     order = torch.randperm(len(lengths), generator=generator).tolist()
@@ -127,7 +68,7 @@ def mini_batches(experience: Experience, config: Config, seed: int) -> list[Mini
 
 
 def policy_loss_config(config: Config) -> PolicyLossConfig:
-    """The operator's configuration, from keys with the field's names."""
+    """The operator's configuration, from the YAML's keys."""
     return PolicyLossConfig(
         clip_low=config.clip_low,
         clip_high=config.clip_high,
@@ -140,14 +81,14 @@ def policy_loss_config(config: Config) -> PolicyLossConfig:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Where a micro-batch's tokens are among the rollout's, and what each weighs; both (N,)."""
+    """Indices of a micro-batch's tokens in the rollout, and their loss weights; both (N,)."""
 
     index_N: Tensor
     weight_N: Tensor
 
     @classmethod
     def of(cls, experience: Experience, batch: Batch, mini: MiniBatch) -> Tokens:
-        """Made on the host, from lengths that are known there."""
+        """Compute both on the host, from lengths that are known there."""
         like = experience.scored.logprob_N
         lengths = experience.scored.rollout.response_lengths
         weight_B = torch.tensor([mini.weights[row] for row in batch.rows], dtype=like.dtype)
@@ -168,7 +109,7 @@ def actor_loss(
     config: Config,
     chunk_bytes: int | None = None,
 ) -> PolicyLoss:
-    """The clipped surrogate with its regularisers, of the actor's hidden states."""
+    """PPO's clipped loss with its KL and entropy terms, from the actor's hidden states."""
     scored, at = experience.scored, tokens.index_N
     head, importance_N = roles.lm_head, experience.importance_weight_N
     return linear_policy_loss(
@@ -198,7 +139,7 @@ def critic_loss(
     config: Config,
     totals: Totals,
 ) -> Tensor:
-    """The clipped value loss, with the values of the rollout as the old ones."""
+    """The clipped value loss, from the critic's hidden states; `totals` are added to."""
     old_value_N = experience.scored.value_N
     assert old_value_N is not None
     value = value_loss(
@@ -243,13 +184,13 @@ def forward_backward(
             value = critic_loss(roles, experience, tokens, actor_ND, config, totals)
             loss = loss + config.vf_coef * value
         if loss.requires_grad:
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
     if roles.has_critic and not roles.shares_trunk:
         with roles.use("critic"):
             critic_ND = batch.packing.gather(roles.hidden(**batch.inputs))
             value = critic_loss(roles, experience, tokens, critic_ND, config, totals)
             loss = config.vf_coef * value
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
     stats = policy.metrics
     totals.add("policy_loss", stats.surrogate)
     if config.use_kl_loss:
@@ -298,9 +239,9 @@ def release(optimizer: torch.optim.Optimizer, kept: Kept | None) -> None:
 
 
 def check_first_pass(mean_log_ratio: float, precision: Precision) -> None:
-    """Before anything was learned the ratio is 1; far from it, every advantage trains nonsense.
+    """Raise TrainingStopped if scoring and update disagree: before the first step the ratio is 1.
 
-    A ratio that is not finite says nothing of that: its step is skipped, and counted.
+    A ratio that is not finite is let through: its step is skipped, and counted.
     """
     limit = 10 * LIMITS[precision].log_ratio
     if limit < mean_log_ratio < math.inf:
@@ -312,17 +253,48 @@ def check_first_pass(mean_log_ratio: float, precision: Precision) -> None:
 
 
 def shares_first_pass(config: Config, budgets: Budgets) -> bool:
-    """Whether scoring's forward can be the first of the update: the same rows in one micro-batch.
+    """Whether scoring's forward can serve as the update's first: both run the same micro-batches.
 
-    So it is where an epoch is one optimiser step, and both have the same room.
+    That is so if an epoch is one optimiser step, and both have the same budget.
     """
     return config.ppo_buffer_size == 1 and budgets.update == budgets.scoring
 
 
 def losses_finite(totals: Totals) -> Tensor:
-    """Whether every loss of an optimiser step is a number (0-d bool, on the device)."""
+    """Whether every loss of an optimiser step is finite (0-d bool, on the device)."""
     names = {"policy_loss", "kl_loss", "value_loss", "ptx_loss"} & totals.sums.keys()
     return torch.stack([totals.sums[name].isfinite() for name in sorted(names)]).all()
+
+
+def clip_and_step(
+    optimizer: torch.optim.Optimizer, max_grad_norm: float, keep: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Clip the gradients of each role by their own norm; then step, unless `keep` is False.
+
+    Actor and critic are clipped apart: a critic far from its target would shrink the actor's step.
+    If `keep` (0-d bool) is False or a gradient is not finite, weights and Adam's moments stay as
+    they were. PyTorch's fused AdamW decides that on the device, and the host does not wait; for
+    another optimiser the host has to read it.
+
+    Returns:
+        Norms before clipping, by role (0-d, of those that have a gradient), and whether the step
+        was taken (0-d bool).
+    """
+    limit = max_grad_norm if max_grad_norm > 0 else float("inf")
+    owned: dict[str, list[nn.Parameter]] = defaultdict(list)
+    for group in optimizer.param_groups:
+        owned[group["role"]] += [p for p in group["params"] if p.grad is not None]
+    norms = {role: nn.utils.clip_grad_norm_(own, limit) for role, own in owned.items() if own}
+    taken = keep
+    for norm in norms.values():
+        taken = taken & norm.isfinite()
+    if optimizer.defaults.get("fused"):
+        # GradScaler's way to a fused optimiser: where this is 1, its kernels write nothing.
+        optimizer.found_inf = (~taken).float()  # type: ignore[attr-defined]
+        optimizer.step()
+    elif taken.item():
+        optimizer.step()
+    return norms, taken
 
 
 def update(

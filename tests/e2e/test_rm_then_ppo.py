@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastppo import toy
 from fastppo.cli import main
-from fastppo.ppo.metrics import COLUMNS
+from fastppo.ppo.columns import COLUMNS
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures"

@@ -19,9 +19,9 @@ from fastppo.errors import UserError
 from fastppo.models.batch import make_batch
 from fastppo.models.load import attention, causal_lm, silence_dropout, trunk
 from fastppo.ops import linear_token_logprobs
-from fastppo.ppo.optimizer import clip_and_step, make_optimizer
+from fastppo.ppo.optimizer import make_optimizer
 from fastppo.ppo.rollout import Sampling, sample
-from fastppo.ppo.update import Totals, forward_backward, mini_batches, update
+from fastppo.ppo.update import Totals, clip_and_step, forward_backward, mini_batches, update
 from fastppo.rm import train as reward_model
 from tests.tiny import hidden_as, named, stir
 

@@ -13,9 +13,9 @@ import torch
 from fastppo.errors import UserError
 from fastppo.ppo import checkpoint, trainer
 from fastppo.ppo.advantage import KLController, RunningScore, estimate, group_advantages
+from fastppo.ppo.columns import CRITIC_COLUMNS
 from fastppo.ppo.evaluation import evaluate
 from fastppo.ppo.lines import notices
-from fastppo.ppo.metrics import CRITIC_COLUMNS
 from fastppo.ppo.optimizer import make_optimizer
 from fastppo.ppo.update import update
 from fastppo.run.preflight import check

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from fastppo import toy
 from fastppo.errors import TrainingStopped
 from fastppo.ppo import checkpoint, guards, trainer
-from fastppo.ppo.metrics import COLUMNS
+from fastppo.ppo.columns import COLUMNS
 from fastppo.ppo.state import init_state
 from fastppo.ppo.update import check_first_pass
 

@@ -8,6 +8,7 @@ import torch
 
 from fastppo.ppo import ptx, rollout, trainer, update
 from fastppo.ppo.evaluation import evaluate
+from fastppo.ppo.state import prompt_order
 from fastppo.seeds import seed_of
 
 PURPOSES = ("step", "prompt order", "mini-batches", "evaluation", "ptx", "group", "pass")
@@ -25,6 +26,7 @@ def test_no_two_places_of_a_large_grid_share_a_seed():
 def orders_of(run: trainer.State, seed: int, epochs: int) -> list[tuple[str, ...]]:
     """The order of the prompts in each of a run's first epochs."""
     run.config = run.config.model_copy(update={"seed": seed})
+    run.prompt_order = prompt_order(run.config, len(run.prompts))
     size = len(run.prompts) // run.config.prompts_a_step
     orders = []
     for epoch in range(epochs):

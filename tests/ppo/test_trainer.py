@@ -11,9 +11,9 @@ import torch
 
 from fastppo.ops.backend import choose
 from fastppo.ppo import checkpoint, lines, trainer
+from fastppo.ppo.columns import COLUMNS, REWARD_COLUMN, REWARD_MEANING, absent_columns
 from fastppo.ppo.evaluation import evaluate
 from fastppo.ppo.lines import notices
-from fastppo.ppo.metrics import COLUMNS, REWARD_COLUMN, REWARD_MEANING, absent_columns
 from fastppo.run.preflight import check
 
 CLOCKS = {name for name, words in COLUMNS.items() if words.endswith("(a clock)")}

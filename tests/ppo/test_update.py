@@ -15,9 +15,9 @@ import torch
 from fastppo.config.effect import without_effect
 from fastppo.errors import TrainingStopped
 from fastppo.models.batch import Budget, make_batch, token_index
-from fastppo.ppo.optimizer import clip_and_step, make_optimizer
+from fastppo.ppo.optimizer import make_optimizer
 from fastppo.ppo.score import score, token_scores
-from fastppo.ppo.update import check_first_pass, mini_batches, update
+from fastppo.ppo.update import check_first_pass, clip_and_step, mini_batches, update
 
 
 def flat(made):

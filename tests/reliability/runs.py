@@ -27,7 +27,7 @@ import torch
 
 from fastppo import cli, toy
 from fastppo.ppo import checkpoint, evaluation, metrics, sampling, score, trainer, update
-from fastppo.ppo.metrics import COLUMNS
+from fastppo.ppo.columns import COLUMNS
 from fastppo.rewards import function as reward_function
 from fastppo.rm import train as reward_model
 from fastppo.rm import trainer as pair_trainer

@@ -17,7 +17,7 @@ from fastppo.errors import TrainingStopped, UserError
 from fastppo.models.batch import Budget
 from fastppo.ppo import checkpoint, trainer
 from fastppo.ppo.advantage import KLController, RunningScore, estimate
-from fastppo.ppo.metrics import COLUMNS
+from fastppo.ppo.columns import COLUMNS
 from fastppo.ppo.score import score
 from fastppo.rewards.reward import Reward, make_reward
 from fastppo.run import save

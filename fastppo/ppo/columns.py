@@ -1,0 +1,102 @@
+"""The columns of training_metrics.csv, and which of them a run has."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastppo.config import Config
+
+# Column -> what it is. docs/metrics.md has the same table, and a test holds the two together.
+COLUMNS = {
+    "step": "PPO step, from 1",
+    "epoch": "passes over the prompts so far",
+    "score": "mean score of the rollout as the reward gave it; of several, their weighted sum",
+    "score_std": "standard deviation of those scores",
+    "score_shaped": "mean score after normalisation, clipping and penalties: what entered the "
+    "reward",
+    "kl": "KL to the reference, summed over a response, mean over responses (nats)",
+    "kl_controlled": "the same by kl_penalty's estimate: what the KL controller follows",
+    "kl_target": "target of the KL controller (ppo_target)",
+    "kl_coef": "beta that this step's rewards (with use_kl_loss: its loss) were made with",
+    "entropy": "mean entropy of the policy at a response token, full vocabulary (nats)",
+    "policy_loss": "clipped surrogate alone, mean over the step's optimiser steps",
+    "kl_loss": "the KL's part of the loss, beta included (with use_kl_loss)",
+    "ptx_loss": "mean -log-prob of an answer's token in ptx_dataset, before ptx_coef",
+    "value_loss": "clipped value loss with its factor 1/2, before vf_coef",
+    "explained_variance": "1 - var(return - value) / var(return), at rollout",
+    "value_mean": "mean value of the rollout's states",
+    "value_std": "standard deviation of those values",
+    "return_mean": "mean return (reward units)",
+    "return_std": "standard deviation of the returns",
+    "clipfrac": "share of tokens whose policy gradient the clip cut off",
+    "value_clipfrac": "share of tokens whose value the clip held",
+    "approxkl": "mean k3 estimate of KL(behaviour, policy) over all passes (nats)",
+    "policykl": "mean of log-prob before minus after, over all passes (TRL's policykl, nats)",
+    "ratio_mean": "mean of policy over behaviour probability",
+    "ratio_max": "largest such ratio",
+    "ratio_first_pass": "mean |log ratio| before the first update of the step: 0 but for rounding",
+    "sampler_gap": "mean of sampler's minus recomputed log-prob: 0 unless sampling is truncated",
+    "sampler_gap_abs": "mean of that difference's absolute value: rounding, and what truncates",
+    "rollout_is_mean": "mean truncated importance weight of a token (with rollout_is_threshold)",
+    "rollout_is_capped": "share of tokens whose weight met rollout_is_threshold",
+    "response_length": "mean tokens of a response, EOS included",
+    "response_length_max": "longest response",
+    "eos_share": "share of responses that ended by themselves",
+    "score_length_corr": "correlation of score and response length: near 1 smells of length "
+    "hacking",
+    "learning_rate": "the actor's",
+    "critic_learning_rate": "the critic's",
+    "grad_norm_actor": "mean gradient norm before clipping",
+    "grad_norm_critic": "mean gradient norm before clipping",
+    "optimizer_steps": "optimiser steps taken in this PPO step",
+    "skipped_steps": "optimiser steps skipped: a gradient that was not finite, or ratio_threshold",
+    "nonfinite_steps": "those of them whose loss or gradient was not finite",
+    "nonfinite_run": "such steps in a row, up to this step's last; max_bad_steps of them stop the "
+    "run",
+    "early_stopped": "1 where the step's epochs were cut short by target_kl",
+    "response_tokens": "response tokens in the rollout",
+    "update_tokens": "tokens that the update ran over in all its passes, prompts included",
+    "guard_nonfinite": "1 where a loss or gradient was not finite",
+    "guard_ratio": "1 where ratio_first_pass is above rounding: 1e-5, with tf32 2.5e-3, "
+    "with bf16 2e-2",
+    "guard_kl": "1 where kl is above 5 times ppo_target",
+    "guard_entropy": "1 where entropy is below a tenth of the first step's",
+    "guard_eos": "1 where eos_share was above a tenth, and has fallen to a tenth of that",
+    "guard_length": "1 where score_length_corr was past 0.6 over the last 10 steps (80 responses)",
+    "guard_value_clip": "1 where value_clipfrac was above a quarter over the last 3 steps",
+    "guard_sampler": "1 where sampler_gap_abs is above 1e-3, with tf32 1.25e-2, with bf16 0.1, "
+    "and nothing truncates",
+    "seconds_rollout": "sampling (a clock)",
+    "seconds_score": "log-probs, reference, values, reward (a clock)",
+    "seconds_advantage": "KL reward, GAE, whitening (a clock)",
+    "seconds_update": "PPO epochs (a clock)",
+    "seconds": "the whole step (a clock)",
+    "rollout_tokens_per_second": "response tokens sampled in a second (a clock)",
+    "update_tokens_per_second": "update_tokens by seconds_update (a clock)",
+    "tokens_per_second": "response tokens by the seconds of the whole step (a clock)",
+}
+# Of several rewards each has a column more; its cell is empty where it applied to no response.
+REWARD_COLUMN = "reward/{name}"
+REWARD_MEANING = "of several rewards: mean score by that one, before its weight"
+CRITIC_COLUMNS = {
+    "value_loss",
+    "explained_variance",
+    "value_mean",
+    "value_std",
+    "value_clipfrac",
+    "critic_learning_rate",
+    "grad_norm_critic",
+}
+
+
+def absent_columns(config: Config) -> set[str]:
+    """Columns that mean nothing in this run, and that its file does not have."""
+    absent = set() if config.has_critic else set(CRITIC_COLUMNS)
+    if not config.use_kl_loss:
+        absent.add("kl_loss")
+    if config.ptx_dataset is None:
+        absent.add("ptx_loss")
+    if config.rollout_is_threshold is None:
+        absent |= {"rollout_is_mean", "rollout_is_capped"}
+    return absent

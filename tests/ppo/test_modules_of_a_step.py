@@ -1,0 +1,53 @@
+"""How many modules a reader has to open to follow one PPO step."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from fastppo import toy
+from fastppo.ppo import trainer
+
+PACKAGE = Path(trainer.__file__).parents[1]
+MOST = 27
+
+
+def modules_entered(function: Any, *args: Any) -> set[str]:
+    """Modules of fastppo whose functions run in a call; operators and their kernels are one."""
+    entered: set[str] = set()
+
+    def note(frame: FrameType, event: str, _: Any) -> None:
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and PACKAGE in path.parents:
+            parts = path.relative_to(PACKAGE).with_suffix("").parts
+            entered.add("ops" if parts[0] in ("ops", "kernels") else ".".join(parts))
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        function(*args)
+    finally:
+        sys.setprofile(before)
+    return entered
+
+
+def test_a_step_enters_few_modules(tmp_path, monkeypatch):
+    """A dozen would be short to read. These stand in the way of it:
+
+    - Seven of `ppo` are the step itself: trainer, rollout with its sampling, score, advantage,
+      update, metrics; guards look at each row, and snapshot can undo a step.
+    - Seven of `models` run the roles: which adapter is on (roles), the trunk and head of a base
+      (load), micro-batches (batch), LoRA's layers (fused_lora), and in sampling merged weights and
+      kernels for few rows (merged, few_rows); the precision of products is read anew (rounding).
+    - What surrounds every step: clock and signals (run), budgets and retry (memory), seeds, types,
+      the configuration's derived keys, the rewards, and the toy's own reward function.
+    """
+    monkeypatch.chdir(tmp_path)
+    state = trainer.init_state(toy.config("toy", max_steps=3, metrics_dir="metrics"))
+    trainer.step_update(state)
+    entered = modules_entered(trainer.step_update, state)
+    print(f"{len(entered)} modules: {', '.join(sorted(entered))}")
+    assert {"ppo.trainer", "ppo.rollout", "ppo.score", "ppo.advantage", "ppo.update"} < entered
+    assert len(entered) <= MOST, sorted(entered)
