@@ -20,6 +20,7 @@ from fastppo.models.adapters import merge_list
 from fastppo.models.load import causal_lm
 from fastppo.models.value_head import VALUE_HEAD_FILE, value_head_state
 from fastppo.offload.activations import wrap
+from fastppo.ppo import log
 from fastppo.ppo.advantage import RunningScore
 from fastppo.run import durable, results, training_state
 from fastppo.run.save import begin, note_run, save_model, save_weights
@@ -43,7 +44,7 @@ def save(state: State, folder: Path) -> None:
     if below:
         text = json.dumps({"merged": below}, indent=2) + "\n"
         (folder / BASE_RECORD).write_text(text, encoding="utf-8")
-    results.write_trainer_state(state, folder)
+    log.write_trainer_state(state, folder)
 
 
 def save_to_resume(state: State, output_dir: Path) -> Path:
@@ -215,7 +216,7 @@ def resume(state: State, folder: Path) -> list[str]:
     state.began -= saved["seconds"]
     state.before = None if saved["before"] is None else Answers(**saved["before"])
     # The last one is made anew, with what is written after it.
-    found = results.evaluations_in(folder)
+    found = log.read_evaluations(folder)
     state.evaluations = [each for each in found if each["step"] < state.total_steps]
     state.metrics.go_on(saved["rows"])
     state.random = saved["random"]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastppo.errors import UserError
+from fastppo.ppo import log
 from fastppo.ppo.metrics import SAMPLES, SUMMARY
 from fastppo.ppo.phases import sampled, scored
 from fastppo.rewards.function import call_scores, load_function
@@ -168,7 +169,7 @@ def report(state: State, compared: Comparison, summary: dict[str, Any]) -> dict[
     folder = Path(state.config.output_dir)
     results.save_metrics(folder, "eval", metrics)
     if state.config.trains:
-        results.log(state, metrics)
+        log.log_entry(state, metrics)
     title = f"Samples after {state.step} PPO steps" if state.step else "Samples"
     samples.write(folder, title, metrics, list(sample_rows(compared)))
     return metrics

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fastppo.run.tracking import Trackers
 
 SUMS = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged")
+PLOTTED = ("loss", "eval_loss", "eval_accuracy")  # with plot_loss, a picture each
 
 
 class ResumableTrainer(Trainer):
@@ -258,7 +259,7 @@ class PairTrainer(ResumableTrainer):
     def draw(self) -> None:
         """`plot_loss`: LLaMA-Factory's pictures of all that was logged so far."""
         if self.plots:
-            plots.plot_pairs(self.state.log_history, Path(self.args.output_dir))
+            plots.plot_log(self.state.log_history, PLOTTED, Path(self.args.output_dir))
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:

@@ -11,55 +11,27 @@ from fastppo.run.durable import whole
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from fastppo.config import Config
-
 SMOOTHING = 0.9  # share of the past in the smoothed line
 
 
-def total_loss(row: Mapping[str, float], config: Config) -> float:
-    """What the optimiser minimised in a step: the policy's loss and the others by their weights."""
-    loss = row["policy_loss"] - config.entropy_coef * row["entropy"] + row.get("kl_loss", 0.0)
-    loss += config.vf_coef * row.get("value_loss", 0.0)
-    return loss + config.ptx_coef * row.get("ptx_loss", 0.0)
-
-
-def plot_ppo(rows: Sequence[Mapping[str, float]], config: Config, folder: Path) -> list[Path]:
-    """training_loss.png and training_reward.png from the metrics' rows."""
-    steps = [row["step"] for row in rows]
-    return plot(
-        {
-            "loss": list(zip(steps, (total_loss(row, config) for row in rows), strict=True)),
-            "reward": list(zip(steps, (row["score"] for row in rows), strict=True)),
-        },
-        folder,
-    )
-
-
-def plot_pairs(log_history: Iterable[Mapping[str, Any]], folder: Path) -> list[Path]:
-    """training_loss.png, training_eval_loss.png and training_eval_accuracy.png of stage rm."""
-    entries = list(log_history)
-    return plot(
-        {
-            name: [(entry["step"], entry[name]) for entry in entries if name in entry]
-            for name in ("loss", "eval_loss", "eval_accuracy")
-        },
-        folder,
-    )
-
-
-def plot(
-    series: Mapping[str, Sequence[tuple[float, float]]], folder: Path, prefix: str = "training"
+def plot_log(
+    log_history: Iterable[Mapping[str, Any]], names: Sequence[str], folder: Path
 ) -> list[Path]:
-    """`<prefix>_<name>.png` for each name that has points; the files written."""
+    """`training_<name>.png` of each name that some log entry has, against the step.
+
+    Returns:
+        The files written.
+    """
     # The Agg figure directly, without pyplot: no global state, no display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    written = []
-    for name, points in series.items():
-        if not points:
+    entries, written = list(log_history), []
+    for name in names:
+        steps = [entry["step"] for entry in entries if name in entry]
+        values = [entry[name] for entry in entries if name in entry]
+        if not steps:
             continue
-        steps, values = zip(*points, strict=True)
         figure = Figure(figsize=(8, 5), layout="constrained")
         FigureCanvasAgg(figure)
         axis = figure.subplots()
@@ -70,7 +42,7 @@ def plot(
         axis.grid(alpha=0.25)
         axis.legend()
         folder.mkdir(parents=True, exist_ok=True)
-        written.append(folder / f"{prefix}_{name}.png")
+        written.append(folder / f"training_{name}.png")
         with whole(written[-1]) as place:
             figure.savefig(place, dpi=100, format="png")
     return written

@@ -17,7 +17,7 @@ from transformers import Adafactor
 from fastppo.config import Config
 from fastppo.errors import UserError
 from fastppo.models import optim
-from fastppo.ppo import trainer
+from fastppo.ppo import log, trainer
 from fastppo.ppo.optimizer import make_optimizer
 from fastppo.rm import train as reward_model
 from fastppo.run import console, plots, preflight, session
@@ -238,8 +238,8 @@ def test_without_plot_loss_and_saving_there_is_neither(config, tmp_path):
 def test_the_plotted_loss_is_the_sum_that_was_minimised(config):
     row = {"policy_loss": 1.0, "entropy": 2.0, "value_loss": 3.0, "kl_loss": 0.5, "ptx_loss": 4.0}
     settings = config(vf_coef=0.1, entropy_coef=0.01, ptx_coef=0.25, ptx_dataset="x")
-    assert plots.total_loss(row, settings) == pytest.approx(1 - 0.02 + 0.3 + 0.5 + 1.0)
-    assert plots.total_loss({"policy_loss": 1.0, "entropy": 2.0}, config()) == 1.0
+    assert log.total_loss(row, settings) == pytest.approx(1 - 0.02 + 0.3 + 0.5 + 1.0)
+    assert log.total_loss({"policy_loss": 1.0, "entropy": 2.0}, config()) == 1.0
 
 
 def test_the_smoothed_line_starts_at_the_first_value_and_follows():
