@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from fastppo.config.offload import reference_streams
+from fastppo.config.memory import reference_streams
 from fastppo.config.rewards import HEAD_FILES, RECORD
 from fastppo.models.adapters import (
     adapter_parameters,

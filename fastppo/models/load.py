@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils.logging import disable_progress_bar
 
-from fastppo.config.offload import offload_mode
-from fastppo.config.precision import own_dtype, run_dtype
+from fastppo.config.memory import offload_mode
+from fastppo.config.model import own_dtype, run_dtype
 from fastppo.errors import UserError
 from fastppo.models.loading import LOAD_ERRORS, first_line
 from fastppo.offload.activations import ActivationOffload, wrap

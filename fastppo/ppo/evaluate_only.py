@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from peft import PeftModel
 
 from fastppo import __version__
-from fastppo.config.trained import trained_before
+from fastppo.config.roles import folder_to_evaluate
 from fastppo.errors import UserError
 from fastppo.models.adapters import load_adapter
 from fastppo.models.load import silence_dropout
@@ -33,7 +33,7 @@ def run(config: Config, records: Records) -> None:
 
     Only `output_dir` is written to: the metrics of the run that trained it stay as they are.
     """
-    folder, config = trained_before(config)
+    folder, config = folder_to_evaluate(config)
     # A critic says nothing here, so it is the smallest there is; and a tracker has no curve.
     update = {"critic": "shared", "critic_finetuning_type": None, "report_to": "none"}
     config = config.model_copy(update=update)

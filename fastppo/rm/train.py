@@ -19,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from fastppo import __version__
 from fastppo.config.rewards import HEAD_FILES
-from fastppo.config.trained import trained_before
+from fastppo.config.roles import folder_to_evaluate
 from fastppo.data import encode_pairs
 from fastppo.errors import Interrupted, TrainingStopped
 from fastppo.memory.auto import advice_on_failure, resolve_auto
@@ -224,7 +224,7 @@ def run_pairs(config: Config, records: Records, until_the_end: ExitStack) -> Non
     device = session.start(config)
     output_dir, folder = Path(config.output_dir), None
     if not config.trains:
-        folder, config = trained_before(config)
+        folder, config = folder_to_evaluate(config)
     tokenizer = load_tokenizer(config)
     template = get_template(
         config.template,
