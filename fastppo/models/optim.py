@@ -13,7 +13,7 @@ from fastppo.config.training import BITSANDBYTES
 from fastppo.errors import UserError
 
 
-def make(
+def create_optimizer(
     name: str | None,
     groups: list[dict[str, Any]],
     *,
@@ -79,7 +79,7 @@ def bitsandbytes(name: str) -> Any:
         ) from None
 
 
-def begin_above_0(scheduler: Any, warmup: int) -> None:
+def start_warmup_above_zero(scheduler: Any, warmup: int) -> None:
     """Take a warm-up that begins at 0 one step ahead; from its peak on the schedule stays as it is.
 
     Of `warmup` steps the first then has 1 / warmup of the peak and the last the peak itself, where
