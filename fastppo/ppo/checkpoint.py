@@ -16,7 +16,7 @@ from torch import nn
 from fastppo import seeds
 from fastppo.config.rewards import BASE_RECORD
 from fastppo.errors import Interrupted, UserError
-from fastppo.models.adapters import merge_list
+from fastppo.models.adapters import adapters_to_merge
 from fastppo.models.load import causal_lm
 from fastppo.models.value_head import VALUE_HEAD_FILE, value_head_state
 from fastppo.offload.activations import wrap
@@ -40,7 +40,7 @@ def save(state: State, folder: Path) -> None:
         below.mkdir(exist_ok=True)
         save_weights(critic.model, folder if critic.adapter else below, "critic")
         save_file(value_head_state(roles.critic_head), below / VALUE_HEAD_FILE)
-    below = merge_list(state.config)
+    below = adapters_to_merge(state.config)
     if below:
         text = json.dumps({"merged": below}, indent=2) + "\n"
         (folder / BASE_RECORD).write_text(text, encoding="utf-8")

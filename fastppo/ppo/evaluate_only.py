@@ -12,8 +12,7 @@ from fastppo import __version__
 from fastppo.config.roles import folder_to_evaluate
 from fastppo.errors import UserError
 from fastppo.models.adapters import load_adapter
-from fastppo.models.load import silence_dropout
-from fastppo.models.loading import LOAD_ERRORS, first_line
+from fastppo.models.load import LOAD_ERRORS, disable_dropout, first_line
 from fastppo.ppo import lines
 from fastppo.ppo.evaluation import compare, predict, report, summarise
 from fastppo.ppo.finish import held_out_prompts
@@ -71,5 +70,5 @@ def load_policy(roles: Roles, folder: Path) -> None:
                 f"output_dir: the policy in {folder} cannot be loaded ({first_line(error)}); name "
                 "one that was trained on the same base"
             ) from None
-    silence_dropout(model)
+    disable_dropout(model)
     model.to(roles.device).eval()

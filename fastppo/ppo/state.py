@@ -15,7 +15,7 @@ from fastppo.config import Config, load_config
 from fastppo.data import encode_prompts
 from fastppo.memory.auto import advice_on_failure, resolve_auto
 from fastppo.memory.budgets import Budgets
-from fastppo.models.batch import check_packing, endless
+from fastppo.models.batch import check_packing, shuffled_batch
 from fastppo.models.build import Roles, build
 from fastppo.models.load import load_tokenizer
 from fastppo.ppo.advantage import KLController, RunningScore
@@ -94,7 +94,7 @@ def total_steps(config: Config, n_prompts: int) -> int:
 def prompts_of_step(state: State) -> list[Prompt]:
     """The next prompts of an endless shuffled stream, each `num_generations` times in a row."""
     config = state.config
-    chosen = endless(
+    chosen = shuffled_batch(
         len(state.prompts),
         state.step,
         config.prompts_a_step,

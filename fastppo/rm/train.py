@@ -27,15 +27,15 @@ from fastppo.memory.budgets import Budgets
 from fastppo.memory.retry import retried
 from fastppo.models import optim
 from fastppo.models.adapters import (
-    compute_in_bfloat16,
-    continued,
-    first_adapter,
-    leave_inputs,
-    merge_list,
-    merged,
-    select,
-    start_adapter,
-    upcast,
+    adapter_to_continue,
+    adapters_to_merge,
+    disable_input_cast,
+    load_peft_model,
+    merge_adapters,
+    round_outputs_to_bfloat16,
+    setup_lora_tuning,
+    setup_weight_tuning,
+    upcast_trainable,
 )
 from fastppo.models.load import (
     causal_lm,
@@ -129,13 +129,13 @@ def trained_model(config: Config, device: torch.device) -> nn.Module:
     """The base with what `finetuning_type` trains of it: float32, the rest as it was loaded."""
     base = load_base(config, device, bits=config.quantization_bit)
     if config.finetuning_type == "lora":
-        model: nn.Module = start_adapter(config, base)
+        model: nn.Module = setup_lora_tuning(config, base)
         trained = [p for p in model.parameters() if p.requires_grad]
-        compute_in_bfloat16(model, trained)
-        leave_inputs(model)
+        round_outputs_to_bfloat16(model, trained)
+        disable_input_cast(model)
     else:
-        model, trained = base, select(config, base, config.finetuning_type)
-    upcast(trained)
+        model, trained = base, setup_weight_tuning(config, base, config.finetuning_type)
+    upcast_trainable(trained)
     return model
 
 
@@ -146,7 +146,9 @@ def lora_plus(config: Config, model: nn.Module) -> torch.optim.Optimizer | None:
 
     def asked_for(groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
         betas = (config.adam_beta1, config.adam_beta2)
-        return optim.make(config.optim, groups, lr=lr, betas=betas, eps=config.adam_epsilon)
+        return optim.create_optimizer(
+            config.optim, groups, lr=lr, betas=betas, eps=config.adam_epsilon
+        )
 
     return create_loraplus_optimizer(
         model,
@@ -162,7 +164,7 @@ def earlier_head(config: Config) -> Path | None:
 
     An SFT adapter has no head: there a new one begins.
     """
-    goes_on = continued(config)
+    goes_on = adapter_to_continue(config)
     folder = None if goes_on is None else Path(goes_on)
     if folder is None or not any((folder / name).is_file() for name in HEAD_FILES):
         return None
@@ -174,8 +176,8 @@ def load_trained(config: Config, folder: Path, device: torch.device) -> nn.Modul
     if config.finetuning_type != "lora":
         return load_base(config, device, str(folder))
     base = load_base(config, device, bits=config.quantization_bit)
-    base = merged(base, merge_list(config), "adapter_name_or_path")
-    return first_adapter(base, str(folder), "adapter_name_or_path", train=False)
+    base = merge_adapters(base, adapters_to_merge(config), "adapter_name_or_path")
+    return load_peft_model(base, str(folder), "adapter_name_or_path", train=False)
 
 
 class Beginning:
@@ -293,7 +295,7 @@ def run_pairs(config: Config, records: Records, until_the_end: ExitStack) -> Non
         trainer.record = {
             "score_at": score_at,
             "template": template.name,
-            "merged": merge_list(config),
+            "merged": adapters_to_merge(config),
             "fastppo": __version__,
         }
         trainer.remove_callback(PrinterCallback)

@@ -19,7 +19,7 @@ from transformers import EvalPrediction, Trainer, TrainerCallback
 from fastppo import seeds
 from fastppo.config.rewards import RECORD
 from fastppo.errors import TrainingStopped, UserError
-from fastppo.models.optim import begin_above_0
+from fastppo.models.optim import start_warmup_above_zero
 from fastppo.rm.metrics import pair_metrics
 from fastppo.rm.model import pair_loss
 from fastppo.run import console, durable, plots, save, training_state
@@ -60,7 +60,7 @@ class ResumableTrainer(Trainer):
         steps = max(num_training_steps, warmup + 1)  # as in make_scheduler
         scheduler = super().create_scheduler(steps, *args, **kwargs)
         if first:
-            begin_above_0(scheduler, warmup)
+            start_warmup_above_zero(scheduler, warmup)
         return scheduler
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:

@@ -30,7 +30,7 @@ PAIRS = [{"instruction": f"Say {i}", "chosen": "aeiou", "rejected": "xyz"} for i
 def moved(name: str | None, **changes: float) -> float:
     """Where one step from 1 leads, with gradient 0.5, rate 0.1 and these settings."""
     weight = torch.nn.Parameter(torch.ones(1))
-    optimizer = optim.make(
+    optimizer = optim.create_optimizer(
         name,
         [{"params": [weight], "lr": 0.1}],
         **{"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, **changes},
@@ -48,7 +48,7 @@ def test_optim_takes_the_step_of_its_name():
     assert [moved(name) for name in (None, "adamw_torch", "adamw_hf")] == [0.9] * 3
     assert moved("adamw_torch", weight_decay=1.0) == 0.8  # decoupled: 1 - 0.1 * 1, then - 0.1
     assert moved("adamw_torch", eps=0.5) == 0.95  # g / (|g| + 0.5)
-    made = optim.make(
+    made = optim.create_optimizer(
         "adafactor",
         [{"params": [torch.nn.Parameter(torch.ones(1))], "lr": 0.1}],
         betas=(0.9, 0.999),
@@ -78,7 +78,7 @@ def test_lion_is_bitsandbytes(monkeypatch):
     stand_in = types.ModuleType("bitsandbytes")
     stand_in.optim = types.SimpleNamespace(Lion=lambda groups, **settings: calls.append(settings))
     monkeypatch.setitem(sys.modules, "bitsandbytes", stand_in)
-    optim.make("paged_lion_8bit", [], betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+    optim.create_optimizer("paged_lion_8bit", [], betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
     assert calls == [{"betas": (0.9, 0.99), "weight_decay": 0.1, "optim_bits": 8, "is_paged": True}]
 
 
