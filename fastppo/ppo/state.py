@@ -26,7 +26,7 @@ from fastppo.ppo.sampling import Sampling
 from fastppo.ppo.snapshot import Snapshot
 from fastppo.rewards.function import load_function
 from fastppo.rewards.reward import Reward, make_reward
-from fastppo.run import session
+from fastppo.run.launch import choose_device
 from fastppo.run.preflight import check
 from fastppo.run.stopping import Stop
 from fastppo.run.tracking import Trackers
@@ -126,7 +126,7 @@ def init_state(
         config = load_config(config)
     if records is None:
         records = check(config)
-    device = session.start(config)
+    device = choose_device(config)
     set_seed(config.seed)
     if config.eval_judge is not None:
         load_function(config.eval_judge, "eval_judge")

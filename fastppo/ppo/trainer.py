@@ -144,7 +144,7 @@ def run(config: Config, records: Records) -> None:
     output_dir = Path(config.output_dir)
     folder, notes = durable.to_resume(config)
     if config.resume_from_checkpoint:
-        config = save.decided(config, folder or output_dir)
+        config = save.with_decisions(config, folder or output_dir)
     state = init_state(config, records, folder)
     steps = total_steps(config, len(state.prompts))
     lines.first_lines(state, steps)

@@ -65,7 +65,7 @@ def note_run(folder: Path, decisions: dict[str, Any], trackers: Trackers | None 
     durable.write_text(folder / durable.RUN, json.dumps(record) + "\n")
 
 
-def decided(config: Config, folder: Path) -> Config:
+def with_decisions(config: Config, folder: Path) -> Config:
     """`config` with what the run in `folder` decided where it still says auto."""
     try:
         record = json.loads((folder / durable.RUN).read_text(encoding="utf-8"))

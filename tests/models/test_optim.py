@@ -14,7 +14,7 @@ from fastppo.config import Config
 from fastppo.errors import UserError
 from fastppo.models.optim import BITSANDBYTES, create_optimizer
 from fastppo.ppo.optimizer import make_optimizer
-from fastppo.rm.train import training_arguments
+from fastppo.rm.arguments import training_arguments
 from fastppo.run.preflight import check_packages
 
 SETTINGS = {"betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1}

@@ -20,7 +20,8 @@ from fastppo.models import optim
 from fastppo.ppo import log, trainer
 from fastppo.ppo.optimizer import make_optimizer
 from fastppo.rm import train as reward_model
-from fastppo.run import console, plots, preflight, session
+from fastppo.run import console, plots, preflight
+from fastppo.run.launch import choose_device
 from fastppo.run.preflight import check
 from fastppo.run.tracking import Trackers, settings
 
@@ -106,15 +107,15 @@ def test_data_seed_moves_the_order_alone(state):
 def test_tf32_and_use_cpu_reach_torch(config, monkeypatch):
     before = torch.get_float32_matmul_precision()
     try:
-        session.start(config(tf32=True))
+        choose_device(config(tf32=True))
         assert torch.get_float32_matmul_precision() == "high"
-        session.start(config(tf32=False))
+        choose_device(config(tf32=False))
         assert torch.get_float32_matmul_precision() == "highest"
     finally:
         torch.set_float32_matmul_precision(before)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert session.start(config()).type == "cuda"
-    assert session.start(config(use_cpu=True)).type == "cpu"
+    assert choose_device(config()).type == "cuda"
+    assert choose_device(config(use_cpu=True)).type == "cpu"
 
 
 def test_the_hubs_token_is_where_its_clients_look(config, monkeypatch):
