@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft.optimizers import create_loraplus_optimizer
@@ -106,10 +106,11 @@ def lora_plus(config: Config, model: nn.Module) -> torch.optim.Optimizer | None:
             config.optim, groups, lr=lr, betas=betas, eps=config.adam_epsilon
         )
 
-    return create_loraplus_optimizer(
-        model,
-        make_optimizer,
+    optimizer: torch.optim.Optimizer = create_loraplus_optimizer(
+        cast(Any, model),
+        cast(Any, make_optimizer),  # PEFT calls it as it would a class
         lr=config.learning_rate,
         loraplus_lr_ratio=config.loraplus_lr_ratio,
         loraplus_weight_decay=config.weight_decay,
     )
+    return optimizer

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fastppo.run import card, console, results
 
 if TYPE_CHECKING:
@@ -54,7 +56,7 @@ def predict(trainer: PairTrainer, pairs: Pairs, folder: Path) -> None:
     path = folder / results.PREDICTIONS
     rows = [
         {"chosen": round(chosen, 6), "rejected": round(rejected, 6)}
-        for chosen, rejected in predicted.predictions.tolist()
+        for chosen, rejected in np.asarray(predicted.predictions).tolist()
     ]
     results.write_jsonl(path, rows)
     console.console.print(f"  predictions: {path}")

@@ -86,9 +86,11 @@ SCORES = """
 def licence_of(name: str) -> str | None:
     """The licence that a base's own card names, where that lies on disk."""
     try:
-        return ModelCard.load(Path(name) / NAME, ignore_metadata_errors=True).data.license
+        card = ModelCard.load(Path(name) / NAME, ignore_metadata_errors=True)
+        licence: str | None = card.data.license
     except (OSError, ValueError, AttributeError):
         return None
+    return licence
 
 
 def results(config: Config, metrics: Mapping[str, Any]) -> list[EvalResult] | None:
