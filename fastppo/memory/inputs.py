@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fastppo.config.precision import run_dtype
+from fastppo.config.model import run_dtype
 from fastppo.memory.shapes import ModelShape
 
 if TYPE_CHECKING:
