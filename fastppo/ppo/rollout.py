@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from fastppo.memory.peaks import RESERVE
+from fastppo.memory.units import RESERVE
 from fastppo.models.few_rows import few_rows
 from fastppo.models.load import causal_lm
 from fastppo.models.merged import loses_nothing, merge_bytes, merged

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from fastppo.config import Config
-    from fastppo.memory.command import Plan
+    from fastppo.memory.plan import Plan
     from fastppo.run.tracking import Trackers
 
 
