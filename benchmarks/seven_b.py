@@ -211,7 +211,7 @@ def planned(state: trainer.State, mode: str) -> float | None:
     """The plan's peak of tensors in a step."""
     if state.plan is None:
         return None
-    return round(state.plan.again(activation_offloading=mode).step_peak / GIB, 2)
+    return round(state.plan.with_changes(activation_offloading=mode).step_peak / GIB, 2)
 
 
 def rollout_of(state: trainer.State) -> Rollout:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from fastppo.memory.peaks import RESERVE
+from fastppo.memory.units import RESERVE
 from fastppo.models.decoding import (
     merge_active_adapters,
     merge_is_exact,

@@ -325,7 +325,7 @@ def test_after_the_first_step_the_plan_is_printed_beside_what_was_taken(
     state: Callable[..., trainer.State], monkeypatch, capsys
 ):
     plan, lengths = state().plan, {"cutoff_len": 30, "max_new_tokens": 8}
-    here = plan.again(**lengths).step_peak / 2**30
+    here = plan.with_changes(**lengths).step_peak / 2**30
     planned = f"planned {here:.2f} of tensors for these lengths, {plan.step_peak / 2**30:.2f}"
     monkeypatch.setattr(console, "highest_rss", lambda: 3 * 2**29)
     console.memory_line(plan, torch.device("cpu"), **lengths)
