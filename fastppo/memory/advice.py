@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any
 
 from fastppo.memory.inputs import AUTO_KEYS
-from fastppo.memory.peaks import MIB
 from fastppo.memory.plan import Plan
+from fastppo.memory.units import MIB
 
 LEAST_CHUNK = 16 * MIB
 SHORTEST = 256  # lengths are not cut below this: it would be another task
@@ -168,7 +168,7 @@ def applied(plan: Plan, changes: dict[int, Change]) -> Plan:
     together = {key: changes[rung][key] for rung in sorted(changes) for key in changes[rung]}
     if "lora_rank" in together and plan.inputs.reward_source.startswith("assumed"):
         together["reward_rank"] = together["lora_rank"]
-    return plan.again(**together)
+    return plan.with_changes(**together)
 
 
 def choose_auto(plan: Plan, room: int) -> Change:
@@ -188,7 +188,7 @@ def choose_auto(plan: Plan, room: int) -> Change:
 
 def fits_with(plan: Plan, room: int, chosen: Change, key: str, value: Any) -> bool:
     """Whether a run fits with what was chosen and one more value."""
-    return plan.again(**{**chosen, key: value}).fits(room)
+    return plan.with_changes(**{**chosen, key: value}).fits(room)
 
 
 def modes(plan: Plan) -> list[Any]:

@@ -14,14 +14,15 @@ from fastppo.memory.advice import advise, choose_auto
 from fastppo.memory.command import plan_of, spell
 from fastppo.memory.inputs import AUTO_KEYS
 from fastppo.memory.retry import OutOfMemory, out_of_memory
+from fastppo.memory.units import GIB
 
 if TYPE_CHECKING:
     from fastppo.config import Config
     from fastppo.memory.budgets import Budgets
     from fastppo.memory.plan import Plan
 
-CONTEXT = 1 << 29  # of a GPU, taken already, and part of the plan's reserve
-KEPT_FREE = 1 << 30  # of a host's memory, for all else that runs there
+CONTEXT = GIB // 2  # of a GPU, taken already, and part of the plan's reserve
+KEPT_FREE = GIB  # of a host's memory, for all else that runs there
 
 
 def room_of(device: torch.device) -> int:
@@ -51,7 +52,7 @@ def resolve_auto(config: Config, device: torch.device) -> tuple[Config, Plan | N
     notes = []
     if plan.inputs.auto:
         chosen = choose_auto(plan, room_of(device))
-        plan = plan.again(**chosen)
+        plan = plan.with_changes(**chosen)
         config = config.model_copy(update=chosen)
         notes.append(f"auto, by the memory plan: {spell(chosen)}")
     return config, plan, notes
@@ -91,7 +92,7 @@ def smallest_changes(plan: Plan | None, config: Config, budgets: Budgets, room: 
     if plan is None:
         return "lower per_device_train_batch_size, lora_rank or max_new_tokens"
     if config.stage == "ppo":
-        plan = plan.again(**budgets.decisions())
+        plan = plan.with_changes(**budgets.decisions())
     target = min(room, int(0.9 * plan.peak.total))
     steps = advise(plan, target, type(config).model_fields).steps
     if not steps:

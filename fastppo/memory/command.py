@@ -14,15 +14,16 @@ from fastppo.config import Config
 from fastppo.errors import UserError
 from fastppo.memory.advice import Change, advise, choose_auto
 from fastppo.memory.inputs import PlanInputs
-from fastppo.memory.peaks import GIB, MIB, PHASES, ROWS
+from fastppo.memory.peaks import PHASES, ROWS
 from fastppo.memory.plan import Plan, make_plan, uncounted
 from fastppo.memory.shapes import ModelShape, find_shape_and_source
+from fastppo.memory.units import GIB, KIB, MIB
 from fastppo.memory.weights import Shapes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-UNITS = {"KIB": 1 << 10, "MIB": MIB, "GIB": GIB, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+UNITS = {"KIB": KIB, "MIB": MIB, "GIB": GIB, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 NO_FIT = 3
 
 
@@ -108,7 +109,7 @@ def run(config: Config, gpu: str | None) -> int:
             notes.append(f"{', '.join(plan.inputs.auto)}: auto, which a run decides by its memory")
         else:
             chosen = choose_auto(plan, size)
-            plan = plan.again(**chosen)
+            plan = plan.with_changes(**chosen)
             notes.append(f"auto: {spell(chosen)}")
     print("\n".join(head_lines(config, plan, notes)))
     print()

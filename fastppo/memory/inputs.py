@@ -7,18 +7,19 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fastppo.config.precision import run_dtype
+from fastppo.config.model import run_dtype
 from fastppo.memory.shapes import ModelShape
+from fastppo.memory.units import MIB
 
 if TYPE_CHECKING:
     from fastppo.config import Config
 
 # The defaults of fastppo/ops/head.py, which imports torch; a test holds them together.
-CHUNK_BYTES_CPU, CHUNK_BYTES_GPU = 80 << 20, 512 << 20
+CHUNK_BYTES_CPU, CHUNK_BYTES_GPU = 80 * MIB, 512 * MIB
 CHUNK_ROWS_CPU = 128
 CHUNK_ROWS_TRAINED_CPU = 256
 # Of fastppo/ops/workspace.py: a CPU's chunk of a size between these is kept from call to call.
-KEPT_FROM, KEPT_TO = 1 << 20, 256 << 20
+KEPT_FROM, KEPT_TO = MIB, 256 * MIB
 ADAPTER_FILE = "adapter_config.json"
 # Keys whose `auto` the plan decides, in the order that costs most time when it is wrong.
 AUTO_KEYS = (

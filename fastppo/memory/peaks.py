@@ -13,11 +13,9 @@ from fastppo.memory.inputs import KEPT_FROM, KEPT_TO, PlanInputs
 from fastppo.memory.layer import LayerSetting, TrunkMemory, trunk_memory
 from fastppo.memory.shapes import ModelShape
 from fastppo.memory.tape import FLOAT32
+from fastppo.memory.units import GIB, MIB, RESERVE
 from fastppo.memory.weights import StaticBytes, Trained
 
-MIB, GIB = 1 << 20, 1 << 30
-# The context, the libraries' workspaces, and what the caching allocator cannot use again.
-RESERVE: Final = 5 * GIB // 4
 PHASES: Final = ("load", "rollout", "score", "update")
 ROWS: Final = (
     "base weights",

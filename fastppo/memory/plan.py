@@ -26,7 +26,7 @@ class Plan:
     peaks: tuple[Peak, ...]
     host: dict[str, int]  # what lies in host memory, pinned
 
-    def again(self, **changes: Any) -> Plan:
+    def with_changes(self, **changes: Any) -> Plan:
         """The plan of the same run with some settings changed."""
         return make_plan(replace(self.inputs, **changes), self.shapes)
 

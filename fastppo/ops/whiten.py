@@ -63,7 +63,7 @@ def moments(x_N: Tensor, *, weight_N: Tensor | None = None, backend: str | None 
     checks.row_vector(op, "weight_N", weight_N, x_N, n=x_N.numel(), mask=True)
     chosen = choose(op, backend, x_N)
     with torch.no_grad():
-        return Moments(*torch.ops.fastppo.memory.peaks(x_N, weight_N, chosen).unbind(0))
+        return Moments(*torch.ops.fastppo.moments(x_N, weight_N, chosen).unbind(0))
 
 
 @torch.library.custom_op(

@@ -15,14 +15,14 @@ from torch import Tensor
 from fastppo.data import encode_prompts
 from fastppo.errors import UserError
 from fastppo.memory.retry import retry
-from fastppo.models.batch import largest
-from fastppo.ppo import lines
+from fastppo.models.batch import largest_micro_batch
+from fastppo.ppo import lines, log
 from fastppo.ppo.metrics import SAMPLES, SUMMARY
 from fastppo.ppo.rollout import sample
 from fastppo.ppo.sampling import Sampling
 from fastppo.ppo.score import score
 from fastppo.rewards.function import call_scores, load_function
-from fastppo.rewards.reward import mean_of_known
+from fastppo.rewards.reward import mean_score
 from fastppo.run import card, plots, results, samples
 from fastppo.seeds import random_state, seed_of
 from fastppo.types import Answers
@@ -68,7 +68,7 @@ def answer(state: State, role: Role, prompts: list[Prompt]) -> Answers:
         rewards += score_B.tolist()
         parts.append(reward_parts)
         if role != "reference":
-            used = partial(largest, rollout, budgets.scoring)
+            used = partial(largest_micro_batch, rollout, budgets.scoring)
             scored = retry("score", budgets, used=used)(score)(
                 roles,
                 rollout,
@@ -138,7 +138,7 @@ def summarise(state: State, compared: Comparison) -> dict[str, Any]:
         summary["judge_after"] = mean(after.judged)
     for name in state.reward.extra_names:
         for when, answers in (("before", before), ("after", after)):
-            summary[f"reward/{name}_{when}"] = mean_of_known(answers.reward_parts[name])
+            summary[f"reward/{name}_{when}"] = mean_score(answers.reward_parts[name])
     return summary
 
 
@@ -182,7 +182,7 @@ def draw_all(state: State, output_dir: Path) -> None:
     """Draw the curves of all steps so far, and with `plot_loss` LLaMA-Factory's two."""
     draw(state)
     if state.config.plot_loss and state.metrics.rows:
-        plots.plot_ppo(state.metrics.rows, state.config, output_dir)
+        plots.plot_log(log.log_history(state), ("loss", "reward"), output_dir)
 
 
 def report(state: State, compared: Comparison, summary: dict[str, Any]) -> dict[str, Any]:
@@ -211,7 +211,7 @@ def report(state: State, compared: Comparison, summary: dict[str, Any]) -> dict[
     folder = Path(state.config.output_dir)
     results.save_metrics(folder, "eval", metrics)
     if state.config.trains:
-        results.log(state, metrics)
+        log.log_entry(state, metrics)
     title = f"Samples after {state.step} PPO steps" if state.step else "Samples"
     samples.write(folder, title, metrics, list(sample_rows(compared)))
     return metrics
@@ -276,7 +276,7 @@ def held_out_prompts(state: State, records: Records) -> list[Prompt]:
 def write_results(state: State, records: Records) -> None:
     """After the last evaluation: train_results.json, predictions if asked for, the model card."""
     folder = Path(state.config.output_dir)
-    results.save_metrics(folder, "train", results.train_metrics(state))
+    results.save_metrics(folder, "train", log.train_metrics(state))
     if state.config.do_predict:
         predict(state, held_out_prompts(state, records))
     metrics = {k: v for k, v in state.evaluations[-1].items() if k.startswith("eval_")}
@@ -301,7 +301,7 @@ def side_by_side(prompts: list[Prompt], before: Answers, after: Answers) -> list
             row[name] = answers.texts[i]
             row[f"reward_{name}"] = answers.rewards[i]
             for part, part_B in answers.reward_parts.items():
-                row[f"reward/{part}_{name}"] = mean_of_known(part_B[i])
+                row[f"reward/{part}_{name}"] = mean_score(part_B[i])
             if answers.judged is not None:
                 row[f"judge_{name}"] = answers.judged[i]
         rows.append(row)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fastppo.ppo.columns import COLUMNS, REWARD_COLUMN
-from fastppo.ppo.curves import draw_curves
-from fastppo.rewards.reward import mean_of_known
+from fastppo.rewards.reward import mean_score
+from fastppo.run import plots
 from fastppo.run.durable import whole, write_text
 from fastppo.types import Experience
 
@@ -150,7 +150,7 @@ def step_row(
     gap_N = rollout.sampler_logprob_N - scored.logprob_N
     # The first group of a role; with LoRA+ its second has a rate that is a multiple of that.
     rates = {group["role"]: group["lr"] for group in reversed(state.optimizer.param_groups)}
-    parts = {name: mean_of_known(scored.reward_parts[name]) for name in state.reward.extra_names}
+    parts = {name: mean_score(scored.reward_parts[name]) for name in state.reward.extra_names}
     return {
         "step": state.step,
         "epoch": state.step * (sequences // config.num_generations) / len(state.prompts),
@@ -270,7 +270,7 @@ class MetricsWriter:
         if not self.rows or current or began - self.drawn_at < self.drawing / share:
             return
         with whole(path) as place:
-            draw_curves(self.rows, place, title)
+            plots.draw_curves(self.rows, place, title)
         self.drawn, self.drawn_at = len(self.rows), time.monotonic()
         self.drawing = self.drawn_at - began
 

@@ -17,7 +17,7 @@ from fastppo.config import Config, load_config
 from fastppo.data import encode_prompts
 from fastppo.memory.auto import advice_on_failure, resolve_auto
 from fastppo.memory.budgets import Budgets
-from fastppo.models.batch import check_packing, endless
+from fastppo.models.batch import check_packing, shuffled_batch
 from fastppo.models.build import Roles, build
 from fastppo.models.load import load_tokenizer
 from fastppo.ppo.advantage import KLController, RunningScore
@@ -29,7 +29,7 @@ from fastppo.ppo.sampling import Sampling
 from fastppo.ppo.snapshot import Snapshot
 from fastppo.rewards.function import load_function
 from fastppo.rewards.reward import Reward, make_reward
-from fastppo.run import session
+from fastppo.run.launch import choose_device
 from fastppo.run.preflight import check
 from fastppo.run.stopping import Stop
 from fastppo.run.tracking import Trackers
@@ -103,7 +103,7 @@ def prompt_order(config: Config, n_prompts: int) -> Callable[[int], list[int]]:
     They are an endless stream over all prompts, which is shuffled anew in every pass.
     """
     return partial(
-        endless,
+        shuffled_batch,
         n_prompts,
         size=config.prompts_a_step,
         seed=seed_of(config.data_order_seed, "prompt order"),
@@ -131,7 +131,7 @@ def init_state(
         config = load_config(config)
     if records is None:
         records = check(config)
-    device = session.start(config)
+    device = choose_device(config)
     set_seed(config.seed)
     if config.eval_judge is not None:
         load_function(config.eval_judge, "eval_judge")

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from fastppo.errors import Interrupted
 from fastppo.memory.auto import advice_on_failure
 from fastppo.memory.retry import retry
-from fastppo.models.batch import largest
-from fastppo.ppo import checkpoint, guards, lines
+from fastppo.models.batch import largest_micro_batch
+from fastppo.ppo import checkpoint, guards, lines, log
 from fastppo.ppo.advantage import estimate
 from fastppo.ppo.evaluation import (
     draw,
@@ -28,7 +28,7 @@ from fastppo.ppo.score import score
 from fastppo.ppo.snapshot import interruptible_update, undo_if_interrupted
 from fastppo.ppo.state import State, init_state, total_steps
 from fastppo.ppo.update import shares_first_pass, update
-from fastppo.run import console, durable, results, save
+from fastppo.run import console, durable, save
 from fastppo.seeds import random_state, seed_of
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def step_update(state: State) -> State:
                 )
             with clock("score"):
                 rewards = state.reward(rollout)  # asked once, also where scoring is tried again
-                used = partial(largest, rollout, budgets.scoring)
+                used = partial(largest_micro_batch, rollout, budgets.scoring)
                 scored = retry("score", budgets, used=used)(score)(
                     roles,
                     rollout,
@@ -123,7 +123,7 @@ def train(state: State, steps: int, output_dir: Path) -> None:
         while state.step < steps:
             state = step_update(state)
             bar.advance(bar.task_ids[0])
-            results.log_step(state)
+            log.log_step(state)
             if config.acts("logging", state.step, steps, epoch):
                 lines.step_line(state, steps)
                 draw(state, share=DRAWING_SHARE)
@@ -151,7 +151,7 @@ def run(config: Config, records: Records) -> None:
     output_dir = Path(config.output_dir)
     folder, notes = durable.to_resume(config)
     if config.resume_from_checkpoint:
-        config = save.decided(config, folder or output_dir)
+        config = save.with_decisions(config, folder or output_dir)
     state = init_state(config, records, folder)
     steps = total_steps(config, len(state.prompts))
     lines.first_lines(state, steps)

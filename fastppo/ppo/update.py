@@ -16,7 +16,7 @@ from fastppo.config.ppo import KL_KIND
 from fastppo.errors import TrainingStopped
 from fastppo.memory.budgets import Budgets
 from fastppo.memory.retry import retry
-from fastppo.models.batch import Batch, batches, largest, to_device, token_index
+from fastppo.models.batch import Batch, batches, largest_micro_batch, to_device, token_index
 from fastppo.models.rounding import LIMITS, Precision
 from fastppo.ops import PolicyLoss, PolicyLossConfig, linear_policy_loss, value_loss
 from fastppo.ppo.metrics import Totals, means
@@ -333,7 +333,7 @@ def update(
     accumulate = retry(
         "update",
         budgets,
-        used=partial(largest, scored.rollout, budgets.update),
+        used=partial(largest_micro_batch, scored.rollout, budgets.update),
         clean=partial(release, optimizer, scored.kept),
     )(accumulate_gradients)
     totals, first_pass, steps, early_stopped, tokens = Totals(), 0.0, 0, False, 0

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from fastppo.memory.peaks import GIB
+from fastppo.memory.units import GIB
 
 if TYPE_CHECKING:
     from fastppo.config import Config
@@ -32,7 +32,7 @@ class Clock:
     def __call__(self, phase: str) -> Iterator[None]:
         began = time.monotonic()
         yield
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()  # what was queued belongs to the phase that queued it
         self.seconds[phase] = time.monotonic() - began
 
@@ -93,7 +93,7 @@ def memory_line(plan: Plan | None, device: torch.device, **lengths: int) -> None
     if plan is None:
         console.print(f"{said}; not planned")
         return
-    here, longest = plan.again(**lengths).step_peak, plan.step_peak
+    here, longest = plan.with_changes(**lengths).step_peak, plan.step_peak
     console.print(
         f"{said}; planned {here / GIB:.2f} of tensors for these lengths, {longest / GIB:.2f} at "
         "their longest"

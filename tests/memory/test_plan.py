@@ -19,11 +19,13 @@ from fastppo.cli import main
 from fastppo.config import Config, load_config
 from fastppo.errors import UserError
 from fastppo.memory import command as command
+from fastppo.memory import units
 from fastppo.memory.advice import LADDER, advise, applied
 from fastppo.memory.inputs import PlanInputs
-from fastppo.memory.peaks import GIB, PHASES, RESERVE
+from fastppo.memory.peaks import PHASES
 from fastppo.memory.plan import make_plan
 from fastppo.memory.shapes import TABLE, find_shape_and_source, from_config, from_table
+from fastppo.memory.units import GIB, RESERVE
 from fastppo.memory.weights import Shapes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -418,12 +420,30 @@ def test_sizes_are_exact():
     assert command.parse_size("24576MiB") == 24 * 2**30
 
 
+HEAVY = {"torch", "transformers", "peft", "numpy"}
+
+
 def test_a_plan_imports_no_torch():
     code = (
         "import sys; from fastppo.cli import main; "
         f"code = main([{str(PPO)!r}, '--plan', '--gpu', '80GiB']); "
-        "heavy = {'torch', 'transformers', 'peft', 'numpy'} & set(sys.modules); "
+        f"heavy = {HEAVY} & set(sys.modules); "
         "sys.exit(code or (f'imported {heavy}' if heavy else 0))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+RUNS_TORCH = {"auto", "retry"}  # they ask a device what is free, and catch what it raises
+
+
+@pytest.mark.parametrize(
+    "name", sorted({path.stem for path in Path(units.__file__).parent.glob("*.py")} - RUNS_TORCH)
+)
+def test_a_module_of_the_plan_imports_no_torch(name):
+    code = (
+        f"import sys, fastppo.memory.{name}; "
+        f"heavy = {HEAVY} & set(sys.modules); sys.exit(f'imported {{heavy}}' if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -9,8 +9,8 @@ import pytest
 from fastppo.cli import main
 from fastppo.memory.advice import choose_auto
 from fastppo.memory.inputs import AUTO_KEYS
-from fastppo.memory.peaks import GIB
 from fastppo.memory.plan import Plan, make_plan
+from fastppo.memory.units import GIB
 from fastppo.memory.weights import Shapes
 from tests.memory.test_plan import PPO, SEVEN_B, inputs
 
@@ -18,14 +18,14 @@ from tests.memory.test_plan import PPO, SEVEN_B, inputs
 def resolve_auto(card: int, **changes: Any) -> tuple[Plan, dict[str, Any]]:
     plan = make_plan(inputs(auto=AUTO_KEYS, **changes), Shapes(SEVEN_B))
     chosen = choose_auto(plan, card * GIB)
-    return plan.again(**chosen), chosen
+    return plan.with_changes(**chosen), chosen
 
 
 def test_auto_settings_fit_and_use_what_is_there():
     small, chosen = resolve_auto(24)
     assert small.fits(24 * GIB)
     assert chosen["activation_offloading"] == "checkpoint"
-    assert not small.again(activation_offloading="none").fits(24 * GIB)
+    assert not small.with_changes(activation_offloading="none").fits(24 * GIB)
     large, chosen = resolve_auto(80)
     assert large.fits(80 * GIB)
     assert chosen == {
@@ -36,7 +36,7 @@ def test_auto_settings_fit_and_use_what_is_there():
         "generation_batch": 8,
     }
     more = {**chosen, "ppo_max_token_len_per_gpu": 6 * 2048}
-    assert not large.again(**more).fits(80 * GIB)
+    assert not large.with_changes(**more).fits(80 * GIB)
 
 
 def test_auto_is_the_leanest_where_nothing_fits_and_leaves_other_keys_alone():
@@ -51,7 +51,7 @@ def test_auto_is_the_leanest_where_nothing_fits_and_leaves_other_keys_alone():
 def test_auto_moves_nothing_to_host_memory_on_the_host():
     plan = make_plan(inputs(auto=("activation_offloading",), device="cpu"), Shapes(SEVEN_B))
     assert choose_auto(plan, GIB) == {"activation_offloading": "checkpoint"}
-    assert choose_auto(plan.again(offload_dir="spill"), GIB) == {
+    assert choose_auto(plan.with_changes(offload_dir="spill"), GIB) == {
         "activation_offloading": "checkpoint+offload"
     }
 

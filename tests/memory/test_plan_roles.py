@@ -11,8 +11,8 @@ from fastppo.config import config_from_dict, load_config
 from fastppo.memory import command as command
 from fastppo.memory.advice import LADDER
 from fastppo.memory.inputs import PlanInputs
-from fastppo.memory.peaks import GIB
 from fastppo.memory.plan import make_plan
+from fastppo.memory.units import GIB
 from fastppo.memory.weights import Shapes
 from tests.memory.test_plan import CONFIG_JSON, PPO, SEVEN_B, inputs
 from tests.project import PPO as USER

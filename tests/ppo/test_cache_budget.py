@@ -61,7 +61,7 @@ def test_a_streamed_reference_leaves_its_layers_room(state, room, model_dir):
     kept = state(ref_model=str(model_dir))
     plan = kept.plan
     assert plan is not None
-    streamed = plan.again(stream_frozen=True)
+    streamed = plan.with_changes(stream_frozen=True)
     assert plan.stays_in_rollout - streamed.stays_in_rollout == (
         plan.columns["rollout"].rows["reference weights"]
         - streamed.columns["rollout"].rows["reference weights"]
