@@ -1,4 +1,4 @@
-"""Chat templates by LLaMA-Factory's names: text around what is said, and where a response ends.
+"""Chat templates by LLaMA-Factory's names: the text around messages, and where a response ends.
 
 transformers' apply_chat_template knows the tokenizer's own template only, and no name of another.
 """

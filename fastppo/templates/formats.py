@@ -1,4 +1,4 @@
-"""What each template writes: LLaMA-Factory's slots, as facts.
+"""The text of each template, in LLaMA-Factory's slots.
 
 Read in LLaMA-Factory 0.9.5 (`data/template.py`) and held against the formats that the models'
 authors publish; docs/data.md says where the two differ. Where they do, LLaMA-Factory's is written:
@@ -15,7 +15,7 @@ from fastppo.errors import UserError
 
 
 class Mark(Enum):
-    """A token that is the tokenizer's own, and never a text that somebody could type."""
+    """Stands for a special token of the tokenizer in a slot, apart from any text."""
 
     BOS = "bos"
     EOS = "eos"
@@ -27,7 +27,7 @@ Slot = tuple[str | Mark, ...]
 
 @dataclass(frozen=True)
 class Slots:
-    """A template. `{}` is what is said; the pieces of a slot are tokenized one by one.
+    """A template. `{}` stands for the message; the pieces of a slot are tokenized one by one.
 
     `stop` are the tokens that end a response, the template's own first; with `replace_eos` that one
     becomes the tokenizer's EOS. With `efficient_eos` the assistant's slot has no end, and an answer
@@ -215,7 +215,7 @@ TEMPLATES: dict[str, Slots] = {
 
 
 def check_name(name: str | None) -> None:
-    """Refuse a template that is not there, without a tokenizer."""
+    """Raise UserError if there is no template of that name."""
     if name is not None and name not in TEMPLATES:
         near = difflib.get_close_matches(name, TEMPLATES, n=1, cutoff=0.5)
         cure = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(TEMPLATES)}"

@@ -1,4 +1,4 @@
-"""A template as Jinja, for the tokenizer that is saved beside the model."""
+"""A template in Jinja, for the tokenizer that is saved with the model."""
 
 from __future__ import annotations
 
@@ -8,50 +8,50 @@ from fastppo.templates.formats import EOS, Mark, Slot, Slots
 
 
 def chat_template(slots: Slots, tokenizer: Any) -> str:
-    """Jinja that writes what `slots` write, so that whoever loads the model talks to it so.
+    """A Jinja template that gives the same text as `slots`, for all who load the model.
 
-    As in LLaMA-Factory's, the assistant's header stands behind every question, asked for or not.
+    As in LLaMA-Factory's, the assistant's header follows every question, asked for or not.
     """
 
-    def written(slot: Slot, content: str = "content") -> str:
+    def expression(slot: Slot, content: str = "content") -> str:
         parts = []
         for piece in slot:
             if isinstance(piece, Mark):
                 token = tokenizer.eos_token if piece is EOS else tokenizer.bos_token
-                parts.append(quoted(token or ""))
+                parts.append(quote(token or ""))
                 continue
             before, braces, after = piece.partition("{}")
-            parts += [quoted(before), *([content] if braces else []), quoted(after)]
+            parts += [quote(before), *([content] if braces else []), quote(after)]
         return " ~ ".join(part for part in parts if part != "''") or "''"
 
-    system = written(slots.system, "system")
+    system = expression(slots.system, "system")
     fused = f"{{% if loop.first and system %}}{{% set content = {system} ~ content %}}{{% endif %}}"
     apart = f"{{% if system %}}{{{{ {system} }}}}{{% endif %}}"
     return (
-        f"{{% set said = messages %}}{{% set system = {quoted(slots.default_system)} %}}"
+        f"{{% set said = messages %}}{{% set system = {quote(slots.default_system)} %}}"
         "{% if messages and messages[0]['role'] == 'system' %}"
         "{% set system = messages[0]['content'] %}{% set said = messages[1:] %}{% endif %}"
-        f"{{{{ {written(slots.prefix)} }}}}{'' if slots.fuse_system else apart}"
+        f"{{{{ {expression(slots.prefix)} }}}}{'' if slots.fuse_system else apart}"
         "{% for message in said %}{% set content = message['content'] %}"
         f"{fused if slots.fuse_system else ''}"
-        f"{{% if message['role'] == 'user' %}}{{{{ {written(slots.user)} }}}}"
-        f"{{% elif message['role'] == 'assistant' %}}{{{{ {written(slots.assistant)} }}}}"
+        f"{{% if message['role'] == 'user' %}}{{{{ {expression(slots.user)} }}}}"
+        f"{{% elif message['role'] == 'assistant' %}}{{{{ {expression(slots.assistant)} }}}}"
         "{% endif %}{% endfor %}"
     )
 
 
-def quoted(text: str) -> str:
-    """A Jinja string."""
+def quote(text: str) -> str:
+    """`text` as a Jinja string literal."""
     text = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
     return f"'{text}'"
 
 
 def without_suffix(jinja: str, suffix: str) -> str:
-    """The same template, without `suffix` behind a conversation that ends with an answer.
+    """The template without `suffix` at the end of a conversation whose last turn is an answer.
 
-    For a reward model that is read at EOS: whoever reads the last token reads EOS.
+    For a reward model that is scored at EOS: the last token is then EOS.
     """
-    ends = f"messages[-1]['role'] == 'assistant' and chat.endswith({quoted(suffix)})"
+    ends = f"messages[-1]['role'] == 'assistant' and chat.endswith({quote(suffix)})"
     return (
         f"{{% set chat %}}{jinja.removesuffix(chr(10))}{{% endset %}}"
         f"{{{{ chat[:{-len(suffix)}] if {ends} else chat }}}}"

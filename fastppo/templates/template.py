@@ -19,12 +19,12 @@ _PROBE = "0fastppo0"  # an answer that no chat template would change
 
 
 def without_thought(text: str) -> str:
-    """The answer alone."""
+    """`text` without its reasoning."""
     return _A_THOUGHT.sub("", text).lstrip("\n")
 
 
 def has_thought(text: str) -> bool:
-    """Whether the answer thinks, or begins to."""
+    """Whether the answer has reasoning, complete or cut."""
     return THOUGHT[0].strip() in text or THOUGHT[1].strip() in text
 
 
@@ -81,7 +81,7 @@ class Template:
         return list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
 
     def _fill(self, slot: Slot, content: str = "") -> list[int]:
-        """A slot's ids, piece by piece: a merge across their borders would give other tokens."""
+        """Token ids of a slot; its pieces are encoded apart, so that no token spans two of them."""
         ids: list[int | None] = []
         for piece in slot:
             if isinstance(piece, Mark):
@@ -92,7 +92,7 @@ class Template:
         return [i for i in ids if i is not None]
 
     def _answer(self, text: str) -> list[int]:
-        """The assistant's slot with all that LLaMA-Factory writes behind the text."""
+        """Token ids of an answer, with everything that LLaMA-Factory writes behind the text."""
         assert self.slots is not None
         ids = self._fill(self.slots.assistant, text)
         if self.slots.efficient_eos and self.tokenizer.eos_token_id is not None:
@@ -100,15 +100,15 @@ class Template:
         return ids
 
     def _end(self) -> tuple[int | None, tuple[int, ...]]:
-        """The token that ends an answer, and the ids that the template writes behind it."""
+        """The id that ends an answer, and the ids that the template writes behind it."""
         end = self.tokenizer.eos_token_id
         if self.slots is not None:
             written = "".join(piece for piece in self.slots.assistant if isinstance(piece, str))
             ids = self._answer(_PROBE)
             ends = {self._id(token) for token in self.slots.stop if token in written} or {end}
         else:
-            said = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
-            tail = str(self._apply(said, tokenize=False)).rpartition(_PROBE)[2]
+            turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
+            tail = str(self._apply(turns, tokenize=False)).rpartition(_PROBE)[2]
             ids, ends = self._encode(tail), {*self.tokenizer.added_tokens_decoder, end}
         for place, token in enumerate(ids):
             if token in ends:
@@ -116,7 +116,7 @@ class Template:
         return end, ()
 
     def _apply(self, chat: list[Message], **how: Any) -> Any:
-        """The tokenizer's own chat template."""
+        """Apply the tokenizer's own chat template."""
         from jinja2.exceptions import TemplateError
 
         if not self.enable_thinking:
@@ -136,7 +136,7 @@ class Template:
         reasoning template has an empty thought behind the header, so that the policy does not
         think.
         """
-        messages = [self._remembered(message) for message in messages]
+        messages = [self._as_history(message) for message in messages]
         slots = self.slots
         if slots is None:
             chat = [dict(message) for message in messages]
@@ -159,8 +159,8 @@ class Template:
             self._encode(NO_THOUGHT) if slots.reasoning and not self.enable_thinking else []
         )
 
-    def _remembered(self, message: Message) -> Message:
-        """A turn as the model sees it later: without what was thought."""
+    def _as_history(self, message: Message) -> Message:
+        """An earlier turn as the prompt shows it: answers without their reasoning."""
         reasoning = self.slots is not None and self.slots.reasoning and not self.preserve_thinking
         if not reasoning or message["role"] == "user":
             return message
@@ -214,11 +214,11 @@ def get_template(
     enable_thinking: bool = True,
     preserve_thinking: bool = False,
 ) -> Template:
-    """The template of that name; None is the tokenizer's own, or `empty` where it has none.
+    """The template of that name; None is the tokenizer's own, or `empty` if it has none.
 
-    As in LLaMA-Factory the tokenizer is made to fit, and is saved so: its EOS becomes the
-    template's where that replaces it, a missing padding token becomes EOS, and a missing chat
-    template (or one that is not what was trained on) becomes this one.
+    As in LLaMA-Factory the tokenizer is changed to fit, and saved so: its EOS becomes the
+    template's if `replace_eos`, a missing padding token becomes EOS, and a missing chat template
+    (or one that is not the one in training) becomes this one.
     """
     check_name(name)
     own = getattr(tokenizer, "chat_template", None)
