@@ -24,7 +24,7 @@ class LayerSetting:
         target: its `lora_target`.
         fused: its layers are `fastppo.models.fused_lora`'s, where they are plain LoRA.
         adapter_item: bytes of an adapter's element.
-        trained: whether the layer's own weights train.
+        trains_base: whether the layer's own weights train.
         masked: padding in the batch: attention takes a mask, and keys and values of every head.
         eager: attention that holds its probabilities.
         dora: the adapter has magnitudes of its own.
@@ -37,7 +37,7 @@ class LayerSetting:
     fused: bool = False
     target: str = "all"
     adapter_item: int = FLOAT32
-    trained: bool = False
+    trains_base: bool = False
     masked: bool = False
     eager: bool = False
     dora: bool = False
@@ -59,12 +59,12 @@ class Decoder(Tape):
     def linear(self, x: Value, name: str) -> Value:
         """PEFT's Linear: base(x) + B(A(x)) * scaling; x as it comes, see `leave_inputs`."""
         setting, (wide, out) = self.setting, self.shape.linears[name]
-        plain = setting.fused and not setting.dora and not setting.trained
+        plain = setting.fused and not setting.dora and not setting.trains_base
         if plain and name in self.targets:
             return self.fused_linear(x, wide, out)
-        saved = [x] if setting.trained else []
+        saved = [x] if setting.trains_base else []
         gives = self.gives((wide, setting.item))
-        result = self.op(out, setting.item, [x], gives, saved, trains=setting.trained)
+        result = self.op(out, setting.item, [x], gives, saved, trains=setting.trains_base)
         if name not in self.targets:
             return result
         if setting.dora:
@@ -183,9 +183,9 @@ class Decoder(Tape):
         normed = self.op(width, FLOAT32, [wide, inverse], product_backward, [wide, inverse])
         del wide, inverse
         back = self.cast(normed, x.item)
-        kept = [back] if self.setting.trained else []
+        kept = [back] if self.setting.trains_base else []
         size = (back.width, back.item)
-        return self.op(*size, [back], self.gives(size), kept, trains=self.setting.trained)
+        return self.op(*size, [back], self.gives(size), kept, trains=self.setting.trains_base)
 
     def rotate(self, x: Value) -> Value:
         """x * cos + rotate_half(x) * sin; cos and sin are there anyway."""

@@ -89,5 +89,5 @@ def give_back() -> None:
     """Let go of what nobody refers to, of the operators' buffers and of the device's blocks."""
     gc.collect()
     workspace.release()
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()
