@@ -1,4 +1,4 @@
-"""Out of memory: half of a phase's budget, once more from a clean state; then one line, the end.
+"""Retries a phase that runs out of memory once, with half of its budget; then ends the run.
 
 accelerate's find_executable_batch_size halves the batch of a whole run and starts it anew; here a
 phase of a step is repeated in smaller parts, with the same result.
@@ -18,7 +18,7 @@ from fastppo.ops import workspace
 from fastppo.seeds import random_state, set_random_state
 
 T = TypeVar("T")
-# What allocators say beside torch.OutOfMemoryError: PyTorch's own on a CPU, CUDA's, cuBLAS's.
+# Messages of allocators that raise no torch.OutOfMemoryError: PyTorch's on a CPU, CUDA's, cuBLAS's.
 WORDS = (
     "can't allocate memory",
     "not enough memory",
@@ -86,7 +86,7 @@ def retried(
 
 
 def give_back() -> None:
-    """Let go of what nobody refers to, of the operators' buffers and of the device's blocks."""
+    """Free garbage, the operators' workspaces and the allocator's cached blocks."""
     gc.collect()
     workspace.release()
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
