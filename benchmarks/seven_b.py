@@ -38,7 +38,7 @@ from fastppo.memory.retry import give_back, out_of_memory
 from fastppo.memory.shapes import TABLE, ModelShape
 from fastppo.models import build as roles
 from fastppo.models.batch import Batch, make_batch, token_index
-from fastppo.models.load import silence_dropout
+from fastppo.models.load import disable_dropout
 from fastppo.offload.activations import wrap
 from fastppo.ppo import trainer
 from fastppo.ppo.advantage import estimate
@@ -157,7 +157,7 @@ def random_weights(size: Size) -> Iterator[None]:
             base = AutoModelForCausalLM.from_config(made, dtype=dtype, attn_implementation="sdpa")
         base.requires_grad_(False)
         base.config.use_cache = False
-        silence_dropout(base)
+        disable_dropout(base)
         return base
 
     with ExitStack() as stack:

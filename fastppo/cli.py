@@ -14,7 +14,7 @@ from fastppo.run.commandline import Answered, Parser, quieten
 
 USAGE = "%(prog)s CONFIG [key=value ...] [--explain | --plan [--gpu SIZE]]"
 ABOUT = f"fastppo {__version__}: PPO for language models on one GPU, from LLaMA-Factory's YAML"
-# config.FIRST as text, so that --help need not build the configuration: a test holds them equal.
+# FIRST of config/schema.py as text, so that --help need not build it: a test holds them equal.
 KEYS = """keys that most runs set:
   stage:                         rm trains a reward model from pairs, ppo a policy
   output_dir:                    Where adapters, heads and checkpoints go

@@ -12,9 +12,8 @@ import torch
 
 from fastppo.config import Config
 from fastppo.config.data import DataKeys
-from fastppo.config.offload import offload_mode
+from fastppo.config.memory import StepKeys, offload_mode
 from fastppo.config.ppo import PPOKeys
-from fastppo.config.step import StepKeys
 from fastppo.config.training import TrainingKeys
 from fastppo.models import build as roles
 

@@ -15,12 +15,12 @@ from fastppo.config import Config
 from fastppo.config.rewards import reward_specs
 from fastppo.models import build as roles
 from fastppo.models.batch import Batch, Budget
-from fastppo.ppo import metrics, trainer
+from fastppo.ppo import trainer
 from fastppo.ppo.advantage import KLController, RunningScore, estimate
 from fastppo.ppo.score import score
 from fastppo.rewards.function import FunctionReward
 from fastppo.rewards.reward import Reward
-from fastppo.run import save
+from fastppo.run import plots, save
 from fastppo.templates import Template, get_template
 from fastppo.types import Experience, Prompt, Rollout
 from tests.shared import BuiltOnce, unchanged
@@ -37,7 +37,7 @@ def _curves(
     """Drawing a run's picture takes longer than the run: tests that are about it draw it."""
     whole_runs = request.node.path.parent.name in ("e2e", "reliability")
     if request.node.get_closest_marker("pictures") is None and not whole_runs:
-        monkeypatch.setattr(metrics, "draw_curves", lambda rows, path, title: path.write_bytes(b""))
+        monkeypatch.setattr(plots, "draw_curves", lambda rows, path, title: path.write_bytes(b""))
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ def without_effect(config: Config) -> dict[str, str]:
 
     Keys that the advantage estimator does not know are `config.unknown_to_estimator`.
     """
-    found = {}
+    found: dict[str, str] = {}
     if config.stage == "ppo":
         found |= algorithm(config)
     warms = config.warmup_ratio or config.warmup_steps

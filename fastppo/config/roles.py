@@ -4,11 +4,14 @@ together of them. No torch here.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from fastppo.config.key import LF, OWN, Keys, Positive, Stage, key
+from fastppo.config.rewards import split
+from fastppo.errors import UserError
 
 if TYPE_CHECKING:
     from fastppo.config.schema import Config
@@ -172,3 +175,29 @@ def check_critic(config: Config) -> None:
             "critic: model with LoRA and no critic_model is critic: adapter with a second base in "
             "memory; use critic: adapter, or set critic_finetuning_type: full or critic_model"
         )
+
+
+def folder_to_evaluate(config: Config) -> tuple[Path, Config]:
+    """Folder of the adapter that a run without training evaluates, and its configuration.
+
+    With `finetuning_type` other than lora it is a whole model's folder. It is `output_dir` if a run
+    saved something there: then this configuration is that run's, its reference included. Otherwise
+    it is the last of `adapter_name_or_path`, and the reference is the base with the adapters before
+    it.
+
+    Raises:
+        UserError: there is neither.
+    """
+    output_dir = Path(config.output_dir)
+    file = "adapter_config.json" if config.finetuning_type == "lora" else "config.json"
+    if (output_dir / file).is_file():
+        return output_dir, config
+    adapters = split(config.adapter_name_or_path) if config.adapter_name_or_path else []
+    if not adapters:
+        raise UserError(
+            f"{config.source}: do_train: is off, and output_dir {output_dir} has nothing trained "
+            f"({file}); name the folder of a run in output_dir or adapter_name_or_path"
+        )
+    below = ",".join(adapters[:-1]) or None
+    update = {"adapter_name_or_path": below, "create_new_adapter": below is not None}
+    return Path(adapters[-1]), config.model_copy(update=update)

@@ -17,16 +17,14 @@ from fastppo.config.data import DATA_LISTS, DataKeys
 from fastppo.config.elsewhere import IGNORED, NOT_HERE, OLD_NAMES, REFUSED
 from fastppo.config.file import override, parse_value, read_file
 from fastppo.config.key import Keys
-from fastppo.config.memory import MemoryKeys
+from fastppo.config.memory import MemoryKeys, StepKeys, check_offload, check_step
 from fastppo.config.model import ModelKeys
-from fastppo.config.offload import check_offload
 from fastppo.config.ppo import ALIASES, ELSEWHERE, PPOKeys
 from fastppo.config.rewards import RewardKeys, RewardSpec, reward_specs, split
 from fastppo.config.rm import RMKeys
 from fastppo.config.roles import ROLES_LISTS, CriticKeys, ReferenceKeys, TuningKeys, check_roles
 from fastppo.config.run import RunKeys
 from fastppo.config.sampling import EvaluationKeys, SamplingKeys
-from fastppo.config.step import StepKeys, check_step
 from fastppo.config.training import TRAINING_LISTS, TrainingKeys
 from fastppo.errors import UserError
 

@@ -18,9 +18,8 @@ from transformers.utils.logging import disable_progress_bar
 from fastppo.config.rewards import HEAD_FILES, RECORD
 from fastppo.errors import UserError
 from fastppo.export.config import read_json
-from fastppo.models.adapters import merged
-from fastppo.models.load import hidden_size, trunk
-from fastppo.models.loading import LOAD_ERRORS, first_line
+from fastppo.models.adapters import merge_adapters
+from fastppo.models.load import LOAD_ERRORS, first_line, hidden_size, trunk
 from fastppo.models.value_head import load_value_head
 from fastppo.rewards.adapter import read_score_at
 from fastppo.templates import get_template
@@ -51,7 +50,7 @@ def export(config: ExportConfig) -> Iterator[str]:
             f"model_name_or_path: {name} is quantised, and adapters merge into whole weights only; "
             "name the model that it was quantised from"
         )
-    model = merged(model, config.adapters, "adapter_name_or_path")
+    model = merge_adapters(model, config.adapters, "adapter_name_or_path")
     tokenizer.padding_side = "right" if reward else "left"
     if reward:
         head = load_value_head(last, hidden_size(model), torch.device("cpu"), "stage: rm")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from fastppo.config.offload import micro_batch_tokens, offload_mode
+from fastppo.config.memory import micro_batch_tokens, offload_mode
 
 if TYPE_CHECKING:
     from fastppo.config import Config

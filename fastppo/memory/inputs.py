@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastppo.config import Config
-from fastppo.config.offload import longest_sequence, offload_mode
-from fastppo.config.precision import run_dtype
+from fastppo.config.memory import longest_sequence, offload_mode
+from fastppo.config.model import run_dtype
 from fastppo.memory.budgets import as_count
 from fastppo.memory.shapes import ModelShape
 from fastppo.memory.units import MIB

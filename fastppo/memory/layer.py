@@ -57,7 +57,7 @@ class Decoder(Tape):
         self.targets = shape.targets(setting.target) if setting.rank else {}
 
     def linear(self, x: Value, name: str) -> Value:
-        """PEFT's Linear: base(x) + B(A(x)) * scaling; x as it comes, see `leave_inputs`."""
+        """PEFT's Linear: base(x) + B(A(x)) * scaling; x as it comes, see `disable_input_cast`."""
         setting, (wide, out) = self.setting, self.shape.linears[name]
         plain = setting.fused and not setting.dora and not setting.trains_base
         if plain and name in self.targets:

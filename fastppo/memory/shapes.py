@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastppo.config.precision import own_dtype
+from fastppo.config.model import own_dtype
 from fastppo.errors import UserError
 
 

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from fastppo.config.rewards import split
 from fastppo.errors import UserError
-from fastppo.models.load import causal_lm
-from fastppo.models.loading import LOAD_ERRORS, first_line
+from fastppo.models.load import LOAD_ERRORS, causal_lm, first_line
 
 if TYPE_CHECKING:
     from fastppo.config import Config
@@ -112,23 +111,23 @@ def additional_modules(config: Config, base: nn.Module) -> list[str] | None:
     return names or None
 
 
-def with_adapter(
+def create_peft_model(
     config: Config, base: nn.Module, name: str = "default", *, extras: bool = True
 ) -> PeftModel:
     """`base` under a new adapter that says what the base says."""
     model = get_peft_model(base, lora_config(config, base, extras=extras), adapter_name=name)
-    exact_magnitudes(model, name)
+    set_dora_magnitudes(model, name)
     return model
 
 
 def add_adapter(config: Config, model: PeftModel, name: str) -> None:
     """Another new adapter beside those that `model` has; without `additional_target`."""
     model.add_adapter(name, lora_config(config, causal_lm(model), extras=False))
-    exact_magnitudes(model, name)
+    set_dora_magnitudes(model, name)
 
 
 @torch.no_grad()
-def exact_magnitudes(model: nn.Module, adapter: str) -> None:
+def set_dora_magnitudes(model: nn.Module, adapter: str) -> None:
     """A new DoRA adapter's magnitudes are its weights' norms in float32, as its forward takes them.
 
     PEFT rounds them to the weights' dtype: in bfloat16 a new adapter would change the policy.
@@ -145,18 +144,18 @@ def load_adapter(model: PeftModel, folder: str, name: str, key: str, **settings:
     try:
         model.load_adapter(folder, adapter_name=name, **settings)
     except LOAD_ERRORS as error:
-        raise misfit(key, folder, error) from None
+        raise adapter_error(key, folder, error) from None
 
 
-def first_adapter(base: nn.Module, folder: str, key: str, *, train: bool) -> PeftModel:
+def load_peft_model(base: nn.Module, folder: str, key: str, *, train: bool) -> PeftModel:
     """`base` under the adapter from `folder`, as `default`."""
     try:
         return PeftModel.from_pretrained(base, folder, is_trainable=train)
     except LOAD_ERRORS as error:
-        raise misfit(key, folder, error) from None
+        raise adapter_error(key, folder, error) from None
 
 
-def misfit(key: str, folder: str, error: Exception) -> UserError:
+def adapter_error(key: str, folder: str, error: Exception) -> UserError:
     """What PEFT said: of a list of tensors that differ, the first."""
     mismatch = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
     return UserError(
@@ -166,14 +165,14 @@ def misfit(key: str, folder: str, error: Exception) -> UserError:
     )
 
 
-def merged(base: nn.Module, folders: Iterable[str], key: str) -> nn.Module:
+def merge_adapters(base: nn.Module, folders: Iterable[str], key: str) -> nn.Module:
     """`base` with adapters added to its weights for good, in their order."""
     for folder in folders:
-        base = first_adapter(base, folder, key, train=False).merge_and_unload(safe_merge=True)
+        base = load_peft_model(base, folder, key, train=False).merge_and_unload(safe_merge=True)
     return base
 
 
-def leave_inputs(model: nn.Module) -> None:
+def disable_input_cast(model: nn.Module) -> None:
     """Adapters take their input as it is: autocast would cast back what PEFT made float32.
 
     Of a bfloat16 base that is a copy of each adapted layer's input in 4 bytes and one in 2, which
@@ -185,25 +184,25 @@ def leave_inputs(model: nn.Module) -> None:
             module.cast_input_dtype_enabled = False
 
 
-def merge_list(config: Config) -> list[str]:
+def adapters_to_merge(config: Config) -> list[str]:
     """Those of `adapter_name_or_path` that become part of the base."""
     folders = comma_list(config.adapter_name_or_path)
     return folders if config.create_new_adapter else folders[:-1]
 
 
-def continued(config: Config) -> str | None:
+def adapter_to_continue(config: Config) -> str | None:
     """The one of `adapter_name_or_path` that goes on training."""
     folders = comma_list(config.adapter_name_or_path)
     return folders[-1] if folders and not config.create_new_adapter else None
 
 
-def start_adapter(config: Config, base: nn.Module) -> PeftModel:
+def setup_lora_tuning(config: Config, base: nn.Module) -> PeftModel:
     """`finetuning_type: lora`: earlier adapters merged, the last one continued, or a new one."""
-    base = merged(base, merge_list(config), "adapter_name_or_path")
-    goes_on = continued(config)
+    base = merge_adapters(base, adapters_to_merge(config), "adapter_name_or_path")
+    goes_on = adapter_to_continue(config)
     if goes_on is None:
-        return with_adapter(config, base)
-    return first_adapter(base, goes_on, "adapter_name_or_path", train=True)
+        return create_peft_model(config, base)
+    return load_peft_model(base, goes_on, "adapter_name_or_path", train=True)
 
 
 def adapter_parameters(model: nn.Module, adapter: str) -> list[nn.Parameter]:
@@ -215,23 +214,23 @@ def adapter_parameters(model: nn.Module, adapter: str) -> list[nn.Parameter]:
     ]
 
 
-def select(config: Config, base: nn.Module, kind: str) -> list[nn.Parameter]:
+def setup_weight_tuning(config: Config, base: nn.Module, kind: str) -> list[nn.Parameter]:
     """The parameters of `base` that `finetuning_type: freeze` or `full` trains; only they do.
 
-    They are in the dtype of the base still, so that a frozen copy can be taken; `upcast` is next.
+    They are in the dtype of the base still, so that a frozen copy can be taken first.
     """
-    names = None if kind == "full" else freeze_names(config, base)
+    names = None if kind == "full" else names_to_train(config, base)
     trained = [
         parameter for name, parameter in base.named_parameters() if names is None or name in names
     ]
     base.requires_grad_(False)
     for parameter in trained:
         parameter.requires_grad_(True)
-    compute_in_bfloat16(base, trained)
+    round_outputs_to_bfloat16(base, trained)
     return trained
 
 
-def freeze_names(config: Config, base: nn.Module) -> set[str]:
+def names_to_train(config: Config, base: nn.Module) -> set[str]:
     """Names of the parameters that `finetuning_type: freeze` trains.
 
     The last `freeze_trainable_layers` layers, or the first where it is negative; of each the
@@ -241,11 +240,11 @@ def freeze_names(config: Config, base: nn.Module) -> set[str]:
     depth = base.config.get_text_config().num_hidden_layers
     count = config.freeze_trainable_layers
     layers = range(max(0, depth - count), depth) if count > 0 else range(min(-count, depth))
-    inside, outside = split_names(base)
+    inside, outside = parameters_by_module(base)
     wanted = comma_list(config.freeze_trainable_modules)
     extra = comma_list(config.freeze_extra_modules)
-    check_known(config, "freeze_trainable_modules", wanted, {m for _, m in inside.values()})
-    check_known(config, "freeze_extra_modules", extra, set(outside.values()))
+    check_module_names(config, "freeze_trainable_modules", wanted, {m for _, m in inside.values()})
+    check_module_names(config, "freeze_extra_modules", extra, set(outside.values()))
     return {
         name
         for name, (layer, module) in inside.items()
@@ -253,7 +252,7 @@ def freeze_names(config: Config, base: nn.Module) -> set[str]:
     } | {name for name, module in outside.items() if module in extra}
 
 
-def split_names(base: nn.Module) -> tuple[dict[str, tuple[int, str]], dict[str, str]]:
+def parameters_by_module(base: nn.Module) -> tuple[dict[str, tuple[int, str]], dict[str, str]]:
     """Parameters within layers by their layer and module in it; others by their module."""
     inside, outside = {}, {}
     for name, _ in base.named_parameters():
@@ -266,7 +265,7 @@ def split_names(base: nn.Module) -> tuple[dict[str, tuple[int, str]], dict[str, 
     return inside, outside
 
 
-def check_known(config: Config, key: str, wanted: list[str], known: set[str]) -> None:
+def check_module_names(config: Config, key: str, wanted: list[str], known: set[str]) -> None:
     """Refuse the name of a module that the model has not."""
     for name in wanted:
         if name != "all" and name not in known:
@@ -283,7 +282,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     return other.requires_grad_(False)
 
 
-def compute_in_bfloat16(model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
+def round_outputs_to_bfloat16(model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
     """Round what modules with a trained bfloat16 parameter give; before any of it is upcast.
 
     Norms and embeddings are outside autocast: float32 weights in them would carry on a float32
@@ -302,7 +301,7 @@ def _to_bfloat16(_module: nn.Module, _inputs: Any, output: Any) -> Any:
     return output.to(torch.bfloat16) if isinstance(output, Tensor) else output
 
 
-def upcast(trained: Iterable[nn.Parameter]) -> None:
+def upcast_trainable(trained: Iterable[nn.Parameter]) -> None:
     """Trained parameters to float32: in bfloat16 an update of a thousandth is rounded away."""
     for parameter in trained:
         if parameter.dtype == torch.bfloat16:

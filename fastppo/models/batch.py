@@ -63,7 +63,7 @@ def partition(lengths: Sequence[int], rows: Sequence[int], budget: Budget) -> li
     return found[::-1]
 
 
-def largest(sequences: Sequences, budget: Budget) -> int:
+def largest_micro_batch(sequences: Sequences, budget: Budget) -> int:
     """Tokens of the largest micro-batch of all these rows, padding included."""
     lengths = sequences.lengths
     parts = (
@@ -188,7 +188,7 @@ def token_index(response_lengths: Sequence[int], rows: Sequence[int]) -> Tensor:
     return torch.cat([torch.arange(bounds[row], bounds[row + 1]) for row in rows])
 
 
-def endless(n: int, number: int, size: int, *, seed: int, shuffle: bool = True) -> list[int]:
+def shuffled_batch(n: int, number: int, size: int, *, seed: int, shuffle: bool = True) -> list[int]:
     """Batch `number` of an endless stream over n things, shuffled anew in every pass over them.
 
     It depends on the seed and the number alone, so a step is the same whatever ran before it.

@@ -18,32 +18,32 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from fastppo.config.offload import reference_streams
+from fastppo.config.memory import reference_streams
 from fastppo.config.rewards import HEAD_FILES, RECORD
 from fastppo.models.adapters import (
     adapter_parameters,
+    adapter_to_continue,
+    adapters_to_merge,
     add_adapter,
     comma_list,
-    compute_in_bfloat16,
-    continued,
-    first_adapter,
+    create_peft_model,
+    disable_input_cast,
     frozen_copy,
-    leave_inputs,
     load_adapter,
-    merge_list,
-    merged,
-    select,
-    start_adapter,
-    upcast,
-    with_adapter,
+    load_peft_model,
+    merge_adapters,
+    round_outputs_to_bfloat16,
+    setup_lora_tuning,
+    setup_weight_tuning,
+    upcast_trainable,
 )
 from fastppo.models.load import (
     causal_lm,
     check_same_tokens,
     compute_dtype,
+    disable_dropout,
     hidden_size,
     load_base,
-    silence_dropout,
     wrap_activations,
 )
 from fastppo.models.roles import Place, Role, Roles
@@ -57,7 +57,7 @@ __all__ = ["Role", "Roles", "build"]
 
 
 @dataclass
-class Draft:
+class RolesBuilder:
     """The places while adapters are still being hung: PEFT replaces parameters as it goes."""
 
     config: Config
@@ -78,7 +78,7 @@ class Draft:
 
 def build(config: Config, device: torch.device) -> Roles:
     """Load what the configuration names, once each, and place the four roles on it."""
-    draft = Draft(config, device)
+    draft = RolesBuilder(config, device)
     base = load_base(config, device, bits=config.quantization_bit)
     if config.quantization_bit == 8:
         draft.notes.append(
@@ -93,16 +93,16 @@ def build(config: Config, device: torch.device) -> Roles:
         place_reference_model(draft, config.ref_model)
     critic_head = place_critic(draft) if config.has_critic else None
     for model in {id(model): model for model, _, _ in draft.drafts.values()}.values():
-        silence_dropout(model)
-        leave_inputs(model)
-        if not stays(causal_lm(model)):
+        disable_dropout(model)
+        disable_input_cast(model)
+        if not is_in_place(causal_lm(model)):
             model.to(device)
         model.eval()
     places = {role: draft.place(role) for role in draft.drafts}
     for place in places.values():
         if place.adapter is not None:
-            compute_in_bfloat16(place.model, place.trainable)
-        upcast(place.trainable)
+            round_outputs_to_bfloat16(place.model, place.trainable)
+        upcast_trainable(place.trainable)
     for place in places.values():
         if place.trainable:
             wrap_activations(config, causal_lm(place.model))
@@ -116,16 +116,16 @@ def build(config: Config, device: torch.device) -> Roles:
     )
 
 
-def stays(base: nn.Module) -> bool:
+def is_in_place(base: nn.Module) -> bool:
     """Whether a model is where it belongs: quantised on the device, or passing through it."""
     return getattr(base, "is_quantized", False) or hasattr(base, "streamed")
 
 
-def place_on_adapters(draft: Draft, base: nn.Module) -> None:
+def place_on_adapters(draft: RolesBuilder, base: nn.Module) -> None:
     """`finetuning_type: lora`: actor, reference and lora rewards as adapters on one base."""
     config = draft.config
-    model = start_adapter(config, base)
-    below = merge_list(config)
+    model = setup_lora_tuning(config, base)
+    below = adapters_to_merge(config)
     words = f"base + {' + '.join(below)}" if below else "base"
     draft.drafts["actor"] = (model, "default", f"{words} + LoRA 'default'")
     if below:
@@ -133,7 +133,7 @@ def place_on_adapters(draft: Draft, base: nn.Module) -> None:
             f"{', '.join(below)} became part of the base; what is saved goes on top of that: "
             "load it with adapter_name_or_path: " + ",".join([*below, config.output_dir])
         )
-    sft = continued(config)
+    sft = adapter_to_continue(config)
     if sft is None:
         draft.drafts["reference"] = (model, None, f"{words}, adapters off")
     else:
@@ -159,10 +159,10 @@ def place_on_adapters(draft: Draft, base: nn.Module) -> None:
         head = load_value_head(Path(folder), hidden_size(model), draft.device)
         draft.drafts[role] = (model, role, f"{words} + LoRA '{role}' + head")
         draft.reward_heads[role] = head
-        note_another_base(draft, folder, below)
+        note_other_base(draft, folder, below)
 
 
-def note_another_base(draft: Draft, folder: str, below: list[str]) -> None:
+def note_other_base(draft: RolesBuilder, folder: str, below: list[str]) -> None:
     """A reward adapter knows the base that it was trained on, merged adapters included."""
     record = Path(folder) / RECORD
     if not record.is_file():
@@ -179,21 +179,21 @@ def note_another_base(draft: Draft, folder: str, below: list[str]) -> None:
         )
 
 
-def place_on_weights(draft: Draft, base: nn.Module) -> None:
+def place_on_weights(draft: RolesBuilder, base: nn.Module) -> None:
     """`finetuning_type: freeze | full`: the base itself trains, so the reference is a copy of it.
 
     Frozen layers are in memory once: the copy shares them.
     """
     config = draft.config
     full = config.finetuning_type == "full"
-    draft.whole["actor"] = select(config, base, config.finetuning_type)
+    draft.whole["actor"] = setup_weight_tuning(config, base, config.finetuning_type)
     draft.drafts["actor"] = (base, None, "base" if full else "base, some of its layers")
     if config.ref_model is None:
         words = "frozen copy of the base" if full else "base, frozen copy of those layers"
         draft.drafts["reference"] = (frozen_copy(base), None, words)
 
 
-def place_reference_model(draft: Draft, name: str) -> None:
+def place_reference_model(draft: RolesBuilder, name: str) -> None:
     """`ref_model` with `ref_model_adapters`: a model of its own, frozen."""
     config, bits = draft.config, draft.config.ref_model_quantization_bit
     model = load_base(config, draft.device, name, bits, stay=True)
@@ -201,16 +201,16 @@ def place_reference_model(draft: Draft, name: str) -> None:
     folders = comma_list(config.ref_model_adapters)
     adapter = None
     if bits is None:
-        model = merged(model, folders, "ref_model_adapters")
+        model = merge_adapters(model, folders, "ref_model_adapters")
         streamed, folder = reference_streams(config), config.offload_dir
         model = place_frozen(model, draft.device, streamed=streamed, offload_dir=folder)
     elif folders:  # quantised weights take no merge
-        model = first_adapter(model, folders[0], "ref_model_adapters", train=False)
+        model = load_peft_model(model, folders[0], "ref_model_adapters", train=False)
         adapter = "default"
     draft.drafts["reference"] = (model, adapter, " + ".join([name, *folders]) + ", frozen")
 
 
-def place_critic(draft: Draft) -> nn.Linear:
+def place_critic(draft: RolesBuilder) -> nn.Linear:
     """The critic's place, and its head: from the reward model, from its folder, or at 0."""
     config = draft.config
     if config.critic == "shared":
@@ -226,7 +226,7 @@ def place_critic(draft: Draft) -> nn.Linear:
     if config.finetuning_type != "lora":
         _, adapter, reference = draft.drafts["reference"]
         if adapter is None:
-            model = with_adapter(config, model, "critic", extras=False)
+            model = create_peft_model(config, model, "critic", extras=False)
         else:
             add_adapter(config, model, "critic")
         draft.drafts["reference"] = (model, adapter, reference)
@@ -245,7 +245,7 @@ def place_critic(draft: Draft) -> nn.Linear:
     return head
 
 
-def place_critic_model(draft: Draft) -> nn.Linear:
+def place_critic_model(draft: RolesBuilder) -> nn.Linear:
     """`critic: model`: a model of its own, trained by `critic_finetuning_type`, and its head.
 
     `critic_model` with the head that lies in it; else a second copy of the base, which starts from
@@ -262,17 +262,17 @@ def place_critic_model(draft: Draft) -> nn.Linear:
         if any((Path(name) / file).is_file() for file in HEAD_FILES):
             head = load_value_head(Path(name), hidden_size(model), draft.device, "critic_model")
     else:
-        model = merged(model, merge_list(config), "adapter_name_or_path")
+        model = merge_adapters(model, adapters_to_merge(config), "adapter_name_or_path")
         for role, folder in list(config.reward_adapters.items())[:1]:
-            model = merged(model, [folder], "reward_model")
+            model = merge_adapters(model, [folder], "reward_model")
             words += f" + {folder}"
             if config.value_head_init == "reward":
                 head.load_state_dict(draft.reward_heads[role].state_dict())
     if kind == "lora":
-        model = with_adapter(config, model, "critic", extras=False)
+        model = create_peft_model(config, model, "critic", extras=False)
         draft.drafts["critic"] = (model, "critic", f"{words} + LoRA 'critic' + head")
     else:
-        draft.whole["critic"] = select(config, model, kind)
+        draft.whole["critic"] = setup_weight_tuning(config, model, kind)
         some = "" if kind == "full" else ", some layers"
         draft.drafts["critic"] = (model, None, f"{words}{some} + head")
     return head

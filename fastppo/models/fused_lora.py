@@ -96,7 +96,7 @@ def lora_linear(
     return LoraOutput.apply(place_NV, *operands)
 
 
-def suits(layer: PeftLinear, x: Tensor) -> str | None:
+def fusable_adapter(layer: PeftLinear, x: Tensor) -> str | None:
     """The adapter, where this layer is a plain LoRA of one adapter in one dtype; else None."""
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return None
@@ -126,7 +126,7 @@ def autocasts(x: Tensor) -> bool:
 
 def forward(layer: PeftLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """In place of PEFT's, which does what this does not."""
-    name = None if args or kwargs else suits(layer, x)
+    name = None if args or kwargs else fusable_adapter(layer, x)
     if name is None:
         return PeftLinear.forward(layer, x, *args, **kwargs)
     base, scaling = layer.get_base_layer(), layer.scaling[name]
@@ -136,7 +136,7 @@ def forward(layer: PeftLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return out_NV.view(*x.shape[:-1], -1)
 
 
-def fuse(model: nn.Module) -> None:
+def fuse_lora_layers(model: nn.Module) -> None:
     """Give every LoRA layer of `model` this forward; again after adapters were added to others."""
     for module in model.modules():
         if type(module) is PeftLinear:

@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+from pickle import UnpicklingError
 from types import MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils.logging import disable_progress_bar
 
-from fastppo.config.offload import offload_mode
-from fastppo.config.precision import own_dtype, run_dtype
+from fastppo.config.memory import offload_mode
+from fastppo.config.model import own_dtype, run_dtype
 from fastppo.errors import UserError
-from fastppo.models.loading import LOAD_ERRORS, first_line
 from fastppo.offload.activations import ActivationOffload, wrap
 
 if TYPE_CHECKING:
     from fastppo.config import Config
+
+
+# What transformers, PEFT, safetensors and torch raise where a file is not what it should be.
+LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    SafetensorError,
+    UnpicklingError,
+)
 
 
 class LMHead(NamedTuple):
@@ -29,11 +46,24 @@ class LMHead(NamedTuple):
     softcap: float | None
 
 
+def first_line(error: Exception) -> str:
+    """The first line of a library's error message, or a plainer reason where the cause is known."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error).strip())
+    if "Weights only load failed" in text:
+        return "it is no file of tensors alone, and nothing else in it is opened"
+    if "custom code" in text:
+        return "it brings code of its own, which runs only with trust_remote_code: true"
+    if isinstance(error, KeyError):
+        return f"unknown {text}"
+    first, _, rest = (text or type(error).__name__).partition("\n")
+    return (f"{first} {' '.join(rest.split())}" if first.rstrip().endswith(":") else first)[:200]
+
+
 def load_tokenizer(config: Config, name: str | None = None) -> Any:
     """The tokenizer of `model_name_or_path`, or of another model."""
     named = name or config.model_name_or_path
     try:
-        return AutoTokenizer.from_pretrained(named, **_where(config, name))
+        return AutoTokenizer.from_pretrained(named, **_hub_settings(config, name))
     except Exception as error:  # the tokenizers package raises Exception itself
         raise UserError(
             f"{config.source}: {named} has no tokenizer that can be loaded ({first_line(error)}); "
@@ -59,7 +89,7 @@ def load_base(
     settings: dict[str, Any] = {
         "dtype": dtype,
         "attn_implementation": attention(config.flash_attn, device, dtype),
-        **_where(config, name),
+        **_hub_settings(config, name),
     }
     if bits is not None:
         # Quantised weights are made on the device where they stay.
@@ -75,7 +105,7 @@ def load_base(
         )
     except LOAD_ERRORS as error:
         # No such model, an architecture without the attention asked for, a package it needs.
-        raise not_loaded(config, name, error) from None
+        raise load_error(config, name, error) from None
     # What is missing or of another shape, transformers fills with random numbers.
     wrong = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     if wrong:
@@ -84,9 +114,9 @@ def load_base(
             "for; its files are not one model's: fetch or save it again"
         )
     base.requires_grad_(False)
-    silence_dropout(base)
+    disable_dropout(base)
     if bits is not None:
-        keep_gradient_kernels(base)
+        use_training_kernels(base)
     return base if stay or bits is not None else base.to(device)
 
 
@@ -96,14 +126,16 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     if on_gpu and not config.bf16:
         name = config.model_name_or_path
         try:
-            own = own_dtype(AutoConfig.from_pretrained(name, **_where(config, None)).to_dict())
+            own = own_dtype(
+                AutoConfig.from_pretrained(name, **_hub_settings(config, None)).to_dict()
+            )
         except LOAD_ERRORS as error:
-            raise not_loaded(config, name, error) from None
+            raise load_error(config, name, error) from None
     named = run_dtype(bf16=config.bf16, own=own, on_gpu=on_gpu)
     return torch.bfloat16 if named == "bfloat16" else torch.float32
 
 
-def not_loaded(config: Config, name: str, error: Exception) -> UserError:
+def load_error(config: Config, name: str, error: Exception) -> UserError:
     """No such model, no model at all, or a package that it needs and that is not there."""
     return UserError(
         f"{config.source}: {name} cannot be loaded ({first_line(error)}); check the folder or the "
@@ -111,7 +143,7 @@ def not_loaded(config: Config, name: str, error: Exception) -> UserError:
     )
 
 
-def _where(config: Config, name: str | None) -> dict[str, Any]:
+def _hub_settings(config: Config, name: str | None) -> dict[str, Any]:
     """Where and how files are found; revision and GGUF file are `model_name_or_path`'s own."""
     found = {"cache_dir": config.cache_dir, "trust_remote_code": config.trust_remote_code}
     if name is None:
@@ -133,7 +165,7 @@ def quantization(config: Config, bits: int, dtype: torch.dtype) -> BitsAndBytesC
     )
 
 
-def keep_gradient_kernels(base: nn.Module) -> None:
+def use_training_kernels(base: nn.Module) -> None:
     """One arithmetic for scoring and training: bitsandbytes has two on CPUs.
 
     It repacks 4-bit weights in the first forward in evaluation mode, for good, and has no backward
@@ -168,7 +200,7 @@ def attention(flash_attn: str, device: torch.device, dtype: torch.dtype) -> str 
     return names.get(flash_attn)
 
 
-def silence_dropout(model: nn.Module) -> None:
+def disable_dropout(model: nn.Module) -> None:
     """Dropout off in every pass: with it, log-probs before and after no update at all would differ.
 
     Modules and the functional kinds alike: attention reads its rate from an attribute of many

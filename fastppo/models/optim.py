@@ -1,4 +1,9 @@
-"""Optimisers by transformers' names: PyTorch's, or bitsandbytes' with 8-bit or paged state."""
+"""Optimisers by transformers' names: PyTorch's, or bitsandbytes' with 8-bit or paged state.
+
+Why not transformers' own `Trainer.get_optimizer_cls_and_kwargs`: it refuses `adamw_hf`, which old
+files have, and importing `transformers.trainer` would cost stage ppo seconds. A test holds this
+table against that function.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +18,7 @@ from fastppo.config.training import BITSANDBYTES
 from fastppo.errors import UserError
 
 
-def make(
+def create_optimizer(
     name: str | None,
     groups: list[dict[str, Any]],
     *,
@@ -21,14 +26,14 @@ def make(
     eps: float,
     **common: Any,
 ) -> torch.optim.Optimizer:
-    """The optimiser of that name, as transformers sets it up.
+    """The optimiser that transformers' Trainer would make for `optim: name`.
 
     Args:
-        name: a value of `optim`; None is AdamW.
-        groups: parameters, with the learning rate of each group.
-        betas: AdamW's and Lion's.
-        eps: AdamW's.
-        common: weight_decay and lr, which all of them take.
+        name: a value of `optim`; None and adamw_hf are PyTorch's AdamW.
+        groups: parameter groups as PyTorch takes them; each may have its own lr and weight_decay.
+        betas: of AdamW and Lion; the others have none.
+        eps: of AdamW; the others keep their default.
+        common: weight_decay and lr of the groups that set none.
 
     Raises:
         UserError: bitsandbytes is asked for and is not installed.
@@ -52,7 +57,7 @@ def make(
 
 
 def adamw(name: str | None, groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
-    """AdamW over `groups`; `settings` are betas, eps and weight_decay, of which all of them know.
+    """PyTorch's AdamW, or bitsandbytes' where `name` is one of those; `settings` go to either.
 
     Raises:
         UserError: bitsandbytes is asked for and is not installed.
@@ -69,7 +74,7 @@ def adamw(name: str | None, groups: list[dict[str, Any]], **settings: Any) -> to
 
 
 def bitsandbytes(name: str) -> Any:
-    """The library, or an error that says for what it is needed."""
+    """The bitsandbytes module; `name` is the value of `optim` that needs it, for the error."""
     try:
         return importlib.import_module("bitsandbytes")
     except ImportError as error:
@@ -79,28 +84,29 @@ def bitsandbytes(name: str) -> Any:
         ) from None
 
 
-def begin_above_0(scheduler: Any, warmup: int) -> None:
-    """Take a warm-up that begins at 0 one step ahead; from its peak on the schedule stays as it is.
+def start_warmup_above_zero(scheduler: Any, warmup: int) -> None:
+    """Shift the warm-up of `scheduler` by one step, so that no step has a learning rate of 0.
 
-    Of `warmup` steps the first then has 1 / warmup of the peak and the last the peak itself, where
-    transformers' first has 0: a rollout, or a batch of pairs, that teaches nothing.
+    Of the `warmup` steps the first then has 1 / warmup of the peak rate and the last the peak.
+    transformers gives the first 0, so that its rollout, or its batch of pairs, teaches nothing.
+    After the warm-up the schedule is unchanged, and so is one that does not begin at 0.
     """
     if warmup < 1 or not isinstance(scheduler, LambdaLR):
         return
 
-    def ahead(factor: Callable[[int], float]) -> Callable[[int], float]:
+    def shift(factor: Callable[[int], float]) -> Callable[[int], float]:
         if factor(0) > 0:
             return factor
 
-        def of_step(step: int) -> float:
+        def shifted(step: int) -> float:
             if step >= warmup:
                 return factor(step)
             return factor(step + 1) if step + 1 < warmup else 1.0
 
-        return of_step
+        return shifted
 
-    scheduler.lr_lambdas = [ahead(factor) for factor in scheduler.lr_lambdas]
-    begin = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-    scheduler._last_lr = [rate * factor(0) for rate, factor in begin]
+    scheduler.lr_lambdas = [shift(factor) for factor in scheduler.lr_lambdas]
+    first = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    scheduler._last_lr = [rate * factor(0) for rate, factor in first]
     for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
         group["lr"] = rate

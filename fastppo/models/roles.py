@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from fastppo.errors import UserError
-from fastppo.models.fused_lora import fuse
+from fastppo.models.fused_lora import fuse_lora_layers
 from fastppo.models.load import LMHead, causal_lm, lm_head, trunk
 from fastppo.models.rounding import LIMITS, Precision, product_precision
 from fastppo.ops import token_logprobs
@@ -48,7 +48,7 @@ class Roles:
         # PEFT's own switches set requires_grad on adapters as they go; this is what stays true.
         self._trainable = {p for place in self.places.values() for p in place.trainable}
         for place in self.places.values():
-            fuse(place.model)
+            fuse_lora_layers(place.model)
         if self.critic_head is not None:
             self.critic_head.requires_grad_(True)
         for head in self.reward_heads.values():

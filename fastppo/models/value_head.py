@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastppo.config.rewards import HEAD_FILES
 from fastppo.errors import UserError
-from fastppo.models.loading import LOAD_ERRORS, first_line
+from fastppo.models.load import LOAD_ERRORS, first_line
 
 VALUE_HEAD_FILE = HEAD_FILES[0]
 

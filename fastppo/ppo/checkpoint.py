@@ -16,10 +16,11 @@ from torch import nn
 from fastppo import seeds
 from fastppo.config.rewards import BASE_RECORD
 from fastppo.errors import Interrupted, UserError
-from fastppo.models.adapters import merge_list
+from fastppo.models.adapters import adapters_to_merge
 from fastppo.models.load import causal_lm
 from fastppo.models.value_head import VALUE_HEAD_FILE, value_head_state
 from fastppo.offload.activations import wrap
+from fastppo.ppo import log
 from fastppo.ppo.advantage import RunningScore
 from fastppo.run import durable, results, training_state
 from fastppo.run.save import begin, note_run, save_model, save_weights
@@ -39,11 +40,11 @@ def save(state: State, folder: Path) -> None:
         below.mkdir(exist_ok=True)
         save_weights(critic.model, folder if critic.adapter else below, "critic")
         save_file(value_head_state(roles.critic_head), below / VALUE_HEAD_FILE)
-    below = merge_list(state.config)
+    below = adapters_to_merge(state.config)
     if below:
         text = json.dumps({"merged": below}, indent=2) + "\n"
         (folder / BASE_RECORD).write_text(text, encoding="utf-8")
-    results.write_trainer_state(state, folder)
+    log.write_trainer_state(state, folder)
 
 
 def save_to_resume(state: State, output_dir: Path) -> Path:
@@ -215,7 +216,7 @@ def resume(state: State, folder: Path) -> list[str]:
     state.began -= saved["seconds"]
     state.before = None if saved["before"] is None else Answers(**saved["before"])
     # The last one is made anew, with what is written after it.
-    found = results.evaluations_in(folder)
+    found = log.read_evaluations(folder)
     state.evaluations = [each for each in found if each["step"] < state.total_steps]
     state.metrics.go_on(saved["rows"])
     state.random = saved["random"]

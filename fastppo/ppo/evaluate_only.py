@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 from peft import PeftModel
 
 from fastppo import __version__
-from fastppo.config.trained import trained_before
+from fastppo.config.roles import folder_to_evaluate
 from fastppo.errors import UserError
 from fastppo.models.adapters import load_adapter
-from fastppo.models.load import silence_dropout
-from fastppo.models.loading import LOAD_ERRORS, first_line
+from fastppo.models.load import LOAD_ERRORS, disable_dropout, first_line
 from fastppo.ppo import lines
 from fastppo.ppo.evaluation import compare, predict, report, summarise
 from fastppo.ppo.finish import held_out_prompts
@@ -33,7 +32,7 @@ def run(config: Config, records: Records) -> None:
 
     Only `output_dir` is written to: the metrics of the run that trained it stay as they are.
     """
-    folder, config = trained_before(config)
+    folder, config = folder_to_evaluate(config)
     # A critic says nothing here, so it is the smallest there is; and a tracker has no curve.
     update = {"critic": "shared", "critic_finetuning_type": None, "report_to": "none"}
     config = config.model_copy(update=update)
@@ -71,5 +70,5 @@ def load_policy(roles: Roles, folder: Path) -> None:
                 f"output_dir: the policy in {folder} cannot be loaded ({first_line(error)}); name "
                 "one that was trained on the same base"
             ) from None
-    silence_dropout(model)
+    disable_dropout(model)
     model.to(roles.device).eval()

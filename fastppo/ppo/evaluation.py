@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from fastppo.errors import UserError
+from fastppo.ppo import log
 from fastppo.ppo.metrics import SAMPLES, SUMMARY
 from fastppo.ppo.phases import sampled, scored
 from fastppo.rewards.function import call_scores, load_function
-from fastppo.rewards.reward import mean_of_known
+from fastppo.rewards.reward import mean_score
 from fastppo.run import results, samples
 from fastppo.seeds import seed_of
 from fastppo.types import Answers
@@ -116,7 +117,7 @@ def summarise(state: State, compared: Comparison) -> dict[str, Any]:
         summary["judge_after"] = mean(after.judged)
     for name in state.reward.extra_names:
         for when, answers in (("before", before), ("after", after)):
-            summary[f"reward/{name}_{when}"] = mean_of_known(answers.reward_parts[name])
+            summary[f"reward/{name}_{when}"] = mean_score(answers.reward_parts[name])
     return summary
 
 
@@ -168,7 +169,7 @@ def report(state: State, compared: Comparison, summary: dict[str, Any]) -> dict[
     folder = Path(state.config.output_dir)
     results.save_metrics(folder, "eval", metrics)
     if state.config.trains:
-        results.log(state, metrics)
+        log.log_entry(state, metrics)
     title = f"Samples after {state.step} PPO steps" if state.step else "Samples"
     samples.write(folder, title, metrics, list(sample_rows(compared)))
     return metrics
@@ -229,7 +230,7 @@ def side_by_side(prompts: list[Prompt], before: Answers, after: Answers) -> list
             row[name] = answers.texts[i]
             row[f"reward_{name}"] = answers.rewards[i]
             for part, part_B in answers.reward_parts.items():
-                row[f"reward/{part}_{name}"] = mean_of_known(part_B[i])
+                row[f"reward/{part}_{name}"] = mean_score(part_B[i])
             if answers.judged is not None:
                 row[f"judge_{name}"] = answers.judged[i]
         rows.append(row)

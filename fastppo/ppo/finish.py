@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastppo.data import encode_prompts
+from fastppo.ppo import log
 from fastppo.ppo.evaluation import predict
 from fastppo.run import card, results
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 def finish(state: State, records: Records) -> None:
     """After the last evaluation, and beside the policy that was saved."""
     folder = Path(state.config.output_dir)
-    results.save_metrics(folder, "train", results.train_metrics(state))
+    results.save_metrics(folder, "train", log.train_metrics(state))
     if state.config.do_predict:
         predict(state, held_out_prompts(state, records))
     shown = {k: v for k, v in state.evaluations[-1].items() if k.startswith("eval_")}

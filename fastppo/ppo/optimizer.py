@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from fastppo.errors import UserError
-from fastppo.models.optim import begin_above_0, make
+from fastppo.models.optim import create_optimizer, start_warmup_above_zero
 
 if TYPE_CHECKING:
     from fastppo.config import Config
@@ -29,7 +29,7 @@ def make_optimizer(config: Config, roles: Roles) -> torch.optim.Optimizer:
         groups += role_groups(config, roles, "critic", rate)
     if config.weight_decay:
         groups = [part for group in groups for part in vectors_apart(group)]
-    return make(
+    return create_optimizer(
         config.optim or "adamw_torch_fused",  # the one that reads found_inf, see below
         groups,
         betas=(config.adam_beta1, config.adam_beta2),
@@ -85,7 +85,7 @@ def make_scheduler(config: Config, optimizer: torch.optim.Optimizer, steps: int)
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"lr_scheduler_kwargs: {error}; change it, or leave it out") from None
-    begin_above_0(scheduler, warmup)
+    start_warmup_above_zero(scheduler, warmup)
     return scheduler
 
 

@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from fastppo.memory.retry import retried
-from fastppo.models.batch import largest
+from fastppo.models.batch import largest_micro_batch
 from fastppo.ppo.rollout import sample
 from fastppo.ppo.sampling import Sampling
 from fastppo.ppo.score import score
@@ -55,4 +55,6 @@ def scored(state: State, rollout: Rollout, *, exact_kl: bool = False, keep: bool
             chunk_bytes=budgets.chunk_bytes,
         )
 
-    return retried("score", budgets, run, used=partial(largest, rollout, budgets.scoring))
+    return retried(
+        "score", budgets, run, used=partial(largest_micro_batch, rollout, budgets.scoring)
+    )

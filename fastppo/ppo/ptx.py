@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastppo.data import fit
-from fastppo.models.batch import Batch, endless, make_batch
+from fastppo.data import fit_prompt
+from fastppo.models.batch import Batch, make_batch, shuffled_batch
 from fastppo.ops import linear_token_logprobs
 from fastppo.seeds import seed_of
 from fastppo.types import Sequences
@@ -43,7 +43,9 @@ class Demonstrations:
         pairs = []
         for record in records:
             # As for pairs: the prompt has half of the room, an answer loses its end but no EOS.
-            prompt = fit(record, template, max(config.cutoff_len // 2, 1), config.default_system)
+            prompt = fit_prompt(
+                record, template, max(config.cutoff_len // 2, 1), config.default_system
+            )
             answer = template.encode_response(record.response or "")
             room = config.cutoff_len - len(prompt) - 1
             pairs.append((prompt, answer[:-1][:room] + answer[-1:]))
@@ -55,7 +57,7 @@ class Demonstrations:
         for number in count(first):
             chosen = [
                 self.pairs[i]
-                for i in endless(len(self.pairs), number, self.batch_size, seed=self.seed)
+                for i in shuffled_batch(len(self.pairs), number, self.batch_size, seed=self.seed)
             ]
             width = max(len(prompt) + len(answer) for prompt, answer in chosen)
             rows = [prompt + answer for prompt, answer in chosen]

@@ -12,9 +12,13 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from fastppo.memory.units import RESERVE
-from fastppo.models.few_rows import few_rows
+from fastppo.models.decoding import (
+    merge_active_adapters,
+    merge_is_exact,
+    merged_weight_bytes,
+    use_few_rows_kernels,
+)
 from fastppo.models.load import causal_lm
-from fastppo.models.merged import loses_nothing, merge_bytes, merged
 from fastppo.ppo.sampling import RecordLogprobs, Sampling, StopStrings
 from fastppo.seeds import seed_of
 from fastppo.types import Prompt, Rollout
@@ -118,7 +122,7 @@ def merges(roles: Roles, sampling: Sampling) -> bool:
         total = torch.cuda.get_device_properties(roles.device).total_memory
     else:
         total = psutil.virtual_memory().total
-    return loses_nothing(roles.base) and merge_bytes(roles.base) <= total // 4
+    return merge_is_exact(roles.base) and merged_weight_bytes(roles.base) <= total // 4
 
 
 @torch.no_grad()
@@ -143,8 +147,8 @@ def sample(
     budget = cache_budget(roles, sampling, plan)
     groups = split(prompts, sampling.max_new_tokens, cache_bytes(roles.base), budget, most)
     answers: list[Answer | None] = [None] * len(prompts)
-    merging = merged(roles.base) if merges(roles, sampling) else nullcontext()
-    with merging, few_rows(roles.base):
+    merging = merge_active_adapters(roles.base) if merges(roles, sampling) else nullcontext()
+    with merging, use_few_rows_kernels(roles.base):
         for number, rows in enumerate(groups):
             own = [prompts[i] for i in rows]
             drawn = seed_of(seed, "group", number)

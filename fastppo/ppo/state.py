@@ -15,7 +15,7 @@ from fastppo.config import Config, load_config
 from fastppo.data import encode_prompts
 from fastppo.memory.auto import advice_on_failure, resolve_auto
 from fastppo.memory.budgets import Budgets
-from fastppo.models.batch import check_packing, endless
+from fastppo.models.batch import check_packing, shuffled_batch
 from fastppo.models.build import Roles, build
 from fastppo.models.load import load_tokenizer
 from fastppo.ppo.advantage import KLController, RunningScore
@@ -26,7 +26,7 @@ from fastppo.ppo.sampling import Sampling
 from fastppo.ppo.snapshot import Snapshot
 from fastppo.rewards.function import load_function
 from fastppo.rewards.reward import Reward, make_reward
-from fastppo.run import session
+from fastppo.run.launch import choose_device
 from fastppo.run.preflight import check
 from fastppo.run.stopping import Stop
 from fastppo.run.tracking import Trackers
@@ -94,7 +94,7 @@ def total_steps(config: Config, n_prompts: int) -> int:
 def prompts_of_step(state: State) -> list[Prompt]:
     """The next prompts of an endless shuffled stream, each `num_generations` times in a row."""
     config = state.config
-    chosen = endless(
+    chosen = shuffled_batch(
         len(state.prompts),
         state.step,
         config.prompts_a_step,
@@ -126,7 +126,7 @@ def init_state(
         config = load_config(config)
     if records is None:
         records = check(config)
-    device = session.start(config)
+    device = choose_device(config)
     set_seed(config.seed)
     if config.eval_judge is not None:
         load_function(config.eval_judge, "eval_judge")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastppo.rewards.reward import mean_of_known
+from fastppo.rewards.reward import mean_score
 from fastppo.types import Experience
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def step_row(
     gap_N = rollout.sampler_logprob_N - scored.logprob_N
     # The first group of a role; with LoRA+ its second has a rate that is a multiple of that.
     rates = {group["role"]: group["lr"] for group in reversed(state.optimizer.param_groups)}
-    parts = {name: mean_of_known(scored.reward_parts[name]) for name in state.reward.extra_names}
+    parts = {name: mean_score(scored.reward_parts[name]) for name in state.reward.extra_names}
     return {
         "step": state.step,
         "epoch": state.step * config.prompts_a_step / len(state.prompts),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastppo.errors import Interrupted
 from fastppo.memory.auto import advice_on_failure
-from fastppo.ppo import checkpoint, guards, lines
+from fastppo.ppo import checkpoint, guards, lines, log
 from fastppo.ppo.advantage import estimate
 from fastppo.ppo.evaluation import draw, evaluate
 from fastppo.ppo.finish import finish
@@ -18,7 +18,7 @@ from fastppo.ppo.phases import sampled, scored
 from fastppo.ppo.state import State, init_state, optimizer_steps, prompts_of_step, total_steps
 from fastppo.ppo.step_row import step_row
 from fastppo.ppo.update import shares_first_pass, update
-from fastppo.run import console, durable, plots, results, save
+from fastppo.run import console, durable, plots, save
 from fastppo.seeds import random_state, seed_of
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def learn(state: State, steps: int, output_dir: Path) -> None:
         while state.step < steps:
             state = step_update(state)
             bar.advance(bar.task_ids[0])
-            results.log_step(state)
+            log.log_step(state)
             if config.acts("logging", state.step, steps, epoch):
                 lines.step_line(state, steps)
                 draw(state, share=DRAWING_SHARE)
@@ -144,7 +144,7 @@ def run(config: Config, records: Records) -> None:
     output_dir = Path(config.output_dir)
     folder, notes = durable.to_resume(config)
     if config.resume_from_checkpoint:
-        config = save.decided(config, folder or output_dir)
+        config = save.with_decisions(config, folder or output_dir)
     state = init_state(config, records, folder)
     steps = total_steps(config, len(state.prompts))
     lines.first_lines(state, steps)
@@ -178,7 +178,7 @@ def pictures(state: State, output_dir: Path) -> None:
     """The curves of all steps so far, and with `plot_loss` LLaMA-Factory's two."""
     draw(state)
     if state.config.plot_loss and state.metrics.rows:
-        plots.plot_ppo(state.metrics.rows, state.config, output_dir)
+        plots.plot_log(log.log_history(state), ("loss", "reward"), output_dir)
 
 
 def evaluation(state: State) -> None:

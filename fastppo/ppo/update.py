@@ -16,7 +16,7 @@ from fastppo.config.ppo import KL_KIND
 from fastppo.errors import TrainingStopped
 from fastppo.memory.budgets import Budgets
 from fastppo.memory.retry import retried
-from fastppo.models.batch import Batch, batches, largest, to_device, token_index
+from fastppo.models.batch import Batch, batches, largest_micro_batch, to_device, token_index
 from fastppo.models.rounding import LIMITS, Precision
 from fastppo.ops import PolicyLoss, PolicyLossConfig, linear_policy_loss, value_loss
 from fastppo.ppo.optimizer import clip_and_step
@@ -356,7 +356,7 @@ def update(
     rollout = experience.scored.rollout
     gradients = Passes(roles, experience, config, budgets, train_actor)
     clear = partial(gradients.clear, optimizer)
-    used = partial(largest, rollout, budgets.update)
+    used = partial(largest_micro_batch, rollout, budgets.update)
     bad_run = torch.tensor(nonfinite_run, device=experience.return_N.device)
     limit = config.max_bad_steps or math.inf
     seeds = [seed_of(seed, "mini-batches", epoch) for epoch in range(config.ppo_epochs)]

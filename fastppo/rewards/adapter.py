@@ -46,7 +46,7 @@ class HeadReward:
     @torch.no_grad()
     def __call__(self, rollout: Rollout) -> Tensor:
         if self.score_at == "suffix":
-            rollout = append(rollout, list(self.template.suffix_ids), self.template.pad_id)
+            rollout = append_suffix(rollout, list(self.template.suffix_ids), self.template.pad_id)
         budget = self.budget if self.packs else self.budget.padded
         made = batches(rollout, range(len(rollout.prompts)), budget)
         scores = [self.head(batch.last(self.hidden(batch)).float()).squeeze(-1) for batch in made]
@@ -84,7 +84,7 @@ def read_score_at(folder: Path) -> str | None:
     return str(score_at)
 
 
-def append(rollout: Rollout, suffix_ids: list[int], pad_id: int) -> Rollout:
+def append_suffix(rollout: Rollout, suffix_ids: list[int], pad_id: int) -> Rollout:
     """The same rollout with `suffix_ids` behind each response that ended by itself."""
     rows = []
     for row, length, ended in zip(

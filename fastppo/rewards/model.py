@@ -21,8 +21,13 @@ from transformers import (
 from fastppo.config.rewards import HEAD_FILES, split
 from fastppo.errors import UserError
 from fastppo.models.batch import Batch, Budget, partition
-from fastppo.models.load import attention, check_same_tokens, compute_dtype
-from fastppo.models.loading import LOAD_ERRORS, first_line
+from fastppo.models.load import (
+    LOAD_ERRORS,
+    attention,
+    check_same_tokens,
+    compute_dtype,
+    first_line,
+)
 from fastppo.models.value_head import load_value_head
 from fastppo.offload.frozen import place_frozen
 from fastppo.rewards.adapter import HeadReward
@@ -208,7 +213,7 @@ def load_model(kind: Any, name: str, config: Config, device: torch.device) -> An
     adapters = adapters_of(config)
     try:
         if adapters and kind is AutoModelForSequenceClassification:
-            own["config"] = config_under_adapters(name, config)
+            own["config"] = config_with_one_label(name, config)
         model, info = kind.from_pretrained(
             name,
             cache_dir=config.cache_dir,
@@ -251,7 +256,7 @@ def place(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
     return place_frozen(model, device, streamed=streamed, offload_dir=folder)
 
 
-def config_under_adapters(name: str, config: Config) -> Any:
+def config_with_one_label(name: str, config: Config) -> Any:
     """One label, not the default 2, for a base whose head is its adapter's (as TRL saves it)."""
     found = AutoConfig.from_pretrained(
         name, cache_dir=config.cache_dir, trust_remote_code=config.trust_remote_code

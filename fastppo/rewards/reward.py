@@ -16,7 +16,7 @@ from fastppo.config.rewards import RewardSpec
 from fastppo.errors import TrainingStopped, UserError
 from fastppo.memory.budgets import Budgets
 from fastppo.memory.retry import retried
-from fastppo.models.batch import largest
+from fastppo.models.batch import largest_micro_batch
 from fastppo.rewards.adapter import AdapterReward
 from fastppo.rewards.function import FunctionReward
 from fastppo.rewards.model import ClassifierReward, load_full
@@ -97,7 +97,7 @@ class Reward:
         """
         if self.budgets is None or spec.kind not in ("lora", "full"):
             return part(rollout)
-        used = partial(largest, rollout, self.budgets.scoring)
+        used = partial(largest_micro_batch, rollout, self.budgets.scoring)
         return retried("score", self.budgets, partial(part, rollout), used=used)
 
     def table(self) -> str:
@@ -157,7 +157,7 @@ def make_reward(
     return Reward(config.rewards, tuple(parts), budgets)
 
 
-def mean_of_known(part_B: Tensor) -> float | None:
+def mean_score(part_B: Tensor) -> float | None:
     """Mean over the responses that a reward applies to; None where it applies to none."""
     mean = part_B.nanmean().item()
     return None if math.isnan(mean) else mean

@@ -26,7 +26,8 @@ class RewardModel(nn.Module):
             ).last_hidden_state
         rows = torch.arange(len(input_ids), device=input_ids.device)
         last_BD = hidden_BTD[rows, attention_mask.sum(1) - 1]
-        return self.head(last_BD.float()).squeeze(-1)
+        score_B: Tensor = self.head(last_BD.float()).squeeze(-1)
+        return score_B
 
 
 def pair_loss(score_2B: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""transformers' loop for stage rm, with checkpoints that are whole or not there, exact to resume.
+"""transformers' training loop for stage rm, with checkpoints that resume to the bit.
 
-transformers restores weights, optimiser, schedule, generators and the place in the data; what it
-forgets (running sums of the loss, parameters in their own precision) is kept beside that.
+transformers restores weights, optimiser, schedule, generators and the place in the data. What it
+does not (running sums of the loss, parameters in their own precision) is saved beside that, and a
+checkpoint is there whole or not at all.
 """
 
 from __future__ import annotations
@@ -11,28 +12,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import EvalPrediction, Trainer, TrainerCallback
+from transformers import EvalPrediction, Trainer
 
 from fastppo import seeds
 from fastppo.config.rewards import RECORD
-from fastppo.errors import TrainingStopped, UserError
-from fastppo.models.optim import begin_above_0
+from fastppo.errors import UserError
+from fastppo.models.optim import start_warmup_above_zero
+from fastppo.rm.callbacks import RestoreSums, SkipNonfiniteSteps
 from fastppo.rm.metrics import pair_metrics
 from fastppo.rm.model import pair_loss
-from fastppo.run import console, durable, plots, save, training_state
+from fastppo.run import durable, plots, save, training_state
 from fastppo.run.stopping import Stop
 
 if TYPE_CHECKING:
     from fastppo.run.tracking import Trackers
 
 SUMS = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged")
+PLOTTED = ("loss", "eval_loss", "eval_accuracy")  # with plot_loss, a picture each
 
 
 class ResumableTrainer(Trainer):
-    """A Trainer whose `resume_from_checkpoint` goes on bit for bit; it stops at a signal."""
+    """A Trainer that resumes bit for bit, skips bad steps, and saves and stops at a signal."""
 
     def __init__(
         self, *args: Any, stop: Stop, max_bad_steps: int, decisions: dict[str, Any], **kwargs: Any
@@ -45,38 +47,39 @@ class ResumableTrainer(Trainer):
         self.inputs: dict[str, Tensor] = {}
         self.saved: Path | None = None  # the checkpoint that a resume would go on from
         self.saved_at: int | None = None  # its step, where nothing was evaluated since
-        self.marked: dict[str, Any] | None = None  # where the last step ended
+        self.step_end: dict[str, Any] | None = None  # what a signal in the next step puts back
         self.trackers: Trackers | None = None
-        self.add_callback(Watch(self))
+        self.add_callback(RestoreSums(self))
+        self.add_callback(SkipNonfiniteSteps(self))
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """What trains, by name."""
+        """The parameters that train, by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
-        """transformers' own, whose warm-up begins above 0."""
+        """transformers' schedule, except that its warm-up starts above 0."""
         first, warmup = self.lr_scheduler is None, self.args.get_warmup_steps(num_training_steps)
         steps = max(num_training_steps, warmup + 1)  # as in make_scheduler
         scheduler = super().create_scheduler(steps, *args, **kwargs)
         if first:
-            begin_above_0(scheduler, warmup)
+            start_warmup_above_zero(scheduler, warmup)
         return scheduler
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """transformers' own; the batch is kept until the next. A signal leaves it at once."""
+        """transformers' step, which a signal may interrupt; the batch is kept until the next."""
         self.inputs = inputs
         with self.stop.at_once():
             return super().training_step(model, inputs, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' own, of evaluations and predictions; a signal leaves it at once."""
+        """transformers' evaluation or prediction, which a signal may interrupt."""
         with self.stop.at_once():
             return super().evaluation_loop(*args, **kwargs)
 
-    def mark(self, *, evaluated: bool) -> None:
-        """Note what the next micro-batch changes: a signal in it goes back to here."""
+    def note_step_end(self, *, evaluated: bool) -> None:
+        """Keep what the next micro-batch changes: after a signal in it, this is put back."""
         sums = {name: getattr(self, name) for name in SUMS}
-        self.marked = {
+        self.step_end = {
             "evaluated": evaluated,
             "random": seeds.random_state(),
             "sums": {k: x.clone() if isinstance(x, Tensor) else x for k, x in sums.items()},
@@ -86,50 +89,50 @@ class ResumableTrainer(Trainer):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        self.mark(evaluated=True)
+        self.note_step_end(evaluated=True)
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         if not self.state.global_step or kwargs.get("skip_scheduler"):  # eval_on_start
             return super()._evaluate(*args, **kwargs)
-        self.mark(evaluated=False)
+        self.note_step_end(evaluated=False)
         self.saved_at = None
         metrics = super()._evaluate(*args, **kwargs)
-        self.mark(evaluated=True)
+        self.note_step_end(evaluated=True)
         return metrics
 
-    def catch_up(self) -> None:
-        """The evaluation that a signal had cut off behind the step that this run goes on from."""
+    def evaluate_if_cut_off(self) -> None:
+        """Run the evaluation that a signal cut off after the step that this run resumes from."""
         if self.resumed is not None and not self.resumed.pop("evaluated", True):
             self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
-        self.catch_up()
+        self.evaluate_if_cut_off()
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        self.catch_up()  # after the last step no generator is read back
+        self.evaluate_if_cut_off()  # after the last step no generator is read back
         return super()._finalize_training(*args, **kwargs)
 
     def save_stopped(self) -> Path | None:
-        """The checkpoint of the last whole step, after a signal; None where there was none.
+        """Save the last whole step after a signal; its checkpoint, or None if there was no step.
 
         Weights and optimiser are as that step left them: only whole steps change them.
         """
-        marked = self.marked
-        if marked is None or not self.state.global_step:
+        end = self.step_end
+        if end is None or not self.state.global_step:
             return self.saved
         if self.saved_at == self.state.global_step and not self.args.save_only_model:
             return self.saved
-        seeds.set_random_state(marked["random"])
-        for name, value in marked["sums"].items():
+        seeds.set_random_state(end["random"])
+        for name, value in end["sums"].items():
             setattr(self, name, value)
-        self.current_flos, self.bad_run = marked["flos"], marked["bad_run"]
+        self.current_flos, self.bad_run = end["flos"], end["bad_run"]
         self.args.save_only_model = False  # or there would be nothing to go on from
         self._save_checkpoint(self.model, None)
         return self.saved
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """transformers' own; the last entry's mean is over the whole run, not since a resume."""
+        """transformers' log, except that the final mean loss is over the whole run."""
         if "train_loss" in logs:
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, *args, **kwargs)
@@ -152,7 +155,7 @@ class ResumableTrainer(Trainer):
                 "sums": sums,
                 "bad_run": self.bad_run,
             }
-            tree["evaluated"] = self.marked is None or self.marked["evaluated"]
+            tree["evaluated"] = self.step_end is None or self.step_end["evaluated"]
             training_state.write(tree, written)
         durable.publish(written, folder)
         self.place.rmdir()
@@ -173,50 +176,8 @@ class ResumableTrainer(Trainer):
             parameter.copy_(saved[name])
 
 
-class Watch(TrainerCallback):
-    """What a resume restores before the first step; a step whose gradient is not finite."""
-
-    def __init__(self, trainer: ResumableTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """transformers has just set its sums to 0."""
-        trainer = self.trainer
-        if trainer.resumed is not None:
-            for name, value in trainer.resumed["sums"].items():
-                setattr(trainer, name, value)
-            trainer._tr_loss = trainer._tr_loss.to(trainer.args.device)
-            trainer.bad_run = trainer.resumed["bad_run"]
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
-        """Call off a step whose gradient is not finite: without gradients AdamW does nothing."""
-        trainer = self.trainer
-        own = list(trainer.trainable_parameters().values())
-        gradients = [p.grad for p in own if p.grad is not None]
-        if nn.utils.get_total_norm(gradients).isfinite():
-            trainer.bad_run = 0
-            return
-        for parameter in own:
-            parameter.grad = None
-        trainer.bad_run += 1
-        trainer.bad_steps += 1
-        step = state.global_step + 1
-        if trainer.bad_steps == 1:
-            console.console.print(
-                f"[yellow]warning:[/yellow] guard_nonfinite: the gradient of step {step} is not "
-                "finite, and the step was skipped; in many steps lower learning_rate"
-            )
-        if 0 < trainer.max_bad_steps <= trainer.bad_run:
-            path = Path(args.output_dir) / f"bad_batch_step_{step}.safetensors"
-            save_file({name: x.cpu().contiguous() for name, x in trainer.inputs.items()}, path)
-            raise TrainingStopped(
-                f"{trainer.bad_run} steps in a row had a gradient that is not finite "
-                f"(max_bad_steps); the last batch is in {path}; the likeliest cause: learning_rate"
-            )
-
-
 class PairTrainer(ResumableTrainer):
-    """The loop over pairs; saves what stage ppo, and LLaMA-Factory, load."""
+    """The loop over pairs; its folders are those that stage ppo and LLaMA-Factory load."""
 
     tokenizer: Any
     record: dict[str, Any]  # where the scores are read, for whoever loads the folder
@@ -256,9 +217,9 @@ class PairTrainer(ResumableTrainer):
         self.draw()
 
     def draw(self) -> None:
-        """`plot_loss`: LLaMA-Factory's pictures of all that was logged so far."""
+        """Draw LLaMA-Factory's pictures of all that was logged so far (`plot_loss`)."""
         if self.plots:
-            plots.plot_pairs(self.state.log_history, Path(self.args.output_dir))
+            plots.plot_log(self.state.log_history, PLOTTED, Path(self.args.output_dir))
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:

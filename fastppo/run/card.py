@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from fastppo import __version__
-from fastppo.models.adapters import merge_list
+from fastppo.models.adapters import adapters_to_merge
 from fastppo.run.preflight import looks_local
 
 if TYPE_CHECKING:
@@ -86,9 +86,11 @@ SCORES = """
 def licence_of(name: str) -> str | None:
     """The licence that a base's own card names, where that lies on disk."""
     try:
-        return ModelCard.load(Path(name) / NAME, ignore_metadata_errors=True).data.license
+        card = ModelCard.load(Path(name) / NAME, ignore_metadata_errors=True)
+        licence: str | None = card.data.license
     except (OSError, ValueError, AttributeError):
         return None
+    return licence
 
 
 def results(config: Config, metrics: Mapping[str, Any]) -> list[EvalResult] | None:
@@ -139,7 +141,7 @@ def write(
     packages = ("torch", "transformers", "peft")
     versions = [f"- {package} {importlib.metadata.version(package)}" for package in packages]
     use = (ADAPTER if adapter else WHOLE) + (SCORES if place else "")
-    below = "".join(BELOW.format(folder=merged) for merged in merge_list(config))
+    below = "".join(BELOW.format(folder=merged) for merged in adapters_to_merge(config))
     whose = f"is under `{licence}`" if licence else "has a licence of its own"
     shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in metrics.items()}
     card = ModelCard.from_template(

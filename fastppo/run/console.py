@@ -32,7 +32,7 @@ class Clock:
     def __call__(self, phase: str) -> Iterator[None]:
         began = time.monotonic()
         yield
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()  # what was queued belongs to the phase that queued it
         self.seconds[phase] = time.monotonic() - began
 

@@ -189,7 +189,7 @@ def to_resume(config: Config, *, hashes: bool = True) -> tuple[Path | None, list
                 f"{key}: {folder} is no whole checkpoint: {wrong}; name another checkpoint-N"
             )
         return folder, []
-    output_dir, passed = Path(config.output_dir), []
+    output_dir, passed = Path(config.output_dir), list[str]()
     for folder in reversed(checkpoints(output_dir)):
         wrong = fault_to_resume(folder, hashes=hashes)
         if wrong is None:

@@ -1,13 +1,21 @@
-"""One process, one device: what a launcher's environment means to a run. No torch here."""
+"""One process, one device: which device a run takes, and what a launcher's variables mean to it.
+
+No torch at import.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from fastppo.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastppo.config import Config
 
 # How many processes the launcher started for this command. Not SLURM_NTASKS: a batch script has it
 # too, where it is what `srun` would start, and the script's own commands run once.
@@ -48,8 +56,8 @@ def check_one_process(command: str, key: str) -> None:
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """Inside, no launcher's variables are there: a process that it started alone is like any other.
+def hide_launcher_variables() -> Iterator[None]:
+    """Inside the block (or the decorated function) no launcher's environment variables are set.
 
     transformers' Trainer would join a process group of one, and take accelerate's own settings.
     """
@@ -58,3 +66,13 @@ def alone() -> Iterator[None]:
         yield
     finally:
         os.environ.update(hidden)
+
+
+def choose_device(config: Config) -> torch.device:
+    """The GPU if there is one, unless `use_cpu`; sets the process's float32 precision by `tf32`."""
+    import torch
+
+    if config.tf32 is not None:
+        torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+    on_gpu = torch.cuda.is_available() and not config.use_cpu
+    return torch.device("cuda" if on_gpu else "cpu")

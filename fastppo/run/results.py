@@ -15,14 +15,9 @@ import json
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from transformers import TrainerState
+from typing import Any
 
 from fastppo.run.durable import write_text
-
-if TYPE_CHECKING:
-    from fastppo.ppo.state import State
 
 LOG, ALL, PREDICTIONS = "trainer_log.jsonl", "all_results.json", "generated_predictions.jsonl"
 TRAINER_STATE = "trainer_state.json"
@@ -96,74 +91,3 @@ def log_line(
     }
     with (folder / LOG).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
-
-
-def log_step(state: State) -> None:
-    """The step that a PPO run has just taken, into its log."""
-    log(state, entry(state, state.metrics.rows[-1]))
-
-
-def log(state: State, entry: Mapping[str, Any]) -> None:
-    """An entry of a PPO run, into its log."""
-    folder, steps = Path(state.config.output_dir), state.total_steps
-    log_line(folder, entry, step=state.step, total_steps=steps, seconds=state.seconds())
-
-
-def entry(state: State, row: Mapping[str, float]) -> dict[str, Any]:
-    """A PPO step as a log entry: the metrics' columns, and LLaMA-Factory's `loss` and `reward`."""
-    config = state.config
-    parts = {"policy_loss": 1.0, "kl_loss": 1.0, "value_loss": config.vf_coef}
-    loss = sum(weight * row.get(name, 0.0) for name, weight in parts.items())
-    loss += config.ptx_coef * row.get("ptx_loss", 0.0) - config.entropy_coef * row["entropy"]
-    return {**row, "loss": loss, "reward": row["score"]}
-
-
-def log_history(state: State) -> list[dict[str, Any]]:
-    """Every step and every evaluation of a PPO run, in their order."""
-    entries = [entry(state, row) for row in state.metrics.rows]
-    return sorted([*entries, *state.evaluations], key=lambda each: each["step"])
-
-
-def write_trainer_state(state: State, folder: Path) -> None:
-    """`trainer_state.json` of a PPO run, as transformers' trainers write theirs."""
-    config, rows = state.config, state.metrics.rows
-    TrainerState(
-        epoch=rows[-1]["epoch"] if rows else 0,
-        global_step=state.step,
-        max_steps=state.total_steps,
-        logging_steps=1,
-        save_steps=config.save_steps,
-        train_batch_size=config.per_device_train_batch_size,
-        num_train_epochs=config.num_train_epochs,
-        num_input_tokens_seen=int(sum(row["response_tokens"] for row in rows)),
-        log_history=log_history(state),
-    ).save_to_json(str(folder / TRAINER_STATE))
-
-
-def evaluations_in(folder: Path) -> list[dict[str, Any]]:
-    """The evaluations that a checkpoint's log has."""
-    path = folder / TRAINER_STATE
-    if not path.is_file():
-        return []
-    history = json.loads(path.read_text(encoding="utf-8")).get("log_history", [])
-    return [each for each in history if "eval_reward" in each]
-
-
-def train_metrics(state: State) -> dict[str, Any]:
-    """What transformers' trainers say of a finished run, and the reward of its last step."""
-    rows, seconds = state.metrics.rows, max(state.seconds(), 1e-9)
-    count = state.step * state.config.rollout_batch_size
-    metrics: dict[str, Any] = {
-        "train_runtime": round(seconds, 2),
-        "train_samples": count,
-        "train_samples_per_second": round(count / seconds, 3),
-        "train_steps_per_second": round(state.step / seconds, 3),
-    }
-    if rows:
-        losses = [entry(state, row)["loss"] for row in rows]
-        metrics |= {
-            "epoch": rows[-1]["epoch"],
-            "train_loss": sum(losses) / len(losses),
-            "train_reward": rows[-1]["score"],
-        }
-    return metrics

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def save_model(
-    model: nn.Module,
+    model: Any,
     head: nn.Linear | None,
     tokenizer: Any,
     folder: Path,
@@ -34,7 +34,7 @@ def save_model(
     tokenizer.save_pretrained(str(folder))
 
 
-def save_weights(model: nn.Module, folder: Path, adapter: str = "default") -> None:
+def save_weights(model: Any, folder: Path, adapter: str = "default") -> None:
     """`default` at the root of `folder`, another adapter below it; a model at the root."""
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
@@ -65,7 +65,7 @@ def note_run(folder: Path, decisions: dict[str, Any], trackers: Trackers | None 
     durable.write_text(folder / durable.RUN, json.dumps(record) + "\n")
 
 
-def decided(config: Config, folder: Path) -> Config:
+def with_decisions(config: Config, folder: Path) -> Config:
     """`config` with what the run in `folder` decided where it still says auto."""
     try:
         record = json.loads((folder / durable.RUN).read_text(encoding="utf-8"))

@@ -42,9 +42,9 @@ from fastppo.memory.layer import LayerSetting, trunk_memory
 from fastppo.memory.plan import Plan, make_plan
 from fastppo.memory.shapes import TABLE, ModelShape, from_config
 from fastppo.memory.weights import Shapes
-from fastppo.models.adapters import leave_inputs
+from fastppo.models.adapters import disable_input_cast
 from fastppo.models.batch import Budget
-from fastppo.models.fused_lora import fuse
+from fastppo.models.fused_lora import fuse_lora_layers
 from fastppo.offload.activations import wrap
 from fastppo.ops import head, workspace
 from fastppo.ops.backend import choose
@@ -167,9 +167,9 @@ def test_a_trunk_allocates_what_its_layers_are_written_to(
     base = AutoModelForCausalLM.from_config(config).to(dtype).requires_grad_(False)
     targets = list(from_config(config.to_dict(), "here").linears)
     adapted = get_peft_model(base, LoraConfig(r=8, target_modules=targets, use_dora=dora)).train()
-    leave_inputs(adapted)
+    disable_input_cast(adapted)
     if fused:
-        fuse(adapted)
+        fuse_lora_layers(adapted)
     if checkpointing:
         wrap(base, "checkpoint")
     ids_BT = torch.randint(0, 128, (2, 200), generator=torch.Generator().manual_seed(0))

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastppo.models import fused_lora as lora
-from fastppo.models.fused_lora import fuse, lora_linear, suits
+from fastppo.models.fused_lora import fusable_adapter, fuse_lora_layers, lora_linear
 
 
 @pytest.fixture
@@ -43,8 +43,8 @@ def test_output_and_gradients_are_pefts(layer, bias, use_rslora):
     model, made = layer(bias, use_rslora=use_rslora)
     x = torch.randn(2, 4, 6, dtype=torch.float64)
     wanted = run(made, x)
-    fuse(model)
-    assert suits(made, x) == "default"
+    fuse_lora_layers(model)
+    assert fusable_adapter(made, x) == "default"
     for found, want in zip(run(made, x), wanted, strict=True):
         torch.testing.assert_close(found, want, atol=1e-12, rtol=1e-12)
 
@@ -64,7 +64,7 @@ def test_gradcheck():
 def test_with_gradient_and_without_are_the_same_bits(layer):
     """The ratio of an unmoved policy is exactly 1: scoring has no gradient, the update has."""
     model, made = layer(dtype=torch.float32)
-    fuse(model)
+    fuse_lora_layers(model)
     x = torch.randn(3, 7, 6)
     with torch.no_grad():
         without = made(x)
@@ -80,18 +80,18 @@ def test_under_autocast_it_is_no_further_from_the_truth_than_pefts(layer):
     made.get_base_layer().bfloat16()
     for adapter in (made.lora_A, made.lora_B):
         adapter.float()
-    made.cast_input_dtype_enabled = False  # as `tuning.leave_inputs`
+    made.cast_input_dtype_enabled = False  # as `tuning.disable_input_cast`
     found = {}
     with torch.autocast("cpu", torch.bfloat16):
         for name in ("peft", "fused"):
             found[name] = run(made, x.bfloat16())
             with torch.no_grad():
                 assert torch.equal(made(x.bfloat16()), found[name][0])
-            fuse(model)
-        assert suits(made, x.bfloat16()) == "default"
-        assert suits(made, x.bfloat16()[:, :1]) is None  # a step of decoding
-        assert suits(made, x.float()) is None
-    assert suits(made, x.bfloat16()) is None
+            fuse_lora_layers(model)
+        assert fusable_adapter(made, x.bfloat16()) == "default"
+        assert fusable_adapter(made, x.bfloat16()[:, :1]) is None  # a step of decoding
+        assert fusable_adapter(made, x.float()) is None
+    assert fusable_adapter(made, x.bfloat16()) is None
     assert [t.dtype for t in found["fused"]] == [t.dtype for t in found["peft"]]
     for ours, theirs, truth in zip(found["fused"], found["peft"], exact, strict=True):
         far = (theirs.double() - truth).norm()
@@ -101,7 +101,7 @@ def test_under_autocast_it_is_no_further_from_the_truth_than_pefts(layer):
 
 def test_a_new_adapter_changes_no_bit(layer):
     model, made = layer(dtype=torch.float32)
-    fuse(model)
+    fuse_lora_layers(model)
     nn.init.zeros_(made.lora_B["default"].weight)
     x = torch.randn(3, 7, 6)
     assert torch.equal(made(x), made.get_base_layer()(x))
@@ -112,29 +112,29 @@ def test_a_new_adapter_changes_no_bit(layer):
 )
 def test_what_is_not_plain_lora_stays_pefts(layer, settings):
     model, made = layer(**settings)
-    fuse(model)
+    fuse_lora_layers(model)
     x = torch.randn(2, 6, dtype=torch.float64)
-    assert suits(made, x) is None
+    assert fusable_adapter(made, x) is None
     made.eval()
     torch.testing.assert_close(made(x), type(made).forward(made, x))
 
 
 def test_other_states_of_a_layer_stay_pefts(layer):
     model, made = layer()
-    fuse(model)
+    fuse_lora_layers(model)
     x = torch.randn(2, 6, dtype=torch.float64)
     said = made(x)
     model.base_model.disable_adapter_layers()
-    assert suits(made, x) is None
+    assert fusable_adapter(made, x) is None
     torch.testing.assert_close(made(x), made.get_base_layer()(x))
     model.base_model.enable_adapter_layers()
     made.merge()
-    assert suits(made, x) is None
+    assert fusable_adapter(made, x) is None
     torch.testing.assert_close(made(x), said)
     made.unmerge()
-    assert suits(made, x.float()) is None  # another dtype than the weights
+    assert fusable_adapter(made, x.float()) is None  # another dtype than the weights
     made.get_base_layer().weight.requires_grad_(True)
-    assert suits(made, x) is None  # its weight would want a gradient
+    assert fusable_adapter(made, x) is None  # its weight would want a gradient
 
 
 def test_the_trainers_layers_are_fused(tiny_roles):
@@ -142,7 +142,7 @@ def test_the_trainers_layers_are_fused(tiny_roles):
     x = torch.zeros(1, 1)
     layers = [m for m in made.model.modules() if hasattr(m, "lora_A")]
     assert layers
-    assert all(suits(layer, x) == "default" for layer in layers)
+    assert all(fusable_adapter(layer, x) == "default" for layer in layers)
     assert all(layer.forward.__func__.__module__ == "fastppo.models.fused_lora" for layer in layers)
 
 
@@ -163,7 +163,7 @@ def test_a_block_that_runs_again_leaves_out_its_last_product(layer, monkeypatch)
     wanted = [grad.clone() for grad in grads(model, made)]
     original = lora.lora_output
     monkeypatch.setattr(lora, "lora_output", lambda *a: calls.append("fused") or original(*a))
-    fuse(model)
+    fuse_lora_layers(model)
     found = grads(model, made)
     assert calls == ["peft", "peft", "fused"]
     for a, b in zip(found, wanted, strict=True):

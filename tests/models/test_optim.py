@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import sys
 import types
+from typing import get_args
 
 import pytest
 import torch
+from transformers import Trainer, TrainingArguments
 
+from fastppo.config import Config
 from fastppo.errors import UserError
-from fastppo.models.optim import BITSANDBYTES, adamw
+from fastppo.models.optim import BITSANDBYTES, create_optimizer
 from fastppo.ppo.optimizer import make_optimizer
-from fastppo.rm.train import training_arguments
+from fastppo.rm.arguments import training_arguments
 from fastppo.run.preflight import check_packages
 
 SETTINGS = {"betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1}
@@ -21,52 +24,94 @@ def groups():
     return [{"params": [torch.nn.Parameter(torch.ones(3))], "lr": 0.1}]
 
 
-@pytest.mark.parametrize("name", [None, "adamw_torch", "adamw_torch_fused"])
-def test_pytorchs_own(name):
-    made = adamw(name, groups(), **SETTINGS)
-    assert type(made) is torch.optim.AdamW
-    assert made.defaults["fused"] is (True if name == "adamw_torch_fused" else None)
-    (group,) = made.param_groups
-    assert (group["lr"], group["betas"], group["eps"]) == (0.1, (0.9, 0.95), 1e-6)
+@pytest.fixture
+def stand_in(monkeypatch):
+    """bitsandbytes as far as it matters here: classes that keep what they are called with."""
+
+    class Bits(torch.optim.Optimizer):
+        def __init__(self, params, **settings):
+            super().__init__(params, settings)
+
+    package = types.ModuleType("bitsandbytes")
+    package.optim = types.ModuleType("bitsandbytes.optim")
+    for name in ("AdamW", "Lion", "RMSprop"):
+        setattr(package.optim, name, type(name, (Bits,), {}))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", package)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", package.optim)
+    return package.optim
+
+
+def transformers_optimizer(name, monkeypatch):
+    """What Trainer makes for that name: its class and arguments, the weight decay in the group."""
+    monkeypatch.setattr("transformers.trainer_optimizer.is_bitsandbytes_available", lambda: True)
+    arguments = TrainingArguments(
+        optim=name,
+        learning_rate=0.2,
+        adam_beta1=SETTINGS["betas"][0],
+        adam_beta2=SETTINGS["betas"][1],
+        adam_epsilon=SETTINGS["eps"],
+        use_cpu=True,
+    )
+    kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    return kind([{**group, "weight_decay": 0.1} for group in groups()], **settings)
+
+
+def arguments_of(optimizer):
+    """All that a parameter group holds but its parameters."""
+    (group,) = optimizer.param_groups
+    return {name: value for name, value in group.items() if name != "params"}
+
+
+NAMES = get_args(get_args(Config.model_fields["optim"].annotation)[0])
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "adamw_hf"])
+def test_every_optim_is_what_transformers_makes_of_its_name(name, stand_in, monkeypatch):
+    """The class, its arguments, and the weight decay."""
+    ours, theirs = (
+        create_optimizer(name, groups(), **SETTINGS),
+        transformers_optimizer(name, monkeypatch),
+    )
+    assert type(ours) is type(theirs)
+    assert arguments_of(ours) == arguments_of(theirs)
+
+
+@pytest.mark.parametrize("name", [None, "adamw_hf"])
+def test_no_name_and_adamw_hf_are_pytorchs_adamw(name, stand_in, monkeypatch):
+    """transformers 5 refuses adamw_hf; it was AdamW as it stands in the paper."""
+    with pytest.raises(ValueError, match="adamw_hf"):
+        transformers_optimizer("adamw_hf", monkeypatch)
+    ours, theirs = (
+        create_optimizer(name, groups(), **SETTINGS),
+        transformers_optimizer("adamw_torch", monkeypatch),
+    )
+    assert type(ours) is torch.optim.AdamW
+    assert arguments_of(ours) == arguments_of(theirs)
 
 
 @pytest.fixture
-def stand_in(monkeypatch):
-    """bitsandbytes as far as it matters here: a class that notes what it is called with."""
-    calls = []
-
-    class AdamW(torch.optim.AdamW):
-        def __init__(self, params, optim_bits=32, is_paged=False, **settings):
-            calls.append((optim_bits, is_paged, settings))
-            super().__init__(params, **settings)
-
-    module = types.ModuleType("bitsandbytes")
-    module.optim = types.SimpleNamespace(AdamW=AdamW)
-    monkeypatch.setitem(sys.modules, "bitsandbytes", module)
-    return calls
+def roles(tiny_roles):
+    """Made before the stand-in is there, which PEFT would take for bitsandbytes."""
+    return tiny_roles()
 
 
-@pytest.mark.parametrize(
-    ("name", "bits", "paged"),
-    [
-        ("adamw_8bit", 8, False),
-        ("adamw_bnb_8bit", 8, False),
-        ("paged_adamw_8bit", 8, True),
-        ("paged_adamw_32bit", 32, True),
-    ],
-)
-def test_bitsandbytes_by_transformers_names(tiny_roles, config, stand_in, name, bits, paged):
-    make_optimizer(config(optim=name, adam_beta2=0.95), tiny_roles())
-    ((*asked, settings),) = stand_in
-    assert asked == [bits, paged]
-    assert settings == {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
+def test_stage_ppo_hands_its_settings_to_the_optimiser(roles, config, stand_in):
+    made = make_optimizer(config(optim="paged_adamw_8bit", adam_beta2=0.95), roles)
+    assert type(made) is stand_in.AdamW
+    assert made.defaults == {
+        "betas": (0.9, 0.95),
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "optim_bits": 8,
+        "is_paged": True,
+    }
 
 
 @pytest.mark.parametrize("name", sorted(BITSANDBYTES))
 def test_without_bitsandbytes_there_is_a_line_that_installs_it(config, name, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match=r"pip install 'fastppo\[quantization\]'"):
-        adamw(name, groups(), **SETTINGS)
+        create_optimizer(name, groups(), **SETTINGS)
     monkeypatch.delitem(sys.modules, "bitsandbytes")
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(UserError, match=rf"optim: {name} needs.*fastppo\[quantization\]"):

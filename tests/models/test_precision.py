@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fastppo import toy
-from fastppo.config.precision import own_dtype
+from fastppo.config.model import own_dtype
 from fastppo.errors import UserError
 from fastppo.memory.inputs import PlanInputs
 from fastppo.memory.shapes import find_shape

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.harness import peak_bytes
-from fastppo.models.adapters import leave_inputs
+from fastppo.models.adapters import disable_input_cast
 from tests.memory.allocations import allocations_of
 from tests.offload.tools import gradients, ids, llama, same
 
@@ -20,7 +20,7 @@ def run(dtype: torch.dtype, *, left: bool) -> tuple[torch.Tensor, dict[str, torc
         if "lora_" not in name:
             parameter.data = parameter.data.to(dtype)
     if left:
-        leave_inputs(model)
+        disable_input_cast(model)
     trunk, input_ids = model.get_base_model().model, ids(batch=ROWS, tokens=LENGTH)
     found = []
 

@@ -17,7 +17,7 @@ from transformers import (
 
 from fastppo.errors import UserError
 from fastppo.models.batch import make_batch
-from fastppo.models.load import attention, causal_lm, silence_dropout, trunk
+from fastppo.models.load import attention, causal_lm, disable_dropout, trunk
 from fastppo.ops import linear_token_logprobs
 from fastppo.ppo.optimizer import clip_and_step, make_optimizer
 from fastppo.ppo.rollout import Sampling, sample
@@ -221,7 +221,7 @@ def test_08_no_kind_of_dropout_survives(kind):
         return [trunk(model)(input_ids=ids).last_hidden_state for _ in range(2)]
 
     assert not torch.equal(*twice())
-    silence_dropout(model)
+    disable_dropout(model)
     assert torch.equal(*twice())
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastppo.models import build as roles
-from fastppo.ppo import metrics
+from fastppo.run import plots
 from tests.conftest import differences, module_attributes, process_state, replaced
 from tests.shared import BuiltOnce, unchanged
 
@@ -60,7 +60,7 @@ def test_a_changed_state_of_the_process_is_named(monkeypatch, tmp_path):
     before, attributes = process_state(), module_attributes()
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(metrics, "draw_curves", print)
+    monkeypatch.setattr(plots, "draw_curves", print)
     try:
         torch.set_num_threads(threads + 1)
         torch.set_float32_matmul_precision("medium")
@@ -70,7 +70,7 @@ def test_a_changed_state_of_the_process_is_named(monkeypatch, tmp_path):
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
         torch.set_default_dtype(torch.float32)
-    for words in ("working directory", "threads", "default dtype", "matmul", "metrics.draw_curves"):
+    for words in ("working directory", "threads", "default dtype", "matmul", "plots.draw_curves"):
         assert any(words in line for line in found), words
     assert len(found) == 5
 

@@ -203,16 +203,16 @@ def test_no_value_of_the_file_is_in_a_checkpoint(state, tmp_path):
 def test_auto_is_decided_once(config, tmp_path):
     save.note_run(tmp_path, {"activation_offloading": "checkpoint+offload"})
     auto = config(activation_offloading="auto", disable_gradient_checkpointing=False)
-    again = save.decided(auto, tmp_path)
+    again = save.with_decisions(auto, tmp_path)
     assert again.activation_offloading == "checkpoint+offload"
     named = config(activation_offloading="none", disable_gradient_checkpointing=False)
-    assert save.decided(named, tmp_path).activation_offloading == "none"
+    assert save.with_decisions(named, tmp_path).activation_offloading == "none"
 
 
 def test_a_record_of_decisions_that_is_broken_is_one_line(config, tmp_path):
     (tmp_path / "fastppo_run.json").write_text("[1]")
     with pytest.raises(UserError, match=r"fastppo_run\.json cannot be read; start anew"):
-        save.decided(config(), tmp_path)
+        save.with_decisions(config(), tmp_path)
 
 
 def test_the_last_files_replace_older_ones_one_by_one(tmp_path):

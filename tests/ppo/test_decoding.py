@@ -6,8 +6,13 @@ import pytest
 import torch
 
 from fastppo.errors import UserError
-from fastppo.models import few_rows as decoding
-from fastppo.models.merged import active_layers, loses_nothing, merge_bytes, merged
+from fastppo.models import decoding
+from fastppo.models.decoding import (
+    active_layers,
+    merge_active_adapters,
+    merge_is_exact,
+    merged_weight_bytes,
+)
 from fastppo.ops.native_library import OBSTACLE
 from fastppo.ppo.rollout import cache_budget, cache_bytes, merges, sample, split
 from fastppo.ppo.sampling import Sampling, StopStrings
@@ -157,7 +162,7 @@ def test_a_rollout_that_fails_leaves_nothing_merged(tiny_roles):
     assert layers
 
     def fail():
-        with merged(made.base):
+        with merge_active_adapters(made.base):
             assert all(layer.merged for layer in layers)
             raise RuntimeError("midway")
 
@@ -171,7 +176,7 @@ def test_a_rollout_that_fails_leaves_nothing_merged(tiny_roles):
 def test_weights_are_merged_where_nothing_is_lost_and_the_copies_fit(tiny_roles, monkeypatch):
     made = tiny_roles()
     weights = sum(layer.get_base_layer().weight.nbytes for layer in active_layers(made.base))
-    assert merge_bytes(made.base) == weights > 0
+    assert merged_weight_bytes(made.base) == weights > 0
     assert merges(made, Sampling(8))
     assert not merges(made, Sampling(8, merge_adapter=False))
     memory = type("Memory", (), {"total": 4 * weights - 1})
@@ -181,7 +186,7 @@ def test_weights_are_merged_where_nothing_is_lost_and_the_copies_fit(tiny_roles,
     with made.use("reference"):
         assert not merges(made, Sampling(8))  # there is nothing to merge
     made.model.to(torch.bfloat16)
-    assert not loses_nothing(made.base)
+    assert not merge_is_exact(made.base)
     assert not merges(made, Sampling(8))
     assert merges(made, Sampling(8, merge_adapter=True))  # asked for
 

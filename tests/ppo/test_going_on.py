@@ -16,10 +16,10 @@ import pytest
 from accelerate import tracking as accelerate_tracking
 
 from fastppo.errors import Interrupted, TrainingStopped
-from fastppo.ppo import metrics, trainer
+from fastppo.ppo import trainer
 from fastppo.rm import train as reward_model
 from fastppo.rm import trainer as pair_trainer
-from fastppo.run import preflight
+from fastppo.run import plots, preflight
 from fastppo.run.preflight import check
 
 PNG = b"\x89PNG"
@@ -61,7 +61,7 @@ def drawings(monkeypatch):
         made.append(len(rows))
         path.write_bytes(PNG + END)
 
-    monkeypatch.setattr(metrics, "draw_curves", draw)
+    monkeypatch.setattr(plots, "draw_curves", draw)
     return made
 
 
@@ -74,13 +74,13 @@ def test_pictures_are_drawn_with_what_is_logged_and_saved(config, drawings):
 @pytest.mark.alone
 def test_a_slow_picture_slows_no_run(config, drawings, monkeypatch):
     """Twenty times what it took has to pass before the next one."""
-    inner = metrics.draw_curves
+    inner = plots.draw_curves
 
     def slow(*args: Any) -> None:
         time.sleep(3.0)
         inner(*args)
 
-    monkeypatch.setattr(metrics, "draw_curves", slow)
+    monkeypatch.setattr(plots, "draw_curves", slow)
     settings = config(max_steps=4, ppo_epochs=1, save_strategy="no")
     trainer.run(settings, check(settings))
     assert drawings == [1, 4]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastppo.errors import UserError
-from fastppo.models.batch import endless
+from fastppo.models.batch import shuffled_batch
 from fastppo.ppo import checkpoint, trainer
 from fastppo.ppo.optimizer import make_optimizer
 from fastppo.ppo.ptx import Demonstrations, ptx_backward
@@ -66,7 +66,7 @@ def test_its_gradient_is_the_cross_entropy_of_the_answers_alone(
 
 def batch_pairs(demonstrations, number):
     n, size = len(demonstrations.pairs), demonstrations.batch_size
-    return endless(n, number, size, seed=demonstrations.seed)
+    return shuffled_batch(n, number, size, seed=demonstrations.seed)
 
 
 def test_the_stream_takes_every_record_once_an_epoch_and_goes_on_where_it_was(demonstrations):

@@ -61,7 +61,7 @@ def seeds_drawn_with(run: trainer.State, monkeypatch) -> list[tuple[str, int]]:
 
     noting(rollout, "generate", "seed", 5)
     noting(update, "mini_batches", "seed", 2)
-    noting(ptx, "endless", "seed", None)
+    noting(ptx, "shuffled_batch", "seed", None)
     for _ in range(2):
         trainer.step_update(run)
     evaluate(run)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastppo.models.batch import Budget
-from fastppo.rewards.adapter import AdapterReward, append
+from fastppo.rewards.adapter import AdapterReward, append_suffix
 from fastppo.rm.model import calibrate
 
 
@@ -48,7 +48,7 @@ def test_13_ours_are_scored_at_eos_and_llamafactorys_at_its_suffix(reward, rollo
     reward.score_at = "suffix"
     at_suffix = reward(rollout)
     reward.score_at = "eos"
-    by_hand = reward(append(rollout, list(template.suffix_ids), template.pad_id))
+    by_hand = reward(append_suffix(rollout, list(template.suffix_ids), template.pad_id))
     assert torch.equal(at_suffix, by_hand)
     ended = torch.tensor(rollout.terminated)
     assert (at_suffix != at_eos)[ended].all()

@@ -99,7 +99,7 @@ def test_what_a_function_raises_is_one_line_with_its_place():
     def score(completions):
         return {}["key"]
 
-    with pytest.raises(UserError, match=r"raised KeyError: 'key' \(test_reward_function\.py line"):
+    with pytest.raises(UserError, match=r"raised KeyError: 'key' \(test_function\.py line"):
         call(score)
 
 

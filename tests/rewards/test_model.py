@@ -24,7 +24,7 @@ from transformers import (
 from fastppo.cli import main
 from fastppo.errors import UserError
 from fastppo.models.batch import Budget
-from fastppo.rewards.adapter import append
+from fastppo.rewards.adapter import append_suffix
 from fastppo.rewards.model import ClassifierReward, load_full
 
 CHAT = (
@@ -262,7 +262,7 @@ def test_llamafactorys_full_reward_model_scores_the_policys_tokens(
     made = load(tmp_path / "full", **changes)
     model = LlamaForCausalLM.from_pretrained(tmp_path / "full").eval()
     weight, bias = made.head.weight, made.head.bias
-    longer = append(rollout, list(template.suffix_ids), template.pad_id)
+    longer = append_suffix(rollout, list(template.suffix_ids), template.pad_id)
     expected = []
     for row, length in zip(longer.input_ids_BT, longer.lengths, strict=True):
         with torch.no_grad():

@@ -17,10 +17,11 @@ from transformers import Adafactor
 from fastppo.config import Config
 from fastppo.errors import UserError
 from fastppo.models import optim
-from fastppo.ppo import trainer
+from fastppo.ppo import log, trainer
 from fastppo.ppo.optimizer import make_optimizer
 from fastppo.rm import train as reward_model
-from fastppo.run import console, plots, preflight, session
+from fastppo.run import console, plots, preflight
+from fastppo.run.launch import choose_device
 from fastppo.run.preflight import check
 from fastppo.run.tracking import Trackers, settings
 
@@ -30,7 +31,7 @@ PAIRS = [{"instruction": f"Say {i}", "chosen": "aeiou", "rejected": "xyz"} for i
 def moved(name: str | None, **changes: float) -> float:
     """Where one step from 1 leads, with gradient 0.5, rate 0.1 and these settings."""
     weight = torch.nn.Parameter(torch.ones(1))
-    optimizer = optim.make(
+    optimizer = optim.create_optimizer(
         name,
         [{"params": [weight], "lr": 0.1}],
         **{"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, **changes},
@@ -48,7 +49,7 @@ def test_optim_takes_the_step_of_its_name():
     assert [moved(name) for name in (None, "adamw_torch", "adamw_hf")] == [0.9] * 3
     assert moved("adamw_torch", weight_decay=1.0) == 0.8  # decoupled: 1 - 0.1 * 1, then - 0.1
     assert moved("adamw_torch", eps=0.5) == 0.95  # g / (|g| + 0.5)
-    made = optim.make(
+    made = optim.create_optimizer(
         "adafactor",
         [{"params": [torch.nn.Parameter(torch.ones(1))], "lr": 0.1}],
         betas=(0.9, 0.999),
@@ -78,7 +79,7 @@ def test_lion_is_bitsandbytes(monkeypatch):
     stand_in = types.ModuleType("bitsandbytes")
     stand_in.optim = types.SimpleNamespace(Lion=lambda groups, **settings: calls.append(settings))
     monkeypatch.setitem(sys.modules, "bitsandbytes", stand_in)
-    optim.make("paged_lion_8bit", [], betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+    optim.create_optimizer("paged_lion_8bit", [], betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
     assert calls == [{"betas": (0.9, 0.99), "weight_decay": 0.1, "optim_bits": 8, "is_paged": True}]
 
 
@@ -106,15 +107,15 @@ def test_data_seed_moves_the_order_alone(state):
 def test_tf32_and_use_cpu_reach_torch(config, monkeypatch):
     before = torch.get_float32_matmul_precision()
     try:
-        session.start(config(tf32=True))
+        choose_device(config(tf32=True))
         assert torch.get_float32_matmul_precision() == "high"
-        session.start(config(tf32=False))
+        choose_device(config(tf32=False))
         assert torch.get_float32_matmul_precision() == "highest"
     finally:
         torch.set_float32_matmul_precision(before)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert session.start(config()).type == "cuda"
-    assert session.start(config(use_cpu=True)).type == "cpu"
+    assert choose_device(config()).type == "cuda"
+    assert choose_device(config(use_cpu=True)).type == "cpu"
 
 
 def test_the_hubs_token_is_where_its_clients_look(config, monkeypatch):
@@ -238,8 +239,8 @@ def test_without_plot_loss_and_saving_there_is_neither(config, tmp_path):
 def test_the_plotted_loss_is_the_sum_that_was_minimised(config):
     row = {"policy_loss": 1.0, "entropy": 2.0, "value_loss": 3.0, "kl_loss": 0.5, "ptx_loss": 4.0}
     settings = config(vf_coef=0.1, entropy_coef=0.01, ptx_coef=0.25, ptx_dataset="x")
-    assert plots.total_loss(row, settings) == pytest.approx(1 - 0.02 + 0.3 + 0.5 + 1.0)
-    assert plots.total_loss({"policy_loss": 1.0, "entropy": 2.0}, config()) == 1.0
+    assert log.total_loss(row, settings) == pytest.approx(1 - 0.02 + 0.3 + 0.5 + 1.0)
+    assert log.total_loss({"policy_loss": 1.0, "entropy": 2.0}, config()) == 1.0
 
 
 def test_the_smoothed_line_starts_at_the_first_value_and_follows():
