@@ -1,223 +1,251 @@
-"""From a plan: the smallest changes that make a run fit, and what `auto` settings stand for."""
+"""From a plan: values for the keys that are `auto`, and the fewest changes that make a run fit.
+
+Both are settings, key -> value as in the YAML. For `auto` each key has candidates, the fastest
+first. A run that does not fit goes through reductions, each of which changes some keys so that
+memory gets less.
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from fastppo.memory.inputs import AUTO_KEYS
+from fastppo.memory.inputs import ASSUMED, AUTO_KEYS
 from fastppo.memory.plan import Plan
 from fastppo.memory.units import MIB
 
-LEAST_CHUNK = 16 * MIB
-SHORTEST = 256  # lengths are not cut below this: it would be another task
-Change = dict[str, Any]
+MIN_CHUNK_BYTES = 16 * MIB
+MIN_LENGTH = 256  # lengths are not cut below this: it would be another task
+Settings = dict[str, Any]
+# From the plan of a run the settings that reduce its memory; none where there is nothing to reduce.
+Reduction = Callable[[Plan], Settings]
+
+
+def format_settings(settings: Settings) -> str:
+    """Settings as the command line would have them: `key=value key=value`."""
+    words = {True: "true", False: "false"}
+    return " ".join(
+        f"{key}={words[value] if isinstance(value, bool) else value}"
+        for key, value in settings.items()
+    )
 
 
 @dataclass(frozen=True)
-class Step:
-    """Keys to change together, and the peak once they and all before them are changed."""
+class AdviceStep:
+    """Settings to change together, and the peak once they and all before them are changed."""
 
-    change: Change
+    settings: Settings
     peak: int
 
 
 @dataclass(frozen=True)
 class Advice:
-    """Changes in the order to try them; `fits` says whether they are enough."""
+    """Steps in the order in which to take them; `fits` is whether they are enough."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[AdviceStep, ...]
     fits: bool
 
     @property
-    def change(self) -> Change:
-        """All of them together."""
-        return {key: value for step in self.steps for key, value in step.change.items()}
+    def settings(self) -> Settings:
+        """The settings of all steps together."""
+        return {key: value for step in self.steps for key, value in step.settings.items()}
 
 
-def smaller_batch(plan: Plan) -> Change:
+def halve_micro_batch(plan: Plan) -> Settings:
     """Half the micro-batch, and twice as many of them: the same optimiser step."""
-    if plan.inputs.ppo_max_token_len_per_gpu is not None:
+    config = plan.inputs.config
+    if config.ppo_max_token_len_per_gpu is not None:
         rows, length = plan.inputs.update_batch
         return {"ppo_max_token_len_per_gpu": rows // 2 * length} if rows > 1 else {}
-    rows, steps = plan.inputs.per_device_train_batch_size, plan.inputs.gradient_accumulation_steps
+    rows, steps = config.per_device_train_batch_size, config.gradient_accumulation_steps
     if rows % 2:
         return {}
     return {"per_device_train_batch_size": rows // 2, "gradient_accumulation_steps": 2 * steps}
 
 
-def smaller_scoring(plan: Plan) -> Change:
+def halve_scoring_batch(plan: Plan) -> Settings:
     """Half as many sequences in a scoring pass."""
     rows, length = plan.inputs.score_batch
     return {"log_prob_max_token_len_per_gpu": rows // 2 * length} if rows > 1 else {}
 
 
-def fewer_at_once(plan: Plan) -> Change:
+def halve_generation_batch(plan: Plan) -> Settings:
     """Half as many sequences sampled at a time."""
     rows = plan.inputs.rollout_rows
     return {"generation_batch": rows // 2} if rows > 1 else {}
 
 
-def halved(key: str, least: int) -> Callable[[Plan], Change]:
+def halve(key: str, least: int) -> Reduction:
     """Half of a count, down to `least`."""
 
-    def rung(plan: Plan) -> Change:
-        value = getattr(plan.inputs, key)
+    def reduction(plan: Plan) -> Settings:
+        value = getattr(plan.inputs.config, key)
         return {key: max(least, value // 2)} if value > least else {}
 
-    return rung
+    return reduction
 
 
-def shorter(key: str) -> Callable[[Plan], Change]:
-    """Half of a length, down to SHORTEST; budgets that are in tokens shrink with the sequence."""
+def shorten(key: str) -> Reduction:
+    """Half of a length, down to MIN_LENGTH; budgets in tokens shrink with the longest sequence."""
 
-    def rung(plan: Plan) -> Change:
+    def reduction(plan: Plan) -> Settings:
         inputs = plan.inputs
-        value = getattr(inputs, key)
-        if value <= SHORTEST:
+        value = getattr(inputs.config, key)
+        if value <= MIN_LENGTH:
             return {}
-        change: Change = {key: max(SHORTEST, value // 2)}
-        sequence = replace(inputs, **change).sequence
+        settings: Settings = {key: max(MIN_LENGTH, value // 2)}
+        longest = inputs.with_changes(**settings).longest_sequence
         for budget in ("ppo_max_token_len_per_gpu", "log_prob_max_token_len_per_gpu"):
-            tokens = getattr(inputs, budget)
+            tokens = getattr(inputs.config, budget)
             if tokens is not None:
-                change[budget] = tokens * sequence // inputs.sequence
-        return change
+                settings[budget] = tokens * longest // inputs.longest_sequence
+        return settings
 
-    return rung
-
-
-def put(key: str, value: Any) -> Callable[[Plan], Change]:
-    """A setting as it should be."""
-    return lambda plan: {} if getattr(plan.inputs, key) == value else {key: value}
+    return reduction
 
 
-def quantised(bits: int) -> Callable[[Plan], Change]:
-    """Fewer bits for the frozen base; what trains, or takes a merge, cannot be quantised."""
+def set_to(key: str, value: Any) -> Reduction:
+    """One value of a key."""
+    return lambda plan: {} if getattr(plan.inputs.config, key) == value else {key: value}
 
-    def rung(plan: Plan) -> Change:
-        inputs = plan.inputs
-        now = inputs.quantization_bit or 16
-        takes = inputs.finetuning_type == "lora" and not inputs.merges
-        return {"quantization_bit": bits} if takes and now > bits else {}
 
-    return rung
+def quantize(bits: int) -> Reduction:
+    """Fewer bits for the frozen base; one that trains, or takes a merge, cannot be quantised."""
+
+    def reduction(plan: Plan) -> Settings:
+        config = plan.inputs.config
+        possible = config.finetuning_type == "lora" and not plan.inputs.merges_adapters
+        fewer = (config.quantization_bit or 16) > bits
+        return {"quantization_bit": bits} if possible and fewer else {}
+
+    return reduction
 
 
 # From what changes nothing but speed to what changes what is learned.
-LADDER: tuple[Callable[[Plan], Change], ...] = (
-    halved("per_device_eval_batch_size", 1),
-    smaller_scoring,
-    smaller_batch,
-    fewer_at_once,
-    put("disable_gradient_checkpointing", False),
-    put("activation_offloading", "checkpoint+offload"),
-    put("bf16", True),
-    halved("lora_rank", 8),
-    put("critic", "shared"),
-    quantised(8),
-    quantised(4),
-    halved("gradient_accumulation_steps", 1),
-    shorter("max_new_tokens"),
-    shorter("cutoff_len"),
+REDUCTIONS: tuple[Reduction, ...] = (
+    halve("per_device_eval_batch_size", 1),
+    halve_scoring_batch,
+    halve_micro_batch,
+    halve_generation_batch,
+    set_to("disable_gradient_checkpointing", False),
+    set_to("activation_offloading", "checkpoint+offload"),
+    set_to("bf16", True),
+    halve("lora_rank", 8),
+    set_to("critic", "shared"),
+    quantize(8),
+    quantize(4),
+    halve("gradient_accumulation_steps", 1),
+    shorten("max_new_tokens"),
+    shorten("cutoff_len"),
 )
 
 
-def advise(plan: Plan, gpu_bytes: int, known: Collection[str]) -> Advice:
-    """The smallest changes of `known` keys after which the run fits into `gpu_bytes`.
+def advise(plan: Plan, available_bytes: int, known: Collection[str]) -> Advice:
+    """The fewest settings, of `known` keys, with which the run fits into `available_bytes`.
 
-    The lowest rung that lowers the peak is taken, again and again; then those that turned out not
-    to be needed are taken back, the dearest first.
+    The first of REDUCTIONS that lowers the peak is taken, again and again; then those that turned
+    out not to be needed are taken back, the last of REDUCTIONS first.
     """
-    changes = climb(plan, known, gpu_bytes)
-    if applied(plan, changes).fits(gpu_bytes):
-        for rung in sorted(changes, reverse=True):
-            fewer = {other: change for other, change in changes.items() if other != rung}
-            if applied(plan, fewer).fits(gpu_bytes):
-                changes = fewer
+    reduced = reduce_until_it_fits(plan, known, available_bytes)
+    if with_reductions(plan, reduced).fits(available_bytes):
+        for index in sorted(reduced, reverse=True):
+            fewer = {other: settings for other, settings in reduced.items() if other != index}
+            if with_reductions(plan, fewer).fits(available_bytes):
+                reduced = fewer
     steps, so_far = [], {}
-    for rung in sorted(changes):
-        so_far[rung] = changes[rung]
-        steps.append(Step(changes[rung], applied(plan, so_far).peak.total))
-    return Advice(tuple(steps), applied(plan, changes).fits(gpu_bytes))
+    for index in sorted(reduced):
+        so_far[index] = reduced[index]
+        peak = with_reductions(plan, so_far).peak.total
+        steps.append(AdviceStep(reduced[index], peak))
+    return Advice(tuple(steps), with_reductions(plan, reduced).fits(available_bytes))
 
 
-def climb(plan: Plan, known: Collection[str], gpu_bytes: int) -> dict[int, Change]:
-    """Rung -> its change, until the run fits or no rung helps."""
-    changes: dict[int, Change] = {}
+def reduce_until_it_fits(
+    plan: Plan, known: Collection[str], available_bytes: int
+) -> dict[int, Settings]:
+    """Index in REDUCTIONS -> settings, until the run fits or no reduction helps."""
+    reduced: dict[int, Settings] = {}
     now = plan
-    while not now.fits(gpu_bytes):
-        for rung, step in enumerate(LADDER):
-            change = step(now)
-            if not change or not set(change) <= set(known):
+    while not now.fits(available_bytes):
+        for index, reduction in enumerate(REDUCTIONS):
+            settings = reduction(now)
+            if not settings or not set(settings) <= set(known):
                 continue
-            lower = applied(plan, {**changes, rung: change})
+            lower = with_reductions(plan, {**reduced, index: settings})
             if lower.peak.total <= now.peak.total - MIB:
-                changes[rung], now = change, lower
+                reduced[index], now = settings, lower
                 break
         else:
             break
-    return changes
+    return reduced
 
 
-def applied(plan: Plan, changes: dict[int, Change]) -> Plan:
-    """The plan after these changes; an assumed reward adapter follows the policy's rank."""
-    together = {key: changes[rung][key] for rung in sorted(changes) for key in changes[rung]}
-    if "lora_rank" in together and plan.inputs.reward_source.startswith("assumed"):
+def with_reductions(plan: Plan, reduced: dict[int, Settings]) -> Plan:
+    """The plan with these settings; an assumed reward adapter follows the policy's rank."""
+    together = {key: reduced[index][key] for index in sorted(reduced) for key in reduced[index]}
+    if "lora_rank" in together and plan.inputs.reward_source.startswith(ASSUMED):
         together["reward_rank"] = together["lora_rank"]
     return plan.with_changes(**together)
 
 
-def choose_auto(plan: Plan, room: int) -> Change:
-    """Values for the keys that the inputs leaves to the plan: the fastest whose plan fits in `room`
-    bytes, the leanest where none does.
+def choose_auto(plan: Plan, available_bytes: int) -> Settings:
+    """Values of the keys that are `auto`: the fastest whose plan fits into `available_bytes`, those
+    that take least memory where none does.
 
-    One after the other, in the order of AUTO_KEYS, while those still open are at their leanest.
+    Keys are chosen in the order of AUTO_KEYS, while those still open have the value that takes
+    least.
     """
-    choices = {key: CHOICES[key](plan) for key in AUTO_KEYS if key in plan.inputs.auto}
-    chosen: Change = {key: values[-1] for key, values in choices.items()}
-    for key, values in choices.items():
-        fits = partial(fits_with, plan, room, chosen, key)
-        at = bisect_left(values, True, key=fits)
-        chosen[key] = values[min(at, len(values) - 1)]
+    candidates = {key: CANDIDATES[key](plan) for key in AUTO_KEYS if key in plan.inputs.auto}
+    chosen: Settings = {key: values[-1] for key, values in candidates.items()}
+    for key, values in candidates.items():
+        fits = partial(fits_with, plan, available_bytes, chosen, key)
+        first = bisect_left(values, True, key=fits)
+        chosen[key] = values[min(first, len(values) - 1)]
     return chosen
 
 
-def fits_with(plan: Plan, room: int, chosen: Change, key: str, value: Any) -> bool:
-    """Whether a run fits with what was chosen and one more value."""
-    return plan.with_changes(**{**chosen, key: value}).fits(room)
+def fits_with(plan: Plan, available_bytes: int, chosen: Settings, key: str, value: Any) -> bool:
+    """Whether the run fits with the chosen settings and one more."""
+    return plan.with_changes(**{**chosen, key: value}).fits(available_bytes)
 
 
-def modes(plan: Plan) -> list[Any]:
-    """Host memory is no place to move to where the device is the host, unless it is a file.
+def offload_modes(plan: Plan) -> list[Any]:
+    """Modes of activation_offloading; to host memory on a GPU, or if it is a file, only.
 
-    `offload` alone is never chosen: it moves some 30 times as much as `checkpoint+offload`.
+    `offload` is never chosen: it moves some 30 times as much as `checkpoint+offload`.
     """
-    away = plan.inputs.device == "gpu" or plan.inputs.offload_dir
-    return ["none", "checkpoint", *(["checkpoint+offload"] if away else [])]
+    has_host = plan.inputs.device == "gpu" or plan.inputs.config.offload_dir
+    return ["none", "checkpoint", *(["checkpoint+offload"] if has_host else [])]
 
 
-def chunks(plan: Plan) -> list[Any]:
-    """The operators' own default and halves of it, down to LEAST_CHUNK."""
-    size, sizes = plan.inputs.resolved_chunk_bytes, []
-    while size >= LEAST_CHUNK:
+def chunk_sizes(plan: Plan) -> list[Any]:
+    """The operators' own default and halves of it, down to MIN_CHUNK_BYTES."""
+    size, sizes = plan.inputs.chunk_bytes, []
+    while size >= MIN_CHUNK_BYTES:
         sizes.append(size)
         size //= 2
     return sizes
 
 
-def whole_rows(plan: Plan) -> list[Any]:
+def token_budgets(plan: Plan) -> list[Any]:
     """Tokens of so many of the longest sequences, from a whole optimiser step's down to one's."""
-    return [rows * plan.inputs.sequence for rows in range(plan.inputs.step_rows, 0, -1)]
+    inputs = plan.inputs
+    return [rows * inputs.longest_sequence for rows in range(inputs.step_rows, 0, -1)]
 
 
-CHOICES: dict[str, Callable[[Plan], list[Any]]] = {
-    "activation_offloading": modes,
-    "chunk_bytes": chunks,
-    "ppo_max_token_len_per_gpu": whole_rows,
-    "log_prob_max_token_len_per_gpu": whole_rows,
-    "generation_batch": lambda plan: list(range(plan.inputs.rollout_rows, 0, -1)),
+def generation_batches(plan: Plan) -> list[Any]:
+    """From all sequences of a rollout at a time down to one."""
+    return list(range(plan.inputs.rollout_rows, 0, -1))
+
+
+# Key -> its values from the fastest to the one that takes least memory.
+CANDIDATES: dict[str, Callable[[Plan], list[Any]]] = {
+    "activation_offloading": offload_modes,
+    "chunk_bytes": chunk_sizes,
+    "ppo_max_token_len_per_gpu": token_budgets,
+    "log_prob_max_token_len_per_gpu": token_budgets,
+    "generation_batch": generation_batches,
 }

@@ -1,4 +1,4 @@
-"""Before anything is loaded: the memory plan of the run, and what its `auto` settings come to."""
+"""A run and its memory plan: `auto` keys are resolved before loading, advice follows a failure."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import psutil
 import torch
 
 from fastppo.errors import TrainingStopped, UserError
-from fastppo.memory.advice import advise, choose_auto
-from fastppo.memory.command import plan_of, spell
+from fastppo.memory.advice import advise, choose_auto, format_settings
 from fastppo.memory.inputs import AUTO_KEYS
+from fastppo.memory.plan import plan_config
 from fastppo.memory.retry import OutOfMemory, out_of_memory
 from fastppo.memory.units import GIB
 
@@ -22,44 +22,44 @@ if TYPE_CHECKING:
     from fastppo.memory.plan import Plan
 
 CONTEXT = GIB // 2  # of a GPU, taken already, and part of the plan's reserve
-KEPT_FREE = GIB  # of a host's memory, for all else that runs there
+HOST_RESERVE = GIB  # of a host's memory, for all else that runs there
 
 
-def room_of(device: torch.device) -> int:
+def available_memory(device: torch.device) -> int:
     """Bytes that a run may take on `device`, what it has taken already included."""
     if device.type == "cpu":
-        process = psutil.Process().memory_info().rss
-        return int(psutil.virtual_memory().available) + process - KEPT_FREE
+        process = int(psutil.Process().memory_info().rss)
+        return int(psutil.virtual_memory().available) + process - HOST_RESERVE
     free, total = torch.cuda.mem_get_info(device)
-    return min(total, free + torch.cuda.memory_reserved(device) + CONTEXT)
+    return int(min(total, free + torch.cuda.memory_reserved(device) + CONTEXT))
 
 
 def resolve_auto(config: Config, device: torch.device) -> tuple[Config, Plan | None, list[str]]:
-    """The configuration without `auto`, its plan, and what to say of both.
+    """The configuration with a value in place of each `auto`, its plan, and notes to print.
 
-    A model whose shape is not known has no plan: that is a note, and an error only where the plan
-    is asked to decide.
+    A model whose shape is not known has no plan: that is a note, and an error only where a key is
+    `auto`.
 
     Raises:
         UserError: `auto` for a run that cannot be planned.
     """
     try:
-        plan, _ = plan_of(config, "gpu" if device.type == "cuda" else "cpu")
+        plan, _ = plan_config(config, "gpu" if device.type == "cuda" else "cpu")
     except UserError as error:
-        if autos(config):
+        if auto_keys(config):
             raise
         return config, None, [f"no memory plan: {error}"]
     notes = []
     if plan.inputs.auto:
-        chosen = choose_auto(plan, room_of(device))
+        chosen = choose_auto(plan, available_memory(device))
         plan = plan.with_changes(**chosen)
         config = config.model_copy(update=chosen)
-        notes.append(f"auto, by the memory plan: {spell(chosen)}")
+        notes.append(f"auto, by the memory plan: {format_settings(chosen)}")
     return config, plan, notes
 
 
-def autos(config: Config) -> list[str]:
-    """Keys that leave a decision to the plan."""
+def auto_keys(config: Config) -> list[str]:
+    """Keys whose value is left to the plan."""
     return [key for key in AUTO_KEYS if getattr(config, key, None) == "auto"]
 
 
@@ -67,7 +67,11 @@ def autos(config: Config) -> list[str]:
 def advice_on_failure(
     plan: Plan | None, config: Config, budgets: Budgets, device: torch.device
 ) -> Iterator[None]:
-    """Inside, running out of memory for good is one line, with the smallest changes that help.
+    """Turns an out-of-memory error inside into one line with the smallest changes that help.
+
+    Args:
+        plan: of the run; None where its model's shape is not known.
+        budgets: as they are when memory runs out, after halving.
 
     Raises:
         TrainingStopped: what ran out, and what to change.
@@ -80,21 +84,26 @@ def advice_on_failure(
             raise
         what = str(error) if isinstance(error, OutOfMemory) else "out of memory"
     # Out here: the traceback holds what was allocated.
-    cure = smallest_changes(plan, config, budgets, room_of(device))
+    cure = suggest_changes(plan, config, budgets, available_memory(device))
     raise TrainingStopped(f"{what}; {cure}") from None
 
 
-def smallest_changes(plan: Plan | None, config: Config, budgets: Budgets, room: int) -> str:
-    """What to change in a run that did not fit, in words.
+def suggest_changes(
+    plan: Plan | None, config: Config, budgets: Budgets, available_bytes: int
+) -> str:
+    """The settings to change in a run that did not fit, in words.
 
-    Where the plan says that it fits, what takes a tenth off its peak: the plan is wrong by less.
+    If the plan predicts that it fits, those that take a tenth off its peak: the plan is wrong by
+    less.
     """
     if plan is None:
         return "lower per_device_train_batch_size, lora_rank or max_new_tokens"
     if config.stage == "ppo":
         plan = plan.with_changes(**budgets.decisions())
-    target = min(room, int(0.9 * plan.peak.total))
+    target = min(available_bytes, int(0.9 * plan.peak.total))
     steps = advise(plan, target, type(config).model_fields).steps
     if not steps:
         return "no setting makes it smaller; use a smaller model"
-    return "the smallest changes that help: " + ", then ".join(spell(s.change) for s in steps)
+    return "the smallest changes that help: " + ", then ".join(
+        format_settings(step.settings) for step in steps
+    )

@@ -1,6 +1,6 @@
-"""How much a phase takes on at a time: the one thing about a step that memory may change.
+"""Limits on how much a phase of a step works on at a time, which running out of memory halves.
 
-What is learned depends on them by rounding alone, and what is sampled on `generation_batch`.
+What is learned depends on them by rounding alone; what is sampled depends on `generation_batch`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Phase = Literal["rollout", "score", "update"]
 
 @dataclass
 class Budget:
-    """How large a micro-batch may be; a row that is larger by itself runs alone.
+    """How large a micro-batch may be; a sequence that is over the limit runs alone.
 
     Attributes:
         tokens: most tokens, padding included; None is no limit.
         rows: most sequences; None is no limit.
-        packed: rows stand behind one another in one, without padding.
+        packed: sequences are concatenated into one row, without padding.
     """
 
     tokens: int | None = None
@@ -32,33 +32,33 @@ class Budget:
 
     @classmethod
     def of(cls, config: Config, *, scoring: bool = False) -> Budget:
-        """That of the update, or of scoring, which keeps nothing for a backward."""
+        """The update's budget, or the one of scoring, which saves nothing for a backward."""
         tokens = config.ppo_max_token_len_per_gpu or micro_batch_tokens(config)
         if scoring:
             tokens = config.log_prob_max_token_len_per_gpu or tokens
-        return cls(count(tokens), config.ppo_micro_batch_size_per_gpu, config.padding_free)
+        return cls(as_count(tokens), config.ppo_micro_batch_size_per_gpu, config.padding_free)
 
     def allows(self, rows: int, tokens: int) -> bool:
-        """Whether a micro-batch may be so large."""
+        """Whether a micro-batch of so many sequences and tokens is within the budget."""
         return (self.rows is None or rows <= self.rows) and (
             self.tokens is None or tokens <= self.tokens
         )
 
     @property
     def padded(self) -> Budget:
-        """The same for micro-batches that are not packed."""
+        """The same budget for micro-batches that are padded, not packed."""
         return Budget(self.tokens, self.rows)
 
 
 @dataclass
 class Budgets:
-    """One for a run, which its stages share; running out of memory halves what is in it.
+    """The budgets of a run, shared by its phases; running out of memory halves them.
 
     Attributes:
-        update: of a micro-batch of the update.
-        scoring: the same, in training and in evaluation.
+        update: limits of a micro-batch of the update.
+        scoring: limits of a micro-batch of scoring, in training and in evaluation.
         generation_batch: sequences that are sampled at a time; None is all of them.
-        chunk_bytes: of logits that exist at a time; None is the operators' own default.
+        chunk_bytes: bytes of logits that exist at a time; None is the operators' own default.
         activation_offloading: none, checkpoint, offload or checkpoint+offload.
     """
 
@@ -70,17 +70,17 @@ class Budgets:
 
     @classmethod
     def of(cls, config: Config) -> Budgets:
-        """What the file says, once each `auto` is resolved."""
+        """The budgets that the configuration sets, once each `auto` is resolved."""
         return cls(
             update=Budget.of(config),
             scoring=Budget.of(config, scoring=True),
-            generation_batch=count(config.generation_batch),
-            chunk_bytes=count(config.chunk_bytes),
+            generation_batch=as_count(config.generation_batch),
+            chunk_bytes=as_count(config.chunk_bytes),
             activation_offloading=offload_mode(config),
         )
 
     def decisions(self) -> dict[str, Any]:
-        """Key -> value of all, which a checkpoint stores: a run that goes on decides the same."""
+        """Key -> value, as a checkpoint stores them: a resumed run uses the same."""
         return {
             "ppo_max_token_len_per_gpu": self.update.tokens,
             "log_prob_max_token_len_per_gpu": self.scoring.tokens,
@@ -90,14 +90,19 @@ class Budgets:
         }
 
     def adopt(self, decisions: dict[str, Any]) -> None:
-        """Decide as a checkpoint did; those that hold a part of this see it."""
+        """Take over a checkpoint's values, in place: whoever holds a Budget of these sees them."""
         self.update.tokens = decisions["ppo_max_token_len_per_gpu"]
         self.scoring.tokens = decisions["log_prob_max_token_len_per_gpu"]
         for name in ("generation_batch", "chunk_bytes", "activation_offloading"):
             setattr(self, name, decisions[name])
 
     def halve(self, phase: Phase, used: int) -> str | None:
-        """Half of what a phase took on at most, which may be less than its budget.
+        """Halve a phase's budget.
+
+        Args:
+            phase: rollout, score or update.
+            used: the most that the phase worked on at a time, which may be below its budget;
+                sequences in rollout, else tokens of a micro-batch. Half of it is the new budget.
 
         Returns:
             The key of the YAML and its new value; None where it is 1 already.
@@ -113,7 +118,7 @@ class Budgets:
         return f"{key}_token_len_per_gpu: {now // 2}" if now > 1 else None
 
 
-def count(value: int | str | None) -> int | None:
-    """A count; `auto` would be one that the plan was not asked about."""
+def as_count(value: int | str | None) -> int | None:
+    """The value of a key that may be `auto`, once the plan has resolved it."""
     assert not isinstance(value, str), f"{value} is not resolved"
     return value

@@ -1,8 +1,8 @@
-"""What a decoder layer allocates, written as transformers and PEFT run it, on sizes alone.
+"""Bytes that a decoder layer allocates, simulated op by op as transformers and PEFT run it.
 
 Llama, Qwen and Mistral, and Gemma with its further norms. Running it forward and backward gives
-what stays for the backward and the peak on the way, in bytes. Locals live here for as long as they
-do there: a name that is deleted, or not, decides what is counted.
+the bytes saved for the backward and the peak on the way. Locals live here for as long as they do
+there: whether a name is deleted decides what is counted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class LayerSetting:
         target: its `lora_target`.
         fused: its layers are `fastppo.models.fused_lora`'s, where they are plain LoRA.
         adapter_item: bytes of an adapter's element.
-        trained: whether the layer's own weights train.
+        trains_base: whether the layer's own weights train.
         masked: padding in the batch: attention takes a mask, and keys and values of every head.
         eager: attention that holds its probabilities.
         dora: the adapter has magnitudes of its own.
@@ -37,7 +37,7 @@ class LayerSetting:
     fused: bool = False
     target: str = "all"
     adapter_item: int = FLOAT32
-    trained: bool = False
+    trains_base: bool = False
     masked: bool = False
     eager: bool = False
     dora: bool = False
@@ -49,7 +49,7 @@ class LayerSetting:
 
 
 class Decoder(Tape):
-    """A tape with the parts of a decoder layer."""
+    """A tape with the modules of a decoder layer."""
 
     def __init__(self, shape: ModelShape, setting: LayerSetting, *, grad: bool) -> None:
         super().__init__(setting.tokens, grad=grad)
@@ -59,12 +59,12 @@ class Decoder(Tape):
     def linear(self, x: Value, name: str) -> Value:
         """PEFT's Linear: base(x) + B(A(x)) * scaling; x as it comes, see `disable_input_cast`."""
         setting, (wide, out) = self.setting, self.shape.linears[name]
-        plain = setting.fused and not setting.dora and not setting.trained
+        plain = setting.fused and not setting.dora and not setting.trains_base
         if plain and name in self.targets:
             return self.fused_linear(x, wide, out)
-        saved = [x] if setting.trained else []
+        saved = [x] if setting.trains_base else []
         gives = self.gives((wide, setting.item))
-        result = self.op(out, setting.item, [x], gives, saved, trains=setting.trained)
+        result = self.op(out, setting.item, [x], gives, saved, trains=setting.trains_base)
         if name not in self.targets:
             return result
         if setting.dora:
@@ -78,7 +78,7 @@ class Decoder(Tape):
         return self.add(result, scaled)
 
     def fused_linear(self, x: Value, wide: int, out: int) -> Value:
-        """The same in one output, as fused LoRA runs it: A(x) is kept, what B makes of it never."""
+        """LoRA with one output, as the fused layer runs it: A(x) is saved, B(A(x)) never exists."""
         rank, item = self.setting.rank, self.setting.item
         low = self.new(rank, item)
 
@@ -183,12 +183,12 @@ class Decoder(Tape):
         normed = self.op(width, FLOAT32, [wide, inverse], product_backward, [wide, inverse])
         del wide, inverse
         back = self.cast(normed, x.item)
-        kept = [back] if self.setting.trained else []
+        kept = [back] if self.setting.trains_base else []
         size = (back.width, back.item)
-        return self.op(*size, [back], self.gives(size), kept, trains=self.setting.trained)
+        return self.op(*size, [back], self.gives(size), kept, trains=self.setting.trains_base)
 
     def rotate(self, x: Value) -> Value:
-        """x * cos + rotate_half(x) * sin; cos and sin are there anyway."""
+        """x * cos + rotate_half(x) * sin; cos and sin are made once for all layers."""
         width, item = x.width, x.item
 
         def turned_backward(_: Size) -> list[Size]:
@@ -208,14 +208,14 @@ class Decoder(Tape):
         return self.add(straight, crossed)
 
     def every_head(self, x: Value) -> Value:
-        """Keys or values repeated for every query head; a single head is only viewed so."""
+        """Keys or values repeated for every query head; a single head is expanded, not copied."""
         if self.shape.kv_heads in (1, self.shape.heads):
             return x
         width = self.shape.heads * self.shape.head_dim
         return self.op(width, x.item, [x], self.gives((x.width, x.item)))
 
     def attention(self, q: Value, k: Value, v: Value) -> Value:
-        """Scaled dot products in one kernel, with a mask where there is padding."""
+        """Attention in one kernel, with a mask where there is padding."""
         setting, item = self.setting, q.item
         if setting.masked:
             k, v = self.every_head(k), self.every_head(v)
@@ -229,7 +229,7 @@ class Decoder(Tape):
         return out
 
     def eager_attention(self, q: Value, k: Value, v: Value) -> tuple[Value, Value]:
-        """Probabilities of every head and pair of tokens, held: in float32 and in the base's."""
+        """Attention that allocates the probabilities, in float32 and in the base's dtype."""
         item, width = q.item, self.shape.heads * self.setting.length
         k, v = self.every_head(k), self.every_head(v)
         sizes = ((q.width, item), (k.width, item))
@@ -270,7 +270,7 @@ class Decoder(Tape):
         return self.add(residual, hidden)
 
     def self_attention(self, hidden: Value) -> tuple[Value, Value | None]:
-        """Projections, rotation, attention, projection back; and the probabilities of eager."""
+        """The attention module; returns its output and, if eager, the probabilities."""
         q = self.linear(hidden, "q_proj")
         k = self.linear(hidden, "k_proj")
         if self.shape.qk_norm:
@@ -300,7 +300,7 @@ class Decoder(Tape):
         return self.linear(product, "down_proj")
 
     def input(self, *, first: bool = False) -> Value:
-        """What comes from the layer below, which wants a gradient unless nothing trains there."""
+        """The layer's input; it requires a gradient unless the layer is the `first` that trains."""
         node = Node([], lambda _: []) if self.grad and not first else None
         width, item = self.shape.hidden, self.setting.item
         return Value(self.new(width, item), width, item, node)

@@ -1,6 +1,6 @@
-"""The peaks of a run at which memory may be highest, and what is alive at each.
+"""The peaks of a run: points at which memory may be highest, and what is alive at each.
 
-What stays on the device is counted in `weights`; what a pass allocates in `layer`.
+What stays on the device is counted in `weights`; what a pass allocates in `activations`.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from fastppo.memory.inputs import KEPT_FROM, KEPT_TO, PlanInputs
-from fastppo.memory.layer import LayerSetting, TrunkMemory, trunk_memory
+from fastppo.memory.activations import Activations
+from fastppo.memory.budgets import as_count
+from fastppo.memory.inputs import PlanInputs
+from fastppo.memory.layer import LayerSetting, trunk_memory
 from fastppo.memory.shapes import ModelShape
 from fastppo.memory.tape import FLOAT32
-from fastppo.memory.units import GIB, MIB, RESERVE
-from fastppo.memory.weights import StaticBytes, Trained
+from fastppo.memory.units import GIB, RESERVE
+from fastppo.memory.weights import StaticBytes, Trainable
 
 PHASES: Final = ("load", "rollout", "score", "update")
 ROWS: Final = (
@@ -50,29 +52,56 @@ class Peak:
 
     @property
     def total(self) -> int:
-        """All rows."""
+        """Bytes of all rows."""
         return sum(self.rows.values())
 
 
 @dataclass(frozen=True)
+class TrainingPass:
+    """Forward and backward of a trainable trunk over one micro-batch.
+
+    Attributes:
+        role: in the peaks' names.
+        setting: how its layers run.
+        trainable: what of it trains.
+        shape: of the trunk.
+        gathered: bytes of the response tokens' hidden states, which outlive the pass.
+        loss: bytes that the loss holds until the backward begins.
+        chunk: bytes of logits at a time.
+        gradients_before, gradients_after: row -> bytes, at its beginning and at its end.
+        held: bytes of activations that are there from an earlier pass.
+    """
+
+    role: str
+    setting: LayerSetting
+    trainable: Trainable
+    shape: ModelShape
+    gathered: int
+    loss: int
+    chunk: int
+    gradients_before: dict[str, int]
+    gradients_after: dict[str, int]
+    held: int = 0
+
+
 class Planner:
     """Works out the peaks of one run."""
 
-    inputs: PlanInputs
-    shape: ModelShape
-    stay: StaticBytes
+    def __init__(self, inputs: PlanInputs, shape: ModelShape, static: StaticBytes) -> None:
+        self.inputs, self.config = inputs, inputs.config
+        self.shape, self.static = shape, static
+        self.activations = Activations(inputs, shape, static)
 
     def peaks(self) -> Iterator[Peak]:
         """Every peak that can be the highest."""
         yield self.peak("load", "base, adapters and heads loaded", {})
-        if self.inputs.stage == "rm":
-            yield from self.pair_peaks()
+        if self.config.stage == "rm":
+            yield from self.reward_model_peaks()
             return
-        inputs = self.inputs
-        yield from self.rollout_peaks(inputs.rollout_rows)
+        yield from self.rollout_peaks(self.inputs.rollout_rows)
         # An evaluation scores in the micro-batches of training, so only its sampling counts.
-        rows = min(inputs.per_device_eval_batch_size, inputs.eval_max_samples)
-        rows = min(rows, inputs.generation_batch or rows)
+        rows = min(self.config.per_device_eval_batch_size, self.config.eval_max_samples)
+        rows = min(rows, as_count(self.config.generation_batch) or rows)
         yield from self.rollout_peaks(rows, evaluation=True)
         yield from self.score_peaks()
         yield from self.update_peaks()
@@ -80,12 +109,12 @@ class Planner:
     def peak(
         self, phase: str, name: str, added: dict[str, int], *, evaluation: bool = False
     ) -> Peak:
-        """What stays, and what is `added` to it."""
-        rows = {**self.stay.rows, **added}
+        """The peak of what stays on the device and what is `added` to it, row -> bytes."""
+        rows = {**self.static.rows, **added}
         if self.inputs.device == "gpu":
             rows["reserve"] = RESERVE
         elif phase != "load":
-            rows.setdefault("head chunk", self.kept_chunk)
+            rows.setdefault("head chunk", self.activations.reused_chunk)
         assert set(rows) <= set(ROWS), sorted(set(rows) - set(ROWS))
         if phase == "load":  # the optimiser's state is made by its first step
             rows = {row: count for row, count in rows.items() if "optimiser" not in row}
@@ -93,187 +122,134 @@ class Planner:
         ordered = {row: rows[row] for row in ROWS if rows.get(row, 0)}
         return Peak(phase, name, ordered, evaluation)
 
-    def setting(self, rows: int, length: int, role: str, *, masked: bool = False) -> LayerSetting:
-        """How `role` runs a layer; PPO's own passes need no mask, see `Batch.inputs`."""
-        inputs = self.inputs
-        shared = role == "critic" and inputs.critic == "shared"
-        trained = self.stay.critic if role == "critic" and not shared else self.stay.actor
-        trains = role in ("actor", "critic")
-        adapted = trains or (role == "reference" and "reference adapter" in self.stay.rows)
-        own = {"reward": inputs.reward_target, "critic": inputs.lora_target}
-        return LayerSetting(
-            rows=rows,
-            length=length,
-            item=inputs.item,
-            rank=trained.rank if adapted else inputs.reward_rank * (role == "reward"),
-            target=inputs.actor_target if shared else own.get(role, inputs.actor_target),
-            adapter_item=inputs.item if role == "reward" else FLOAT32,
-            trained=trained.whole and trains,
-            masked=masked,
-            fused=self.fused,
-            eager=inputs.eager,
-            dora=inputs.use_dora and role != "reward",
-        )
-
-    @property
-    def fused(self) -> bool:
-        """Whether LoRA's layers run as `fastppo.models.fused_lora` has them."""
-        return self.inputs.stage == "ppo" and self.inputs.quantization_bit is None
-
-    def copies(self, trained: Trained, *, kept: bool = False) -> int:
-        """An adapter in 16 bits: what autocast holds through a pass, or a layer's as it runs.
-
-        The latter where the layers are fused; with `kept`, the graph holds those of all.
-        """
-        if kept or not self.fused or self.inputs.use_dora or trained.whole:
-            return trained.casts
-        return trained.casts // max(trained.layers, 1)
-
-    @property
-    def tile(self) -> int:
-        """The largest linear layer as its GEMM reads it, where weights are quantised."""
-        if self.inputs.quantization_bit is None:
-            return 0
-        return max(a * b for a, b in self.shape.linears.values()) * self.inputs.item
-
-    def responses(self, rows: int, length: int) -> int:
-        """Response tokens of a micro-batch."""
-        return rows * min(length, self.inputs.max_new_tokens)
-
-    def chunk(self, tokens: int) -> int:
-        """The logits that exist at a time, for so many response tokens."""
-        inputs, vocab = self.inputs, self.shape.vocab
-        most = max(inputs.least_chunk_rows, inputs.resolved_chunk_bytes // (vocab * inputs.item))
-        chunk = -(-tokens // -(-tokens // most))  # of nearly one length
-        # The definition works in float32 blocks of 2 MiB: a copy, its exponentials, a product.
-        blocks = 0 if inputs.compiled_ops else 3 * min(2 * MIB, tokens * vocab * FLOAT32)
-        return chunk * vocab * inputs.item + blocks
-
-    @property
-    def kept_chunk(self) -> int:
-        """The chunk of logits that the operators keep on a CPU from call to call."""
-        if self.inputs.stage != "ppo":
-            return 0
-        most = max(self.inputs.score_batch, self.inputs.update_batch, key=lambda b: b[0] * b[1])
-        chunk = self.chunk(self.responses(*most))
-        return chunk if KEPT_FROM <= chunk <= KEPT_TO else 0
-
-    def hidden(self, tokens: int) -> int:
-        """Last hidden states."""
-        return tokens * self.shape.hidden * self.inputs.item
-
     def rollout_peaks(self, rows: int, *, evaluation: bool = False) -> Iterator[Peak]:
-        """The prompts at once, then a token at a time over the cache."""
-        inputs, shape = self.inputs, self.shape
-        prompt, whole = inputs.cutoff_len, inputs.cutoff_len + inputs.max_new_tokens
-        token = 2 * shape.kv_heads * shape.head_dim * inputs.item
-        if inputs.rollout_kv_cache_gib is not None:
-            room = int(inputs.rollout_kv_cache_gib * GIB)
-            rows = max(1, min(rows, room // (token * shape.layers * whole)))
+        """Sampling: all prompts at once, then a token at a time over the cache."""
+        inputs, config, shape = self.inputs, self.config, self.shape
+        prompt, longest = config.cutoff_len, config.cutoff_len + config.max_new_tokens
+        token = 2 * shape.kv_heads * shape.head_dim * inputs.itemsize
+        if config.rollout_kv_cache_gib is not None:
+            room = int(config.rollout_kv_cache_gib * GIB)
+            rows = max(1, min(rows, room // (token * shape.layers * longest)))
         # What a sample of the policy is merged into; the reference's in evaluation is the base.
         linear = sum(a * b for a, b in shape.targets(inputs.actor_target).values())
-        layers = min(inputs.lora_layers or shape.layers, shape.layers)
-        merged = {"merged weights": inputs.rollout_merges * linear * layers * inputs.item}
-        masked = inputs.padded(rows)
-        trunk = trunk_memory(shape, self.setting(rows, prompt, "actor", masked=masked))
+        layers = min(config.lora_layers or shape.layers, shape.layers)
+        copy = inputs.samples_from_merged_copy * linear * layers * inputs.itemsize
+        merged = {"merged weights": copy}
+        masked = inputs.has_padding(rows)
+        trunk = self.activations.trunk(rows, prompt, "actor", masked=masked)
+        tile = self.activations.dequantized_layer
         yield self.peak(
             "rollout",
             f"{rows} prompts of {prompt} tokens",
             {
                 **merged,
                 "KV cache": rows * token * shape.cached_tokens(prompt),
-                "kept activations": self.copies(self.stay.actor),
-                "layer at work": trunk.fixed + trunk.forward + self.tile,
+                "kept activations": self.activations.autocast_copies(self.static.actor),
+                "layer at work": trunk.fixed + trunk.forward + tile,
             },
             evaluation=evaluation,
         )
         # A layer's keys are made anew with the token appended; with padding in the batch every
         # query head gets a copy of its keys and values.
-        copied = masked and shape.kv_heads not in (1, shape.heads)
-        copies = 2 * shape.heads * shape.head_dim * inputs.item if copied else 0
+        repeated = masked and shape.kv_heads not in (1, shape.heads)
+        copies = 2 * shape.heads * shape.head_dim * inputs.itemsize if repeated else 0
         # Logits, the same in float32, their softmax, and the row that the recorder keeps.
-        logits = rows * shape.vocab * (inputs.item + 3 * FLOAT32)
+        logits = rows * shape.vocab * (inputs.itemsize + 3 * FLOAT32)
         yield self.peak(
             "rollout",
-            f"the last token of {rows} sequences of {whole}",
+            f"the last token of {rows} sequences of {longest}",
             {
                 **merged,
-                "KV cache": rows * token * shape.cached_tokens(whole),
-                "kept activations": self.stay.actor.casts,  # a step of decoding takes autocast's
-                "layer at work": rows * whole * (token // 2 + copies) + logits + self.tile,
+                "KV cache": rows * token * shape.cached_tokens(longest),
+                # A step of decoding has autocast's copies of all layers.
+                "kept activations": self.static.actor.cast_bytes,
+                "layer at work": rows * longest * (token // 2 + copies) + logits + tile,
             },
             evaluation=evaluation,
         )
 
     def score_peaks(self) -> Iterator[Peak]:
-        """Rewards, reference, critic and actor in their order, forward only."""
-        inputs = self.inputs
+        """Forward passes of rewards, reference, critic and actor, in this order."""
+        inputs, config, memory = self.inputs, self.config, self.activations
         rows, length = inputs.score_batch
-        hidden = self.hidden(rows * length)
-        both = inputs.kl_penalty == "full"  # the reference's states and logits beside the actor's
-        passes = {"reward": 0} if "lora" in inputs.rewards else {}
+        hidden = memory.hidden_states(rows * length)
+        # The reference's hidden states and logits exist together with the actor's.
+        both = config.kl_penalty == "full"
+        held = {"reward": 0} if "lora" in inputs.reward_kinds else {}
         # An adapter as the reference has copies by autocast too.
-        copies = self.copies(self.stay.actor)
-        passes["reference"] = copies * ("reference adapter" in self.stay.rows)
-        if inputs.has_critic and inputs.critic != "shared":
-            passes["critic"] = self.copies(self.stay.critic) + hidden * both
-        passes["actor"] = copies + hidden * both
-        for role, kept in passes.items():
-            shape = self.stay.shapes.resolved_critic if role == "critic" else self.shape
-            trunk = trunk_memory(shape, self.setting(rows, length, role))
+        copies = memory.autocast_copies(self.static.actor)
+        held["reference"] = copies * ("reference adapter" in self.static.rows)
+        if inputs.has_critic and config.critic != "shared":
+            held["critic"] = memory.autocast_copies(self.static.critic) + hidden * both
+        held["actor"] = copies + hidden * both
+        for role, count in held.items():
+            shape = self.static.shapes.critic_or_base if role == "critic" else self.shape
+            trunk = memory.trunk(rows, length, role, shape=shape)
             yield self.peak(
                 "score",
                 f"the {role}'s pass over {rows} x {length} tokens",
                 {
-                    "kept activations": kept,
-                    "layer at work": trunk.fixed + trunk.forward + self.tile,
+                    "kept activations": count,
+                    "layer at work": trunk.fixed + trunk.forward + memory.dequantized_layer,
                 },
             )
-        gathered = self.hidden(self.responses(rows, length))
+        tokens = memory.response_tokens(rows, length)
         yield self.peak(
             "score",
             f"log-probs of {rows} responses",
             {
-                "kept activations": (hidden + gathered) * (1 + both),
-                "head chunk": self.chunk(self.responses(rows, length)) * (1 + both),
+                "kept activations": (hidden + memory.hidden_states(tokens)) * (1 + both),
+                "head chunk": memory.logits_chunk(tokens) * (1 + both),
             },
         )
 
     def update_peaks(self) -> Iterator[Peak]:
-        """Forward and loss, backward, optimiser; the actor, then a critic with a trunk."""
-        inputs, actor, critic = self.inputs, self.stay.actor, self.stay.critic
+        """Forward, loss and backward of the actor, then of a critic with a trunk; the optimiser."""
+        inputs, memory = self.inputs, self.activations
+        actor, critic = self.static.actor, self.static.critic
         rows, length = inputs.update_batch
-        apart = inputs.has_critic and inputs.critic != "shared"
+        separate = inputs.has_critic and self.config.critic != "shared"
         gradients = {
-            "actor gradients": FLOAT32 * (actor.parameters + critic.parameters * (not apart)),
-            "critic gradients": FLOAT32 * critic.parameters * apart,
+            "actor gradients": FLOAT32 * (actor.parameters + critic.parameters * (not separate)),
+            "critic gradients": FLOAT32 * critic.parameters * separate,
         }
         # There from the first micro-batch of an optimiser step on.
         before = gradients if inputs.accumulates else {}
-        responses = self.responses(rows, length)
-        gathered = self.hidden(responses)
-        yield from self.pass_peaks(
-            Pass("actor", self.setting(rows, length, "actor"), actor, self.shape),
-            gathered=gathered,
-            loss=gathered,  # the gradient of the hidden states, made in the forward
-            chunk=self.chunk(responses),
-            before=before,
-            after={**before, "actor gradients": gradients["actor gradients"]},
-        )
-        if apart:
-            shape = self.stay.shapes.resolved_critic
-            wide = responses * shape.hidden * FLOAT32
-            yield from self.pass_peaks(
-                Pass("critic", self.setting(rows, length, "critic"), critic, shape),
+        tokens = memory.response_tokens(rows, length)
+        gathered = memory.hidden_states(tokens)
+        actors_gradients = {**before, "actor gradients": gradients["actor gradients"]}
+        yield from self.training_pass_peaks(
+            TrainingPass(
+                "actor",
+                memory.layer_setting(rows, length, "actor"),
+                actor,
+                self.shape,
                 gathered=gathered,
-                loss=wide if inputs.item != FLOAT32 else 0,
-                chunk=0,
-                before={**before, "actor gradients": gradients["actor gradients"]},
-                after=gradients,
-                # The actor's hidden states, and the embeddings that its graph was given.
-                found=gathered + self.hidden(rows * length),
+                loss=gathered,  # the gradient of the hidden states, made in the forward
+                chunk=memory.logits_chunk(tokens),
+                gradients_before=before,
+                gradients_after=actors_gradients,
             )
-        if inputs.ptx_coef:
+        )
+        if separate:
+            shape = self.static.shapes.critic_or_base
+            in_float32 = tokens * shape.hidden * FLOAT32
+            yield from self.training_pass_peaks(
+                TrainingPass(
+                    "critic",
+                    memory.layer_setting(rows, length, "critic"),
+                    critic,
+                    shape,
+                    gathered=gathered,
+                    loss=in_float32 if inputs.itemsize != FLOAT32 else 0,
+                    chunk=0,
+                    gradients_before=actors_gradients,
+                    gradients_after=gradients,
+                    # The actor's hidden states, and the embeddings that its graph was given.
+                    held=gathered + memory.hidden_states(rows * length),
+                )
+            )
+        if self.config.ptx_coef:
             yield from self.ptx_peaks(gradients)
         # AdamW over a group at once holds the square root of one of its states.
         group = max(actor.parameters, critic.parameters) * FLOAT32
@@ -281,145 +257,111 @@ class Planner:
         yield self.peak("update", "the optimiser's step", {**gradients, **work})
 
     def ptx_peaks(self, gradients: dict[str, int]) -> Iterator[Peak]:
-        """Written answers beside an optimiser step: a micro-batch of them, all gradients there."""
-        inputs, actor = self.inputs, self.stay.actor
-        rows, length = inputs.per_device_train_batch_size, inputs.cutoff_len
-        gathered = self.hidden(rows * length)
-        yield from self.pass_peaks(
-            Pass("PTX pass", self.setting(rows, length, "actor"), actor, self.shape),
-            gathered=gathered,
-            loss=gathered,
-            chunk=self.chunk(rows * length),
-            before=gradients,
-            after=gradients,
+        """The cross-entropy on ptx_dataset: a micro-batch of it while all gradients exist."""
+        config, memory = self.config, self.activations
+        rows, length = config.per_device_train_batch_size, config.cutoff_len
+        hidden = memory.hidden_states(rows * length)
+        yield from self.training_pass_peaks(
+            TrainingPass(
+                "PTX pass",
+                memory.layer_setting(rows, length, "actor"),
+                self.static.actor,
+                self.shape,
+                gathered=hidden,
+                loss=hidden,
+                chunk=memory.logits_chunk(rows * length),
+                gradients_before=gradients,
+                gradients_after=gradients,
+            )
         )
 
-    def pair_peaks(self) -> Iterator[Peak]:
+    def reward_model_peaks(self) -> Iterator[Peak]:
         """Stage rm: chosen and rejected answers of a micro-batch of pairs in one pass."""
-        inputs, actor = self.inputs, self.stay.actor
+        inputs, config, memory = self.inputs, self.config, self.activations
+        actor = self.static.actor
         gradients = {"actor gradients": FLOAT32 * actor.parameters}
-        rows, length = 2 * inputs.per_device_train_batch_size, inputs.sequence
-        yield from self.pass_peaks(
-            Pass(
+        rows, length = 2 * config.per_device_train_batch_size, inputs.longest_sequence
+        masked = inputs.has_padding(rows)
+        yield from self.training_pass_peaks(
+            TrainingPass(
                 "reward model",
-                self.setting(rows, length, "actor", masked=inputs.padded(rows)),
+                memory.layer_setting(rows, length, "actor", masked=masked),
                 actor,
                 self.shape,
-            ),
-            gathered=self.hidden(rows * length),  # of which the head reads one a row
-            loss=0,
-            chunk=0,
-            before=gradients if inputs.gradient_accumulation_steps > 1 else {},
-            after=gradients,
+                gathered=memory.hidden_states(rows * length),  # of which the head reads one a row
+                loss=0,
+                chunk=0,
+                gradients_before=gradients if config.gradient_accumulation_steps > 1 else {},
+                gradients_after=gradients,
+            )
         )
         yield self.peak("update", "the optimiser's step", gradients)
-        rows = 2 * min(inputs.per_device_eval_batch_size, inputs.per_device_train_batch_size)
-        trunk = trunk_memory(
-            self.shape, self.setting(rows, length, "actor", masked=inputs.padded(rows))
-        )
+        rows = 2 * min(config.per_device_eval_batch_size, config.per_device_train_batch_size)
+        trunk = memory.trunk(rows, length, "actor", masked=inputs.has_padding(rows))
         yield self.peak(
             "score",
             f"{rows} x {length} tokens",
             {
-                "kept activations": actor.casts,
-                "layer at work": trunk.fixed + trunk.forward + self.tile,
+                "kept activations": actor.cast_bytes,
+                "layer at work": trunk.fixed + trunk.forward + memory.dequantized_layer,
             },
             evaluation=True,
         )
 
-    def pass_peaks(
-        self,
-        run: Pass,
-        *,
-        gathered: int,
-        loss: int,
-        chunk: int,
-        before: dict[str, int],
-        after: dict[str, int],
-        found: int = 0,
-    ) -> Iterator[Peak]:
-        """Forward, loss and backward of a trained trunk over one micro-batch.
-
-        `found` is there from an earlier pass; the hidden states that are `gathered` outlive the
-        pass, `loss` is there until the backward begins; the gradients are those `before` and
-        `after` it.
-        """
+    def training_pass_peaks(self, run: TrainingPass) -> Iterator[Peak]:
+        """Forward, loss, and both ends of the backward."""
+        memory, before = self.activations, run.gradients_before
         trunk = trunk_memory(run.shape, run.setting)
-        again = "checkpoint" in self.inputs.offloading
-        below = self.kept(trunk, run.trained.layers)
+        recomputes = "checkpoint" in self.inputs.offload_mode
+        saved = memory.saved_for_backward(trunk, run.trainable.layers)
         # Autocast's copies live as long as the pass, or the graph that multiplied by them.
-        casts = self.copies(run.trained, kept=not again)
-        left = 0 if again else casts
-        work = trunk.forward - trunk.input if again else trunk.forward_kept
+        casts = memory.autocast_copies(run.trainable, in_graph=not recomputes)
+        casts_in_graph = 0 if recomputes else casts
+        work = trunk.forward - trunk.input if recomputes else trunk.forward_kept
+        tile = memory.dequantized_layer
         yield self.peak(
             "update",
             f"the {run.role}'s forward",
             {
                 **before,
-                "kept activations": below + casts + found,
-                "layer at work": trunk.fixed + work + self.tile,
+                "kept activations": saved + casts + run.held,
+                "layer at work": trunk.fixed + work + tile,
             },
         )
-        top = trunk.input if again else trunk.saved
-        held = below + left + top + trunk.norm_saved + gathered + loss + found
+        top = trunk.input if recomputes else trunk.saved
+        after_forward = saved + casts_in_graph + top + trunk.norm_saved
         yield self.peak(
             "update",
             f"the {run.role}'s loss",
-            {**before, "kept activations": held, "head chunk": chunk},
+            {
+                **before,
+                "kept activations": after_forward + run.gathered + run.loss + run.held,
+                "head chunk": run.chunk,
+            },
         )
-        if again:
-            layer = trunk.recompute + run.trained.casts // max(run.trained.layers, 1)
-            peak = max(top + trunk.norm_backward, layer)
+        layers = max(run.trainable.layers, 1)
+        if recomputes:
+            layer = trunk.recompute + run.trainable.cast_bytes // layers
+            work = max(top + trunk.norm_backward, layer)
         else:
-            peak = trunk.backward
-        # Gradients come layer by layer, as what was kept for them goes: the sum is highest at one
+            work = trunk.backward
+        # Gradients come layer by layer, as what was saved for them goes: the sum is highest at one
         # of the ends.
-        layers = max(run.trained.layers, 1)
-        begun = {
+        first_layers = {
             row: before.get(row, 0) + (count - before.get(row, 0)) // layers
-            for row, count in after.items()
+            for row, count in run.gradients_after.items()
         }
-        ends = {"backward": (begun, below), "backward, at its end": (after, 0)}
+        ends = {
+            "backward": (first_layers, saved),
+            "backward, at its end": (run.gradients_after, 0),
+        }
         for name, (gradients, waiting) in ends.items():
             yield self.peak(
                 "update",
                 f"the {run.role}'s {name}",
                 {
                     **gradients,
-                    "kept activations": waiting + left + gathered + found,
-                    "layer at work": trunk.fixed + peak + self.tile,
+                    "kept activations": waiting + casts_in_graph + run.gathered + run.held,
+                    "layer at work": trunk.fixed + work + tile,
                 },
             )
-
-    def kept(self, trunk: TrunkMemory, layers: int) -> int:
-        """What a forward pass leaves on the device for its backward, the top layer's aside."""
-        mode, below = self.inputs.offloading, max(layers - 1, 0)
-        if mode == "checkpoint":
-            return below * trunk.input
-        if mode == "checkpoint+offload":  # the one that is next, on its way back
-            return min(below, 1) * trunk.input
-        if mode == "offload":
-            return min(below, 1) * trunk.saved
-        return max(below - 1, 0) * trunk.saved + min(below, 1) * trunk.saved_first
-
-    def host_bytes(self) -> int:
-        """What offloading keeps in pinned memory at a time."""
-        mode, inputs = self.inputs.offloading, self.inputs
-        if "offload" not in mode:
-            return 0
-        rows, length = 2 * inputs.per_device_train_batch_size, inputs.sequence
-        if inputs.stage == "ppo":
-            rows, length = inputs.update_batch
-        trunk = trunk_memory(self.shape, self.setting(rows, length, "actor"))
-        each = trunk.input if "checkpoint" in mode else trunk.saved
-        return self.stay.actor.layers * each
-
-
-@dataclass(frozen=True)
-class Pass:
-    """A trained trunk and how it is run."""
-
-    role: str
-    setting: LayerSetting
-    trained: Trained
-    shape: ModelShape

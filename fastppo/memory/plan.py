@@ -6,29 +6,36 @@ activations. docs/memory.md explains the rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
+from fastppo.config import Config
+from fastppo.errors import UserError
 from fastppo.memory.inputs import PlanInputs
 from fastppo.memory.peaks import PHASES, Peak, Planner
+from fastppo.memory.shapes import ModelShape, find_shape_and_source
 from fastppo.memory.weights import Shapes, StaticBytes
-
-if TYPE_CHECKING:
-    from fastppo.config import Config
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All peaks of a run, the highest of each phase, and the highest of all."""
+    """All peaks of a run, the highest of each phase, and the highest of all.
+
+    Attributes:
+        inputs: what was planned.
+        shapes: of the base and of the other models.
+        peaks: every point at which memory may be highest.
+        host: what is in host memory -> bytes.
+    """
 
     inputs: PlanInputs
     shapes: Shapes
     peaks: tuple[Peak, ...]
-    host: dict[str, int]  # what lies in host memory, pinned
+    host: dict[str, int]
 
     def with_changes(self, **changes: Any) -> Plan:
-        """The plan of the same run with some settings changed."""
-        return make_plan(replace(self.inputs, **changes), self.shapes)
+        """The plan of the same run with some keys, or fields of its inputs, changed."""
+        return make_plan(self.inputs.with_changes(**changes), self.shapes)
 
     @property
     def host_bytes(self) -> int:
@@ -51,14 +58,14 @@ class Plan:
 
     @property
     def step_peak(self) -> int:
-        """Bytes that tensors take at the highest peak of a step: no reserve, no evaluation."""
+        """Bytes of tensors at the highest peak of a step, without the reserve and evaluations."""
         return max(m.total - m.rows.get("reserve", 0) for m in self.peaks if not m.evaluation)
 
     @property
     def stays_in_rollout(self) -> int:
-        """Bytes that a rollout finds taken: every model, adapter and optimiser state, the reserve.
+        """Bytes that are taken when a rollout begins: models, adapters, optimiser state, reserve.
 
-        All that is alive but the cache and what a step of decoding works with.
+        That is all of a rollout's peak but the cache and what a step of decoding works with.
         """
         comes = ("KV cache", "kept activations", "layer at work", "head chunk")
         return max(
@@ -67,23 +74,72 @@ class Plan:
             if peak.phase == "rollout"
         )
 
-    def fits(self, gpu_bytes: int) -> bool:
-        """Whether the whole run, reserve included, fits."""
-        return self.peak.total <= gpu_bytes
-
-
-def uncounted(config: Config) -> str | None:
-    """A key that asks for what the plan would miss: embeddings or a head that train whole."""
-    kinds = {config.finetuning_type, config.critic_finetuning_type}
-    keys = {"additional_target": None} if config.finetuning_type == "lora" else {}
-    if "freeze" in kinds:
-        keys |= {"freeze_extra_modules": None, "freeze_trainable_modules": "all"}
-    return next((key for key, counted in keys.items() if getattr(config, key) != counted), None)
+    def fits(self, available_bytes: int) -> bool:
+        """Whether the run, reserve included, fits into `available_bytes`."""
+        return self.peak.total <= available_bytes
 
 
 def make_plan(inputs: PlanInputs, shapes: Shapes) -> Plan:
     """The plan of a run on models of these shapes."""
     static = StaticBytes(inputs, shapes)
     planner = Planner(inputs, shapes.base, static)
-    host = {"activations": planner.host_bytes(), **static.host}
+    host = {"activations": planner.activations.offloaded_bytes, **static.host}
     return Plan(inputs, shapes, tuple(planner.peaks()), host)
+
+
+def plan_config(config: Config, device: Literal["gpu", "cpu"]) -> tuple[Plan, list[str]]:
+    """The plan of a configuration, and what it assumes, in lines.
+
+    Raises:
+        UserError: a model's shape is unknown, or a key asks for what the plan does not count.
+    """
+    if (key := find_uncounted_key(config)) is not None:
+        raise UserError(
+            f"{config.source}: {key}: the plan does not count single modules that train whole; "
+            "plan without this key"
+        )
+    base, source = find_shape_and_source(
+        config.model_name_or_path, config.cache_dir, config.model_revision
+    )
+    inputs = PlanInputs.of(config, base, device=device)
+    notes = [f"shape of the base from {source}"]
+    others: dict[str, ModelShape] = {}
+    for role, name in other_models(config).items():
+        others[role], source = find_shape_and_source(name, config.cache_dir)
+        notes.append(f"shape of the {role} ({name}) from {source}")
+    if "lora" in inputs.reward_kinds:
+        where = inputs.reward_source
+        notes.append(f"reward adapter of rank {inputs.reward_rank} ({where})")
+    own = "the checkpoint's own on a GPU" if device == "gpu" else "float32 on a CPU"
+    why = "bf16: true" if config.bf16 else f"bf16 is not set: {own}"
+    notes.append(f"base in {inputs.dtype} ({why})")
+    if config.stage == "ppo":
+        notes.append(
+            f"prompts of cutoff_len {config.cutoff_len} tokens, responses of max_new_tokens "
+            f"{config.max_new_tokens}, all of them; shorter ones need less"
+        )
+    else:
+        notes.append(f"prompt and answer together cutoff_len {config.cutoff_len} tokens, always")
+    return make_plan(inputs, Shapes(base, **others)), notes
+
+
+def find_uncounted_key(config: Config) -> str | None:
+    """A key that trains modules which the plan does not count, such as whole embeddings."""
+    kinds = {config.finetuning_type, config.critic_finetuning_type}
+    counted: dict[str, str | None] = {}
+    if config.finetuning_type == "lora":
+        counted["additional_target"] = None
+    if "freeze" in kinds:
+        counted |= {"freeze_extra_modules": None, "freeze_trainable_modules": "all"}
+    return next((key for key, value in counted.items() if getattr(config, key) != value), None)
+
+
+def other_models(config: Config) -> dict[str, str]:
+    """Role -> name of each model other than the base."""
+    found = {spec.kind: spec.target for spec in config.rewards}
+    models = {"reward": found["full"]} if "full" in found else {}
+    if config.ref_model is not None:
+        models["reference"] = config.ref_model
+    if config.critic == "model" and config.critic_model is not None:
+        models["critic"] = config.critic_model
+    return models

@@ -1,7 +1,8 @@
-"""Allocations without tensors: sizes that are born and die, and a tape that keeps some of them.
+"""A forward and backward pass simulated on sizes, without tensors, to count bytes.
 
-What torch runs eagerly, op by op: each result is a `Size` that Python frees where it would free the
-tensor, and each autograd node holds what PyTorch saves for its backward.
+The pass runs op by op as torch runs it eagerly: each result is a `Size`, which Python frees where
+it would free the tensor, and each autograd node holds the sizes that PyTorch saves for its
+backward.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ FLOAT32 = 4
 
 
 class Ledger:
-    """Bytes alive now and at the highest."""
+    """Counts the bytes that are allocated now, and at the peak."""
 
     def __init__(self) -> None:
         self.now = self.peak = 0
 
     def size(self, count: int) -> Size:
-        """A new allocation."""
+        """Allocate `count` bytes."""
         return Size(self, count)
 
 
 class Size:
-    """An allocation: alive for as long as something refers to it."""
+    """An allocation, freed when the last reference to it goes."""
 
     __slots__ = ("bytes", "ledger")
 
@@ -39,7 +40,7 @@ class Size:
 
 @dataclass(eq=False)
 class Node:
-    """An autograd node: what it saved, and what its backward allocates for each of its inputs."""
+    """An autograd node: the sizes that it saved, and a backward that allocates its gradients."""
 
     inputs: list[Node | None]
     backward: Callable[[Size], list[Size]]
@@ -48,7 +49,7 @@ class Node:
 
 @dataclass
 class Value:
-    """A tensor (tokens, width) with elements of `item` bytes; a view shares its `size`."""
+    """Stands for a tensor (tokens, width) with elements of `item` bytes; views share a `size`."""
 
     size: Size
     width: int
@@ -57,7 +58,7 @@ class Value:
 
 
 class Tape:
-    """A forward pass over a number of tokens whose tensors have only sizes, and its backward."""
+    """Runs a simulated forward over a number of tokens, and its backward."""
 
     def __init__(self, tokens: int, *, grad: bool) -> None:
         self.tokens, self.grad = tokens, grad
@@ -65,7 +66,7 @@ class Tape:
         self.nodes: list[Node] = []
 
     def new(self, width: int, item: int) -> Size:
-        """An allocation of a `width` a token."""
+        """Allocate a (tokens, width) tensor."""
         return self.ledger.size(self.tokens * width * item)
 
     def op(
@@ -78,7 +79,7 @@ class Tape:
         *,
         trains: bool = False,
     ) -> Value:
-        """The result of an op; it has a node where an input, or a weight, wants a gradient."""
+        """Allocate an op's result, with a node where an input or a weight requires a gradient."""
         out = Value(self.new(width, item), width, item)
         if self.grad and (trains or any(value.node for value in inputs)):
             kept = [value.size for value in saved or []]
@@ -87,7 +88,7 @@ class Tape:
         return out
 
     def gives(self, *gradients: tuple[int, int]) -> Callable[[Size], list[Size]]:
-        """A backward that allocates a gradient of each (width, item); it holds nothing itself."""
+        """A backward that allocates one gradient for each (width, item) and nothing else."""
         return lambda _: [self.new(width, item) for width, item in gradients]
 
     def cast(self, x: Value, item: int) -> Value:
@@ -97,7 +98,7 @@ class Tape:
         return self.op(x.width, item, [x], self.gives((x.width, x.item)))
 
     def scaled(self, x: Value) -> Value:
-        """x times something that wants no gradient and is there anyway."""
+        """x times a tensor that exists anyway and requires no gradient."""
         return self.op(x.width, x.item, [x], self.gives((x.width, x.item)))
 
     def add(self, x: Value, y: Value) -> Value:
@@ -110,9 +111,10 @@ class Tape:
         return self.op(*size, [x, y], self.gives(size, size), [x, y])
 
     def backward(self, node: Node, grad: list[Size]) -> None:
-        """From `grad` at `node` to the input; nodes are freed as they are done.
+        """Run the backward from `node` to the input; nodes are freed as they are done.
 
-        A list of one, which is emptied: a caller's argument would keep the gradient alive.
+        `grad` is a list of one gradient, which is emptied: a plain argument would stay referenced
+        by the caller, and so alive.
         """
         waiting = {node: grad.pop()}
         while self.nodes:

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from fastppo.offload.parked import Group, Handle, Stash
+from fastppo.offload.host_tensors import HostTensors, LayerGroup, OffloadedTensor
 from fastppo.offload.streams import Streams
 
 Mode = Literal["none", "checkpoint", "offload", "checkpoint+offload"]
@@ -42,26 +42,26 @@ MODES = ("none", "checkpoint", "offload", "checkpoint+offload")
 CACHES = ("past_key_values", "past_key_value", "layer_past")
 
 
-class _Inside(threading.local):
-    """Whether this thread runs a wrapped layer: what is called in there is left alone."""
+class _InsideLayer(threading.local):
+    """Whether this thread is inside a wrapped layer: layers that it calls are not wrapped again."""
 
     now = False
 
 
-_inside = _Inside()
+_inside_layer = _InsideLayer()
 
 
 @contextmanager
-def _within() -> Iterator[None]:
-    before, _inside.now = _inside.now, True
+def _mark_inside_layer() -> Iterator[None]:
+    before, _inside_layer.now = _inside_layer.now, True
     try:
         yield
     finally:
-        _inside.now = before
+        _inside_layer.now = before
 
 
 class ActivationOffload:
-    """Context manager: inside it the model's layers keep less for the backward.
+    """Context manager inside which the model's layers save less on the device for the backward.
 
     The backward may run inside or after it. Forwards without gradient pass through untouched; so do
     layers below the lowest trained parameter. Several micro-batches, several forwards before a
@@ -72,9 +72,9 @@ class ActivationOffload:
         model: any module; its layers are found as the `nn.ModuleList` with the most parameters.
         mode: see the module's table; not `auto`, which the trainer's memory plan resolves.
         layers: the layers, in the order in which they run, where finding them is not enough.
-        keep_last: so many last layers stay on the device: the backward wants them first.
-        in_flight: so many tensors may be on their way out at a time; then compute waits.
-        min_bytes: smaller tensors stay.
+        keep_last: number of last layers whose tensors stay: the backward reads them first.
+        in_flight: most tensors that are copied to the host at a time; then compute waits.
+        min_bytes: smaller tensors stay on the device.
         offload_dir: a folder for memory-mapped files, in place of (pinned) host memory.
         streams: what orders the copies; None is what the device has.
 
@@ -103,9 +103,9 @@ class ActivationOffload:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, came {mode!r}")
         self.mode, self.min_bytes = mode, min_bytes
         self.layers = list(find_layers(model) if layers is None else layers)
-        self.kept_from = len(self.layers) - keep_last
+        self.keep_from = len(self.layers) - keep_last
         self._settings = {"in_flight": in_flight, "folder": offload_dir, "streams": streams}
-        self._stashes: dict[torch.device, Stash] = {}
+        self._host_tensors: dict[torch.device, HostTensors] = {}
         self._depth = 0
         self._before: list[Any] = []
 
@@ -127,17 +127,17 @@ class ActivationOffload:
     @property
     def bytes_out(self) -> int:
         """Bytes copied to host memory so far."""
-        return sum(stash.bytes_out for stash in self._stashes.values())
+        return sum(tensors.bytes_out for tensors in self._host_tensors.values())
 
     @property
     def bytes_back(self) -> int:
         """Bytes copied back so far."""
-        return sum(stash.bytes_back for stash in self._stashes.values())
+        return sum(tensors.bytes_back for tensors in self._host_tensors.values())
 
     @property
     def host_bytes(self) -> int:
-        """Host memory that the ring holds; constant once the longest batch has been seen."""
-        return sum(stash.ring.nbytes for stash in self._stashes.values())
+        """Bytes of host buffers; constant once the longest batch has been seen."""
+        return sum(tensors.ring.nbytes for tensors in self._host_tensors.values())
 
     def _install(self) -> None:
         if self.mode != "none":
@@ -150,21 +150,25 @@ class ActivationOffload:
         self._before = [layer.__dict__.get("forward") for layer in self.layers]
         if self.mode != "none":
             for index, layer in enumerate(self.layers):
-                layer.__dict__["forward"] = self._wrapped(index, layer, layer.forward)
+                layer.__dict__["forward"] = self._wrap_forward(index, layer, layer.forward)
 
-    def _wrapped(self, index: int, layer: nn.Module, forward: Callable[..., Any]) -> Any:
+    def _wrap_forward(self, index: int, layer: nn.Module, forward: Callable[..., Any]) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
-            if _inside.now or not torch.is_grad_enabled() or not _trains(layer, args, kwargs):
+            if (
+                _inside_layer.now
+                or not torch.is_grad_enabled()
+                or not _needs_gradient(layer, args, kwargs)
+            ):
                 return forward(*args, **kwargs)
-            kept = index >= self.kept_from
+            keep = index >= self.keep_from
             if self.mode == "offload":
-                return self._offloaded(layer, forward, args, kwargs, kept=kept)
-            return self._checkpointed(forward, args, kwargs, kept=kept)
+                return self._run_offloaded(layer, forward, args, kwargs, keep=keep)
+            return self._run_checkpointed(forward, args, kwargs, keep=keep)
 
         return run
 
-    def _checkpointed(
-        self, forward: Callable[..., Any], args: Any, kwargs: Any, *, kept: bool
+    def _run_checkpointed(
+        self, forward: Callable[..., Any], args: Any, kwargs: Any, *, keep: bool
     ) -> Any:
         for name in CACHES:
             if kwargs.get(name) is not None:
@@ -172,23 +176,26 @@ class ActivationOffload:
                     f"activation offloading: mode {self.mode} runs a layer twice, and it would "
                     f"write {name} twice; call the model with use_cache=False"
                 )
-        group = Group()
+        group = LayerGroup()
         away = self.mode == "checkpoint+offload"
 
-        def put(value: Any, moves: bool) -> Any:
-            if not (moves and away and _ordinary(value)):
+        def offload_input(value: Any, moves: bool) -> Any:
+            if not (moves and away and _is_dense_activation(value)):
                 return value
             nbytes = value.untyped_storage().nbytes()
-            handle = self._stash(value.device).put(
-                value, group, keep=kept or nbytes < self.min_bytes
+            handle = self._tensors_of(value.device).offload(
+                value, group, keep=keep or nbytes < self.min_bytes
             )
-            return _Away(handle, value.requires_grad)
+            return _OffloadedInput(handle, value.requires_grad)
 
         # Masks and rotary angles come as keywords and are one tensor for all layers: they stay.
-        again = _Again(
+        call = _LayerCall(
             forward,
-            tuple(put(value, True) for value in args),
-            {k: put(v, isinstance(v, Tensor) and v.requires_grad) for k, v in kwargs.items()},
+            tuple(offload_input(value, True) for value in args),
+            {
+                k: offload_input(v, isinstance(v, Tensor) and v.requires_grad)
+                for k, v in kwargs.items()
+            },
             now=(args, kwargs),
         )
         values = (*args, *kwargs.values())
@@ -196,39 +203,43 @@ class ActivationOffload:
         # checkpoint reads the device, and with it whose random state to keep, off its arguments.
         # It is not given the inputs themselves: how it saves those differs between torch versions.
         anchors = [tensor.detach().new_empty(0) for tensor in tensors[:1]]
-        return checkpoint(again, *anchors, use_reentrant=False)
+        return checkpoint(call, *anchors, use_reentrant=False)
 
-    def _offloaded(
-        self, layer: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, *, kept: bool
+    def _run_offloaded(
+        self, layer: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, *, keep: bool
     ) -> Any:
-        group = Group()
+        group = LayerGroup()
         own = (*layer.parameters(), *layer.buffers())
         weights = {tensor.untyped_storage().data_ptr() for tensor in own}
 
-        def pack(tensor: Tensor) -> Tensor | Handle:
-            if not _ordinary(tensor):
+        def pack(tensor: Tensor) -> Tensor | OffloadedTensor:
+            if not _is_dense_activation(tensor):
                 return tensor
             storage = tensor.untyped_storage()
             if storage.nbytes() < self.min_bytes or storage.data_ptr() in weights:
                 return tensor
-            return self._stash(tensor.device).put(tensor, group, keep=kept)
+            return self._tensors_of(tensor.device).offload(tensor, group, keep=keep)
 
-        def unpack(saved: Tensor | Handle) -> Tensor:
-            return saved.get() if isinstance(saved, Handle) else saved
+        def unpack(saved: Tensor | OffloadedTensor) -> Tensor:
+            return saved.get() if isinstance(saved, OffloadedTensor) else saved
 
-        with saved_tensors_hooks(pack, unpack), _within():
+        with saved_tensors_hooks(pack, unpack), _mark_inside_layer():
             return forward(*args, **kwargs)
 
-    def _stash(self, device: torch.device) -> Stash:
-        if device not in self._stashes:
-            self._stashes[device] = Stash(device, **self._settings)
-        return self._stashes[device]
+    def _tensors_of(self, device: torch.device) -> HostTensors:
+        if device not in self._host_tensors:
+            self._host_tensors[device] = HostTensors(device, **self._settings)
+        return self._host_tensors[device]
 
 
 def wrap(
     model: nn.Module, mode: str, *, offload_dir: str | Path | None = None
 ) -> ActivationOffload:
-    """Enter `mode` for good, or change to it; it stays on the model as `activation_offload`."""
+    """Set the mode of a model until the next call; it is stored as `model.activation_offload`.
+
+    Returns:
+        The entered ActivationOffload.
+    """
     known = getattr(model, "activation_offload", None)
     if known is not None and known.mode == mode:
         return cast(ActivationOffload, known)
@@ -239,18 +250,18 @@ def wrap(
     return entered
 
 
-class _Away:
-    """An input of a layer that is away, and whether its gradient is wanted."""
+class _OffloadedInput:
+    """An offloaded input of a layer, and whether it requires a gradient."""
 
-    def __init__(self, handle: Handle, requires_grad: bool) -> None:
+    def __init__(self, handle: OffloadedTensor, requires_grad: bool) -> None:
         self.handle, self.requires_grad = handle, requires_grad
 
     def get(self) -> Tensor:
         return self.handle.get().requires_grad_(self.requires_grad)
 
 
-class _Again:
-    """A layer's forward: first with the inputs at hand, then with those fetched back."""
+class _LayerCall:
+    """A layer's forward: the first call uses the given inputs, later ones fetch the offloaded."""
 
     def __init__(
         self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], now: Any
@@ -259,16 +270,16 @@ class _Again:
 
     def __call__(self, *_: Tensor) -> Any:
         args, kwargs = self.now or (
-            [value.get() if isinstance(value, _Away) else value for value in self.args],
-            {k: v.get() if isinstance(v, _Away) else v for k, v in self.kwargs.items()},
+            [value.get() if isinstance(value, _OffloadedInput) else value for value in self.args],
+            {k: v.get() if isinstance(v, _OffloadedInput) else v for k, v in self.kwargs.items()},
         )
         self.now = None
-        with _within():
+        with _mark_inside_layer():
             return self.forward(*args, **kwargs)
 
 
-def _ordinary(value: Any) -> bool:
-    """A dense activation: not a parameter, not a subclass that knows more than its storage."""
+def _is_dense_activation(value: Any) -> bool:
+    """Whether a value is a dense floating-point tensor: no parameter, no subclass."""
     return (
         type(value) is Tensor
         and value.layout == torch.strided
@@ -278,7 +289,7 @@ def _ordinary(value: Any) -> bool:
     )
 
 
-def _trains(layer: nn.Module, args: Any, kwargs: Any) -> bool:
+def _needs_gradient(layer: nn.Module, args: Any, kwargs: Any) -> bool:
     values = (*args, *kwargs.values())
     return any(isinstance(value, Tensor) and value.requires_grad for value in values) or any(
         parameter.requires_grad for parameter in layer.parameters()

@@ -23,8 +23,8 @@ from fastppo.offload.activations import find_layers
 from fastppo.offload.streams import Event, HostMemory, Streams, aligned, streams_of
 
 
-class Slot:
-    """Room for one layer on the device, and the copy into it that was asked for last."""
+class DeviceSlot:
+    """A device buffer for one layer, and the event of the last copy into it."""
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self.room = torch.empty(nbytes, dtype=torch.uint8, device=device)
@@ -32,8 +32,8 @@ class Slot:
         self.arrived: Event = None
 
 
-class Packed:
-    """A layer's weights and buffers, one behind the other in one host buffer."""
+class PackedLayer:
+    """A layer's weights and buffers, packed into one host buffer."""
 
     def __init__(self, layer: nn.Module, memory: HostMemory) -> None:
         self.tensors = [*layer.parameters(), *layer.buffers()]
@@ -42,10 +42,10 @@ class Packed:
         self.host = memory.empty(max(1, self.nbytes))
         for tensor, home in zip(self.tensors, self._views(self.host), strict=True):
             home.copy_(tensor.data)
-        self.place(self.host)
+        self.point_to(self.host)
 
-    def place(self, room: Tensor) -> None:
-        """Let the weights be those in `room`."""
+    def point_to(self, room: Tensor) -> None:
+        """Point the layer's tensors at the packed bytes in `room`, a host or device buffer."""
         for tensor, view in zip(self.tensors, self._views(room), strict=True):
             tensor.data = view
 
@@ -59,7 +59,7 @@ class Packed:
 
 
 class StreamedModel:
-    """What `stream` hangs on a model; kept for its counters and for `close`.
+    """A frozen model whose layers are streamed from host memory; `stream` makes one.
 
     Attributes:
         bytes_moved: copied to the device so far.
@@ -81,29 +81,29 @@ class StreamedModel:
         self.streams = streams_of(device) if streams is None else streams
         model.requires_grad_(False).eval()
         memory = HostMemory(device, offload_dir)
-        self.packed = [Packed(layer, memory) for layer in self.layers]
+        self.packed = [PackedLayer(layer, memory) for layer in self.layers]
         inside = {id(tensor) for packed in self.packed for tensor in packed.tensors}
         for tensor in (*model.parameters(), *model.buffers()):
             if id(tensor) not in inside:
                 tensor.data = tensor.data.to(device)
         largest = max(packed.nbytes for packed in self.packed)
-        self.slots = [Slot(largest, device) for _ in range(2)]
+        self.slots = [DeviceSlot(largest, device) for _ in range(2)]
         self.bytes_moved = 0
         self.host_bytes = sum(packed.nbytes for packed in self.packed)
         self.device_bytes = 2 * largest
         self._handles = []
         for index, layer in enumerate(self.layers):
             self._handles += [
-                layer.register_forward_pre_hook(self._enter(index), with_kwargs=True),
-                layer.register_forward_hook(self._leave(index), always_call=True),
+                layer.register_forward_pre_hook(self._pre_forward(index), with_kwargs=True),
+                layer.register_forward_hook(self._post_forward(index), always_call=True),
             ]
 
     def close(self) -> None:
-        """Take the hooks off; the layers stay in host memory."""
+        """Remove the hooks; the layers stay in host memory."""
         for handle in self._handles:
             handle.remove()
 
-    def _enter(self, index: int) -> Any:
+    def _pre_forward(self, index: int) -> Any:
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             values = (*args, *kwargs.values())
             if torch.is_grad_enabled() and any(
@@ -114,21 +114,21 @@ class StreamedModel:
                 )
             slot = self._fetch(index, avoid=None)
             self.streams.wait(slot.arrived)
-            self.packed[index].place(slot.room)
+            self.packed[index].point_to(slot.room)
             # The layer before this one has been given to the compute stream whole, so the copy
             # into its slot waits for it; after the last layer comes the first, of the next batch.
             self._fetch((index + 1) % len(self.layers), avoid=slot)
 
         return enter
 
-    def _leave(self, index: int) -> Any:
+    def _post_forward(self, index: int) -> Any:
         def leave(*_: Any) -> None:
-            self.packed[index].place(self.packed[index].host)
+            self.packed[index].point_to(self.packed[index].host)
 
         return leave
 
-    def _fetch(self, index: int, avoid: Slot | None) -> Slot:
-        """The slot that has a layer, or will have: `avoid` is in use."""
+    def _fetch(self, index: int, avoid: DeviceSlot | None) -> DeviceSlot:
+        """The slot that holds a layer, after starting its copy if need be; `avoid` is in use."""
         for slot in self.slots:
             if slot.layer == index:
                 return slot
@@ -145,7 +145,7 @@ class StreamedModel:
 def place_frozen(
     model: nn.Module, device: torch.device, *, streamed: bool, offload_dir: str | Path | None = None
 ) -> nn.Module:
-    """A whole frozen model beside the base: on the device, or (`stream_frozen`) passing through."""
+    """Move a frozen model to the device or, with `streamed`, stream its layers; returns it."""
     if not streamed:
         return model.requires_grad_(False).eval().to(device)
     # Kept on the model: nobody else needs it, and it has to live as long.

@@ -1,8 +1,8 @@
-"""A side stream for copies, and the host memory that they go to. What device runs is hidden here.
+"""A side stream for copies between device and host, and the host memory that they use.
 
-Both halves of the package that move bytes between device and host (`offload`, `streaming`) speak to
-a `Streams`: on an accelerator its copies overlap with compute, on a CPU they happen at once, and
-the tests put a recorder in its place to see the order in which things were asked for.
+Activations and frozen models are copied between device and host through a `Streams`: on an
+accelerator its copies overlap with compute, on a CPU they happen at once, and the tests put a
+recorder in its place to see the order of copies and waits.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class Streams(Protocol):
     """The compute stream, a side stream, and the events that order one after the other."""
 
     def compute_event(self) -> Event:
-        """An event after everything that the compute stream was given so far."""
+        """An event recorded after all work that is queued on the compute stream."""
 
     def copy(self, target: Tensor, source: Tensor, after: Event) -> Event:
-        """Copy on the side stream once `after` has happened; the event of its end."""
+        """Copy on the side stream after the event `after`; returns the event of the copy's end."""
 
     def wait(self, event: Event) -> None:
-        """What the compute stream is given from now on runs after `event`. No host waits."""
+        """Order later work of the compute stream after `event`; the host does not wait."""
 
 
 class HostStreams:
@@ -81,12 +81,12 @@ class DeviceStreams:
 
 
 def streams_of(device: torch.device) -> Streams:
-    """What orders copies to and from `device`."""
+    """The streams for copies to and from `device`."""
     return HostStreams() if device.type == "cpu" else DeviceStreams(device)
 
 
 class HostMemory:
-    """Where bytes go: pinned for an accelerator, plain for a CPU, a mapped file in `folder`.
+    """Makes host buffers: pinned for an accelerator, plain for a CPU, mapped files in `folder`.
 
     A file is removed from its folder as soon as it is mapped: its space is given back when the
     process ends, however it ends.
@@ -97,7 +97,7 @@ class HostMemory:
         self.folder = None if folder is None else Path(folder)
 
     def rounded(self, nbytes: int) -> int:
-        """A capacity that batches of about one length share.
+        """A capacity that batches of about one length share, at least `nbytes`.
 
         PyTorch rounds pinned memory up to a power of two; other memory need not pay for that, so
         there are eight sizes between two powers.
@@ -126,7 +126,7 @@ class HostMemory:
 
 
 class Ring:
-    """Host buffers that are used over and over.
+    """A pool of host buffers that are reused.
 
     Capacities are rounded up, so batches of about one length share their buffers. A longer batch
     puts its buffers in the place of shorter ones: there are never more than were in use at the same
@@ -139,11 +139,11 @@ class Ring:
         self.buffers = 0
         self.nbytes = 0
 
-    def take(self, nbytes: int) -> Tensor:
+    def acquire(self, nbytes: int) -> Tensor:
         """A buffer of at least nbytes, the smallest free one that will do."""
         sizes = [buffer.numel() for buffer in self.free]
         fits = [(size, i) for i, size in enumerate(sizes) if size >= nbytes]
-        # By position, and `give` only appends: it may come in between, from a destructor.
+        # By position, and `release` only appends: a destructor may call it in between.
         if fits:
             return self.free.pop(min(fits)[1])
         if sizes:
@@ -154,8 +154,8 @@ class Ring:
         self.nbytes += buffer.numel()
         return buffer
 
-    def give(self, buffer: Tensor) -> None:
-        """The buffer may be used again."""
+    def release(self, buffer: Tensor) -> None:
+        """Return a buffer to the pool."""
         self.free.append(buffer)
 
 
@@ -166,7 +166,7 @@ def storage_bytes(tensor: Tensor) -> Tensor:
 
 
 def aligned(sizes: Sequence[int], to: int = 256) -> tuple[list[int], int]:
-    """Offsets of parts of these sizes laid one behind the other, and the length of it all."""
+    """Offsets of parts of these sizes, each aligned to `to` bytes, and the total length."""
     offsets, end = [], 0
     for size in sizes:
         offsets.append(end)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,14 @@ from fastppo.config import Config, load_config
 from fastppo.errors import UserError
 from fastppo.memory import command as command
 from fastppo.memory import units
-from fastppo.memory.advice import LADDER, advise, applied
+from fastppo.memory.advice import REDUCTIONS, advise, format_settings, with_reductions
 from fastppo.memory.inputs import PlanInputs
 from fastppo.memory.peaks import PHASES
-from fastppo.memory.plan import make_plan
+from fastppo.memory.plan import make_plan, plan_config
 from fastppo.memory.shapes import TABLE, find_shape_and_source, from_config, from_table
 from fastppo.memory.units import GIB, RESERVE
 from fastppo.memory.weights import Shapes
+from tests.memory.plans import plan_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 SEVEN_B = TABLE["Qwen/Qwen2.5-7B"]
@@ -73,7 +73,7 @@ PUBLISHED = {
 
 def inputs(**changes: Any) -> PlanInputs:
     """The tutorial's PPO at rank 64 and 2048 tokens."""
-    settings: dict[str, Any] = {
+    settings = {
         "lora_rank": 64,
         "reward_rank": 64,
         "bf16": True,
@@ -84,7 +84,7 @@ def inputs(**changes: Any) -> PlanInputs:
         "gradient_accumulation_steps": 8,
         **changes,
     }
-    return PlanInputs(**settings)
+    return plan_inputs(**settings)
 
 
 def gib(rows: dict[str, int], *names: str) -> float:
@@ -238,7 +238,9 @@ def test_aim_of_a_separate_critic_at_2048_tokens_in_22_and_a_half():
 def test_offloading_takes_the_inputs_of_8192_tokens_off_the_device():
     long = inputs(cutoff_len=4096, max_new_tokens=4096)
     kept = make_plan(long, Shapes(SEVEN_B))
-    moved = make_plan(replace(long, activation_offloading="checkpoint+offload"), Shapes(SEVEN_B))
+    moved = make_plan(
+        long.with_changes(activation_offloading="checkpoint+offload"), Shapes(SEVEN_B)
+    )
     # 28 layers x 8192 x 3584 x 2 bytes = 1.53 GiB, of which one stays on the way.
     assert moved.host_bytes / GIB == pytest.approx(1.53, abs=0.01)
     assert kept.host_bytes == 0
@@ -324,7 +326,7 @@ def test_what_is_proposed_makes_it_fit(file, card, capsys):
     assert f"peak {last:.2f} GiB" in capsys.readouterr().out
 
 
-KEYS = set(PlanInputs.__annotations__)
+KEYS = set(Config.model_fields)
 
 
 @pytest.mark.parametrize("stage", ["ppo", "rm"])
@@ -336,42 +338,42 @@ def test_proposals_fit_and_none_of_them_is_idle(stage, card):
     )
     advice = advise(plan, card * GIB, KEYS)
     assert advice.fits
-    changes = {i: step.change for i, step in enumerate(advice.steps)}
-    assert applied(plan, changes).fits(card * GIB)
-    for left_out in list(changes)[:-1]:
-        fewer = {i: change for i, change in changes.items() if i != left_out}
-        assert not applied(plan, fewer).fits(card * GIB)
+    taken = {i: step.settings for i, step in enumerate(advice.steps)}
+    assert with_reductions(plan, taken).fits(card * GIB)
+    for left_out in list(taken)[:-1]:
+        fewer = {i: settings for i, settings in taken.items() if i != left_out}
+        assert not with_reductions(plan, fewer).fits(card * GIB)
 
 
 def test_no_key_is_proposed_that_a_config_does_not_have(capsys):
     known = set(Config.model_fields)
     plan = make_plan(inputs(), Shapes(SEVEN_B))
-    assert set(advise(plan, 4 * GIB, known).change) <= known
+    assert set(advise(plan, 4 * GIB, known).settings) <= known
     assert main([str(PPO), "--plan", "--gpu", "4GiB"]) == 3
     assert "no change of settings makes it fit" in capsys.readouterr().out
 
 
-def test_the_ladder_leaves_what_trains_whole_unquantised():
+def test_no_bits_are_proposed_for_what_trains_whole():
     plan = make_plan(inputs(finetuning_type="full", rewards=("function",)), Shapes(SEVEN_B))
-    assert not any("quantization_bit" in step(plan) for step in LADDER)
+    assert not any("quantization_bit" in reduction(plan) for reduction in REDUCTIONS)
 
 
 def test_which_dtype_is_assumed_is_said(capsys):
     assert main([str(REWARD), "--plan", "--gpu", "80GiB"]) == 0
     out = capsys.readouterr().out
     assert "base in bfloat16 (bf16 is not set: the checkpoint's own on a GPU)" in out
-    assert PlanInputs(device="cpu").dtype == "float32"
-    assert PlanInputs(device="gpu", own_dtype="float32").dtype == "float32"
+    assert plan_inputs(device="cpu").dtype == "float32"
+    assert plan_inputs(checkpoint_dtype="float32").dtype == "float32"
 
 
 def test_without_a_gpu_there_is_nothing_to_fit_into(monkeypatch, capsys):
-    monkeypatch.setattr(command, "present_gpu", lambda: None)
+    monkeypatch.setattr(command, "find_gpu", lambda: None)
     assert main([str(PPO), "--plan"]) == 0
     assert "no GPU here" in capsys.readouterr().out
 
 
 def test_the_gpu_that_is_there_is_what_it_has_to_fit(monkeypatch, capsys):
-    monkeypatch.setattr(command, "present_gpu", lambda: (22 * GIB, "RTX 2080 Ti"))
+    monkeypatch.setattr(command, "find_gpu", lambda: (22 * GIB, "RTX 2080 Ti"))
     assert main([str(PPO), "--plan"]) == 3
     assert "does not fit the RTX 2080 Ti here, 22.0 GiB" in capsys.readouterr().out
 
@@ -466,7 +468,7 @@ def test_the_page_has_the_peaks_of_the_examples_on_four_cards(file, monkeypatch)
 
 def cards(file: str) -> list[str]:
     """Rows of the page's table: a card, the peak, and what makes it fit."""
-    plan, _ = command.plan_of(load_config(file), "gpu")
+    plan, _ = plan_config(load_config(file), "gpu")
     rows = []
     for card in (16, 24, 48, 80):
         name = f"`{Path(file).stem}` | {card} GiB | {plan.peak.total / GIB:.2f}"
@@ -474,7 +476,7 @@ def cards(file: str) -> list[str]:
             rows.append(f"| {name} | fits, {card - plan.peak.total / GIB:.2f} to spare |")
             continue
         steps = advise(plan, card * GIB, Config.model_fields).steps
-        words = "; ".join(f"`{command.spell(step.change)}`" for step in steps)
+        words = "; ".join(f"`{format_settings(step.settings)}`" for step in steps)
         rows.append(f"| {name} | {words}: {steps[-1].peak / GIB:.2f} |")
     return rows
 

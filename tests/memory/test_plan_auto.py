@@ -42,7 +42,7 @@ def test_auto_settings_fit_and_use_what_is_there():
 def test_auto_is_the_leanest_where_nothing_fits_and_leaves_other_keys_alone():
     lean, chosen = resolve_auto(4, activation_offloading="none")
     assert chosen["generation_batch"] == 1
-    assert lean.inputs.chunk_bytes == 16 << 20
+    assert lean.inputs.config.chunk_bytes == 16 << 20
     plan = make_plan(inputs(auto=("generation_batch",)), Shapes(SEVEN_B))
     assert choose_auto(plan, 80 * GIB) == {"generation_batch": 8}
     assert choose_auto(make_plan(inputs(), Shapes(SEVEN_B)), 80 * GIB) == {}

@@ -34,8 +34,8 @@ from fastppo.memory.inputs import (
     CHUNK_BYTES_GPU,
     CHUNK_ROWS_CPU,
     CHUNK_ROWS_TRAINED_CPU,
-    KEPT_FROM,
-    KEPT_TO,
+    REUSED_FROM,
+    REUSED_TO,
     PlanInputs,
 )
 from fastppo.memory.layer import LayerSetting, trunk_memory
@@ -55,6 +55,7 @@ from fastppo.ppo.update import update
 from fastppo.run import console
 from fastppo.types import Prompt, Rollout
 from tests.memory.allocations import profiled_allocations
+from tests.memory.plans import plan_inputs
 
 STAYS = ("weights", "adapter", "optimiser")
 
@@ -121,8 +122,7 @@ def measure(state: trainer.State, rollout: Rollout) -> dict[str, int]:
 
 
 def plan_for(state: trainer.State, shape: ModelShape, prompts: list[int], response: int) -> Plan:
-    inputs = replace(
-        PlanInputs.of(state.config, shape, device="cpu"),
+    inputs = PlanInputs.of(state.config, shape, device="cpu").with_changes(
         cutoff_len=max(prompts),
         max_new_tokens=response,
         mixed_lengths=len(set(prompts)) > 1,
@@ -302,11 +302,11 @@ def test_the_head_chunks_of_the_plan_are_those_of_the_operators():
     assert head._CHUNK_ROWS_CPU == CHUNK_ROWS_CPU
     assert head._CHUNK_ROWS_TRAINED_CPU == CHUNK_ROWS_TRAINED_CPU
     assert head._CHUNK_BYTES_DEVICE == CHUNK_BYTES_GPU
-    assert (workspace.SMALLEST, workspace.LARGEST) == (KEPT_FROM, KEPT_TO)
+    assert (workspace.SMALLEST, workspace.LARGEST) == (REUSED_FROM, REUSED_TO)
     shape = TABLE["Qwen/Qwen2.5-7B"]
     chunks = head.chunk_slices(4096, shape.vocab, torch.bfloat16, torch.device("cuda"), None)
     rows = max(chunk.stop - chunk.start for chunk in chunks)
-    inputs = PlanInputs(per_device_train_batch_size=4, bf16=True)
+    inputs = plan_inputs(per_device_train_batch_size=4, bf16=True)
     (loss,) = [m for m in make_plan(inputs, Shapes(shape)).peaks if m.name == "the actor's loss"]
     assert loss.rows["head chunk"] == rows * shape.vocab * 2
 

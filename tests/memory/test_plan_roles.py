@@ -8,10 +8,8 @@ import pytest
 
 from fastppo.cli import main
 from fastppo.config import config_from_dict, load_config
-from fastppo.memory import command as command
-from fastppo.memory.advice import LADDER
-from fastppo.memory.inputs import PlanInputs
-from fastppo.memory.plan import make_plan
+from fastppo.memory.advice import REDUCTIONS
+from fastppo.memory.plan import make_plan, plan_config
 from fastppo.memory.units import GIB
 from fastppo.memory.weights import Shapes
 from tests.memory.test_plan import CONFIG_JSON, PPO, SEVEN_B, inputs
@@ -26,23 +24,23 @@ def test_an_adapter_that_trains_on_has_its_own_rank_and_a_frozen_copy(project):
         (project / folder / "adapter_config.json").write_text(json.dumps(adapter))
     (project / "model" / "config.json").write_text(json.dumps(CONFIG_JSON))
     config = config_from_dict({**USER, "adapter_name_or_path": "reward, sft"})
-    plan, _ = command.plan_of(config, "gpu")
+    plan, _ = plan_config(config, "gpu")
     size = plan.shapes.base.lora_parameters(16, "q_proj,v_proj") * 4
     rows = plan.columns["load"].rows
     assert rows["actor adapter"] == rows["reference adapter"] == size
     merged = config_from_dict(
         {**USER, "adapter_name_or_path": "sft", "create_new_adapter": True, "lora_target": "q_proj"}
     )
-    rows = command.plan_of(merged, "gpu")[0].columns["load"].rows
+    rows = plan_config(merged, "gpu")[0].columns["load"].rows
     assert "reference adapter" not in rows
     assert rows["actor adapter"] == plan.shapes.base.lora_parameters(8, "q_proj") * 4
 
 
 def test_no_bits_are_proposed_for_a_base_that_takes_a_merge():
     plan = make_plan(inputs(adapter_name_or_path="a,b"), Shapes(SEVEN_B))
-    assert not any("quantization_bit" in step(plan) for step in LADDER)
+    assert not any("quantization_bit" in reduction(plan) for reduction in REDUCTIONS)
     plan = make_plan(inputs(adapter_name_or_path="a"), Shapes(SEVEN_B))
-    assert any("quantization_bit" in step(plan) for step in LADDER)
+    assert any("quantization_bit" in reduction(plan) for reduction in REDUCTIONS)
 
 
 @pytest.mark.parametrize(
@@ -58,18 +56,16 @@ def test_no_bits_are_proposed_for_a_base_that_takes_a_merge():
     ids=" ".join,
 )
 def test_what_the_roles_keys_ask_for_is_planned(arguments, capsys):
-    """As the same inputs says it that does not come from a file."""
+    """The plan has these values, and the rows of the models that they need."""
     assert main([str(PPO), *arguments, "--plan", "--gpu", "4000GiB"]) == 0
     out = capsys.readouterr().out
     config = load_config(PPO, arguments)
-    plan, _ = command.plan_of(config, "gpu")
-    own = {key: getattr(plan.inputs, key) for key in PlanInputs.__annotations__}
+    plan, _ = plan_config(config, "gpu")
     for word in arguments:
         key, _, value = word.partition("=")
-        if key in own:
-            assert str(own[key]) == value
+        assert str(getattr(plan.inputs.config, key)) == value
     there = "reference weights" in plan.peak.rows
-    assert there == (plan.inputs.finetuning_type != "lora" or config.ref_model is not None)
+    assert there == (config.finetuning_type != "lora" or config.ref_model is not None)
     assert ("critic weights" in plan.peak.rows) == (config.critic == "model")
     assert f"peak {plan.peak.total / GIB:.2f} GiB" in out
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from fastppo.config import Config
 from fastppo.errors import TrainingStopped
-from fastppo.memory.auto import advice_on_failure, smallest_changes
+from fastppo.memory.auto import advice_on_failure, suggest_changes
 from fastppo.memory.budgets import Budget, Budgets
 from fastppo.memory.retry import OutOfMemory, out_of_memory, retry
 from fastppo.ppo import checkpoint, rollout, score, trainer, update
@@ -251,7 +251,7 @@ def test_a_load_that_fails_says_what_helps(config, monkeypatch):
 
 def test_advice_without_a_plan(state):
     made = state()
-    said = smallest_changes(None, made.config, made.budgets, 1)
+    said = suggest_changes(None, made.config, made.budgets, 1)
     assert said == "lower per_device_train_batch_size, lora_rank or max_new_tokens"
 
 

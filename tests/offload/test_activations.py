@@ -12,7 +12,7 @@ from torch import nn
 from fastppo.errors import UserError
 from fastppo.models.batch import Budget, batches, make_batch
 from fastppo.offload.activations import ActivationOffload, find_layers
-from fastppo.offload.parked import Group, Stash
+from fastppo.offload.host_tensors import HostTensors, LayerGroup
 from fastppo.ops import linear_policy_loss
 from fastppo.ppo.update import Totals, forward_backward, mini_batches
 from tests.offload.tools import (
@@ -58,8 +58,8 @@ def idle(context: ActivationOffload) -> bool:
 
     Without collecting garbage: what is kept alive by a cycle is a leak until somebody does.
     """
-    stashes = list(context._stashes.values())
-    return all(len(s.ring.free) == s.ring.buffers and not s._of_storage for s in stashes)
+    offloaded = list(context._host_tensors.values())
+    return all(len(s.ring.free) == s.ring.buffers and not s._of_storage for s in offloaded)
 
 
 @pytest.mark.parametrize("mode", ["none", *MODES])
@@ -191,7 +191,7 @@ def test_nothing_happens_without_gradients(model, mode):
         expected = loss_of(model, ids())
         with context:
             assert torch.equal(loss_of(model, ids()), expected)
-    assert not context._stashes
+    assert not context._host_tensors
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -328,16 +328,16 @@ def test_the_ring_never_grows_after_the_first_step(model, mode, monkeypatch):
     gc.disable()  # buffers come back by themselves, not when cycles are collected
     try:
         step(model, context)
-        (stash,) = context._stashes.values()
-        buffers, nbytes = stash.ring.buffers, context.host_bytes
-        monkeypatch.setattr(stash.ring.memory, "empty", None)
+        (tensors,) = context._host_tensors.values()
+        buffers, nbytes = tensors.ring.buffers, context.host_bytes
+        monkeypatch.setattr(tensors.ring.memory, "empty", None)
         for seed in range(3):
             step(model, context, seed)
         with context:
             loss_of(model, ids(3, tokens=7)).backward()
     finally:
         gc.enable()
-    assert (stash.ring.buffers, context.host_bytes) == (buffers, nbytes)
+    assert (tensors.ring.buffers, context.host_bytes) == (buffers, nbytes)
 
 
 def test_longer_batches_put_their_buffers_in_the_place_of_shorter_ones(model):
@@ -345,28 +345,28 @@ def test_longer_batches_put_their_buffers_in_the_place_of_shorter_ones(model):
     for tokens in (3, 6, 12, 24, 48):
         with context:
             loss_of(model, ids(tokens=tokens)).backward()
-    (stash,) = context._stashes.values()
-    assert stash.ring.buffers == LAYERS
+    (tensors,) = context._host_tensors.values()
+    assert tensors.ring.buffers == LAYERS
     assert context.host_bytes < 2 * LAYERS * 4 * INPUT_BYTES
     gradients(model)
 
 
 def test_parameters_stay_and_a_storage_moves_once(model, monkeypatch):
     seen: list[int] = []
-    put = Stash.put
+    original = HostTensors.offload
 
-    def spy(self: Stash, tensor: torch.Tensor, group: Any, *, keep: bool = False) -> Any:
+    def spy(self: HostTensors, tensor: torch.Tensor, group: Any, *, keep: bool = False) -> Any:
         seen.append(tensor.untyped_storage().data_ptr())
-        return put(self, tensor, group, keep=keep)
+        return original(self, tensor, group, keep=keep)
 
-    monkeypatch.setattr(Stash, "put", spy)
+    monkeypatch.setattr(HostTensors, "offload", spy)
     context = offload(model, "offload", keep_last=0, in_flight=10_000)  # nothing is freed meanwhile
     with context:
         loss = loss_of(model, ids())
     own = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
     assert not own & set(seen)
-    (stash,) = context._stashes.values()
-    assert stash.ring.buffers == len(set(seen)) < len(seen)
+    (tensors,) = context._host_tensors.values()
+    assert tensors.ring.buffers == len(set(seen)) < len(seen)
     loss.backward()
     gradients(model)
 
@@ -420,29 +420,29 @@ def test_a_tensor_modified_while_it_leaves_is_an_error():
 
 
 def test_a_storage_that_changed_moves_anew():
-    stash = Stash(torch.device("cpu"), in_flight=0)
+    tensors = HostTensors(torch.device("cpu"), in_flight=0)
     x = torch.ones(8)
-    first = stash.put(x, Group())
+    first = tensors.offload(x, LayerGroup())
     x.add_(1)
-    second = stash.put(x, Group())
+    second = tensors.offload(x, LayerGroup())
     assert (first.get().tolist(), second.get().tolist()) == ([1.0] * 8, [2.0] * 8)
 
 
 def test_views_of_a_storage_share_what_comes_back():
     """Strides, offsets and broadcasting as they were; one copy a backward, however many read it."""
-    stash = Stash(torch.device("cpu"), in_flight=0)
+    tensors = HostTensors(torch.device("cpu"), in_flight=0)
     x = torch.arange(12.0).view(3, 4)
     views = [x, x.T, x[1:, ::2], x[0].expand(5, 4)]
-    group = Group()
-    handles = [stash.put(view, group) for view in views]
+    group = LayerGroup()
+    handles = [tensors.offload(view, group) for view in views]
     for passes in (1, 2):
         for handle, view in zip(handles, views, strict=True):
             back = handle.get()
             assert torch.equal(back, view)
             assert (back.stride(), back.storage_offset()) == (view.stride(), view.storage_offset())
             assert back.data_ptr() != view.data_ptr()
-        assert stash.bytes_back == passes * 12 * 4
-    assert stash.bytes_out == 12 * 4
+        assert tensors.bytes_back == passes * 12 * 4
+    assert tensors.bytes_out == 12 * 4
 
 
 def test_offload_dir_leaves_no_file(model, plain, tmp_path):

@@ -151,8 +151,8 @@ def test_a_host_buffer_is_written_again_only_behind_its_last_copy(model):
     step(model, context)
     numbers = [event[0] for kind, event in streams.log if kind == "copy"]
     assert numbers == sorted(numbers)
-    (stash,) = context._stashes.values()
-    assert stash.ring.buffers == LAYERS
+    (tensors,) = context._host_tensors.values()
+    assert tensors.ring.buffers == LAYERS
     assert first < len(streams.log)
 
 
