@@ -16,7 +16,7 @@ from rich.table import Table
 from fastppo.config.effect import without_effect
 from fastppo.config.elsewhere import IGNORED, REFUSED
 from fastppo.config.file import override, read_file
-from fastppo.config.schema import ONLY, Config, load_config, renamed
+from fastppo.config.schema import STAGE_KEYS, Config, load_config, renamed
 
 WIDTH = 100  # where the output is no terminal
 SECRET = ("token", "api_key")
@@ -80,7 +80,7 @@ def explained(config: Config, name: str, given: Any, source: str) -> Line:
         return Line(name, written(name, given), source, meaning)
     meaning = field.description or ""
     other = "rm" if config.stage == "ppo" else "ppo"
-    if name in ONLY[other]:
+    if name in STAGE_KEYS[other]:
         meaning = f"Nothing in stage {config.stage}. In {other}: {meaning}"
     elif name in (here := without_effect(config)):
         meaning = f"Here {here[name]}. Elsewhere: {meaning}"

@@ -144,7 +144,7 @@ GROUPS: list[type[Keys]] = [
     if issubclass(group, Keys) and "title" in vars(group)
 ]
 # Keys that say nothing to the other stage.
-ONLY = {
+STAGE_KEYS = {
     stage: frozenset(
         name for group in GROUPS if group.own_stage == stage for name in group.model_fields
     )
@@ -231,7 +231,7 @@ def of_other_stage(given: Mapping[str, Any]) -> list[str]:
     return [
         name
         for name in given
-        if name in ONLY.get(other, ()) and given[name] != Config.model_fields[name].default
+        if name in STAGE_KEYS.get(other, ()) and given[name] != Config.model_fields[name].default
     ]
 
 

@@ -50,7 +50,7 @@ def save(state: State, folder: Path) -> None:
 def save_to_resume(state: State, output_dir: Path) -> Path:
     """Write `checkpoint-N` with everything that later steps depend on, completely or not at all."""
     folder = output_dir / f"checkpoint-{state.step}"
-    place = durable.beside(folder)
+    place = durable.partial_folder(folder)
     save(state, place)
     tree = {
         "step": state.step,
@@ -76,7 +76,7 @@ def save_to_resume(state: State, output_dir: Path) -> Path:
 
 def save_final(state: State, output_dir: Path) -> None:
     """Save a finished run into `output_dir` itself; each file replaces an older one atomically."""
-    place = durable.beside(output_dir / "checkpoint-final")
+    place = durable.partial_folder(output_dir / "checkpoint-final")
     save(state, place)
     durable.move_into(place, output_dir)
 

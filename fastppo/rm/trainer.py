@@ -143,7 +143,7 @@ class ResumableTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         output_dir = Path(self.args.output_dir)
         folder = output_dir / f"checkpoint-{self.state.global_step}"
-        self.place = durable.beside(folder)
+        self.place = durable.partial_folder(folder)
         super()._save_checkpoint(model, trial)
         self.state.best_model_checkpoint = None  # it would be the place that is renamed below
         written = self.place / folder.name

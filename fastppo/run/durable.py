@@ -73,8 +73,8 @@ def files_of(folder: Path) -> list[Path]:
     return [path for path in found if path != folder / MANIFEST]
 
 
-def beside(folder: Path) -> Path:
-    """Where to write what will be `folder`: empty, and on the same file system."""
+def partial_folder(folder: Path) -> Path:
+    """An empty folder next to `folder`, on the same file system, to be renamed to it when whole."""
     place = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)

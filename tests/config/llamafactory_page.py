@@ -8,7 +8,7 @@ from typing import Any
 from fastppo.config import Config
 from fastppo.config.elsewhere import IGNORED, NOT_HERE, OLD_NAMES, REFUSED
 from fastppo.config.file import read_file
-from fastppo.config.schema import ONLY
+from fastppo.config.schema import STAGE_KEYS
 from tests.config.config_page import value
 
 KEYS = Path(__file__).parents[1] / "fixtures" / "llamafactory" / "keys.yaml"
@@ -78,7 +78,7 @@ def status(name: str) -> tuple[str, str]:
     wrong = [x for key, x in NOT_HERE if key == name]
     if wrong and len(wrong) < 9:
         meaning += f" Refused: {', '.join(wrong)}."
-    for stage, names in ONLY.items():
+    for stage, names in STAGE_KEYS.items():
         if name in names:
             return f"honoured ({stage})", meaning
     return "honoured", meaning

@@ -12,7 +12,7 @@ from fastppo import cli
 from fastppo.config import Config, load_config
 from fastppo.config.elsewhere import IGNORED
 from fastppo.config.ppo import ALIASES, ELSEWHERE
-from fastppo.config.schema import FIRST, GROUPS, ONLY
+from fastppo.config.schema import FIRST, GROUPS, STAGE_KEYS
 from fastppo.errors import UserError
 from tests.config.config_page import keys_in_help, page
 from tests.project import PPO
@@ -202,10 +202,10 @@ def test_every_key_is_in_one_group_and_is_a_stages_own_by_it():
     assert len(in_groups) == len(set(in_groups))
     assert set(in_groups) == set(Config.model_fields) - {"source", "ignored"}
     assert in_groups == [name for name in Config.model_fields if name in in_groups]
-    assert ONLY["rm"] == {"calibrate_reward", "lora_dropout", "save_only_model"}
+    assert STAGE_KEYS["rm"] == {"calibrate_reward", "lora_dropout", "save_only_model"}
     own = {"ppo_epochs", "lam", "temperature", "reward_model", "ref_model", "critic", "metrics_dir"}
-    assert own <= ONLY["ppo"]
-    assert not {"learning_rate", "lora_rank", "dataset", "output_dir"} & ONLY["ppo"]
+    assert own <= STAGE_KEYS["ppo"]
+    assert not {"learning_rate", "lora_rank", "dataset", "output_dir"} & STAGE_KEYS["ppo"]
 
 
 def test_the_dozen_that_matter_are_first_on_the_page_and_in_help(capsys):

@@ -12,7 +12,7 @@ from fastppo.config import Config, config_from_dict, load_config
 from fastppo.config.elsewhere import IGNORED, NOT_HERE, OLD_NAMES, REFUSED
 from fastppo.config.file import read_file
 from fastppo.config.ppo import ALIASES, ELSEWHERE
-from fastppo.config.schema import COMMA_LISTS, ONLY
+from fastppo.config.schema import COMMA_LISTS, STAGE_KEYS
 from fastppo.config.training import TRACKERS, due
 from fastppo.errors import UserError
 from tests.config.llamafactory_page import KEYS, page
@@ -46,7 +46,7 @@ def test_a_file_that_spells_out_every_default_loads(base):
     expected = {name for name in DEFAULTS if name in IGNORED and DEFAULTS[name] is not None}
     assert expected <= noted
     # What LLaMA-Factory samples with by default is the other thing that stage rm has no use for.
-    assert noted - expected <= ONLY["ppo"]
+    assert noted - expected <= STAGE_KEYS["ppo"]
 
 
 def test_a_default_of_llamafactorys_changes_nothing_but_what_the_page_lists():
@@ -103,7 +103,7 @@ def test_keys_of_the_other_stage_say_so_in_a_line_each():
     )
     (line,) = config_from_dict({**PPO, "lora_dropout": 0.1}).ignored
     assert line == "'lora_dropout' means nothing to stage ppo and is ignored"
-    assert ONLY["rm"] | ONLY["ppo"] <= set(Config.model_fields)
+    assert STAGE_KEYS["rm"] | STAGE_KEYS["ppo"] <= set(Config.model_fields)
 
 
 def write(tmp_path: Path, text: str, name: str = "run.yaml") -> Path:

@@ -21,7 +21,7 @@ from fastppo.run import durable, save, training_state
 def write(output_dir: Path, number: int, text: str = "weights") -> Path:
     """A checkpoint of one file in a folder."""
     folder = output_dir / f"checkpoint-{number}"
-    place = durable.beside(folder)
+    place = durable.partial_folder(folder)
     (place / "below").mkdir()
     (place / "below" / "file").write_text(text)
     (place / durable.TRAINING_STATE).write_text("{}")
@@ -220,7 +220,7 @@ def test_the_last_files_replace_older_ones_one_by_one(tmp_path):
     (out / "critic").mkdir(parents=True)
     (out / "critic" / "weights").write_text("old")
     (out / "other").write_text("stays")
-    place = durable.beside(out / "checkpoint-final")
+    place = durable.partial_folder(out / "checkpoint-final")
     (place / "critic").mkdir()
     (place / "critic" / "weights").write_text("new")
     durable.move_into(place, out)

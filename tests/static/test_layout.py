@@ -157,11 +157,12 @@ def test_every_op_has_a_test_file_of_its_stem():
     assert stems <= tested
 
 
-def test_no_file_is_over_500_lines():
+def test_no_module_is_over_400_lines_and_no_other_file_over_500():
     long = {
         str(path.relative_to(ROOT)): count
         for path in CODE
-        if (count := len(path.read_text(encoding="utf-8").splitlines())) > 500
+        if (count := len(path.read_text(encoding="utf-8").splitlines()))
+        > (400 if PACKAGE in path.parents else 500)
     }
     assert not long
 
