@@ -23,7 +23,7 @@ from fastppo.errors import UserError
 from fastppo.models.batch import Batch, Budget, partition
 from fastppo.models.load import (
     LOAD_ERRORS,
-    attention,
+    attention_implementation,
     check_same_tokens,
     compute_dtype,
     first_line,
@@ -194,7 +194,7 @@ def load_model(kind: Any, name: str, config: Config, device: torch.device) -> An
     dtype = compute_dtype(config, device)
     own: dict[str, Any] = {}
     if config.flash_attn != "auto":  # auto leaves it to transformers: not all classifiers have sdpa
-        own["attn_implementation"] = attention(config.flash_attn, device, dtype)
+        own["attn_implementation"] = attention_implementation(config.flash_attn, device, dtype)
     bits = config.reward_model_quantization_bit
     if bits is not None:
         if importlib.util.find_spec("bitsandbytes") is None:
