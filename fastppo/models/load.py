@@ -6,12 +6,19 @@ import importlib.util
 import re
 from pickle import UnpicklingError
 from types import MethodType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from fastppo.config.offload import offload_mode
@@ -78,7 +85,7 @@ def load_base(
     bits: int | None = None,
     *,
     on_host: bool = False,
-) -> nn.Module:
+) -> PreTrainedModel:
     """`model_name_or_path`, or the model `name`: frozen, without dropout, in the run's dtype.
 
     `bits` quantises its linear layers to 4 or 8 bits, the output head excepted. It is moved to
@@ -231,26 +238,27 @@ def wrap_activations(config: Config, base: nn.Module) -> ActivationOffload:
     return wrap(base, offload_mode(config), offload_dir=config.offload_dir)
 
 
-def causal_lm(model: nn.Module) -> nn.Module:
+def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The causal language model inside a PEFT model; without one `model` itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    return cast(PreTrainedModel, inner)
 
 
 def trunk(model: nn.Module) -> nn.Module:
     """The causal language model without its output head: embeddings and layers."""
     base = causal_lm(model)
-    return getattr(base, base.base_model_prefix)
+    return cast(nn.Module, getattr(base, base.base_model_prefix))
 
 
 def hidden_size(model: nn.Module) -> int:
     """Width of the last hidden state."""
-    return causal_lm(model).config.get_text_config().hidden_size
+    return int(causal_lm(model).config.get_text_config().hidden_size)
 
 
 def lm_head(model: nn.Module, dtype: torch.dtype | None = None) -> LMHead:
     """The output head, for the `linear_*` ops; cast to `dtype` where one is given."""
     base = causal_lm(model)
-    head = base.get_output_embeddings()
+    head: Any = base.get_output_embeddings()
     weight_VD, bias_V = head.weight, getattr(head, "bias", None)
     if dtype is not None:
         weight_VD = weight_VD.to(dtype)
@@ -275,7 +283,7 @@ def check_same_tokens(
         cure: what the error advises.
     """
     tokenizer = load_tokenizer(config)
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = causal_lm(model).get_input_embeddings().weight.shape[0]
     try:
         theirs = load_tokenizer(config, name).get_vocab()
     except UserError:  # a folder of weights alone: only the number of tokens can be checked
