@@ -63,7 +63,7 @@ class ExportConfig(BaseModel):
     @property
     def trained_folder(self) -> Path:
         """The folder with value head, tokenizer and records: the last adapter's or the model's."""
-        return Path((self.adapters or [self.model_name_or_path])[-1] or "")
+        return Path(self.adapters[-1] if self.adapters else self.model_name_or_path or "")
 
 
 # Keys that ask for another kind of export: the values that are accepted, and the cure.

@@ -20,7 +20,7 @@ from fastppo.config.rewards import HEAD_FILES, RECORD
 from fastppo.errors import UserError
 from fastppo.export.config import read_json
 from fastppo.models.adapters import merge_adapters
-from fastppo.models.load import LOAD_ERRORS, first_line, hidden_size, trunk
+from fastppo.models.load import LOAD_ERRORS, causal_lm, first_line, hidden_size, trunk
 from fastppo.models.value_head import load_value_head
 from fastppo.rewards.adapter import read_score_at
 from fastppo.templates import get_template
@@ -51,7 +51,7 @@ def export(config: ExportConfig) -> Iterator[str]:
             f"model_name_or_path: {name} is quantised, and adapters merge into whole weights only; "
             "name the model that it was quantised from"
         )
-    model = merge_adapters(model, config.adapters, "adapter_name_or_path")
+    model = causal_lm(merge_adapters(model, config.adapters, "adapter_name_or_path"))
     tokenizer.padding_side = "right" if reward else "left"
     if reward:
         head = load_value_head(last, hidden_size(model), torch.device("cpu"), "stage: rm")

@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 class HeadReward:
     """Scores a rollout's own tokens with a value head; returns (B,) float32.
 
-    The score is read where the head was trained: stage rm records that in its folder, and it is
-    EOS, the last token. LLaMA-Factory's templates write a suffix behind EOS ("\\n" for the chatml
-    family) and its reward models were trained to be read there, so the suffix is appended first.
+    The score is read where the head was trained to be read, which stage rm records in its folder:
+    at EOS, the last token. LLaMA-Factory's templates write a suffix behind EOS ("\\n" for the
+    chatml family) and its reward models, and those trained on from them, are read there: then the
+    suffix is appended first.
 
     Args:
         hidden: gives the last hidden states (B, T, D) of a micro-batch.

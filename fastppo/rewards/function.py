@@ -38,7 +38,7 @@ def load_function(name: str, key: str) -> Function:
         raise UserError(
             f"{key}: importing '{module_name}' {describe_exception(error)}; mend it"
         ) from None
-    function = getattr(module, attribute, None)
+    function: Function | None = getattr(module, attribute, None)
     if not callable(function):
         raise UserError(f"{key}: '{module_name}' has no function '{attribute}'; check its name")
     if any(map(inspect.iscoroutinefunction, (function, type(function).__call__))):
