@@ -1,8 +1,9 @@
-"""Records as LLaMA-Factory's `dataset_info.json` names them, and their encoding.
+"""Data sets, described as in LLaMA-Factory's `dataset_info.json`, and their encoding.
 
-Read in the order in which it runs: info (what a name means), files (raw rows), records (rows to
-conversations), mixing (several sets to one, and what is held out), encode (conversations to ids).
-Reading needs neither torch nor a tokenizer, so that bad data is refused at once.
+The modules in the order in which they run: info (what a name means), files (raw rows), records
+(rows to conversations), mixing (several sets to one, and the evaluation split), encode
+(conversations to token ids). Reading needs neither torch nor a tokenizer, so that bad data is
+refused at once.
 """
 
 from fastppo.data.encode import encode_pairs, encode_prompts, fit_prompt

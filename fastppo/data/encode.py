@@ -1,11 +1,11 @@
-"""Conversations to token ids, and what is cut where they are too long."""
+"""Encode conversations as token ids, and truncate those that are too long."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fastppo.data.records import BadRow, Dropped, Record
+from fastppo.data.records import BadRow, DroppedRows, Record
 from fastppo.errors import note
 from fastppo.types import Pair, Prompt
 
@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
 
 def share_length(source: int, target: int, cutoff_len: int) -> tuple[int, int]:
-    """Most tokens of a prompt and of its answer, together at most `cutoff_len`.
+    """How many tokens of a prompt and of its answer are kept, together at most `cutoff_len`.
 
-    The longer of the two gives way where the other fits in half; else both, in proportion.
+    `source` and `target` are their lengths. Where one is shorter than half of `cutoff_len`, the
+    other is cut; else both are, in proportion.
     Source: LLaMA-Factory, `infer_seqlen`.
     """
     if 2 * target < cutoff_len:
@@ -30,14 +31,18 @@ def share_length(source: int, target: int, cutoff_len: int) -> tuple[int, int]:
 
 
 def system_of(record: Record, default_system: str | None) -> str | None:
-    """The record's own system prompt, or the file's; None is the template's."""
+    """The record's own system prompt, else `default_system`; None leaves it to the template."""
     return record.system if record.system is not None else default_system
 
 
 def fit_prompt(
     record: Record, template: Template, limit: int, default_system: str | None
 ) -> list[int]:
-    """The record's prompt in at most `limit` tokens, its generation header kept."""
+    """Ids of the record's prompt, cut to `limit` tokens; its generation header is kept.
+
+    Raises:
+        BadRow: it does not fit even without its question.
+    """
     ids = template.fit_prompt(record.messages, system_of(record, default_system), limit)
     if ids is None:
         raise BadRow(
@@ -46,8 +51,8 @@ def fit_prompt(
     return ids
 
 
-def tell(dropped: Dropped) -> None:
-    """A note on what was dropped; an error where it was most."""
+def report(dropped: DroppedRows) -> None:
+    """Print a note on dropped rows; a UserError if they are more than half."""
     line = dropped.note()
     if line:
         note(line)
@@ -61,12 +66,13 @@ def encode_prompts(
     *,
     lf_truncation: bool = False,
 ) -> list[Prompt]:
-    """Prompts with the generation header at their end, at most `cutoff_len` tokens each.
+    """The records' prompts as ids that end with the generation header, at most `cutoff_len` each.
 
-    With `lf_truncation` an over-long one is cut as LLaMA-Factory cuts it: at its end, header and
-    all, and to what the record's own answer leaves of `cutoff_len`.
+    With `lf_truncation` an over-long prompt is cut as LLaMA-Factory cuts it: at its end, so that
+    it loses the header, and to what the record's own answer leaves of `cutoff_len`. Records that do
+    not fit are dropped with a note.
     """
-    prompts, dropped = [], Dropped("dataset", seen=len(records))
+    prompts, dropped = [], DroppedRows("dataset", seen=len(records))
     for record in records:
         system = system_of(record, default_system)
         try:
@@ -94,7 +100,7 @@ def encode_prompts(
                 ],
             )
         )
-    tell(dropped)
+    report(dropped)
     return prompts
 
 
@@ -107,35 +113,36 @@ def encode_pairs(
     lf_truncation: bool = False,
     suffix: bool = False,
 ) -> list[Pair]:
-    """Pairs in at most `cutoff_len` tokens, prompt and answer; one prompt for both.
+    """The records' pairs as ids: prompt and either answer have at most `cutoff_len` tokens.
 
-    Where a pair is too long, prompt and answers share `cutoff_len` as in LLaMA-Factory; the prompt
-    keeps its generation header and an answer its EOS, where its score is read. `suffix` writes
-    behind EOS what LLaMA-Factory's template does: there its reward models are trained and scored.
-    `lf_truncation` cuts heads and ends as LLaMA-Factory does, EOS and all.
+    Where a pair is too long, prompt and answers share `cutoff_len` as in LLaMA-Factory
+    (`share_length`); the prompt keeps its generation header, and an answer its EOS, where its score
+    is read. Both answers have the same prompt ids. With `suffix` the template's suffix follows EOS:
+    there LLaMA-Factory's reward models are trained and read. With `lf_truncation` header and EOS
+    can be cut off, as in LLaMA-Factory.
     """
-    pairs, dropped = [], Dropped("dataset", seen=len(records))
-    behind = list(template.suffix_ids) if suffix else []
+    pairs, dropped = [], DroppedRows("dataset", seen=len(records))
+    suffix_ids = list(template.suffix_ids) if suffix else []
     for record in records:
         prompt = template.encode_prompt(record.messages, system_of(record, default_system))
         answers = [
             template.encode_response(text or "") for text in (record.chosen, record.rejected)
         ]
-        end = 1 + len(behind)
-        target = max(map(len, answers)) + len(behind)
+        end = 1 + len(suffix_ids)
+        target = max(map(len, answers)) + len(suffix_ids)
         source, target = share_length(len(prompt), target, cutoff_len)
         try:
             if lf_truncation:
                 prompt = prompt[:source]
-                answers = [[*ids, *behind][:target] for ids in answers]
+                answers = [[*ids, *suffix_ids][:target] for ids in answers]
             else:
                 if target < end:
                     raise BadRow(f"its answers do not fit in {cutoff_len} tokens; raise cutoff_len")
                 prompt = fit_prompt(record, template, source, default_system)
-                answers = [ids[:-1][: target - end] + ids[-1:] + behind for ids in answers]
+                answers = [ids[:-1][: target - end] + ids[-1:] + suffix_ids for ids in answers]
         except BadRow as why:
             dropped.add(record.where, why)
             continue
         pairs.append(Pair(prompt, *answers))
-    tell(dropped)
+    report(dropped)
     return pairs

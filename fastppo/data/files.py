@@ -1,4 +1,4 @@
-"""Raw rows of a file, a folder of files or a hub's data set."""
+"""Read the raw rows of a file, of a folder of files, or of a data set on the hub."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """A row, and where it stands; `content` is what JSON held, or the complaint about it."""
+    """A row of a file, and where it came from."""
 
-    where: str
-    content: Any
+    where: str  # file and row number, for errors
+    content: Any  # as parsed, usually a dict; NotJson where it could not be
 
 
 class NotJson(str):
-    """A line that is no JSON: what the parser says of it."""
+    """The parser's message for a line that is not JSON, in place of its content."""
 
 
 def read_rows(source: Source, config: Config) -> Iterator[Row]:
-    """The rows, in order.
+    """The rows of a data set, in order.
 
-    JSON is read by Python's own parser and the rest by `datasets`: that reads a table, in which one
-    row of another shape spoils the whole file, and here such a row is dropped and the rest read.
+    JSON is parsed here and other types by `datasets`. That library makes a table, so one JSON row
+    of another shape would make the whole file unreadable; here only that row is dropped.
     """
     path = source.path
     if path is None:
-        return load(str(source.hub), None, source, config)
+        return load_with_datasets(str(source.hub), None, source, config)
     files = list_files(path)
     kinds = {file.suffix.lower().removeprefix(".") for file in files}
     if not kinds <= set(READERS) or not kinds:
@@ -50,18 +50,18 @@ def read_rows(source: Source, config: Config) -> Iterator[Row]:
     (reader,) = readers
     if reader == "json" and source.split == "train":
         return (row for file in files for row in read_json(file))
-    return load(reader, [str(file) for file in files], source, config)
+    return load_with_datasets(reader, [str(file) for file in files], source, config)
 
 
 def list_files(path: Path) -> list[Path]:
-    """A file, or the files of a folder by name; hidden ones are the system's."""
+    """The file itself, or the files of a folder sorted by name, hidden ones left out."""
     if not path.is_dir():
         return [path]
     return sorted(x for x in path.iterdir() if x.is_file() and not x.name.startswith("."))
 
 
 def read_json(path: Path) -> Iterator[Row]:
-    """A list of rows, or a row a line; UTF-8 with or without a byte order mark."""
+    """Rows of a JSON file: one list of them, or one a line; with or without a byte order mark."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -82,7 +82,7 @@ def read_json(path: Path) -> Iterator[Row]:
 
 
 def read_lines(text: str, path: Path) -> Iterator[Row]:
-    """Rows of JSON lines; a torn line is a bad row."""
+    """Rows of a file with one JSON value a line; a line that is not JSON becomes a bad row."""
     number = 0
     for line in text.split("\n"):
         if not line.strip():
@@ -95,22 +95,26 @@ def read_lines(text: str, path: Path) -> Iterator[Row]:
         yield Row(f"{path} row {number}", row)
 
 
-def load(reader: str, files: list[str] | None, source: Source, config: Config) -> Iterator[Row]:
-    """Rows through `datasets`."""
+def load_with_datasets(
+    reader: str, files: list[str] | None, source: Source, config: Config
+) -> Iterator[Row]:
+    """Rows that `datasets` reads: of `files` with `reader`, or of the hub's set of that name."""
     import datasets
     from huggingface_hub.utils import logging as hub_logging
 
-    # Errors are raised and said in one line here; their own logs would say them a second time.
+    # Errors become one line below; without this, both libraries would log them as well.
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     hub_logging.set_verbosity(hub_logging.CRITICAL)
-    how: dict[str, Any] = {"data_files": files}
+    settings: dict[str, Any] = {"data_files": files}
     if files is None:
-        how = {"name": source.info.get("subset"), "data_dir": source.info.get("folder")}
+        settings = {"name": source.info.get("subset"), "data_dir": source.info.get("folder")}
     elif reader in ("csv", "text"):
-        how["encoding"] = "utf-8-sig"  # with or without a byte order mark
+        settings["encoding"] = "utf-8-sig"  # with or without a byte order mark
     try:
-        table = datasets.load_dataset(reader, split=source.split, cache_dir=config.cache_dir, **how)
+        table = datasets.load_dataset(
+            reader, split=source.split, cache_dir=config.cache_dir, **settings
+        )
     except Exception as error:  # whatever `datasets` raises, the user can mend the file or the name
         why = (str(error) or type(error).__name__).splitlines()[0]
         place = source.path or f"'{reader}' on the Hugging Face hub"

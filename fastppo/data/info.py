@@ -14,7 +14,7 @@ from fastppo.errors import UserError
 if TYPE_CHECKING:
     from fastppo.config import Config
 
-# Extension -> what `datasets` calls a reader of it.
+# Extension -> the builder of `datasets` that reads it.
 READERS = {
     "json": "json",
     "jsonl": "json",
@@ -40,27 +40,27 @@ NOT_TEXT = {
 
 @dataclass(frozen=True)
 class Source:
-    """A data set as dataset_info.json describes it."""
+    """A data set: its description from dataset_info.json, and where its rows are."""
 
     name: str
-    info: dict[str, Any]
+    info: dict[str, Any]  # the entry of dataset_info.json
     path: Path | None = None  # a file, or a folder of files of one type
     hub: str | None = None  # its name on the Hugging Face hub, where it has no path
-    plain: bool = False  # named by its path, with nothing said of its rows
+    plain: bool = False  # named by its path or hub name, without an entry
 
     @property
     def ranking(self) -> bool:
-        """Whether its rows are pairs."""
+        """Whether its rows are preference pairs, not prompts."""
         return bool(self.info.get("ranking", False))
 
     @property
     def split(self) -> str:
-        """Part of the set, in the words of `datasets`."""
+        """The split to read, as `datasets` names it."""
         return str(self.info.get("split") or "train")
 
 
-def gate(config: Config, source: Source) -> None:
-    """Pairs train reward models, prompts train policies."""
+def check_ranking(config: Config, source: Source) -> None:
+    """Refuse prompts for stage rm, which learns from pairs, and pairs for stage ppo."""
     if config.stage == "rm" and not source.ranking:
         raise UserError(
             f"{config.source}: dataset: stage rm learns from pairs, and '{source.name}' is not "
@@ -74,7 +74,10 @@ def gate(config: Config, source: Source) -> None:
 
 
 def find_source(config: Config, name: str, key: str) -> Source:
-    """The entry of dataset_info.json, a path that is plainly one, or with ONLINE a hub's name."""
+    """The data set `name`: a path with a known extension, else an entry of dataset_info.json.
+
+    With `dataset_dir: ONLINE` it is a name on the hub. `key` is the setting, for errors.
+    """
     if not name:
         raise UserError(f"{config.source}: {key}: names nothing between two commas; take one out")
     direct = Path(name)
@@ -100,7 +103,7 @@ def find_source(config: Config, name: str, key: str) -> Source:
 
 
 def read_info(config: Config) -> tuple[dict[str, Any], Path]:
-    """dataset_info.json, and where it is."""
+    """The contents of dataset_info.json, and its path."""
     path = Path(config.dataset_dir) / "dataset_info.json"
     if not path.is_file():
         raise UserError(
@@ -116,7 +119,7 @@ def read_info(config: Config) -> tuple[dict[str, Any], Path]:
 
 
 def locate(name: str, info: dict[str, Any], folder: Path, what: str) -> Source:
-    """Where the rows are: a name on the hub wins over a file's, as in LLaMA-Factory."""
+    """The source with its path or hub name; as in LLaMA-Factory, hf_hub_url wins over file_name."""
     if info.get("hf_hub_url"):
         check_hub_name(info, what)
         return Source(name, info, hub=info["hf_hub_url"])
@@ -141,7 +144,7 @@ def locate(name: str, info: dict[str, Any], folder: Path, what: str) -> Source:
 
 
 def check_hub_name(info: dict[str, Any], what: str) -> None:
-    """A name on the hub, which no folder here can be taken for."""
+    """Refuse an hf_hub_url that is no name on the hub, or could be read as a folder here."""
     name = info["hf_hub_url"]
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) or Path(name).exists():
         raise UserError(
@@ -153,7 +156,7 @@ def check_hub_name(info: dict[str, Any], what: str) -> None:
 
 
 def check_entry(info: Any, what: str) -> None:
-    """An entry of dataset_info.json has the shape that the readers count on."""
+    """Refuse an entry of dataset_info.json with values that the readers do not understand."""
     if not isinstance(info, dict):
         raise UserError(f"{what} is a {type(info).__name__}, not an object; mend it")
     for key in ("file_name", "hf_hub_url", "split", "subset", "folder"):

@@ -1,4 +1,4 @@
-"""Several data sets to one list of records, and the part of it that is held out."""
+"""Read the data sets of a run, mix them into one list, and split off records for evaluation."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from fastppo.data.files import read_rows
-from fastppo.data.info import Source, find_source, gate
-from fastppo.data.records import Dropped, Record, to_records
+from fastppo.data.info import Source, check_ranking, find_source
+from fastppo.data.records import DroppedRows, Record, to_records
 from fastppo.errors import UserError, note
 from fastppo.seeds import seed_of
 
@@ -26,7 +26,7 @@ STRATEGIES = {
 
 @dataclass(frozen=True)
 class Records:
-    """What a run trains on, and what it holds out."""
+    """The records of a run: for training, for evaluation, and demonstrations (`ptx_dataset`)."""
 
     train: list[Record]
     eval: list[Record]
@@ -34,25 +34,25 @@ class Records:
 
 
 def read_records(config: Config) -> Records:
-    """Everything that the data set keys name, checked for the stage.
+    """All records that the configuration names, checked for its stage.
 
-    Bad rows are noted on stderr once all sets are read: an error is one line alone.
+    Notes on bad rows are printed once all sets are read, so that an error stays one line.
     """
     notes: list[str] = []
     train = read_sets(config, config.dataset, "dataset", notes)
-    held_out: list[Record] = []
+    evaluation: list[Record] = []
     if config.eval_dataset:
-        held_out = read_sets(config, config.eval_dataset, "eval_dataset", notes)
+        evaluation = read_sets(config, config.eval_dataset, "eval_dataset", notes)
     elif config.val_size:
-        train, held_out = split(train, config)
+        train, evaluation = split_validation(train, config)
     ptx = read_demonstrations(config, notes)
     for line in dict.fromkeys(notes):
         note(line)
-    return Records(train, held_out, ptx)
+    return Records(train, evaluation, ptx)
 
 
 def read_demonstrations(config: Config, notes: list[str]) -> list[Record]:
-    """Records of `ptx_dataset`, each with an answer to learn."""
+    """The records of `ptx_dataset`; a UserError if one has no answer to learn from."""
     if config.ptx_dataset is None or config.stage != "ppo":
         return []
     records = read_sets(config, config.ptx_dataset, "ptx_dataset", notes)
@@ -66,15 +66,15 @@ def read_demonstrations(config: Config, notes: list[str]) -> list[Record]:
 
 
 def read_sets(config: Config, names: str, key: str, notes: list[str]) -> list[Record]:
-    """The records of a comma list of data sets, mixed."""
+    """The records of all data sets in the comma list `names`, mixed; `key` is its setting."""
     sets = [read_set(config, name.strip(), key, notes) for name in names.split(",")]
     return mix(sets, config)
 
 
 def read_set(config: Config, name: str, key: str, notes: list[str]) -> list[Record]:
-    """The good rows of one set, after num_samples and max_samples."""
+    """The valid records of one data set, after num_samples and max_samples; notes go to `notes`."""
     source = find_source(config, name, key)
-    gate(config, source)
+    check_ranking(config, source)
     rows = read_rows(source, config)
     first = next(rows, None)
     if first is None:
@@ -83,23 +83,23 @@ def read_set(config: Config, name: str, key: str, notes: list[str]) -> list[Reco
             "add some"
         )
     if source.plain and isinstance(first.content, dict):
-        source = guess(source, first.content, config)
+        source = guess_format(source, first.content, config)
     wanted = source.info.get("num_samples")
-    dropped = Dropped(str(source.path or source.hub))
+    dropped = DroppedRows(str(source.path or source.hub))
     limit = config.max_samples if wanted is None else None
     records = to_records(chain([first], rows), source, dropped, limit)
     line = dropped.note()
     if line:
         notes.append(line)
     if wanted is not None:
-        records = draw(records, wanted, seed_of(config.seed, f"num_samples {name}"))
+        records = draw_samples(records, wanted, seed_of(config.seed, f"num_samples {name}"))
     return records[: config.max_samples]
 
 
-def guess(source: Source, row: dict[str, object], config: Config) -> Source:
-    """What a file named by its path holds, from its first row."""
+def guess_format(source: Source, row: dict[str, object], config: Config) -> Source:
+    """The source with the format that its first row shows: for sets without an entry."""
     if config.stage == "ppo" and {"chosen", "rejected"} <= set(row):
-        gate(config, replace(source, info={"ranking": True}))
+        check_ranking(config, replace(source, info={"ranking": True}))
     kinds = {"conversations": "sharegpt", "messages": "openai"}
     found = [kind for column, kind in kinds.items() if column in row]
     info = {**source.info, **({"formatting": found[0]} if found else {})}
@@ -108,15 +108,18 @@ def guess(source: Source, row: dict[str, object], config: Config) -> Source:
     return replace(source, info=info)
 
 
-def draw(records: list[Record], count: int, seed: int) -> list[Record]:
-    """Exactly `count` at random: every record before any comes a second time."""
+def draw_samples(records: list[Record], count: int, seed: int) -> list[Record]:
+    """Exactly `count` random records; none is drawn twice before all were drawn once."""
     generator = random.Random(seed)
     drawn = generator.sample(records, min(count, len(records)))
     return drawn + generator.choices(records, k=count - len(drawn))
 
 
 def mix(sets: list[list[Record]], config: Config) -> list[Record]:
-    """One after the other, or interleaved in the order that `datasets` gives LLaMA-Factory."""
+    """The records of all sets in one list, as mix_strategy says.
+
+    One set after the other, or interleaved in the order that LLaMA-Factory gets from `datasets`.
+    """
     if len(sets) == 1 or config.mix_strategy == "concat":
         return list(chain.from_iterable(sets))
     probabilities = config.mixing_probabilities
@@ -140,8 +143,8 @@ def mix(sets: list[list[Record]], config: Config) -> list[Record]:
     return [sets[number][row] for number, row in zip(order["set"], order["row"], strict=True)]
 
 
-def split(records: list[Record], config: Config) -> tuple[list[Record], list[Record]]:
-    """The records to train on and those held out, both in the order of the file.
+def split_validation(records: list[Record], config: Config) -> tuple[list[Record], list[Record]]:
+    """The records for training and the `val_size` ones for evaluation, both in file order.
 
     The same rows as `datasets.Dataset.train_test_split(val_size, seed=seed)` holds out, which is
     what LLaMA-Factory calls.
@@ -155,8 +158,8 @@ def split(records: list[Record], config: Config) -> tuple[list[Record], list[Rec
             f"{config.source}: val_size: holds out {count} of {len(records)} records and leaves "
             "none to train on; lower it"
         )
-    held = set(np.random.default_rng(config.seed).permutation(len(records))[:count].tolist())
+    chosen = set(np.random.default_rng(config.seed).permutation(len(records))[:count].tolist())
     return (
-        [record for i, record in enumerate(records) if i not in held],
-        [records[i] for i in sorted(held)],
+        [record for i, record in enumerate(records) if i not in chosen],
+        [records[i] for i in sorted(chosen)],
     )

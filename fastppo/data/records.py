@@ -1,4 +1,4 @@
-"""Rows to conversations: alpaca, sharegpt and openai; bad rows are counted, shown and dropped."""
+"""Convert rows in alpaca, sharegpt or openai format to records; bad rows are dropped."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ NO_TOOLS = "tool calls are not supported"
 
 @dataclass(frozen=True)
 class Record:
-    """One row, whatever its file's format: a conversation up to a question, and answers."""
+    """One row, of whatever format: a conversation that ends with a question, and its answers."""
 
     messages: list[Message]
     where: str  # file and row, for errors
@@ -53,27 +53,27 @@ class Record:
 
 
 class BadRow(Exception):
-    """Why a row is dropped."""
+    """The reason why a row is dropped."""
 
 
 @dataclass
-class Dropped:
-    """The rows of one source that could not be used."""
+class DroppedRows:
+    """Counts the bad rows of one source, and keeps the first of them for a note."""
 
-    source: str  # what to mend
-    seen: int = 0
-    bad: int = 0
-    first: list[str] = field(default_factory=list)
+    source: str  # file, hub name or setting to mend
+    seen: int = 0  # rows looked at
+    bad: int = 0  # rows dropped
+    first: list[str] = field(default_factory=list)  # where and why, of the first SHOWN
 
     def add(self, where: str, why: object) -> None:
-        """Count a bad row, and keep it if it is one of the first."""
+        """Count a bad row, and keep where and why if it is one of the first."""
         self.bad += 1
         if len(self.first) < SHOWN:
             # The file is named once; where there are several, it stands before the row.
             self.first.append(f"{where.removeprefix(self.source).strip()}: {why}")
 
     def note(self) -> str | None:
-        """A line for the user; None where nothing was dropped, an error where most was."""
+        """A line about the dropped rows, None if there are none; a UserError if most are bad."""
         if not self.bad:
             return None
         rows = "; ".join(self.first) + ("; ..." if self.bad > SHOWN else "")
@@ -84,11 +84,11 @@ class Dropped:
 
 
 def to_records(
-    rows: Iterable[Row], source: Source, dropped: Dropped, limit: int | None = None
+    rows: Iterable[Row], source: Source, dropped: DroppedRows, limit: int | None = None
 ) -> list[Record]:
-    """The good rows of a source, the first `limit` of them."""
+    """The valid rows as records, at most `limit`; bad rows are counted in `dropped`."""
     records: list[Record] = []
-    read = reader(source)
+    read = reader_of(source)
     for row in rows:
         if limit is not None and len(records) >= limit:
             break
@@ -104,13 +104,17 @@ def to_records(
     return records
 
 
-def reader(source: Source) -> Callable[[Row, Source], Record]:
-    """The reader of the source's format."""
+def reader_of(source: Source) -> Callable[[Row, Source], Record]:
+    """The function that reads a row of the source's format."""
     return read_alpaca if source.info.get("formatting", "alpaca") == "alpaca" else read_turns
 
 
 def text_of(row: dict[str, Any], column: str | None, *, needed: bool = False) -> str | None:
-    """The text in a column; None where it is absent or empty."""
+    """The text in a column; None where it is absent or empty.
+
+    Raises:
+        BadRow: it is not text; or with `needed`, absent or blank.
+    """
     value = row.get(column) if column else None
     if value is None or value == "":
         if needed:
@@ -126,36 +130,40 @@ def text_of(row: dict[str, Any], column: str | None, *, needed: bool = False) ->
 
 
 def refuse_tools(row: dict[str, Any], column: str | None) -> None:
-    """A row whose answer may call tools is not one that this program understands."""
+    """Refuse a row with tools in `column`: tool calls are not supported."""
     if column and row.get(column) not in (None, "", "[]", []):
         raise BadRow(f"has '{column}', and {NO_TOOLS}")
 
 
 def read_alpaca(row: Row, source: Source) -> Record:
-    """instruction and input, joined by a line break; output, or chosen and rejected."""
+    """The record of an alpaca row.
+
+    Its question is instruction and input, joined by a line break; its answers are output, or of a
+    pair chosen and rejected.
+    """
     content: dict[str, Any] = row.content
     columns = source.info.get("columns") or ALPACA_COLUMNS
     refuse_tools(content, columns.get("tools"))
-    asked = [text_of(content, columns.get(name)) for name in ("prompt", "query")]
-    question = "\n".join(part for part in asked if part)
+    parts = [text_of(content, columns.get(name)) for name in ("prompt", "query")]
+    question = "\n".join(part for part in parts if part)
     if not question.strip():
         column = columns.get("prompt", columns.get("query", "instruction"))
         raise BadRow(f"'{column}' is blank" if question else f"has no '{column}'")
-    messages = past(content.get(columns.get("history", "")))
+    messages = read_history(content.get(columns.get("history", "")))
     messages.append({"role": "user", "content": question})
     answers: dict[str, str | None] = {}
     if source.ranking:
         for name in ("chosen", "rejected"):
             answers[name] = text_of(content, columns.get(name, name), needed=True)
     elif isinstance(content.get(columns.get("response", "")), str):
-        # One that is no text is left to reward functions, which are given all columns.
+        # An output that is not text is for reward functions, which get all columns.
         answers["response"] = text_of(content, columns.get("response"))
     system = text_of(content, columns.get("system"))
     return Record(messages, row.where, system=system, columns=content, **answers)
 
 
-def past(history: Any) -> list[Message]:
-    """Earlier questions and answers."""
+def read_history(history: Any) -> list[Message]:
+    """The messages of earlier turns, given as a list of [question, answer]."""
     messages: list[Message] = []
     for turn in (history if isinstance(history, list) else [history]) if history else []:
         if not isinstance(turn, list) or [type(part) for part in turn] != [str, str]:
@@ -170,7 +178,10 @@ def past(history: Any) -> list[Message]:
 
 
 def read_turns(row: Row, source: Source) -> Record:
-    """A list of turns, user and assistant by turns; pairs end with a user's."""
+    """The record of a sharegpt or openai row: turns in which user and assistant alternate.
+
+    A last turn by the assistant is the answer; a pair has its two answers in columns of their own.
+    """
     content: dict[str, Any] = row.content
     kind = source.info["formatting"]
     columns = source.info.get("columns") or {"messages": MESSAGES[kind]}
@@ -207,13 +218,13 @@ def read_turns(row: Row, source: Source) -> Record:
 
 
 def read_turn(turn: Any, tags: dict[str, str]) -> Message:
-    """Who says what."""
+    """One turn as a message; `tags` name its keys and roles, as in dataset_info.json."""
     roles = {tags[f"{role}_tag"]: role for role in ("user", "assistant", "system")}
-    said = str(turn.get(tags["role_tag"])) if isinstance(turn, dict) else None
+    speaker = str(turn.get(tags["role_tag"])) if isinstance(turn, dict) else None
     tools = {tags["observation_tag"], tags["function_tag"]}
-    if said in tools - set(roles) or (isinstance(turn, dict) and turn.get("tool_calls")):
-        raise BadRow(f"has a turn by '{said}', and {NO_TOOLS}")
-    if said not in roles:
+    if speaker in tools - set(roles) or (isinstance(turn, dict) and turn.get("tool_calls")):
+        raise BadRow(f"has a turn by '{speaker}', and {NO_TOOLS}")
+    if speaker not in roles:
         raise BadRow(f"a turn by nobody known ({turn!r:.60}); it needs {list(roles)}")
     text = text_of(turn, tags["content_tag"], needed=True)
-    return {"role": roles[said], "content": str(text)}
+    return {"role": roles[speaker], "content": str(text)}

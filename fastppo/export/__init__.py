@@ -1,1 +1,1 @@
-"""`fastppo-export`: what a run trained, as a plain transformers folder."""
+"""`fastppo-export`: merge what a run trained into a folder that plain transformers loads."""

@@ -1,4 +1,4 @@
-"""`fastppo-export`: what a run trained, as a plain transformers folder."""
+"""The command line of `fastppo-export`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ label, whose score is the reward model's. docs/export.md has the keys.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one export; every error that a user can mend is one line and exit code 2."""
+    """Run one export; returns the exit code: 2 for bad input, with one line on stderr."""
     parser = Parser("fastppo-export", usage=USAGE, description=ABOUT, epilog=END)
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     try:

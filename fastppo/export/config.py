@@ -1,4 +1,4 @@
-"""What an export is made from: LLaMA-Factory's export keys, or two folders. No torch here."""
+"""The configuration of an export: LLaMA-Factory's export keys, or two folders. No torch here."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ADAPTER = "adapter_config.json"
 
 
 class ExportConfig(BaseModel):
-    """One export. Frozen; checked; one sentence a key."""
+    """The keys of one export, each with a sentence; frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -57,16 +57,16 @@ class ExportConfig(BaseModel):
 
     @property
     def adapters(self) -> list[str]:
-        """adapter_name_or_path as a list."""
+        """The adapters in `adapter_name_or_path`, as a list."""
         return split(self.adapter_name_or_path) if self.adapter_name_or_path else []
 
     @property
     def trained_folder(self) -> Path:
-        """Where head, tokenizer and records lie: the last adapter, or the model."""
-        return Path((self.adapters or [self.model_name_or_path])[-1] or "")
+        """The folder with value head, tokenizer and records: the last adapter's or the model's."""
+        return Path(self.adapters[-1] if self.adapters else self.model_name_or_path or "")
 
 
-# What asks for something else: the value that is harmless, and the cure.
+# Keys that ask for another kind of export: the values that are accepted, and the cure.
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "export_legacy_format": ((False, None), "transformers writes safetensors only; leave it out"),
     "export_hub_model_id": ((None,), "upload export_dir with the hub's own command: hf upload"),
@@ -84,7 +84,10 @@ MEANINGLESS = {
 
 
 def read_export(arguments: Sequence[str]) -> tuple[ExportConfig, list[str]]:
-    """CONFIG, or FOLDER and EXPORT_DIR, with overrides behind; and what to say of ignored keys."""
+    """The configuration that the command line gives, and a note for each key that is ignored.
+
+    `arguments` are CONFIG, or FOLDER and EXPORT_DIR, with overrides `key=value` among them.
+    """
     names = [text for text in arguments if "=" not in text]
     if len(names) == 2:
         data, source = from_folder(Path(names[0])), "fastppo-export"
@@ -98,16 +101,19 @@ def read_export(arguments: Sequence[str]) -> tuple[ExportConfig, list[str]]:
     for text in arguments:
         if "=" in text:
             override(data, text)
-    return checked(data, source)
+    return parse_export(data, source)
 
 
-def checked(data: Mapping[str, Any], source: str) -> tuple[ExportConfig, list[str]]:
-    """The mapping as a configuration, its adapter's base filled in, and notes on the rest."""
+def parse_export(data: Mapping[str, Any], source: str) -> tuple[ExportConfig, list[str]]:
+    """The keys in `data` as a configuration, with the base filled in; and notes on ignored keys.
+
+    `source` is the file, for errors.
+    """
     given, notes = dict(data), []
     for name in data:
         if name in REFUSED:
-            harmless, cure = REFUSED[name]
-            if given.pop(name) not in harmless:
+            accepted, cure = REFUSED[name]
+            if given.pop(name) not in accepted:
                 raise UserError(f"{source}: {name}: not supported; {cure}")
         elif name in ExportConfig.model_fields:
             if given[name] is None and not ExportConfig.model_fields[name].is_required():
@@ -128,18 +134,18 @@ def checked(data: Mapping[str, Any], source: str) -> tuple[ExportConfig, list[st
 
 
 def from_folder(folder: Path) -> dict[str, Any]:
-    """An adapter with those below it, or a whole model."""
+    """The keys for `folder`: an adapter with those merged below it, or a whole model."""
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; name one that a run or PEFT wrote")
     if (folder / ADAPTER).is_file():
-        return {"adapter_name_or_path": ",".join([*merged_below(folder), str(folder)])}
+        return {"adapter_name_or_path": ",".join([*adapters_below(folder), str(folder)])}
     if (folder / "config.json").is_file():
         return {"model_name_or_path": str(folder)}
     raise UserError(f"{folder} has neither {ADAPTER} nor config.json; name a run's output_dir")
 
 
-def merged_below(folder: Path) -> list[str]:
-    """The adapters that were part of the base when this one was trained."""
+def adapters_below(folder: Path) -> list[str]:
+    """The adapters that were merged into the base before the one in `folder` was trained."""
     for name in (RECORD, BASE_RECORD):
         if (folder / name).is_file():
             found = read_json(folder / name).get("merged", [])
@@ -148,7 +154,7 @@ def merged_below(folder: Path) -> list[str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A small file of a model folder."""
+    """The JSON object in a small file of a model folder."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -159,7 +165,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_folders(config: ExportConfig, source: str) -> ExportConfig:
-    """Refuse what cannot be read or would be overwritten; fill in the base."""
+    """Refuse folders that cannot be read or would be overwritten; returns `config` with base."""
     for name in config.adapters:
         folder = Path(name)
         if folder.is_dir() and not (folder / ADAPTER).is_file():

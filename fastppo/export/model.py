@@ -1,10 +1,10 @@
-"""Adapters merged into their base: a causal language model, or a reward model as a classifier."""
+"""Merge adapters into their base, as a causal language model or, for rewards, a classifier."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedModel,
 )
 from transformers.utils.logging import disable_progress_bar
 
@@ -19,7 +20,7 @@ from fastppo.config.rewards import HEAD_FILES, RECORD
 from fastppo.errors import UserError
 from fastppo.export.config import read_json
 from fastppo.models.adapters import merge_adapters
-from fastppo.models.load import LOAD_ERRORS, first_line, hidden_size, trunk
+from fastppo.models.load import LOAD_ERRORS, causal_lm, first_line, hidden_size, trunk
 from fastppo.models.value_head import load_value_head
 from fastppo.rewards.adapter import read_score_at
 from fastppo.templates import get_template
@@ -34,29 +35,29 @@ SCORE_BIAS = "score_bias"  # in config.json, where plain transformers has no pla
 
 
 def export(config: ExportConfig) -> Iterator[str]:
-    """Load, merge and write; yields what to say of it, line by line."""
+    """Load, merge and save; yields lines about it for the terminal."""
     disable_progress_bar()
     name, last = str(config.model_name_or_path), config.trained_folder
     source = last if (last / "tokenizer_config.json").is_file() else Path(name)
-    tokenizer = load(AutoTokenizer, str(source), config)
+    tokenizer = load_pretrained(AutoTokenizer, str(source), config)
     template = get_template(config.template or recorded_template(last), tokenizer)
     reward = config.stage == "rm" or (config.stage is None and (last / RECORD).is_file())
     device = "cuda" if config.export_device == "auto" and torch.cuda.is_available() else "cpu"
     dtype = config.infer_dtype
     dtype = dtype if dtype == "auto" else getattr(torch, dtype)
-    model = load(AutoModelForCausalLM, name, config, dtype=dtype).to(device)
+    model = load_pretrained(AutoModelForCausalLM, name, config, dtype=dtype).to(device)
     if getattr(model, "is_quantized", False):
         raise UserError(
             f"model_name_or_path: {name} is quantised, and adapters merge into whole weights only; "
             "name the model that it was quantised from"
         )
-    model = merge_adapters(model, config.adapters, "adapter_name_or_path")
+    model = causal_lm(merge_adapters(model, config.adapters, "adapter_name_or_path"))
     tokenizer.padding_side = "right" if reward else "left"
     if reward:
         head = load_value_head(last, hidden_size(model), torch.device("cpu"), "stage: rm")
         score_at = read_score_at(last) or ("suffix" if template.suffix_ids else "eos")
         bias = head.bias.item()
-        model = classifier(model, head, tokenizer, template, score_at)
+        model = make_classifier(model, head, tokenizer, template, score_at)
         yield f"a reward model, read at {'EOS' if score_at == 'eos' else 'what follows EOS'}"
         if bias:
             yield (
@@ -67,7 +68,7 @@ def export(config: ExportConfig) -> Iterator[str]:
     else:
         if any((last / file).is_file() for file in HEAD_FILES) and config.stage is None:
             yield f"the value head in {last} is left out; stage=rm exports a reward model with it"
-        stop_at(model, template)
+        set_stop_tokens(model, template)
     model.save_pretrained(config.export_dir, max_shard_size=f"{config.export_size}GB")
     tokenizer.save_pretrained(config.export_dir)
     parts = " + ".join([name, *config.adapters])
@@ -75,14 +76,14 @@ def export(config: ExportConfig) -> Iterator[str]:
 
 
 def recorded_template(folder: Path) -> str | None:
-    """The template by name that stage rm noted beside its head."""
+    """The name of the template that stage rm recorded in `folder`; None where it recorded none."""
     path = folder / RECORD
     name = read_json(path).get("template") if path.is_file() else None
     return name if name in TEMPLATES else None
 
 
-def load(kind: Any, name: str, config: ExportConfig, **settings: Any) -> Any:
-    """A model or tokenizer from a folder or the hub, or one line on why not."""
+def load_pretrained(kind: Any, name: str, config: ExportConfig, **settings: Any) -> Any:
+    """Load a model or tokenizer, as the transformers class `kind`, from a folder or the hub."""
     revision = config.model_revision if name == config.model_name_or_path else "main"
     try:
         return kind.from_pretrained(
@@ -100,9 +101,9 @@ def load(kind: Any, name: str, config: ExportConfig, **settings: Any) -> Any:
         ) from None
 
 
-def stop_at(model: nn.Module, template: Template) -> None:
-    """`generate` stops where the template ends an answer, as sampling in training did."""
-    generation = model.generation_config
+def set_stop_tokens(model: PreTrainedModel, template: Template) -> None:
+    """Make `generate` stop where the template ends an answer, as sampling in training did."""
+    generation: Any = model.generation_config
     generation.eos_token_id = list(template.stop_ids)
     generation.pad_token_id = template.pad_id
     # transformers refuses to save a greedy configuration with a temperature or top_p.
@@ -110,22 +111,24 @@ def stop_at(model: nn.Module, template: Template) -> None:
         generation.do_sample = True
 
 
-def classifier(
-    model: nn.Module, head: nn.Linear, tokenizer: Any, template: Template, score_at: str
-) -> nn.Module:
-    """The trunk under a score head: transformers' classifier of this architecture.
+def make_classifier(
+    model: PreTrainedModel, head: nn.Linear, tokenizer: Any, template: Template, score_at: str
+) -> PreTrainedModel:
+    """transformers' classifier of this architecture, made of the model's trunk and the value head.
 
-    It reads a row's last token that is not padding. So padding cannot be a token that ends a
-    conversation, and the chat template has to end where the reward model was trained.
+    It reads a row's last token that is not padding. So the tokenizer is changed where needed: it
+    pads with a token that ends no conversation, and its chat template ends where the reward model
+    was trained to be read (`score_at`).
     """
     config = model.config
     config.num_labels = 1
     config.id2label, config.label2id = {0: "reward"}, {"reward": 0}
-    config.get_text_config().pad_token_id = config.pad_token_id = choose_pad(tokenizer, template)
+    pad_id = choose_pad_token(tokenizer, template)
+    config.get_text_config().pad_token_id = config.pad_token_id = pad_id
     setattr(config, SCORE_BIAS, head.bias.item())
     try:
         with torch.device("meta"):
-            made = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype)
+            made: Any = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype)
         if not isinstance(made.score, nn.Linear):
             raise AttributeError(f"{type(made).__name__} has another head")
     except (ValueError, AttributeError) as error:
@@ -138,13 +141,13 @@ def classifier(
     with torch.no_grad():
         made.score.weight.copy_(head.weight)
     if score_at == "eos" and template.suffix_ids and isinstance(tokenizer.chat_template, str):
-        behind = tokenizer.decode(list(template.suffix_ids), clean_up_tokenization_spaces=False)
-        tokenizer.chat_template = without_suffix(tokenizer.chat_template, behind)
-    return made.eval()
+        suffix = tokenizer.decode(list(template.suffix_ids), clean_up_tokenization_spaces=False)
+        tokenizer.chat_template = without_suffix(tokenizer.chat_template, suffix)
+    return cast(PreTrainedModel, made.eval())
 
 
-def choose_pad(tokenizer: Any, template: Template) -> int:
-    """The tokenizer's padding token, or another special one where that may end a conversation."""
+def choose_pad_token(tokenizer: Any, template: Template) -> int:
+    """Id of the padding token; where that can end a conversation, another special token is set."""
     ends = {*template.stop_ids, *template.suffix_ids[-1:]}
     if tokenizer.pad_token_id not in ends:
         return int(tokenizer.pad_token_id)

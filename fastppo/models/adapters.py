@@ -1,6 +1,7 @@
-"""What of a model trains: LoRA adapters, some of its layers, or all of it; and from where.
+"""Which parameters of a model train: LoRA adapters, some of its layers, or all of it.
 
-LLaMA-Factory's `finetuning_type: lora | freeze | full`, and its `adapter_name_or_path`.
+LLaMA-Factory's `finetuning_type: lora | freeze | full`, and the adapters that
+`adapter_name_or_path` starts from.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ from fastppo.models.load import LOAD_ERRORS, causal_lm, first_line
 if TYPE_CHECKING:
     from fastppo.config import Config
 
-LAYER = re.compile(r"\.\d+\.")
+LAYER = re.compile(r"\.(\d+)\.([^.]+)")  # in a parameter's name: layer, and the module in it
 
 
 def comma_list(text: str | None) -> list[str]:
-    """The items of one of LLaMA-Factory's comma lists; none for None."""
+    """The items of one of LLaMA-Factory's comma lists; an empty list for None."""
     return [] if text is None else split(text)
 
 
 def linear_names(base: nn.Module) -> list[str]:
-    """`lora_target: all`: every linear layer by its last name, never the output head.
+    """What `lora_target: all` adapts: last names of all linear layers but the output head, sorted.
 
-    Of a base that has adapters already, the layers below them and not the adapters.
+    Where `base` has adapters already, their own linear layers are not among them.
     """
     heads = set(base.get_output_embeddings().modules())
     return sorted(
@@ -47,7 +48,7 @@ def linear_names(base: nn.Module) -> list[str]:
 
 
 def lora_config(config: Config, base: nn.Module, *, extras: bool = True) -> LoraConfig:
-    """A new adapter as the YAML asks for it; `extras` are the modules of `additional_target`."""
+    """PEFT's configuration of a new adapter; with `extras` it trains `additional_target` too."""
     known = linear_names(base)
     if config.lora_target == "all":
         targets = known
@@ -82,7 +83,11 @@ def lora_config(config: Config, base: nn.Module, *, extras: bool = True) -> Lora
 
 
 def additional_modules(config: Config, base: nn.Module) -> list[str] | None:
-    """`additional_target`: modules that train whole beside the adapter and are saved with it."""
+    """The modules of `additional_target`, which train whole and are saved with the adapter.
+
+    Raises:
+        UserError: the model has no such module, ties it, or has it quantised.
+    """
     names = comma_list(config.additional_target)
     ends = {id(base.get_input_embeddings()), id(base.get_output_embeddings())}
     tied = base.get_input_embeddings().weight is base.get_output_embeddings().weight
@@ -114,23 +119,24 @@ def additional_modules(config: Config, base: nn.Module) -> list[str] | None:
 def create_peft_model(
     config: Config, base: nn.Module, name: str = "default", *, extras: bool = True
 ) -> PeftModel:
-    """`base` under a new adapter that says what the base says."""
+    """Wrap `base` in a PEFT model with a new adapter, which changes nothing until it trains."""
     model = get_peft_model(base, lora_config(config, base, extras=extras), adapter_name=name)
     set_dora_magnitudes(model, name)
     return model
 
 
 def add_adapter(config: Config, model: PeftModel, name: str) -> None:
-    """Another new adapter beside those that `model` has; without `additional_target`."""
+    """Add a new adapter to those that `model` has; it never trains `additional_target`."""
     model.add_adapter(name, lora_config(config, causal_lm(model), extras=False))
     set_dora_magnitudes(model, name)
 
 
 @torch.no_grad()
 def set_dora_magnitudes(model: nn.Module, adapter: str) -> None:
-    """A new DoRA adapter's magnitudes are its weights' norms in float32, as its forward takes them.
+    """Set a new DoRA adapter's magnitudes to the norms of the weights' rows, in float32.
 
-    PEFT rounds them to the weights' dtype: in bfloat16 a new adapter would change the policy.
+    PEFT rounds them to the weights' dtype, and its forward does not: in bfloat16 a new adapter
+    would then change the policy before it is trained.
     """
     for module in model.modules():
         vectors = getattr(module, "lora_magnitude_vector", None)
@@ -140,7 +146,7 @@ def set_dora_magnitudes(model: nn.Module, adapter: str) -> None:
 
 
 def load_adapter(model: PeftModel, folder: str, name: str, key: str, **settings: Any) -> None:
-    """Hang an adapter from disk on `model`, or say in one line why it does not fit."""
+    """Add the adapter in `folder` to `model` under `name`; `key` is the setting that named it."""
     try:
         model.load_adapter(folder, adapter_name=name, **settings)
     except LOAD_ERRORS as error:
@@ -148,7 +154,7 @@ def load_adapter(model: PeftModel, folder: str, name: str, key: str, **settings:
 
 
 def load_peft_model(base: nn.Module, folder: str, key: str, *, train: bool) -> PeftModel:
-    """`base` under the adapter from `folder`, as `default`."""
+    """Wrap `base` in a PEFT model with the adapter in `folder`, under the name `default`."""
     try:
         return PeftModel.from_pretrained(base, folder, is_trainable=train)
     except LOAD_ERRORS as error:
@@ -156,7 +162,7 @@ def load_peft_model(base: nn.Module, folder: str, key: str, *, train: bool) -> P
 
 
 def adapter_error(key: str, folder: str, error: Exception) -> UserError:
-    """What PEFT said: of a list of tensors that differ, the first."""
+    """The error for an adapter that PEFT refused; of several mismatches it shows the first."""
     mismatch = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
     return UserError(
         f"{key}: the adapter in {folder} cannot be loaded "
@@ -166,18 +172,18 @@ def adapter_error(key: str, folder: str, error: Exception) -> UserError:
 
 
 def merge_adapters(base: nn.Module, folders: Iterable[str], key: str) -> nn.Module:
-    """`base` with adapters added to its weights for good, in their order."""
+    """`base` with the adapters in `folders` added to its weights for good, one after another."""
     for folder in folders:
         base = load_peft_model(base, folder, key, train=False).merge_and_unload(safe_merge=True)
     return base
 
 
 def disable_input_cast(model: nn.Module) -> None:
-    """Adapters take their input as it is: autocast would cast back what PEFT made float32.
+    """Stop PEFT from casting the input of adapted layers to the adapter's dtype, DoRA excepted.
 
-    Of a bfloat16 base that is a copy of each adapted layer's input in 4 bytes and one in 2, which
-    the backward keeps; the products are the same to the bit. DoRA computes norms in the dtype of
-    its input, so there the cast stays.
+    On a bfloat16 base the cast to float32 makes a copy of 4 bytes an element, autocast casts that
+    back to one of 2, and the backward keeps both; without it the products are the same to the bit.
+    DoRA computes norms in the dtype of its input, so it keeps the cast.
     """
     for module in model.modules():
         if isinstance(module, LoraLayer) and not any(module.use_dora.values()):
@@ -185,28 +191,31 @@ def disable_input_cast(model: nn.Module) -> None:
 
 
 def adapters_to_merge(config: Config) -> list[str]:
-    """Those of `adapter_name_or_path` that become part of the base."""
+    """Folders in `adapter_name_or_path` that are merged into the base, the one that trains not."""
     folders = comma_list(config.adapter_name_or_path)
     return folders if config.create_new_adapter else folders[:-1]
 
 
 def adapter_to_continue(config: Config) -> str | None:
-    """The one of `adapter_name_or_path` that goes on training."""
+    """The folder in `adapter_name_or_path` whose adapter trains on; None: a new adapter."""
     folders = comma_list(config.adapter_name_or_path)
     return folders[-1] if folders and not config.create_new_adapter else None
 
 
 def setup_lora_tuning(config: Config, base: nn.Module) -> PeftModel:
-    """`finetuning_type: lora`: earlier adapters merged, the last one continued, or a new one."""
+    """`finetuning_type: lora`: `base`, earlier adapters merged, with the adapter that trains.
+
+    That is the last of `adapter_name_or_path`, or a new one.
+    """
     base = merge_adapters(base, adapters_to_merge(config), "adapter_name_or_path")
-    goes_on = adapter_to_continue(config)
-    if goes_on is None:
+    folder = adapter_to_continue(config)
+    if folder is None:
         return create_peft_model(config, base)
-    return load_peft_model(base, goes_on, "adapter_name_or_path", train=True)
+    return load_peft_model(base, folder, "adapter_name_or_path", train=True)
 
 
 def adapter_parameters(model: nn.Module, adapter: str) -> list[nn.Parameter]:
-    """Every parameter of one adapter: its LoRA matrices, magnitudes and whole modules."""
+    """All parameters of one adapter: LoRA matrices, DoRA magnitudes, modules_to_save."""
     return [
         parameter
         for key, parameter in model.named_parameters()
@@ -215,19 +224,20 @@ def adapter_parameters(model: nn.Module, adapter: str) -> list[nn.Parameter]:
 
 
 def setup_weight_tuning(config: Config, base: nn.Module, kind: str) -> list[nn.Parameter]:
-    """The parameters of `base` that `finetuning_type: freeze` or `full` trains; only they do.
+    """Make the parameters that `kind` (`freeze` or `full`) trains require gradients; no others.
 
-    They are in the dtype of the base still, so that a frozen copy can be taken first.
+    Returns them, still in the dtype of the base: a frozen copy of the model is taken before
+    `upcast_trainable` makes them float32.
     """
     names = None if kind == "full" else names_to_train(config, base)
-    trained = [
+    trainable = [
         parameter for name, parameter in base.named_parameters() if names is None or name in names
     ]
     base.requires_grad_(False)
-    for parameter in trained:
+    for parameter in trainable:
         parameter.requires_grad_(True)
-    round_outputs_to_bfloat16(base, trained)
-    return trained
+    round_outputs_to_bfloat16(base, trainable)
+    return trainable
 
 
 def names_to_train(config: Config, base: nn.Module) -> set[str]:
@@ -253,12 +263,15 @@ def names_to_train(config: Config, base: nn.Module) -> set[str]:
 
 
 def parameters_by_module(base: nn.Module) -> tuple[dict[str, tuple[int, str]], dict[str, str]]:
-    """Parameters within layers by their layer and module in it; others by their module."""
+    """Where each parameter of `base` belongs, by its name.
+
+    Returns those within layers, with their layer's number and the module in it; and all others,
+    with their module.
+    """
     inside, outside = {}, {}
     for name, _ in base.named_parameters():
-        if LAYER.search(name):
-            match = re.search(r"\.(\d+)\.([^.]+)", name)
-            assert match is not None
+        match = LAYER.search(name)
+        if match is not None:
             inside[name] = (int(match[1]), match[2])
         else:
             outside[name] = name.split(".")[-2]
@@ -266,7 +279,7 @@ def parameters_by_module(base: nn.Module) -> tuple[dict[str, tuple[int, str]], d
 
 
 def check_module_names(config: Config, key: str, wanted: list[str], known: set[str]) -> None:
-    """Refuse the name of a module that the model has not."""
+    """Refuse a name in `wanted` (the value of `key`) that is not one of the `known` modules."""
     for name in wanted:
         if name != "all" and name not in known:
             raise UserError(
@@ -276,24 +289,25 @@ def check_module_names(config: Config, key: str, wanted: list[str], known: set[s
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """The model as it is now, for good; what does not train is shared and costs nothing."""
+    """A frozen copy of the model. Parameters that do not train are shared, not copied."""
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
     other = copy.deepcopy(model, memo=dict(shared))
     return other.requires_grad_(False)
 
 
-def round_outputs_to_bfloat16(model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
-    """Round what modules with a trained bfloat16 parameter give; before any of it is upcast.
+def round_outputs_to_bfloat16(model: nn.Module, trainable: Iterable[nn.Parameter]) -> None:
+    """Make norms and embeddings with trainable bfloat16 parameters round their output to bfloat16.
 
-    Norms and embeddings are outside autocast: float32 weights in them would carry on a float32
-    residual stream, and say something else than the reference's bfloat16.
+    To be called before `upcast_trainable`. Autocast leaves these modules alone: with float32
+    weights their output, and the residual stream behind it, would be float32, and the policy would
+    differ from the reference's bfloat16.
     """
-    chosen = set(trained)
+    chosen = set(trainable)
     for module in causal_lm(model).modules():
-        own = any(
+        trains = any(
             p in chosen for p in module.parameters(recurse=False) if p.dtype == torch.bfloat16
         )
-        if own and not isinstance(module, nn.Linear):
+        if trains and not isinstance(module, nn.Linear):
             module.register_forward_hook(_to_bfloat16)
 
 
@@ -301,8 +315,8 @@ def _to_bfloat16(_module: nn.Module, _inputs: Any, output: Any) -> Any:
     return output.to(torch.bfloat16) if isinstance(output, Tensor) else output
 
 
-def upcast_trainable(trained: Iterable[nn.Parameter]) -> None:
-    """Trained parameters to float32: in bfloat16 an update of a thousandth is rounded away."""
-    for parameter in trained:
+def upcast_trainable(trainable: Iterable[nn.Parameter]) -> None:
+    """Cast bfloat16 parameters to float32: in bfloat16 an update of 1/1000 is rounded away."""
+    for parameter in trainable:
         if parameter.dtype == torch.bfloat16:
             parameter.data = parameter.data.float()

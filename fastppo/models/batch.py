@@ -1,4 +1,4 @@
-"""Rows of a rollout as one forward pass: ids, mask, and where the response tokens' states lie."""
+"""Micro-batches of a rollout: which rows each holds, and its input ids, mask and indices."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from fastppo.types import Sequences
 if TYPE_CHECKING:
     from fastppo.models.build import Roles
 
-Sent = TypeVar("Sent", Tensor, Packing)
-# A pass over few tokens costs as much as reading the weights does: about that of so many more.
+TensorOrPacking = TypeVar("TensorOrPacking", Tensor, Packing)
+# A forward pass has a fixed cost, of reading the weights: about that of so many tokens.
 PASS_TOKENS = 64
 
 
-def to_device(x: Sent, device: torch.device) -> Sent:
-    """On `device`, without the host waiting for what is still queued there."""
+def to_device(x: TensorOrPacking, device: torch.device) -> TensorOrPacking:
+    """Copy `x` to `device` without waiting for the kernels queued there."""
     if isinstance(x, Packing):
         index_N, offsets = to_device(x.index_N, device), to_device(x.offsets, device)
         return Packing(index_N, offsets, x.shape)
@@ -33,12 +33,11 @@ def to_device(x: Sent, device: torch.device) -> Sent:
 
 
 def partition(lengths: Sequence[int], rows: Sequence[int], budget: Budget) -> list[list[int]]:
-    """The rows of each micro-batch: those of similar length together, longest last.
+    """Split `rows` into micro-batches that the budget allows; returns the rows of each.
 
-    Of all ways to cut the rows, in order of length, into micro-batches that the budget allows, the
-    one with the fewest tokens, where padding counts and each pass counts as PASS_TOKENS more. It
-    depends on the set of rows alone, so that scoring and update, given the same rows, run the same
-    micro-batches.
+    Rows are sorted by length (`lengths[row]` tokens) and cut where the total cost is lowest: padded
+    tokens, and PASS_TOKENS for each micro-batch. The result depends on the set of rows alone, so
+    that scoring and update, given the same rows, run the same micro-batches.
     """
     ordered = sorted(rows, key=lambda row: (lengths[row], row))
     before = [0, *accumulate(lengths[row] for row in ordered)]
@@ -64,20 +63,21 @@ def partition(lengths: Sequence[int], rows: Sequence[int], budget: Budget) -> li
 
 
 def largest_micro_batch(sequences: Sequences, budget: Budget) -> int:
-    """Tokens of the largest micro-batch of all these rows, padding included."""
+    """Number of tokens, padding included, of the largest micro-batch of all `sequences`."""
     lengths = sequences.lengths
     parts = (
         [lengths[row] for row in part] for part in partition(lengths, range(len(lengths)), budget)
     )
-    return max(sum(own) if budget.packed else len(own) * max(own) for own in parts)
+    return max(sum(part) if budget.packed else len(part) * max(part) for part in parts)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch. Position t of the packing is the state from which token t + 1 was sampled.
+    """A micro-batch: one sequence a row, padded on the right; or packed, all sequences in one row.
 
-    Padded on the right, a sequence a row; or packed, one row that holds all of them and whose
-    positions begin anew with each (`positions_BT` is None where they are 0, 1, 2, ...).
+    In a packed row positions begin at 0 again with each sequence; `positions_BT` is None in a
+    padded batch. `packing` selects the states that predict the response tokens: the state at
+    position t is the one from which token t + 1 was sampled.
     """
 
     rows: list[int]
@@ -85,30 +85,31 @@ class Batch:
     mask_BT: Tensor
     positions_BT: Tensor | None
     packing: Packing
-    token_N: Tensor
-    last_B: Tensor  # place of each sequence's last live token among all B * T
+    token_N: Tensor  # the response tokens
+    last_B: Tensor  # index of each sequence's last live token among all B * T
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        """What a causal trunk is given.
+        """Arguments of `Roles.hidden`.
 
-        Without a mask: padding is on the right, where no live token looks, and attention without
-        one is faster. Packed, transformers makes the mask from the positions.
+        There is no mask among them: padding is on the right, where causal attention does not look,
+        and attention without a mask is faster. Of a packed row transformers derives the mask from
+        the positions.
         """
         ids = {"input_ids_BT": self.input_ids_BT}
         return ids if self.positions_BT is None else {**ids, "positions_BT": self.positions_BT}
 
     def last(self, x_BT: Tensor) -> Tensor:
-        """Of a (B, T, ...) tensor the entries at each sequence's last live token."""
+        """The entries (B, ...) of a (B, T, ...) tensor at each sequence's last live token."""
         return x_BT.flatten(0, 1).index_select(0, self.last_B)
 
 
 def make_batch(sequences: Sequences, rows: Sequence[int], *, packed: bool = False) -> Batch:
-    """The rows given, in ascending order, trimmed to the longest of them or packed into one.
+    """A micro-batch of `rows`, padded to the longest of them or packed into one row.
 
-    Ascending, so that scoring and update, given the same rows, run the same GEMMs to the same bits.
-    All indices are made on the host, where lengths are known, and sent without waiting for the
-    device.
+    Rows are sorted, so that scoring and update, given the same rows, run the same products to the
+    last bit. All indices are made on the host, where lengths are known, and copied to the device
+    without waiting for it.
     """
     rows = sorted(rows)
     ids_BT = sequences.input_ids_BT
@@ -149,68 +150,71 @@ def make_batch(sequences: Sequences, rows: Sequence[int], *, packed: bool = Fals
 
 
 def batches(sequences: Sequences, rows: Sequence[int], budget: Budget) -> list[Batch]:
-    """The rows in micro-batches, see `partition`."""
+    """Micro-batches of `rows`, divided as `partition` does."""
     parts = partition(sequences.lengths, rows, budget)
     return [make_batch(sequences, part, packed=budget.packed) for part in parts]
 
 
 @dataclass(frozen=True)
 class Order:
-    """Puts what micro-batches gave into the order of the rollout: per row, and per token."""
+    """Reorders the results of micro-batches, a number a row or a token, to the rollout's order."""
 
-    row_B: Tensor
-    index_N: Tensor
+    row_B: Tensor  # the rollout's row of each row of the micro-batches
+    index_N: Tensor  # the rollout's token of each of their response tokens
 
     @classmethod
     def of(cls, sequences: Sequences, made: Sequence[Batch]) -> Order:
-        """For micro-batches that hold every row once."""
+        """For the micro-batches `made` of `sequences`, which together hold every row once."""
         rows, device = [row for batch in made for row in batch.rows], sequences.input_ids_BT.device
         index_N = token_index(sequences.response_lengths, rows)
         return cls(to_device(torch.tensor(rows), device), to_device(index_N, device))
 
     def rows(self, parts: Sequence[Tensor]) -> Tensor:
-        """(B, ...) of all rows."""
+        """Results by row, as one tensor (B, ...) in the rollout's order."""
         joined = torch.cat(list(parts))
         return torch.empty_like(joined).index_copy(0, self.row_B, joined)
 
     def tokens(self, parts: Sequence[Tensor]) -> Tensor:
-        """(N, ...) of all response tokens."""
+        """Results by response token, as one tensor (N, ...) in the rollout's order."""
         joined = torch.cat(list(parts))
         return torch.empty_like(joined).index_copy(0, self.index_N, joined)
 
 
 def token_index(response_lengths: Sequence[int], rows: Sequence[int]) -> Tensor:
-    """Where in the packed tokens of the whole rollout the tokens of `rows` are: int64, on the host.
+    """Where the response tokens of `rows` are among those of the rollout: int64, on the host.
 
-    From lengths and not from offsets: those lie on the device, which would have to be waited for.
+    They come from the lengths, which are known on the host; reading the offsets would wait for the
+    device.
     """
     bounds = [0, *accumulate(response_lengths)]
     return torch.cat([torch.arange(bounds[row], bounds[row + 1]) for row in rows])
 
 
 def shuffled_batch(n: int, number: int, size: int, *, seed: int, shuffle: bool = True) -> list[int]:
-    """Batch `number` of an endless stream over n things, shuffled anew in every pass over them.
+    """Indices of batch `number` when range(n) is read epoch after epoch, each in a new order.
 
-    It depends on the seed and the number alone, so a step is the same whatever ran before it.
+    Batches have `size` indices and run on over the end of an epoch. The result depends on seed and
+    number alone, so that a step has the same batch after a resume. Without `shuffle` every epoch is
+    in ascending order.
     """
     orders: dict[int, list[int]] = {}
     chosen = []
     for position in range(number * size, (number + 1) * size):
-        epoch, place = divmod(position, n)
+        epoch, offset = divmod(position, n)
         if epoch not in orders:
             generator = torch.Generator().manual_seed(seed_of(seed, "pass", epoch))
             shuffled = torch.randperm(n, generator=generator).tolist()
             orders[epoch] = shuffled if shuffle else list(range(n))
-        chosen.append(orders[epoch][place])
+        chosen.append(orders[epoch][offset])
     return chosen
 
 
 @torch.no_grad()
 def check_packing(roles: Roles, input_ids_T: list[int]) -> None:
-    """Refuse `padding_free` where a packed sequence sees its neighbour, or has other positions.
+    """Refuse `padding_free` where a packed sequence attends to its neighbour.
 
-    Two sequences are packed and the first is changed: the second must not notice, to the bit, and
-    must be what it is alone.
+    Two sequences are packed, once with each of two first ones. The hidden states of the second must
+    be the same bits both times, and be near those of that sequence alone.
     """
     ids = input_ids_T[:8]
     n, other = len(ids), [*ids[1:], ids[0] + 1 if ids[0] == 0 else ids[0] - 1]

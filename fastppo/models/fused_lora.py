@@ -1,7 +1,7 @@
-"""LoRA's linear layer with a backward of its own: PEFT's GEMMs, and no passes over memory besides.
+"""LoRA's linear layer with its own backward: the GEMMs of PEFT's, without its elementwise passes.
 
-PEFT scales what an adapter says in one pass over the layer's output and adds it in another, and its
-backward does as much again. Here the adapter's GEMM adds to the base's output as it writes.
+PEFT scales the adapter's output in one pass over memory and adds it to the base's in another, and
+its backward does the same. Here the adapter's GEMM adds to the base's output as it writes.
 """
 
 from __future__ import annotations
@@ -16,17 +16,20 @@ from torch.autograd.function import once_differentiable
 
 
 class LoraInputs(torch.autograd.Function):
-    r"""x A^T, and the whole backward of the layer, saved before its own GEMM runs.
+    r"""x A^T; saves the operands of the layer's backward before the layer's large GEMM runs.
 
-    Checkpointing that computes a block anew stops at the last tensor that it has to save again. In
-    most blocks that is what the last layer saves, so what comes behind is not computed twice.
+    Activation checkpointing stops recomputing a block once the last saved tensor is there. In most
+    blocks that is the last layer's, so that layer's output is not computed a second time.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x_ND: Tensor, weight_VD: Tensor, a_RD: Tensor, b_VR: Tensor, scaling: float
     ) -> tuple[Tensor, Tensor]:
-        """x A^T (N, R); and what has the output's shape, not its memory, to take its gradient."""
+        """x A^T (N, R); and a tensor of the output's shape, without its memory.
+
+        Through that tensor the output's gradient comes back here.
+        """
         low_NR = x_ND @ a_RD.T
         ctx.save_for_backward(x_ND, weight_VD, a_RD, b_VR, low_NR)
         ctx.scaling = scaling
@@ -47,7 +50,7 @@ class LoraInputs(torch.autograd.Function):
 
 
 class LoraOutput(torch.autograd.Function):
-    """The layer's output; it saves nothing, and hands its gradient to `LoraInputs`."""
+    """The layer's output; saves nothing, and passes its gradient on to `LoraInputs`."""
 
     @staticmethod
     def forward(ctx: Any, place_NV: Tensor, *operands: Any) -> Tensor:
@@ -60,7 +63,7 @@ class LoraOutput(torch.autograd.Function):
 
 
 def scaled_mm(a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """s a b, rounded once."""
+    """scaling * a @ b in one GEMM, rounded once."""
     return torch.addmm(a.new_zeros(1), a, b, beta=0, alpha=scaling)
 
 
@@ -72,7 +75,7 @@ def lora_output(
     b_VR: Tensor,
     scaling: float,
 ) -> Tensor:
-    """The base's output, to which the adapter's GEMM adds as it writes."""
+    """x W^T + b + scaling * low B^T: the adapter's GEMM adds in place to the base's output."""
     out_NV = nn.functional.linear(x_ND, weight_VD, bias_V)
     return out_NV.addmm_(low_NR, b_VR.T, alpha=scaling)
 
@@ -85,7 +88,15 @@ def lora_linear(
     b_VR: Tensor,
     scaling: float,
 ) -> Tensor:
-    r"""y = x W^T + b + s (x A^T) B^T of x (N, D), W (V, D), A (R, D), B (V, R); W and b are frozen.
+    r"""y (N, V) = x W^T + b + scaling (x A^T) B^T, with gradients of x, A and B alone.
+
+    Args:
+        x_ND: the layer's input, in the dtype of all operands.
+        weight_VD: W.
+        bias_V: b, or None.
+        a_RD: A.
+        b_VR: B.
+        scaling: LoRA's alpha / rank.
 
     Source: Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, eq. 3.
     """
@@ -97,7 +108,10 @@ def lora_linear(
 
 
 def fusable_adapter(layer: PeftLinear, x: Tensor) -> str | None:
-    """The adapter, where this layer is a plain LoRA of one adapter in one dtype; else None."""
+    """Name of the adapter if `lora_linear` can compute this layer on `x`, else None.
+
+    That is so with one active plain LoRA adapter on a frozen linear layer, in one dtype.
+    """
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return None
     name = layer.active_adapters[0]
@@ -114,10 +128,10 @@ def fusable_adapter(layer: PeftLinear, x: Tensor) -> str | None:
 
 
 def autocasts(x: Tensor) -> bool:
-    """Whether autocast would compute in the dtype that `x` and the base are in.
+    """Whether autocast is active in the dtype of `x`, and `x` has several tokens a row.
 
-    A step of decoding, one token a row, is left to autocast: it keeps its copies of the adapters,
-    where this makes them anew.
+    A decoding step, one token a row, is left to PEFT: autocast caches its casts of the adapters
+    from step to step, where this forward casts them each time.
     """
     kind = x.device.type
     computes = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == x.dtype
@@ -125,7 +139,7 @@ def autocasts(x: Tensor) -> bool:
 
 
 def forward(layer: PeftLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """In place of PEFT's, which does what this does not."""
+    """The layer's output by `lora_linear` where it can compute it, else by PEFT's own forward."""
     name = None if args or kwargs else fusable_adapter(layer, x)
     if name is None:
         return PeftLinear.forward(layer, x, *args, **kwargs)
@@ -137,7 +151,7 @@ def forward(layer: PeftLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def fuse_lora_layers(model: nn.Module) -> None:
-    """Give every LoRA layer of `model` this forward; again after adapters were added to others."""
+    """Give every LoRA layer of `model` this forward; to be called again after adding adapters."""
     for module in model.modules():
         if type(module) is PeftLinear:
             module.forward = MethodType(forward, module)

@@ -1,4 +1,4 @@
-"""A causal language model as every role needs it: loaded, without dropout, with its head known."""
+"""Loading causal language models and tokenizers, and finding a model's trunk and output head."""
 
 from __future__ import annotations
 
@@ -6,12 +6,19 @@ import importlib.util
 import re
 from pickle import UnpicklingError
 from types import MethodType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from fastppo.config.memory import offload_mode
@@ -39,7 +46,7 @@ LOAD_ERRORS = (
 
 
 class LMHead(NamedTuple):
-    """What stands between the last hidden state and the logits."""
+    """The output head: logits = softcap(hidden W^T + b)."""
 
     weight_VD: Tensor
     bias_V: Tensor | None
@@ -60,7 +67,7 @@ def first_line(error: Exception) -> str:
 
 
 def load_tokenizer(config: Config, name: str | None = None) -> Any:
-    """The tokenizer of `model_name_or_path`, or of another model."""
+    """The tokenizer of `model_name_or_path`, or of the model `name`."""
     named = name or config.model_name_or_path
     try:
         return AutoTokenizer.from_pretrained(named, **_hub_settings(config, name))
@@ -77,29 +84,32 @@ def load_base(
     name: str | None = None,
     bits: int | None = None,
     *,
-    stay: bool = False,
-) -> nn.Module:
-    """`model_name_or_path` (or another model), frozen, in the dtype that the run computes in.
+    on_host: bool = False,
+) -> PreTrainedModel:
+    """`model_name_or_path`, or the model `name`: frozen, without dropout, in the run's dtype.
 
-    `bits` quantises its linear layers to 4 or 8 bits, the output head excepted. With `stay` it is
-    left in host memory, whatever `device` is, unless it is quantised.
+    `bits` quantises its linear layers to 4 or 8 bits, the output head excepted. It is moved to
+    `device`; with `on_host` it stays in host memory, unless it is quantised.
+
+    Raises:
+        UserError: it cannot be loaded, or its files lack some of its weights.
     """
     disable_progress_bar()
     dtype = compute_dtype(config, device)
     settings: dict[str, Any] = {
         "dtype": dtype,
-        "attn_implementation": attention(config.flash_attn, device, dtype),
+        "attn_implementation": attention_implementation(config.flash_attn, device, dtype),
         **_hub_settings(config, name),
     }
     if bits is not None:
-        # Quantised weights are made on the device where they stay.
+        # Weights are quantised on the device, and cannot be moved afterwards.
         settings |= {
-            "quantization_config": quantization(config, bits, dtype),
+            "quantization_config": quantization_config(config, bits, dtype),
             "device_map": {"": device},
         }
     name = name or config.model_name_or_path
     try:
-        # What has another shape is refused below, by name.
+        # Weights of another shape are refused below, by name.
         base, info = AutoModelForCausalLM.from_pretrained(
             name, output_loading_info=True, ignore_mismatched_sizes=True, **settings
         )
@@ -117,11 +127,11 @@ def load_base(
     disable_dropout(base)
     if bits is not None:
         use_training_kernels(base)
-    return base if stay or bits is not None else base.to(device)
+    return base if on_host or bits is not None else base.to(device)
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """The dtype of every model of the run, which its products are in too: bfloat16 or float32."""
+    """The dtype of every model of the run and of its matrix products: bfloat16 or float32."""
     own, on_gpu = "float32", device.type == "cuda"
     if on_gpu and not config.bf16:
         name = config.model_name_or_path
@@ -136,7 +146,7 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
 
 
 def load_error(config: Config, name: str, error: Exception) -> UserError:
-    """No such model, no model at all, or a package that it needs and that is not there."""
+    """The error for a model that cannot be loaded: it is missing, broken, or lacks a package."""
     return UserError(
         f"{config.source}: {name} cannot be loaded ({first_line(error)}); check the folder or the "
         "hub name"
@@ -144,7 +154,10 @@ def load_error(config: Config, name: str, error: Exception) -> UserError:
 
 
 def _hub_settings(config: Config, name: str | None) -> dict[str, Any]:
-    """Where and how files are found; revision and GGUF file are `model_name_or_path`'s own."""
+    """Arguments of `from_pretrained` that say where files come from.
+
+    `name` is None for `model_name_or_path`, to which alone revision and GGUF file apply.
+    """
     found = {"cache_dir": config.cache_dir, "trust_remote_code": config.trust_remote_code}
     if name is None:
         found["revision"] = config.model_revision
@@ -153,8 +166,8 @@ def _hub_settings(config: Config, name: str | None) -> dict[str, Any]:
     return found
 
 
-def quantization(config: Config, bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """bitsandbytes' settings for `quantization_bit`, with LLaMA-Factory's defaults."""
+def quantization_config(config: Config, bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """bitsandbytes' settings for 4 or 8 bits, with LLaMA-Factory's defaults."""
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -166,28 +179,31 @@ def quantization(config: Config, bits: int, dtype: torch.dtype) -> BitsAndBytesC
 
 
 def use_training_kernels(base: nn.Module) -> None:
-    """One arithmetic for scoring and training: bitsandbytes has two on CPUs.
+    """Make quantised layers compute in evaluation mode as they do in training mode.
 
-    It repacks 4-bit weights in the first forward in evaluation mode, for good, and has no backward
-    for that: adapters below would train on nothing. Its 8-bit layers round activations in
-    evaluation mode only, so that no ratio would start at 1; they stay in training mode.
+    On CPUs bitsandbytes repacks 4-bit weights in the first forward in evaluation mode, for good,
+    and that form has no backward: adapters in the layers below would get no gradient. Its 8-bit
+    layers round activations in evaluation mode only, so that no ratio would start at 1.
     """
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
         if hasattr(getattr(module, "state", None), "is_training"):
             module.train()
-            module.train = MethodType(_stay, module)
+            module.train = MethodType(_keep_mode, module)
 
 
-def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
+def _keep_mode(module: nn.Module, mode: bool = True) -> nn.Module:
+    """In place of `train` and `eval`: the mode stays."""
     return module
 
 
-def attention(flash_attn: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """transformers' name for LLaMA-Factory's `flash_attn`; None lets it take PyTorch's.
+def attention_implementation(
+    flash_attn: str, device: torch.device, dtype: torch.dtype
+) -> str | None:
+    """transformers' name for LLaMA-Factory's `flash_attn`; None leaves the choice to transformers.
 
-    `auto` takes flash-attn where it is installed and can run: on CUDA, in bf16.
+    `auto` is flash-attn where it is installed and can run (on CUDA, in bfloat16), else None.
     """
     runs = device.type == "cuda" and dtype == torch.bfloat16
     if flash_attn == "fa2" and not runs:
@@ -201,10 +217,10 @@ def attention(flash_attn: str, device: torch.device, dtype: torch.dtype) -> str 
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Dropout off in every pass: with it, log-probs before and after no update at all would differ.
+    """Set every dropout rate of the model to 0, so that two passes give the same log-probs.
 
-    Modules and the functional kinds alike: attention reads its rate from an attribute of many
-    names (attention_dropout, dropout_p, attn_drop, layerdrop), not from a module.
+    Dropout modules, and the rates that attention passes to functional dropout: float attributes of
+    many names (attention_dropout, dropout_p, attn_drop, layerdrop).
     """
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -215,30 +231,34 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def wrap_activations(config: Config, base: nn.Module) -> ActivationOffload:
-    """Recompute or move activations as the file says; layers below the adapters stay out of it."""
+    """Checkpoint or offload the activations of `base` as `activation_offloading` says.
+
+    Layers below the lowest one that trains are left alone: they save no activations.
+    """
     return wrap(base, offload_mode(config), offload_dir=config.offload_dir)
 
 
-def causal_lm(model: nn.Module) -> nn.Module:
-    """The causal language model itself, inside its PEFT wrapper where there is one."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The causal language model inside a PEFT model; without one `model` itself."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    return cast(PreTrainedModel, inner)
 
 
 def trunk(model: nn.Module) -> nn.Module:
-    """The model without its output head."""
+    """The causal language model without its output head: embeddings and layers."""
     base = causal_lm(model)
-    return getattr(base, base.base_model_prefix)
+    return cast(nn.Module, getattr(base, base.base_model_prefix))
 
 
 def hidden_size(model: nn.Module) -> int:
     """Width of the last hidden state."""
-    return causal_lm(model).config.get_text_config().hidden_size
+    return int(causal_lm(model).config.get_text_config().hidden_size)
 
 
 def lm_head(model: nn.Module, dtype: torch.dtype | None = None) -> LMHead:
-    """The output head, for the `linear_*` ops; in `dtype`, to which a trained float32 is cast."""
+    """The output head, for the `linear_*` ops; cast to `dtype` where one is given."""
     base = causal_lm(model)
-    head = base.get_output_embeddings()
+    head: Any = base.get_output_embeddings()
     weight_VD, bias_V = head.weight, getattr(head, "bias", None)
     if dtype is not None:
         weight_VD = weight_VD.to(dtype)
@@ -254,12 +274,19 @@ def check_same_tokens(
     model: nn.Module,
     cure: str = "name a model with the same one",
 ) -> None:
-    """Refuse a second model that would read the policy's token ids as other words."""
+    """Refuse a model whose tokenizer is not the policy's: it is given the policy's token ids.
+
+    Args:
+        key: the setting that names the model, for the error.
+        name: its folder or hub name.
+        model: the model itself.
+        cure: what the error advises.
+    """
     tokenizer = load_tokenizer(config)
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = causal_lm(model).get_input_embeddings().weight.shape[0]
     try:
         theirs = load_tokenizer(config, name).get_vocab()
-    except UserError:  # a folder of weights alone: the size is all there is to check
+    except UserError:  # a folder of weights alone: only the number of tokens can be checked
         theirs = None
     if len(tokenizer) > rows or (theirs is not None and theirs != tokenizer.get_vocab()):
         raise UserError(

@@ -22,11 +22,11 @@ Role = Literal["actor", "reference", "reward", "critic"]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a role runs: a model, the adapter that is on (None: none), and what of it trains."""
+    """What a role runs on, and which of its parameters train."""
 
     model: nn.Module
-    adapter: str | None
-    words: str
+    adapter: str | None  # the one that is switched on; None: adapters off, or none there
+    words: str  # for the first lines of a run
     trainable: tuple[nn.Parameter, ...] = ()
 
 
@@ -34,18 +34,19 @@ class Place:
 class Roles:
     """The places of all roles, and their heads. `use(role)` is the only way to switch between them.
 
-    `places` has actor and reference, critic where there is one, and each reward that is an adapter.
+    `places` holds actor and reference, the critic where there is one, and every reward that is an
+    adapter on the base.
     """
 
     places: dict[str, Place]
-    reward_heads: dict[str, nn.Linear]  # by the role of the reward that each belongs to
+    reward_heads: dict[str, nn.Linear]  # by the reward's role, as in places
     critic_head: nn.Linear | None  # None: advantages without a critic
     device: torch.device
     autocast: bool
-    notes: list[str] = field(default_factory=list)  # what the first lines of a run should say
+    notes: list[str] = field(default_factory=list)  # for the first lines of a run
 
     def __post_init__(self) -> None:
-        # PEFT's own switches set requires_grad on adapters as they go; this is what stays true.
+        # PEFT changes requires_grad whenever it switches adapters; _activate sets it by this again.
         self._trainable = {p for place in self.places.values() for p in place.trainable}
         for place in self.places.values():
             fuse_lora_layers(place.model)
@@ -59,12 +60,12 @@ class Roles:
 
     @property
     def model(self) -> nn.Module:
-        """The actor's model: PEFT's, or with `finetuning_type: freeze` and `full` the base."""
+        """The actor's model: a PEFT model, or with `finetuning_type` freeze and full the base."""
         return self.places["actor"].model
 
     @property
     def has_critic(self) -> bool:
-        """Whether there is a critic at all."""
+        """Whether there is a critic: there is none with advantages from the rewards alone."""
         return self.critic_head is not None
 
     @property
@@ -75,10 +76,11 @@ class Roles:
 
     @contextmanager
     def use(self, role: Role | str) -> Iterator[None]:
-        """Run as `role` inside the block; every role trains after it as it did before.
+        """Switch to `role` inside the block, and back to the previous role after it.
 
-        Backward passes of what ran inside belong inside too: checkpointed layers are recomputed
-        with whatever adapter is active in the backward.
+        `requires_grad` of all roles' parameters stays as it was. The backward of a forward inside
+        the block has to run inside it too: checkpointed layers are recomputed with the adapter that
+        is active then.
         """
         previous = self._active
         self._activate(role)
@@ -100,13 +102,13 @@ class Roles:
         self._active = role
 
     def train(self) -> None:
-        """Training mode for the models that train: their layers are checkpointed in it."""
+        """Training mode for models with trainable parameters: activations are checkpointed."""
         for place in self.places.values():
             if place.trainable:
                 place.model.train()
 
     def eval(self) -> None:
-        """Evaluation mode for all: sampling keeps its KV cache, scoring recomputes nothing."""
+        """Evaluation mode for all models: no checkpointing, so generation can use its KV cache."""
         for place in self.places.values():
             place.model.eval()
 
@@ -116,9 +118,12 @@ class Roles:
         mask_BT: Tensor | None = None,
         positions_BT: Tensor | None = None,
     ) -> Tensor:
-        """The last hidden states (B, T, D) of the active role; right-padded rows, no logits.
+        """Last hidden states (B, T, D) of the active role; no logits are computed.
 
-        With positions that begin anew within a row, that row holds several sequences.
+        Args:
+            input_ids_BT: int64, right-padded rows.
+            mask_BT: 1 at live tokens; None where no live token attends to padding.
+            positions_BT: positions of packed rows, which begin at 0 again with each sequence.
         """
         packed = {} if positions_BT is None else {"position_ids": positions_BT}
         with self.precision():
@@ -128,12 +133,12 @@ class Roles:
 
     @property
     def product_precision(self) -> Precision:
-        """How the actor's products are rounded, as PyTorch's flags are now."""
+        """How the actor's matrix products are rounded under PyTorch's present flags."""
         base = causal_lm(self.places["actor"].model)
         return product_precision(self.device, base, autocast=self.autocast)
 
     def precision(self) -> Any:
-        """Autocast where the base is bf16: what trains is float32, GEMMs should not be."""
+        """Context in which forwards run: autocast to bfloat16 for a bfloat16 base, else none."""
         if not self.autocast:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
@@ -150,25 +155,27 @@ class Roles:
 
     @property
     def lm_head(self) -> LMHead:
-        """The active role's output head, for the `linear_*` ops, in the dtype of its GEMM."""
+        """The active role's output head for the `linear_*` ops, in the dtype of its product."""
         return lm_head(self.base, torch.bfloat16 if self.autocast else None)
 
     def value(self, hidden_ND: Tensor) -> Tensor:
-        """The critic's V (N,), in the head's float32 whatever the trunk computes in."""
+        """The critic's values (N,) of hidden states, computed in float32 as the head is."""
         assert self.critic_head is not None
         return self.critic_head(hidden_ND.to(self.critic_head.weight.dtype)).squeeze(-1)
 
     def trained_parameters(self, role: Role | str) -> list[nn.Parameter]:
-        """What an optimiser of `role` holds; with a shared trunk the critic has only its head."""
-        own = [] if role not in self.places else list(self.places[role].trainable)
+        """The parameters that `role` trains; a critic on the actor's trunk has only its head."""
+        parameters = [] if role not in self.places else list(self.places[role].trainable)
         if role == "critic" and self.critic_head is not None:
-            own = [*([] if self.shares_trunk else own), *self.critic_head.parameters()]
-        return own
+            if self.shares_trunk:
+                parameters = []
+            parameters += self.critic_head.parameters()
+        return parameters
 
     def table(self, reward: str) -> list[tuple[str, str, int]]:
-        """Role, weights in words, trainable count: what the first lines of a run print.
+        """Role, description and number of trainable parameters of each, for a run's first lines.
 
-        `reward` is what gives the score: not all of that has a place here.
+        `reward` describes the rewards, of which not all have a place here.
         """
         words = {role: place.words for role, place in self.places.items()}
         words = {"critic": "none", **words, "reward": reward}
@@ -179,7 +186,7 @@ class Roles:
 
     @torch.no_grad()
     def check_head(self, input_ids_T: list[int]) -> None:
-        """Refuse an architecture that does more between trunk and logits than `lm_head` knows."""
+        """Refuse a model whose logits are not what `lm_head` gives of its hidden states."""
         ids = torch.tensor([input_ids_T[:16]], device=self.device)
         for role in ("actor", "reference"):
             with self.use(role):
@@ -192,12 +199,12 @@ class Roles:
                 )
 
     def _head_error(self, ids_BT: Tensor) -> float:
-        """How far the active role's `lm_head` is from its own logits, as a log-prob."""
+        """Difference of one log-prob by `lm_head` and by the active model's own logits."""
         hidden = self.hidden(ids_BT, torch.ones_like(ids_BT))[0, -1:]
         with self.precision():
             logits = self.base(input_ids=ids_BT, use_cache=False).logits[0, -1:].float()
         head = self.lm_head
         token = logits.argmax(-1)
-        mine = nn.functional.linear(hidden.to(head.weight_VD.dtype), head.weight_VD, head.bias_V)
-        mine_logprob = token_logprobs(mine.float(), token, softcap=head.softcap).logprob_N
-        return (mine_logprob - token_logprobs(logits, token).logprob_N).abs().item()
+        by_head = nn.functional.linear(hidden.to(head.weight_VD.dtype), head.weight_VD, head.bias_V)
+        head_logprob = token_logprobs(by_head.float(), token, softcap=head.softcap).logprob_N
+        return (head_logprob - token_logprobs(logits, token).logprob_N).abs().item()

@@ -1,8 +1,8 @@
-"""How far apart two correct passes over the same tokens may be: by how their products are rounded.
+"""How far two correct passes over the same tokens may differ, by the precision of their products.
 
-Two passes with the same weights differ in the shapes of their products, and so in the kernels that
-compute them; the difference is as large as a kernel's rounding. Scoring and update, the sampler and
-scoring, and a head by itself are compared with one table.
+Two passes with the same weights can have products of different shapes, which different kernels
+compute; their results then differ by rounding. One table of limits serves all comparisons: of
+scoring and update, of sampler and scoring, and of the output head alone with the whole model.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ Precision = Literal["float32", "tf32", "bfloat16"]
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that is still rounding.
+    """The largest differences that rounding explains.
 
     Attributes:
-        log_ratio: mean |log ratio| of the first pass, before anything moved; ten times it stops
-            the run.
+        log_ratio: mean |log ratio| of the first pass, before any optimiser step; ten times it
+            stops the run.
         sampler_gap: mean |difference| of the sampler's log-probs and the trainer's.
         head: difference of one log-prob by the head alone and by the whole model.
     """
@@ -40,12 +40,12 @@ LIMITS: dict[Precision, Limits] = {
 
 
 def product_precision(device: torch.device, base: Any, *, autocast: bool) -> Precision:
-    """How the products of `base` on `device` are rounded, in the coarsest of its layers.
+    """The lowest precision in which a layer of `base` multiplies matrices on `device`.
 
-    `autocast` is the run's own, to bfloat16. An autocast around it counts as well, and the flags of
-    PyTorch for float32 (`tf32: true`, `torch.set_float32_matmul_precision`, `allow_tf32`). float16
-    rounds as TF32 does. On a GPU bitsandbytes' 8-bit layers round activations to 8 bits; its 4-bit
-    layers are multiplied in the dtype of the run.
+    `autocast` is whether the run autocasts to bfloat16. An autocast that is already active counts
+    too, and so do PyTorch's flags for float32 (`tf32: true`, `torch.set_float32_matmul_precision`,
+    `allow_tf32`). float16 counts as TF32, whose significand is as long. On a GPU bitsandbytes'
+    8-bit layers round activations to 8 bits; its 4-bit layers multiply in the dtype of the run.
     """
     if autocast or (device.type == "cuda" and getattr(base, "is_loaded_in_8bit", False)):
         return "bfloat16"
@@ -56,7 +56,7 @@ def product_precision(device: torch.device, base: Any, *, autocast: bool) -> Pre
 
 
 def float32_precision(device: torch.device) -> Precision:
-    """What PyTorch's flags let a product of float32 matrices be computed in on `device`."""
+    """The precision that PyTorch's flags allow for products of float32 matrices on `device`."""
     backend: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     # PyTorch before 2.9 has one flag for all; later ones may refuse to read it.
     named = getattr(getattr(backend, "matmul", None), "fp32_precision", None)

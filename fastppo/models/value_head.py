@@ -16,7 +16,7 @@ VALUE_HEAD_FILE = HEAD_FILES[0]
 
 
 def new_value_head(hidden_size: int, device: torch.device) -> nn.Linear:
-    """A head that says 0 of everything: no noise in the first advantages."""
+    """A new head whose value is 0 for every state, so that it adds no noise to first advantages."""
     head = nn.Linear(hidden_size, 1).to(device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
@@ -24,7 +24,10 @@ def new_value_head(hidden_size: int, device: torch.device) -> nn.Linear:
 
 
 def read_value_head(folder: Path, key: str) -> tuple[Tensor, Tensor]:
-    """Weight (1, D) and bias (1,) of the head in `folder`, from safetensors where there is one."""
+    """Weight (1, D) and bias (1,) of the value head in `folder`; safetensors wins over .bin.
+
+    `key` is the setting that named the folder, for the error.
+    """
     path = next((folder / name for name in HEAD_FILES if (folder / name).is_file()), None)
     cure = "train one with stage: rm and name its output_dir"
     if path is None:
@@ -48,7 +51,7 @@ def read_value_head(folder: Path, key: str) -> tuple[Tensor, Tensor]:
 def load_value_head(
     folder: Path, hidden_size: int, device: torch.device, key: str = "reward_model"
 ) -> nn.Linear:
-    """The head that stage rm, or LLaMA-Factory, wrote into `folder`."""
+    """The value head that stage rm, or LLaMA-Factory, wrote into `folder`, on `device`."""
     weight, bias = read_value_head(folder, key)
     if weight.shape != (1, hidden_size):
         raise UserError(
@@ -63,7 +66,7 @@ def load_value_head(
 
 
 def value_head_state(head: nn.Linear) -> dict[str, Tensor]:
-    """The head under LLaMA-Factory's keys."""
+    """The head's weight and bias under LLaMA-Factory's names, on the CPU, to be saved."""
     return {
         "v_head.summary.weight": head.weight.detach().cpu().contiguous(),
         "v_head.summary.bias": head.bias.detach().cpu().contiguous(),

@@ -1,4 +1,4 @@
-"""Scores by a value head on hidden states, read at the token where it was trained."""
+"""Scores by a value head on hidden states, read at the token where the head was trained."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fastppo.config.rewards import RECORD
 from fastppo.errors import UserError
-from fastppo.models.batch import Batch, Budget, Order, batches
+from fastppo.memory.budgets import Budget
+from fastppo.models.batch import Batch, Order, batches
 from fastppo.types import Rollout
 
 if TYPE_CHECKING:
@@ -21,12 +22,20 @@ if TYPE_CHECKING:
 
 
 class HeadReward:
-    """Scores (B,) float32 by a head on the policy's own tokens.
+    """Scores a rollout's own tokens with a value head; returns (B,) float32.
 
-    `hidden` gives the last hidden states (B, T, D) of a micro-batch. Our reward
-    models record where they were trained to be read: at the last token, EOS. LLaMA-Factory's
-    templates put a suffix behind EOS ("\\n" for the chatml family) and its reward models were
-    trained on that, so it is appended.
+    The score is read where the head was trained to be read, which stage rm records in its folder:
+    at EOS, the last token. LLaMA-Factory's templates write a suffix behind EOS ("\\n" for the
+    chatml family) and its reward models, and those trained on from them, are read there: then the
+    suffix is appended first.
+
+    Args:
+        hidden: gives the last hidden states (B, T, D) of a micro-batch.
+        head: from a hidden state to the score.
+        folder: where the head was saved, with the record of stage rm.
+        template: the policy's, for its suffix and padding.
+        budget: how large micro-batches may be.
+        packs: whether `hidden` takes packed micro-batches.
     """
 
     def __init__(
@@ -48,13 +57,18 @@ class HeadReward:
         if self.score_at == "suffix":
             rollout = append_suffix(rollout, list(self.template.suffix_ids), self.template.pad_id)
         budget = self.budget if self.packs else self.budget.padded
-        made = batches(rollout, range(len(rollout.prompts)), budget)
-        scores = [self.head(batch.last(self.hidden(batch)).float()).squeeze(-1) for batch in made]
-        return Order.of(rollout, made).rows(scores)
+        micro_batches = batches(rollout, range(len(rollout.prompts)), budget)
+        scores = [
+            self.head(batch.last(self.hidden(batch)).float()).squeeze(-1) for batch in micro_batches
+        ]
+        return Order.of(rollout, micro_batches).rows(scores)
 
 
 class AdapterReward(HeadReward):
-    """The same on the policy's base, with the adapter of stage rm (or of LLaMA-Factory) on it."""
+    """Scores by the reward adapter of stage rm, or of LLaMA-Factory, on the policy's base.
+
+    `role` is the reward's role in `roles`, which holds the adapter and its head.
+    """
 
     def __init__(
         self, roles: Roles, folder: Path, template: Template, budget: Budget, role: str = "reward"
@@ -68,7 +82,10 @@ class AdapterReward(HeadReward):
 
 
 def read_score_at(folder: Path) -> str | None:
-    """Where stage rm recorded that its scores are read; None for LLaMA-Factory's folders."""
+    """Where the model in `folder` reads its score, `eos` or `suffix`, as stage rm recorded it.
+
+    None without a record, as in LLaMA-Factory's folders.
+    """
     record = folder / RECORD
     if not record.is_file():
         return None
@@ -85,14 +102,14 @@ def read_score_at(folder: Path) -> str | None:
 
 
 def append_suffix(rollout: Rollout, suffix_ids: list[int], pad_id: int) -> Rollout:
-    """The same rollout with `suffix_ids` behind each response that ended by itself."""
+    """A copy of the rollout with `suffix_ids` behind each response that is not truncated."""
     rows = []
     for row, length, ended in zip(
         rollout.input_ids_BT.tolist(), rollout.lengths, rollout.terminated, strict=True
     ):
         rows.append(row[:length] + (suffix_ids if ended else []))
     width = max(map(len, rows))
-    longer = [
+    response_lengths = [
         n + (len(suffix_ids) if ended else 0)
         for n, ended in zip(rollout.response_lengths, rollout.terminated, strict=True)
     ]
@@ -103,7 +120,7 @@ def append_suffix(rollout: Rollout, suffix_ids: list[int], pad_id: int) -> Rollo
         prompts=rollout.prompts,
         input_ids_BT=ids_BT,
         prompt_lengths=rollout.prompt_lengths,
-        response_lengths=longer,
+        response_lengths=response_lengths,
         terminated=rollout.terminated,
         sampler_logprob_N=rollout.sampler_logprob_N,
         texts=rollout.texts,

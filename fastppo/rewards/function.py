@@ -22,7 +22,7 @@ GIVEN = ("prompts", "completions", "completion_ids")
 
 
 def load_function(name: str, key: str) -> Function:
-    """The function behind `module:name`; `key` is the setting that named it, for the error."""
+    """Import the function that `name` gives as `module:function`; `key` is its setting."""
     try:
         check_function_name(name, key)
     except ValueError as error:
@@ -35,8 +35,10 @@ def load_function(name: str, key: str) -> Function:
             f"{key}: cannot import '{module_name}' ({error}); it must be importable from here"
         ) from None
     except (Exception, SystemExit) as error:  # whatever runs when a module is imported
-        raise UserError(f"{key}: importing '{module_name}' {failure(error)}; mend it") from None
-    function = getattr(module, attribute, None)
+        raise UserError(
+            f"{key}: importing '{module_name}' {describe_exception(error)}; mend it"
+        ) from None
+    function: Function | None = getattr(module, attribute, None)
     if not callable(function):
         raise UserError(f"{key}: '{module_name}' has no function '{attribute}'; check its name")
     if any(map(inspect.iscoroutinefunction, (function, type(function).__call__))):
@@ -44,15 +46,15 @@ def load_function(name: str, key: str) -> Function:
     return function
 
 
-def failure(error: Exception) -> str:
-    """What was raised, and at which line: all of a traceback that fits in one line."""
+def describe_exception(error: BaseException) -> str:
+    """What was raised and where, in one line: type, message, file and line of the last frame."""
     *_, frame = traceback.extract_tb(error.__traceback__)
-    place = f"{frame.filename.rsplit('/', 1)[-1]} line {frame.lineno}"
-    return f"raised {type(error).__name__}: {str(error)[:200]} ({place})"
+    where = f"{frame.filename.rsplit('/', 1)[-1]} line {frame.lineno}"
+    return f"raised {type(error).__name__}: {str(error)[:200]} ({where})"
 
 
 def parameters_of(function: Function) -> Mapping[str, inspect.Parameter]:
-    """What a function takes; nothing where it does not say (some builtins)."""
+    """The function's parameters by name; none where it has no signature, as some builtins."""
     try:
         return inspect.signature(function).parameters
     except (TypeError, ValueError):
@@ -60,7 +62,7 @@ def parameters_of(function: Function) -> Mapping[str, inspect.Parameter]:
 
 
 def check_arguments(function: Function, key: str, given: set[str]) -> None:
-    """Refuse a function that needs an argument which nothing here gives."""
+    """Refuse a function with a required parameter that is not among the names `given`."""
     for name, parameter in parameters_of(function).items():
         if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
@@ -81,10 +83,11 @@ def call_scores(
     columns: Mapping[str, list[Any]] | None = None,
     completion_ids: list[list[int]] | None = None,
 ) -> list[float | None]:
-    """Scores of `completions`, checked: a finite number each, or None where it does not apply.
+    """Call a reward function as TRL does; returns a finite number or None for each completion.
 
-    TRL's convention: everything goes by keyword, `prompts`, `completions` and `completion_ids` and
-    the record's columns under their names. A function gets what it takes; `**kwargs` takes all.
+    All arguments go by keyword: `prompts`, `completions`, `completion_ids`, and the records'
+    columns under their names. A function gets those that it has a parameter for, or all of them
+    where it has `**kwargs`. None: the reward does not apply to that completion.
     """
     given: dict[str, Any] = {**(columns or {}), "prompts": prompts, "completions": completions}
     if completion_ids is not None:
@@ -98,12 +101,12 @@ def call_scores(
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # a user's own code: whatever it raises, in one line
-        raise UserError(f"{key}: {failure(error)}; mend the function") from None
+        raise UserError(f"{key}: {describe_exception(error)}; mend the function") from None
     return check_scores(answer, key, completions)
 
 
 def check_scores(answer: Any, key: str, completions: list[str]) -> list[float | None]:
-    """A finite number or None for each completion."""
+    """The function's answer as a list with a finite number or None for each completion."""
     if inspect.isawaitable(answer):
         getattr(answer, "close", lambda: None)()
         raise UserError(f"{key}: gave an awaitable; give a plain function, not an async one")
@@ -128,7 +131,7 @@ def check_scores(answer: Any, key: str, completions: list[str]) -> list[float | 
 
 
 def columns_of(prompts: list[Prompt]) -> dict[str, list[Any]]:
-    """The records' columns by name; None where a record lacks one."""
+    """The records' columns by name, a value for each prompt; None where its record lacks one."""
     names = {name for prompt in prompts for name in prompt.columns}
     return {
         name: [prompt.columns.get(name) for prompt in prompts]
@@ -138,7 +141,10 @@ def columns_of(prompts: list[Prompt]) -> dict[str, list[Any]]:
 
 
 class FunctionReward:
-    """Scores (B,) by a Python function; NaN where it gave None: not applicable."""
+    """Scores a rollout with a Python function; returns (B,) float32, NaN where it gave None.
+
+    With `prompts`, the function's parameters are checked against their columns at once.
+    """
 
     def __init__(self, name: str, prompts: list[Prompt] | None = None) -> None:
         self.key = f"reward_model: {name}"

@@ -1,11 +1,11 @@
-"""Scores by a model of its own: a sequence classifier, or a causal LM with a value head."""
+"""Scores by a separate reward model: a sequence classifier, or a causal LM with a value head."""
 
 from __future__ import annotations
 
 import importlib.util
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from peft import PeftModel, load_peft_weights
@@ -16,18 +16,23 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedModel,
 )
 
 from fastppo.config.rewards import HEAD_FILES, split
 from fastppo.errors import UserError
-from fastppo.models.batch import Batch, Budget, partition
+from fastppo.memory.budgets import Budget
+from fastppo.models.batch import Batch, partition
 from fastppo.models.load import (
     LOAD_ERRORS,
-    attention,
+    attention_implementation,
+    causal_lm,
     check_same_tokens,
     compute_dtype,
     first_line,
+    hidden_size,
 )
+from fastppo.models.load import trunk as model_trunk
 from fastppo.models.value_head import load_value_head
 from fastppo.offload.frozen import place_frozen
 from fastppo.rewards.adapter import HeadReward
@@ -37,22 +42,23 @@ if TYPE_CHECKING:
     from fastppo.config import Config
     from fastppo.templates import Template
 
-# Stands behind a truncated response while its conversation is written; the rest is cut off there.
+# Marks the end of a truncated response: what the chat template writes behind it is cut off.
 CUT_HERE = "<<<truncated>>>"
+Placed = TypeVar("Placed", bound=nn.Module)
 
 
 class ClassifierReward:
-    """Scores (B,) float32 by a sequence classifier with one label.
+    """Scores a rollout with a sequence classifier of one label; returns (B,) float32.
 
-    The prompt's messages and the response's text are written anew with the classifier's own chat
-    template and tokenizer, and the score is its own logit of the conversation. A truncated response
-    gets no end of turn: the policy gave none, and no other reward is shown one.
+    Prompt and response are formatted with the classifier's own chat template and tokenizer, and the
+    score is its logit of that conversation. A truncated response gets no end of turn: the policy
+    sampled none, and the other kinds of reward are not shown one either.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, name: str, budget: Budget) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, name: str, budget: Budget) -> None:
         self.model, self.tokenizer, self.budget = model, tokenizer, budget
         self.key = f"reward_model: {name}"
-        # What fastppo-export keeps of a head's bias: transformers' classifiers have none.
+        # A head's bias, from fastppo-export: transformers' classifiers have no place for one.
         self.bias = float(getattr(model.config, "score_bias", 0.0))
         inner = model.config.get_text_config()
         self.pad_id: int | None = inner.pad_token_id
@@ -60,17 +66,18 @@ class ClassifierReward:
             getattr(inner, "max_position_embeddings", None) or 1 << 30,
             getattr(tokenizer, "model_max_length", None) or 1 << 30,
         )
-        self.cut = False
+        self.warned_of_length = False
 
     def encode(self, prompt: Prompt, text: str, *, truncated: bool = False) -> list[int]:
-        """Ids of the conversation that `text` ends; the last ones where it is too long.
+        """Token ids of the prompt's conversation with `text` as its last answer.
 
-        Behind a `truncated` text nothing stands, no end of turn either.
+        A conversation longer than the classifier takes loses its beginning. With `truncated`,
+        nothing stands behind the text, no end of turn either.
         """
-        said = text + CUT_HERE if truncated else text
-        chat = [*prompt.messages, {"role": "assistant", "content": said}]
+        answer = text + CUT_HERE if truncated else text
+        chat = [*prompt.messages, {"role": "assistant", "content": answer}]
         try:
-            whole = self.tokenizer.apply_chat_template(chat, tokenize=False)
+            conversation = self.tokenizer.apply_chat_template(chat, tokenize=False)
         except Exception as error:  # a template is a program of its own, and may raise anything
             raise UserError(
                 f"{self.key}: its chat template refuses a conversation of "
@@ -79,15 +86,15 @@ class ClassifierReward:
             ) from None
         if truncated:
             # Not continue_final_message, which refuses a template that writes a thought otherwise.
-            if CUT_HERE not in whole:
+            if CUT_HERE not in conversation:
                 raise UserError(
                     f"{self.key}: its chat template leaves out the end of an answer, so that a "
                     "truncated one cannot be told from a finished one; mend the template"
                 )
-            whole = whole[: whole.rindex(CUT_HERE)]
-        ids = self.tokenizer(whole, add_special_tokens=False)["input_ids"]
-        if len(ids) > self.max_length and not self.cut:
-            self.cut = True
+            conversation = conversation[: conversation.rindex(CUT_HERE)]
+        ids = self.tokenizer(conversation, add_special_tokens=False)["input_ids"]
+        if len(ids) > self.max_length and not self.warned_of_length:
+            self.warned_of_length = True
             warnings.warn(
                 f"{self.key}: a conversation has {len(ids)} tokens and it takes "
                 f"{self.max_length}; it sees the last of them. Lower max_new_tokens or cutoff_len",
@@ -106,11 +113,11 @@ class ClassifierReward:
         return score_B
 
     def logits(self, rows: list[list[int]], device: torch.device) -> Tensor:
-        """Logits (B,) float32 of conversations, padded on the right."""
+        """The classifier's logits (B,) float32 of the conversations in `rows`."""
         pad_id = self.pad_id
         if pad_id is None:
-            # Such a model reads the last position, and refuses a batch. It takes one whose pad is
-            # a token that no row holds: the last other token is then each row's last.
+            # Without a padding token a classifier reads the last position, and refuses a batch. So
+            # pad with a token that no row holds: it then reads each row's last token.
             used = {token for row in rows for token in row}
             pad_id = next(token for token in range(len(used) + 1) if token not in used)
         width = max(map(len, rows))
@@ -120,19 +127,19 @@ class ClassifierReward:
         inner = self.model.config.get_text_config()
         inner.pad_token_id = pad_id
         try:
-            logits_B1 = self.model(input_ids=ids_BT, attention_mask=mask_BT).logits
+            logits_B1: Tensor = self.model(input_ids=ids_BT, attention_mask=mask_BT).logits
             return logits_B1[:, 0].float() + self.bias
         finally:
             inner.pad_token_id = self.pad_id
 
 
 def adapters_of(config: Config) -> list[str]:
-    """The folders in `reward_model_adapters`."""
+    """The folders in `reward_model_adapters`, as a list."""
     return split(config.reward_model_adapters) if config.reward_model_adapters else []
 
 
 def head_folder(name: str, config: Config) -> Path | None:
-    """Where the value head lies: with the last adapter, or with the model; None for no such."""
+    """The folder that has a value head, the last adapter's or the model's; None if none has."""
     for folder in (*(Path(path) for path in adapters_of(config)[-1:]), Path(name)):
         if any((folder / file).is_file() for file in HEAD_FILES):
             return folder
@@ -146,10 +153,10 @@ def load_full(
     template: Template,
     budget: Budget | None = None,
 ) -> ClassifierReward | HeadReward:
-    """The reward model of `reward_model_type: full`, frozen, in the dtype of the run.
+    """Load the reward model `name` of `reward_model_type: full`: frozen, in the run's dtype.
 
-    A value head beside the weights makes it LLaMA-Factory's: a causal LM that scores the policy's
-    own tokens. Anything else has to be a sequence classifier with one label.
+    With a value head beside its weights it is a causal LM that scores the policy's own tokens, as
+    LLaMA-Factory saves them. Without one it has to be a sequence classifier with one label.
     """
     folder = head_folder(name, config)
     budget = budget or Budget.of(config, scoring=True)
@@ -168,33 +175,40 @@ def load_full(
                 f"reward_model: the tokenizer of {name} has no chat template to write the "
                 "conversation with; put a chat_template.jinja beside it"
             )
-        return ClassifierReward(place(model, config, device), own, name, budget)
+        return ClassifierReward(place_on_device(model, config, device), own, name, budget)
     model = load_model(AutoModelForCausalLM, name, config, device)
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner = causal_lm(model)
     cure = "train it on the same base, or name a sequence classifier"
     check_same_tokens(config, "reward_model", name, inner, cure)
     # Without its output head, which scores nothing.
-    trunk = place(getattr(inner, inner.base_model_prefix), config, device)
-    head = load_value_head(folder, inner.config.get_text_config().hidden_size, device)
+    trunk = place_on_device(model_trunk(inner), config, device)
+    head = load_value_head(folder, hidden_size(inner), device)
     head.requires_grad_(False)
 
     def hidden(batch: Batch) -> Tensor:
-        output = trunk(input_ids=batch.input_ids_BT, attention_mask=batch.mask_BT, use_cache=False)
-        return output.last_hidden_state
+        inputs = {"input_ids": batch.input_ids_BT, "attention_mask": batch.mask_BT}
+        hidden_BTD: Tensor = trunk(**inputs, use_cache=False).last_hidden_state
+        return hidden_BTD
 
-    # Its attention is its own affair: padded, whatever the policy's is.
+    # Always padded: padding_free is checked for the policy's attention, not for this model's.
     return HeadReward(hidden, head, folder, template, budget, packs=False)
 
 
 def load_model(kind: Any, name: str, config: Config, device: torch.device) -> Any:
-    """Weights and adapters, frozen and in eval mode; every weight has to be in the files.
+    """Load a model with `reward_model_adapters` merged into it, frozen and in evaluation mode.
 
-    In host memory, but for a model in few bits.
+    It is in host memory; a quantised one is on `device`, its adapters not merged.
+
+    Args:
+        kind: the transformers class that loads it.
+
+    Raises:
+        UserError: it or an adapter cannot be loaded, or no file has one of its weights.
     """
     dtype = compute_dtype(config, device)
     own: dict[str, Any] = {}
     if config.flash_attn != "auto":  # auto leaves it to transformers: not all classifiers have sdpa
-        own["attn_implementation"] = attention(config.flash_attn, device, dtype)
+        own["attn_implementation"] = attention_implementation(config.flash_attn, device, dtype)
     bits = config.reward_model_quantization_bit
     if bits is not None:
         if importlib.util.find_spec("bitsandbytes") is None:
@@ -203,7 +217,8 @@ def load_model(kind: Any, name: str, config: Config, device: torch.device) -> An
                 "pip install 'fastppo[quantization]', or leave it out"
             )
         own["device_map"] = {"": device}
-        own["quantization_config"] = BitsAndBytesConfig(
+        make_quantization: Any = BitsAndBytesConfig  # without annotations of its own
+        own["quantization_config"] = make_quantization(
             load_in_4bit=bits == 4,
             load_in_8bit=bits == 8,
             bnb_4bit_quant_type="nf4",
@@ -248,16 +263,19 @@ def load_model(kind: Any, name: str, config: Config, device: torch.device) -> An
     return model.requires_grad_(False).eval()
 
 
-def place(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
-    """On the device, where a model in few bits is already, or passing through it."""
+def place_on_device(model: Placed, config: Config, device: torch.device) -> Placed:
+    """Move the model to the device, or stream it; a quantised one is there already."""
     if config.reward_model_quantization_bit is not None:
         return model
     streamed, folder = config.stream_frozen, config.offload_dir
-    return place_frozen(model, device, streamed=streamed, offload_dir=folder)
+    return cast(Placed, place_frozen(model, device, streamed=streamed, offload_dir=folder))
 
 
 def config_with_one_label(name: str, config: Config) -> Any:
-    """One label, not the default 2, for a base whose head is its adapter's (as TRL saves it)."""
+    """The configuration of a base whose classification head is in its adapter, as TRL saves it.
+
+    Such a base does not say how many labels there are: it gets one, not transformers' default 2.
+    """
     found = AutoConfig.from_pretrained(
         name, cache_dir=config.cache_dir, trust_remote_code=config.trust_remote_code
     )
@@ -267,7 +285,7 @@ def config_with_one_label(name: str, config: Config) -> Any:
 
 
 def load_own_tokenizer(name: str, config: Config) -> Any:
-    """The tokenizer that lies with a reward model."""
+    """The reward model's own tokenizer, from its folder or hub name."""
     try:
         return AutoTokenizer.from_pretrained(
             name, cache_dir=config.cache_dir, trust_remote_code=config.trust_remote_code

@@ -1,4 +1,4 @@
-"""What gives a finished response its score: one reward, or several by weight."""
+"""The score of a response: one reward, or the weighted sum of several."""
 
 from __future__ import annotations
 
@@ -28,17 +28,20 @@ if TYPE_CHECKING:
     from fastppo.models.build import Roles
     from fastppo.templates import Template
 
-Part = Callable[[Rollout], Tensor]
+RewardFunction = Callable[[Rollout], Tensor]  # scores (B,), NaN where it does not apply
 
 
 @dataclass
 class Reward:
-    """score_b = sum over the rewards that apply to response b of weight * their score."""
+    """The rewards of a run, called with a rollout.
+
+    score_b = sum of weight * score over the rewards that apply to response b
+    """
 
     specs: tuple[RewardSpec, ...]
-    parts: tuple[Part, ...]
-    budgets: Budgets | None = None  # of the run; None: a model that runs out of memory stops it
-    worked: bool = False
+    parts: tuple[RewardFunction, ...]
+    budgets: Budgets | None = None  # None: running out of memory is not retried
+    has_worked: bool = False  # whether a rollout has been scored
 
     @property
     def names(self) -> list[str]:
@@ -47,32 +50,33 @@ class Reward:
 
     @property
     def extra_names(self) -> list[str]:
-        """The names that have columns of their own: of one reward, `score` is all there is."""
+        """The names of the rewards that have metrics of their own: all, if there are several."""
         return self.names if len(self.specs) > 1 else []
 
     def __call__(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-        """The score (B,) float32, and each reward's own (B,), NaN where it does not apply.
+        """The weighted score (B,) float32, and each reward's own (B,), NaN where it does not apply.
 
-        A reward that fails the first time is the user's to mend: UserError. One that has worked
-        and then fails stops the run: TrainingStopped.
+        Raises:
+            UserError: a reward failed that has never worked, so its setting is wrong.
+            TrainingStopped: a reward failed that has worked before.
         """
         try:
-            result = self.judge(rollout)
+            result = self.score(rollout)
         except UserError as error:
-            if self.worked:
+            if self.has_worked:
                 raise TrainingStopped(str(error)) from None
             raise
-        self.worked = True
+        self.has_worked = True
         return result
 
-    def judge(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-        """The same, with a UserError for whatever fails."""
+    def score(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
+        """As calling it, but every failure of a reward is a UserError."""
         parts: dict[str, Tensor] = {}
         device = rollout.input_ids_BT.device
         score_B = torch.zeros(len(rollout.prompts), device=device)
         applies_B = torch.zeros(len(rollout.prompts), dtype=torch.bool, device=device)
         for spec, part in zip(self.specs, self.parts, strict=True):
-            part_B = self.ask(spec, part, rollout).float()
+            part_B = self.score_part(spec, part, rollout).float()
             if spec.kind != "function" and not part_B.isfinite().all():
                 raise TrainingStopped(
                     f"reward '{spec.name}' gave a score that is not finite; the likeliest cause: "
@@ -90,10 +94,10 @@ class Reward:
             )
         return score_B, parts
 
-    def ask(self, spec: RewardSpec, part: Part, rollout: Rollout) -> Tensor:
-        """One reward's scores (B,): a model on the device once more where it ran out of memory.
+    def score_part(self, spec: RewardSpec, part: RewardFunction, rollout: Rollout) -> Tensor:
+        """The scores (B,) of one reward; a model that runs out of memory is retried.
 
-        A server or a function is asked once: it bills, counts or draws each time.
+        A server or a function is called once: a second call may cost, or give other scores.
         """
         if self.budgets is None or spec.kind not in ("lora", "full"):
             return part(rollout)
@@ -101,7 +105,7 @@ class Reward:
         return retry("score", self.budgets, used=used)(part)(rollout)
 
     def table(self) -> str:
-        """What they are, in words, for the first lines of a run."""
+        """A line for each reward, its weight and what it is, for the first lines of a run."""
         words = {
             "lora": "base + LoRA '{}' + head",
             "full": "model '{}'",
@@ -123,14 +127,17 @@ def make_reward(
     prompts: list[Prompt],
     budgets: Budgets | None = None,
 ) -> Reward:
-    """The rewards that the YAML names, each tried on a prompt where it can be.
+    """The rewards that the configuration names; servers and chat templates are tried on a prompt.
 
-    They keep `budgets`, and look into them at each call; None are the file's own.
+    Args:
+        roles: holds the rewards that are adapters.
+        prompts: the training prompts, with the columns that functions may take.
+        budgets: the run's micro-batch sizes, read at each call; None takes the configuration's.
     """
     budgets = budgets or Budgets.of(config)
     budget = budgets.scoring
     size = config.per_device_train_batch_size
-    parts: list[Part] = []
+    parts: list[RewardFunction] = []
     adapters = iter(config.reward_adapters)
     for spec in config.rewards:
         if spec.kind == "lora":
@@ -158,6 +165,6 @@ def make_reward(
 
 
 def mean_score(part_B: Tensor) -> float | None:
-    """Mean over the responses that a reward applies to; None where it applies to none."""
+    """Mean of the scores that are not NaN, which means not applicable; None if all are."""
     mean = part_B.nanmean().item()
     return None if math.isnan(mean) else mean

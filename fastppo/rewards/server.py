@@ -1,10 +1,10 @@
-"""Scores by a server that speaks LLaMA-Factory's JSON.
+"""Scores by a server with LLaMA-Factory's JSON interface.
 
     POST {"model": "model", "messages": [text, ...]}  ->  {"scores": [number, ...]}
 
-The standard library's client, for what it lets one leave out: this opener knows http, https and
-nothing else, so it follows no redirect and opens no file. httpx has a deadline for each read and
-none for the whole answer, and no cap on its size.
+It uses the standard library's client because handlers can be left out of it: this one has http and
+https alone, so it follows no redirect and opens no file. httpx has a time limit for each read but
+none for the whole answer, and no limit on its size.
 """
 
 from __future__ import annotations
@@ -32,12 +32,22 @@ LARGEST = torch.finfo(torch.float32).max
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between attempts: doubled from one to the next
 
 
-class TryAgain(Exception):
-    """A failure that may pass: no connection, a timeout, 429, 5xx."""
+class TransientError(Exception):
+    """A failure that may be gone at the next attempt: no connection, a timeout, 429, 5xx."""
 
 
 class ApiReward:
-    """Scores (B,) float32 from a server: it sees whole texts, special tokens included."""
+    """Scores a rollout with a server; returns (B,) float32.
+
+    The server gets prompt and response as one text, special tokens included.
+
+    Args:
+        url: where to POST.
+        tokenizer: the policy's, which decodes the texts.
+        timeout: seconds until an attempt without a whole answer has failed.
+        retries: attempts after the first.
+        batch_size: most texts in a request.
+    """
 
     def __init__(
         self, url: str, tokenizer: Any, *, timeout: float, retries: int, batch_size: int
@@ -65,12 +75,12 @@ class ApiReward:
         return torch.tensor(scores, device=rollout.input_ids_BT.device)
 
     def scores(self, messages: list[str]) -> list[float]:
-        """One finite number a message; a failure that may pass is tried again, others stop."""
+        """A finite number for each message; transient failures are retried, others UserErrors."""
         wait = FIRST_WAIT
         for attempt in range(self.retries + 1):
             try:
-                return self.check(self.post(messages), len(messages))
-            except TryAgain as error:
+                return self.parse_scores(self.post(messages), len(messages))
+            except TransientError as error:
                 if attempt == self.retries:
                     raise UserError(
                         f"{self.key}: {error}, attempt {attempt + 1} of {attempt + 1}; check the "
@@ -86,32 +96,35 @@ class ApiReward:
         if token := os.environ.get(TOKEN):
             headers["Authorization"] = f"Bearer {token}"
         body = json.dumps({"model": "model", "messages": messages}).encode()
-        ends = time.monotonic() + self.timeout
+        deadline = time.monotonic() + self.timeout
         request = urllib.request.Request(self.url, body, headers, method="POST")
         try:
             with self.opener.open(request, timeout=self.timeout) as response:
-                return self.read(response, ends)
+                return self.read(response, deadline)
         except urllib.error.HTTPError as error:
             error.close()
-            raise self.refusal(error.code) from None
+            raise self.status_error(error.code) from None
         except TimeoutError:
-            raise TryAgain(f"no answer in {self.timeout:g} s") from None
+            raise TransientError(f"no answer in {self.timeout:g} s") from None
         except urllib.error.URLError as error:
             if isinstance(error.reason, TimeoutError):
-                raise TryAgain(f"no answer in {self.timeout:g} s") from None
+                raise TransientError(f"no answer in {self.timeout:g} s") from None
             if isinstance(error.reason, ssl.SSLCertVerificationError):
                 raise UserError(
                     f"{self.key}: its certificate is not trusted ({error.reason.verify_message}); "
                     "name the host that it was made for, or set SSL_CERT_FILE to its authority"
                 ) from None
-            raise TryAgain(f"no connection ({error.reason})") from None
+            raise TransientError(f"no connection ({error.reason})") from None
         except (http.client.HTTPException, OSError) as error:
-            raise TryAgain(f"the connection broke ({type(error).__name__})") from None
+            raise TransientError(f"the connection broke ({type(error).__name__})") from None
         except ValueError:  # http.client on a header it cannot send; the value is not repeated
             raise UserError(f"{self.key}: {TOKEN} has a character no header can have") from None
 
-    def read(self, response: Any, ends: float) -> bytes:
-        """At most MAX_ANSWER bytes, and in time: a trickle is no answer either."""
+    def read(self, response: Any, deadline: float) -> bytes:
+        """The whole body, refused beyond MAX_ANSWER bytes or after the deadline.
+
+        The deadline is for all reads together: a server that sends a byte now and then misses it.
+        """
         parts, size = [], 0
         while part := response.read1(1 << 16):
             parts.append(part)
@@ -121,16 +134,16 @@ class ApiReward:
                     f"{self.key}: its answer is over {MAX_ANSWER} bytes; it should be "
                     '{"scores": [...]} and little else'
                 )
-            if time.monotonic() > ends:
+            if time.monotonic() > deadline:
                 raise TimeoutError
-        if response.length:  # of Content-Length, what never came
-            raise TryAgain("the connection broke within an answer")
+        if response.length:  # bytes of Content-Length that never came
+            raise TransientError("the connection broke within an answer")
         return b"".join(parts)
 
-    def refusal(self, status: int) -> Exception:
-        """What an HTTP status other than 2xx comes to."""
+    def status_error(self, status: int) -> Exception:
+        """The exception for an HTTP status other than 2xx: transient, or the user's to mend."""
         if status == 429 or status >= 500:
-            return TryAgain(f"answers HTTP {status}")
+            return TransientError(f"answers HTTP {status}")
         if 300 <= status < 400:
             return UserError(
                 f"{self.key}: redirects elsewhere (HTTP {status}), which is not followed; name the "
@@ -142,8 +155,8 @@ class ApiReward:
             )
         return UserError(f"{self.key}: HTTP {status}; check the URL")
 
-    def quoted(self, answer: bytes | str) -> str:
-        """The start of an answer, without the token or the query that a server may echo."""
+    def quote(self, answer: bytes | str) -> str:
+        """The start of an answer for an error line, without a token or query echoed in it."""
         for secret in (os.environ.get(TOKEN), urlsplit(self.url).query):
             if secret and isinstance(answer, bytes):
                 answer = answer.replace(secret.encode(), b"***")
@@ -151,24 +164,22 @@ class ApiReward:
                 answer = answer.replace(secret, "***")
         return repr(answer[:60])
 
-    def check(self, body: bytes, count: int) -> list[float]:
-        """The scores in an answer: as many as asked for, finite numbers."""
+    def parse_scores(self, body: bytes, count: int) -> list[float]:
+        """The scores in the body of an answer: `count` finite numbers."""
         wanted = f'it should be {{"scores": [...]}} with {count} finite numbers'
         try:
             answer = json.loads(body)
         except (ValueError, RecursionError):
-            raise UserError(
-                f"{self.key}: answers {self.quoted(body)}, not JSON; {wanted}"
-            ) from None
+            raise UserError(f"{self.key}: answers {self.quote(body)}, not JSON; {wanted}") from None
         scores = answer.get("scores") if isinstance(answer, dict) else None
         if not isinstance(scores, list):
-            raise UserError(f"{self.key}: answers {self.quoted(body)} without scores; {wanted}")
+            raise UserError(f"{self.key}: answers {self.quote(body)} without scores; {wanted}")
         if len(scores) != count:
             raise UserError(f"{self.key}: answers {len(scores)} scores for {count}; {wanted}")
         for score in scores:
             if isinstance(score, bool) or not isinstance(score, int | float):
                 raise UserError(
-                    f"{self.key}: answers {self.quoted(str(score))} as a score; {wanted}"
+                    f"{self.key}: answers {self.quote(str(score))} as a score; {wanted}"
                 )
             if not abs(score) <= LARGEST:  # NaN is not, and integers of any length compare
                 raise UserError(f"{self.key}: answers {str(score)[:60]} as a score; {wanted}")

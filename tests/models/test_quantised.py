@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from fastppo import toy
 from fastppo.errors import UserError
 from fastppo.models.batch import make_batch
-from fastppo.models.load import load_base, quantization
+from fastppo.models.load import load_base, quantization_config
 from fastppo.ppo import checkpoint, trainer
 from fastppo.run import save
 from tests.tiny import hidden_as
@@ -31,7 +31,7 @@ BITS = [
 
 
 def test_the_defaults_are_llamafactorys(config):
-    four = quantization(config(quantization_bit=4), 4, torch.bfloat16)
+    four = quantization_config(config(quantization_bit=4), 4, torch.bfloat16)
     assert (four.load_in_4bit, four.load_in_8bit) == (True, False)
     assert (four.bnb_4bit_quant_type, four.bnb_4bit_use_double_quant) == ("nf4", True)
     assert four.bnb_4bit_compute_dtype == torch.bfloat16
@@ -39,10 +39,10 @@ def test_the_defaults_are_llamafactorys(config):
 
 def test_every_setting_of_the_file_reaches_bitsandbytes(config):
     settings = config(quantization_bit=4, quantization_type="fp4", double_quantization=False)
-    other = quantization(settings, 4, torch.float32)
+    other = quantization_config(settings, 4, torch.float32)
     assert other.bnb_4bit_compute_dtype == torch.float32
     assert (other.bnb_4bit_quant_type, other.bnb_4bit_use_double_quant) == ("fp4", False)
-    eight = quantization(settings, 8, torch.float32)
+    eight = quantization_config(settings, 8, torch.float32)
     assert (eight.load_in_4bit, eight.load_in_8bit) == (False, True)
 
 
@@ -80,7 +80,7 @@ def test_a_quantised_run_starts_at_kl_0_learns_saves_and_resumes(
     dtype = torch.bfloat16 if "bf16" in bits else torch.float32
     base = AutoModelForCausalLM.from_pretrained(
         wide_dir,
-        quantization_config=quantization(state.config, bits["quantization_bit"], dtype),
+        quantization_config=quantization_config(state.config, bits["quantization_bit"], dtype),
         dtype=dtype,
         device_map={"": "cpu"},
     )

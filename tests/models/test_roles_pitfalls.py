@@ -17,7 +17,7 @@ from transformers import (
 
 from fastppo.errors import UserError
 from fastppo.models.batch import make_batch
-from fastppo.models.load import attention, causal_lm, disable_dropout, trunk
+from fastppo.models.load import attention_implementation, causal_lm, disable_dropout, trunk
 from fastppo.ops import linear_token_logprobs
 from fastppo.ppo.optimizer import make_optimizer
 from fastppo.ppo.rollout import Sampling, sample
@@ -290,14 +290,14 @@ def test_flash_attn_auto_takes_fa2_where_it_can_run(
 ):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if installed else None)
     dtype = torch.bfloat16 if bf16 else torch.float32
-    assert attention(flash_attn, torch.device(device), dtype) == expected
+    assert attention_implementation(flash_attn, torch.device(device), dtype) == expected
 
 
 def test_flash_attn_fa2_where_it_cannot_run_is_refused():
     with pytest.raises(UserError, match="fa2 needs a CUDA device"):
-        attention("fa2", torch.device("cpu"), torch.bfloat16)
+        attention_implementation("fa2", torch.device("cpu"), torch.bfloat16)
     with pytest.raises(UserError, match="fa2 computes in 16 bits; set bf16: true"):
-        attention("fa2", torch.device("cuda"), torch.float32)
+        attention_implementation("fa2", torch.device("cuda"), torch.float32)
 
 
 @pytest.mark.parametrize(("asked", "runs"), [("auto", "sdpa"), ("disabled", "eager")])

@@ -125,7 +125,7 @@ def test_a_response_that_nothing_applies_to_is_refused(mine, rollout, template, 
     words = r"no reward applies to 'Hi'; give .* in nothing or rainy"
     with pytest.raises(UserError, match=words):
         reward(rollout)
-    reward.worked = True  # what has worked and then fails is the run's trouble, not the input's
+    reward.has_worked = True  # what has worked and then fails is the run's trouble, not the input's
     with pytest.raises(TrainingStopped, match=words):
         reward(rollout)
 
