@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import linear, mixed_adapters, ops, report, seven_b_head, step
 from benchmarks.harness import ROUNDS, Case, measure
-from fastppo.ops.registry import OPS
+from tests.ops.registry import OPS
 
 # A round of the large head is a minute.
 SEVEN_B_ROUNDS = 3

@@ -14,9 +14,9 @@ from benchmarks import peers
 from benchmarks.harness import TOLERANCE, Case, Contender, backends, compiled
 from fastppo.ops import PolicyLossConfig, policy_loss, workspace
 from fastppo.ops.policy_loss import loss_arguments
-from fastppo.ops.registry import OPS, Op, Shape
 from fastppo.ops.rows import DenseRows
 from fastppo.ops.sweep import sweep
+from tests.ops.registry import OPS, Op, Shape
 
 # SmolLM2's head and Qwen2.5-0.5B's; 64 sequences of 1024 tokens for what has no vocabulary.
 ROWS = (Shape(512, 49152, 576, 8), Shape(256, 151936, 896, 8))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -12,10 +11,9 @@ from fastppo.ops import checks
 from fastppo.ops.arguments import join, split
 from fastppo.ops.backend import choose, token_kernels
 from fastppo.ops.config import check_kl_kind
-from fastppo.ops.gae import gae_reference, gae_scan
-from fastppo.ops.registry import Op, Shape, even_offsets, register
-from fastppo.ops.token_kl import kl_and_slope, token_kl_reference
-from fastppo.ops.whiten import whiten, whiten_reference
+from fastppo.ops.gae import gae_scan
+from fastppo.ops.token_kl import kl_and_slope
+from fastppo.ops.whiten import whiten
 
 KL_LIMIT = 20.0
 
@@ -203,63 +201,3 @@ def _at_last_token(score_B: Tensor, offsets: Tensor, n: int) -> Tensor:
     last_B = (offsets[1:].long() - 1).clamp(min=0)
     given_B = torch.where(offsets.diff() > 0, score_B, 0)
     return score_B.new_zeros(n).index_add(0, last_B, given_B)
-
-
-def advantages_reference(
-    score_B: Tensor,
-    logprob_N: Tensor,
-    ref_logprob_N: Tensor,
-    value_N: Tensor,
-    offsets: Tensor,
-    *,
-    kl_coef: float | Tensor,
-    kl_kind: str = "k1",
-    kl_N: Tensor | None = None,
-    extra_reward_N: Tensor | None = None,
-    gamma: float = 1.0,
-    lam: float = 0.95,
-    bootstrap_value_B: Tensor | None = None,
-    whiten_rewards: bool = False,
-    whiten_advantages: bool = True,
-) -> Advantages:
-    """The definition of `advantages`, sequence by sequence."""
-    kl = token_kl_reference(logprob_N, ref_logprob_N, kind=kl_kind) if kl_N is None else kl_N
-    reward = -kl_coef * kl if extra_reward_N is None else -kl_coef * kl + extra_reward_N
-    for b, (start, end) in enumerate(pairwise(offsets)):
-        if end > start:
-            reward[end - 1] = reward[end - 1] + score_B[b]
-    if whiten_rewards:
-        reward = whiten_reference(reward, shift_mean=False)
-    advantage, returns = gae_reference(
-        reward, value_N, offsets, gamma=gamma, lam=lam, bootstrap_value_B=bootstrap_value_B
-    )
-    if whiten_advantages:
-        advantage = whiten_reference(advantage)
-    return Advantages(advantage, returns, reward, kl)
-
-
-def _make_inputs(shape: Shape, dtype: torch.dtype, seed: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(seed)
-    logprob_N, noise_N, value_N = torch.randn(3, shape.n, generator=generator)
-    score_B = torch.randn(shape.batch, generator=generator)
-    return {
-        "score_B": score_B.to(dtype),
-        "logprob_N": (-logprob_N.abs()).to(dtype),
-        "ref_logprob_N": (-logprob_N.abs() + 0.1 * noise_N).to(dtype),
-        "value_N": value_N.to(dtype),
-        "offsets": even_offsets(shape),
-        "kl_coef": 0.1,
-    }
-
-
-register(
-    Op(
-        name="advantages",
-        function=advantages,
-        reference=advantages_reference,
-        make_inputs=_make_inputs,
-        # three reads and four writes of a float, and whitening's read and write
-        bytes_moved=lambda s, dtype: s.n * (3 * dtype.itemsize + 16 + 8),
-        flops=lambda s: 16 * s.n,
-    )
-)

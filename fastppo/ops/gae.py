@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor
 
 from fastppo.ops import checks
 from fastppo.ops.backend import choose, token_kernels
-from fastppo.ops.registry import Op, Shape, even_offsets, register
 
 
 def gae(
@@ -129,48 +127,3 @@ def gae_scan(
     advantage_N = torch.empty_like(reward_N)
     advantage_N[index_TB[live_TB]] = torch.stack(rows)[live_TB]
     return advantage_N, advantage_N + value_N
-
-
-def gae_reference(
-    reward_N: Tensor,
-    value_N: Tensor,
-    offsets: Tensor,
-    *,
-    gamma: float = 1.0,
-    lam: float = 0.95,
-    bootstrap_value_B: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The definition of `gae`: A_t as the sum of (gamma lam)^l delta_{t+l}, in O(T^2)."""
-    advantage_N = torch.zeros_like(reward_N)
-    bounds = offsets.tolist()
-    for b, (start, end) in enumerate(pairwise(bounds)):
-        after = 0.0 if bootstrap_value_B is None else bootstrap_value_B[b]
-        for t in range(start, end):
-            for k in range(t, end):
-                following = value_N[k + 1] if k + 1 < end else after
-                delta = reward_N[k] + gamma * following - value_N[k]
-                advantage_N[t] += (gamma * lam) ** (k - t) * delta
-    return advantage_N, advantage_N + value_N
-
-
-def _make_inputs(shape: Shape, dtype: torch.dtype, seed: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(seed)
-    reward_N, value_N = torch.randn(2, shape.n, generator=generator)
-    return {
-        "reward_N": reward_N.to(dtype),
-        "value_N": value_N.to(dtype),
-        "offsets": even_offsets(shape),
-        "gamma": 0.99,
-    }
-
-
-register(
-    Op(
-        name="gae",
-        function=gae,
-        reference=gae_reference,
-        make_inputs=_make_inputs,
-        bytes_moved=lambda s, dtype: s.n * (2 * dtype.itemsize + 8),
-        flops=lambda s: 6 * s.n,
-    )
-)

@@ -22,18 +22,14 @@ from fastppo.ops.head import (
     fake_results,
     logits_dtype_of,
 )
-from fastppo.ops.linear_token_logprobs import dense_logits, make_hidden
 from fastppo.ops.policy_loss import (
     PolicyLoss,
     fake_outputs,
     loss_arguments,
-    make_policy_inputs,
-    policy_loss_reference,
     saved_settings,
     scaled,
     unpack,
 )
-from fastppo.ops.registry import Op, Shape, register
 from fastppo.ops.sweep import sweep
 
 
@@ -165,42 +161,3 @@ def _autograd(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
-
-
-def linear_policy_loss_reference(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    token_N: Tensor,
-    behaviour_logprob_N: Tensor,
-    advantage_N: Tensor,
-    weight_N: Tensor,
-    *,
-    bias_V: Tensor | None = None,
-    head_lora: HeadLora | None = None,
-    **keywords: Any,
-) -> PolicyLoss:
-    """The definition of `linear_policy_loss`, for autograd."""
-    logits_NV = dense_logits(hidden_ND, weight_VD, bias_V, head_lora)
-    return policy_loss_reference(
-        logits_NV, token_N, behaviour_logprob_N, advantage_N, weight_N, **keywords
-    )
-
-
-def _make_inputs(shape: Shape, dtype: torch.dtype, seed: int) -> dict[str, Any]:
-    inputs = make_hidden(shape, dtype, seed)
-    logits_NV = inputs["hidden_ND"].double() @ inputs["weight_VD"].double().T
-    return {**inputs, **make_policy_inputs(logits_NV, inputs["token_N"], dtype, seed)}
-
-
-register(
-    Op(
-        name="linear_policy_loss",
-        function=linear_policy_loss,
-        reference=linear_policy_loss_reference,
-        make_inputs=_make_inputs,
-        bytes_moved=lambda s, dtype: 2 * (s.n + s.vocab) * s.hidden * dtype.itemsize,
-        flops=lambda s: 4 * s.n * s.vocab * s.hidden,
-        differentiable=("hidden_ND",),
-        loss="loss",
-    )
-)

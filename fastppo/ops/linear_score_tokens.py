@@ -19,14 +19,11 @@ from fastppo.ops.head import (
     full_precision,
     logits_dtype_of,
 )
-from fastppo.ops.linear_token_logprobs import dense_logits, make_hidden
-from fastppo.ops.registry import Op, Shape, register
 from fastppo.ops.score_tokens import (
     Scores,
     Vectors,
     empty_scores,
     make_scorer,
-    score_tokens_reference,
 )
 from fastppo.ops.workspace import fresh
 
@@ -134,43 +131,3 @@ def _forward(hidden_ND: Tensor, *flat: Any) -> Vectors:
 @_forward.register_fake
 def _(hidden_ND: Tensor, *flat: Any) -> Vectors:
     return empty_scores(hidden_ND, flat[5])
-
-
-def linear_score_tokens_reference(
-    hidden_ND: Tensor,
-    ref_hidden_ND: Tensor,
-    weight_VD: Tensor,
-    token_N: Tensor,
-    *,
-    ref_weight_VD: Tensor | None = None,
-    bias_V: Tensor | None = None,
-    head_lora: HeadLora | None = None,
-    ref_head_lora: HeadLora | None = None,
-    **keywords: Any,
-) -> Scores:
-    """The definition of `linear_score_tokens`."""
-    ref_weight_VD = weight_VD if ref_weight_VD is None else ref_weight_VD
-    return score_tokens_reference(
-        dense_logits(hidden_ND, weight_VD, bias_V, head_lora),
-        dense_logits(ref_hidden_ND, ref_weight_VD, bias_V, ref_head_lora),
-        token_N,
-        **keywords,
-    )
-
-
-def _make_inputs(shape: Shape, dtype: torch.dtype, seed: int) -> dict[str, Any]:
-    inputs = make_hidden(shape, dtype, seed)
-    moved = make_hidden(shape, dtype, seed + 1)["hidden_ND"]
-    return {**inputs, "ref_hidden_ND": inputs["hidden_ND"] + 0.1 * moved}
-
-
-register(
-    Op(
-        name="linear_score_tokens",
-        function=linear_score_tokens,
-        reference=linear_score_tokens_reference,
-        make_inputs=_make_inputs,
-        bytes_moved=lambda s, dtype: 2 * (s.n + s.vocab) * s.hidden * dtype.itemsize,
-        flops=lambda s: 4 * s.n * s.vocab * s.hidden,
-    )
-)

@@ -22,12 +22,10 @@ from fastppo.ops.head import (
     fake_results,
     logits_dtype_of,
 )
-from fastppo.ops.registry import Op, Shape, register
 from fastppo.ops.sweep import Statistics, visit_gradient, visit_statistics
 from fastppo.ops.token_logprobs import (
     TokenLogprobs,
     fake_statistics,
-    token_logprobs_reference,
 )
 
 
@@ -170,55 +168,3 @@ def _autograd(ctx: Any, g_N: Tensor | None, h_N: Tensor | None, *_: Any) -> tupl
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
-
-
-def dense_logits(
-    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, head_lora: HeadLora | None
-) -> Tensor:
-    """All logits at once: the definition that the linear ops never follow."""
-    logits_NV = hidden_ND @ weight_VD.T
-    if bias_V is not None:
-        logits_NV = logits_NV + bias_V
-    if head_lora is not None:
-        low_NR = hidden_ND @ head_lora.A_RD.T
-        logits_NV = logits_NV + head_lora.scaling * (low_NR @ head_lora.B_VR.T)
-    return logits_NV
-
-
-def linear_token_logprobs_reference(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    token_N: Tensor,
-    *,
-    bias_V: Tensor | None = None,
-    head_lora: HeadLora | None = None,
-    **keywords: Any,
-) -> TokenLogprobs:
-    """The definition of `linear_token_logprobs`, for autograd."""
-    logits_NV = dense_logits(hidden_ND, weight_VD, bias_V, head_lora)
-    return token_logprobs_reference(logits_NV, token_N, **keywords)
-
-
-def make_hidden(shape: Shape, dtype: torch.dtype, seed: int) -> dict[str, Any]:
-    """Hidden states and a head whose logits have the spread of a language model's."""
-    generator = torch.Generator().manual_seed(seed)
-    hidden_ND = torch.randn(shape.n, shape.hidden, generator=generator)
-    weight_VD = torch.randn(shape.vocab, shape.hidden, generator=generator)
-    return {
-        "hidden_ND": hidden_ND.to(dtype),
-        "weight_VD": (2 * weight_VD / shape.hidden**0.5).to(dtype),
-        "token_N": torch.randint(shape.vocab, (shape.n,), generator=generator),
-    }
-
-
-register(
-    Op(
-        name="linear_token_logprobs",
-        function=linear_token_logprobs,
-        reference=linear_token_logprobs_reference,
-        make_inputs=make_hidden,
-        bytes_moved=lambda s, dtype: (3 * s.n * s.hidden + 2 * s.vocab * s.hidden) * dtype.itemsize,
-        flops=lambda s: 6 * s.n * s.vocab * s.hidden,
-        differentiable=("hidden_ND",),
-    )
-)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -13,15 +12,9 @@ from fastppo.ops import checks
 from fastppo.ops.arguments import LossArguments, row_arguments, split
 from fastppo.ops.backend import choose, row_kernels
 from fastppo.ops.config import PolicyLossConfig
-from fastppo.ops.registry import Op, Shape, register
 from fastppo.ops.rows import DenseRows
 from fastppo.ops.surrogate import PolicyMetrics
 from fastppo.ops.sweep import sweep
-from fastppo.ops.token_kl import token_kl_reference
-from fastppo.ops.token_logprobs import (
-    log_probs_reference,
-    make_logits,
-)
 from fastppo.ops.workspace import fresh_like
 
 
@@ -322,123 +315,3 @@ class _PolicyLossInPlace(torch.autograd.Function):
         (grad_NV,) = scaled("policy_loss", ctx, [logits_NV.detach()], grad_loss)
         ctx.taken = True
         return grad_NV, None, None
-
-
-def policy_loss_reference(
-    logits_NV: Tensor,
-    token_N: Tensor,
-    behaviour_logprob_N: Tensor,
-    advantage_N: Tensor,
-    weight_N: Tensor,
-    *,
-    ref_logprob_N: Tensor | None = None,
-    importance_weight_N: Tensor | None = None,
-    offsets: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    kl_coef: float | Tensor | None = None,
-    entropy_coef: float | Tensor | None = None,
-    config: PolicyLossConfig | None = None,
-    ignore_index: int = checks.IGNORE_INDEX,
-) -> PolicyLoss:
-    """The definition of `policy_loss`, for autograd: every derivative is torch's own."""
-    config = PolicyLossConfig() if config is None else config
-    beta = config.kl_coef if kl_coef is None else kl_coef
-    bonus = config.entropy_coef if entropy_coef is None else entropy_coef
-    live = (weight_N != 0) & (token_N != ignore_index)
-    index = live.nonzero().squeeze(1)
-    tau = temperature
-    if isinstance(tau, Tensor) and tau.ndim == 1:
-        tau = tau[index]
-    all_live = torch.ones_like(index, dtype=torch.bool)
-    log_p = log_probs_reference(logits_NV[index], all_live, tau, softcap)
-    logprob = log_p.gather(1, token_N[index].long()[:, None]).squeeze(1)
-    possible = log_p > float("-inf")
-    entropy = -torch.where(possible, log_p.exp() * torch.where(possible, log_p, 0), 0).sum(-1)
-
-    masked = logprob == float("-inf")
-    limit = config.log_ratio_limit
-    raw = torch.where(masked, -limit, torch.where(masked, 0, logprob) - behaviour_logprob_N[index])
-    used = raw
-    if config.ratio_level == "sequence":
-        assert offsets is not None
-        bounds = offsets.tolist()
-        used = raw.clone()
-        for start, end in pairwise(bounds):
-            mine = (index >= start) & (index < end)
-            if mine.any():
-                dead = bool(masked[mine].any())
-                mean = raw[mine].detach() if dead else raw[mine]
-                used = torch.where(mine, float("-inf") if dead else mean.mean(), used)
-        masked = used == float("-inf")
-    # torch's clamp passes the gradient at the limit itself, as `slope` does.
-    ratio = torch.where(masked, 0, torch.where(masked, 0, used).clamp(-limit, limit).exp())
-    advantage = advantage_N[index]
-    surrogate = torch.maximum(
-        -advantage * ratio, -advantage * ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    )
-    if config.dual_clip is not None:
-        bound = torch.minimum(surrogate, -config.dual_clip * advantage)
-        surrogate = torch.where(advantage < 0, bound, surrogate)
-    if importance_weight_N is not None:
-        surrogate = surrogate * importance_weight_N[index]
-    weight = weight_N[index]
-    loss = (weight * surrogate).sum()
-    kl = torch.zeros_like(logprob)
-    if ref_logprob_N is not None:
-        kl = token_kl_reference(
-            logprob, ref_logprob_N[index], kind=config.kl_kind, log_ratio_limit=limit
-        )
-        loss = loss + (weight * beta * kl).sum()
-    sampled = logprob > float("-inf")
-    loss = loss - (weight * bonus * torch.where(sampled, entropy, 0)).sum()
-
-    def spread(x: Tensor) -> Tensor:
-        return x.new_zeros(token_N.numel()).index_copy(0, index, x.detach())
-
-    filler = torch.zeros(len(PolicyMetrics._fields), dtype=loss.dtype)
-    return PolicyLoss(
-        loss, spread(logprob), spread(entropy), spread(kl), PolicyMetrics(*filler.unbind(0))
-    )
-
-
-def make_policy_inputs(
-    logits_NV: Tensor, token_N: Tensor, dtype: torch.dtype, seed: int
-) -> dict[str, Any]:
-    """Everything but the logits: a policy that has moved, so that every branch occurs."""
-    generator = torch.Generator().manual_seed(seed + 1)
-    n = token_N.numel()
-    moved_N, advantage_N = torch.randn(2, n, generator=generator, dtype=torch.float64)
-    live_N = torch.ones(n, dtype=torch.bool)
-    log_p_NV = log_probs_reference(logits_NV.double(), live_N, 1.0, None)
-    behaviour_N = log_p_NV.gather(1, token_N[:, None]).squeeze(1) + 0.3 * moved_N
-    stat = torch.float64 if dtype == torch.float64 else torch.float32
-    return {
-        "behaviour_logprob_N": behaviour_N.to(stat),
-        "advantage_N": advantage_N.to(stat),
-        "weight_N": torch.full((n,), 1.0 / max(n, 1), dtype=stat),
-        "ref_logprob_N": (behaviour_N - 0.1).to(stat),
-        "kl_coef": 0.1,
-        "entropy_coef": 0.01,
-    }
-
-
-def _make_inputs(shape: Shape, dtype: torch.dtype, seed: int) -> dict[str, Any]:
-    logits_NV, token_N = make_logits(shape, dtype, seed)
-    others = make_policy_inputs(logits_NV, token_N, dtype, seed)
-    return {"logits_NV": logits_NV, "token_N": token_N, **others}
-
-
-register(
-    Op(
-        name="policy_loss",
-        function=policy_loss,
-        reference=policy_loss_reference,
-        make_inputs=_make_inputs,
-        # one read and one write; the second read of a row is meant to hit the caches
-        bytes_moved=lambda s, dtype: 2 * s.n * s.vocab * dtype.itemsize,
-        flops=lambda s: 10 * s.n * s.vocab,
-        differentiable=("logits_NV",),
-        loss="loss",
-    )
-)

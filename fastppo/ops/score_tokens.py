@@ -11,9 +11,7 @@ from torch import Tensor
 from fastppo.ops import checks
 from fastppo.ops.arguments import RowArguments, row_arguments
 from fastppo.ops.backend import choose, row_kernels
-from fastppo.ops.registry import Op, Shape, register
 from fastppo.ops.rows import RowSpec, RowStats, block_slices, private, statistics
-from fastppo.ops.token_logprobs import log_probs_reference, make_logits
 
 Vectors = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -148,50 +146,3 @@ def _exact_kl(mine: RowStats, theirs: RowStats, impossible: Tensor, forbidden: T
     infinite = (forbidden & ~impossible).any(-1)
     kl = (mine.exp.masked_fill(impossible, 0.0) / mine.total * log_ratio).sum(-1)
     return kl.masked_fill(infinite, float("inf"))
-
-
-def score_tokens_reference(
-    logits_NV: Tensor,
-    ref_logits_NV: Tensor,
-    token_N: Tensor,
-    *,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    ignore_index: int = checks.IGNORE_INDEX,
-) -> Scores:
-    """The definition of `score_tokens`."""
-    live = token_N != ignore_index
-    index = torch.where(live, token_N, 0).long()[:, None]
-    log_p = log_probs_reference(logits_NV, live, temperature, softcap)
-    log_q = log_probs_reference(ref_logits_NV, live, temperature, softcap)
-    possible = log_p > float("-inf")
-    p = log_p.exp()
-    entropy = -torch.where(possible, p * torch.where(possible, log_p, 0), 0).sum(-1)
-    allowed = log_q > float("-inf")
-    log_ratio = torch.where(possible, log_p, 0) - torch.where(allowed, log_q, 0)
-    kl = torch.where(possible, p * log_ratio, 0).sum(-1)
-    kl = torch.where((possible & ~allowed).any(-1), float("inf"), kl)
-    results = (log_p.gather(1, index).squeeze(1), log_q.gather(1, index).squeeze(1), entropy, kl)
-    return Scores(*(torch.where(live, x, 0) for x in results))
-
-
-def _make_inputs(shape: Shape, dtype: torch.dtype, seed: int) -> dict[str, Any]:
-    logits_NV, token_N = make_logits(shape, dtype, seed)
-    noise_NV, _ = make_logits(shape, dtype, seed + 1)
-    return {
-        "logits_NV": logits_NV,
-        "ref_logits_NV": logits_NV + 0.1 * noise_NV,
-        "token_N": token_N,
-    }
-
-
-register(
-    Op(
-        name="score_tokens",
-        function=score_tokens,
-        reference=score_tokens_reference,
-        make_inputs=_make_inputs,
-        bytes_moved=lambda s, dtype: 2 * s.n * s.vocab * dtype.itemsize,
-        flops=lambda s: 14 * s.n * s.vocab,
-    )
-)

@@ -11,7 +11,6 @@ from torch.autograd.function import once_differentiable
 from fastppo.ops import checks
 from fastppo.ops.backend import choose, token_kernels
 from fastppo.ops.config import check_kl_kind
-from fastppo.ops.registry import Op, Shape, register
 
 
 def kl_and_slope(
@@ -119,47 +118,3 @@ def _autograd(ctx: Any, grad_N: Tensor, _: Any) -> tuple[Any, ...]:
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
-
-
-def token_kl_reference(
-    logprob_N: Tensor,
-    ref_logprob_N: Tensor,
-    *,
-    kind: str = "k1",
-    log_ratio_limit: float = 20.0,
-) -> Tensor:
-    """The definition of `token_kl`, for autograd."""
-    masked = logprob_N == float("-inf")
-    diff = torch.where(masked, 0, logprob_N) - torch.where(masked, 0, ref_logprob_N)
-    if kind == "k1":
-        return diff
-    if kind == "abs":
-        return diff.abs()
-    if kind == "k2":
-        return diff**2 / 2
-    e = (-diff).clamp(-log_ratio_limit, log_ratio_limit)
-    return e.exp() - 1 - e
-
-
-def _make_inputs(shape: Shape, dtype: torch.dtype, seed: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(seed)
-    logprob_N = -3 * torch.rand(shape.n, generator=generator, dtype=torch.float64)
-    noise_N = 0.3 * torch.randn(shape.n, generator=generator, dtype=torch.float64)
-    return {
-        "logprob_N": logprob_N.to(dtype),
-        "ref_logprob_N": (logprob_N + noise_N).to(dtype),
-        "kind": "k3",
-    }
-
-
-register(
-    Op(
-        name="token_kl",
-        function=token_kl,
-        reference=token_kl_reference,
-        make_inputs=_make_inputs,
-        bytes_moved=lambda s, dtype: s.n * (2 * dtype.itemsize + 4),
-        flops=lambda s: 4 * s.n,
-        differentiable=("logprob_N",),
-    )
-)

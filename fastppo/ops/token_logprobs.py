@@ -11,7 +11,6 @@ from torch.autograd.function import once_differentiable
 from fastppo.ops import checks
 from fastppo.ops.arguments import RowArguments, row_arguments
 from fastppo.ops.backend import choose
-from fastppo.ops.registry import Op, Shape, register
 from fastppo.ops.rows import (
     DenseRows,
 )
@@ -138,63 +137,3 @@ def _autograd(ctx: Any, g_N: Tensor | None, h_N: Tensor | None, *_: Any) -> tupl
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
-
-
-def token_logprobs_reference(
-    logits_NV: Tensor,
-    token_N: Tensor,
-    *,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    ignore_index: int = checks.IGNORE_INDEX,
-) -> TokenLogprobs:
-    """The definition of `token_logprobs`, for autograd."""
-    live = token_N != ignore_index
-    log_p = log_probs_reference(logits_NV, live, temperature, softcap)
-    logprob = log_p.gather(1, torch.where(live, token_N, 0).long()[:, None]).squeeze(1)
-    possible = log_p > float("-inf")
-    finite = torch.where(possible, log_p, 0)
-    entropy = -torch.where(possible, log_p.exp() * finite, 0).sum(-1)
-    return TokenLogprobs(torch.where(live, logprob, 0), torch.where(live, entropy, 0))
-
-
-def log_probs_reference(
-    logits_NV: Tensor, live_N: Tensor, temperature: float | Tensor, softcap: float | None
-) -> Tensor:
-    """log softmax of the bent and tempered logits, in the statistics' dtype."""
-    x = torch.where(live_N[:, None], logits_NV, 0).to(checks.stat_dtype(logits_NV))
-    masked = x == float("-inf")
-    if softcap is not None:
-        x = softcap * torch.tanh(torch.where(masked, 0, x) / softcap)
-    tau = temperature
-    if isinstance(tau, Tensor) and tau.ndim == 1:
-        tau = torch.where(live_N, tau, 1)[:, None]
-    z = torch.where(masked, float("-inf"), torch.where(masked, 0, x) / tau)
-    return z.log_softmax(-1)
-
-
-def make_logits(shape: Shape, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
-    """Logits with the spread of a language model's and tokens sampled from them."""
-    generator = torch.Generator().manual_seed(seed)
-    logits_NV = 2 * torch.randn(shape.n, shape.vocab, generator=generator, dtype=torch.float32)
-    token_N = torch.randint(shape.vocab, (shape.n,), generator=generator)
-    return logits_NV.to(dtype), token_N
-
-
-def _make_inputs(shape: Shape, dtype: torch.dtype, seed: int) -> dict[str, Any]:
-    logits_NV, token_N = make_logits(shape, dtype, seed)
-    return {"logits_NV": logits_NV, "token_N": token_N}
-
-
-register(
-    Op(
-        name="token_logprobs",
-        function=token_logprobs,
-        reference=token_logprobs_reference,
-        make_inputs=_make_inputs,
-        # forward: one read; backward: one read and one write
-        bytes_moved=lambda s, dtype: 3 * s.n * s.vocab * dtype.itemsize,
-        flops=lambda s: 12 * s.n * s.vocab,
-        differentiable=("logits_NV",),
-    )
-)

@@ -10,7 +10,6 @@ from torch.autograd.function import once_differentiable
 
 from fastppo.ops import checks
 from fastppo.ops.backend import choose, token_kernels
-from fastppo.ops.registry import Op, Shape, register
 
 
 class ValueMetrics(NamedTuple):
@@ -156,52 +155,3 @@ def _autograd(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
-
-
-def value_loss_reference(
-    value_N: Tensor,
-    old_value_N: Tensor,
-    return_N: Tensor,
-    weight_N: Tensor,
-    *,
-    clip: float | None = 0.2,
-) -> ValueLoss:
-    """The definition of `value_loss`, live tokens one by one."""
-    zero = value_N.new_zeros(())
-    loss = zero + 0.0 * value_N.nan_to_num().sum()
-    sums = [zero] * len(ValueMetrics._fields)
-    for i in range(value_N.numel()):
-        if weight_N[i] == 0:
-            continue
-        v, old, goal = value_N[i], old_value_N[i], return_N[i]
-        error = (v - goal) ** 2
-        held = error if clip is None else (v.clamp(old - clip, old + clip) - goal) ** 2
-        loss = loss + weight_N[i] * torch.max(error, held) / 2
-        parts = (zero + 1, (held > error).to(v.dtype), error.detach(), v.detach(), goal, goal**2)
-        sums = [a + b for a, b in zip(sums, parts, strict=True)]
-    return ValueLoss(loss, ValueMetrics(*sums))
-
-
-def _make_inputs(shape: Shape, dtype: torch.dtype, seed: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(seed)
-    value_N, moved_N, goal_N = torch.randn(3, shape.n, generator=generator)
-    return {
-        "value_N": value_N.to(dtype),
-        "old_value_N": (value_N + 0.3 * moved_N).to(dtype),
-        "return_N": goal_N.to(dtype),
-        "weight_N": torch.full((shape.n,), 1.0 / max(shape.n, 1), dtype=dtype),
-    }
-
-
-register(
-    Op(
-        name="value_loss",
-        function=value_loss,
-        reference=value_loss_reference,
-        make_inputs=_make_inputs,
-        bytes_moved=lambda s, dtype: 5 * s.n * dtype.itemsize,
-        flops=lambda s: 12 * s.n,
-        differentiable=("value_N",),
-        loss="loss",
-    )
-)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fastppo.ops import checks
 from fastppo.ops.backend import choose, token_kernels
-from fastppo.ops.registry import Op, Shape, register
 
 EPS = 1e-8  # inside the root, as in TRL
 
@@ -161,35 +160,3 @@ def _forward(
 @_forward.register_fake
 def _(x_N: Tensor, *_: Any) -> Tensor:
     return x_N.new_empty(x_N.shape[0], dtype=checks.stat_dtype(x_N))
-
-
-def whiten_reference(
-    x_N: Tensor, *, weight_N: Tensor | None = None, shift_mean: bool = True
-) -> Tensor:
-    """The definition of `whiten`: the live values alone, by torch's own mean and variance."""
-    live_N = torch.ones_like(x_N, dtype=torch.bool) if weight_N is None else weight_N != 0
-    live = x_N[live_N]
-    y_N = torch.zeros_like(x_N)
-    if live.numel():
-        variance = live.var() if live.numel() > 1 else torch.zeros((), dtype=x_N.dtype)
-        y = (live - live.mean()) / (variance + EPS).sqrt()
-        y_N[live_N] = y if shift_mean else y + live.mean()
-    return y_N
-
-
-def _make_inputs(shape: Shape, dtype: torch.dtype, seed: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(seed)
-    return {"x_N": (3 + 2 * torch.randn(shape.n, generator=generator)).to(dtype)}
-
-
-register(
-    Op(
-        name="whiten",
-        function=whiten,
-        reference=whiten_reference,
-        make_inputs=_make_inputs,
-        # one read for the moments, one read and one write to apply them
-        bytes_moved=lambda s, dtype: s.n * (2 * dtype.itemsize + 4),
-        flops=lambda s: 6 * s.n,
-    )
-)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fastppo.ops import launch, outputs, policy_loss, token_logprobs
-from fastppo.ops.registry import OPS, Shape
 from tests.ops.oracle import check, place
+from tests.ops.registry import OPS, Shape
 
 DENSE = ("token_logprobs", "policy_loss", "score_tokens")
 VOCABULARIES = (32000, 49152, 50257, 128256, 151936, 152064, 256000)

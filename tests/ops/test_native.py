@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from fastppo.ops import backend, gae, native, native_library, policy_loss, token_logprobs
-from fastppo.ops.registry import OPS, Shape
 from tests.ops.oracle import run
+from tests.ops.registry import OPS, Shape
 
 pytestmark = pytest.mark.skipif(
     native_library.LIBRARY is None, reason=f"no native kernels: {native_library.OBSTACLE}"

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastppo.ops import PolicyLossConfig, policy_loss, token_logprobs
-from fastppo.ops.registry import OPS, Op, Shape
 from tests.ops.oracle import place, run
+from tests.ops.registry import OPS, Op, Shape
 
 SHAPE = Shape(n=6, vocab=19, hidden=5, batch=2)
 ALL = pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)

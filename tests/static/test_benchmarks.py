@@ -10,7 +10,7 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks import contenders, peers, report
 from benchmarks.harness import Case, Contender, allocations, distance, measure, peak_bytes
-from fastppo.ops.registry import OPS, Shape
+from tests.ops.registry import OPS, Shape
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
