@@ -12,7 +12,14 @@ from setuptools import Extension, setup
 CPU = Path("kernels/cpu")
 
 setup(
-    packages=["fastppo", "fastppo.data", "fastppo.ops", "fastppo.templates", "fastppo.kernels"],
+    packages=[
+        "fastppo",
+        "fastppo.data",
+        "fastppo.ops",
+        "fastppo.ops.backends",
+        "fastppo.templates",
+        "fastppo.kernels",
+    ],
     package_dir={"fastppo.kernels": "kernels"},
     package_data={
         "fastppo": ["py.typed"],

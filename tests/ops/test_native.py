@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastppo.ops import backend, gae, native, native_library, policy_loss, token_logprobs
+from fastppo.ops import arguments, backend, gae, native_library, policy_loss, token_logprobs
+from fastppo.ops.backends import native
 from tests.ops.oracle import run
 from tests.ops.registry import OPS, Shape
 
@@ -118,6 +119,7 @@ def test_an_unknown_vector_width_is_refused():
 def test_without_the_library_it_says_so_once_and_runs(monkeypatch):
     monkeypatch.setattr(native_library, "OBSTACLE", "the C++ kernels were not built; build them")
     monkeypatch.setattr(backend, "_said", [])
+    monkeypatch.setattr(arguments, "_chosen", {})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):
