@@ -56,8 +56,8 @@ struct FastppoLoss {
 struct FastppoStatistics {
   float* logprob;
   float* entropy;
-  float* highest;
-  float* total;
+  float* row_max;
+  float* sum_exp;
 };
 
 struct FastppoScores {

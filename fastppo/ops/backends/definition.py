@@ -136,18 +136,20 @@ def score_tokens(x_NV: Tensor, ref_NV: Tensor, rows: RowArguments, at: slice, in
         x, ref = private(x_NV[block], dtype), private(ref_NV[block], dtype)
         here = spec.at(block)
         impossible, forbidden = x == float("-inf"), ref == float("-inf")
-        mine, theirs = statistics(x, here), statistics(ref, here)
-        kl = _exact_kl(mine, theirs, impossible, forbidden)
-        own.logprob_N[block], own.ref_logprob_N[block] = mine.logprob, theirs.logprob
-        own.entropy_N[block] = mine.entropy
+        actor, reference = statistics(x, here), statistics(ref, here)
+        kl = _exact_kl(actor, reference, impossible, forbidden)
+        own.logprob_N[block], own.ref_logprob_N[block] = actor.logprob, reference.logprob
+        own.entropy_N[block] = actor.entropy
         own.exact_kl_N[block] = kl.masked_fill(~here.live_N, 0.0)
 
 
-def _exact_kl(mine: RowStats, theirs: RowStats, impossible: Tensor, forbidden: Tensor) -> Tensor:
-    log_ratio = mine.shifted - theirs.shifted - (mine.log_sum_exp - theirs.log_sum_exp)
+def _exact_kl(
+    actor: RowStats, reference: RowStats, impossible: Tensor, forbidden: Tensor
+) -> Tensor:
+    log_ratio = actor.shifted - reference.shifted - (actor.log_sum_exp - reference.log_sum_exp)
     # Not inf in the product: a word that the reference masks may have p = 0 by underflow.
     infinite = (forbidden & ~impossible).any(-1)
-    kl = (mine.exp.masked_fill(impossible, 0.0) / mine.sum_exp * log_ratio).sum(-1)
+    kl = (actor.exp.masked_fill(impossible, 0.0) / actor.sum_exp * log_ratio).sum(-1)
     return kl.masked_fill(infinite, float("inf"))
 
 
@@ -178,17 +180,17 @@ def value_loss(
     dtype = stat_dtype(value_N, old_value_N, return_N, weight_N)
     live_N = weight_N != 0
     # where before the arithmetic: a NaN behind weight 0 would come back through 0 * NaN.
-    value_N, old_N, goal_N, weight_N = (
+    value_N, old_N, target_N, weight_N = (
         torch.where(live_N, x, 0).to(dtype) for x in (value_N, old_value_N, return_N, weight_N)
     )
-    error_N = (value_N - goal_N).square()
-    worst_N, slope_N = error_N, value_N - goal_N
+    error_N = (value_N - target_N).square()
+    larger_error_N, slope_N = error_N, value_N - target_N
     clipped_N = torch.zeros_like(live_N)
     if clip is not None:
-        held_N = torch.minimum(torch.maximum(value_N, old_N - clip), old_N + clip)
-        held_error_N = (held_N - goal_N).square()
-        clipped_N = live_N & (held_error_N > error_N)
-        worst_N = torch.where(clipped_N, held_error_N, error_N)
+        clipped_value_N = torch.minimum(torch.maximum(value_N, old_N - clip), old_N + clip)
+        clipped_error_N = (clipped_value_N - target_N).square()
+        clipped_N = live_N & (clipped_error_N > error_N)
+        larger_error_N = torch.where(clipped_N, clipped_error_N, error_N)
         # Where the clipped error is the larger one, the value was clipped: no gradient.
         slope_N = slope_N.masked_fill(clipped_N, 0)
     metrics = (  # in the order of ValueMetrics
@@ -196,11 +198,11 @@ def value_loss(
         clipped_N.sum(),
         error_N.sum(),
         value_N.sum(),
-        goal_N.sum(),
-        goal_N.square().sum(),
+        target_N.sum(),
+        target_N.square().sum(),
     )
     vector = torch.stack([x.to(dtype) for x in metrics])
-    return (weight_N * worst_N).sum() / 2, vector, weight_N * slope_N
+    return (weight_N * larger_error_N).sum() / 2, vector, weight_N * slope_N
 
 
 def _live(x_N: Tensor, weight_N: Tensor | None) -> Tensor:
