@@ -39,6 +39,17 @@ def test_four_roles_in_one_pass_say_what_four_passes_say(tmp_path):
     assert max(row["error"] for row in rows) < 1e-3
 
 
+def test_what_calls_cost_the_host_is_measured_of_right_answers(tmp_path):
+    out = tmp_path / "found.json"
+    assert command.main(["host", "--rounds", "1", "--out", str(out)]) == 0
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert {row["status"] for row in found["rows"]} == {"timed"}
+    assert all(row["share"] > 0 for row in found["rows"] if row["ours"])
+    assert [op for op in OPS if any(note.startswith(f"{op}, ") for note in found["notes"])] == [
+        *OPS
+    ]
+
+
 @pytest.mark.parametrize("name", ["linear", "ops", "seven_b_head"])
 def test_a_quick_walk_leaves_a_result_and_its_table(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(peers, "SITE", tmp_path / "nothing")
