@@ -16,7 +16,7 @@ help:
 	@echo "make test       install, then the fast tests, on all cores"
 	@echo "make test-all   all tests of this environment, the slow ones too"
 	@echo "make test-peers LLaMA-Factory and the operators' peers, in environments that it builds (2 GiB)"
-	@echo "make lint       ruff, and mypy on fastppo/ops and fastppo/config.py"
+	@echo "make lint       ruff, and mypy on fastppo/ops and fastppo/config"
 	@echo "make bench      the operators against bounds, eager PyTorch and torch.compile"
 	@echo "make gpu        where there is a GPU: its tests and measurements, into benchmarks/results"
 	@echo "make demo-data  make the demo's preference pairs anew"
@@ -58,7 +58,7 @@ test-peers: venv
 	$(BIN)/python -m benchmarks.peers.install
 	$(PYTEST) -m peers
 	$(BIN)/python -m benchmarks linear --quick
-	$(BIN)/python -m benchmarks ops --quick
+	$(BIN)/python -m benchmarks ops --quick --only gae
 
 lint: venv
 	$(BIN)/ruff check .

@@ -7,19 +7,12 @@ with OpenMP and linked without: `fastppo/ops/native_library.py` says why.
 
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 
 CPU = Path("kernels/cpu")
 
 setup(
-    packages=[
-        "fastppo",
-        "fastppo.data",
-        "fastppo.ops",
-        "fastppo.ops.backends",
-        "fastppo.templates",
-        "fastppo.kernels",
-    ],
+    packages=[*find_packages(include=["fastppo", "fastppo.*"]), "fastppo.kernels"],
     package_dir={"fastppo.kernels": "kernels"},
     package_data={
         "fastppo": ["py.typed"],

@@ -32,16 +32,20 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from benchmarks.gpu import RESULTS
-from fastppo import console, reward_model, roles, toy, trainer
-from fastppo.advantage import estimate
-from fastppo.base import silence_dropout
-from fastppo.batch import Batch, make_batch, token_index
+from fastppo import toy
 from fastppo.config import Config, config_from_dict
-from fastppo.model_shapes import TABLE, ModelShape
-from fastppo.offload import wrap
-from fastppo.oom import give_back, out_of_memory
-from fastppo.phases import sampled, scored
-from fastppo.preflight import check
+from fastppo.memory.retry import give_back, out_of_memory
+from fastppo.memory.shapes import TABLE, ModelShape
+from fastppo.models import build as roles
+from fastppo.models.batch import Batch, make_batch, token_index
+from fastppo.models.load import disable_dropout
+from fastppo.offload.activations import wrap
+from fastppo.ppo import trainer
+from fastppo.ppo.advantage import estimate
+from fastppo.ppo.phases import sampled, scored
+from fastppo.rm import train as reward_model
+from fastppo.run import console
+from fastppo.run.preflight import check
 from fastppo.types import Experience, Rollout
 
 GIB = 2**30
@@ -153,7 +157,7 @@ def random_weights(size: Size) -> Iterator[None]:
             base = AutoModelForCausalLM.from_config(made, dtype=dtype, attn_implementation="sdpa")
         base.requires_grad_(False)
         base.config.use_cache = False
-        silence_dropout(base)
+        disable_dropout(base)
         return base
 
     with ExitStack() as stack:
@@ -180,7 +184,7 @@ class Phases(console.Clock):
                 torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() / GIB if self.cuda else 0.0
         self.found[phase] = {
-            "seconds": round(self.phases[phase], 3),
+            "seconds": round(self.seconds[phase], 3),
             "peak_gib": round(peak, 2),
         }
 
@@ -207,7 +211,7 @@ def planned(state: trainer.State, mode: str) -> float | None:
     """The plan's peak of tensors in a step."""
     if state.plan is None:
         return None
-    return round(state.plan.again(activation_offloading=mode).step_peak / GIB, 2)
+    return round(state.plan.with_changes(activation_offloading=mode).step_peak / GIB, 2)
 
 
 def rollout_of(state: trainer.State) -> Rollout:

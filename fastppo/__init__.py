@@ -9,9 +9,9 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "evaluate", "init_state", "step_update"]
 
 _HOMES = {
-    "init_state": "fastppo.state",
-    "step_update": "fastppo.trainer",
-    "evaluate": "fastppo.evaluation",
+    "init_state": "fastppo.ppo.state",
+    "step_update": "fastppo.ppo.trainer",
+    "evaluate": "fastppo.ppo.evaluation",
 }
 
 

@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from fastppo import __version__
 from fastppo.errors import Interrupted, TrainingStopped, UserError, one_line
+from fastppo.run.commandline import Answered, Parser, quieten
 
-if TYPE_CHECKING:
-    from fastppo.config import Config
-
-HELP = f"""fastppo {__version__}: PPO for language models on one GPU, from LLaMA-Factory's YAML
-
-usage: fastppo-train CONFIG [key=value ...] [--explain | --plan [--gpu SIZE]]
-
-  CONFIG      a YAML or JSON file with stage: rm (a reward model from pairs) or
-              stage: ppo (a policy from prompts and that reward model)
-  key=value   overrides a key of the file, for example learning_rate=2e-5
-
-  --explain   print every key with its value, where it came from and what it does
-              here, and stop; loads no model
-  --plan      print the memory that the run needs, by role and phase, and stop;
-              needs no GPU, no weights and no network
-  --gpu SIZE  what it has to fit into, for example 24GiB; the GPU here if left out
-  --help      this text
-  --version   the version
-
+USAGE = "%(prog)s CONFIG [key=value ...] [--explain | --plan [--gpu SIZE]]"
+ABOUT = f"fastppo {__version__}: PPO for language models on one GPU, from LLaMA-Factory's YAML"
+# FIRST of config/schema.py as text, so that --help need not build it: a test holds them equal.
+KEYS = """keys that most runs set:
+  stage:                         rm trains a reward model from pairs, ppo a policy
+  output_dir:                    Where adapters, heads and checkpoints go
+  model_name_or_path:            The base: a local folder or a hub name
+  dataset:                       Names in dataset_info.json, or paths of files
+  template: null                 Chat template by name
+  reward_model: null             Folder, hub name, URL or module:function, as
+                                 reward_model_type says
+  reward_model_type: lora        lora, full, api or function
+  max_new_tokens: 1024           Most tokens of a response
+  per_device_train_batch_size: 8 Sequences of a micro-batch at their longest
+  gradient_accumulation_steps: 1 Times per_device_train_batch_size: the responses of
+                                 an optimiser step
+  learning_rate: 5e-05           Peak learning rate
+  num_train_epochs: 3.0          Passes over the data set
+  ppo_epochs: 4                  Passes over each rollout
+  ppo_target: 6.0                Target of the KL controller, nats a response
+"""
+END = """
 docs/config.md lists every key; for people who come from LLaMA-Factory,
 docs/llamafactory.md its own. Exit codes: 0 done, 1 the run stopped itself,
 2 bad input (nothing was written), 3 the plan does not fit, 130 and 143 interrupted
@@ -39,19 +43,15 @@ docs/llamafactory.md its own. Exit codes: 0 done, 1 the run stopped itself,
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one configuration; every error that a user can mend is one line and exit code 2."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if "--help" in arguments or "-h" in arguments:
-        print(HELP, end="")
-        return 0
-    if "--version" in arguments:
-        print(f"fastppo {__version__}")
-        return 0
     try:
-        if "--explain" in arguments:
-            return explain(arguments)
-        if "--plan" in arguments:
-            return plan(arguments)
-        train(arguments)
+        options = read(argv)
+        if options.explain:
+            return explain(options.words)
+        if options.plan:
+            return plan(options.words, options.gpu)
+        train(options.words)
+    except Answered:
+        return 0
     except UserError as error:
         print(f"fastppo-train: error: {one_line(error)}", file=sys.stderr)
         return 2
@@ -68,80 +68,84 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def read_config(arguments: list[str]) -> Config:
-    """CONFIG and its overrides, checked."""
-    from fastppo.config import load_config
-
-    return load_config(*split(arguments))
-
-
-def split(arguments: list[str]) -> tuple[str, list[str]]:
-    """CONFIG, and the overrides after it."""
-    if not arguments:
-        raise UserError("no CONFIG; name a YAML file, for example examples/demo_ppo.yaml")
-    options = [argument for argument in arguments if argument.startswith("-")]
-    if options and options[0].partition("=")[0] == "--gpu":
+def read(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line: words (CONFIG and overrides), explain, plan, gpu."""
+    parser = Parser("fastppo-train", usage=USAGE, description=ABOUT, epilog=KEYS + END)
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="CONFIG",
+        help="YAML or JSON with stage: rm (a reward model from pairs) or stage: ppo (a policy); "
+        "key=value behind it overrides a key, for example learning_rate=2e-5",
+    )
+    what = parser.options.add_mutually_exclusive_group()
+    what.add_argument(
+        "--explain",
+        action="store_true",
+        help="print every key with its value, where it came from and what it does here, and stop; "
+        "loads no model",
+    )
+    what.add_argument(
+        "--plan",
+        action="store_true",
+        help="print the memory that the run needs, by role and phase, and stop; needs no GPU, no "
+        "weights and no network",
+    )
+    parser.options.add_argument(
+        "--gpu",
+        nargs="?",
+        const="",
+        metavar="SIZE",
+        help="what it has to fit into, for example 24GiB; the GPU here if left out",
+    )
+    options = parser.parse(argv)
+    if options.words[:1] == ["train"] and len(options.words) > 1:  # llamafactory-cli's habit
+        del options.words[0]
+    if options.gpu is not None and not options.plan:
         raise UserError("--gpu: is the size that --plan has to fit into; add --plan, or drop it")
-    if options:
-        raise UserError(f"unknown option '{options[0]}'; keys are overridden as key=value")
-    if arguments[0] == "train" and len(arguments) > 1:  # llamafactory-cli's habit
-        arguments = arguments[1:]
-    return arguments[0], arguments[1:]
+    if not options.words:
+        raise UserError("no CONFIG; name a YAML file, for example examples/demo_ppo.yaml")
+    return options
 
 
-def explain(arguments: list[str]) -> int:
+def explain(words: list[str]) -> int:
     """`--explain`, before or after CONFIG."""
-    from fastppo import explain
+    from fastppo.config import explain
 
-    return explain.run(*split([x for x in arguments if x != "--explain"]))
+    return explain.run(words[0], words[1:])
 
 
-def plan(arguments: list[str]) -> int:
+def plan(words: list[str], gpu: str | None) -> int:
     """`--plan` with its `--gpu`; data, rewards and outputs need not be there."""
-    from fastppo import plan
+    from fastppo.config import load_config
+    from fastppo.memory import command as plan
 
-    gpu, rest, left = None, [], iter(arguments)
-    for argument in left:
-        name, equals, value = argument.partition("=")
-        if name == "--gpu":
-            gpu = value if equals else next(left, "")
-        elif argument != "--plan":
-            rest.append(argument)
-    return plan.run(read_config(rest), gpu)
+    return plan.run(load_config(words[0], words[1:]), gpu)
 
 
-def train(arguments: list[str]) -> None:
+def train(words: list[str]) -> None:
     """Check everything that needs no model, then import what does."""
-    from fastppo.preflight import check
+    from fastppo.config import load_config
+    from fastppo.run.preflight import check
 
-    config = read_config(arguments)
+    config = load_config(words[0], words[1:])
     records = check(config)
     quieten()
     # Reward functions and judges are importable from where the command runs.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     if config.stage == "rm":
-        from fastppo import reward_model
+        from fastppo.rm import train as reward_model
 
         reward_model.run(config, records)
     elif not config.trains:
-        from fastppo import held_out
+        from fastppo.ppo import evaluate_only as held_out
 
         held_out.run(config, records)
     else:
-        from fastppo import trainer
+        from fastppo.ppo import trainer
 
         trainer.run(config, records)
-
-
-def quieten() -> None:
-    """What libraries warn of on every start, and no user of this command can mend."""
-    import warnings
-
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\..*")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"peft\..*")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,13 @@
-"""Seeds of generators: one for each run, purpose and step, none of them another's neighbour."""
+"""Random numbers of a run: a seed for each purpose and step, and the state of all generators.
+
+No torch at import: data are drawn without it.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import random
+from typing import Any
 
 
 def seed_of(seed: int, purpose: str, *steps: int) -> int:
@@ -20,3 +25,31 @@ def seed_of(seed: int, purpose: str, *steps: int) -> int:
     """
     text = "/".join([str(seed), purpose, *map(str, steps)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def random_state() -> dict[str, Any]:
+    """Every generator that is nobody's own: reward functions and judges may draw from them."""
+    import numpy as np
+    import torch
+
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002 - whoever uses the global one
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.array(keys, dtype=np.int64)), *rest),
+        "cpu": torch.get_rng_state(),
+        # Of the run's device alone: where it is resumed there may be more of them, or fewer.
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put them back where `random_state` found them."""
+    import numpy as np
+    import torch
+
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available() and state["cuda"]:
+        torch.cuda.set_rng_state(state["cuda"][0])

@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,18 @@ if not torch.cuda.is_available():
 
 # Which test runs, and where torch.compile found its cache to be.
 NOTES = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"}
+
+
+WITHOUT_TRAINER = ("ops", "gpu")  # folders that need torch and no more
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The trainer's fixtures: `tests.tiny` (a tiny model), `tests.project` (a user's files)."""
+    named = [Path(argument.partition("::")[0]).resolve() for argument in config.args]
+    if all(any(part in WITHOUT_TRAINER for part in path.parts) for path in named):
+        return
+    for plugin in ("tests.tiny", "tests.project"):
+        config.pluginmanager.import_plugin(plugin)
 
 
 def process_state() -> dict[str, Any]:
@@ -46,7 +59,7 @@ def process_state() -> dict[str, Any]:
 def module_attributes() -> dict[str, dict[str, Any]]:
     """What the modules of fastppo hold, by module and name."""
     modules = list(sys.modules.items())
-    return {name: dict(vars(m)) for name, m in modules if name.partition(".")[0] == "fastppo"}
+    return {name: dict(vars(m)) for name, m in modules if name.startswith("fastppo")}
 
 
 def replaced(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]) -> list[str]:
@@ -77,17 +90,28 @@ def _nothing_is_left_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - the global one, for whoever draws from it
-    torch.manual_seed(0)
-    environment, path = dict(os.environ), list(sys.path)
-    before, attributes = process_state(), module_attributes()
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(0)
+    environment, path, modules = dict(os.environ), list(sys.path), set(sys.modules)
+    before = process_state()
     yield
     sys.path[:] = path
     own = str(tmp_path_factory.getbasetemp())
-    for name, module in list(sys.modules.items()):
-        if (getattr(module, "__file__", None) or "").startswith(own):
+    for name in sys.modules.keys() - modules:
+        if str(getattr(sys.modules[name], "__dict__", {}).get("__file__")).startswith(own):
             del sys.modules[name]
     for name in os.environ.keys() - environment.keys() - NOTES:
         del os.environ[name]
     os.environ.update({k: v for k, v in environment.items() if k not in NOTES})
-    left = differences(before, process_state()) + replaced(attributes, module_attributes())
+    left = differences(before, process_state())
     assert not left, f"left behind: {'; '.join(left)}"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _nothing_stays_patched() -> Iterator[None]:
+    """Looked at once a file: over all modules it takes longer than most tests."""
+    before = module_attributes()
+    yield
+    left = replaced(before, module_attributes())
+    assert not left, f"a test of this file left behind: {'; '.join(left)}"

@@ -5,7 +5,7 @@
 
 FOLDER gets the tiny base, the pairs, what LLaMA-Factory's stage rm wrote (adapter, value head,
 tokenizer) and `scores.json`: its own scores of the held-out pairs in full, where its
-generated_predictions.jsonl has two digits. tests/trainer/fixtures/llamafactory_rm is such a folder.
+generated_predictions.jsonl has two digits. tests/fixtures/llamafactory_rm is such a folder.
 """
 
 from __future__ import annotations

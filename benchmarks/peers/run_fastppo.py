@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from watch import Watch, main, trainable
 
-from fastppo import roles, save, trainer
-from fastppo.base import load_tokenizer
 from fastppo.config import config_from_dict
-from fastppo.reward_spec import RECORD
+from fastppo.config.rewards import RECORD
+from fastppo.models import build as roles
+from fastppo.models.load import load_tokenizer
+from fastppo.ppo import trainer
+from fastppo.run import save
 
 # What every version of PEFT and LLaMA-Factory reads of an adapter_config.json.
 KNOWN = ("peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "bias")

@@ -5,8 +5,8 @@ conversations), mixing (several sets to one, and what is held out), encode (conv
 Reading needs neither torch nor a tokenizer, so that bad data is refused at once.
 """
 
-from fastppo.data.encode import encode_pairs, encode_prompts, fit
+from fastppo.data.encode import encode_pairs, encode_prompts, fit_prompt
 from fastppo.data.mixing import Records, read_records
 from fastppo.data.records import Record
 
-__all__ = ["Record", "Records", "encode_pairs", "encode_prompts", "fit", "read_records"]
+__all__ = ["Record", "Records", "encode_pairs", "encode_prompts", "fit_prompt", "read_records"]

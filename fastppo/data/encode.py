@@ -34,7 +34,9 @@ def system_of(record: Record, default_system: str | None) -> str | None:
     return record.system if record.system is not None else default_system
 
 
-def fit(record: Record, template: Template, limit: int, default_system: str | None) -> list[int]:
+def fit_prompt(
+    record: Record, template: Template, limit: int, default_system: str | None
+) -> list[int]:
     """The record's prompt in at most `limit` tokens, its generation header kept."""
     ids = template.fit_prompt(record.messages, system_of(record, default_system), limit)
     if ids is None:
@@ -74,7 +76,7 @@ def encode_prompts(
                 target = len(answer) + len(template.suffix_ids)
                 ids = ids[: share_length(len(ids), target, cutoff_len)[0]]
             else:
-                ids = fit(record, template, cutoff_len, default_system)
+                ids = fit_prompt(record, template, cutoff_len, default_system)
             if not ids:
                 raise BadRow(f"nothing of its prompt is left in {cutoff_len} tokens")
         except BadRow as why:
@@ -129,7 +131,7 @@ def encode_pairs(
             else:
                 if target < end:
                     raise BadRow(f"its answers do not fit in {cutoff_len} tokens; raise cutoff_len")
-                prompt = fit(record, template, source, default_system)
+                prompt = fit_prompt(record, template, source, default_system)
                 answers = [ids[:-1][: target - end] + ids[-1:] + behind for ids in answers]
         except BadRow as why:
             dropped.add(record.where, why)

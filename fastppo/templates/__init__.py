@@ -1,4 +1,7 @@
-"""Chat templates by LLaMA-Factory's names: text around what is said, and where a response ends."""
+"""Chat templates by LLaMA-Factory's names: text around what is said, and where a response ends.
+
+transformers' apply_chat_template knows the tokenizer's own template only, and no name of another.
+"""
 
 from fastppo.templates.formats import TEMPLATES, check_name
 from fastppo.templates.template import Message, Template, get_template

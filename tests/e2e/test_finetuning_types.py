@@ -10,8 +10,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from fastppo import save, toy
+from fastppo import toy
 from fastppo.cli import main
+from fastppo.run import save
 
 from .test_rm_then_ppo import project, write  # noqa: F401
 
@@ -41,8 +42,8 @@ SFT = {"adapter_name_or_path": "sft"}
 @pytest.fixture
 def sft(project):  # noqa: F811
     """An SFT adapter with a head and a norm of its own."""
-    from fastppo import roles
     from fastppo.config import Config
+    from fastppo.models import build as roles
 
     config = Config(**{**PPO, "additional_target": "norm,lm_head", "critic": "shared"})
     made = roles.build(config, torch.device("cpu"))

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastppo import toy
 from fastppo.cli import main
-from fastppo.metrics import COLUMNS
+from fastppo.ppo.metrics import COLUMNS
 
 ROOT = Path(__file__).parents[2]
-FIXTURES = ROOT / "tests" / "input" / "fixtures"
+FIXTURES = ROOT / "tests" / "fixtures"
 
 
 @pytest.fixture

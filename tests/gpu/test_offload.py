@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from fastppo.offload import ActivationOffload
-from fastppo.streaming import stream
+from fastppo.offload.activations import ActivationOffload
+from fastppo.offload.frozen import stream
 
 LAYERS, HIDDEN, TOKENS = 8, 1024, 2048
 CUDA = torch.device("cuda")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastppo.ops
-from tests.input.bad import Case, cases
+from tests.bad import Case, cases
 
 
 @pytest.mark.parametrize("case", cases("ops"), ids=lambda case: case.wrong)

@@ -1,6 +1,6 @@
 """What no op accepts, from the registry: it names itself, the argument, what it wanted and got.
 
-What a single op refuses is in the table of bad input, tests/input/bad/ops.yaml.
+What a single op refuses is in the table of bad input, tests/bad/ops.yaml.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.reliability import runs
-from tests.trainer.reward_server import Server, serving
+from tests.reward_server import Server, serving
 
 SETTINGS = {"ppo": runs.ppo, "rm": runs.rm}
 

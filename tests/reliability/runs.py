@@ -25,21 +25,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastppo import (
-    checkpoint,
-    cli,
-    evaluation,
-    metrics,
-    pair_trainer,
-    reward_function,
-    reward_model,
-    sampling,
-    score,
-    toy,
-    trainer,
-    update,
-)
-from fastppo.metrics import COLUMNS
+from fastppo import cli, toy
+from fastppo.ppo import checkpoint, evaluation, sampling, score, trainer, update
+from fastppo.ppo.metrics import COLUMNS
+from fastppo.rewards import function as reward_function
+from fastppo.rm import train as reward_model
+from fastppo.rm import trainer as pair_trainer
+from fastppo.run import plots
 
 CLOCKS = {name for name, meaning in COLUMNS.items() if "(a clock)" in meaning}
 CLOCK_WORDS = ("seconds", "runtime", "per_second")  # in keys of summary.json and transformers'
@@ -333,7 +325,7 @@ def child(
     os.dup2(words.fileno(), 1)
     os.dup2(words.fileno(), 2)
     if prepare is not watch_memory:  # the picture is most of such a short run's time
-        metrics.draw_curves = lambda rows, path, title: path.write_bytes(bytes(30_000))
+        plots.draw_curves = lambda rows, path, title: path.write_bytes(bytes(30_000))
     if prepare is not None:
         prepare(*with_)
     code = cli.main(arguments)

@@ -1,6 +1,6 @@
 """A reward server that fails in mid-run: what passes is waited out, what stays stops the run.
 
-tests/input/bad/endpoints.yaml has every answer that is refused; here whole runs meet them.
+tests/bad/endpoints.yaml has every answer that is refused; here whole runs meet them.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from fastppo import durable
+from fastppo.run import durable
 from tests.reliability import runs
-from tests.trainer.reward_server import Reply, scores
+from tests.reward_server import Reply, scores
 
 pytestmark = pytest.mark.alone  # half a second without an answer is a fault
 

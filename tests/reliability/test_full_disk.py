@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastppo import durable
+from fastppo.run import durable
 from tests.reliability import runs
 
 # First the adapter's small JSON fails, then the tokenizer's files, then weights, then moments.

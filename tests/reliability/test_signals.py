@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from fastppo import durable
+from fastppo.run import durable
 from tests.reliability import runs
-from tests.trainer.reward_server import Reply
+from tests.reward_server import Reply
 
 pytestmark = pytest.mark.alone
 

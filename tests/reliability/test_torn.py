@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastppo import durable
+from fastppo.run import durable
 from tests.reliability import runs
 
 

@@ -19,66 +19,23 @@ CODE = sorted(
     if "fastppo/kernels" not in path.as_posix()
     and not any(part.startswith(".") for part in path.relative_to(ROOT).parts)  # the peers
 )
-# A module imports from the rows below its own: not from above, and not from its neighbours. `types`
-# and `errors` are what passes between rooms, and everybody's.
-LEVELS = [
-    {"export"},
-    {"cli", "export_model", "info"},
-    {"held_out", "reward_model", "trainer"},
-    {"finish", "reward_log", "reward_report"},
-    {"evaluation", "guards", "summary"},
-    {"phases"},
-    {"state"},
-    {"card", "checkpoint", "lines", "samples", "toy"},
-    {"pair_trainer"},
-    {"console", "save"},
-    {"preflight", "results"},
-    {"advantage", "metrics", "rollout", "score", "update"},
-    {"optimizer", "ptx", "reward"},
-    {"reward_api", "reward_full", "reward_function"},
-    {"reward_head"},
-    {"batch", "data", "decoding", "merge", "roles", "sampling", "templates", "trained"},
-    {"pair_model", "seats", "tuning"},
-    {"base", "heads"},
-    {"loading", "settle"},
-    {"lora", "streaming"},
-    {"oom", "offload", "optim", "plots", "session", "snapshot", "stopping", "tracking"},
-    {"stash", "training_state"},
-    {"streams"},
-    {"explain", "plan"},
-    {"memory_advice"},
-    {"memory"},
-    {"moments"},
-    {"layer_memory", "residents"},
-    {"recipe"},
-    {"allocations", "model_shapes"},
-    {"export_config"},
-    {"budgets"},
+# A room imports from the rows below its own: not from above, and not from its neighbours.
+ROOMS = [
+    {"cli", "export", "info"},
+    {"ppo", "rm"},
+    {"rewards", "run", "toy"},
+    {"models"},
+    {"data", "memory", "templates"},
     {"config"},
-    {"config_not_here"},
-    {"config_data", "config_ppo", "config_roles", "config_step", "config_training"},
-    {"config_memory"},
-    {
-        "config_effect",
-        "config_file",
-        "config_key",
-        "durable",
-        "launch",
-        "pairs",
-        "offload_config",
-        "precision",
-        "reward_spec",
-        "rounding",
-    },
-    {"ops"},
-    {"errors", "pair_metrics", "seeds", "types", "__init__"},
+    {"offload", "ops"},
+    {"errors", "seeds", "types", "__init__"},
 ]
-# Packages among the modules, and their modules from the first to the last.
-INNER = {
+# Rooms that say in which order they are read.
+READ_IN_ORDER = {
     "data": ["info", "files", "records", "mixing", "encode"],
     "templates": ["formats", "jinja", "template"],
 }
-PACKAGES = {"ops", *INNER}
+PACKAGES = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
 INFRASTRUCTURE = {
     "__init__",
     "arguments",
@@ -95,12 +52,12 @@ INFRASTRUCTURE = {
 
 
 def level_of(name: str) -> int:
-    (level,) = [i for i, names in enumerate(LEVELS) if name in names]
+    (level,) = [i for i, names in enumerate(ROOMS) if name in names]
     return level
 
 
 def imports_of(path: Path) -> set[str]:
-    """First-level modules of fastppo that a file imports when it runs (not for type checking)."""
+    """Rooms of fastppo that a file imports from when it runs (not for type checking)."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     skipped = {
         id(inner)
@@ -126,17 +83,26 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
-def test_every_module_has_its_place():
-    modules = {path.stem for path in PACKAGE.glob("*.py")} | PACKAGES
-    assert modules == set().union(*LEVELS)
+def modules_of(path: Path, room: str) -> set[str]:
+    """Modules of a room that a file imports when it is imported itself."""
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            if node.module == f"fastppo.{room}":
+                found |= {alias.name for alias in node.names}
+            elif node.module.startswith(f"fastppo.{room}."):
+                found.add(node.module.split(".")[2])
+    return found
+
+
+def test_every_room_has_its_place():
+    rooms = {path.stem for path in PACKAGE.glob("*.py")} | PACKAGES
+    assert rooms == set().union(*ROOMS)
 
 
 @pytest.mark.parametrize(
     "path",
-    [
-        *sorted(PACKAGE.glob("*.py")),
-        *(x for name in INNER for x in sorted((PACKAGE / name).glob("*.py"))),
-    ],
+    [path for path in CODE if PACKAGE in path.parents and "ops" not in path.parts],
     ids=lambda path: path.relative_to(PACKAGE).as_posix(),
 )
 def test_imports_point_one_way(path):
@@ -145,15 +111,29 @@ def test_imports_point_one_way(path):
     assert not not_below
 
 
-@pytest.mark.parametrize("name", INNER)
-def test_modules_of_a_package_import_those_before_them(name):
-    """`__init__` says in which order a package is read, and that is the order of its imports."""
-    order = INNER[name]
-    assert {path.stem for path in (PACKAGE / name).glob("*.py")} == {*order, "__init__"}
+@pytest.mark.parametrize("room", sorted(PACKAGES - {"ops"}))
+def test_modules_of_a_room_import_each_other_one_way(room):
+    """No two of them need each other, so that each can be read after those that it stands on."""
+    left = {
+        path.stem: modules_of(path, room) - {path.stem} for path in (PACKAGE / room).glob("*.py")
+    }
+    while ready := [stem for stem, needs in left.items() if not needs & left.keys()]:
+        for stem in ready:
+            del left[stem]
+    assert not left, "a circle"
+
+
+@pytest.mark.parametrize("room", READ_IN_ORDER)
+def test_a_room_is_read_in_the_order_of_its_page(room):
+    """`__init__` says in which order a room is read, and that is the order of its imports."""
+    order = READ_IN_ORDER[room]
+    assert {path.stem for path in (PACKAGE / room).glob("*.py")} == {*order, "__init__"}
     for place, stem in enumerate(order):
-        text = (PACKAGE / name / f"{stem}.py").read_text(encoding="utf-8")
-        later = [x for x in order[place:] if f"from fastppo.{name}.{x} import" in text]
-        assert not later
+        assert not modules_of(PACKAGE / room / f"{stem}.py", room) & set(order[place:])
+
+
+def test_few_files_stand_beside_the_rooms():
+    assert len(list(PACKAGE.glob("*.py"))) <= 8
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from pathlib import Path
 import yaml
 
 from fastppo.config import config_from_dict
-from fastppo.export_config import REFUSED, ExportConfig
-from fastppo.reward_api import FIRST_WAIT, LONGEST_WAIT, MAX_ANSWER, TOKEN
+from fastppo.export.config import REFUSED, ExportConfig
+from fastppo.rewards.server import FIRST_WAIT, LONGEST_WAIT, MAX_ANSWER, TOKEN
 
 ROOT = Path(__file__).resolve().parents[2]
 PPO = (ROOT / "docs" / "ppo.md").read_text(encoding="utf-8")

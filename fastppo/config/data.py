@@ -1,0 +1,89 @@
+"""The keys of the data and its template, and what goes together of them. No torch here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from fastppo.config.key import LF, OWN, Keys, NonNegative, Positive, key
+
+DATA_LISTS = ("dataset", "eval_dataset", "interleave_probs")
+
+
+class DataKeys(Keys):
+    """The part of a run that says what it learns from, and how that is written."""
+
+    title = "Data"
+
+    dataset: str = key(
+        ...,
+        LF,
+        "Names in dataset_info.json, or paths of files; comma separated. docs/data.md.",
+        first=True,
+    )
+    eval_dataset: str | None = key(None, LF, "The same, for evaluation.")
+    dataset_dir: str = key(
+        "data", LF, "Folder of dataset_info.json and its files; ONLINE: names are the hub's."
+    )
+    mix_strategy: Literal["concat", "interleave_under", "interleave_over", "interleave_once"] = key(
+        "concat",
+        LF,
+        "Several data sets: one after the other, or by turns until the first (under) or the last "
+        "(over; once repeats no row) is used up.",
+    )
+    interleave_probs: str | None = key(
+        None, LF, "Shares of the data sets in an interleaved mix, comma separated."
+    )
+    val_size: NonNegative = key(
+        0.0, LF, "Held out of dataset for evaluation: a share below 1, or a count."
+    )
+    cutoff_len: Positive = key(
+        2048, LF, "Most tokens of a prompt (ppo) or of prompt and answer (rm)."
+    )
+    max_samples: Positive | None = key(None, LF, "Only the first so many records of each data set.")
+    lf_truncation: bool = key(
+        False, OWN, "Cut an over-long prompt as LLaMA-Factory does, generation header and all."
+    )
+    template: str | None = key(
+        None, LF, "Chat template by name; null is the tokenizer's own.", first=True
+    )
+    enable_thinking: bool = key(
+        True, LF, "false writes an empty thought before every answer of a reasoning template."
+    )
+    preserve_thinking: bool = key(
+        False, LF, "Keep the thoughts of earlier turns; reasoning templates forget them."
+    )
+    default_system: str | None = key(None, LF, "System prompt in place of the template's.")
+
+    @property
+    def mixing_probabilities(self) -> list[float] | None:
+        """interleave_probs as numbers."""
+        text = self.interleave_probs
+        return None if text is None else [float(part) for part in text.split(",")]
+
+    @model_validator(mode="after")
+    def _data_belongs_together(self) -> DataKeys:
+        if self.val_size and self.eval_dataset:
+            raise ValueError(
+                "val_size: leave it out where eval_dataset is given, or the other way round"
+            )
+        if self.val_size > 1 and self.val_size != int(self.val_size):
+            raise ValueError("val_size: above 1 it is a count of records; give a whole number")
+        if self.interleave_probs is None:
+            return self
+        if self.mix_strategy == "concat":
+            raise ValueError(
+                "interleave_probs: means nothing to mix_strategy: concat; leave it out, or "
+                "interleave"
+            )
+        try:
+            shares = self.mixing_probabilities or []
+        except ValueError:
+            shares = []
+        if not shares or min(shares) < 0 or not abs(sum(shares) - 1) <= 1e-6:
+            raise ValueError(
+                f"interleave_probs: '{self.interleave_probs}' is no list of shares that add up to "
+                "1; write for example 0.7,0.3"
+            )
+        return self

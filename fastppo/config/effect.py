@@ -1,0 +1,68 @@
+"""Keys that do nothing with the other settings of a file: why, and what acts in their place.
+
+No torch here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastppo.config.schema import Config
+
+# Schedules that know no warm-up.
+WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau")
+# Optimisers whose step goes with the size of the gradient; that of the others does not.
+SCALED_BY_GRADIENT = ("sgd",)
+
+
+def without_effect(config: Config) -> dict[str, str]:
+    """Key -> why it does nothing in this configuration, as a sentence after `key: `.
+
+    Keys that the advantage estimator does not know are `config.unknown_to_estimator`.
+    """
+    found: dict[str, str] = {}
+    if config.stage == "ppo":
+        found |= algorithm(config)
+    warms = config.warmup_ratio or config.warmup_steps
+    if warms and config.lr_scheduler_type in WITHOUT_WARMUP:
+        cure = "constant_with_warmup" if config.lr_scheduler_type == "constant" else "linear"
+        for name in ("warmup_ratio", "warmup_steps"):
+            found[name] = (
+                f"no effect with lr_scheduler_type: {config.lr_scheduler_type}, which has no "
+                f"warm-up; use {cure}"
+            )
+    return found
+
+
+def algorithm(config: Config) -> dict[str, str]:
+    """The part that is stage ppo's."""
+    found = {}
+    if config.has_critic and config.critic != "shared" and config.optim not in SCALED_BY_GRADIENT:
+        found["vf_coef"] = (
+            f"next to no effect with critic: {config.critic}: the critic has weights and an "
+            "optimiser group of its own, and neither Adam's step nor the clipped gradient goes "
+            "with the scale of its loss; raise or lower critic_learning_rate"
+        )
+    if not config.adap_kl_ctrl:
+        found["horizon"] = "no effect with adap_kl_ctrl: false, which keeps beta at init_kl_coef"
+        found["ppo_target"] = (
+            "moves no beta with adap_kl_ctrl: false; guard_kl alone measures the KL by it"
+        )
+    elif config.init_kl_coef == 0:
+        why = (
+            "no effect with init_kl_coef: 0: the controller multiplies beta, which stays 0; set "
+            "init_kl_coef"
+        )
+        found |= {"horizon": why, "adap_kl_ctrl": why}
+    if not config.early_stopping:
+        found["target_kl"] = "no effect without early_stopping: true"
+    if not config.use_kl_loss:
+        found["kl_loss_type"] = (
+            "no effect without use_kl_loss: true; in the reward it is kl_penalty"
+        )
+    if config.cliprange_low is not None and config.cliprange_high is not None:
+        found["cliprange"] = "no effect beside cliprange_low and cliprange_high"
+    if not config.penalise_no_eos and not config.min_response_length:
+        found["reward_penalty"] = "no effect without penalise_no_eos or min_response_length"
+    return found

@@ -1,0 +1,177 @@
+"""Keys that change how much memory a run takes and how fast it is, and its result by rounding only.
+
+No torch here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from fastppo.config.key import HF, LF, OWN, TRL24, VERL, Above0, Keys, Positive, key
+
+if TYPE_CHECKING:
+    from fastppo.config.schema import Config
+
+Auto = Literal["auto"]  # by the memory plan: the fastest that fits
+
+
+class MemoryKeys(Keys):
+    """The part of a run that decides how much memory its phases want, and not what they learn."""
+
+    title = "Memory"
+
+    chunk_bytes: Positive | Auto | None = key(
+        None,
+        OWN,
+        "Bytes of logits that exist at a time; null is 512 MiB on a GPU, and on a CPU 80 MiB or "
+        "128 rows, auto that or what fits.",
+    )
+    generation_batch: Positive | Auto | None = key(
+        None,
+        OWN,
+        "Most sequences that are sampled at a time; auto is as many of a rollout as fit, null all.",
+    )
+    disable_gradient_checkpointing: bool = key(
+        False, LF, "Keep activations in place of recomputing them: activation_offloading: none."
+    )
+    use_unsloth_gc: bool = key(False, LF, "The same as activation_offloading: checkpoint+offload.")
+    activation_offloading: (
+        Literal["none", "checkpoint", "offload", "checkpoint+offload", "auto"] | None
+    ) = key(
+        None,
+        OWN,
+        "What happens to activations between forward and backward, see docs/offload.md; null "
+        "follows the two keys above, and is checkpoint without them.",
+    )
+    offload_dir: str | None = key(
+        None, OWN, "Offload to memory-mapped files in this folder, in place of host memory."
+    )
+
+
+class StepKeys(Keys):
+    """They change speed and memory, and the result by rounding only."""
+
+    title = "Batches of a PPO step"
+
+    ppo_max_token_len_per_gpu: Positive | Auto | None = key(
+        None,
+        VERL,
+        "Most tokens of a micro-batch, padding included; null is per_device_train_batch_size x "
+        "(cutoff_len + max_new_tokens), so that shorter sequences share one, auto as many as fit.",
+    )
+    ppo_micro_batch_size_per_gpu: Positive | None = key(
+        None, VERL, "Most sequences of a micro-batch; null leaves it to the tokens."
+    )
+    log_prob_max_token_len_per_gpu: Positive | Auto | None = key(
+        None,
+        VERL,
+        "Most tokens of a micro-batch in scoring, in evaluation too; null is the update's, auto as "
+        "many as fit.",
+    )
+    padding_free: bool = key(
+        False, TRL24, "Pack a micro-batch's sequences behind one another in place of padding them."
+    )
+    rollout_kv_cache_gib: Above0 | None = key(
+        None,
+        OWN,
+        "GiB of keys and values that sampling may hold; past it a step's prompts are answered in "
+        "groups. null is no limit on a CPU, and on a GPU most of what weights and optimiser leave.",
+    )
+    rollout_merge_adapter: bool | None = key(
+        None,
+        OWN,
+        "Sample from a copy of the weights with the adapter merged in; null does where the copy "
+        "takes a quarter of the memory at most and the weights are float32: bf16 rounds away what "
+        "a young adapter says.",
+    )
+    cache_implementation: Literal["dynamic", "static"] = key(
+        "dynamic", HF, "static compiles the sampler's steps, on CUDA (not measured here)."
+    )
+
+
+def offload_mode(config: Config) -> str:
+    """activation_offloading, or what LLaMA-Factory's keys for it say."""
+    if config.activation_offloading is not None:
+        return config.activation_offloading
+    if config.use_unsloth_gc:
+        return "checkpoint+offload"
+    return "none" if config.disable_gradient_checkpointing else "checkpoint"
+
+
+def longest_sequence(config: Config) -> int:
+    """Most tokens of a sequence: in stage rm prompt and answer share cutoff_len."""
+    return config.cutoff_len + (config.max_new_tokens if config.stage == "ppo" else 0)
+
+
+def micro_batch_tokens(config: Config) -> int:
+    """Most tokens of a micro-batch, padding included.
+
+    In stage ppo what `per_device_train_batch_size` sequences take at their longest: shorter ones
+    share a micro-batch with more, in the memory that was planned for them.
+    """
+    rows = config.per_device_train_batch_size * (2 if config.stage == "rm" else 1)
+    return rows * longest_sequence(config)
+
+
+def reference_streams(config: Config) -> bool:
+    """Whether ref_model passes through the device: asked to, not in few bits, nothing on it trains.
+
+    With freeze and full a critic that is an adapter trains on it.
+    """
+    trains = config.finetuning_type != "lora" and config.critic == "adapter" and config.has_critic
+    whole = config.ref_model is not None and config.ref_model_quantization_bit is None
+    return config.stream_frozen and whole and not trains
+
+
+def check_offload(config: Config) -> None:
+    """Refuse keys that contradict each other.
+
+    Raises:
+        ValueError: names the key, and the cure.
+    """
+    mode = offload_mode(config)
+    if config.disable_gradient_checkpointing and mode not in ("none", "offload"):
+        raise ValueError(
+            f"disable_gradient_checkpointing: contradicts {mode}; leave one of the keys out"
+        )
+    if config.use_unsloth_gc and mode != "checkpoint+offload":
+        raise ValueError(
+            f"use_unsloth_gc: contradicts activation_offloading: {mode}; leave one of them out"
+        )
+    if config.stream_frozen:
+        full = any(reward.kind == "full" for reward in config.rewards)
+        if full and config.reward_model_quantization_bit is not None:
+            raise ValueError(
+                "stream_frozen: a model in few bits does not stream; leave it or "
+                "reward_model_quantization_bit out"
+            )
+        if not full and not reference_streams(config):
+            raise ValueError(
+                "stream_frozen: no role has a whole model of its own here that is frozen and not "
+                "in few bits; leave it out"
+            )
+    if config.offload_dir and mode in ("none", "checkpoint") and not config.stream_frozen:
+        raise ValueError(
+            f"offload_dir: activation_offloading: {mode} moves nothing there; use "
+            "checkpoint+offload, or leave it out"
+        )
+
+
+def check_step(config: Config) -> None:
+    """Refuse to merge what cannot be merged.
+
+    Raises:
+        ValueError: names the key, and the cure.
+    """
+    if not config.rollout_merge_adapter:
+        return
+    if config.finetuning_type != "lora":
+        raise ValueError(
+            f"rollout_merge_adapter: finetuning_type: {config.finetuning_type} has no adapter to "
+            "merge; leave it out"
+        )
+    if config.quantization_bit is not None:
+        raise ValueError(
+            "rollout_merge_adapter: quantised weights take no merge; leave it or quantization_bit "
+            "out"
+        )

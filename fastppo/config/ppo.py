@@ -1,0 +1,342 @@
+"""The keys of the algorithm: KL, score, advantage, loss. Names are TRL's where TRL has one.
+
+What TRL 0.9.6 does not have goes by the name that verl, OpenRLHF, torchtune or TRL's GRPO trainer
+gives it; `ELSEWHERE` lists the other names, so that a wrong key is answered with the right one.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import model_validator
+
+from fastppo.config.key import (
+    GRPO,
+    LF,
+    OPENRLHF,
+    OWN,
+    TRL,
+    TRL24,
+    TUNE,
+    VERL,
+    Above0,
+    Count,
+    Finite,
+    Keys,
+    NonNegative,
+    Positive,
+    Share,
+    Stage,
+    key,
+)
+
+# kl_penalty and kl_loss_type -> the operators' kind. Of `full` the operator is given the KL itself.
+KL_KIND = {"kl": "k1", "abs": "abs", "mse": "k2", "low_var_kl": "k3", "full": "k1"}
+
+
+class KLKeys(Keys):
+    """The part of PPO that says how long a rollout serves, and what drifting away costs."""
+
+    title = "PPO: rollouts and KL"
+    own_stage: ClassVar[Stage | None] = "ppo"
+
+    ppo_buffer_size: Positive = key(1, LF, "Optimiser steps' worth of responses in a rollout.")
+    ppo_epochs: Positive = key(4, LF, "Passes over each rollout.", first=True)
+    ppo_target: Above0 = key(6.0, LF, "Target of the KL controller, nats a response.", first=True)
+
+    init_kl_coef: NonNegative = key(0.2, TRL, "beta at the start.")
+    adap_kl_ctrl: bool = key(True, TRL, "Let the controller move beta; false keeps it.")
+    horizon: Above0 = key(
+        10000,
+        TRL,
+        "Responses over which beta moves by at most 20%; smaller moves it faster, down to the "
+        "responses of a step: a step moves it by 20% at most.",
+    )
+    kl_penalty: Literal["kl", "abs", "mse", "low_var_kl", "full"] = key(
+        "kl",
+        TRL,
+        "A token's KL in the reward: sampled (low_var_kl is k3), or full, exact over the "
+        "vocabulary.",
+    )
+    use_kl_loss: bool = key(
+        False, VERL, "Take the KL out of the reward and put it into the loss, with the same beta."
+    )
+    kl_loss_type: Literal["low_var_kl", "mse", "abs"] = key(
+        "low_var_kl", VERL, "Estimate of a token's KL in the loss: k3, k2 or its absolute value."
+    )
+
+
+class ScoreKeys(Keys):
+    """The part of PPO that makes rewards of scores."""
+
+    title = "PPO: scores"
+    own_stage: ClassVar[Stage | None] = "ppo"
+
+    ppo_score_norm: bool = key(
+        False, LF, "Normalise scores: use_score_scaling and use_score_norm in one."
+    )
+    use_score_scaling: bool = key(
+        False, TRL, "Divide scores by the standard deviation of all so far."
+    )
+    use_score_norm: bool = key(
+        False, TRL, "With use_score_scaling: take the mean of all so far off first."
+    )
+    score_clip: Above0 | None = key(
+        None, TRL, "Clip scores to plus or minus this, after normalising."
+    )
+    missing_eos_penalty: NonNegative | None = key(
+        None, TRL24, "Taken off the score of a truncated response."
+    )
+    min_response_length: Count = key(
+        0, TUNE, "A response of fewer tokens, EOS counted, gets reward_penalty for a score."
+    )
+    penalise_no_eos: bool = key(
+        False, TUNE, "A truncated response gets reward_penalty for a score."
+    )
+    reward_penalty: Finite = key(
+        -3.0,
+        TUNE,
+        "The score, after normalising and clipping, of what the two keys above name; no penalty "
+        "unless it is below the scores of finished responses.",
+    )
+    bootstrap_truncated: bool = key(
+        False,
+        OWN,
+        "A truncated response is paid the critic's value of where it was cut in place of its "
+        "score, which that value predicts.",
+    )
+    ppo_whiten_rewards: bool = key(
+        False, LF, "Whiten rewards, their mean kept, before the advantages."
+    )
+
+
+class AdvantageKeys(Keys):
+    """The part of PPO that makes advantages of rewards."""
+
+    title = "PPO: advantages"
+    own_stage: ClassVar[Stage | None] = "ppo"
+
+    advantage: Literal["gae", "grpo", "rloo", "reinforce++"] = key(
+        "gae", OWN, "gae learns a critic; the others do without, see docs/ppo.md."
+    )
+    num_generations: Positive = key(
+        1, GRPO, "Responses to each prompt of a rollout; grpo and rloo compare them."
+    )
+    scale_rewards: Literal["group", "batch", "none"] = key(
+        "group",
+        GRPO,
+        "grpo divides by the standard deviation of a prompt's responses, of all, or not.",
+    )
+    gamma: Share = key(1.0, TRL, "Discount.")
+    lam: Share = key(0.95, TRL, "Decay of gae's trace.")
+    whiten_advantages: bool | None = key(
+        None, OWN, "Whiten advantages over the whole rollout; null is yes for gae and reinforce++."
+    )
+
+
+class LossKeys(Keys):
+    """The part of PPO that makes a loss of advantages."""
+
+    title = "PPO: loss"
+    own_stage: ClassVar[Stage | None] = "ppo"
+
+    cliprange: Above0 = key(0.2, TRL, "Ratio is clipped to 1 plus or minus this.")
+    cliprange_low: Above0 | None = key(
+        None, OWN, "The same below 1 only (verl: clip_ratio_low); null is cliprange."
+    )
+    cliprange_high: Above0 | None = key(
+        None, OWN, "The same above 1 only (verl: clip_ratio_high); null is cliprange."
+    )
+    dual_clip: Above0 | None = key(
+        None, OPENRLHF, "Bound of the loss, in |advantage|, where the advantage is negative."
+    )
+    importance_sampling_level: Literal["token", "sequence"] = key(
+        "token", GRPO, "One ratio for each token, or one for each response (GSPO)."
+    )
+    rollout_is_threshold: Above0 | None = key(
+        None,
+        VERL,
+        "Weigh tokens by trainer's over sampler's probability, at most this; null is off.",
+    )
+    loss_agg_mode: Literal[
+        "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
+    ] = key(
+        "token-mean",
+        VERL,
+        "How the tokens of an optimiser step add up to its loss; the last mode divides by "
+        "max_new_tokens, where verl by default takes the padded width of its batch.",
+    )
+    cliprange_value: Above0 | None = key(
+        0.2,
+        TRL,
+        "Value may move so far from the rollout's in a step, in units of the score; null is any "
+        "distance.",
+    )
+    vf_coef: NonNegative = key(
+        0.1,
+        TRL,
+        "Weight of the value loss; it acts with critic: shared, elsewhere critic_learning_rate "
+        "does.",
+    )
+    entropy_coef: NonNegative = key(0.0, OWN, "Weight of an entropy bonus in the policy loss.")
+    critic_warmup: Count = key(
+        0,
+        VERL,
+        "So many first PPO steps train the critic alone; actor and beta stay. The learning rate's "
+        "schedule counts them.",
+    )
+    critic_learning_rate: NonNegative | None = key(
+        None, OWN, "The critic's; null is learning_rate."
+    )
+    ratio_threshold: Above0 = key(
+        10.0, TRL, "An optimiser step whose mean ratio is above this is skipped."
+    )
+    early_stopping: bool = key(
+        False, TRL, "End a step's epochs when policykl passes 1.5 target_kl."
+    )
+    target_kl: Above0 = key(1.0, TRL, "See early_stopping.")
+
+    ptx_coef: NonNegative = key(
+        0.0, OPENRLHF, "Weight of the cross-entropy on ptx_dataset in each optimiser step."
+    )
+    ptx_dataset: str | None = key(
+        None, OWN, "Records with an output, for ptx_coef; named like dataset."
+    )
+
+
+class PPOKeys(LossKeys, AdvantageKeys, ScoreKeys, KLKeys):
+    """The part of a run that is PPO itself."""
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether a critic is built and trained."""
+        return self.advantage == "gae"
+
+    @property
+    def whitens_advantages(self) -> bool:
+        """whiten_advantages, or what the estimator's authors do."""
+        if self.whiten_advantages is not None:
+            return self.whiten_advantages
+        return self.advantage in ("gae", "reinforce++")
+
+    @property
+    def clip_low(self) -> float:
+        """The ratio is clipped below at 1 minus this."""
+        return self.cliprange if self.cliprange_low is None else self.cliprange_low
+
+    @property
+    def clip_high(self) -> float:
+        """The ratio is clipped above at 1 plus this."""
+        return self.cliprange if self.cliprange_high is None else self.cliprange_high
+
+    @property
+    def unknown_to_estimator(self) -> set[str]:
+        """Keys that say nothing to this advantage estimator."""
+        critics = {"critic", "critic_model", "critic_finetuning_type", "value_head_init"}
+        critics |= {"critic_learning_rate", "cliprange_value"}
+        return {
+            "gae": {"scale_rewards"},
+            "grpo": critics | {"vf_coef", "lam"},
+            "rloo": critics | {"vf_coef", "lam", "scale_rewards"},
+            "reinforce++": critics | {"vf_coef", "lam", "scale_rewards"},
+        }[self.advantage]
+
+    @property
+    def without_meaning(self) -> list[str]:
+        """Those of them that were set."""
+        return sorted(self.unknown_to_estimator & self.model_fields_set)
+
+    @model_validator(mode="after")
+    def _algorithm_belongs_together(self) -> PPOKeys:
+        if self.use_score_norm and not self.use_score_scaling and not self.ppo_score_norm:
+            raise ValueError("use_score_norm: acts within use_score_scaling; set that to true too")
+        if self.penalise_no_eos and self.missing_eos_penalty is not None:
+            raise ValueError(
+                "penalise_no_eos: sets the score that missing_eos_penalty takes from; keep one"
+            )
+        if self.penalise_no_eos and self.bootstrap_truncated:
+            raise ValueError(
+                "penalise_no_eos: sets the score that bootstrap_truncated replaces; keep one"
+            )
+        if self.dual_clip is not None and not self.dual_clip > 1 + self.clip_high:
+            raise ValueError(
+                f"dual_clip: {self.dual_clip:g} is not above the clip at {1 + self.clip_high:g}; "
+                "raise it, for example to 3"
+            )
+        if self.advantage in ("grpo", "rloo") and self.num_generations < 2:
+            raise ValueError(
+                f"num_generations: advantage: {self.advantage} compares responses to one prompt; "
+                "set it to at least 2, for example 8"
+            )
+        if not self.has_critic and (self.bootstrap_truncated or self.critic_warmup):
+            name = "bootstrap_truncated" if self.bootstrap_truncated else "critic_warmup"
+            raise ValueError(
+                f"{name}: advantage: {self.advantage} has no critic; leave it out, or use gae"
+            )
+        if bool(self.ptx_coef) != bool(self.ptx_dataset):
+            missing, other = (
+                ("ptx_dataset", "ptx_coef") if self.ptx_coef else ("ptx_coef", "ptx_dataset")
+            )
+            raise ValueError(f"{missing}: is needed by {other}; set both or neither")
+        return self
+
+
+# TRL 0.9.6's name -> LLaMA-Factory's for the same thing, which is the one used here.
+ALIASES = {"target": "ppo_target", "whiten_rewards": "ppo_whiten_rewards"}
+# Names that other trainers have for what is here, and what to write.
+ELSEWHERE = {
+    "adv_estimator": "advantage",
+    "advantage_estimator": "advantage",
+    "backward_batch_size": "per_device_train_batch_size and gradient_accumulation_steps",
+    "batch_size": "ppo_buffer_size, the factor over an optimiser step's responses",
+    "clip_ratio": "cliprange",
+    "clip_ratio_c": "dual_clip",
+    "clip_ratio_high": "cliprange_high",
+    "clip_ratio_low": "cliprange_low",
+    "delta": "dual_clip",
+    "entropy_coeff": "entropy_coef",
+    "entropy_loss_coef": "entropy_coef",
+    "eps_clip": "cliprange",
+    "epsilon": "cliprange",
+    "epsilon_high": "cliprange_high",
+    "forward_batch_size": "ppo_micro_batch_size_per_gpu",
+    "freezing_actor_steps": "critic_warmup",
+    "kl_coef": "init_kl_coef with adap_kl_ctrl: false",
+    "kl_estimator": "kl_penalty (k1 is kl, k2 is mse, k3 is low_var_kl)",
+    "kl_loss_coef": "init_kl_coef: with use_kl_loss it is the loss's",
+    "kl_target": "ppo_target",
+    "lambd": "lam",
+    "log_with": "report_to",
+    "loss_mode": "importance_sampling_level",
+    "micro_batch_size": "ppo_micro_batch_size_per_gpu",
+    "mini_batch_size": "per_device_train_batch_size",
+    "model_name": "model_name_or_path",
+    "n_samples_per_prompt": "num_generations",
+    "num_ppo_epochs": "ppo_epochs",
+    "pretrain_data": "ptx_dataset",
+    "query_dataset": "dataset",
+    "ratio_level": "importance_sampling_level",
+    "response_length": "max_new_tokens",
+    "reward_model_path": "reward_model",
+    "steps": "max_steps",
+    "stop_token": "template, whose EOS, stop tokens and stop strings all end a response",
+    "tis_imp_ratio_cap": "rollout_is_threshold",
+    "total_episodes": "max_steps or num_train_epochs",
+    "unsup_coef": "ptx_coef",
+    "use_dynamic_bsz": "ppo_max_token_len_per_gpu",
+    "value_clip": "cliprange_value",
+    "vllm_importance_sampling_cap": "rollout_is_threshold",
+}
+# TRL 0.9.6's keys that say nothing about training.
+TRL_IGNORED = dict.fromkeys(
+    (
+        "compare_steps",
+        "exp_name",
+        "optimize_cuda_cache",
+        "optimize_device_cache",
+        "remove_unused_columns",
+        "task_name",
+        "tracker_project_name",
+    ),
+    "TRL's bookkeeping, no part of training",
+)

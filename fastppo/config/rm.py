@@ -1,0 +1,28 @@
+"""The keys of stage rm alone. No torch here."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from fastppo.config.key import HF, LF, OWN, Keys, Stage, key
+
+
+class RMKeys(Keys):
+    """The part of a run that only the training of a reward model has a use for."""
+
+    title = "Reward model (stage rm)"
+    own_stage: ClassVar[Stage | None] = "rm"
+
+    lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = key(
+        0.0, LF, "Dropout in the adapters, in stage rm only: PPO's log-probs allow none."
+    )
+    calibrate_reward: bool = key(
+        False,
+        OWN,
+        "In stage rm: scale the head so that scores of held-out answers have mean 0, std 1.",
+    )
+    save_only_model: bool = key(
+        False, HF, "In stage rm: checkpoints without optimiser state; ppo always can resume."
+    )

@@ -1,0 +1,58 @@
+"""The keys of sampling, and of what looks at the samples. No torch here."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field, model_validator
+
+from fastppo.config.key import LF, OWN, Above0, Keys, Positive, Stage, key
+from fastppo.config.rewards import check_function_name
+
+
+class SamplingKeys(Keys):
+    """The part of a run that says how the policy's responses are drawn."""
+
+    title = "Sampling (stage ppo)"
+    own_stage: ClassVar[Stage | None] = "ppo"
+
+    do_sample: bool = key(True, LF, "false decodes greedily, for debugging.")
+    temperature: Above0 = key(1.0, LF, "Of the sampler and of every log-prob.")
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = key(
+        1.0, LF, "Nucleus; below 1 truncates the policy."
+    )
+    top_k: Annotated[int, Field(ge=0)] = key(0, LF, "Above 0 truncates the policy.")
+    repetition_penalty: Above0 = key(1.0, LF, "Other than 1 makes the sampler another policy.")
+    max_new_tokens: Positive = key(1024, LF, "Most tokens of a response.", first=True)
+    min_new_tokens: Annotated[int, Field(ge=0)] = key(0, OWN, "Fewest.")
+    lf_sampling: bool = key(
+        False, OWN, "LLaMA-Factory's hidden temperature 0.95, top_p 0.7, top_k 50 where unset."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _hidden_sampling(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("lf_sampling") is True:
+            return {"temperature": 0.95, "top_p": 0.7, "top_k": 50, **data}
+        return data
+
+
+class EvaluationKeys(Keys):
+    """The part of a run that says what a policy is measured by, and where that is written."""
+
+    title = "Metrics and evaluation (stage ppo)"
+    own_stage: ClassVar[Stage | None] = "ppo"
+
+    metrics_dir: str = key(
+        "output/ppo_metrics", OWN, "Where a PPO run's metrics, picture and summary go."
+    )
+    eval_judge: str | None = key(
+        None, OWN, "module:function that judges evaluation samples, and never enters training."
+    )
+    eval_max_samples: Positive = key(64, OWN, "Most prompts in an evaluation.")
+
+    @model_validator(mode="after")
+    def _judge_is_a_name(self) -> EvaluationKeys:
+        if self.eval_judge is not None:
+            check_function_name(self.eval_judge, "eval_judge")
+        return self

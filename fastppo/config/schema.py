@@ -1,0 +1,305 @@
+"""The YAML: every key that fastppo knows, with LLaMA-Factory's and TRL's names and meanings.
+
+No torch here: `--help` and a wrong key must answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from fastppo.config.data import DATA_LISTS, DataKeys
+from fastppo.config.elsewhere import IGNORED, NOT_HERE, OLD_NAMES, REFUSED
+from fastppo.config.file import override, parse_value, read_file
+from fastppo.config.key import Keys
+from fastppo.config.memory import MemoryKeys, StepKeys, check_offload, check_step
+from fastppo.config.model import ModelKeys
+from fastppo.config.ppo import ALIASES, ELSEWHERE, PPOKeys
+from fastppo.config.rewards import RewardKeys, RewardSpec, reward_specs, split
+from fastppo.config.rm import RMKeys
+from fastppo.config.roles import ROLES_LISTS, CriticKeys, ReferenceKeys, TuningKeys, check_roles
+from fastppo.config.run import RunKeys
+from fastppo.config.sampling import EvaluationKeys, SamplingKeys
+from fastppo.config.training import TRAINING_LISTS, TrainingKeys
+from fastppo.errors import UserError
+
+
+# pydantic orders keys from the last base to the first: RunKeys come first.
+class Config(
+    StepKeys,
+    MemoryKeys,
+    RMKeys,
+    EvaluationKeys,
+    PPOKeys,
+    TrainingKeys,
+    ReferenceKeys,
+    CriticKeys,
+    SamplingKeys,
+    RewardKeys,
+    DataKeys,
+    TuningKeys,
+    ModelKeys,
+    RunKeys,
+):
+    """One run, as its YAML file describes it. Frozen; checked; one sentence a key."""
+
+    source: str = Field("<python>", exclude=True)
+    ignored: tuple[str, ...] = Field((), exclude=True)
+
+    @property
+    def rollout_batch_size(self) -> int:
+        """Sequences sampled in a PPO step."""
+        micro = self.per_device_train_batch_size
+        return micro * self.gradient_accumulation_steps * self.ppo_buffer_size
+
+    @property
+    def prompts_a_step(self) -> int:
+        """Prompts in a PPO step, each answered `num_generations` times."""
+        return self.rollout_batch_size // self.num_generations
+
+    @property
+    def rewards(self) -> tuple[RewardSpec, ...]:
+        """What scores the policy's responses; stage rm has nothing that does."""
+        if self.stage != "ppo" or not self.reward_model:
+            return ()
+        return reward_specs(self.reward_model, self.reward_model_type, self.reward_weights)
+
+    @property
+    def reward_adapters(self) -> dict[str, str]:
+        """Adapter name -> folder of each reward of type lora: `reward`, `reward_2`, ..."""
+        folders = [spec.target for spec in self.rewards if spec.kind == "lora"]
+        return {f"reward_{i}" if i > 1 else "reward": name for i, name in enumerate(folders, 1)}
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> Config:
+        for name in ("do_eval", "do_predict"):
+            # A PPO run that trains measures on its training prompts then, and says so.
+            needed = name == "do_predict" or self.stage == "rm" or not self.trains
+            if getattr(self, name) and needed and not (self.eval_dataset or self.val_size):
+                raise ValueError(
+                    f"{name}: nothing is held out; name an eval_dataset, or set val_size"
+                )
+        if self.stage == "ppo" and not self.reward_model:
+            raise ValueError(
+                "reward_model: stage ppo needs one; name the folder that stage rm wrote, or a "
+                "module:function with reward_model_type: function"
+            )
+        kinds = [spec.kind for spec in self.rewards]
+        for name in ("reward_model_adapters", "reward_model_quantization_bit"):
+            if getattr(self, name) is not None and kinds.count("full") != 1:
+                raise ValueError(
+                    f"{name}: is for the one reward of reward_model_type: full, and there are "
+                    f"{kinds.count('full')}; leave it out"
+                )
+        if self.early_stopping_steps and self.stage == "ppo":
+            raise ValueError(
+                "early_stopping_steps: is stage rm's, whose evaluations have a best; use max_steps"
+            )
+        if self.early_stopping_steps and self.eval_strategy == "no":
+            raise ValueError("early_stopping_steps: counts evaluations; set eval_strategy: steps")
+        if self.lr_scheduler_type == "reduce_lr_on_plateau" and (
+            self.stage == "ppo" or self.eval_strategy == "no"
+        ):
+            raise ValueError(
+                "lr_scheduler_type: reduce_lr_on_plateau follows evaluations of stage rm, with "
+                "eval_strategy; use cosine or linear"
+            )
+        for name in ("output_dir", "metrics_dir", "model_name_or_path", "dataset"):
+            if not getattr(self, name).strip():
+                raise ValueError(f"{name}: is empty; give it a value")
+        check_roles(self)
+        for name in ("min_new_tokens", "min_response_length"):
+            if getattr(self, name) > self.max_new_tokens:
+                raise ValueError(f"{name}: is above max_new_tokens; lower it")
+        if self.stage == "ppo" and self.rollout_batch_size % self.num_generations:
+            raise ValueError(
+                f"num_generations: {self.num_generations} does not divide the "
+                f"{self.rollout_batch_size} responses of a rollout (per_device_train_batch_size x "
+                "gradient_accumulation_steps x ppo_buffer_size); change one of them"
+            )
+        check_offload(self)
+        check_step(self)
+        return self
+
+
+# LLaMA-Factory's comma strings, which may be YAML lists too.
+COMMA_LISTS = (
+    *DATA_LISTS,
+    *TRAINING_LISTS,
+    "ptx_dataset",
+    "reward_model",
+    "reward_model_type",
+    "reward_model_adapters",
+    *ROLES_LISTS,
+)
+# The groups, in the order of their keys.
+GROUPS: list[type[Keys]] = [
+    group
+    for group in reversed(Config.__mro__)
+    if issubclass(group, Keys) and "title" in vars(group)
+]
+# Keys that say nothing to the other stage.
+ONLY = {
+    stage: frozenset(
+        name for group in GROUPS if group.own_stage == stage for name in group.model_fields
+    )
+    for stage in ("ppo", "rm")
+}
+# The keys that most runs set.
+FIRST = [
+    name
+    for name, field in Config.model_fields.items()
+    if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("first")
+]
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read, override and check a file; a UserError names the file, the key and the cure."""
+    path = Path(path)
+    data = read_file(path)
+    for text in overrides:
+        override(data, text)
+    return config_from_dict(data, source=str(path))
+
+
+def renamed(data: Mapping[Any, Any], source: str) -> dict[str, Any]:
+    """`data` under the names used here, where a key goes by two."""
+    given = {str(name): value for name, value in data.items()}
+    for alias, name in ALIASES.items():
+        if alias in given and name in given:
+            raise UserError(f"{source}: {alias}: is TRL's name for {name}; keep one of the two")
+        if alias in given:
+            given[name] = given.pop(alias)
+    for alias, name in OLD_NAMES.items():
+        value = given.pop(alias, None)
+        if value is not None and given.setdefault(name, value) != value:
+            raise UserError(f"{source}: {alias}: is an older name of {name}; keep one of the two")
+    return given
+
+
+def config_from_dict(data: Mapping[Any, Any], source: str = "<python>") -> Config:
+    """Check a mapping of keys."""
+    given = renamed(data, source)
+    ignored = []
+    for name in list(given):
+        value, reason = given[name], IGNORED.get(name)
+        if reason is not None:
+            del given[name]
+            if value is not None:
+                ignored.append(f"'{name}' means nothing here and is ignored: {reason}")
+        elif name in REFUSED:
+            harmless, cure = REFUSED[name]
+            if given.pop(name) not in harmless:
+                raise UserError(f"{source}: {name}: not supported; {cure}")
+        elif (name, value) in ((k, v) for k, v in NOT_HERE):
+            raise UserError(f"{source}: {name}: {value}: {NOT_HERE[name, value]}")
+        elif name in ("source", "ignored") or name not in Config.model_fields:
+            if os.environ.get("ALLOW_EXTRA_ARGS", "0").lower() in ("1", "true", "y"):
+                ignored.append(f"'{name}' is unknown and ignored (ALLOW_EXTRA_ARGS)")
+                del given[name]
+                continue
+            raise UserError(f"{source}: unknown key '{name}'; {suggest_key(name)}")
+        elif value is None and Config.model_fields[name].default is not None:
+            # `key:` with nothing behind it, as tutorials leave them: the default.
+            if Config.model_fields[name].is_required():
+                raise UserError(f"{source}: {name}: has no value; give it one")
+            del given[name]
+    given = {name: _listed(name, value) for name, value in given.items()}
+    for name, value in given.items():
+        if isinstance(value, str) and unwritable(value):
+            raise UserError(f"{source}: {name}: {shown(value)} holds a null or half a character")
+        if isinstance(value, bool) and "bool" not in str(Config.model_fields[name].annotation):
+            raise UserError(
+                f"{source}: {name}: {str(value).lower()} is wrong; it should be a value"
+            )
+    for name in of_other_stage(given):
+        ignored.append(f"'{name}' means nothing to stage {given['stage']} and is ignored")
+    try:
+        return Config(**given, source=source, ignored=tuple(ignored))
+    except ValidationError as error:
+        raise UserError(f"{source}: {explain(error)}") from None
+
+
+def of_other_stage(given: Mapping[str, Any]) -> list[str]:
+    """Keys that were set to other than their default, and are the other stage's."""
+    other = {"rm": "ppo", "ppo": "rm"}.get(str(given.get("stage")), "")
+    return [
+        name
+        for name in given
+        if name in ONLY.get(other, ()) and given[name] != Config.model_fields[name].default
+    ]
+
+
+def _listed(name: str, value: Any) -> Any:
+    """A YAML list where LLaMA-Factory has a comma string, and other spellings of one value."""
+    if name in COMMA_LISTS and isinstance(value, list):
+        return ",".join(str(item) for item in value)
+    if name == "reward_weights" and not isinstance(value, bool):
+        if isinstance(value, str):
+            return split(value)
+        return [value] if isinstance(value, int | float) else value
+    if name == "lr_scheduler_kwargs" and isinstance(value, str):
+        return parse_value(value)
+    # YAML 1.1 reads `eval_strategy: no` as false.
+    return "no" if name.endswith("_strategy") and value is False else value
+
+
+def suggest_key(name: str) -> str:
+    """The cure for an unknown key."""
+    if name in ELSEWHERE:
+        return f"here that is {ELSEWHERE[name]}"
+    return suggest(name, [*(set(Config.model_fields) - {"source", "ignored"}), *IGNORED, *REFUSED])
+
+
+def suggest(name: str, known: Sequence[str]) -> str:
+    """The nearest of `known`, or where all of them are listed."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean '{near[0]}'?"
+    return "docs/config.md lists the keys; take it out, or set ALLOW_EXTRA_ARGS=1 to ignore it"
+
+
+def explain(error: ValidationError) -> str:
+    """The first complaint about a run's file in one line."""
+    return explain_in(Config, error)
+
+
+def explain_in(model: type[BaseModel], error: ValidationError) -> str:
+    """The first complaint, in one line, with what was wanted, what came, and the cure."""
+    first = error.errors()[0]
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    name = str(first["loc"][0]) if first["loc"] else "configuration"
+    if first["type"] == "missing":
+        meaning = model.model_fields[name].description or ""
+        return f"{name}: is missing; add it: {meaning[0].lower()}{meaning[1:]}"
+    came = first["input"]
+    if first["type"] == "literal_error":
+        expected = first["ctx"]["expected"].replace("'", "")
+        words = expected.replace(" or ", ", ").split(", ")
+        near = difflib.get_close_matches(str(came), words, n=1, cutoff=0.6)
+        return f"{name}: {shown(came)} is none of {expected}" + (
+            f"; did you mean {near[0]}?" if near else "; choose one of them"
+        )
+    wanted = first["msg"].removeprefix("Input should be ")
+    wanted = wanted.split(", unable")[0]
+    return f"{name}: {shown(came)} is wrong; it should be {wanted}"
+
+
+def unwritable(text: str) -> bool:
+    """A null character, or half of a surrogate pair: neither a path nor a tokenizer takes it."""
+    return "\0" in text or text.encode("utf-8", "ignore").decode() != text
+
+
+def shown(value: Any) -> str:
+    """A value as Python writes it, and no more of it than a line holds."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits; a list in itself
+        return f"this {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,0 +1,1 @@
+"""`fastppo-export`: what a run trained, as a plain transformers folder."""

@@ -1,0 +1,191 @@
+"""What an export is made from: LLaMA-Factory's export keys, or two folders. No torch here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fastppo.config import Config
+from fastppo.config.elsewhere import IGNORED
+from fastppo.config.file import override, read_file
+from fastppo.config.key import HF, LF, Positive, key
+from fastppo.config.rewards import BASE_RECORD, RECORD, split
+from fastppo.config.schema import explain_in, suggest
+from fastppo.errors import UserError
+
+ADAPTER = "adapter_config.json"
+
+
+class ExportConfig(BaseModel):
+    """One export. Frozen; checked; one sentence a key."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    model_name_or_path: str | None = key(
+        None, LF, "The base, or a whole model; null is the base that the adapter names."
+    )
+    adapter_name_or_path: str | None = key(
+        None, LF, "Adapters to merge into it, comma separated, in their order."
+    )
+    template: str | None = key(
+        None, LF, "Chat template by name; null is the one that the tokenizer was saved with."
+    )
+    export_dir: str = key(..., LF, "Where the model goes; empty, or not there yet.")
+    export_size: Positive = key(5, LF, "Most gigabytes in a file of weights.")
+    export_device: Literal["cpu", "auto"] = key(
+        "cpu", LF, "Where adapters are merged; auto is the GPU where there is one."
+    )
+    infer_dtype: Literal["auto", "float16", "bfloat16", "float32"] = key(
+        "auto", LF, "Number format of the export; auto is the base's."
+    )
+    stage: Literal["pt", "sft", "rm", "ppo", "dpo", "kto"] | None = key(
+        None,
+        LF,
+        "rm exports a sequence classifier, others a language model; null is rm for what "
+        "fastppo's stage rm wrote.",
+    )
+    trust_remote_code: bool = key(
+        False, LF, "Run code that comes with the model; off unless asked."
+    )
+    cache_dir: str | None = key(None, LF, "Where the hub's files are kept.")
+    model_revision: str = key("main", LF, "Branch, tag or commit on the hub.")
+    hf_hub_token: str | None = key(None, HF, "Token for the hub; null is that of the environment.")
+
+    @property
+    def adapters(self) -> list[str]:
+        """adapter_name_or_path as a list."""
+        return split(self.adapter_name_or_path) if self.adapter_name_or_path else []
+
+    @property
+    def trained_folder(self) -> Path:
+        """Where head, tokenizer and records lie: the last adapter, or the model."""
+        return Path((self.adapters or [self.model_name_or_path])[-1] or "")
+
+
+# What asks for something else: the value that is harmless, and the cure.
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "export_legacy_format": ((False, None), "transformers writes safetensors only; leave it out"),
+    "export_hub_model_id": ((None,), "upload export_dir with the hub's own command: hf upload"),
+    "export_quantization_bit": ((None,), "quantise what was exported with the quantiser's tool"),
+    "quantization_bit": ((None,), "adapters merge into whole weights only; leave it out"),
+}
+MEANINGLESS = {
+    "do_train",
+    "export_quantization_dataset",
+    "export_quantization_maxlen",
+    "export_quantization_nsamples",
+    "infer_backend",
+    "offload_folder",
+}
+
+
+def read_export(arguments: Sequence[str]) -> tuple[ExportConfig, list[str]]:
+    """CONFIG, or FOLDER and EXPORT_DIR, with overrides behind; and what to say of ignored keys."""
+    names = [text for text in arguments if "=" not in text]
+    if len(names) == 2:
+        data, source = from_folder(Path(names[0])), "fastppo-export"
+        data["export_dir"] = names[1]
+    elif len(names) == 1 and not Path(names[0]).is_dir():
+        data, source = read_file(Path(names[0])), names[0]
+    else:
+        raise UserError(
+            "wants CONFIG, or a FOLDER of a run and the EXPORT_DIR to write; see --help"
+        )
+    for text in arguments:
+        if "=" in text:
+            override(data, text)
+    return checked(data, source)
+
+
+def checked(data: Mapping[str, Any], source: str) -> tuple[ExportConfig, list[str]]:
+    """The mapping as a configuration, its adapter's base filled in, and notes on the rest."""
+    given, notes = dict(data), []
+    for name in data:
+        if name in REFUSED:
+            harmless, cure = REFUSED[name]
+            if given.pop(name) not in harmless:
+                raise UserError(f"{source}: {name}: not supported; {cure}")
+        elif name in ExportConfig.model_fields:
+            if given[name] is None and not ExportConfig.model_fields[name].is_required():
+                del given[name]
+        elif name in Config.model_fields or name in IGNORED or name in MEANINGLESS:
+            notes.append(f"'{name}' means nothing to an export and is ignored")
+            del given[name]
+        else:
+            known = [*ExportConfig.model_fields, *REFUSED]
+            raise UserError(f"{source}: unknown key '{name}'; {suggest(name, known)}")
+    if isinstance(given.get("adapter_name_or_path"), list):
+        given["adapter_name_or_path"] = ",".join(map(str, given["adapter_name_or_path"]))
+    try:
+        config = ExportConfig(**given)
+    except ValidationError as error:
+        raise UserError(f"{source}: {explain_in(ExportConfig, error)}") from None
+    return check_folders(config, source), notes
+
+
+def from_folder(folder: Path) -> dict[str, Any]:
+    """An adapter with those below it, or a whole model."""
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}; name one that a run or PEFT wrote")
+    if (folder / ADAPTER).is_file():
+        return {"adapter_name_or_path": ",".join([*merged_below(folder), str(folder)])}
+    if (folder / "config.json").is_file():
+        return {"model_name_or_path": str(folder)}
+    raise UserError(f"{folder} has neither {ADAPTER} nor config.json; name a run's output_dir")
+
+
+def merged_below(folder: Path) -> list[str]:
+    """The adapters that were part of the base when this one was trained."""
+    for name in (RECORD, BASE_RECORD):
+        if (folder / name).is_file():
+            found = read_json(folder / name).get("merged", [])
+            return [str(item) for item in found] if isinstance(found, list) else []
+    return []
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A small file of a model folder."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); mend or replace it") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} is not a JSON object; replace it")
+    return data
+
+
+def check_folders(config: ExportConfig, source: str) -> ExportConfig:
+    """Refuse what cannot be read or would be overwritten; fill in the base."""
+    for name in config.adapters:
+        folder = Path(name)
+        if folder.is_dir() and not (folder / ADAPTER).is_file():
+            raise UserError(
+                f"{source}: adapter_name_or_path: {name} has no {ADAPTER}; name a folder that PEFT "
+                "wrote"
+            )
+        if not folder.is_dir() and (name.count("/") != 1 or folder.parent.is_dir()):
+            raise UserError(f"{source}: adapter_name_or_path: no folder {name}; check the path")
+    base = config.model_name_or_path
+    if base is None:
+        where = Path(config.adapters[0]) / ADAPTER if config.adapters else Path(ADAPTER)
+        base = read_json(where).get("base_model_name_or_path") if where.is_file() else None
+        if not base:
+            raise UserError(
+                f"{source}: model_name_or_path: missing, and no adapter's {ADAPTER} names a base; "
+                "name the base or a whole model"
+            )
+    if Path(base).is_dir() and not (Path(base) / "config.json").is_file():
+        raise UserError(f"{source}: model_name_or_path: {base} has no config.json; check the path")
+    if not Path(base).is_dir() and (base.startswith(("/", ".")) or base.count("/") > 1):
+        raise UserError(f"{source}: model_name_or_path: no folder {base}; check the path")
+    target = Path(config.export_dir)
+    for above in (target, *target.parents):
+        if above.exists() and not above.is_dir():
+            raise UserError(f"{source}: export_dir: {above} is a file; name a folder")
+    if target.is_dir() and any(target.iterdir()):
+        raise UserError(f"{source}: export_dir: {target} is not empty; name another")
+    return config.model_copy(update={"model_name_or_path": base})

@@ -1,0 +1,159 @@
+"""Adapters merged into their base: a causal language model, or a reward model as a classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+from transformers.utils.logging import disable_progress_bar
+
+from fastppo.config.rewards import HEAD_FILES, RECORD
+from fastppo.errors import UserError
+from fastppo.export.config import read_json
+from fastppo.models.adapters import merge_adapters
+from fastppo.models.load import LOAD_ERRORS, first_line, hidden_size, trunk
+from fastppo.models.value_head import load_value_head
+from fastppo.rewards.adapter import read_score_at
+from fastppo.templates import get_template
+from fastppo.templates.formats import TEMPLATES
+from fastppo.templates.jinja import without_suffix
+
+if TYPE_CHECKING:
+    from fastppo.export.config import ExportConfig
+    from fastppo.templates import Template
+
+SCORE_BIAS = "score_bias"  # in config.json, where plain transformers has no place for it
+
+
+def export(config: ExportConfig) -> Iterator[str]:
+    """Load, merge and write; yields what to say of it, line by line."""
+    disable_progress_bar()
+    name, last = str(config.model_name_or_path), config.trained_folder
+    source = last if (last / "tokenizer_config.json").is_file() else Path(name)
+    tokenizer = load(AutoTokenizer, str(source), config)
+    template = get_template(config.template or recorded_template(last), tokenizer)
+    reward = config.stage == "rm" or (config.stage is None and (last / RECORD).is_file())
+    device = "cuda" if config.export_device == "auto" and torch.cuda.is_available() else "cpu"
+    dtype = config.infer_dtype
+    dtype = dtype if dtype == "auto" else getattr(torch, dtype)
+    model = load(AutoModelForCausalLM, name, config, dtype=dtype).to(device)
+    if getattr(model, "is_quantized", False):
+        raise UserError(
+            f"model_name_or_path: {name} is quantised, and adapters merge into whole weights only; "
+            "name the model that it was quantised from"
+        )
+    model = merge_adapters(model, config.adapters, "adapter_name_or_path")
+    tokenizer.padding_side = "right" if reward else "left"
+    if reward:
+        head = load_value_head(last, hidden_size(model), torch.device("cpu"), "stage: rm")
+        score_at = read_score_at(last) or ("suffix" if template.suffix_ids else "eos")
+        bias = head.bias.item()
+        model = classifier(model, head, tokenizer, template, score_at)
+        yield f"a reward model, read at {'EOS' if score_at == 'eos' else 'what follows EOS'}"
+        if bias:
+            yield (
+                f"its head has a bias, {bias:+.6g}, for which a classifier of transformers has no "
+                f"place: scores there are less by that, all alike; {SCORE_BIAS} in config.json "
+                "keeps it, and reward_model_type: full adds it"
+            )
+    else:
+        if any((last / file).is_file() for file in HEAD_FILES) and config.stage is None:
+            yield f"the value head in {last} is left out; stage=rm exports a reward model with it"
+        stop_at(model, template)
+    model.save_pretrained(config.export_dir, max_shard_size=f"{config.export_size}GB")
+    tokenizer.save_pretrained(config.export_dir)
+    parts = " + ".join([name, *config.adapters])
+    yield f"{config.export_dir}: {type(model).__name__}, {model.dtype}, from {parts}"
+
+
+def recorded_template(folder: Path) -> str | None:
+    """The template by name that stage rm noted beside its head."""
+    path = folder / RECORD
+    name = read_json(path).get("template") if path.is_file() else None
+    return name if name in TEMPLATES else None
+
+
+def load(kind: Any, name: str, config: ExportConfig, **settings: Any) -> Any:
+    """A model or tokenizer from a folder or the hub, or one line on why not."""
+    revision = config.model_revision if name == config.model_name_or_path else "main"
+    try:
+        return kind.from_pretrained(
+            name,
+            revision=revision,
+            cache_dir=config.cache_dir,
+            token=config.hf_hub_token,
+            trust_remote_code=config.trust_remote_code,
+            **settings,
+        )
+    except LOAD_ERRORS as error:
+        raise UserError(
+            f"model_name_or_path: {name} cannot be loaded ({first_line(error)}); check the folder "
+            "or the hub name"
+        ) from None
+
+
+def stop_at(model: nn.Module, template: Template) -> None:
+    """`generate` stops where the template ends an answer, as sampling in training did."""
+    generation = model.generation_config
+    generation.eos_token_id = list(template.stop_ids)
+    generation.pad_token_id = template.pad_id
+    # transformers refuses to save a greedy configuration with a temperature or top_p.
+    if generation.temperature not in (None, 1.0) or generation.top_p not in (None, 1.0):
+        generation.do_sample = True
+
+
+def classifier(
+    model: nn.Module, head: nn.Linear, tokenizer: Any, template: Template, score_at: str
+) -> nn.Module:
+    """The trunk under a score head: transformers' classifier of this architecture.
+
+    It reads a row's last token that is not padding. So padding cannot be a token that ends a
+    conversation, and the chat template has to end where the reward model was trained.
+    """
+    config = model.config
+    config.num_labels = 1
+    config.id2label, config.label2id = {0: "reward"}, {"reward": 0}
+    config.get_text_config().pad_token_id = config.pad_token_id = choose_pad(tokenizer, template)
+    setattr(config, SCORE_BIAS, head.bias.item())
+    try:
+        with torch.device("meta"):
+            made = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype)
+        if not isinstance(made.score, nn.Linear):
+            raise AttributeError(f"{type(made).__name__} has another head")
+    except (ValueError, AttributeError) as error:
+        raise UserError(
+            f"stage: rm: transformers has no classifier of {config.model_type} that reads the last "
+            f"token ({first_line(error)}); load the adapter and value_head.safetensors as they are"
+        ) from None
+    setattr(made, made.base_model_prefix, trunk(model))
+    made.score = nn.Linear(head.in_features, 1, bias=False, device=model.device, dtype=model.dtype)
+    with torch.no_grad():
+        made.score.weight.copy_(head.weight)
+    if score_at == "eos" and template.suffix_ids and isinstance(tokenizer.chat_template, str):
+        behind = tokenizer.decode(list(template.suffix_ids), clean_up_tokenization_spaces=False)
+        tokenizer.chat_template = without_suffix(tokenizer.chat_template, behind)
+    return made.eval()
+
+
+def choose_pad(tokenizer: Any, template: Template) -> int:
+    """The tokenizer's padding token, or another special one where that may end a conversation."""
+    ends = {*template.stop_ids, *template.suffix_ids[-1:]}
+    if tokenizer.pad_token_id not in ends:
+        return int(tokenizer.pad_token_id)
+    special = [tokenizer.unk_token_id, *sorted(tokenizer.added_tokens_decoder)]
+    for token_id in special:
+        if token_id is not None and token_id not in ends:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(token_id)
+            return int(token_id)
+    raise UserError(
+        "stage: rm: the tokenizer has no special token to pad with but those that end a "
+        "conversation, and a classifier would not read them; give it a pad_token"
+    )

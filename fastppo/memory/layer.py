@@ -1,0 +1,400 @@
+"""What a decoder layer allocates, written as transformers and PEFT run it, on sizes alone.
+
+Llama, Qwen and Mistral, and Gemma with its further norms. Running it forward and backward gives
+what stays for the backward and the peak on the way, in bytes. Locals live here for as long as they
+do there: a name that is deleted, or not, decides what is counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastppo.memory.shapes import ModelShape
+from fastppo.memory.tape import FLOAT32, Node, Size, Tape, Value
+
+
+@dataclass(frozen=True)
+class LayerSetting:
+    """How a layer is run.
+
+    Attributes:
+        rows, length: the micro-batch is rows x length tokens.
+        item: bytes of an element of the base and of what autocast computes in.
+        rank: of the adapter that is on; 0 is none.
+        target: its `lora_target`.
+        fused: its layers are `fastppo.models.fused_lora`'s, where they are plain LoRA.
+        adapter_item: bytes of an adapter's element.
+        trained: whether the layer's own weights train.
+        masked: padding in the batch: attention takes a mask, and keys and values of every head.
+        eager: attention that holds its probabilities.
+        dora: the adapter has magnitudes of its own.
+    """
+
+    rows: int
+    length: int
+    item: int
+    rank: int = 0
+    fused: bool = False
+    target: str = "all"
+    adapter_item: int = FLOAT32
+    trained: bool = False
+    masked: bool = False
+    eager: bool = False
+    dora: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Padded tokens in the micro-batch."""
+        return self.rows * self.length
+
+
+class Decoder(Tape):
+    """A tape with the parts of a decoder layer."""
+
+    def __init__(self, shape: ModelShape, setting: LayerSetting, *, grad: bool) -> None:
+        super().__init__(setting.tokens, grad=grad)
+        self.shape, self.setting = shape, setting
+        self.targets = shape.targets(setting.target) if setting.rank else {}
+
+    def linear(self, x: Value, name: str) -> Value:
+        """PEFT's Linear: base(x) + B(A(x)) * scaling; x as it comes, see `disable_input_cast`."""
+        setting, (wide, out) = self.setting, self.shape.linears[name]
+        plain = setting.fused and not setting.dora and not setting.trained
+        if plain and name in self.targets:
+            return self.fused_linear(x, wide, out)
+        saved = [x] if setting.trained else []
+        gives = self.gives((wide, setting.item))
+        result = self.op(out, setting.item, [x], gives, saved, trains=setting.trained)
+        if name not in self.targets:
+            return result
+        if setting.dora:
+            return self.dora(x, result, name)
+        rank, item = setting.rank, setting.item
+        low = self.op(rank, item, [x], gives, [x], trains=True)
+        up = self.op(out, item, [low], self.gives((rank, item)), [low], trains=True)
+        del low
+        scaled = self.scaled(up)
+        del up
+        return self.add(result, scaled)
+
+    def fused_linear(self, x: Value, wide: int, out: int) -> Value:
+        """The same in one output, as fused LoRA runs it: A(x) is kept, what B makes of it never."""
+        rank, item = self.setting.rank, self.setting.item
+        low = self.new(rank, item)
+
+        def backward(_: Size) -> list[Size]:
+            d_low = self.new(rank, item)
+            d_x = self.new(wide, item)
+            del d_low
+            return [d_x]
+
+        result = self.op(out, item, [x], backward, [x], trains=True)
+        if result.node is not None:
+            result.node.saved.append(low)
+        return result
+
+    def dora(self, x: Value, result: Value, name: str) -> Value:
+        """PEFT's DoRA: magnitude / norm of the merged weight, which is made in x's float32."""
+        (wide, out), setting = self.shape.linears[name], self.setting
+        rank, item, own = setting.rank, setting.item, setting.adapter_item
+        x = self.cast(x, own)
+        _held = self.merged_norm(wide, out)
+        low_in = self.cast(x, item)
+        low = self.op(rank, item, [low_in], self.gives((wide, item)), [low_in], trains=True)
+        del low_in
+        up = self.op(out, item, [low], self.gives((rank, item)), [low], trains=True)
+        del low
+        bare = result
+        if self.shape.qkv_bias and name in ("q_proj", "k_proj", "v_proj"):
+            bare = Value(self.new(out, item), out, item)
+
+        def magnitude_backward(_: Size) -> list[Size]:
+            self.new(out, own)  # the gradient times what it goes with, before it is summed
+            return []
+
+        def product_backward(grad: Size) -> list[Size]:
+            magnitude_backward(grad)
+            wide_grad = self.new(out, own)
+            return [wide_grad if item == own else self.new(out, item)]
+
+        straight = self.op(out, own, [], magnitude_backward, [bare], trains=True)
+        del bare
+        product = self.op(out, own, [up], product_backward, [up], trains=True)
+        product = self.scaled(product)
+        added = self.add(straight, product)
+        del straight, product, up, _held
+        return self.cast(self.add(added, result), item)
+
+    def merged_norm(self, wide: int, out: int) -> list[Size]:
+        """The adapter as a weight, made by multiplying the identity, and its sum with the base's.
+
+        Returns:
+            What is held until the linear layer is done.
+        """
+        setting, size = self.setting, self.ledger.size
+        item, own, square = setting.item, setting.adapter_item, wide * wide
+        held = []
+        eye = size(square * own)
+        narrow = size(square * item) if item != own else eye
+        low = size(wide * setting.rank * item)
+        lora_weight = size(wide * out * item)
+        if self.grad:  # the graph of a weight whose gradient nobody asks for
+            held += [narrow, low]
+        del eye, narrow, low
+        if item != own:
+            wider = size(wide * out * own)
+            lora_weight = wider
+            del wider
+            held.append(size(wide * out * own))  # the base's weight, converted
+        held.append(lora_weight)
+        del lora_weight
+        scaled = size(wide * out * own)
+        total = size(wide * out * own)
+        del scaled, total
+        return held
+
+    def norm(self, x: Value) -> Value:
+        """RMSNorm: float32 inside, weight times the result cast back."""
+        wide = self.cast(x, FLOAT32)
+        width = wide.width
+        # x^2 dies in its mean; 1/rms is a number a token.
+
+        def square_backward(_: Size) -> list[Size]:
+            power = self.new(width, FLOAT32)
+            doubled = self.new(width, FLOAT32)
+            del power
+            result = self.new(width, FLOAT32)
+            del doubled
+            return [result]
+
+        square = self.op(width, FLOAT32, [wide], square_backward, [wide])
+        mean = self.op(1, FLOAT32, [square], self.gives((width, FLOAT32)))
+        del square
+        inverse = self.op(1, FLOAT32, [mean], self.gives((1, FLOAT32)))
+        del mean
+        if inverse.node is not None:
+            inverse.node.saved.append(inverse.size)
+
+        def product_backward(_: Size) -> list[Size]:
+            straight, reduced = self.new(width, FLOAT32), self.new(width, FLOAT32)
+            del reduced
+            return [straight, self.new(1, FLOAT32)]
+
+        normed = self.op(width, FLOAT32, [wide, inverse], product_backward, [wide, inverse])
+        del wide, inverse
+        back = self.cast(normed, x.item)
+        kept = [back] if self.setting.trained else []
+        size = (back.width, back.item)
+        return self.op(*size, [back], self.gives(size), kept, trains=self.setting.trained)
+
+    def rotate(self, x: Value) -> Value:
+        """x * cos + rotate_half(x) * sin; cos and sin are there anyway."""
+        width, item = x.width, x.item
+
+        def turned_backward(_: Size) -> list[Size]:
+            half = self.ledger.size(self.tokens * width * item // 2)
+            first = self.new(width, item)
+            del half
+            second = self.new(width, item)
+            del second
+            return [first]
+
+        straight = self.scaled(x)
+        half = self.ledger.size(self.tokens * width * item // 2)
+        turned = self.op(width, item, [x], turned_backward)
+        del half
+        crossed = self.scaled(turned)
+        del turned
+        return self.add(straight, crossed)
+
+    def every_head(self, x: Value) -> Value:
+        """Keys or values repeated for every query head; a single head is only viewed so."""
+        if self.shape.kv_heads in (1, self.shape.heads):
+            return x
+        width = self.shape.heads * self.shape.head_dim
+        return self.op(width, x.item, [x], self.gives((x.width, x.item)))
+
+    def attention(self, q: Value, k: Value, v: Value) -> Value:
+        """Scaled dot products in one kernel, with a mask where there is padding."""
+        setting, item = self.setting, q.item
+        if setting.masked:
+            k, v = self.every_head(k), self.every_head(v)
+        kernel = [self.new(self.shape.heads, FLOAT32)]  # log-sum-exp
+        if setting.masked:  # the bool mask in the queries' dtype
+            kernel.append(self.new(setting.length, item))
+        gives = self.gives(*((x.width, item) for x in (q, k, v)))
+        out = self.op(q.width, item, [q, k, v], gives, [q, k, v])
+        if out.node is not None:
+            out.node.saved += [out.size, *kernel]
+        return out
+
+    def eager_attention(self, q: Value, k: Value, v: Value) -> tuple[Value, Value]:
+        """Probabilities of every head and pair of tokens, held: in float32 and in the base's."""
+        item, width = q.item, self.shape.heads * self.setting.length
+        k, v = self.every_head(k), self.every_head(v)
+        sizes = ((q.width, item), (k.width, item))
+        weights = self.op(width, item, [q, k], self.gives(*sizes), [q, k])
+        weights = self.scaled(weights)
+        if self.shape.softcapped:
+            weights = self.scaled(weights)
+            weights = self.op(width, item, [weights], self.gives((width, item)))
+            if weights.node is not None:
+                weights.node.saved.append(weights.size)
+            weights = self.scaled(weights)
+        weights = self.scaled(weights)  # the mask is added
+        # softmax converts first, and the logits are still there when it is done.
+        wide = self.cast(weights, FLOAT32)
+        probabilities = self.op(width, FLOAT32, [wide], self.gives((width, FLOAT32)))
+        del wide
+        if probabilities.node is not None:
+            probabilities.node.saved.append(probabilities.size)
+        weights = self.cast(probabilities, item)
+        del probabilities
+        sizes = ((width, item), (v.width, item))
+        out = self.op(q.width, item, [weights, v], self.gives(*sizes), [weights, v])
+        return self.scaled(out), weights  # made contiguous
+
+    def layer(self, x: Value) -> Value:
+        """A decoder layer, its locals alive as long as Python keeps them."""
+        residual = x
+        hidden = self.norm(x)
+        hidden, _weights = self.self_attention(hidden)
+        if self.shape.norms > 2:
+            hidden = self.norm(hidden)
+        hidden = self.add(residual, hidden)
+        residual = hidden
+        hidden = self.norm(hidden)
+        hidden = self.mlp(hidden)
+        if self.shape.norms > 2:
+            hidden = self.norm(hidden)
+        return self.add(residual, hidden)
+
+    def self_attention(self, hidden: Value) -> tuple[Value, Value | None]:
+        """Projections, rotation, attention, projection back; and the probabilities of eager."""
+        q = self.linear(hidden, "q_proj")
+        k = self.linear(hidden, "k_proj")
+        if self.shape.qk_norm:
+            q, k = self.norm(q), self.norm(k)
+        v = self.linear(hidden, "v_proj")
+        turned_q = self.rotate(q)
+        turned_k = self.rotate(k)
+        q, k = turned_q, turned_k
+        del turned_q, turned_k
+        weights = None
+        if self.setting.eager or self.shape.softcapped:
+            out, weights = self.eager_attention(q, k, v)
+        else:
+            out = self.attention(q, k, v)
+        return self.linear(out, "o_proj"), weights
+
+    def mlp(self, x: Value) -> Value:
+        """down(act(gate(x)) * up(x))."""
+        gate = self.linear(x, "gate_proj")
+        item = gate.item
+        wide = gate.width
+        act = self.op(wide, item, [gate], self.gives((wide, item)), [gate])
+        del gate
+        up = self.linear(x, "up_proj")
+        product = self.times(act, up)
+        del act, up
+        return self.linear(product, "down_proj")
+
+    def input(self, *, first: bool = False) -> Value:
+        """What comes from the layer below, which wants a gradient unless nothing trains there."""
+        node = Node([], lambda _: []) if self.grad and not first else None
+        width, item = self.shape.hidden, self.setting.item
+        return Value(self.new(width, item), width, item, node)
+
+    def gradient(self) -> Size:
+        """A gradient of the hidden states."""
+        return self.new(self.shape.hidden, self.setting.item)
+
+
+@dataclass(frozen=True)
+class TrunkMemory:
+    """Bytes of a pass through the trunk, for one micro-batch.
+
+    Attributes:
+        fixed: cos, sin, ids and the mask: there during the whole pass.
+        input: a layer's input, which is what checkpointing keeps.
+        saved: what a layer keeps for its backward without checkpointing, its input included.
+        saved_first: the same for the lowest layer that trains: nothing below it wants a gradient.
+        norm_saved: what the last norm keeps.
+        forward: peak of a layer that keeps nothing, its input and the embeddings included.
+        forward_kept: peak of a layer that keeps `saved`, likewise.
+        backward: peak of the last norm's and the last layer's backward, both kept.
+        norm_backward: peak of the last norm's backward alone.
+        recompute: peak of a layer that is run again and then backward.
+    """
+
+    fixed: int
+    input: int
+    saved: int
+    saved_first: int
+    norm_saved: int
+    forward: int
+    forward_kept: int
+    backward: int
+    norm_backward: int
+    recompute: int
+
+
+def trunk_memory(shape: ModelShape, setting: LayerSetting) -> TrunkMemory:
+    """What the trunk of `shape` allocates, run as `setting` says."""
+    plain = Decoder(shape, setting, grad=False)
+    x = plain.input()
+    size = x.size.bytes
+    plain.layer(x)
+
+    first = Decoder(shape, setting, grad=True)
+    out = first.layer(first.input(first=True))
+    saved_first = first.ledger.now - out.size.bytes
+
+    kept = Decoder(shape, setting, grad=True)
+    x = kept.input()
+    out = kept.layer(x)
+    forward_kept = kept.ledger.peak
+    del x
+    saved = kept.ledger.now - out.size.bytes
+    out = kept.norm(out)
+    norm_saved = kept.ledger.now - saved - out.size.bytes
+    backward = _backward_peak(kept, out)
+
+    norm = Decoder(shape, setting, grad=True)
+    out = norm.norm(norm.input())
+    norm_backward = _backward_peak(norm, out)
+
+    again = Decoder(shape, setting, grad=True)
+    x, grad = again.input(), [again.gradient()]
+    out = again.layer(x)
+    node = out.node
+    assert node is not None
+    del out
+    again.backward(node, grad)
+
+    tokens, length = setting.tokens, setting.length
+    eager = setting.eager or shape.softcapped
+    kinds = 2 if 0 < shape.sliding_layers < shape.layers else 1
+    mask = kinds * tokens * length * (setting.item if eager else setting.masked)
+    return TrunkMemory(
+        fixed=2 * length * shape.head_dim * setting.item + 16 * tokens + mask,
+        input=size,
+        saved=saved,
+        saved_first=saved_first,
+        norm_saved=norm_saved,
+        forward=plain.ledger.peak + size,
+        forward_kept=forward_kept + size,
+        backward=backward,
+        norm_backward=norm_backward,
+        recompute=again.ledger.peak,
+    )
+
+
+def _backward_peak(tape: Decoder, out: Value) -> int:
+    """Peak of a backward whose result nobody holds any more, as after a gather."""
+    node = out.node
+    assert node is not None
+    tape.ledger.peak = 0
+    out.size = tape.ledger.size(0)
+    tape.backward(node, [tape.gradient()])
+    return tape.ledger.peak

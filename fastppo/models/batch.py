@@ -1,0 +1,231 @@
+"""Rows of a rollout as one forward pass: ids, mask, and where the response tokens' states lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastppo.errors import UserError
+from fastppo.memory.budgets import Budget
+from fastppo.ops import Packing
+from fastppo.seeds import seed_of
+from fastppo.types import Sequences
+
+if TYPE_CHECKING:
+    from fastppo.models.build import Roles
+
+Sent = TypeVar("Sent", Tensor, Packing)
+# A pass over few tokens costs as much as reading the weights does: about that of so many more.
+PASS_TOKENS = 64
+
+
+def to_device(x: Sent, device: torch.device) -> Sent:
+    """On `device`, without the host waiting for what is still queued there."""
+    if isinstance(x, Packing):
+        index_N, offsets = to_device(x.index_N, device), to_device(x.offsets, device)
+        return Packing(index_N, offsets, x.shape)
+    return x.to(device, non_blocking=True)
+
+
+def partition(lengths: Sequence[int], rows: Sequence[int], budget: Budget) -> list[list[int]]:
+    """The rows of each micro-batch: those of similar length together, longest last.
+
+    Of all ways to cut the rows, in order of length, into micro-batches that the budget allows, the
+    one with the fewest tokens, where padding counts and each pass counts as PASS_TOKENS more. It
+    depends on the set of rows alone, so that scoring and update, given the same rows, run the same
+    micro-batches.
+    """
+    ordered = sorted(rows, key=lambda row: (lengths[row], row))
+    before = [0, *accumulate(lengths[row] for row in ordered)]
+    costs, cuts = [0], [0]
+    for stop in range(1, len(ordered) + 1):
+        longest, best = lengths[ordered[stop - 1]], (0, 0)
+        for start in range(stop - 1, -1, -1):
+            count = stop - start
+            tokens = before[stop] - before[start] if budget.packed else count * longest
+            if count > 1 and not budget.allows(count, tokens):
+                break
+            cost = costs[start] + tokens + PASS_TOKENS
+            if count == 1 or cost <= best[0]:
+                best = (cost, start)
+        costs.append(best[0])
+        cuts.append(best[1])
+    found: list[list[int]] = []
+    stop = len(ordered)
+    while stop:
+        found.append(ordered[cuts[stop] : stop])
+        stop = cuts[stop]
+    return found[::-1]
+
+
+def largest_micro_batch(sequences: Sequences, budget: Budget) -> int:
+    """Tokens of the largest micro-batch of all these rows, padding included."""
+    lengths = sequences.lengths
+    parts = (
+        [lengths[row] for row in part] for part in partition(lengths, range(len(lengths)), budget)
+    )
+    return max(sum(own) if budget.packed else len(own) * max(own) for own in parts)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch. Position t of the packing is the state from which token t + 1 was sampled.
+
+    Padded on the right, a sequence a row; or packed, one row that holds all of them and whose
+    positions begin anew with each (`positions_BT` is None where they are 0, 1, 2, ...).
+    """
+
+    rows: list[int]
+    input_ids_BT: Tensor
+    mask_BT: Tensor
+    positions_BT: Tensor | None
+    packing: Packing
+    token_N: Tensor
+    last_B: Tensor  # place of each sequence's last live token among all B * T
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What a causal trunk is given.
+
+        Without a mask: padding is on the right, where no live token looks, and attention without
+        one is faster. Packed, transformers makes the mask from the positions.
+        """
+        ids = {"input_ids_BT": self.input_ids_BT}
+        return ids if self.positions_BT is None else {**ids, "positions_BT": self.positions_BT}
+
+    def last(self, x_BT: Tensor) -> Tensor:
+        """Of a (B, T, ...) tensor the entries at each sequence's last live token."""
+        return x_BT.flatten(0, 1).index_select(0, self.last_B)
+
+
+def make_batch(sequences: Sequences, rows: Sequence[int], *, packed: bool = False) -> Batch:
+    """The rows given, in ascending order, trimmed to the longest of them or packed into one.
+
+    Ascending, so that scoring and update, given the same rows, run the same GEMMs to the same bits.
+    All indices are made on the host, where lengths are known, and sent without waiting for the
+    device.
+    """
+    rows = sorted(rows)
+    ids_BT = sequences.input_ids_BT
+    device, stride = ids_BT.device, ids_BT.shape[1]
+    prompts = [sequences.prompt_lengths[row] for row in rows]
+    lengths = [p + sequences.response_lengths[row] for p, row in zip(prompts, rows, strict=True)]
+    width = sum(lengths) if packed else max(lengths)
+    begins = [0, *accumulate(lengths)][:-1] if packed else [i * width for i in range(len(rows))]
+    states, tokens, offsets = [], [], [0]
+    for row, begin, prompt, length in zip(rows, begins, prompts, lengths, strict=True):
+        states.append(torch.arange(begin + prompt - 1, begin + length - 1))
+        tokens.append(torch.arange(row * stride + prompt, row * stride + length))
+        offsets.append(offsets[-1] + length - prompt)
+    flat = ids_BT.flatten()
+    positions_BT = None
+    if packed:
+        live = [
+            torch.arange(r * stride, r * stride + n) for r, n in zip(rows, lengths, strict=True)
+        ]
+        input_ids_BT = flat[to_device(torch.cat(live), device)][None]
+        mask_BT = torch.ones(1, width, dtype=torch.long)
+        positions_BT = to_device(torch.cat([torch.arange(n) for n in lengths])[None], device)
+    else:
+        input_ids_BT = ids_BT[to_device(torch.tensor(rows), device), :width]
+        mask_BT = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+    shape = (1 if packed else len(rows), width)
+    packing = Packing(torch.cat(states), torch.tensor(offsets, dtype=torch.int32), shape)
+    last_B = torch.tensor([begin + n - 1 for begin, n in zip(begins, lengths, strict=True)])
+    return Batch(
+        rows=rows,
+        input_ids_BT=input_ids_BT,
+        mask_BT=to_device(mask_BT, device),
+        positions_BT=positions_BT,
+        packing=to_device(packing, device),
+        token_N=flat[to_device(torch.cat(tokens), device)],
+        last_B=to_device(last_B, device),
+    )
+
+
+def batches(sequences: Sequences, rows: Sequence[int], budget: Budget) -> list[Batch]:
+    """The rows in micro-batches, see `partition`."""
+    parts = partition(sequences.lengths, rows, budget)
+    return [make_batch(sequences, part, packed=budget.packed) for part in parts]
+
+
+@dataclass(frozen=True)
+class Order:
+    """Puts what micro-batches gave into the order of the rollout: per row, and per token."""
+
+    row_B: Tensor
+    index_N: Tensor
+
+    @classmethod
+    def of(cls, sequences: Sequences, made: Sequence[Batch]) -> Order:
+        """For micro-batches that hold every row once."""
+        rows, device = [row for batch in made for row in batch.rows], sequences.input_ids_BT.device
+        index_N = token_index(sequences.response_lengths, rows)
+        return cls(to_device(torch.tensor(rows), device), to_device(index_N, device))
+
+    def rows(self, parts: Sequence[Tensor]) -> Tensor:
+        """(B, ...) of all rows."""
+        joined = torch.cat(list(parts))
+        return torch.empty_like(joined).index_copy(0, self.row_B, joined)
+
+    def tokens(self, parts: Sequence[Tensor]) -> Tensor:
+        """(N, ...) of all response tokens."""
+        joined = torch.cat(list(parts))
+        return torch.empty_like(joined).index_copy(0, self.index_N, joined)
+
+
+def token_index(response_lengths: Sequence[int], rows: Sequence[int]) -> Tensor:
+    """Where in the packed tokens of the whole rollout the tokens of `rows` are: int64, on the host.
+
+    From lengths and not from offsets: those lie on the device, which would have to be waited for.
+    """
+    bounds = [0, *accumulate(response_lengths)]
+    return torch.cat([torch.arange(bounds[row], bounds[row + 1]) for row in rows])
+
+
+def shuffled_batch(n: int, number: int, size: int, *, seed: int, shuffle: bool = True) -> list[int]:
+    """Batch `number` of an endless stream over n things, shuffled anew in every pass over them.
+
+    It depends on the seed and the number alone, so a step is the same whatever ran before it.
+    """
+    orders: dict[int, list[int]] = {}
+    chosen = []
+    for position in range(number * size, (number + 1) * size):
+        epoch, place = divmod(position, n)
+        if epoch not in orders:
+            generator = torch.Generator().manual_seed(seed_of(seed, "pass", epoch))
+            shuffled = torch.randperm(n, generator=generator).tolist()
+            orders[epoch] = shuffled if shuffle else list(range(n))
+        chosen.append(orders[epoch][place])
+    return chosen
+
+
+@torch.no_grad()
+def check_packing(roles: Roles, input_ids_T: list[int]) -> None:
+    """Refuse `padding_free` where a packed sequence sees its neighbour, or has other positions.
+
+    Two sequences are packed and the first is changed: the second must not notice, to the bit, and
+    must be what it is alone.
+    """
+    ids = input_ids_T[:8]
+    n, other = len(ids), [*ids[1:], ids[0] + 1 if ids[0] == 0 else ids[0] - 1]
+    ids_BT = torch.tensor([ids, other, ids], device=roles.device)
+    sequences = Sequences(ids_BT, prompt_lengths=[1] * 3, response_lengths=[n - 1] * 3)
+    for role in ("actor", "reference", "critic") if roles.has_critic else ("actor", "reference"):
+        with roles.use(role):
+            after_itself, after_another, alone = (
+                roles.hidden(**make_batch(sequences, rows, packed=True).inputs)[0, -n:]
+                for rows in ([0, 2], [1, 2], [2])
+            )
+            config = roles.base.config
+        near = (after_itself - alone).abs().max() <= 0.02 * alone.abs().max()
+        if not (near and torch.equal(after_itself, after_another)):
+            raise UserError(
+                f"padding_free: with {config._attn_implementation} attention this model "
+                f"({config.model_type}) lets packed sequences see each other; leave it out"
+            )

@@ -1,0 +1,267 @@
+"""A causal language model as every role needs it: loaded, without dropout, with its head known."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pickle import UnpicklingError
+from types import MethodType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils.logging import disable_progress_bar
+
+from fastppo.config.memory import offload_mode
+from fastppo.config.model import own_dtype, run_dtype
+from fastppo.errors import UserError
+from fastppo.offload.activations import ActivationOffload, wrap
+
+if TYPE_CHECKING:
+    from fastppo.config import Config
+
+
+# What transformers, PEFT, safetensors and torch raise where a file is not what it should be.
+LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    SafetensorError,
+    UnpicklingError,
+)
+
+
+class LMHead(NamedTuple):
+    """What stands between the last hidden state and the logits."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    softcap: float | None
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a library's error message, or a plainer reason where the cause is known."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error).strip())
+    if "Weights only load failed" in text:
+        return "it is no file of tensors alone, and nothing else in it is opened"
+    if "custom code" in text:
+        return "it brings code of its own, which runs only with trust_remote_code: true"
+    if isinstance(error, KeyError):
+        return f"unknown {text}"
+    first, _, rest = (text or type(error).__name__).partition("\n")
+    return (f"{first} {' '.join(rest.split())}" if first.rstrip().endswith(":") else first)[:200]
+
+
+def load_tokenizer(config: Config, name: str | None = None) -> Any:
+    """The tokenizer of `model_name_or_path`, or of another model."""
+    named = name or config.model_name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(named, **_hub_settings(config, name))
+    except Exception as error:  # the tokenizers package raises Exception itself
+        raise UserError(
+            f"{config.source}: {named} has no tokenizer that can be loaded ({first_line(error)}); "
+            "check the folder or the hub name"
+        ) from None
+
+
+def load_base(
+    config: Config,
+    device: torch.device,
+    name: str | None = None,
+    bits: int | None = None,
+    *,
+    stay: bool = False,
+) -> nn.Module:
+    """`model_name_or_path` (or another model), frozen, in the dtype that the run computes in.
+
+    `bits` quantises its linear layers to 4 or 8 bits, the output head excepted. With `stay` it is
+    left in host memory, whatever `device` is, unless it is quantised.
+    """
+    disable_progress_bar()
+    dtype = compute_dtype(config, device)
+    settings: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": attention(config.flash_attn, device, dtype),
+        **_hub_settings(config, name),
+    }
+    if bits is not None:
+        # Quantised weights are made on the device where they stay.
+        settings |= {
+            "quantization_config": quantization(config, bits, dtype),
+            "device_map": {"": device},
+        }
+    name = name or config.model_name_or_path
+    try:
+        # What has another shape is refused below, by name.
+        base, info = AutoModelForCausalLM.from_pretrained(
+            name, output_loading_info=True, ignore_mismatched_sizes=True, **settings
+        )
+    except LOAD_ERRORS as error:
+        # No such model, an architecture without the attention asked for, a package it needs.
+        raise load_error(config, name, error) from None
+    # What is missing or of another shape, transformers fills with random numbers.
+    wrong = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    if wrong:
+        raise UserError(
+            f"{config.source}: {name} has no {min(wrong)} of the shape that its config.json asks "
+            "for; its files are not one model's: fetch or save it again"
+        )
+    base.requires_grad_(False)
+    disable_dropout(base)
+    if bits is not None:
+        use_training_kernels(base)
+    return base if stay or bits is not None else base.to(device)
+
+
+def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """The dtype of every model of the run, which its products are in too: bfloat16 or float32."""
+    own, on_gpu = "float32", device.type == "cuda"
+    if on_gpu and not config.bf16:
+        name = config.model_name_or_path
+        try:
+            own = own_dtype(
+                AutoConfig.from_pretrained(name, **_hub_settings(config, None)).to_dict()
+            )
+        except LOAD_ERRORS as error:
+            raise load_error(config, name, error) from None
+    named = run_dtype(bf16=config.bf16, own=own, on_gpu=on_gpu)
+    return torch.bfloat16 if named == "bfloat16" else torch.float32
+
+
+def load_error(config: Config, name: str, error: Exception) -> UserError:
+    """No such model, no model at all, or a package that it needs and that is not there."""
+    return UserError(
+        f"{config.source}: {name} cannot be loaded ({first_line(error)}); check the folder or the "
+        "hub name"
+    )
+
+
+def _hub_settings(config: Config, name: str | None) -> dict[str, Any]:
+    """Where and how files are found; revision and GGUF file are `model_name_or_path`'s own."""
+    found = {"cache_dir": config.cache_dir, "trust_remote_code": config.trust_remote_code}
+    if name is None:
+        found["revision"] = config.model_revision
+        if config.model_gguf_file:
+            found["gguf_file"] = config.model_gguf_file
+    return found
+
+
+def quantization(config: Config, bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """bitsandbytes' settings for `quantization_bit`, with LLaMA-Factory's defaults."""
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=config.quantization_type,
+        bnb_4bit_use_double_quant=config.double_quantization,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def use_training_kernels(base: nn.Module) -> None:
+    """One arithmetic for scoring and training: bitsandbytes has two on CPUs.
+
+    It repacks 4-bit weights in the first forward in evaluation mode, for good, and has no backward
+    for that: adapters below would train on nothing. Its 8-bit layers round activations in
+    evaluation mode only, so that no ratio would start at 1; they stay in training mode.
+    """
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+        if hasattr(getattr(module, "state", None), "is_training"):
+            module.train()
+            module.train = MethodType(_stay, module)
+
+
+def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
+    return module
+
+
+def attention(flash_attn: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """transformers' name for LLaMA-Factory's `flash_attn`; None lets it take PyTorch's.
+
+    `auto` takes flash-attn where it is installed and can run: on CUDA, in bf16.
+    """
+    runs = device.type == "cuda" and dtype == torch.bfloat16
+    if flash_attn == "fa2" and not runs:
+        if device.type != "cuda":
+            raise UserError("flash_attn: fa2 needs a CUDA device and there is none; use auto")
+        raise UserError("flash_attn: fa2 computes in 16 bits; set bf16: true, or use auto")
+    if flash_attn == "auto" and runs and importlib.util.find_spec("flash_attn") is not None:
+        return "flash_attention_2"
+    names = {"sdpa": "sdpa", "disabled": "eager", "fa2": "flash_attention_2"}
+    return names.get(flash_attn)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Dropout off in every pass: with it, log-probs before and after no update at all would differ.
+
+    Modules and the functional kinds alike: attention reads its rate from an attribute of many
+    names (attention_dropout, dropout_p, attn_drop, layerdrop), not from a module.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def wrap_activations(config: Config, base: nn.Module) -> ActivationOffload:
+    """Recompute or move activations as the file says; layers below the adapters stay out of it."""
+    return wrap(base, offload_mode(config), offload_dir=config.offload_dir)
+
+
+def causal_lm(model: nn.Module) -> nn.Module:
+    """The causal language model itself, inside its PEFT wrapper where there is one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def trunk(model: nn.Module) -> nn.Module:
+    """The model without its output head."""
+    base = causal_lm(model)
+    return getattr(base, base.base_model_prefix)
+
+
+def hidden_size(model: nn.Module) -> int:
+    """Width of the last hidden state."""
+    return causal_lm(model).config.get_text_config().hidden_size
+
+
+def lm_head(model: nn.Module, dtype: torch.dtype | None = None) -> LMHead:
+    """The output head, for the `linear_*` ops; in `dtype`, to which a trained float32 is cast."""
+    base = causal_lm(model)
+    head = base.get_output_embeddings()
+    weight_VD, bias_V = head.weight, getattr(head, "bias", None)
+    if dtype is not None:
+        weight_VD = weight_VD.to(dtype)
+        bias_V = None if bias_V is None else bias_V.to(dtype)
+    softcap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
+    return LMHead(weight_VD, bias_V, softcap)
+
+
+def check_same_tokens(
+    config: Config,
+    key: str,
+    name: str,
+    model: nn.Module,
+    cure: str = "name a model with the same one",
+) -> None:
+    """Refuse a second model that would read the policy's token ids as other words."""
+    tokenizer = load_tokenizer(config)
+    rows = model.get_input_embeddings().weight.shape[0]
+    try:
+        theirs = load_tokenizer(config, name).get_vocab()
+    except UserError:  # a folder of weights alone: the size is all there is to check
+        theirs = None
+    if len(tokenizer) > rows or (theirs is not None and theirs != tokenizer.get_vocab()):
+        raise UserError(
+            f"{key}: {name} has another tokenizer than {config.model_name_or_path}; {cure}"
+        )

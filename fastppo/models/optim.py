@@ -1,0 +1,112 @@
+"""Optimisers by transformers' names: PyTorch's, or bitsandbytes' with 8-bit or paged state.
+
+Why not transformers' own `Trainer.get_optimizer_cls_and_kwargs`: it refuses `adamw_hf`, which old
+files have, and importing `transformers.trainer` would cost stage ppo seconds. A test holds this
+table against that function.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from fastppo.config.training import BITSANDBYTES
+from fastppo.errors import UserError
+
+
+def create_optimizer(
+    name: str | None,
+    groups: list[dict[str, Any]],
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    **common: Any,
+) -> torch.optim.Optimizer:
+    """The optimiser that transformers' Trainer would make for `optim: name`.
+
+    Args:
+        name: a value of `optim`; None and adamw_hf are PyTorch's AdamW.
+        groups: parameter groups as PyTorch takes them; each may have its own lr and weight_decay.
+        betas: of AdamW and Lion; the others have none.
+        eps: of AdamW; the others keep their default.
+        common: weight_decay and lr of the groups that set none.
+
+    Raises:
+        UserError: bitsandbytes is asked for and is not installed.
+    """
+    if name == "sgd":
+        return torch.optim.SGD(groups, **common)
+    if name == "adagrad":
+        return torch.optim.Adagrad(groups, **common)
+    if name == "rmsprop":
+        return torch.optim.RMSprop(groups, **common)
+    if name == "adafactor":
+        from transformers import Adafactor
+
+        # Its own schedule off: the learning rate is the configuration's.
+        return Adafactor(groups, scale_parameter=False, relative_step=False, **common)
+    if name is not None and "lion" in name:
+        bits, paged = BITSANDBYTES[name]
+        lion = bitsandbytes(name).optim.Lion
+        return lion(groups, betas=betas, optim_bits=bits, is_paged=paged, **common)
+    return adamw(name, groups, betas=betas, eps=eps, **common)
+
+
+def adamw(name: str | None, groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
+    """PyTorch's AdamW, or bitsandbytes' where `name` is one of those; `settings` go to either.
+
+    Raises:
+        UserError: bitsandbytes is asked for and is not installed.
+
+    Source: Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization; Dettmers et al. 2022,
+    8-bit Optimizers via Block-wise Quantization.
+    """
+    if name not in BITSANDBYTES:
+        return torch.optim.AdamW(
+            groups, fused=True if name == "adamw_torch_fused" else None, **settings
+        )
+    bits, paged = BITSANDBYTES[name]
+    return bitsandbytes(name).optim.AdamW(groups, optim_bits=bits, is_paged=paged, **settings)
+
+
+def bitsandbytes(name: str) -> Any:
+    """The bitsandbytes module; `name` is the value of `optim` that needs it, for the error."""
+    try:
+        return importlib.import_module("bitsandbytes")
+    except ImportError as error:
+        raise UserError(
+            f"optim: {name} needs bitsandbytes ({error}); pip install 'fastppo[quantization]', or "
+            "use optim: adamw_torch"
+        ) from None
+
+
+def start_warmup_above_zero(scheduler: Any, warmup: int) -> None:
+    """Shift the warm-up of `scheduler` by one step, so that no step has a learning rate of 0.
+
+    Of the `warmup` steps the first then has 1 / warmup of the peak rate and the last the peak.
+    transformers gives the first 0, so that its rollout, or its batch of pairs, teaches nothing.
+    After the warm-up the schedule is unchanged, and so is one that does not begin at 0.
+    """
+    if warmup < 1 or not isinstance(scheduler, LambdaLR):
+        return
+
+    def shift(factor: Callable[[int], float]) -> Callable[[int], float]:
+        if factor(0) > 0:
+            return factor
+
+        def shifted(step: int) -> float:
+            if step >= warmup:
+                return factor(step)
+            return factor(step + 1) if step + 1 < warmup else 1.0
+
+        return shifted
+
+    scheduler.lr_lambdas = [shift(factor) for factor in scheduler.lr_lambdas]
+    first = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    scheduler._last_lr = [rate * factor(0) for rate, factor in first]
+    for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+        group["lr"] = rate

@@ -1,0 +1,177 @@
+"""A frozen model that does not fit: its layers lie in host memory and pass through the device.
+
+    reward_model = stream(AutoModel.from_pretrained(...), torch.device("cuda"))
+    with torch.no_grad():
+        hidden = reward_model(input_ids=ids).last_hidden_state
+
+While a layer computes, the next one is copied into the other of two slots. On the device are those
+two slots and what is not a layer: embeddings, norms, a head. accelerate's `cpu_offload` serves the
+same end without this overlap: it copies each module when it is called, from unpinned memory, on the
+compute stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastppo.offload.activations import find_layers
+from fastppo.offload.streams import Event, HostMemory, Streams, aligned, streams_of
+
+
+class Slot:
+    """Room for one layer on the device, and the copy into it that was asked for last."""
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        self.room = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self.layer: int | None = None
+        self.arrived: Event = None
+
+
+class Packed:
+    """A layer's weights and buffers, one behind the other in one host buffer."""
+
+    def __init__(self, layer: nn.Module, memory: HostMemory) -> None:
+        self.tensors = [*layer.parameters(), *layer.buffers()]
+        sizes = [tensor.numel() * tensor.element_size() for tensor in self.tensors]
+        self.offsets, self.nbytes = aligned(sizes)
+        self.host = memory.empty(max(1, self.nbytes))
+        for tensor, home in zip(self.tensors, self._views(self.host), strict=True):
+            home.copy_(tensor.data)
+        self.place(self.host)
+
+    def place(self, room: Tensor) -> None:
+        """Let the weights be those in `room`."""
+        for tensor, view in zip(self.tensors, self._views(room), strict=True):
+            tensor.data = view
+
+    def _views(self, room: Tensor) -> list[Tensor]:
+        views = []
+        for tensor, offset in zip(self.tensors, self.offsets, strict=True):
+            nbytes = tensor.numel() * tensor.element_size()
+            part = room[offset : offset + nbytes].view(tensor.dtype)
+            views.append(part.view(tensor.shape))
+        return views
+
+
+class StreamedModel:
+    """What `stream` hangs on a model; kept for its counters and for `close`.
+
+    Attributes:
+        bytes_moved: copied to the device so far.
+        host_bytes: in host memory.
+        device_bytes: the two slots.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        *,
+        layers: Sequence[nn.Module] | None = None,
+        offload_dir: str | Path | None = None,
+        streams: Streams | None = None,
+    ) -> None:
+        self.model = model
+        self.layers = list(find_layers(model) if layers is None else layers)
+        self.streams = streams_of(device) if streams is None else streams
+        model.requires_grad_(False).eval()
+        memory = HostMemory(device, offload_dir)
+        self.packed = [Packed(layer, memory) for layer in self.layers]
+        inside = {id(tensor) for packed in self.packed for tensor in packed.tensors}
+        for tensor in (*model.parameters(), *model.buffers()):
+            if id(tensor) not in inside:
+                tensor.data = tensor.data.to(device)
+        largest = max(packed.nbytes for packed in self.packed)
+        self.slots = [Slot(largest, device) for _ in range(2)]
+        self.bytes_moved = 0
+        self.host_bytes = sum(packed.nbytes for packed in self.packed)
+        self.device_bytes = 2 * largest
+        self._handles = []
+        for index, layer in enumerate(self.layers):
+            self._handles += [
+                layer.register_forward_pre_hook(self._enter(index), with_kwargs=True),
+                layer.register_forward_hook(self._leave(index), always_call=True),
+            ]
+
+    def close(self) -> None:
+        """Take the hooks off; the layers stay in host memory."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _enter(self, index: int) -> Any:
+        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            values = (*args, *kwargs.values())
+            if torch.is_grad_enabled() and any(
+                isinstance(value, Tensor) and value.requires_grad for value in values
+            ):
+                raise ValueError(
+                    "a streamed model has no weights left for a backward; run it under no_grad"
+                )
+            slot = self._fetch(index, avoid=None)
+            self.streams.wait(slot.arrived)
+            self.packed[index].place(slot.room)
+            # The layer before this one has been given to the compute stream whole, so the copy
+            # into its slot waits for it; after the last layer comes the first, of the next batch.
+            self._fetch((index + 1) % len(self.layers), avoid=slot)
+
+        return enter
+
+    def _leave(self, index: int) -> Any:
+        def leave(*_: Any) -> None:
+            self.packed[index].place(self.packed[index].host)
+
+        return leave
+
+    def _fetch(self, index: int, avoid: Slot | None) -> Slot:
+        """The slot that has a layer, or will have: `avoid` is in use."""
+        for slot in self.slots:
+            if slot.layer == index:
+                return slot
+        slot = next(slot for slot in self.slots if slot is not avoid)
+        packed = self.packed[index]
+        slot.layer = index
+        slot.arrived = self.streams.copy(
+            slot.room[: packed.nbytes], packed.host[: packed.nbytes], self.streams.compute_event()
+        )
+        self.bytes_moved += packed.nbytes
+        return slot
+
+
+def place_frozen(
+    model: nn.Module, device: torch.device, *, streamed: bool, offload_dir: str | Path | None = None
+) -> nn.Module:
+    """A whole frozen model beside the base: on the device, or (`stream_frozen`) passing through."""
+    if not streamed:
+        return model.requires_grad_(False).eval().to(device)
+    # Kept on the model: nobody else needs it, and it has to live as long.
+    cast(Any, model).streamed = stream(model, device, offload_dir=offload_dir)
+    return model
+
+
+def stream(
+    model: nn.Module,
+    device: torch.device,
+    *,
+    layers: Sequence[nn.Module] | None = None,
+    offload_dir: str | Path | None = None,
+    streams: Streams | None = None,
+) -> StreamedModel:
+    """Freeze a model that lies in host memory and run its layers on `device`, forward only.
+
+    Args:
+        model: its layers are found as the `nn.ModuleList` with the most parameters. It must not
+            have been moved to the device; what is not a layer is moved here.
+        device: where it computes.
+        layers: the layers in the order in which they run, where finding them is not enough.
+        offload_dir: a folder for memory-mapped files, in place of pinned host memory.
+        streams: what orders the copies; None is what the device has.
+
+    Raises:
+        ValueError: no layers; and, from the forward, a gradient is asked for.
+    """
+    return StreamedModel(model, device, layers=layers, offload_dir=offload_dir, streams=streams)

@@ -1,0 +1,1 @@
+"""Stage ppo: sample, score, estimate advantages, update."""

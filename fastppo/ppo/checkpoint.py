@@ -1,0 +1,250 @@
+"""Folders that PEFT, transformers and LLaMA-Factory read: adapter or model, head, tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from fastppo import seeds
+from fastppo.config.rewards import BASE_RECORD
+from fastppo.errors import Interrupted, UserError
+from fastppo.models.adapters import adapters_to_merge
+from fastppo.models.load import causal_lm
+from fastppo.models.value_head import VALUE_HEAD_FILE, value_head_state
+from fastppo.offload.activations import wrap
+from fastppo.ppo import log
+from fastppo.ppo.advantage import RunningScore
+from fastppo.run import durable, results, training_state
+from fastppo.run.save import begin, note_run, save_model, save_weights
+from fastppo.types import Answers
+
+if TYPE_CHECKING:
+    from fastppo.config import Config
+    from fastppo.ppo.state import State
+
+
+def save(state: State, folder: Path) -> None:
+    """Actor at the root, where plain PEFT looks; the critic, if it has its own weights, below."""
+    roles = state.roles
+    save_model(roles.model, roles.critic_head, state.tokenizer, folder)
+    if roles.critic_head is not None and not roles.shares_trunk:
+        critic, below = roles.places["critic"], folder / "critic"
+        below.mkdir(exist_ok=True)
+        save_weights(critic.model, folder if critic.adapter else below, "critic")
+        save_file(value_head_state(roles.critic_head), below / VALUE_HEAD_FILE)
+    below = adapters_to_merge(state.config)
+    if below:
+        text = json.dumps({"merged": below}, indent=2) + "\n"
+        (folder / BASE_RECORD).write_text(text, encoding="utf-8")
+    log.write_trainer_state(state, folder)
+
+
+def save_to_resume(state: State, output_dir: Path) -> Path:
+    """`checkpoint-N` with all that the steps after N depend on; there whole or not at all."""
+    folder = output_dir / f"checkpoint-{state.step}"
+    place = durable.beside(folder)
+    save(state, place)
+    tree = {
+        "step": state.step,
+        "seconds": state.seconds(),
+        "optimizer": state.optimizer.state_dict(),
+        "scheduler": state.scheduler.state_dict(),
+        "kl_coef": state.controller.kl_coef,
+        "running_score": asdict(state.running_score),
+        "trained": [p.detach() for p in trainable_parameters(state)],
+        "rows": state.metrics.rows,
+        "before": None if state.before is None else vars(state.before),
+        "random": state.random,
+        "decisions": state.budgets.decisions(),
+        "settings": settings(state.config),
+        "surroundings": surroundings(state),
+    }
+    training_state.write(tree, place)
+    note_run(place, state.budgets.decisions(), state.tracker)
+    durable.publish(place, folder)
+    state.saved_step = state.step
+    return folder
+
+
+def save_final(state: State, output_dir: Path) -> None:
+    """A finished run's files in `output_dir` itself; each replaces an older one in one step."""
+    place = durable.beside(output_dir / "checkpoint-final")
+    save(state, place)
+    durable.move_into(place, output_dir)
+
+
+def trainable_parameters(state: State) -> list[nn.Parameter]:
+    """Every trained parameter, in the optimiser's order."""
+    return [p for group in state.optimizer.param_groups for p in group["params"]]
+
+
+# Keys that the steps do not depend on.
+FREE = {
+    "source",
+    "ignored",
+    "output_dir",
+    "metrics_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "save_steps",
+    "save_total_limit",
+    "save_strategy",
+    "logging_strategy",
+    "logging_steps",
+    "logging_first_step",
+    "disable_tqdm",
+    "plot_loss",
+    "eval_strategy",
+    "eval_delay",
+    "eval_on_start",
+    "eval_steps",
+    "eval_max_samples",
+    "eval_judge",
+    "per_device_eval_batch_size",
+    "report_to",
+    "run_name",
+    "project",
+    "logging_dir",
+    "reward_api_timeout",
+    "reward_api_retries",
+    # What a run decides by the memory plan, and goes on with: see `budgets`.
+    "activation_offloading",
+    "chunk_bytes",
+    "generation_batch",
+    "log_prob_max_token_len_per_gpu",
+    "ppo_max_token_len_per_gpu",
+    "offload_dir",
+    "max_bad_steps",
+    "do_train",
+    "do_eval",
+    "cache_dir",
+}
+# Keys whose values lie in the checkpoint: the file's own would say nothing.
+CARRIED = {
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "critic_learning_rate",
+    "init_kl_coef",
+    "learning_rate",
+    "optim",
+    "weight_decay",
+}
+
+
+def settings(config: Config) -> dict[str, str]:
+    """A digest of each key that the steps depend on: to compare, and no secret of an URL in it."""
+    values = config.model_dump(mode="json", exclude=FREE)
+    return {
+        key: hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+        for key, value in values.items()
+    }
+
+
+def surroundings(state: State) -> dict[str, str]:
+    """What bits depend on beside the configuration: prompts, and what computes."""
+    device = state.roles.device
+    ids = json.dumps([prompt.ids for prompt in state.prompts])
+    return {
+        "the prompts": hashlib.sha256(ids.encode()).hexdigest(),
+        "torch's version": torch.__version__,
+        "the device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "the number of threads": str(torch.get_num_threads()),
+        "FASTPPO_BACKEND": os.environ.get("FASTPPO_BACKEND", ""),
+    }
+
+
+def check_same(state: State, saved: dict[str, Any], folder: Path) -> list[str]:
+    """What is not as it was when `folder` was written, in words for one note."""
+    key = f"{state.config.source}: resume_from_checkpoint: {folder}"
+    now, then = settings(state.config), saved["settings"]
+    changed = sorted(name for name in now if now[name] != then.get(name))
+    for name in changed:
+        if name in CARRIED:
+            raise UserError(
+                f"{key} was trained with another {name}, which it carries on; put the old value "
+                "back, or start anew"
+            )
+    if [p.shape for p in trainable_parameters(state)] != [p.shape for p in saved["trained"]]:
+        raise UserError(
+            f"{key}: what trained there has other shapes; keep lora_rank, lora_target, "
+            "finetuning_type, critic and advantage as they were"
+        )
+    names = {name for row in saved["rows"] for name in row if name.startswith("reward/")}
+    if not names <= set(state.metrics.reward_columns):
+        raise UserError(
+            f"{key}: it has rewards {', '.join(sorted(names))}; keep reward_model as it was"
+        )
+    around = surroundings(state)
+    return changed + [name for name in around if around[name] != saved["surroundings"].get(name)]
+
+
+@torch.no_grad()
+def resume(state: State, folder: Path) -> list[str]:
+    """Go on where `folder` was saved, with everything that a later step depends on.
+
+    Returns:
+        What has changed since, in words: with nothing in it, the run goes on bit for bit.
+    """
+    saved = training_state.read(folder)
+    if "trained" not in saved:
+        raise UserError(
+            f"{state.config.source}: resume_from_checkpoint: {folder} is of stage rm; name one of "
+            "stage ppo"
+        )
+    changed = check_same(state, saved, folder)
+    for parameter, value in zip(trainable_parameters(state), saved["trained"], strict=True):
+        parameter.copy_(value)
+    state.optimizer.load_state_dict(saved["optimizer"])
+    state.scheduler.load_state_dict(saved["scheduler"])
+    state.controller.kl_coef = saved["kl_coef"]
+    state.running_score = RunningScore(**saved["running_score"])
+    state.step = saved["step"]
+    state.budgets.adopt(saved["decisions"])
+    mode, offload_dir = state.budgets.activation_offloading, state.config.offload_dir
+    trained = [place.model for place in state.roles.places.values() if place.trainable]
+    for base in {causal_lm(model) for model in trained}:
+        wrap(base, mode, offload_dir=offload_dir)
+    state.began -= saved["seconds"]
+    state.before = None if saved["before"] is None else Answers(**saved["before"])
+    # The last one is made anew, with what is written after it.
+    found = log.read_evaluations(folder)
+    state.evaluations = [each for each in found if each["step"] < state.total_steps]
+    state.metrics.go_on(saved["rows"])
+    state.random = saved["random"]
+    seeds.set_random_state(state.random)
+    return changed
+
+
+def start(state: State, folder: Path | None, output_dir: Path) -> list[str]:
+    """Begin in `output_dir`, or go on from `folder`; in words where, and whether to the bit."""
+    notes = []
+    if folder is None:
+        results.clear(output_dir)
+    else:
+        changed = resume(state, folder)
+        notes.append(f"resumes after step {state.step} from {folder}")
+        if changed:
+            notes.append(f"not bit for bit, for these changed since: {', '.join(changed)}")
+    evaluated = any(each["step"] == state.step for each in state.evaluations)
+    results.begin_log(output_dir, state.step, evaluated=evaluated)
+    begin(output_dir, state.budgets.decisions(), state.tracker)
+    return notes
+
+
+def save_and_stop(state: State, stop: Interrupted, output_dir: Path) -> Interrupted:
+    """Save where the last whole step ended; the interruption, with where that is."""
+    if state.step == 0:
+        return Interrupted(stop.signal, "no step was finished, so nothing was saved")
+    folder = output_dir / f"checkpoint-{state.step}"
+    if state.saved_step != state.step:
+        save_to_resume(state, output_dir)
+    return Interrupted(stop.signal, f"resume_from_checkpoint: true goes on from {folder}")

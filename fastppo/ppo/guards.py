@@ -1,0 +1,215 @@
+"""Watches over a run: each names what has begun to go wrong, and what to try, once.
+
+Each looks at the rows of training_metrics.csv alone, so a resumed run warns as an unbroken one
+does. A guard's column is 1 in every step in which it fires.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import save_file
+
+from fastppo.errors import TrainingStopped
+from fastppo.models.rounding import LIMITS, Precision
+from fastppo.ppo.sampling import Sampling
+
+if TYPE_CHECKING:
+    from fastppo.config import Config
+    from fastppo.types import Experience
+
+Row = Mapping[str, float]
+
+KL_LIMIT = 5.0  # times ppo_target
+ENTROPY_LEFT = 0.1  # share of the first step's entropy
+EOS_AT_FIRST, EOS_LEFT = 0.1, 0.1  # share in the first steps, and what is left of it
+EOS_EXPECTED = 20  # so many at the first rate: fewer could be missing by chance
+LENGTH_CORRELATION = 0.6
+LENGTH_SAMPLES = 80  # a step of few responses correlates by chance
+VALUE_HELD, VALUE_STEPS = 0.25, 3  # share of tokens, and over how many steps in the mean
+
+
+def mean(rows: Sequence[Row], column: str) -> float:
+    """Of a column."""
+    return sum(row[column] for row in rows) / len(rows)
+
+
+def responses(row: Row) -> float:
+    """How many there were in a step."""
+    return row["response_tokens"] / row["response_length"]
+
+
+def ratio_off(rows: Sequence[Row], config: Config, precision: Precision) -> bool:
+    """Scoring and update disagree before anything was learned."""
+    return rows[-1]["ratio_first_pass"] > LIMITS[precision].log_ratio
+
+
+def kl_far(rows: Sequence[Row], config: Config, precision: Precision) -> bool:
+    """The policy is far from its reference."""
+    return rows[-1]["kl"] > KL_LIMIT * config.ppo_target
+
+
+def entropy_gone(rows: Sequence[Row], config: Config, precision: Precision) -> bool:
+    """The policy says nearly one thing."""
+    return rows[-1]["entropy"] < ENTROPY_LEFT * rows[0]["entropy"]
+
+
+def eos_gone(rows: Sequence[Row], config: Config, precision: Precision) -> bool:
+    """Responses ended by themselves at first, and no longer do."""
+    first = mean(rows[:5], "eos_share")
+    if first < EOS_AT_FIRST:
+        return False
+    window = max(3, math.ceil(EOS_EXPECTED / (first * responses(rows[-1]))))
+    return len(rows) >= 5 + window and mean(rows[-window:], "eos_share") <= EOS_LEFT * first
+
+
+def length_pays(rows: Sequence[Row], config: Config, precision: Precision) -> bool:
+    """Over many responses, score and length move together."""
+    window = max(10, math.ceil(LENGTH_SAMPLES / responses(rows[-1])))
+    enough = len(rows) >= window
+    return enough and abs(mean(rows[-window:], "score_length_corr")) >= LENGTH_CORRELATION
+
+
+def sampler_apart(rows: Sequence[Row], config: Config, precision: Precision) -> bool:
+    """The sampler's log-probs are not the trainer's, and no setting says that they should not."""
+    if Sampling.of(config).truncates or config.min_new_tokens:
+        return False
+    return not rows[-1]["sampler_gap_abs"] <= LIMITS[precision].sampler_gap
+
+
+def value_held(rows: Sequence[Row], config: Config, precision: Precision) -> bool:
+    """The clip around the rollout's values keeps the critic from its returns, step after step."""
+    last = [row.get("value_clipfrac", 0.0) for row in rows[-VALUE_STEPS:]]
+    return len(last) == VALUE_STEPS and sum(last) / VALUE_STEPS > VALUE_HELD
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A condition on the rows so far, and what to say of it; `found` may quote columns."""
+
+    fires: Callable[[Sequence[Row], Config, Precision], bool]
+    found: str
+    cure: str
+
+    def line(self, column: str, row: Row) -> str:
+        """The warning."""
+        return f"{column}: {self.found.format(**row)}; {self.cure}"
+
+
+GUARDS = {
+    "guard_nonfinite": Guard(
+        lambda rows, config, precision: rows[-1]["nonfinite_steps"] > 0,
+        "{nonfinite_steps:.0f} optimiser steps were skipped, their loss or gradient not finite",
+        "now and then it is a spike; in many steps lower learning_rate, or look for huge scores "
+        "(score_clip)",
+    ),
+    "guard_ratio": Guard(
+        ratio_off,
+        "mean |log ratio| is {ratio_first_pass:.2g} before the step's first update, and should be "
+        "0 but for rounding",
+        "scoring and update run different kernels: try flash_attn: disabled, bf16: false or "
+        "tf32: false",
+    ),
+    "guard_kl": Guard(
+        kl_far,
+        f"KL is {{kl:.1f}} nats a response, more than {KL_LIMIT:g} times ppo_target",
+        "the reward is being exploited: raise init_kl_coef, or lower learning_rate or horizon",
+    ),
+    "guard_entropy": Guard(
+        entropy_gone,
+        f"entropy fell to {{entropy:.3g}} nats a token, below {ENTROPY_LEFT:.0%} of the first "
+        "step's",
+        "the policy says one thing only: set entropy_coef, raise init_kl_coef or lower "
+        "learning_rate",
+    ),
+    "guard_eos": Guard(
+        eos_gone,
+        "responses no longer end by themselves (eos_share {eos_share:.2f})",
+        "set missing_eos_penalty, or look whether the reward pays for length",
+    ),
+    "guard_length": Guard(
+        length_pays,
+        "score and response length move together (correlation {score_length_corr:+.2f})",
+        "the reward pays for length: read samples.json, train the reward model on pairs of equal "
+        "length, or add a reward of weight below 0 for it",
+    ),
+    "guard_value_clip": Guard(
+        value_held,
+        "the value clip held {value_clipfrac:.0%} of the tokens: the critic may move by "
+        "cliprange_value a step, and its returns are further off",
+        "set cliprange_value: null, or raise it to the scale of the scores (return_std)",
+    ),
+    "guard_sampler": Guard(
+        sampler_apart,
+        "the sampler's log-probs are {sampler_gap_abs:.2g} from the trainer's in the mean",
+        "set rollout_is_threshold: 2, and look for generation settings or kernels that only "
+        "sampling uses",
+    ),
+}
+
+
+def flags(rows: Sequence[Row], row: Row, config: Config, precision: Precision) -> dict[str, float]:
+    """The guards' columns of the step that `row` is of, after `rows`."""
+    so_far = [*rows, row]
+    return {name: float(guard.fires(so_far, config, precision)) for name, guard in GUARDS.items()}
+
+
+def warnings(rows: Sequence[Row]) -> list[str]:
+    """The lines of those that fire in the last step for the first time."""
+    return [
+        guard.line(name, rows[-1])
+        for name, guard in GUARDS.items()
+        if rows[-1][name] and not any(row[name] for row in rows[:-1])
+    ]
+
+
+def save_batch(experience: Experience, path: Path) -> None:
+    """A rollout with all that the update was given, to look at: tensors, and texts as metadata."""
+    scored, rollout = experience.scored, experience.scored.rollout
+    tensors = {
+        "input_ids_BT": rollout.input_ids_BT,
+        "prompt_length_B": torch.tensor(rollout.prompt_lengths),
+        "response_length_B": torch.tensor(rollout.response_lengths),
+        "offsets": scored.offsets,
+        "score_B": scored.score_B,
+        "shaped_score_B": experience.score_B,
+        "sampler_logprob_N": rollout.sampler_logprob_N,
+        "logprob_N": scored.logprob_N,
+        "ref_logprob_N": scored.ref_logprob_N,
+        "entropy_N": scored.entropy_N,
+        "kl_N": experience.kl_N,
+        "reward_N": experience.reward_N,
+        "advantage_N": experience.advantage_N,
+        "return_N": experience.return_N,
+        "value_N": scored.value_N,
+    }
+    texts = [[p.text, text] for p, text in zip(rollout.prompts, rollout.texts, strict=True)]
+    save_file(
+        {name: x.detach().cpu().clone() for name, x in tensors.items() if x is not None},
+        path,
+        metadata={"texts": json.dumps(texts, ensure_ascii=False)},
+    )
+
+
+def check_finite(row: Row, experience: Experience, config: Config) -> None:
+    """Stop a run whose optimiser steps are bad one after the other; its batch is kept.
+
+    Raises:
+        TrainingStopped: `max_bad_steps` of them in a row.
+    """
+    if not 0 < config.max_bad_steps <= row["nonfinite_run"]:
+        return
+    path = Path(config.output_dir) / f"bad_batch_step_{row['step']:.0f}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_batch(experience, path)
+    raise TrainingStopped(
+        f"{config.max_bad_steps} optimiser steps in a row had a loss or gradient that is not "
+        f"finite (max_bad_steps); their batch is in {path}, weights and moments are as they were "
+        "before them; the likeliest cause: learning_rate, or scores that are huge"
+    )

@@ -1,0 +1,136 @@
+"""What a PPO run says on the terminal."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.table import Table
+
+from fastppo import __version__
+from fastppo.config.effect import without_effect
+from fastppo.ops.backend import choose
+from fastppo.ppo.metrics import CSV, CURVES, SUMMARY
+from fastppo.ppo.optimizer import idle_steps
+from fastppo.ppo.sampling import Sampling
+from fastppo.run.console import clock_face, console, signed
+
+if TYPE_CHECKING:
+    from fastppo.config import Config
+    from fastppo.ppo.state import State
+
+
+def beta_room(config: Config, steps: int) -> float:
+    """The largest share by which the KL controller can move beta over the whole run."""
+    step = 0.2 * min(config.rollout_batch_size / config.horizon, 1.0)
+    return math.expm1(min(steps * math.log1p(step), 700.0))  # e**710 is no float any more
+
+
+def notices(config: Config, steps: int) -> list[str]:
+    """What a user would want to have been told before the run, not after."""
+    lines = list(config.ignored)
+    truncating = Sampling.of(config).truncates
+    if truncating:
+        lines.append(
+            f"{', '.join(truncating)}: the sampler is not the policy that trains; the column "
+            "sampler_gap shows by how much, and KL can turn negative"
+        )
+    if config.without_meaning:
+        lines.append(
+            f"{', '.join(config.without_meaning)}: nothing to advantage: {config.advantage}, and "
+            "without effect"
+        )
+    acting = without_effect(config)
+    lines += [f"{name}: {acting[name]}" for name in acting if name in config.model_fields_set]
+    if config.critic_warmup >= steps:
+        lines.append(
+            f"critic_warmup: {config.critic_warmup} leaves none of the {steps} steps to the "
+            "policy; lower it, or raise max_steps"
+        )
+    room = beta_room(config, steps)
+    if config.adap_kl_ctrl and room < 0.05:
+        lines.append(
+            f"this run is too short for the KL controller: over {steps} steps beta can move by "
+            f"{room:.2%} at most (horizon {config.horizon:g}); lower horizon to let it adapt"
+        )
+    responses = config.rollout_batch_size
+    if config.adap_kl_ctrl and config.horizon < responses:
+        lines.append(
+            f"horizon: {config.horizon:g} is shorter than a step of {responses} responses, and "
+            f"acts as {responses}: beta moves by at most 20% a step"
+        )
+    return lines
+
+
+def first_lines(state: State, steps: int) -> None:
+    """What will run, on what, with which roles, and where it writes."""
+    config = state.config
+    batch = config.rollout_batch_size
+    length = "held out" if state.eval_is_held_out else "from the training set"
+    ops = choose("linear_policy_loss", None, torch.empty(0, device=state.roles.device))
+    console.print(f"[bold]fastppo {__version__}[/bold], stage ppo, {config.model_name_or_path}")
+    console.print(
+        f"  device {state.roles.device}, {'bf16' if state.roles.autocast else 'float32'}, "
+        f"attention {state.roles.base.config._attn_implementation}, ops: {ops}, "
+        f"activations: {state.roles.base.activation_offload.mode}"
+    )
+    console.print(
+        f"  {steps} steps of {batch} responses to {config.prompts_a_step} prompts "
+        f"({len(state.prompts)} in the set), advantage {config.advantage}, "
+        f"{config.ppo_epochs} epochs each; evaluation on {len(state.eval_prompts)} prompts {length}"
+    )
+    table = Table("role", "weights", "trainable", box=None, padding=(0, 2))
+    for role, weights, count in state.roles.table(state.reward.table()):
+        table.add_row(role, weights, f"{count:,}")
+    console.print(table)
+    console.print(f"  writes {config.output_dir} and {config.metrics_dir}/")
+    idle = idle_steps(state.scheduler, steps)
+    lines = [*state.notes, *state.roles.notes, *notices(config, steps)]
+    if idle:
+        lines.append(
+            f"the learning rate is 0 in {idle} of the {steps} steps, whose rollouts teach nothing; "
+            "look at learning_rate, lr_scheduler_type and lr_scheduler_kwargs"
+        )
+    for line in lines:
+        console.print(f"  [yellow]note:[/yellow] {line}")
+
+
+def step_line(state: State, steps: int) -> None:
+    """One line a step, with the time left."""
+    row = state.metrics.rows[-1]
+    left = state.seconds() / state.step * (steps - state.step)
+    console.print(
+        f"step {state.step:>{len(str(steps))}}/{steps}  score {row['score']:+.3f}  "
+        f"kl {row['kl']:.2f} (beta {row['kl_coef']:.4f})  entropy {row['entropy']:.2f}  "
+        f"clip {row['clipfrac']:.1%}  length {row['response_length']:.1f}  "
+        f"{row['seconds']:.1f} s, {clock_face(left)} left"
+    )
+
+
+def evaluation_line(summary: dict[str, Any]) -> None:
+    """Before and after in one line."""
+    judge = ""
+    if "judge_before" in summary:
+        judge = f", judge {summary['judge_before']:+.3f} -> {summary['judge_after']:+.3f}"
+    parts = ""
+    for key in summary:
+        if key.startswith("reward/") and key.endswith("_before"):
+            name = key.removesuffix("_before")
+            before, after = summary[key], summary[f"{name}_after"]
+            parts += f", {name} {signed(before)} -> {signed(after)}"
+    console.print(
+        f"evaluation: reward {summary['reward_before']:+.3f} -> {summary['reward_after']:+.3f}"
+        f"{parts}{judge}, win rate {summary['win_rate']:.0%}, kl {summary['kl']:.2f}, "
+        f"length {summary['length_before']:.1f} -> {summary['length_after']:.1f}"
+    )
+
+
+def last_lines(state: State, summary: dict[str, Any]) -> None:
+    """The result, and where to look."""
+    evaluation_line(summary)
+    folder = Path(state.config.metrics_dir)
+    for name in (SUMMARY, CURVES, CSV):
+        console.print(f"  {folder / name}")
+    console.print(f"  policy: {state.config.output_dir}")

@@ -1,0 +1,91 @@
+"""PTX: cross-entropy on written answers beside PPO's loss, so that the policy keeps its language.
+
+Source: Ouyang et al. 2022, arXiv 2203.02155, eq. 2 (gamma there is `ptx_coef`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastppo.data import fit_prompt
+from fastppo.models.batch import Batch, make_batch, shuffled_batch
+from fastppo.ops import linear_token_logprobs
+from fastppo.seeds import seed_of
+from fastppo.types import Sequences
+
+if TYPE_CHECKING:
+    from fastppo.config import Config
+    from fastppo.data import Record
+    from fastppo.models.build import Roles
+    from fastppo.templates import Template
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+    """Prompts with answers that were written, not sampled: an endless, seeded stream of them."""
+
+    pairs: list[tuple[list[int], list[int]]]  # prompt ids, answer ids with their EOS
+    batch_size: int
+    pad_id: int
+    seed: int
+
+    @classmethod
+    def of(cls, records: list[Record], template: Template, config: Config) -> Demonstrations | None:
+        """Encode what `ptx_dataset` names; None where there is nothing to mix in."""
+        if not records:
+            return None
+        pairs = []
+        for record in records:
+            # As for pairs: the prompt has half of the room, an answer loses its end but no EOS.
+            prompt = fit_prompt(
+                record, template, max(config.cutoff_len // 2, 1), config.default_system
+            )
+            answer = template.encode_response(record.response or "")
+            room = config.cutoff_len - len(prompt) - 1
+            pairs.append((prompt, answer[:-1][:room] + answer[-1:]))
+        size = config.per_device_train_batch_size
+        return cls(pairs, size, template.pad_id, seed_of(config.seed, "ptx"))
+
+    def stream(self, first: int, device: torch.device) -> Iterator[Batch]:
+        """Micro-batches from optimiser step `first` on: the same ones after a resume."""
+        for number in count(first):
+            chosen = [
+                self.pairs[i]
+                for i in shuffled_batch(len(self.pairs), number, self.batch_size, seed=self.seed)
+            ]
+            width = max(len(prompt) + len(answer) for prompt, answer in chosen)
+            rows = [prompt + answer for prompt, answer in chosen]
+            padded = [row + [self.pad_id] * (width - len(row)) for row in rows]
+            sequences = Sequences(
+                input_ids_BT=torch.tensor(padded).to(device, non_blocking=True),
+                prompt_lengths=[len(prompt) for prompt, _ in chosen],
+                response_lengths=[len(answer) for _, answer in chosen],
+            )
+            yield make_batch(sequences, range(len(chosen)))
+
+
+def ptx_backward(roles: Roles, batch: Batch, coef: float) -> Tensor:
+    """Add the gradient of coef * mean(-log-prob of an answer's token) to the actor's.
+
+    Returns:
+        The mean before its coefficient, in nats (0-d, detached). At temperature 1: a likelihood.
+    """
+    with roles.use("actor"):
+        head = roles.lm_head
+        hidden_ND = batch.packing.gather(roles.hidden(**batch.inputs))
+        logprob_N = linear_token_logprobs(
+            hidden_ND.to(head.weight_VD.dtype),
+            head.weight_VD,
+            batch.token_N,
+            bias_V=head.bias_V,
+            softcap=head.softcap,
+        ).logprob_N
+        loss = -logprob_N.mean()
+        (coef * loss).backward()
+    return loss.detach()

@@ -1,0 +1,1 @@
+"""What scores a response: an adapter, a model, a server or a Python function."""

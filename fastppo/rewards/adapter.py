@@ -1,0 +1,110 @@
+"""Scores by a value head on hidden states, read at the token where it was trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from fastppo.config.rewards import RECORD
+from fastppo.errors import UserError
+from fastppo.models.batch import Batch, Budget, Order, batches
+from fastppo.types import Rollout
+
+if TYPE_CHECKING:
+    from fastppo.models.build import Roles
+    from fastppo.templates import Template
+
+
+class HeadReward:
+    """Scores (B,) float32 by a head on the policy's own tokens.
+
+    `hidden` gives the last hidden states (B, T, D) of a micro-batch. Our reward
+    models record where they were trained to be read: at the last token, EOS. LLaMA-Factory's
+    templates put a suffix behind EOS ("\\n" for the chatml family) and its reward models were
+    trained on that, so it is appended.
+    """
+
+    def __init__(
+        self,
+        hidden: Callable[[Batch], Tensor],
+        head: nn.Linear,
+        folder: Path,
+        template: Template,
+        budget: Budget,
+        *,
+        packs: bool = True,
+    ) -> None:
+        self.hidden, self.head, self.packs = hidden, head, packs
+        self.template, self.budget = template, budget
+        self.score_at = read_score_at(folder) or ("suffix" if template.suffix_ids else "eos")
+
+    @torch.no_grad()
+    def __call__(self, rollout: Rollout) -> Tensor:
+        if self.score_at == "suffix":
+            rollout = append_suffix(rollout, list(self.template.suffix_ids), self.template.pad_id)
+        budget = self.budget if self.packs else self.budget.padded
+        made = batches(rollout, range(len(rollout.prompts)), budget)
+        scores = [self.head(batch.last(self.hidden(batch)).float()).squeeze(-1) for batch in made]
+        return Order.of(rollout, made).rows(scores)
+
+
+class AdapterReward(HeadReward):
+    """The same on the policy's base, with the adapter of stage rm (or of LLaMA-Factory) on it."""
+
+    def __init__(
+        self, roles: Roles, folder: Path, template: Template, budget: Budget, role: str = "reward"
+    ) -> None:
+        self.roles, self.role = roles, role
+        super().__init__(self._hidden, roles.reward_heads[role], folder, template, budget)
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        with self.roles.use(self.role):
+            return self.roles.hidden(**batch.inputs)
+
+
+def read_score_at(folder: Path) -> str | None:
+    """Where stage rm recorded that its scores are read; None for LLaMA-Factory's folders."""
+    record = folder / RECORD
+    if not record.is_file():
+        return None
+    try:
+        score_at = json.loads(record.read_text(encoding="utf-8"))["score_at"]
+    except (ValueError, KeyError, TypeError):
+        score_at = None
+    if score_at not in ("eos", "suffix"):
+        raise UserError(
+            f"reward_model: {record} does not say score_at eos or suffix; train it again, or "
+            "delete that file where the model is LLaMA-Factory's"
+        )
+    return str(score_at)
+
+
+def append_suffix(rollout: Rollout, suffix_ids: list[int], pad_id: int) -> Rollout:
+    """The same rollout with `suffix_ids` behind each response that ended by itself."""
+    rows = []
+    for row, length, ended in zip(
+        rollout.input_ids_BT.tolist(), rollout.lengths, rollout.terminated, strict=True
+    ):
+        rows.append(row[:length] + (suffix_ids if ended else []))
+    width = max(map(len, rows))
+    longer = [
+        n + (len(suffix_ids) if ended else 0)
+        for n, ended in zip(rollout.response_lengths, rollout.terminated, strict=True)
+    ]
+    ids_BT = torch.tensor(
+        [row + [pad_id] * (width - len(row)) for row in rows], device=rollout.input_ids_BT.device
+    )
+    return Rollout(
+        prompts=rollout.prompts,
+        input_ids_BT=ids_BT,
+        prompt_lengths=rollout.prompt_lengths,
+        response_lengths=longer,
+        terminated=rollout.terminated,
+        sampler_logprob_N=rollout.sampler_logprob_N,
+        texts=rollout.texts,
+    )

@@ -1,0 +1,279 @@
+"""Scores by a model of its own: a sequence classifier, or a causal LM with a value head."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel, load_peft_weights
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
+
+from fastppo.config.rewards import HEAD_FILES, split
+from fastppo.errors import UserError
+from fastppo.models.batch import Batch, Budget, partition
+from fastppo.models.load import (
+    LOAD_ERRORS,
+    attention,
+    check_same_tokens,
+    compute_dtype,
+    first_line,
+)
+from fastppo.models.value_head import load_value_head
+from fastppo.offload.frozen import place_frozen
+from fastppo.rewards.adapter import HeadReward
+from fastppo.types import Prompt, Rollout
+
+if TYPE_CHECKING:
+    from fastppo.config import Config
+    from fastppo.templates import Template
+
+# Stands behind a truncated response while its conversation is written; the rest is cut off there.
+CUT_HERE = "<<<truncated>>>"
+
+
+class ClassifierReward:
+    """Scores (B,) float32 by a sequence classifier with one label.
+
+    The prompt's messages and the response's text are written anew with the classifier's own chat
+    template and tokenizer, and the score is its own logit of the conversation. A truncated response
+    gets no end of turn: the policy gave none, and no other reward is shown one.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, name: str, budget: Budget) -> None:
+        self.model, self.tokenizer, self.budget = model, tokenizer, budget
+        self.key = f"reward_model: {name}"
+        # What fastppo-export keeps of a head's bias: transformers' classifiers have none.
+        self.bias = float(getattr(model.config, "score_bias", 0.0))
+        inner = model.config.get_text_config()
+        self.pad_id: int | None = inner.pad_token_id
+        self.max_length = min(
+            getattr(inner, "max_position_embeddings", None) or 1 << 30,
+            getattr(tokenizer, "model_max_length", None) or 1 << 30,
+        )
+        self.cut = False
+
+    def encode(self, prompt: Prompt, text: str, *, truncated: bool = False) -> list[int]:
+        """Ids of the conversation that `text` ends; the last ones where it is too long.
+
+        Behind a `truncated` text nothing stands, no end of turn either.
+        """
+        said = text + CUT_HERE if truncated else text
+        chat = [*prompt.messages, {"role": "assistant", "content": said}]
+        try:
+            whole = self.tokenizer.apply_chat_template(chat, tokenize=False)
+        except Exception as error:  # a template is a program of its own, and may raise anything
+            raise UserError(
+                f"{self.key}: its chat template refuses a conversation of "
+                f"{', '.join(turn['role'] for turn in chat)} ({error}); mend the template or the "
+                "records"
+            ) from None
+        if truncated:
+            # Not continue_final_message, which refuses a template that writes a thought otherwise.
+            if CUT_HERE not in whole:
+                raise UserError(
+                    f"{self.key}: its chat template leaves out the end of an answer, so that a "
+                    "truncated one cannot be told from a finished one; mend the template"
+                )
+            whole = whole[: whole.rindex(CUT_HERE)]
+        ids = self.tokenizer(whole, add_special_tokens=False)["input_ids"]
+        if len(ids) > self.max_length and not self.cut:
+            self.cut = True
+            warnings.warn(
+                f"{self.key}: a conversation has {len(ids)} tokens and it takes "
+                f"{self.max_length}; it sees the last of them. Lower max_new_tokens or cutoff_len",
+                stacklevel=2,
+            )
+        return list(ids[-self.max_length :])
+
+    @torch.no_grad()
+    def __call__(self, rollout: Rollout) -> Tensor:
+        device = rollout.input_ids_BT.device
+        found = zip(rollout.prompts, rollout.texts, rollout.terminated, strict=True)
+        rows = [self.encode(prompt, text, truncated=not ended) for prompt, text, ended in found]
+        score_B = torch.empty(len(rows), device=device)
+        for chosen in partition([len(row) for row in rows], range(len(rows)), self.budget.padded):
+            score_B[chosen] = self.logits([rows[i] for i in chosen], device)
+        return score_B
+
+    def logits(self, rows: list[list[int]], device: torch.device) -> Tensor:
+        """Logits (B,) float32 of conversations, padded on the right."""
+        pad_id = self.pad_id
+        if pad_id is None:
+            # Such a model reads the last position, and refuses a batch. It takes one whose pad is
+            # a token that no row holds: the last other token is then each row's last.
+            used = {token for row in rows for token in row}
+            pad_id = next(token for token in range(len(used) + 1) if token not in used)
+        width = max(map(len, rows))
+        ids_BT = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows], device=device)
+        lengths_B = torch.tensor([len(row) for row in rows], device=device)
+        mask_BT = (torch.arange(width, device=device) < lengths_B[:, None]).long()
+        inner = self.model.config.get_text_config()
+        inner.pad_token_id = pad_id
+        try:
+            logits_B1 = self.model(input_ids=ids_BT, attention_mask=mask_BT).logits
+            return logits_B1[:, 0].float() + self.bias
+        finally:
+            inner.pad_token_id = self.pad_id
+
+
+def adapters_of(config: Config) -> list[str]:
+    """The folders in `reward_model_adapters`."""
+    return split(config.reward_model_adapters) if config.reward_model_adapters else []
+
+
+def head_folder(name: str, config: Config) -> Path | None:
+    """Where the value head lies: with the last adapter, or with the model; None for no such."""
+    for folder in (*(Path(path) for path in adapters_of(config)[-1:]), Path(name)):
+        if any((folder / file).is_file() for file in HEAD_FILES):
+            return folder
+    return None
+
+
+def load_full(
+    name: str,
+    config: Config,
+    device: torch.device,
+    template: Template,
+    budget: Budget | None = None,
+) -> ClassifierReward | HeadReward:
+    """The reward model of `reward_model_type: full`, frozen, in the dtype of the run.
+
+    A value head beside the weights makes it LLaMA-Factory's: a causal LM that scores the policy's
+    own tokens. Anything else has to be a sequence classifier with one label.
+    """
+    folder = head_folder(name, config)
+    budget = budget or Budget.of(config, scoring=True)
+    if folder is None:
+        model = load_model(AutoModelForSequenceClassification, name, config, device)
+        model.config.use_cache = False
+        labels = model.config.num_labels
+        if labels != 1:
+            raise UserError(
+                f"reward_model: {name} has {labels} labels, and a score is one number; name a "
+                "classifier with num_labels 1"
+            )
+        own = load_own_tokenizer(name, config)
+        if not getattr(own, "chat_template", None):
+            raise UserError(
+                f"reward_model: the tokenizer of {name} has no chat template to write the "
+                "conversation with; put a chat_template.jinja beside it"
+            )
+        return ClassifierReward(place(model, config, device), own, name, budget)
+    model = load_model(AutoModelForCausalLM, name, config, device)
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    cure = "train it on the same base, or name a sequence classifier"
+    check_same_tokens(config, "reward_model", name, inner, cure)
+    # Without its output head, which scores nothing.
+    trunk = place(getattr(inner, inner.base_model_prefix), config, device)
+    head = load_value_head(folder, inner.config.get_text_config().hidden_size, device)
+    head.requires_grad_(False)
+
+    def hidden(batch: Batch) -> Tensor:
+        output = trunk(input_ids=batch.input_ids_BT, attention_mask=batch.mask_BT, use_cache=False)
+        return output.last_hidden_state
+
+    # Its attention is its own affair: padded, whatever the policy's is.
+    return HeadReward(hidden, head, folder, template, budget, packs=False)
+
+
+def load_model(kind: Any, name: str, config: Config, device: torch.device) -> Any:
+    """Weights and adapters, frozen and in eval mode; every weight has to be in the files.
+
+    In host memory, but for a model in few bits.
+    """
+    dtype = compute_dtype(config, device)
+    own: dict[str, Any] = {}
+    if config.flash_attn != "auto":  # auto leaves it to transformers: not all classifiers have sdpa
+        own["attn_implementation"] = attention(config.flash_attn, device, dtype)
+    bits = config.reward_model_quantization_bit
+    if bits is not None:
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise UserError(
+                f"reward_model_quantization_bit: {bits} needs a package that is not installed; "
+                "pip install 'fastppo[quantization]', or leave it out"
+            )
+        own["device_map"] = {"": device}
+        own["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=bits == 4,
+            load_in_8bit=bits == 8,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    adapters = adapters_of(config)
+    try:
+        if adapters and kind is AutoModelForSequenceClassification:
+            own["config"] = config_with_one_label(name, config)
+        model, info = kind.from_pretrained(
+            name,
+            cache_dir=config.cache_dir,
+            trust_remote_code=config.trust_remote_code,
+            dtype=dtype,
+            output_loading_info=True,
+            **own,
+        )
+    except LOAD_ERRORS as error:
+        raise UserError(
+            f"reward_model: {name} cannot be loaded ({first_line(error)}); check the folder or the "
+            "hub name"
+        ) from None
+    missing = set(info["missing_keys"])
+    for adapter in adapters:
+        try:
+            saved = load_peft_weights(adapter, device="cpu")
+            missing = {key for key in missing if not any(k.endswith(f".{key}") for k in saved)}
+            model = PeftModel.from_pretrained(model, adapter)
+        except LOAD_ERRORS as error:
+            raise UserError(
+                f"reward_model_adapters: {adapter} cannot be loaded on {name} "
+                f"({first_line(error)}); name adapters that were trained on it"
+            ) from None
+        if bits is None:  # into 4 or 8 bits nothing merges without loss
+            model = model.merge_and_unload()
+    if missing:
+        raise UserError(
+            f"reward_model: {name} has no weights for {min(missing)}; name a finished reward "
+            "model: a classifier, or a causal LM with value_head.safetensors"
+        )
+    return model.requires_grad_(False).eval()
+
+
+def place(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
+    """On the device, where a model in few bits is already, or passing through it."""
+    if config.reward_model_quantization_bit is not None:
+        return model
+    streamed, folder = config.stream_frozen, config.offload_dir
+    return place_frozen(model, device, streamed=streamed, offload_dir=folder)
+
+
+def config_with_one_label(name: str, config: Config) -> Any:
+    """One label, not the default 2, for a base whose head is its adapter's (as TRL saves it)."""
+    found = AutoConfig.from_pretrained(
+        name, cache_dir=config.cache_dir, trust_remote_code=config.trust_remote_code
+    )
+    if not any("SequenceClassification" in kind for kind in found.architectures or ()):
+        found.num_labels = 1
+    return found
+
+
+def load_own_tokenizer(name: str, config: Config) -> Any:
+    """The tokenizer that lies with a reward model."""
+    try:
+        return AutoTokenizer.from_pretrained(
+            name, cache_dir=config.cache_dir, trust_remote_code=config.trust_remote_code
+        )
+    except LOAD_ERRORS as error:
+        raise UserError(
+            f"reward_model: the tokenizer of {name} cannot be loaded ({first_line(error)}); put it "
+            "beside the weights"
+        ) from None

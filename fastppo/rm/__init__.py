@@ -1,0 +1,1 @@
+"""Stage rm: a reward model from pairs of better and worse answers."""

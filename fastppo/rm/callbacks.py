@@ -1,0 +1,158 @@
+"""Callbacks of stage rm's Trainer: lines, bar, log file, trackers, and what guards its steps."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save_file
+from torch import nn
+from transformers import TrainerCallback
+
+from fastppo.errors import TrainingStopped
+from fastppo.run import console, results
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastppo.config import Config
+    from fastppo.memory.plan import Plan
+    from fastppo.rm.trainer import ResumableTrainer
+    from fastppo.run.tracking import Trackers
+
+
+class PrintLogs(TrainerCallback):
+    """Prints a line for each log entry, where transformers prints the dictionary."""
+
+    def __init__(self, plan: Plan | None, device: torch.device, longest: int) -> None:
+        self.clock = console.Clock()
+        self.plan, self.device, self.longest = plan, device, longest
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Print the memory that the first step took."""
+        if state.global_step == 1:
+            console.memory_line(self.plan, self.device, cutoff_len=self.longest)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Print a training or evaluation entry."""
+        if not logs:
+            return
+        if "loss" in logs:
+            elapsed = self.clock.columns()["seconds"]
+            left = elapsed / state.global_step * (state.max_steps - state.global_step)
+            console.console.print(
+                f"step {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.4f}  "
+                f"learning rate {float(logs['learning_rate']):.2g}  {console.clock_face(left)} left"
+            )
+        elif "eval_accuracy" in logs:
+            console.console.print(
+                f"evaluation: accuracy {logs['eval_accuracy']:.3f}, loss {logs['eval_loss']:.4f}, "
+                f"mean margin {logs['eval_margin']:+.3f}"
+            )
+
+
+class ProgressBar(TrainerCallback):
+    """With `disable_tqdm: false` draws a bar below the lines, as in stage ppo."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start at the step that a resumed run goes on from."""
+        self.bar = console.progress(self.config, state.max_steps, state.global_step)
+        self.bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Advance by a step."""
+        self.bar.advance(self.bar.task_ids[0])
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop drawing."""
+        self.bar.stop()
+
+
+class LogToTrackers(TrainerCallback):
+    """Sends log entries to the trackers of `report_to`, by the names that transformers uses."""
+
+    def __init__(self, trackers: Trackers) -> None:
+        self.trackers = trackers
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Send an entry: eval_loss as eval/loss, loss as train/loss."""
+        named = {
+            f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}": x
+            for name, x in (logs or {}).items()
+        }
+        self.trackers.log(named, step=state.global_step)
+
+
+class LogFile(TrainerCallback):
+    """Writes LLaMA-Factory's trainer_log.jsonl; an evaluation without training writes none."""
+
+    began: float | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start the file, or append to that of the run that is resumed."""
+        self.began = time.monotonic()
+        results.begin_log(Path(args.output_dir), state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Append a line of training or evaluation."""
+        if self.began is not None:
+            results.log_line(
+                Path(args.output_dir),
+                state.log_history[-1],
+                step=state.global_step,
+                total_steps=state.max_steps,
+                seconds=time.monotonic() - self.began,
+            )
+
+
+class RestoreSums(TrainerCallback):
+    """Restores the running sums of the loss that a resumed run goes on with."""
+
+    def __init__(self, trainer: ResumableTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """transformers has just set them to 0."""
+        trainer = self.trainer
+        if trainer.resumed is not None:
+            for name, value in trainer.resumed["sums"].items():
+                setattr(trainer, name, value)
+            trainer._tr_loss = trainer._tr_loss.to(trainer.args.device)
+            trainer.bad_run = trainer.resumed["bad_run"]
+
+
+class SkipNonfiniteSteps(TrainerCallback):
+    """Skips optimiser steps whose gradient is not finite; stops after max_bad_steps in a row."""
+
+    def __init__(self, trainer: ResumableTrainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        """Remove gradients that are not finite: without gradients AdamW does nothing."""
+        trainer = self.trainer
+        parameters = list(trainer.trainable_parameters().values())
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if nn.utils.get_total_norm(gradients).isfinite():
+            trainer.bad_run = 0
+            return
+        for parameter in parameters:
+            parameter.grad = None
+        trainer.bad_run += 1
+        trainer.bad_steps += 1
+        step = state.global_step + 1
+        if trainer.bad_steps == 1:
+            console.console.print(
+                f"[yellow]warning:[/yellow] guard_nonfinite: the gradient of step {step} is not "
+                "finite, and the step was skipped; in many steps lower learning_rate"
+            )
+        if 0 < trainer.max_bad_steps <= trainer.bad_run:
+            path = Path(args.output_dir) / f"bad_batch_step_{step}.safetensors"
+            save_file({name: x.cpu().contiguous() for name, x in trainer.inputs.items()}, path)
+            raise TrainingStopped(
+                f"{trainer.bad_run} steps in a row had a gradient that is not finite "
+                f"(max_bad_steps); the last batch is in {path}; the likeliest cause: learning_rate"
+            )

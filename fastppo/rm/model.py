@@ -1,0 +1,52 @@
+"""A reward model, its loss over pairs, and its scale."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastppo.models.load import trunk
+
+
+class RewardModel(nn.Module):
+    """The trunk (under LoRA, or itself trained) and a linear head, read at the last token."""
+
+    def __init__(self, model: Any, head: nn.Linear, *, autocast: bool) -> None:
+        super().__init__()
+        self.model, self.head, self.autocast = model, head, autocast
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Scores (B,) float32 of right-padded sequences."""
+        device = input_ids.device.type
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=self.autocast):
+            hidden_BTD = trunk(self.model)(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+            ).last_hidden_state
+        rows = torch.arange(len(input_ids), device=input_ids.device)
+        last_BD = hidden_BTD[rows, attention_mask.sum(1) - 1]
+        score_B: Tensor = self.head(last_BD.float()).squeeze(-1)
+        return score_B
+
+
+def pair_loss(score_2B: Tensor) -> Tensor:
+    """mean of -log sigmoid(chosen - rejected); the first half of the scores are the chosen.
+
+    Source: Ouyang et al. 2022, Training language models to follow instructions, equation 1.
+    """
+    chosen_B, rejected_B = score_2B.chunk(2)
+    return -nn.functional.logsigmoid(chosen_B - rejected_B).mean()
+
+
+@torch.no_grad()
+def calibrate(head: nn.Linear, score_N: Tensor) -> None:
+    """Fold into the head what makes these scores mean 0 and standard deviation 1.
+
+    The order of all answers stays as it is; beta then means the same for every reward model.
+    Source: Huang et al. 2024, The N+ Implementation Details of RLHF with PPO, detail on normalising
+    the reward model's output.
+    """
+    mean, std = score_N.mean(), score_N.std().clamp_min(1e-6)
+    head.bias.copy_((head.bias - mean) / std)
+    head.weight.div_(std)

@@ -1,0 +1,345 @@
+"""Stage rm: a reward model (an adapter and a head) from pairs of better and worse answers."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import EarlyStoppingCallback, set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from fastppo import __version__
+from fastppo.config.rewards import HEAD_FILES
+from fastppo.config.roles import folder_to_evaluate
+from fastppo.data import encode_pairs
+from fastppo.errors import Interrupted, TrainingStopped
+from fastppo.memory.auto import advice_on_failure, resolve_auto
+from fastppo.memory.budgets import Budgets
+from fastppo.memory.retry import retried
+from fastppo.models.adapters import (
+    adapter_to_continue,
+    adapters_to_merge,
+    disable_input_cast,
+    load_peft_model,
+    merge_adapters,
+    round_outputs_to_bfloat16,
+    setup_lora_tuning,
+    setup_weight_tuning,
+    upcast_trainable,
+)
+from fastppo.models.load import (
+    causal_lm,
+    compute_dtype,
+    hidden_size,
+    load_base,
+    load_tokenizer,
+    wrap_activations,
+)
+from fastppo.models.value_head import load_value_head, new_value_head
+from fastppo.rewards.adapter import read_score_at
+from fastppo.rm.arguments import fit_micro_batches, lora_plus, training_arguments
+from fastppo.rm.callbacks import LogFile, LogToTrackers, PrintLogs, ProgressBar
+from fastppo.rm.evaluation import evaluate
+from fastppo.rm.model import RewardModel, calibrate
+from fastppo.rm.pairs import Pairs, collate
+from fastppo.rm.trainer import PairTrainer, compute_metrics
+from fastppo.run import console, durable, results, save
+from fastppo.run.launch import choose_device, hide_launcher_variables
+from fastppo.run.stopping import Stop
+from fastppo.run.tracking import Trackers
+from fastppo.templates import Template, get_template
+
+if TYPE_CHECKING:
+    from fastppo.config import Config
+    from fastppo.data import Records
+    from fastppo.memory.plan import Plan
+
+HEAD_STD = 0.01  # of a new head: all scores start near 0
+
+
+def trained_model(config: Config, device: torch.device) -> nn.Module:
+    """The base model; what `finetuning_type` trains of it is float32, the rest as it was loaded."""
+    base = load_base(config, device, bits=config.quantization_bit)
+    if config.finetuning_type == "lora":
+        model: nn.Module = setup_lora_tuning(config, base)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        round_outputs_to_bfloat16(model, trained)
+        disable_input_cast(model)
+    else:
+        model, trained = base, setup_weight_tuning(config, base, config.finetuning_type)
+    upcast_trainable(trained)
+    return model
+
+
+def folder_of_head(config: Config) -> Path | None:
+    """Folder of the adapter that training continues, if it has a reward head, as in LLaMA-Factory.
+
+    None for an SFT adapter, which has none: then a new head is made.
+    """
+    continued = adapter_to_continue(config)
+    folder = None if continued is None else Path(continued)
+    if folder is None or not any((folder / name).is_file() for name in HEAD_FILES):
+        return None
+    return folder
+
+
+def load_finished(config: Config, folder: Path, device: torch.device) -> nn.Module:
+    """The model that fastppo or LLaMA-Factory saved in `folder`: base and adapter, or whole."""
+    if config.finetuning_type != "lora":
+        return load_base(config, device, str(folder))
+    base = load_base(config, device, bits=config.quantization_bit)
+    base = merge_adapters(base, adapters_to_merge(config), "adapter_name_or_path")
+    return load_peft_model(base, str(folder), "adapter_name_or_path", train=False)
+
+
+class ParameterCopy:
+    """Host copy of the trainable parameters, restored if training is retried."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.values = [p.detach().to("cpu", copy=True) for p in self.parameters]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Copy the values back, and drop the gradients."""
+        for parameter, value in zip(self.parameters, self.values, strict=True):
+            parameter.copy_(value)
+            parameter.grad = None
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything that a run of stage rm trains or evaluates with."""
+
+    config: Config
+    device: torch.device
+    tokenizer: Any
+    template: Template
+    score_at: str  # the token that is scored: eos, or suffix (what the template writes after it)
+    train_pairs: Pairs
+    eval_pairs: Pairs  # held out; may be none
+    plan: Plan | None
+    budgets: Budgets
+    model: RewardModel
+    activations: str  # activation_offloading as it was resolved
+    evaluated: Path | None  # the finished model that a run without training evaluates
+    resumed: Path | None  # the checkpoint that training continues from
+    notes: list[str]  # on keys
+    resume_notes: list[str]
+
+
+def run(config: Config, records: Records) -> None:
+    """Train a reward model on the pairs, evaluate it on those held out, and save it.
+
+    Without training it evaluates a finished model, fastppo's or LLaMA-Factory's. A full disk or a
+    signal ends the run in one line.
+    """
+    output_dir = Path(config.output_dir)
+    with durable.space(output_dir):
+        setup = set_up(config, records)
+        print_first_lines(setup)
+        save.prepare_output_dir(output_dir)
+        with Stop() as stop:  # before, there is nothing to save
+            if setup.evaluated is None:
+                train(setup, stop)
+            else:
+                evaluate(make_trainer(setup, stop), setup.config, setup.eval_pairs, finished=False)
+
+
+def set_up(config: Config, records: Records) -> Setup:
+    """Encode the pairs, choose what is left to `auto`, and load the model."""
+    resumed, resume_notes = durable.to_resume(config)
+    if config.resume_from_checkpoint:
+        config = save.with_decisions(config, resumed or Path(config.output_dir))
+    device = choose_device(config)
+    evaluated = None
+    if not config.trains:
+        evaluated, config = folder_to_evaluate(config)
+    tokenizer = load_tokenizer(config)
+    template = get_template(
+        config.template,
+        tokenizer,
+        enable_thinking=config.enable_thinking,
+        preserve_thinking=config.preserve_thinking,
+    )
+    start = evaluated or folder_of_head(config)
+    score_at = "eos"
+    if start is not None:
+        score_at = read_score_at(start) or ("suffix" if template.suffix_ids else "eos")
+    train_pairs, eval_pairs = (
+        Pairs(
+            encode_pairs(
+                rows,
+                template,
+                config.cutoff_len,
+                config.default_system,
+                lf_truncation=config.lf_truncation,
+                suffix=score_at == "suffix",
+            )
+        )
+        for rows in (records.train, records.eval)
+    )
+    config, plan, auto_notes = resolve_auto(config, device)
+    budgets = Budgets.of(config)
+    set_seed(config.seed)
+    with advice_on_failure(plan, config, budgets, device):
+        if evaluated is None:
+            model = trained_model(config, device)
+        else:
+            model = load_finished(config, evaluated, device)
+    if start is None:
+        head = new_value_head(hidden_size(model), device)
+        nn.init.normal_(head.weight, std=HEAD_STD)
+    else:
+        head = load_value_head(start, hidden_size(model), device, "adapter_name_or_path")
+    offload = wrap_activations(config, causal_lm(model))
+    bf16 = compute_dtype(config, device) == torch.bfloat16
+    return Setup(
+        config,
+        device,
+        tokenizer,
+        template,
+        score_at,
+        train_pairs,
+        eval_pairs,
+        plan,
+        budgets,
+        RewardModel(model, head, autocast=bf16),
+        offload.mode,
+        evaluated,
+        resumed,
+        notes=[*auto_notes, *config.ignored],
+        resume_notes=resume_notes,
+    )
+
+
+def print_first_lines(setup: Setup) -> None:
+    """What runs, on which device, with how many pairs, and what was noted on the way."""
+    config, model, echo = setup.config, setup.model, console.console.print
+    what = "adapter" if config.finetuning_type == "lora" else f"base ({config.finetuning_type})"
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    echo(f"[bold]fastppo {__version__}[/bold], stage rm, {config.model_name_or_path}")
+    held_out = f"{len(setup.eval_pairs)} held out"
+    if setup.evaluated is None:
+        pairs = f"{len(setup.train_pairs)} pairs to train on, {held_out}"
+        role = f"{what} and head train {trainable:,}"
+    else:
+        pairs, role = held_out, f"evaluates {setup.evaluated}, read at {setup.score_at}"
+    dtype = "bf16" if model.autocast else "float32"
+    echo(f"  device {setup.device}, {dtype}, {pairs}; {role}")
+    echo(f"  activations: {setup.activations}; writes {Path(config.output_dir)}")
+    for line in setup.notes:
+        echo(f"  [yellow]note:[/yellow] {line}")
+    for line in setup.resume_notes:
+        echo(f"  {line}")
+    if setup.resumed is not None:
+        echo(f"  resumes from {setup.resumed}")
+
+
+@hide_launcher_variables()
+def make_trainer(setup: Setup, stop: Stop) -> PairTrainer:
+    """transformers' loop over the pairs, with fastppo's lines, log file and saving."""
+    config, template = setup.config, setup.template
+    trainer = PairTrainer(
+        model=setup.model,
+        args=training_arguments(fit_micro_batches(config, setup.budgets), len(setup.train_pairs)),
+        train_dataset=setup.train_pairs,
+        eval_dataset=setup.eval_pairs if len(setup.eval_pairs) else None,
+        data_collator=lambda pairs: collate(pairs, template.pad_id),
+        compute_metrics=compute_metrics,
+        callbacks=[
+            PrintLogs(setup.plan, setup.device, setup.train_pairs.longest),
+            ProgressBar(config),
+            LogFile(),
+        ],
+        optimizers=(lora_plus(config, setup.model) if setup.evaluated is None else None, None),
+        stop=stop,
+        max_bad_steps=config.max_bad_steps,
+        decisions=setup.budgets.decisions(),
+    )
+    trainer.tokenizer, trainer.in_order = setup.tokenizer, config.disable_shuffling
+    trainer.plots = config.plot_loss
+    trainer.record = {
+        "score_at": setup.score_at,
+        "template": template.name,
+        "merged": adapters_to_merge(config),
+        "fastppo": __version__,
+    }
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def train(setup: Setup, stop: Stop) -> None:
+    """Train, with half of the micro-batch if memory runs out; then evaluate what was saved."""
+    config, budgets = setup.config, setup.budgets
+    trackers = Trackers.of(config, setup.resumed)
+    with advice_on_failure(setup.plan, config, budgets, setup.device):
+        if config.finetuning_type == "lora":
+            start = ParameterCopy(setup.model)
+            trainer = retried(
+                "update",
+                budgets,
+                partial(fit, setup, stop, trackers),
+                used=lambda: budgets.update.tokens or 0,
+                clean=start.restore,
+            )
+        else:  # too large to keep a copy of
+            trainer = fit(setup, stop, trackers)
+        try:
+            evaluate(trainer, config, setup.eval_pairs, finished=True)
+        except Interrupted as interrupted:
+            folder = Path(config.output_dir)
+            cut = f"the reward model in {folder} is whole, its evaluation was cut off"
+            raise Interrupted(interrupted.signal, cut) from None
+    trainer.draw()
+    if trackers is not None:
+        trackers.close()
+
+
+def fit(setup: Setup, stop: Stop, trackers: Trackers | None) -> PairTrainer:
+    """Train from the start, or from the checkpoint to resume, and save; the trainer that did."""
+    config, output_dir = setup.config, Path(setup.config.output_dir)
+    trainer = make_trainer(setup, stop)
+    trainer.trackers = trackers
+    if config.early_stopping_steps is not None:
+        trainer.add_callback(EarlyStoppingCallback(config.early_stopping_steps))
+    if trackers is not None:
+        trainer.add_callback(LogToTrackers(trackers))
+    if setup.resumed is None:
+        results.clear(output_dir)
+    save.begin(output_dir, trainer.decisions, trackers)
+    checkpoint = None if setup.resumed is None else str(setup.resumed)
+    scores = None
+    try:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        if config.calibrate_reward:
+            scores = trainer.predict(setup.eval_pairs or setup.train_pairs).predictions
+    except Interrupted as interrupted:
+        raise save_and_stop(trainer, interrupted) from None
+    except Exception:
+        with suppress(Exception):  # what stopped the run is what there is to say
+            trainer.draw()
+        raise
+    head = setup.model.head
+    if not all(torch.isfinite(p).all() for p in head.parameters()):
+        raise TrainingStopped("the reward model's head is not finite; lower learning_rate")
+    if scores is not None:
+        calibrate(head, torch.as_tensor(scores).flatten())
+    trainer.save_model()
+    trainer.save_metrics("train", result.metrics)
+    return trainer
+
+
+def save_and_stop(trainer: PairTrainer, interrupted: Interrupted) -> Interrupted:
+    """Save the last whole step after a signal; the interruption, with how to resume from it."""
+    folder = trainer.save_stopped()
+    with suppress(Exception):
+        trainer.draw()
+    if folder is None:
+        return Interrupted(interrupted.signal, "no step was finished, so nothing was saved")
+    return Interrupted(interrupted.signal, f"resume_from_checkpoint: true goes on from {folder}")

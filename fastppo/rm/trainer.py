@@ -1,0 +1,227 @@
+"""transformers' training loop for stage rm, with checkpoints that resume to the bit.
+
+transformers restores weights, optimiser, schedule, generators and the place in the data. What it
+does not (running sums of the loss, parameters in their own precision) is saved beside that, and a
+checkpoint is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import EvalPrediction, Trainer
+
+from fastppo import seeds
+from fastppo.config.rewards import RECORD
+from fastppo.errors import UserError
+from fastppo.models.optim import start_warmup_above_zero
+from fastppo.rm.callbacks import RestoreSums, SkipNonfiniteSteps
+from fastppo.rm.metrics import pair_metrics
+from fastppo.rm.model import pair_loss
+from fastppo.run import durable, plots, save, training_state
+from fastppo.run.stopping import Stop
+
+if TYPE_CHECKING:
+    from fastppo.run.tracking import Trackers
+
+SUMS = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged")
+PLOTTED = ("loss", "eval_loss", "eval_accuracy")  # with plot_loss, a picture each
+
+
+class ResumableTrainer(Trainer):
+    """A Trainer that resumes bit for bit, skips bad steps, and saves and stops at a signal."""
+
+    def __init__(
+        self, *args: Any, stop: Stop, max_bad_steps: int, decisions: dict[str, Any], **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.stop, self.max_bad_steps, self.decisions = stop, max_bad_steps, decisions
+        self.bad_run = self.bad_steps = 0  # steps that were skipped: in a row, and in all
+        self.place: Path | None = None  # where a checkpoint is being written
+        self.resumed: dict[str, Any] | None = None
+        self.inputs: dict[str, Tensor] = {}
+        self.saved: Path | None = None  # the checkpoint that a resume would go on from
+        self.saved_at: int | None = None  # its step, where nothing was evaluated since
+        self.step_end: dict[str, Any] | None = None  # what a signal in the next step puts back
+        self.trackers: Trackers | None = None
+        self.add_callback(RestoreSums(self))
+        self.add_callback(SkipNonfiniteSteps(self))
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that train, by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """transformers' schedule, except that its warm-up starts above 0."""
+        first, warmup = self.lr_scheduler is None, self.args.get_warmup_steps(num_training_steps)
+        steps = max(num_training_steps, warmup + 1)  # as in make_scheduler
+        scheduler = super().create_scheduler(steps, *args, **kwargs)
+        if first:
+            start_warmup_above_zero(scheduler, warmup)
+        return scheduler
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """transformers' step, which a signal may interrupt; the batch is kept until the next."""
+        self.inputs = inputs
+        with self.stop.at_once():
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' evaluation or prediction, which a signal may interrupt."""
+        with self.stop.at_once():
+            return super().evaluation_loop(*args, **kwargs)
+
+    def note_step_end(self, *, evaluated: bool) -> None:
+        """Keep what the next micro-batch changes: after a signal in it, this is put back."""
+        sums = {name: getattr(self, name) for name in SUMS}
+        self.step_end = {
+            "evaluated": evaluated,
+            "random": seeds.random_state(),
+            "sums": {k: x.clone() if isinstance(x, Tensor) else x for k, x in sums.items()},
+            "flos": self.current_flos,
+            "bad_run": self.bad_run,
+        }
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self.note_step_end(evaluated=True)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if not self.state.global_step or kwargs.get("skip_scheduler"):  # eval_on_start
+            return super()._evaluate(*args, **kwargs)
+        self.note_step_end(evaluated=False)
+        self.saved_at = None
+        metrics = super()._evaluate(*args, **kwargs)
+        self.note_step_end(evaluated=True)
+        return metrics
+
+    def evaluate_if_cut_off(self) -> None:
+        """Run the evaluation that a signal cut off after the step that this run resumes from."""
+        if self.resumed is not None and not self.resumed.pop("evaluated", True):
+            self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        self.evaluate_if_cut_off()
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self.evaluate_if_cut_off()  # after the last step no generator is read back
+        return super()._finalize_training(*args, **kwargs)
+
+    def save_stopped(self) -> Path | None:
+        """Save the last whole step after a signal; its checkpoint, or None if there was no step.
+
+        Weights and optimiser are as that step left them: only whole steps change them.
+        """
+        end = self.step_end
+        if end is None or not self.state.global_step:
+            return self.saved
+        if self.saved_at == self.state.global_step and not self.args.save_only_model:
+            return self.saved
+        seeds.set_random_state(end["random"])
+        for name, value in end["sums"].items():
+            setattr(self, name, value)
+        self.current_flos, self.bad_run = end["flos"], end["bad_run"]
+        self.args.save_only_model = False  # or there would be nothing to go on from
+        self._save_checkpoint(self.model, None)
+        return self.saved
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """transformers' log, except that the final mean loss is over the whole run."""
+        if "train_loss" in logs:
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+        super().log(logs, *args, **kwargs)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self.place is None else str(self.place)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        output_dir = Path(self.args.output_dir)
+        folder = output_dir / f"checkpoint-{self.state.global_step}"
+        self.place = durable.beside(folder)
+        super()._save_checkpoint(model, trial)
+        self.state.best_model_checkpoint = None  # it would be the place that is renamed below
+        written = self.place / folder.name
+        save.note_run(written, self.decisions, self.trackers)
+        if not self.args.save_only_model:
+            sums = {name: getattr(self, name) for name in SUMS}
+            tree = {
+                "parameters": self.trainable_parameters(),
+                "sums": sums,
+                "bad_run": self.bad_run,
+            }
+            tree["evaluated"] = self.step_end is None or self.step_end["evaluated"]
+            training_state.write(tree, written)
+        durable.publish(written, folder)
+        self.place.rmdir()
+        self.place, self.saved, self.saved_at = None, folder, self.state.global_step
+        durable.keep_newest(output_dir, self.args.save_total_limit)
+
+    @torch.no_grad()
+    def _load_from_checkpoint(self, folder: str, model: nn.Module | None = None) -> None:
+        self.saved = Path(folder)
+        self.resumed = training_state.read(self.saved)
+        mine, saved = self.trainable_parameters(), self.resumed.get("parameters", {})
+        if {name: p.shape for name, p in mine.items()} != {n: p.shape for n, p in saved.items()}:
+            raise UserError(
+                f"resume_from_checkpoint: {folder}: what trained there has other names or shapes; "
+                "keep stage, lora_rank and lora_target as they were"
+            )
+        for name, parameter in mine.items():
+            parameter.copy_(saved[name])
+
+
+class PairTrainer(ResumableTrainer):
+    """The loop over pairs; its folders are those that stage ppo and LLaMA-Factory load."""
+
+    tokenizer: Any
+    record: dict[str, Any]  # where the scores are read, for whoever loads the folder
+    in_order = False  # disable_shuffling
+    plots = False  # plot_loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        if self.in_order:
+            return SequentialSampler(train_dataset or self.train_dataset)
+        return super()._get_train_sampler(train_dataset)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
+    ) -> Any:
+        """The pairwise loss of a micro-batch."""
+        scores = model(**inputs)
+        loss = pair_loss(scores)
+        return (loss, {"scores": scores}) if return_outputs else loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, and chosen and rejected scores side by side (B, 2)."""
+        with torch.no_grad():
+            scores = model(**self._prepare_inputs(inputs))
+        both_B2 = torch.stack(scores.chunk(2), dim=1)
+        return pair_loss(scores), both_B2, torch.zeros(len(both_B2))
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        save.save_model(self.model.model, self.model.head, self.tokenizer, folder)
+        text = json.dumps(self.record, indent=2) + "\n"
+        (folder / RECORD).write_text(text, encoding="utf-8")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.draw()
+
+    def draw(self) -> None:
+        """Draw LLaMA-Factory's pictures of all that was logged so far (`plot_loss`)."""
+        if self.plots:
+            plots.plot_log(self.state.log_history, PLOTTED, Path(self.args.output_dir))
+
+
+def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Accuracy, margin and calibration of the scores of pairs (N, 2)."""
+    return pair_metrics(prediction.predictions[:, 0], prediction.predictions[:, 1])

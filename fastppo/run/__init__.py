@@ -1,0 +1,1 @@
+"""What any run does to the world: folders, signals, the console, pictures, trackers."""

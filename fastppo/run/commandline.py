@@ -1,0 +1,71 @@
+"""What the two commands share: how they read their arguments, and what they keep quiet about.
+
+No torch here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from functools import partial
+from typing import NoReturn
+
+from fastppo import __version__
+from fastppo.errors import UserError
+
+WIDTH = 84  # columns of --help
+
+
+class Answered(Exception):
+    """--help or --version has been printed, and there is nothing else to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with options among the key=value, and its complaints as a UserError: one line."""
+
+    def __init__(self, command: str, *, usage: str, description: str, epilog: str) -> None:
+        super().__init__(
+            command,
+            usage=usage,
+            description=description,
+            epilog=epilog,
+            formatter_class=partial(argparse.RawDescriptionHelpFormatter, width=WIDTH),
+            add_help=False,
+            allow_abbrev=False,
+        )
+        self.options = self.add_argument_group("options")
+        self.options.add_argument("-h", "--help", action="help", help="this text")
+        version = f"fastppo {__version__}"
+        self.options.add_argument("--version", action="version", version=version, help="its number")
+
+    def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
+        """The arguments by name; those of the command line if None.
+
+        Raises:
+            UserError: an option is unknown, or lacks or contradicts something.
+            Answered: --help or --version was asked for.
+        """
+        options, rest = self.parse_known_intermixed_args(arguments)
+        for argument in rest:
+            if argument.startswith("-"):
+                raise UserError(f"unknown option '{argument}'; keys are overridden as key=value")
+        return options
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """Where argparse ends the process, the command returns."""
+        raise Answered
+
+    def error(self, message: str) -> NoReturn:
+        """argparse's own complaints, without the usage that it prints before them."""
+        raise UserError(f"{message}; see --help")
+
+
+def quieten() -> None:
+    """What libraries warn of on every start, and no user of this command can mend."""
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\..*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"peft\..*")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

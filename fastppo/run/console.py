@@ -1,0 +1,108 @@
+"""What a run says on the terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+from fastppo.memory.units import GIB
+
+if TYPE_CHECKING:
+    from fastppo.config import Config
+    from fastppo.memory.plan import Plan
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+class Clock:
+    """Seconds by phase of one step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.began = time.monotonic()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize()  # what was queued belongs to the phase that queued it
+        self.seconds[phase] = time.monotonic() - began
+
+    def columns(self) -> dict[str, float]:
+        """The phases and the whole, as metrics columns."""
+        columns = {f"seconds_{phase}": seconds for phase, seconds in self.seconds.items()}
+        return {**columns, "seconds": time.monotonic() - self.began}
+
+    def step_columns(self, response_tokens: float, update_tokens: float) -> dict[str, float]:
+        """Those of a PPO step: tokens a second of its phases, and of the whole, beside them."""
+        columns, seconds = self.columns(), self.seconds
+        return {
+            **columns,
+            "rollout_tokens_per_second": response_tokens / seconds["rollout"],
+            "update_tokens_per_second": update_tokens / seconds["update"],
+            "tokens_per_second": response_tokens / columns["seconds"],
+        }
+
+
+def progress(config: Config, steps: int, done: int) -> Progress:
+    """`disable_tqdm: false`: a bar below the lines; nothing otherwise. Enter it, then `advance`."""
+    bar = Progress(
+        "[progress.description]{task.description}",
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=config.disable_tqdm is not False,
+    )
+    bar.add_task(f"stage {config.stage}", total=steps, completed=done)
+    return bar
+
+
+def clock_face(seconds: float) -> str:
+    """1:02:03, or 2:03 below an hour."""
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def signed(value: float | None) -> str:
+    """A score with its sign; a dash where there is none."""
+    return "-" if value is None else f"{value:+.3f}"
+
+
+def memory_line(plan: Plan | None, device: torch.device, **lengths: int) -> None:
+    """After the first step: the most that it took, beside what was planned for it.
+
+    On a GPU the allocator has counted tensors. On a CPU nobody has: what the process took at most
+    is its code and libraries too. `lengths` are the longest that there were, by their keys.
+    """
+    if device.type == "cuda":
+        taken = torch.cuda.max_memory_allocated(device) / GIB
+        said = f"memory: {taken:.2f} GiB of tensors at the highest"
+    else:
+        taken = highest_rss() / GIB
+        said = f"memory: {taken:.2f} GiB at the highest, the whole process (resident)"
+    if plan is None:
+        console.print(f"{said}; not planned")
+        return
+    here, longest = plan.with_changes(**lengths).step_peak, plan.step_peak
+    console.print(
+        f"{said}; planned {here / GIB:.2f} of tensors for these lengths, {longest / GIB:.2f} at "
+        "their longest"
+    )
+
+
+def highest_rss() -> int:
+    """The most bytes of the process that were in memory at a time."""
+    import resource  # not on Windows
+
+    count = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return count if sys.platform == "darwin" else 1024 * count

@@ -1,0 +1,234 @@
+"""Folders that are there whole or not at all, a manifest to tell, and what to say of a full disk.
+
+A checkpoint is written beside its place, each file is flushed to the disk, a manifest with sizes
+and hashes comes last, and one rename puts the folder where it belongs. transformers' Trainer writes
+a checkpoint in place, and takes half a folder for a whole one. No torch here.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastppo.errors import TrainingStopped, UserError
+
+if TYPE_CHECKING:
+    from fastppo.config import Config
+
+MANIFEST = "manifest.json"
+RUN = "fastppo_run.json"  # in output_dir from a run's first peak on, and in checkpoints
+TRAINING_STATE = "training_state.json"  # the half of a checkpoint that only a resume reads
+NUMBERED = re.compile(r"checkpoint-(\d+)")
+FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+# What libraries without an errno say of those: safetensors and tokenizers (Rust), torch.save.
+FULL_WORDS = re.compile(r"os error (28|27|122)\b|PytorchStreamWriter|unexpected pos \d+ vs")
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write what is renamed over `path` afterwards: a reader never sees half a file."""
+    place = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield place
+        place.replace(path)
+    finally:
+        place.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 to `path`, whole or not at all."""
+    with whole(path) as place:
+        place.write_bytes(text.encode())
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def files_of(folder: Path) -> list[Path]:
+    """All files below `folder` but its manifest."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [path for path in found if path != folder / MANIFEST]
+
+
+def beside(folder: Path) -> Path:
+    """Where to write what will be `folder`: empty, and on the same file system."""
+    place = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    return place
+
+
+def publish(place: Path, folder: Path) -> None:
+    """Give what was written to `place` its manifest, flush all of it, and rename it to `folder`."""
+    files = {}
+    for path in files_of(place):
+        sync(path)
+        name = path.relative_to(place).as_posix()
+        files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    text = json.dumps({"files": files}, indent=1) + "\n"
+    (place / MANIFEST).write_text(text, encoding="utf-8")
+    sync(place / MANIFEST)
+    for below in sorted(path for path in place.rglob("*") if path.is_dir()):
+        sync(below)
+    sync(place)
+    if folder.exists():
+        remove(folder)
+    place.rename(folder)
+    sync(folder.parent)
+
+
+def move_into(place: Path, folder: Path) -> None:
+    """Put each file of `place` into `folder`, over an older one of its name; none is ever half."""
+    for path in files_of(place):
+        sync(path)
+        target = folder / path.relative_to(place)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(target)
+    sync(folder)
+    shutil.rmtree(place)
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint; a kill in between leaves none that looks whole and is not."""
+    doomed = folder.with_name(f".{folder.name}.deleted")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sweep(output_dir: Path) -> None:
+    """Delete what a killed run was writing or deleting."""
+    for pattern in (".checkpoint-*.partial", ".checkpoint-*.deleted"):
+        for path in output_dir.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def fault(folder: Path, *, hashes: bool = True) -> str | None:
+    """Why `folder` is no whole checkpoint, in words; None where it is one."""
+    try:
+        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name, wanted in listed.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            size = path.stat().st_size
+            if size != wanted["bytes"]:
+                return f"{name} has {size} of {wanted['bytes']} bytes"
+            if hashes and sha256(path) != wanted["sha256"]:
+                return f"{name} is not what was written"
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"its {MANIFEST} cannot be read"
+    return None
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """All checkpoint-N, the oldest first."""
+    numbered = [(NUMBERED.fullmatch(path.name), path) for path in output_dir.glob("checkpoint-*")]
+    return [path for _, path in sorted((int(m[1]), path) for m, path in numbered if m)]
+
+
+def keep_newest(output_dir: Path, limit: int | None) -> None:
+    """`save_total_limit`: delete the oldest checkpoint-N past it."""
+    if limit is not None:
+        for path in checkpoints(output_dir)[:-limit]:
+            remove(path)
+
+
+def fault_to_resume(folder: Path, *, hashes: bool) -> str | None:
+    """The same of a checkpoint that is to be resumed: it has to have more than a model."""
+    wrong = fault(folder, hashes=hashes)
+    if wrong is None and not (folder / TRAINING_STATE).is_file():
+        return f"it has no {TRAINING_STATE} (save_only_model)"
+    return wrong
+
+
+def to_resume(config: Config, *, hashes: bool = True) -> tuple[Path | None, list[str]]:
+    """The checkpoint that `resume_from_checkpoint` means, and what to say of those passed over.
+
+    True is the newest whole one in `output_dir`; None where a run was killed before its first.
+
+    Raises:
+        UserError: a folder that is named is no whole checkpoint, or there is nothing to resume.
+    """
+    wanted = config.resume_from_checkpoint
+    if not wanted:
+        return None, []
+    key = f"{config.source}: resume_from_checkpoint"
+    if wanted is not True:
+        folder = Path(wanted)
+        if not folder.is_dir():
+            raise UserError(f"{key}: no folder {folder}; name a checkpoint-N folder")
+        wrong = fault_to_resume(folder, hashes=hashes)
+        if wrong is not None:
+            raise UserError(
+                f"{key}: {folder} is no whole checkpoint: {wrong}; name another checkpoint-N"
+            )
+        return folder, []
+    output_dir, passed = Path(config.output_dir), list[str]()
+    for folder in reversed(checkpoints(output_dir)):
+        wrong = fault_to_resume(folder, hashes=hashes)
+        if wrong is None:
+            return folder, passed
+        passed.append(f"{folder} is torn and passed over: {wrong}")
+    if passed:
+        raise UserError(f"{key}: {passed[0]}; there is none before it; start anew without this key")
+    if not (output_dir / RUN).is_file():
+        raise UserError(f"{key}: {output_dir} has no checkpoint-N; leave it out")
+    return None, [f"{output_dir} has no checkpoint yet: the run starts from its beginning"]
+
+
+def full(error: BaseException) -> str | None:
+    """What went wrong, in words, where the disk (or a quota, or a size limit) was full."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        return os.strerror(error.errno)
+    if FULL_WORDS.search(str(error)):
+        return " ".join(str(error).split())[:120]
+    return None
+
+
+@contextmanager
+def space(output_dir: Path) -> Iterator[None]:
+    """Inside, a full disk stops the run in one line; what was whole stays.
+
+    Raises:
+        TrainingStopped: in place of the error, with the last checkpoint that is whole.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = full(error)
+        if reason is None:
+            raise
+        sweep(output_dir)  # gives back what the half-written one took
+        whole = [path for path in checkpoints(output_dir) if fault(path, hashes=False) is None]
+        kept = (
+            f"{whole[-1]} is whole: free some space, then set resume_from_checkpoint: true"
+            if whole
+            else "there is no checkpoint yet: free some space, then start anew"
+        )
+        raise TrainingStopped(f"no room to write below {output_dir} ({reason}); {kept}") from None

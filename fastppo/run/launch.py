@@ -1,0 +1,78 @@
+"""One process, one device: which device a run takes, and what a launcher's variables mean to it.
+
+No torch at import.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+from fastppo.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastppo.config import Config
+
+# How many processes the launcher started for this command. Not SLURM_NTASKS: a batch script has it
+# too, where it is what `srun` would start, and the script's own commands run once.
+SIZES: Final = (
+    "WORLD_SIZE",  # torchrun, accelerate launch, deepspeed
+    "OMPI_COMM_WORLD_SIZE",  # Open MPI
+    "PMI_SIZE",  # MPICH, Intel MPI, srun --mpi=pmi2
+    "MV2_COMM_WORLD_SIZE",  # MVAPICH2
+    "HOROVOD_SIZE",
+    "SLURM_STEP_NUM_TASKS",  # srun
+)
+# What accelerate reads when transformers' Trainer is made: a process group to join, other devices,
+# another precision.
+READ_BY_ACCELERATE: Final = (*SIZES, "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "ACCELERATE_")
+
+
+def processes() -> dict[str, int]:
+    """The variables that say that this process is one of several, and of how many."""
+    said = {name: os.environ.get(name, "") for name in SIZES}
+    return {name: int(x) for name, x in said.items() if x.isdecimal() and int(x) > 1}
+
+
+def check_one_process(command: str, key: str) -> None:
+    """Refuse to be one of several processes, which would all write the folder in `key`.
+
+    Raises:
+        UserError: the variables that say so, and how to start `command`.
+    """
+    found = processes()
+    if not found:
+        return
+    name, count = next(iter(found.items()))
+    raise UserError(
+        f"{name}: is {count}, so a launcher (torchrun, accelerate launch, mpirun, srun) started "
+        f"{count} processes, which would all write {key}; {command} is one process on one device: "
+        f"start it by itself, or unset {' '.join(found)}"
+    )
+
+
+@contextmanager
+def hide_launcher_variables() -> Iterator[None]:
+    """Inside the block (or the decorated function) no launcher's environment variables are set.
+
+    transformers' Trainer would join a process group of one, and take accelerate's own settings.
+    """
+    hidden = {x: os.environ.pop(x) for x in list(os.environ) if x.startswith(READ_BY_ACCELERATE)}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def choose_device(config: Config) -> torch.device:
+    """The GPU if there is one, unless `use_cpu`; sets the process's float32 precision by `tf32`."""
+    import torch
+
+    if config.tf32 is not None:
+        torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+    on_gpu = torch.cuda.is_available() and not config.use_cpu
+    return torch.device("cuda" if on_gpu else "cpu")

@@ -1,0 +1,261 @@
+"""Everything that can be refused before torch is imported; nothing is written."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastppo.config.rewards import HEAD_FILES, split
+from fastppo.config.training import BITSANDBYTES
+from fastppo.data import Records, read_records
+from fastppo.errors import UserError
+from fastppo.run import durable
+from fastppo.run.launch import check_one_process
+from fastppo.templates import check_name
+
+if TYPE_CHECKING:
+    from fastppo.config import Config
+
+
+def check(config: Config) -> Records:
+    """Refuse what cannot run; give back the records that were read on the way."""
+    check_one_process("fastppo-train", "output_dir")
+    if config.hf_hub_token:
+        os.environ["HF_TOKEN"] = config.hf_hub_token  # where all of the hub's clients look
+    try:
+        check_name(config.template)
+    except UserError as error:
+        raise UserError(f"{config.source}: {error}") from None
+    try:
+        return check_files(config)
+    except OSError as error:
+        raise UserError(
+            f"{config.source}: {str(error.filename)[:200]}: {error.strerror}; check the path"
+        ) from None
+
+
+def check_files(config: Config) -> Records:
+    """What lies on disk, or should."""
+    check_packages(config)
+    for key in ("model_name_or_path", "ref_model", "critic_model"):
+        check_model(config, key)
+    for key in ("adapter_name_or_path", "ref_model_adapters"):
+        check_adapters(config, key)
+    check_rewards(config)
+    check_output_dir(config)
+    return read_records(config)
+
+
+def check_packages(config: Config) -> None:
+    """Optional packages that the file asks for are there."""
+    quantised = [
+        (key, str(bits), "bitsandbytes", "quantization")
+        for key in (
+            "quantization_bit",
+            "ref_model_quantization_bit",
+            "reward_model_quantization_bit",
+        )
+        if (bits := getattr(config, key)) is not None
+    ]
+    attention = [("flash_attn", "fa2", "flash_attn", "flash-attn")]
+    optimisers = [("optim", config.optim, "bitsandbytes", "quantization")]
+    for key, asked, package, extra in (
+        *(("report_to", name, name, "tracking") for name in config.trackers),
+        *(attention if config.flash_attn == "fa2" else []),
+        *(optimisers if config.optim in BITSANDBYTES else []),
+        *quantised,
+    ):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"{config.source}: {key}: {asked} needs a package that is not installed; "
+                f"pip install 'fastppo[{extra}]', or leave {key} out"
+            )
+
+
+def looks_local(name: str) -> bool:
+    """A path, and not the name of a repository on the hub."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
+
+
+def read_json_file(path: Path, what: str) -> dict[str, Any]:
+    """A small JSON file of a model folder."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{what}: {path} cannot be read ({error}); mend or replace it") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{what}: {path} is not a JSON object; replace it")
+    return data
+
+
+def check_model(config: Config, key: str) -> None:
+    """A local model folder has to be one."""
+    name = getattr(config, key)
+    if name is None or not looks_local(name):
+        return
+    folder = Path(name)
+    if not folder.is_dir():
+        raise UserError(
+            f"{config.source}: {key}: no folder {name}; check the path, or name a model on the hub "
+            "as owner/name"
+        )
+    gguf = config.model_gguf_file if key == "model_name_or_path" else None
+    if gguf and not (folder / gguf).is_file():
+        raise UserError(f"{config.source}: model_gguf_file: no {gguf} in {name}; check its name")
+    if not (folder / "config.json").is_file() and not gguf:
+        adapter = " (it holds an adapter)" if (folder / "adapter_config.json").is_file() else ""
+        raise UserError(
+            f"{config.source}: {key}: {name} has no config.json{adapter}; name a folder that "
+            "save_pretrained wrote"
+        )
+
+
+def check_adapters(config: Config, key: str) -> None:
+    """Every adapter of a comma list that is not on the hub is a folder that PEFT wrote."""
+    names = getattr(config, key)
+    for name in [] if names is None else split(names):
+        folder = Path(name)
+        if not folder.is_dir():
+            if folder.parent.is_dir():  # owner/name on the hub has no such parent
+                raise UserError(f"{config.source}: {key}: no folder {folder}; check the path")
+            continue
+        read = folder / "adapter_config.json"
+        weights = [folder / f"adapter_model.{end}" for end in ("safetensors", "bin")]
+        if not read.is_file() or not any(path.is_file() for path in weights):
+            raise UserError(
+                f"{config.source}: {key}: {folder} has no adapter (adapter_config.json and "
+                "adapter_model.safetensors); name a folder that PEFT wrote"
+            )
+        read_json_file(read, f"{config.source}: {key}")
+
+
+def check_rewards(config: Config) -> None:
+    """Rewards that lie on disk are whole; URLs and function names were checked with the YAML."""
+    for spec in config.rewards:
+        if spec.kind == "lora":
+            check_reward_adapter(config, Path(spec.target))
+        elif spec.kind == "full":
+            check_reward_full(config, spec.target)
+
+
+def check_reward_full(config: Config, name: str) -> None:
+    """Local folders: a causal LM with a value head, or a classifier with one label."""
+    adapters = split(config.reward_model_adapters) if config.reward_model_adapters else []
+    for key, folder in [("reward_model", name), *(("reward_model_adapters", x) for x in adapters)]:
+        file = "config.json" if key == "reward_model" else "adapter_config.json"
+        if looks_local(folder) and not (Path(folder) / file).is_file():
+            raise UserError(
+                f"{config.source}: {key}: {folder} has no {file}; check the path, or name "
+                "one on the hub as owner/name"
+            )
+    path = Path(name) / "config.json"
+    if not path.is_file():
+        return
+    data = read_json_file(path, f"{config.source}: reward_model")
+    if any((Path(f) / head).is_file() for f in (name, *adapters[-1:]) for head in HEAD_FILES):
+        return
+    classes = data.get("architectures")
+    if adapters:
+        return  # the head may be theirs
+    if isinstance(classes, list) and classes and "SequenceClassification" not in str(classes[0]):
+        raise UserError(
+            f"{config.source}: reward_model: {name} is a {classes[0]} without "
+            f"{' or '.join(HEAD_FILES)}; name a sequence classifier with one label, or a model "
+            "with its value head"
+        )
+    labels = data.get("id2label")
+    # What a classifier's file does not say is 2 in transformers.
+    count = len(labels) if isinstance(labels, dict) else data.get("num_labels", 2)
+    if count != 1:
+        raise UserError(
+            f"{config.source}: reward_model: {name} has {count} labels, and a score is one number; "
+            "name a classifier with num_labels 1"
+        )
+
+
+def check_reward_adapter(config: Config, folder: Path) -> None:
+    """An adapter, a head, and a head of the base's hidden size."""
+    cure = "train one with stage: rm and name its output_dir"
+    if not folder.is_dir():
+        raise UserError(f"{config.source}: reward_model: no folder {folder}; {cure}")
+    for names, what in (
+        (("adapter_config.json",), "adapter"),
+        (("adapter_model.safetensors", "adapter_model.bin"), "adapter"),
+        (HEAD_FILES, "value head"),
+    ):
+        if not any((folder / name).is_file() for name in names):
+            raise UserError(
+                f"{config.source}: reward_model: {folder} has no {what} ({names[0]}); {cure}"
+            )
+    read_json_file(folder / "adapter_config.json", f"{config.source}: reward_model")
+    if not (folder / HEAD_FILES[0]).is_file():
+        return  # a .bin is read by torch, which is not here yet
+    head = head_size(folder / HEAD_FILES[0], config.source)
+    base = hidden_size(config)
+    if base is not None and head != base:
+        raise UserError(
+            f"{config.source}: reward_model: the head in {folder} is for hidden size {head}, and "
+            f"{config.model_name_or_path} has {base}; train the reward model on the same base"
+        )
+
+
+def head_size(path: Path, source: str) -> int:
+    """Hidden size that a value head was made for, from the safetensors header alone."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length)) if length < 1 << 20 else {}
+        return int(header["v_head.summary.weight"]["shape"][-1])
+    except (OSError, ValueError, KeyError, IndexError, TypeError, struct.error):
+        raise UserError(
+            f"{source}: reward_model: {path} has no v_head.summary.weight; train one with stage: rm"
+        ) from None
+
+
+def hidden_size(config: Config) -> int | None:
+    """The base's hidden size where its config.json is at hand."""
+    path = Path(config.model_name_or_path) / "config.json"
+    if not path.is_file():
+        return None
+    data = read_json_file(path, f"{config.source}: model_name_or_path")
+    inner = data.get("text_config")
+    size = data.get("hidden_size", inner.get("hidden_size") if isinstance(inner, dict) else None)
+    if size is not None and not isinstance(size, int):
+        raise UserError(
+            f"{config.source}: model_name_or_path: hidden_size in {path} is {size!r}; mend it"
+        )
+    return size
+
+
+def check_output_dir(config: Config) -> None:
+    """An earlier run's folder is not written into unless the file says so."""
+    folder = Path(config.output_dir)
+    places = {"output_dir": folder}
+    if config.stage == "ppo":
+        places["metrics_dir"] = Path(config.metrics_dir)
+    for key, place in places.items():
+        for above in (place, *place.parents):
+            if above.exists() and not above.is_dir():
+                raise UserError(f"{config.source}: {key}: {above} is a file; name a folder")
+    adapters = [] if config.adapter_name_or_path is None else split(config.adapter_name_or_path)
+    sources = [
+        ("model_name_or_path", config.model_name_or_path),
+        ("ref_model", config.ref_model),
+        ("critic_model", config.critic_model),
+        *(("reward_model", spec.target) for spec in config.rewards if spec.kind != "api"),
+        *(("adapter_name_or_path", name) for name in adapters if config.trains),
+    ]
+    for key, name in sources:
+        if name and Path(name).exists() and Path(name).resolve() == folder.resolve():
+            raise UserError(f"{config.source}: output_dir: is {key} itself; name another")
+    durable.to_resume(config, hashes=False)
+    allowed = config.overwrite_output_dir or config.resume_from_checkpoint or not config.trains
+    if not allowed and folder.is_dir() and any(folder.iterdir()):
+        raise UserError(
+            f"{config.source}: output_dir: {folder} is not empty; name another, or set "
+            "overwrite_output_dir: true"
+        )

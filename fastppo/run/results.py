@@ -1,0 +1,93 @@
+"""The files that LLaMA-Factory's users look for in output_dir, under its names.
+
+| file                         | what                                                             |
+|------------------------------|------------------------------------------------------------------|
+| `trainer_log.jsonl`          | a line a log entry, with the time left                           |
+| `trainer_state.json`         | transformers' TrainerState: where the run is, and its log        |
+| `train_results.json`, ...    | the last metrics of a split (train, eval, predict)               |
+| `all_results.json`           | all of them together                                             |
+| `generated_predictions.jsonl`| a line a held-out record                                         |
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from fastppo.run.durable import write_text
+
+LOG, ALL, PREDICTIONS = "trainer_log.jsonl", "all_results.json", "generated_predictions.jsonl"
+TRAINER_STATE = "trainer_state.json"
+SPLITS = ("train", "eval", "predict")
+# LLaMA-Factory's name in trainer_log.jsonl -> the name in a log entry.
+LOGGED = {
+    "loss": "loss",
+    "eval_loss": "eval_loss",
+    "reward": "reward",
+    "eval_reward": "eval_reward",
+    "eval_accuracy": "eval_accuracy",
+    "lr": "learning_rate",
+    "epoch": "epoch",
+}
+
+
+def save_metrics(folder: Path, split: str, metrics: Mapping[str, Any]) -> None:
+    """`<split>_results.json`, and the same into `all_results.json`, as transformers has them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / f"{split}_results.json", metrics)
+    path = folder / ALL
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    write_json(path, {**earlier, **metrics})
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Sorted and indented as transformers does it; whole or not at all."""
+    text = json.dumps(value, indent=4, sort_keys=True, ensure_ascii=False)
+    write_text(path, text + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """A JSON object a line, in UTF-8 that people can read."""
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    write_text(path, "".join(lines))
+
+
+def clear(folder: Path) -> None:
+    """Take away an earlier run's results: a new run's would be read beside them as one."""
+    for name in (LOG, ALL, PREDICTIONS, *(f"{split}_results.json" for split in SPLITS)):
+        (folder / name).unlink(missing_ok=True)
+
+
+def begin_log(folder: Path, step: int = 0, *, evaluated: bool = True) -> None:
+    """An empty `trainer_log.jsonl`; for a run that goes on after `step`, its lines up to there.
+
+    Not `evaluated`: without the evaluation after `step`, which is still to come.
+    """
+    path, kept = folder / LOG, []
+    if step and path.is_file():
+        # By newlines alone, and without what a killed run left of its last line.
+        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+            entry = json.loads(line)
+            at, to_come = entry.get("current_steps", 0), "eval_reward" in entry and not evaluated
+            if at < step or (at == step and not to_come):
+                kept.append(line + "\n")
+    write_text(path, "".join(kept))
+
+
+def log_line(
+    folder: Path, entry: Mapping[str, Any], *, step: int, total_steps: int, seconds: float
+) -> None:
+    """Append to `trainer_log.jsonl` what a log entry says of `step`, `seconds` into the run."""
+    left = seconds / max(1, step) * (total_steps - step)
+    line: dict[str, Any] = {"current_steps": step, "total_steps": total_steps}
+    line |= {name: entry[key] for name, key in LOGGED.items() if key in entry}
+    line |= {
+        "percentage": round(step / total_steps * 100, 2) if total_steps else 100,
+        "elapsed_time": str(timedelta(seconds=int(seconds))),
+        "remaining_time": str(timedelta(seconds=int(left))),
+    }
+    with (folder / LOG).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")

@@ -1,0 +1,94 @@
+"""What both stages write into output_dir: weights that PEFT and transformers read, and a record."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fastppo import __version__
+from fastppo.errors import UserError
+from fastppo.models.value_head import VALUE_HEAD_FILE, value_head_state
+from fastppo.run import durable
+
+if TYPE_CHECKING:
+    from fastppo.config import Config
+    from fastppo.run.tracking import Trackers
+
+
+def save_model(
+    model: Any,
+    head: nn.Linear | None,
+    tokenizer: Any,
+    folder: Path,
+    adapter: str = "default",
+) -> None:
+    """The adapter that trained, or the whole model where there is none; head and tokenizer."""
+    save_weights(model, folder, adapter)
+    if head is not None:
+        save_file(value_head_state(head), folder / VALUE_HEAD_FILE)
+    tokenizer.save_pretrained(str(folder))
+
+
+def save_weights(model: Any, folder: Path, adapter: str = "default") -> None:
+    """`default` at the root of `folder`, another adapter below it; a model at the root."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, PeftModel):
+        # False: whether the embeddings were resized is known here, and PEFT would ask the hub.
+        model.save_pretrained(str(folder), selected_adapters=[adapter], save_embedding_layers=False)
+        return
+    # What trains is float32 even where the base was loaded in bfloat16; on disk it is all of the
+    # base's dtype, which is what anybody would load it in.
+    dtype = model.config.dtype
+    cast: dict[int, Tensor] = {}  # by parameter, so that tied weights stay tied
+    state = {
+        name: cast.setdefault(id(value), value.detach().to(dtype))
+        if value.is_floating_point()
+        else value
+        for name, value in model.state_dict(keep_vars=True).items()
+    }
+    model.save_pretrained(str(folder), state_dict=state)
+    model.config.dtype = dtype  # save_pretrained notes that of the parameters
+    model.config.save_pretrained(str(folder))
+
+
+def note_run(folder: Path, decisions: dict[str, Any], trackers: Trackers | None = None) -> None:
+    """Leave in `folder` that fastppo ran here, what it decides where a file says auto, and what
+    its trackers call the run."""
+    record = {"fastppo": __version__, "decisions": decisions}
+    if trackers is not None:
+        record["trackers"] = trackers.runs
+    durable.write_text(folder / durable.RUN, json.dumps(record) + "\n")
+
+
+def with_decisions(config: Config, folder: Path) -> Config:
+    """`config` with what the run in `folder` decided where it still says auto."""
+    try:
+        record = json.loads((folder / durable.RUN).read_text(encoding="utf-8"))
+        found = record["decisions"].items()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        raise UserError(
+            f"{config.source}: resume_from_checkpoint: {folder / durable.RUN} cannot be read; "
+            "start anew without this key"
+        ) from None
+    return config.model_copy(
+        update={key: value for key, value in found if getattr(config, key) == "auto"}
+    )
+
+
+def begin(output_dir: Path, decisions: dict[str, Any], trackers: Trackers | None = None) -> None:
+    """A run begins in `output_dir`: killed before its first checkpoint, it is known by this."""
+    durable.sweep(output_dir)
+    note_run(output_dir, decisions, trackers)
+
+
+def prepare_output_dir(output_dir: Path) -> None:
+    """Make `output_dir`, or say why it cannot be made, before any work is done."""
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir {output_dir}: {error.strerror}; choose another") from None

@@ -1,0 +1,123 @@
+"""Experiment trackers by `report_to`, through accelerate's classes for them."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate import PartialState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+from fastppo.errors import UserError
+from fastppo.run.durable import NUMBERED, RUN
+
+if TYPE_CHECKING:
+    from fastppo.config import Config
+
+PROJECT = "fastppo"
+
+
+class Trackers:
+    """All trackers of a run, as one.
+
+    accelerate's classes without its Accelerator: that one's state is shared by every Accelerator of
+    a process, and stage rm's loop has its own.
+    """
+
+    def __init__(
+        self, config: Config, runs: Mapping[str, str] | None = None, step: int = 0
+    ) -> None:
+        """Start every tracker of `report_to` and give it the configuration.
+
+        Args:
+            config: the run's.
+            runs: tracker -> what it calls the run that goes on (`self.runs` of the one before).
+            step: the last step that is kept of that run; TensorBoard drops what it has after it.
+
+        Raises:
+            UserError: a tracker does not start, for want of a login for example.
+        """
+        project = config.project or os.environ.get("WANDB_PROJECT") or PROJECT
+        folder = Path(config.logging_dir or Path(config.output_dir) / "runs")
+        self.trackers, self.runs = [], dict[str, str]()
+        if config.trackers:
+            PartialState(cpu=config.use_cpu)  # accelerate's classes log, and its logger asks for it
+        for name in config.trackers:
+            make, run = LOGGER_TYPE_TO_CLASS[name], (runs or {}).get(name)
+            shown = config.run_name or config.output_dir
+            try:
+                if make.requires_logging_directory:
+                    drop = {} if run is None else {"purge_step": step + 1}
+                    run = run or config.run_name or time.strftime("%Y%m%d-%H%M%S")
+                    tracker = make(run, str(folder), **drop)
+                elif name == "wandb":
+                    run = run or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+                    tracker = make(project, name=shown, id=run, resume="allow")
+                else:  # trackio knows a run by its name
+                    goes_on = {} if run is None else {"resume": "allow"}
+                    tracker = make(project, name=run or shown, **goes_on)
+                if hasattr(tracker, "start"):  # earlier releases start as they are made
+                    tracker.start()
+                # trackio gives a name that is taken already a number.
+                given = getattr(getattr(tracker, "run", None), "name", None)
+                self.runs[name] = run or (given if isinstance(given, str) else shown)
+                tracker.store_init_configuration(settings(config))
+            except Exception as error:  # whatever a tracker and its network raise
+                raise UserError(
+                    f"report_to: {name} does not start ({type(error).__name__}: {error}); mend "
+                    "that, or leave it out"
+                ) from None
+            self.trackers.append(tracker)
+
+    @classmethod
+    def of(cls, config: Config, resumed: Path | None = None) -> Trackers | None:
+        """The trackers of a run; None where there is nothing to report to.
+
+        One that goes on from the checkpoint `resumed` (or, killed before its first, begins again in
+        its folder) goes on in the trackers' own runs.
+        """
+        if not config.trackers:
+            return None
+        if not config.resume_from_checkpoint:
+            return cls(config)
+        numbered = None if resumed is None else NUMBERED.fullmatch(resumed.name)
+        step = int(numbered[1]) if numbered else 0
+        return cls(config, earlier_runs(resumed or Path(config.output_dir)), step)
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        """Numbers of a step, to all of them."""
+        numbers = {
+            name: value
+            for name, value in values.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        for tracker in self.trackers:
+            tracker.log(numbers, step=step)
+
+    def close(self) -> None:
+        """Write what is still to be written."""
+        for tracker in self.trackers:
+            tracker.finish()
+
+
+def earlier_runs(folder: Path) -> dict[str, str]:
+    """What the trackers call the run that `folder` is of; nothing where it does not say."""
+    try:
+        runs = json.loads((folder / RUN).read_text(encoding="utf-8"))["trackers"]
+        return {str(name): str(run) for name, run in runs.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}
+
+
+def settings(config: Config) -> dict[str, bool | str | float | int]:
+    """The configuration in types that every tracker takes, without what is secret."""
+    plain = config.model_dump(exclude={"hf_hub_token"})
+    return {
+        name: value if isinstance(value, bool | str | float | int) else str(value)
+        for name, value in plain.items()
+    }

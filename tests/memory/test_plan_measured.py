@@ -1,0 +1,345 @@
+"""The memory plan against what PyTorch allocates: every allocation and release in a profile.
+
+Only what comes and goes is compared. What stays (weights, optimiser state) is compared by itself:
+beside it the rest would hardly show.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import resource
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from fastppo import toy
+from fastppo.config import config_from_dict
+from fastppo.memory.inputs import (
+    CHUNK_BYTES_CPU,
+    CHUNK_BYTES_GPU,
+    CHUNK_ROWS_CPU,
+    CHUNK_ROWS_TRAINED_CPU,
+    KEPT_FROM,
+    KEPT_TO,
+    PlanInputs,
+)
+from fastppo.memory.layer import LayerSetting, trunk_memory
+from fastppo.memory.plan import Plan, make_plan
+from fastppo.memory.shapes import TABLE, ModelShape, from_config
+from fastppo.memory.weights import Shapes
+from fastppo.models.adapters import disable_input_cast
+from fastppo.models.batch import Budget
+from fastppo.models.fused_lora import fuse_lora_layers
+from fastppo.offload.activations import wrap
+from fastppo.ops import head, workspace
+from fastppo.ops.backend import choose
+from fastppo.ppo import trainer
+from fastppo.ppo.advantage import estimate
+from fastppo.ppo.score import score
+from fastppo.ppo.update import update
+from fastppo.run import console
+from fastppo.types import Prompt, Rollout
+from tests.memory.allocations import profiled_allocations
+
+STAYS = ("weights", "adapter", "optimiser")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_of_others():
+    """What earlier tests left in cycles must not go while this one counts."""
+    gc.collect()
+
+
+def come_and_go(plan: Plan, phase: str) -> int:
+    """The highest peak of a phase, without what stays through the run."""
+    return max(
+        sum(count for row, count in m.rows.items() if not row.endswith(STAYS))
+        for m in plan.peaks
+        if m.phase == phase and not m.evaluation
+    )
+
+
+def resident_bytes(state: trainer.State) -> int:
+    """Storages of the models, heads and the optimiser."""
+    tensors = [*state.roles.model.parameters(), *state.roles.critic_head.parameters()]
+    for group in state.optimizer.state.values():
+        tensors += [value for value in group.values() if isinstance(value, torch.Tensor)]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def rollout_of(prompts: list[int], response: int, vocab: int, template: Any) -> Rollout:
+    """Rows with prompts of these lengths and responses of one, of random tokens."""
+    generator = torch.Generator().manual_seed(0)
+    width = max(prompts) + response
+    ids_BT = torch.randint(10, vocab - 10, (len(prompts), width), generator=generator)
+    for row, length in enumerate(prompts):
+        ids_BT[row, length + response :] = template.pad_id
+    return Rollout(
+        prompts=[Prompt(ids_BT[row, :n].tolist(), "x") for row, n in enumerate(prompts)],
+        input_ids_BT=ids_BT,
+        prompt_lengths=prompts,
+        response_lengths=[response] * len(prompts),
+        terminated=[False] * len(prompts),
+        sampler_logprob_N=torch.zeros(len(prompts) * response),
+        texts=["x"] * len(prompts),
+    )
+
+
+def measure(state: trainer.State, rollout: Rollout) -> dict[str, int]:
+    """Peaks of scoring and of an update whose optimiser has its state already."""
+    for group in state.optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    workspace.release()
+    with profiled_allocations() as scoring:
+        scored = score(state.roles, rollout, state.reward, temperature=1.0, budget=Budget())
+    experience = estimate(scored, state.config, state.controller, state.running_score)
+    workspace.release()
+    with profiled_allocations() as updating:
+        update(state.roles, experience, state.config, state.optimizer, seed=0)
+    return {"score": scoring.peak, "update": updating.peak}
+
+
+def plan_for(state: trainer.State, shape: ModelShape, prompts: list[int], response: int) -> Plan:
+    inputs = replace(
+        PlanInputs.of(state.config, shape, device="cpu"),
+        cutoff_len=max(prompts),
+        max_new_tokens=response,
+        mixed_lengths=len(set(prompts)) > 1,
+        compiled_ops=choose("test", None, torch.zeros(1)) == "native",
+    )
+    return make_plan(inputs, Shapes(shape))
+
+
+TINY = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "attention", "checkpointing", "layers"),
+    [
+        (LlamaConfig, torch.float32, "sdpa", False, "peft"),
+        (LlamaConfig, torch.bfloat16, "sdpa", True, "peft"),
+        (LlamaConfig, torch.bfloat16, "sdpa", True, "fused"),
+        (LlamaConfig, torch.bfloat16, "sdpa", False, "fused"),
+        (LlamaConfig, torch.float32, "eager", False, "peft"),
+        (LlamaConfig, torch.float32, "sdpa", False, "dora"),
+        (Qwen2Config, torch.bfloat16, "sdpa", False, "peft"),
+        (Qwen2Config, torch.bfloat16, "sdpa", True, "dora"),
+        (Qwen2Config, torch.bfloat16, "sdpa", True, "fused"),
+        (Qwen3Config, torch.float32, "sdpa", False, "peft"),
+        (Qwen3Config, torch.float32, "sdpa", True, "fused"),
+        (Gemma2Config, torch.float32, "eager", True, "peft"),
+        (Gemma3TextConfig, torch.float32, "sdpa", True, "peft"),
+    ],
+)
+def test_a_trunk_allocates_what_its_layers_are_written_to(
+    kind, dtype, attention, checkpointing, layers
+):
+    dora, fused = layers == "dora", layers == "fused"
+    own = {} if kind is Qwen2Config else {"head_dim": 16}
+    config = kind(**TINY, **own)
+    config._attn_implementation = attention
+    base = AutoModelForCausalLM.from_config(config).to(dtype).requires_grad_(False)
+    targets = list(from_config(config.to_dict(), "here").linears)
+    adapted = get_peft_model(base, LoraConfig(r=8, target_modules=targets, use_dora=dora)).train()
+    disable_input_cast(adapted)
+    if fused:
+        fuse_lora_layers(adapted)
+    if checkpointing:
+        wrap(base, "checkpoint")
+    ids_BT = torch.randint(0, 128, (2, 200), generator=torch.Generator().manual_seed(0))
+    mask_BT = torch.ones_like(ids_BT)
+    mask_BT[0, 150:] = 0
+
+    def forward() -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            trunk = getattr(base, base.base_model_prefix)
+            return trunk(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)[0]
+
+    forward().sum().backward()  # what is made once
+    adapted.zero_grad(set_to_none=True)
+    with profiled_allocations() as blind, torch.no_grad():
+        forward()
+    with profiled_allocations() as ahead:
+        hidden_BTD = forward()
+    grad_BTD = torch.ones_like(hidden_BTD)
+    with profiled_allocations() as back:
+        hidden_BTD.backward(grad_BTD)
+    shape = from_config(config.to_dict(), "here")
+    eager = attention == "eager"
+    setting = LayerSetting(
+        2, 200, dtype.itemsize, rank=8, masked=True, eager=eager, dora=dora, fused=fused
+    )
+    plan = trunk_memory(shape, setting)
+    below = 3 * plan.input if checkpointing else 2 * plan.saved + plan.saved_first
+    top = max(plan.input + plan.norm_backward, plan.recompute)
+    here = plan.fixed + plan.input + below  # the last hidden states are held here
+    held = here + (plan.input if checkpointing else plan.saved) + plan.norm_saved
+    # Autocast's copies of the adapters: without gradients all of them stay until the pass ends, and
+    # fused layers make only their own. A plan has them in a row of theirs, `kept activations`.
+    copies = dtype.itemsize * shape.lora_parameters(8) if dtype == torch.bfloat16 else 0
+    plain = plan.fixed + plan.forward + (copies // shape.layers if fused else copies)
+    assert plain == pytest.approx(blind.peak, rel=0.05)
+    tolerance = 0.1 if dora else 0.05
+    assert held == pytest.approx(ahead.end, rel=tolerance)
+    total = here + (top if checkpointing else plan.backward)
+    assert total == pytest.approx(ahead.end + back.peak, rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "changes"),
+    [
+        ([90, 61, 40, 83], {}),
+        ([90] * 4, {"disable_gradient_checkpointing": False}),
+        ([90] * 4, {"critic": "shared"}),
+        ([90, 61, 40, 83], {"critic": "shared", "disable_gradient_checkpointing": False}),
+        ([90, 61, 40, 83], {"lora_target": "q_proj,v_proj"}),
+    ],
+    ids=["own", "own-recomputed", "shared", "shared-recomputed", "attention-only"],
+)
+def test_plan_of_a_tiny_llama_is_within_10_percent_of_what_is_allocated(
+    prompts, changes, tmp_path, template
+):
+    toy.write_model(tmp_path / "model", hidden_size=48, layers=4)
+    state = tiny_state(tmp_path, len(prompts), **changes)
+    shape = from_config(state.roles.base.config.to_dict(), "the model's own")
+    plan = plan_for(state, shape, prompts, 60)
+    measured = measure(state, rollout_of(prompts, 60, shape.vocab, template))
+    for phase, peak in measured.items():
+        assert come_and_go(plan, phase) == pytest.approx(peak, rel=0.1), phase
+    stays = sum(n for row, n in plan.columns["update"].rows.items() if row.endswith(STAYS))
+    assert stays == pytest.approx(resident_bytes(state), rel=0.01)
+
+
+def tiny_state(folder: Path, rows: int, **changes: Any) -> trainer.State:
+    """A run of one epoch: one optimiser step over all rows."""
+    prompts = folder / "prompts.json"
+    prompts.write_text(json.dumps([{"instruction": "x"}] * rows))
+    settings: dict[str, Any] = {
+        "stage": "ppo",
+        "model_name_or_path": str(folder / "model"),
+        "reward_model": "fastppo.toy:vowels",
+        "reward_model_type": "function",
+        "dataset": str(prompts),
+        "template": "chatml",
+        "output_dir": str(folder / "out"),
+        "metrics_dir": str(folder / "metrics"),
+        "per_device_train_batch_size": rows,
+        "ppo_epochs": 1,
+        "disable_gradient_checkpointing": True,
+        **changes,
+    }
+    return trainer.init_state(config_from_dict(settings))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_plan_of_smollm2_is_within_10_percent_of_what_is_allocated(
+    checkpointing, tmp_path, tokenizer, template, capsys
+):
+    shape = replace(TABLE["HuggingFaceTB/SmolLM2-135M"], dtype="float32")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=shape.vocab,
+                hidden_size=shape.hidden,
+                intermediate_size=shape.intermediate,
+                num_hidden_layers=shape.layers,
+                num_attention_heads=shape.heads,
+                num_key_value_heads=shape.kv_heads,
+                tie_word_embeddings=True,
+                eos_token_id=tokenizer.eos_token_id,
+                bos_token_id=None,
+            )
+        )
+    assert sum(p.numel() for p in model.parameters()) == shape.parameters
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    del model
+    state = tiny_state(tmp_path, 2, lora_rank=16, disable_gradient_checkpointing=not checkpointing)
+    prompts = [160, 130]
+    plan = plan_for(state, shape, prompts, 64)
+    measured = measure(state, rollout_of(prompts, 64, shape.vocab, template))
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    with capsys.disabled():
+        for phase, peak in measured.items():
+            print(f"\n  {phase}: plan {come_and_go(plan, phase):,}, allocated {peak:,}", end="")
+        print(f"\n  stays: {resident_bytes(state):,}; process at most {rss:,}")
+    for phase, peak in measured.items():
+        assert come_and_go(plan, phase) == pytest.approx(peak, rel=0.1), phase
+
+
+def test_the_head_chunks_of_the_plan_are_those_of_the_operators():
+    assert head._CHUNK_BYTES_CPU == CHUNK_BYTES_CPU
+    assert head._CHUNK_ROWS_CPU == CHUNK_ROWS_CPU
+    assert head._CHUNK_ROWS_TRAINED_CPU == CHUNK_ROWS_TRAINED_CPU
+    assert head._CHUNK_BYTES_DEVICE == CHUNK_BYTES_GPU
+    assert (workspace.SMALLEST, workspace.LARGEST) == (KEPT_FROM, KEPT_TO)
+    shape = TABLE["Qwen/Qwen2.5-7B"]
+    chunks = head.chunk_slices(4096, shape.vocab, torch.bfloat16, torch.device("cuda"), None)
+    rows = max(chunk.stop - chunk.start for chunk in chunks)
+    inputs = PlanInputs(per_device_train_batch_size=4, bf16=True)
+    (loss,) = [m for m in make_plan(inputs, Shapes(shape)).peaks if m.name == "the actor's loss"]
+    assert loss.rows["head chunk"] == rows * shape.vocab * 2
+
+
+def test_the_peak_that_a_run_prints_counts_tensors_and_no_evaluation(config: Callable[..., Any]):
+    shape = TABLE["Qwen/Qwen2.5-7B"]
+    keys = {"bf16": True, "lora_rank": 64, "disable_gradient_checkpointing": False}
+    own = config(**keys, per_device_eval_batch_size=64)
+    less = config(**keys, per_device_eval_batch_size=1)
+    plan, small = (
+        make_plan(PlanInputs.of(c, shape, device="gpu"), Shapes(shape)) for c in (own, less)
+    )
+    assert plan.step_peak == small.step_peak
+    assert plan.step_peak < plan.peak.total - plan.peak.rows["reserve"]
+
+
+def test_after_the_first_step_the_plan_is_printed_beside_what_was_taken(
+    state: Callable[..., trainer.State], monkeypatch, capsys
+):
+    plan, lengths = state().plan, {"cutoff_len": 30, "max_new_tokens": 8}
+    here = plan.with_changes(**lengths).step_peak / 2**30
+    planned = f"planned {here:.2f} of tensors for these lengths, {plan.step_peak / 2**30:.2f}"
+    monkeypatch.setattr(console, "highest_rss", lambda: 3 * 2**29)
+    console.memory_line(plan, torch.device("cpu"), **lengths)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"memory: 1.50 GiB at the highest, the whole process (resident); {planned}" in said
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 5 * 2**29)
+    console.memory_line(plan, torch.device("cuda"), **lengths)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"memory: 2.50 GiB of tensors at the highest; {planned}" in said
+    console.memory_line(None, torch.device("cuda"))
+    assert "; not planned" in capsys.readouterr().out
+
+
+@pytest.mark.alone
+def test_the_highest_resident_size_is_in_bytes():
+    rss = console.highest_rss()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 == pytest.approx(rss, rel=0.1)

@@ -1,0 +1,72 @@
+"""The dtype of a run: the trainer's rule is the memory plan's, and LLaMA-Factory's on a GPU."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from fastppo import toy
+from fastppo.config.model import own_dtype
+from fastppo.errors import UserError
+from fastppo.memory.inputs import PlanInputs
+from fastppo.memory.shapes import find_shape
+from fastppo.models.load import compute_dtype
+
+GPU, CPU = torch.device("cuda"), torch.device("cpu")  # looked at by name: none has to be there
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("own") / "model"
+    toy.write_model(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("own", "bf16", "on_gpu", "on_cpu"),
+    [
+        ("bfloat16", False, "bfloat16", "float32"),
+        ("float16", False, "bfloat16", "float32"),  # as large, without a loss scaler
+        ("float32", False, "float32", "float32"),
+        (None, False, "float32", "float32"),
+        ("bfloat16", True, "bfloat16", "bfloat16"),
+        ("float32", True, "bfloat16", "bfloat16"),
+        (None, True, "bfloat16", "bfloat16"),
+    ],
+)
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])  # transformers 5 and 4
+def test_trainer_and_plan_agree_on_the_dtype(config, folder, own, bf16, on_gpu, on_cpu, key):
+    path = folder / "config.json"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data = {k: v for k, v in data.items() if k not in ("dtype", "torch_dtype")}
+    path.write_text(json.dumps({**data, **({} if own is None else {key: own})}), encoding="utf-8")
+    settings = config(model_name_or_path=str(folder), bf16=bf16)
+    for device, name, expected in ((GPU, "gpu", on_gpu), (CPU, "cpu", on_cpu)):
+        assert compute_dtype(settings, device) == getattr(torch, expected)
+        planned = PlanInputs.of(settings, find_shape(str(folder)), device=name)
+        assert planned.dtype == expected
+        assert planned.autocast == (expected == "bfloat16")
+
+
+def test_the_dtype_of_a_model_within_a_model():
+    assert own_dtype({"dtype": "float32", "text_config": {"dtype": "bfloat16"}}) == "bfloat16"
+    assert own_dtype({"dtype": "bfloat16", "text_config": {}}) == "bfloat16"
+    assert own_dtype({"torch_dtype": torch.float16}) == "float16"
+
+
+def test_a_config_json_that_is_none_is_one_line(config, tmp_path):
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match=r"cannot be loaded .*; check the folder"):
+        compute_dtype(config(model_name_or_path=str(tmp_path)), GPU)
+
+
+def test_half_a_checkpoint_is_whole_on_a_cpu(tiny_roles, folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "half")
+    (tmp_path / "half" / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    made = tiny_roles(model_name_or_path=str(tmp_path / "half"))
+    assert {p.dtype for p in made.base.parameters()} == {torch.float32}
+    assert not made.autocast

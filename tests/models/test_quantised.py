@@ -1,0 +1,128 @@
+"""QLoRA: the settings that bitsandbytes gets, and where it is installed a run on its CPU kernels.
+
+The runs are skipped, with that reason, where bitsandbytes is not installed: an optional package.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from fastppo import toy
+from fastppo.errors import UserError
+from fastppo.models.batch import make_batch
+from fastppo.models.load import load_base, quantization
+from fastppo.ppo import checkpoint, trainer
+from fastppo.run import save
+from tests.tiny import hidden_as
+
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
+BITS = [
+    {"quantization_bit": 4},
+    {"quantization_bit": 8},
+    {"quantization_bit": 4, "quantization_type": "fp4", "double_quantization": False, "bf16": True},
+]
+
+
+def test_the_defaults_are_llamafactorys(config):
+    four = quantization(config(quantization_bit=4), 4, torch.bfloat16)
+    assert (four.load_in_4bit, four.load_in_8bit) == (True, False)
+    assert (four.bnb_4bit_quant_type, four.bnb_4bit_use_double_quant) == ("nf4", True)
+    assert four.bnb_4bit_compute_dtype == torch.bfloat16
+
+
+def test_every_setting_of_the_file_reaches_bitsandbytes(config):
+    settings = config(quantization_bit=4, quantization_type="fp4", double_quantization=False)
+    other = quantization(settings, 4, torch.float32)
+    assert other.bnb_4bit_compute_dtype == torch.float32
+    assert (other.bnb_4bit_quant_type, other.bnb_4bit_use_double_quant) == ("fp4", False)
+    eight = quantization(settings, 8, torch.float32)
+    assert (eight.load_in_4bit, eight.load_in_8bit) == (False, True)
+
+
+@pytest.fixture(scope="module")
+def wide_dir(tmp_path_factory):
+    """As wide as a block of 4-bit numbers at least, which is 64."""
+    folder = tmp_path_factory.mktemp("wide") / "model"
+    toy.write_model(folder, hidden_size=64)
+    return folder
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("bits", BITS, ids=str)
+def test_a_quantised_run_starts_at_kl_0_learns_saves_and_resumes(
+    config, wide_dir, tmp_path, bits, rollout
+):
+    settings = {"model_name_or_path": str(wide_dir), "metrics_dir": str(tmp_path / "metrics")}
+    settings |= {**bits, "disable_gradient_checkpointing": False}
+    state = trainer.init_state(config(**settings))
+    up = state.roles.trunk.layers[0].mlp.up_proj.base_layer
+    assert up.weight.dtype == (torch.uint8 if bits["quantization_bit"] == 4 else torch.int8)
+    assert type(state.roles.base.get_output_embeddings()) is torch.nn.Linear
+    state = trainer.step_update(state)
+    row = state.metrics.rows[0]
+    assert row["kl"] == 0.0
+    assert row["grad_norm_actor"] > 0
+    checkpoint.save_to_resume(state, tmp_path)
+    resumed = trainer.init_state(config(**settings))
+    checkpoint.resume(resumed, tmp_path / "checkpoint-1")
+    batch = make_batch(rollout, range(4))
+    for role in ("actor", "critic"):
+        mine = hidden_as(state.roles, role, batch)
+        assert torch.equal(hidden_as(resumed.roles, role, batch), mine)
+    assert not torch.equal(hidden_as(state.roles, "reference", batch), mine)
+    dtype = torch.bfloat16 if "bf16" in bits else torch.float32
+    base = AutoModelForCausalLM.from_pretrained(
+        wide_dir,
+        quantization_config=quantization(state.config, bits["quantization_bit"], dtype),
+        dtype=dtype,
+        device_map={"": "cpu"},
+    )
+    assert PeftModel.from_pretrained(base, str(tmp_path / "checkpoint-1")).peft_config
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("more", [{}, {"use_dora": True}], ids=str)
+def test_a_quantised_reference_model_and_a_quantised_critic_model(
+    tiny_roles, wide_dir, tmp_path, more
+):
+    first = tiny_roles(model_name_or_path=str(wide_dir), **more)
+    save.save_weights(first.model, tmp_path / "sft")
+    made = tiny_roles(
+        model_name_or_path=str(wide_dir),
+        quantization_bit=4,
+        critic="model",
+        critic_model=str(wide_dir),
+        ref_model=str(wide_dir),
+        ref_model_adapters=str(tmp_path / "sft"),
+        ref_model_quantization_bit=8,
+        **more,
+    )
+    kinds = {
+        role: made.places[role].model.get_base_model().model.layers[0].mlp.up_proj.base_layer
+        for role in ("actor", "reference", "critic")
+    }
+    assert {role: type(layer).__name__ for role, layer in kinds.items()} == {
+        "actor": "Linear4bit",
+        "reference": "Linear8bitLt",
+        "critic": "Linear4bit",
+    }
+    assert [count > 0 for _, _, count in made.table("one")] == [True, False, False, True]
+
+
+@needs_bitsandbytes
+def test_what_is_quantised_cannot_be_an_additional_target(tiny_roles, wide_dir):
+    with pytest.raises(UserError, match="additional_target: up_proj: its weights are quantised"):
+        tiny_roles(
+            model_name_or_path=str(wide_dir), quantization_bit=4, additional_target="up_proj"
+        )
+
+
+def test_the_base_without_quantization_bit_is_not_quantised(config):
+    assert not getattr(load_base(config(), torch.device("cpu")), "is_quantized", False)

@@ -1,0 +1,164 @@
+"""What is rounding and what is a fault, in every arithmetic that a run's products may be in.
+
+There is no GPU here: a product in TF32 is one of operands that were rounded to its 11 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fastppo.errors import TrainingStopped, UserError
+from fastppo.models.build import Roles
+from fastppo.ppo import guards, trainer
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+APART = {"log_prob_max_token_len_per_gpu": 4000}  # the update runs a forward of its own
+
+
+@pytest.fixture(autouse=True)
+def flags() -> Iterator[None]:
+    """PyTorch's flags are the process's; they are put back."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def rounded(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """To so many significant bits of the 24 of a float32; gradients pass as if it were not."""
+    drop = 24 - bits
+    whole = x.detach().contiguous().view(torch.int32)
+    near = ((whole + (1 << (drop - 1))) >> drop << drop).view(torch.float32)
+    return x + (near - x.detach())
+
+
+def round_where(made: Roles, applies: Callable[[], bool], bits: int = 11) -> None:
+    """Passes in which `applies` holds multiply as a GPU does in TF32; others in float32.
+
+    As where one kernel of a product has tensor cores and that of another shape has none.
+    """
+
+    def hook(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return rounded(output, bits) if applies() else output
+
+    for module in made.model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.register_forward_hook(hook)
+
+
+def test_a_healthy_run_in_tf32_is_neither_stopped_nor_warned(state):
+    """Scoring in one kernel, the update in another; a step with learning follows it."""
+    run = state(tf32=True, max_steps=3, **APART)
+    round_where(run.roles, torch.is_grad_enabled)
+    for _ in range(3):
+        run = trainer.step_update(run)
+    rows = run.metrics.rows
+    assert all(row["ratio_first_pass"] > 1e-4 for row in rows), "it would stop a run in float32"
+    assert [guards.warnings(rows[: i + 1]) for i in range(3)] == [[]] * 3
+
+
+def test_the_same_without_tf32_stops_the_run(state):
+    run = state(**APART)
+    round_where(run.roles, torch.is_grad_enabled)
+    with pytest.raises(TrainingStopped, match="before the first update"):
+        trainer.step_update(run)
+
+
+def test_in_tf32_a_policy_that_is_another_still_stops_the_run(state, monkeypatch):
+    def moved(*args: Any, **kwargs: Any) -> Any:
+        scored = inner(*args, **kwargs)
+        return replace(scored, logprob_N=scored.logprob_N + 0.05)
+
+    inner = trainer.scored
+    monkeypatch.setattr(trainer, "scored", moved)
+    with pytest.raises(TrainingStopped, match="before the first update"):
+        trainer.step_update(state(tf32=True, **APART))
+
+
+@pytest.mark.parametrize(("tf32", "warned"), [(True, False), (False, True)])
+def test_a_sampler_in_tf32_is_the_same_policy(state, monkeypatch, tf32, warned):
+    """A step of decoding has few rows, and so kernels of its own."""
+    sampling: list[bool] = []
+
+    def sampled(*args: Any, **kwargs: Any) -> Any:
+        sampling.append(True)
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            sampling.clear()
+
+    inner = trainer.sampled
+    monkeypatch.setattr(trainer, "sampled", sampled)
+    run = state(tf32=tf32)
+    round_where(run.roles, lambda: bool(sampling))
+    row = trainer.step_update(run).metrics.rows[-1]
+    assert row["sampler_gap_abs"] > 1e-3
+    assert bool(row["guard_sampler"]) == warned
+
+
+@pytest.mark.parametrize(("tf32", "refused"), [(True, False), (False, True)])
+def test_a_head_in_tf32_is_the_models_own(state, monkeypatch, tf32, refused):
+    run = state(tf32=tf32)
+    monkeypatch.setattr(Roles, "_head_error", lambda *_: 3e-3)
+    if not refused:
+        run.roles.check_head(run.prompts[0].ids)
+        return
+    with pytest.raises(UserError, match=r"its logits are not head\(hidden\)"):
+        run.roles.check_head(run.prompts[0].ids)
+
+
+EIGHT, PLAIN = SimpleNamespace(is_loaded_in_8bit=True), SimpleNamespace()
+
+
+@pytest.mark.parametrize(
+    ("flag", "device", "base", "autocast", "expected"),
+    [
+        ("highest", CUDA, PLAIN, False, "float32"),
+        ("highest", CPU, PLAIN, False, "float32"),
+        ("high", CUDA, PLAIN, False, "tf32"),
+        ("medium", CUDA, PLAIN, False, "tf32"),  # on a GPU it is the same as high
+        ("medium", CPU, PLAIN, False, "bfloat16"),
+        ("highest", CUDA, PLAIN, True, "bfloat16"),  # bf16: true on weights of any dtype
+        ("high", CUDA, PLAIN, True, "bfloat16"),
+        ("highest", CUDA, EIGHT, False, "bfloat16"),  # quantization_bit: 8 without bf16
+        ("highest", CPU, EIGHT, False, "float32"),  # there they round no activations
+    ],
+)
+def test_what_products_are_in(flag, device, base, autocast, expected):
+    from fastppo.models.rounding import product_precision
+
+    torch.set_float32_matmul_precision(flag)
+    assert product_precision(device, base, autocast=autocast) == expected
+
+
+def test_tf32_that_other_code_turned_on_counts():
+    """By PyTorch's older flag, as a reward function's module may do."""
+    from fastppo.models.rounding import float32_precision
+
+    torch.backends.cuda.matmul.allow_tf32 = True
+    assert float32_precision(CUDA) == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = False
+    assert float32_precision(CUDA) == "float32"
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("bfloat16", "bfloat16"), ("float16", "tf32")])
+def test_an_autocast_around_the_loop_counts(tiny_roles, dtype, expected):
+    """float16 has the 11 bits of TF32."""
+    made = tiny_roles()
+    with torch.autocast("cpu", dtype=getattr(torch, dtype)):
+        assert made.product_precision == expected
+    assert made.product_precision == "float32"
+
+
+def test_every_limit_grows_with_the_rounding():
+    from fastppo.models.rounding import LIMITS
+
+    steps = [LIMITS[name] for name in ("float32", "tf32", "bfloat16")]
+    for name in ("log_ratio", "sampler_gap", "head"):
+        values = [getattr(step, name) for step in steps]
+        assert values == sorted(set(values))

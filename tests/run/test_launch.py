@@ -1,0 +1,142 @@
+"""One process: a run that a launcher started several times would write one folder as often."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fastppo import cli
+from fastppo.config import config_from_dict
+from fastppo.errors import UserError
+from fastppo.export import cli as export
+from fastppo.run import preflight
+from tests.project import PPO, RM
+
+TORCHRUN = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
+
+
+def written(project: Path) -> list[str]:
+    return sorted(str(path.relative_to(project)) for path in project.rglob("*"))
+
+
+def set_environment(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def files(project: Path) -> Path:
+    """The project with the YAML of both stages."""
+    for name, keys in (("ppo", PPO), ("rm", RM)):
+        (project / f"{name}.yaml").write_text(yaml.safe_dump(keys))
+    return project
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The stages that a command got to, in place of running them."""
+    from fastppo.ppo import trainer
+    from fastppo.rm import train as reward_model
+
+    found: list[str] = []
+    for stage, module in (("ppo", trainer), ("rm", reward_model)):
+        monkeypatch.setattr(module, "run", lambda *_, stage=stage: found.append(stage))
+    return found
+
+
+@pytest.mark.parametrize("stage", ["ppo", "rm"])
+@pytest.mark.parametrize(
+    "variables",
+    [
+        TORCHRUN,
+        {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"},
+        {"PMI_SIZE": "8", "PMI_RANK": "0"},
+        {"MV2_COMM_WORLD_SIZE": "2"},
+        {"HOROVOD_SIZE": "2"},
+        {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"},
+        # torchrun on two nodes with a process each
+        {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
+    ],
+    ids=lambda variables: next(iter(variables)),
+)
+def test_one_of_several_processes_is_refused_and_the_cure_works(
+    files: Path, monkeypatch, capsys, started, stage, variables
+):
+    before = written(files)
+    set_environment(monkeypatch, variables)
+    assert cli.main([f"{stage}.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    for name in said.split("or unset ")[1].split():
+        monkeypatch.delenv(name)
+    assert (written(files), started) == (before, [])
+    assert cli.main([f"{stage}.yaml"]) == 0
+    assert started == [stage]
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"},
+        # In a batch script: what srun would start, and the script itself runs once.
+        {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_JOB_NUM_NODES": "2"},
+        {"SLURM_STEP_NUM_TASKS": "1"},
+        {"WORLD_SIZE": ""},
+        {"WORLD_SIZE": "none"},
+    ],
+    ids=str,
+)
+def test_a_single_process_is_none_of_several(files: Path, monkeypatch, started, variables):
+    set_environment(monkeypatch, variables)
+    assert cli.main(["ppo.yaml"]) == 0
+    assert started == ["ppo"]
+
+
+def test_the_loop_as_functions_is_refused_too(files: Path, monkeypatch):
+    set_environment(monkeypatch, TORCHRUN)
+    with pytest.raises(UserError, match="WORLD_SIZE: is 2"):
+        preflight.check(config_from_dict({**PPO}))
+
+
+def test_an_export_by_several_processes_is_refused(files: Path, monkeypatch, capsys):
+    set_environment(monkeypatch, TORCHRUN)
+    before = written(files)
+    assert export.main(["reward", "exported", "model_name_or_path=./model"]) == 2
+    said = capsys.readouterr().err
+    assert "WORLD_SIZE: is 2" in said
+    assert "would all write export_dir; fastppo-export is one process" in said
+    assert written(files) == before
+
+
+def test_what_writes_nothing_answers_everybody(files: Path, monkeypatch, capsys):
+    """--explain is of the file, and --plan of the memory that the one process would take."""
+    set_environment(monkeypatch, TORCHRUN)
+    before = written(files)
+    assert cli.main(["ppo.yaml", "--explain"]) == 0
+    monkeypatch.setattr("fastppo.memory.command.run", lambda *_: 0)
+    assert cli.main(["ppo.yaml", "--plan"]) == 0
+    assert written(files) == before
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_torchrun_itself_writes_nothing(files: Path):
+    """Two real processes: each says the one line."""
+    before = written(files)
+    command = ["torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "fastppo.cli"]
+    environment: dict[str, Any] = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-m", *command, "ppo.yaml"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    assert done.stderr.count("fastppo-train: error: WORLD_SIZE: is 2") == 2
+    assert written(files) == before
