@@ -1,4 +1,4 @@
-"""python -m benchmarks linear|mixed_adapters|ops|seven_b_head|step [--quick] [--out FILE]."""
+"""python -m benchmarks host|linear|mixed_adapters|ops|seven_b_head|step [--quick] [--out FILE]."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import linear, mixed_adapters, ops, report, seven_b_head, step
+from benchmarks import host, linear, mixed_adapters, ops, report, seven_b_head, step
 from benchmarks.harness import ROUNDS, Case, measure
-from fastppo.ops.registry import OPS
+from tests.ops.registry import OPS
 
 # A round of the large head is a minute.
 SEVEN_B_ROUNDS = 3
@@ -35,7 +35,7 @@ def run(cases: Iterable[Case], rounds: int, load: report.Load) -> list[dict[str,
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = made.add_subparsers(dest="name", required=True)
-    tables = (linear, mixed_adapters, ops, seven_b_head)
+    tables = (host, linear, mixed_adapters, ops, seven_b_head)
     for module in tables:
         name = module.__name__.removeprefix("benchmarks.")
         one = commands.add_parser(name, help=(module.__doc__ or "").splitlines()[0])
@@ -71,7 +71,10 @@ def main(argv: list[str] | None = None) -> int:
     if not asked.quick and (said := report.warning(before.others())):
         print(f"benchmarks: {said}", file=sys.stderr)
     notes, within = [], True
-    if asked.name == "linear":
+    if asked.name == "host":
+        rows = run(host.cases(), asked.rounds, load)
+        notes = host.ratios(rows)
+    elif asked.name == "linear":
         rows = run(linear.cases(asked.quick), asked.rounds, load)
     elif asked.name == "mixed_adapters":
         rows = run(mixed_adapters.cases(asked.quick), asked.rounds, load)

@@ -18,7 +18,7 @@ import torch
 from benchmarks.harness import Case, distance
 from benchmarks.ops import DTYPES, QUICK_TOKENS, describe, make_case, name_of
 from benchmarks.report import machine
-from fastppo.ops.registry import OPS, Shape
+from tests.ops.registry import OPS, Shape
 
 SHAPE = Shape(
     n=int(os.environ.get("FASTPPO_BENCH_N", "128")),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastppo.ops import PolicyLoss, PolicyMetrics, Scores
-from fastppo.ops.registry import Op, Shape
+from tests.ops.registry import Op, Shape
 
 CLIP = 0.2
 

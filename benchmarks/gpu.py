@@ -336,43 +336,50 @@ def sweep(plan: Plan) -> list[dict[str, Any]]:
 
 def sweep_case(plan: Plan, vocab: int, dtype: torch.dtype) -> list[dict[str, Any]]:
     """One vocabulary and dtype."""
-    from fastppo.ops import launch, outputs
-    from fastppo.ops.config import PolicyLossConfig
-    from fastppo.ops.policy_loss import loss_arguments
+    from fastppo.ops.arguments import loss_arguments, row_arguments
+    from fastppo.ops.backends import triton
+    from fastppo.ops.backends.sizes import CANDIDATES, row_config
+    from fastppo.ops.policy_loss import empty_loss_rows
 
     given = dense_inputs(plan, vocab, dtype)
     logits = given["logits"]
     out = torch.empty_like(logits)
-    arguments = loss_arguments(
+    own = row_arguments(
+        "sweep",
+        given["token"],
+        logits,
+        vocab,
+        temperature=1.0,
+        softcap=None,
+        ignore_index=-100,
+        check=False,
+    )
+    loss = loss_arguments(
         "sweep",
         logits,
-        given["token"],
-        given["behaviour"],
-        given["advantage"],
-        given["weight"],
+        behaviour_logprob_N=given["behaviour"],
+        advantage_N=given["advantage"],
+        weight_N=given["weight"],
         ref_logprob_N=given["ref"],
         importance_weight_N=None,
         offsets=None,
-        temperature=1.0,
-        softcap=None,
         kl_coef=0.1,
         entropy_coef=0.01,
-        config=PolicyLossConfig(),
+        config=None,
         grad_scale=None,
-        ignore_index=-100,
     )
-    into = outputs.empty_policy_outputs(plan.rows, logits.device)
+    into = empty_loss_rows(logits, "triton")
     everything = slice(0, plan.rows)
-    candidates = launch.CANDIDATES if plan.device == "cuda" else launch.CANDIDATES[:1]
+    candidates = CANDIDATES if plan.device == "cuda" else CANDIDATES[:1]
     contenders = {
         f"{config.block} x {config.warps}": (
-            lambda config=config: launch.policy_loss(
-                logits, out, arguments, everything, into, config
+            lambda config=config: triton.policy_loss(
+                logits, out, own, loss, everything, into, config
             )
         )
         for config in candidates
     }
-    table = launch.row_config(logits.element_size(), vocab)
+    table = row_config(logits.element_size(), vocab)
     taken = milliseconds(contenders, plan)
     rows = [
         {

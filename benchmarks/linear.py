@@ -12,8 +12,8 @@ from benchmarks import contenders as eager
 from benchmarks import peers
 from benchmarks.harness import TOLERANCE, Case, Contender, backends, compiled
 from fastppo.ops import linear_policy_loss
-from fastppo.ops.linear_policy_loss import linear_policy_loss_reference
-from fastppo.ops.registry import OPS, Shape
+from tests.ops.references import linear_policy_loss_reference
+from tests.ops.registry import OPS, Shape
 
 SHAPES = (Shape(512, 49152, 576, 1), Shape(256, 151936, 896, 1))
 QUICK = (Shape(6, 64, 8, 1),)

@@ -12,11 +12,10 @@ from torch import Tensor
 from benchmarks import contenders as eager
 from benchmarks import peers
 from benchmarks.harness import TOLERANCE, Case, Contender, backends, compiled
-from fastppo.ops import PolicyLossConfig, policy_loss, workspace
-from fastppo.ops.policy_loss import loss_arguments
-from fastppo.ops.registry import OPS, Op, Shape
-from fastppo.ops.rows import DenseRows
-from fastppo.ops.sweep import sweep
+from fastppo.ops import policy_loss, workspace
+from fastppo.ops.arguments import loss_arguments, row_arguments
+from fastppo.ops.policy_loss import DenseRows, sweep
+from tests.ops.registry import OPS, Op, Shape
 
 # SmolLM2's head and Qwen2.5-0.5B's; 64 sequences of 1024 tokens for what has no vocabulary.
 ROWS = (Shape(512, 49152, 576, 8), Shape(256, 151936, 896, 8))
@@ -191,24 +190,29 @@ def into_given(inputs: dict[str, Any], backend: str) -> Contender:
     rest = dict(inputs)
     logits_NV = rest.pop("logits_NV")
     out_NV = torch.zeros_like(logits_NV)
-    needed = ("token_N", "behaviour_logprob_N", "advantage_N", "weight_N")
-    arguments = loss_arguments(
+    rows = row_arguments(
+        "policy_loss",
+        rest.pop("token_N"),
+        logits_NV,
+        logits_NV.shape[1],
+        temperature=1.0,
+        softcap=None,
+        ignore_index=-100,
+        check=False,
+    )
+    loss = loss_arguments(
         "policy_loss",
         logits_NV,
-        *(rest.pop(name) for name in needed),
         **rest,
         importance_weight_N=None,
         offsets=None,
-        temperature=1.0,
-        softcap=None,
-        config=PolicyLossConfig(),
+        config=None,
         grad_scale=None,
-        ignore_index=-100,
     )
-    rows = DenseRows(logits_NV, out_NV)
+    chunks = DenseRows(logits_NV, out_NV)
 
     def call() -> Any:
-        return sweep(rows, arguments, logits_NV, True, backend)
+        return sweep(chunks, rows, loss, logits_NV, True, backend)
 
     def answer() -> list[Tensor]:
         return [*call()[:4], out_NV]

@@ -16,8 +16,8 @@ from benchmarks.harness import Case, Contender, backends
 from benchmarks.linear import bare_gemms
 from benchmarks.ops import LINEAR_BF16
 from fastppo.ops import linear_policy_loss
-from fastppo.ops.linear_policy_loss import linear_policy_loss_reference
-from fastppo.ops.registry import Shape
+from tests.ops.references import linear_policy_loss_reference
+from tests.ops.registry import Shape
 
 HEAD = Shape(2048, 152064, 3584)
 QUICK = Shape(6, 64, 8)

@@ -9,16 +9,16 @@ import triton
 import triton.language as tl
 
 from fastppo.kernels.row import (
-    bits_of,
     fill_zero,
     finish_statistics,
+    log2_scale_of,
     row_statistics,
     row_temperature,
     sampled_logit,
     scalar,
     write_gradient,
 )
-from fastppo.kernels.token_kl import exp_less_line, kl_and_slope
+from fastppo.kernels.token_kl import expm1_minus_arg, kl_and_slope
 
 
 @triton.jit
@@ -32,8 +32,10 @@ def surrogate(
     log_ratio = tl.clamp(raw, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
     clamped = (tl.abs(raw) > limit) & (masked == 0)
     ratio = tl.where(masked, 0.0, tl.exp(log_ratio))
-    held = tl.clamp(ratio, low, high, propagate_nan=tl.PropagateNan.ALL)
-    loss = tl.maximum(-advantage * ratio, -advantage * held, propagate_nan=tl.PropagateNan.ALL)
+    clipped_ratio = tl.clamp(ratio, low, high, propagate_nan=tl.PropagateNan.ALL)
+    loss = tl.maximum(
+        -advantage * ratio, -advantage * clipped_ratio, propagate_nan=tl.PropagateNan.ALL
+    )
     clipped = ((advantage > 0) & (ratio > high)) | ((advantage < 0) & (ratio < low))
     if HAS_DUAL_CLIP:
         bound = -dual_clip * advantage
@@ -100,10 +102,10 @@ def policy_loss_kernel(
         beta = scalar(kl_coef, KL_COEF_ON_DEVICE)
         bonus = scalar(entropy_coef, ENTROPY_COEF_ON_DEVICE)
         u = sampled_logit(row_ptr, token, V, softcap, HAS_SOFTCAP)
-        highest, total, weighted = row_statistics(
-            row_ptr, V, softcap, bits_of(tau), HAS_SOFTCAP, BLOCK
+        row_max, sum_exp, sum_shifted_exp = row_statistics(
+            row_ptr, V, softcap, log2_scale_of(tau), HAS_SOFTCAP, BLOCK
         )
-        logprob, entropy, _ = finish_statistics(u, highest, total, weighted, tau)
+        logprob, entropy, _ = finish_statistics(u, row_max, sum_exp, sum_shifted_exp, tau)
 
         loss, slope, ratio, log_ratio, clipped, clamped = surrogate(
             logprob,
@@ -140,7 +142,7 @@ def policy_loss_kernel(
         tl.store(term_ptr + 3 * term_stride, tl.abs(log_ratio))
         tl.store(term_ptr + 4 * term_stride, tl.where(clipped, 1.0, 0.0))
         tl.store(term_ptr + 5 * term_stride, tl.where(clamped, 1.0, 0.0))
-        tl.store(term_ptr + 6 * term_stride, exp_less_line(log_ratio))
+        tl.store(term_ptr + 6 * term_stride, expm1_minus_arg(log_ratio))
         tl.store(term_ptr + 7 * term_stride, -log_ratio)
         tl.store(term_ptr + 8 * term_stride, entropy)
         tl.store(term_ptr + 9 * term_stride, kl)
@@ -155,8 +157,8 @@ def policy_loss_kernel(
                 dx_ptr + own * dx_stride,
                 V,
                 token,
-                highest,
-                total,
+                row_max,
+                sum_exp,
                 entropy,
                 tl.where(sampled, g * scale, 0.0),
                 h * scale,

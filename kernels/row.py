@@ -1,7 +1,8 @@
 """One row of logits: its normaliser and entropy in one sweep, its gradient in the next.
 
     z = u / tau with u = x, or softcap * tanh(x / softcap);  p = softmax(z)
-    highest = max u,  total = sum exp((u - highest) / tau),  weighted = sum (u - highest) exp(...)
+    row_max = max u,  sum_exp = sum exp((u - row_max) / tau),
+    sum_shifted_exp = sum (u - row_max) exp((u - row_max) / tau)
 
 Exponents are taken of differences of logits, before the temperature: the difference of two close
 floats is exact, that of their rounded multiples is not.
@@ -12,8 +13,9 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32
-# Differences are held within +-FAR: its exponential is 0, and 0 * FAR is 0 where 0 * inf is NaN.
-FAR = tl.constexpr(1e30)
+# Shifted logits, u - row_max, are held within +-MAX_SHIFT: its exponential is 0, and 0 * MAX_SHIFT
+# is 0 where 0 * inf is NaN.
+MAX_SHIFT = tl.constexpr(1e30)
 MASKED = tl.constexpr(float("-inf"))
 
 
@@ -36,7 +38,7 @@ def row_temperature(temperature, row, KIND: tl.constexpr):
 
 
 @triton.jit
-def bits_of(tau):
+def log2_scale_of(tau):
     """log2(e) / tau: what turns a difference of logits into an exponent of 2."""
     return tl.div_rn(tau * 0.0 + LOG2E, tau)
 
@@ -46,15 +48,15 @@ def tanh(y):
     """Odd, and accurate near 0, where the quotient of exponentials cancels."""
     a = tl.abs(y)
     e = tl.exp2(a * (-2.0 * LOG2E))
-    far = (1 - e) / (1 + e)
+    quotient = (1 - e) / (1 + e)
     s = a * a
-    near = a + a * s * (-0.33333333 + s * (0.13333333 + s * (-0.053968254 + s * 0.021869488)))
-    t = tl.where(a < 0.2, near, far)
+    series = a + a * s * (-0.33333333 + s * (0.13333333 + s * (-0.053968254 + s * 0.021869488)))
+    t = tl.where(a < 0.2, series, quotient)
     return tl.where(y < 0, -t, t)
 
 
 @triton.jit
-def bend(x, softcap, HAS_SOFTCAP: tl.constexpr):
+def apply_softcap(x, softcap, HAS_SOFTCAP: tl.constexpr):
     """u and du/dx; masked vocabulary stays -inf."""
     slope = 1.0
     if HAS_SOFTCAP:
@@ -65,56 +67,68 @@ def bend(x, softcap, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def accumulate(u, highest, total, weighted, bits):
-    """Each lane's running highest, total and weighted, one more logit a lane; one exponential.
+def accumulate(u, row_max, sum_exp, sum_shifted_exp, log2_scale):
+    """Each lane's row_max, sum_exp and sum_shifted_exp with one more logit; one exponential.
 
     Also what a sum weighted by the exponentials is multiplied by, and what the new logit weighs.
     """
-    d = tl.clamp(u - highest, -FAR, FAR, propagate_nan=tl.PropagateNan.ALL)
-    e = tl.exp2(-tl.abs(d) * bits)
-    up = d > 0
-    weighted = tl.where(up, (weighted - d * total) * e, weighted + d * e)
-    keep = tl.where(up, e, 1.0)
-    new = tl.where(up, 1.0, e)
-    return tl.where(up, u, highest), total * keep + new, weighted, keep, new
+    d = tl.clamp(u - row_max, -MAX_SHIFT, MAX_SHIFT, propagate_nan=tl.PropagateNan.ALL)
+    e = tl.exp2(-tl.abs(d) * log2_scale)
+    is_new_max = d > 0
+    sum_shifted_exp = tl.where(
+        is_new_max, (sum_shifted_exp - d * sum_exp) * e, sum_shifted_exp + d * e
+    )
+    rescale = tl.where(is_new_max, e, 1.0)
+    new_exp = tl.where(is_new_max, 1.0, e)
+    return (
+        tl.where(is_new_max, u, row_max),
+        sum_exp * rescale + new_exp,
+        sum_shifted_exp,
+        rescale,
+        new_exp,
+    )
 
 
 @triton.jit
-def accumulate_total(u, highest, total, bits):
-    """Highest and total alone: without a product of d nothing has to hold its infinities."""
-    d = u - highest
-    e = tl.exp2(-tl.abs(d) * bits)
-    up = d > 0
-    return tl.where(up, u, highest), tl.where(up, total * e + 1.0, total + e)
+def accumulate_sum_exp(u, row_max, sum_exp, log2_scale):
+    """row_max and sum_exp alone: without a product of d nothing has to hold its infinities."""
+    d = u - row_max
+    e = tl.exp2(-tl.abs(d) * log2_scale)
+    is_new_max = d > 0
+    return tl.where(is_new_max, u, row_max), tl.where(is_new_max, sum_exp * e + 1.0, sum_exp + e)
 
 
 @triton.jit
-def merge_lanes(highest, total, weighted, bits):
-    """Highest, total and weighted of the whole row."""
-    top = tl.max(highest, 0)
-    d = tl.maximum(highest - top, -FAR)
-    e = tl.exp2(d * bits)
-    return top, tl.sum(total * e, 0), tl.sum((weighted + d * total) * e, 0)
+def merge_lanes(row_max, sum_exp, sum_shifted_exp, log2_scale):
+    """row_max, sum_exp and sum_shifted_exp of the whole row."""
+    top = tl.max(row_max, 0)
+    d = tl.maximum(row_max - top, -MAX_SHIFT)
+    e = tl.exp2(d * log2_scale)
+    return top, tl.sum(sum_exp * e, 0), tl.sum((sum_shifted_exp + d * sum_exp) * e, 0)
 
 
 @triton.jit
-def row_statistics(row_ptr, V, softcap, bits, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
-    """highest, total and weighted of one row, read front to back and wanted again."""
+def row_statistics(row_ptr, V, softcap, log2_scale, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
+    """row_max, sum_exp and sum_shifted_exp of one row, read front to back and wanted again."""
     lane = tl.arange(0, BLOCK)
-    highest = tl.full([BLOCK], LOWEST, tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    weighted = tl.zeros([BLOCK], tl.float32)
+    row_max = tl.full([BLOCK], LOWEST, tl.float32)
+    sum_exp = tl.zeros([BLOCK], tl.float32)
+    sum_shifted_exp = tl.zeros([BLOCK], tl.float32)
     full = V // BLOCK * BLOCK
     for start in range(0, full, BLOCK):
         x = tl.load(row_ptr + start + lane, eviction_policy="evict_last").to(tl.float32)
-        u, _ = bend(x, softcap, HAS_SOFTCAP)
-        highest, total, weighted, _, _ = accumulate(u, highest, total, weighted, bits)
+        u, _ = apply_softcap(x, softcap, HAS_SOFTCAP)
+        row_max, sum_exp, sum_shifted_exp, _, _ = accumulate(
+            u, row_max, sum_exp, sum_shifted_exp, log2_scale
+        )
     if full < V:
         at = full + lane
         x = tl.load(row_ptr + at, mask=at < V, other=MASKED, eviction_policy="evict_last")
-        u, _ = bend(x.to(tl.float32), softcap, HAS_SOFTCAP)
-        highest, total, weighted, _, _ = accumulate(u, highest, total, weighted, bits)
-    return merge_lanes(highest, total, weighted, bits)
+        u, _ = apply_softcap(x.to(tl.float32), softcap, HAS_SOFTCAP)
+        row_max, sum_exp, sum_shifted_exp, _, _ = accumulate(
+            u, row_max, sum_exp, sum_shifted_exp, log2_scale
+        )
+    return merge_lanes(row_max, sum_exp, sum_shifted_exp, log2_scale)
 
 
 @triton.jit
@@ -126,19 +140,19 @@ def sampled_logit(row_ptr, token, V, softcap, HAS_SOFTCAP: tl.constexpr):
     """
     known = (token >= 0) & (token < V)
     x = tl.load(row_ptr + tl.where(known, token, 0), mask=known, other=float("nan")).to(tl.float32)
-    u, _ = bend(x, softcap, HAS_SOFTCAP)
+    u, _ = apply_softcap(x, softcap, HAS_SOFTCAP)
     return u
 
 
 @triton.jit
-def finish_statistics(u_sampled, highest, total, weighted, tau):
-    """Log-prob and entropy in nats, and log total; a row of masked vocabulary has -inf and 0."""
-    some = tl.where(total == 0, 1.0, total)
-    log_total = tl.log(some)
+def finish_statistics(u_sampled, row_max, sum_exp, sum_shifted_exp, tau):
+    """Log-prob and entropy in nats, and log sum_exp; a row of masked vocabulary has -inf and 0."""
+    safe_sum_exp = tl.where(sum_exp == 0, 1.0, sum_exp)
+    log_sum_exp = tl.log(safe_sum_exp)
     # Divisions by the temperature are rounded as torch's: large log ratios are made of these.
-    logprob = tl.div_rn(u_sampled - highest, tau) - log_total
-    entropy = log_total - tl.div_rn(tl.div_rn(weighted, some), tau)
-    return tl.where(total == 0, MASKED, logprob), entropy, log_total
+    logprob = tl.div_rn(u_sampled - row_max, tau) - log_sum_exp
+    entropy = log_sum_exp - tl.div_rn(tl.div_rn(sum_shifted_exp, safe_sum_exp), tau)
+    return tl.where(sum_exp == 0, MASKED, logprob), entropy, log_sum_exp
 
 
 @triton.jit
@@ -146,20 +160,20 @@ def gradient_block(
     x,
     at,
     token,
-    highest,
-    inv_total,
+    row_max,
+    inv_sum_exp,
     g,
     a,
     b,
     softcap,
-    bits,
+    log2_scale,
     HAS_SOFTCAP: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
 ):
-    """dL/dx of a block: g at the sampled token, less p (a + b (u - highest))."""
-    u, slope = bend(x, softcap, HAS_SOFTCAP)
-    d = tl.maximum(u - highest, -FAR, propagate_nan=tl.PropagateNan.ALL)
-    p = tl.exp2(d * bits) * inv_total
+    """dL/dx of a block: g at the sampled token, less p (a + b (u - row_max))."""
+    u, slope = apply_softcap(x, softcap, HAS_SOFTCAP)
+    d = tl.maximum(u - row_max, -MAX_SHIFT, propagate_nan=tl.PropagateNan.ALL)
+    p = tl.exp2(d * log2_scale) * inv_sum_exp
     inner = a
     if HAS_ENTROPY:
         inner = a + b * d
@@ -176,8 +190,8 @@ def write_gradient(
     out_ptr,
     V,
     token,
-    highest,
-    total,
+    row_max,
+    sum_exp,
     entropy,
     g,
     h,
@@ -192,12 +206,12 @@ def write_gradient(
     Back to front: what the first sweep read last is still in the caches.
     """
     lane = tl.arange(0, BLOCK)
-    some = tl.where(total == 0, 1.0, total)
-    inv_total = tl.div_rn(some * 0.0 + 1.0, some)
+    safe_sum_exp = tl.where(sum_exp == 0, 1.0, sum_exp)
+    inv_sum_exp = tl.div_rn(safe_sum_exp * 0.0 + 1.0, safe_sum_exp)
     # dL/dz_v = g (1[v = token] - p_v) - h p_v (log p_v + H)
-    # with log p_v = (u_v - highest) / tau - log total
-    bits = bits_of(tau)
-    a = tl.div_rn(g + h * (entropy - tl.log(some)), tau)
+    # with log p_v = (u_v - row_max) / tau - log sum_exp
+    log2_scale = log2_scale_of(tau)
+    a = tl.div_rn(g + h * (entropy - tl.log(safe_sum_exp)), tau)
     b = tl.div_rn(h, tau * tau)
     g = tl.div_rn(g, tau)
     token = token.to(tl.int32)  # a comparison of 64 bits costs two instructions a logit
@@ -209,13 +223,13 @@ def write_gradient(
             x.to(tl.float32),
             at,
             token,
-            highest,
-            inv_total,
+            row_max,
+            inv_sum_exp,
             g,
             a,
             b,
             softcap,
-            bits,
+            log2_scale,
             HAS_SOFTCAP,
             HAS_ENTROPY,
         )
@@ -228,13 +242,13 @@ def write_gradient(
             x,
             at,
             token,
-            highest,
-            inv_total,
+            row_max,
+            inv_sum_exp,
             g,
             a,
             b,
             softcap,
-            bits,
+            log2_scale,
             HAS_SOFTCAP,
             HAS_ENTROPY,
         )

@@ -4,14 +4,14 @@ import triton
 import triton.language as tl
 
 from fastppo.kernels.row import (
-    FAR,
     LOWEST,
     MASKED,
+    MAX_SHIFT,
     accumulate,
-    accumulate_total,
-    bend,
-    bits_of,
+    accumulate_sum_exp,
+    apply_softcap,
     finish_statistics,
+    log2_scale_of,
     merge_lanes,
     row_temperature,
     sampled_logit,
@@ -19,34 +19,36 @@ from fastppo.kernels.row import (
 
 
 @triton.jit
-def both(
+def accumulate_pair(
     x,
     y,
-    highest,
-    total,
-    weighted,
-    gap,
-    lowest,
-    ref_highest,
-    ref_total,
+    row_max,
+    sum_exp,
+    sum_shifted_exp,
+    sum_diff_exp,
+    ref_min,
+    ref_row_max,
+    ref_sum_exp,
     softcap,
-    bits,
+    log2_scale,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """One more logit of each policy a lane; gap = sum (u - v) exp((u - highest) / tau).
+    """One more logit of each policy a lane; sum_diff_exp = sum (u - v) exp((u - row_max) / tau).
 
-    `lowest` is the least v of words that the actor allows: -inf where the reference masks one.
+    `ref_min` is the least v of words that the actor allows: -inf where the reference masks one.
     """
-    u, _ = bend(x, softcap, HAS_SOFTCAP)
-    v, _ = bend(y, softcap, HAS_SOFTCAP)
+    u, _ = apply_softcap(x, softcap, HAS_SOFTCAP)
+    v, _ = apply_softcap(y, softcap, HAS_SOFTCAP)
     possible = u != MASKED
     theirs = tl.where(possible, v, 0.0)
     differs = tl.where(possible, u, 0.0) - theirs
-    lowest = tl.minimum(lowest, theirs)
-    highest, total, weighted, keep, new = accumulate(u, highest, total, weighted, bits)
-    gap = gap * keep + differs * new
-    ref_highest, ref_total = accumulate_total(v, ref_highest, ref_total, bits)
-    return highest, total, weighted, gap, lowest, ref_highest, ref_total
+    ref_min = tl.minimum(ref_min, theirs)
+    row_max, sum_exp, sum_shifted_exp, rescale, new_exp = accumulate(
+        u, row_max, sum_exp, sum_shifted_exp, log2_scale
+    )
+    sum_diff_exp = sum_diff_exp * rescale + differs * new_exp
+    ref_row_max, ref_sum_exp = accumulate_sum_exp(v, ref_row_max, ref_sum_exp, log2_scale)
+    return row_max, sum_exp, sum_shifted_exp, sum_diff_exp, ref_min, ref_row_max, ref_sum_exp
 
 
 @triton.jit(do_not_specialize=["ignore_index", "first_row"])
@@ -79,70 +81,78 @@ def score_tokens_kernel(
     kl = 0.0
     if token != ignore_index:
         tau = row_temperature(temperature, row, TEMPERATURE_KIND)
-        bits = bits_of(tau)
+        log2_scale = log2_scale_of(tau)
         x_row = x_ptr + own * x_stride
         ref_row = ref_ptr + own * ref_stride
         u = sampled_logit(x_row, token, V, softcap, HAS_SOFTCAP)
         v = sampled_logit(ref_row, token, V, softcap, HAS_SOFTCAP)
         lane = tl.arange(0, BLOCK)
-        highest = tl.full([BLOCK], LOWEST, tl.float32)
-        ref_highest = tl.full([BLOCK], LOWEST, tl.float32)
-        total = tl.zeros([BLOCK], tl.float32)
-        weighted = tl.zeros([BLOCK], tl.float32)
-        gap = tl.zeros([BLOCK], tl.float32)
-        lowest = tl.zeros([BLOCK], tl.float32)
-        ref_total = tl.zeros([BLOCK], tl.float32)
+        row_max = tl.full([BLOCK], LOWEST, tl.float32)
+        ref_row_max = tl.full([BLOCK], LOWEST, tl.float32)
+        sum_exp = tl.zeros([BLOCK], tl.float32)
+        sum_shifted_exp = tl.zeros([BLOCK], tl.float32)
+        sum_diff_exp = tl.zeros([BLOCK], tl.float32)
+        ref_min = tl.zeros([BLOCK], tl.float32)
+        ref_sum_exp = tl.zeros([BLOCK], tl.float32)
         full = V // BLOCK * BLOCK
         for start in range(0, full, BLOCK):
             x = tl.load(x_row + start + lane, eviction_policy="evict_first").to(tl.float32)
             y = tl.load(ref_row + start + lane, eviction_policy="evict_first").to(tl.float32)
-            highest, total, weighted, gap, lowest, ref_highest, ref_total = both(
-                x,
-                y,
-                highest,
-                total,
-                weighted,
-                gap,
-                lowest,
-                ref_highest,
-                ref_total,
-                softcap,
-                bits,
-                HAS_SOFTCAP,
+            row_max, sum_exp, sum_shifted_exp, sum_diff_exp, ref_min, ref_row_max, ref_sum_exp = (
+                accumulate_pair(
+                    x,
+                    y,
+                    row_max,
+                    sum_exp,
+                    sum_shifted_exp,
+                    sum_diff_exp,
+                    ref_min,
+                    ref_row_max,
+                    ref_sum_exp,
+                    softcap,
+                    log2_scale,
+                    HAS_SOFTCAP,
+                )
             )
         if full < V:
             at = full + lane
             x = tl.load(x_row + at, mask=at < V, other=MASKED, eviction_policy="evict_first")
             y = tl.load(ref_row + at, mask=at < V, other=MASKED, eviction_policy="evict_first")
-            highest, total, weighted, gap, lowest, ref_highest, ref_total = both(
-                x.to(tl.float32),
-                y.to(tl.float32),
-                highest,
-                total,
-                weighted,
-                gap,
-                lowest,
-                ref_highest,
-                ref_total,
-                softcap,
-                bits,
-                HAS_SOFTCAP,
+            row_max, sum_exp, sum_shifted_exp, sum_diff_exp, ref_min, ref_row_max, ref_sum_exp = (
+                accumulate_pair(
+                    x.to(tl.float32),
+                    y.to(tl.float32),
+                    row_max,
+                    sum_exp,
+                    sum_shifted_exp,
+                    sum_diff_exp,
+                    ref_min,
+                    ref_row_max,
+                    ref_sum_exp,
+                    softcap,
+                    log2_scale,
+                    HAS_SOFTCAP,
+                )
             )
-        d = tl.maximum(highest - tl.max(highest, 0), -FAR)
-        gap_sum = tl.sum(gap * tl.exp2(d * bits), 0)
-        top, row_total, row_weighted = merge_lanes(highest, total, weighted, bits)
-        ref_top, ref_row_total, _ = merge_lanes(ref_highest, ref_total, ref_total, bits)
-        logprob, entropy, log_total = finish_statistics(u, top, row_total, row_weighted, tau)
-        ref_logprob, _, ref_log_total = finish_statistics(
-            v, ref_top, ref_row_total, ref_row_total, tau
+        d = tl.maximum(row_max - tl.max(row_max, 0), -MAX_SHIFT)
+        row_sum_diff_exp = tl.sum(sum_diff_exp * tl.exp2(d * log2_scale), 0)
+        top, row_sum_exp, row_sum_shifted_exp = merge_lanes(
+            row_max, sum_exp, sum_shifted_exp, log2_scale
         )
-        some = tl.where(row_total == 0, 1.0, row_total)
+        ref_top, ref_row_sum_exp, _ = merge_lanes(ref_row_max, ref_sum_exp, ref_sum_exp, log2_scale)
+        logprob, entropy, log_sum_exp = finish_statistics(
+            u, top, row_sum_exp, row_sum_shifted_exp, tau
+        )
+        ref_logprob, _, ref_log_sum_exp = finish_statistics(
+            v, ref_top, ref_row_sum_exp, ref_row_sum_exp, tau
+        )
+        safe_sum_exp = tl.where(row_sum_exp == 0, 1.0, row_sum_exp)
         # KL = sum p (z - z_ref) - LSE(z) + LSE(z_ref)
-        kl = tl.div_rn(tl.div_rn(gap_sum, some) - (top - ref_top), tau) - (
-            log_total - ref_log_total
+        kl = tl.div_rn(tl.div_rn(row_sum_diff_exp, safe_sum_exp) - (top - ref_top), tau) - (
+            log_sum_exp - ref_log_sum_exp
         )
-        kl = tl.where(tl.min(lowest, 0) == MASKED, float("inf"), kl)
-        kl = tl.where(row_total == 0, 0.0, kl)
+        kl = tl.where(tl.min(ref_min, 0) == MASKED, float("inf"), kl)
+        kl = tl.where(row_sum_exp == 0, 0.0, kl)
     tl.store(logprob_ptr + row, logprob)
     tl.store(ref_logprob_ptr + row, ref_logprob)
     tl.store(entropy_ptr + row, entropy)

@@ -23,14 +23,14 @@ def sum_rows_kernel(
     lane = tl.arange(0, BLOCK)
     row_ptr = x_ptr + row.to(tl.int64) * stride
     total = tl.zeros([BLOCK], tl.float32)
-    highest = tl.zeros([BLOCK], tl.float32)
+    largest = tl.zeros([BLOCK], tl.float32)
     for start in range(0, n, BLOCK):
         x = tl.load(row_ptr + start + lane, mask=start + lane < n, other=0.0)
         total += x
-        highest = tl.maximum(highest, x, propagate_nan=tl.PropagateNan.ALL)
+        largest = tl.maximum(largest, x, propagate_nan=tl.PropagateNan.ALL)
     if row == MAXIMUM:
         # tl.max drops NaN, a sum of 0 * x does not.
-        tl.store(out_ptr + row, tl.max(highest, 0) + tl.sum(highest * 0.0, 0))
+        tl.store(out_ptr + row, tl.max(largest, 0) + tl.sum(largest * 0.0, 0))
     elif row == LAST:
         tl.store(last_ptr, tl.sum(total, 0))
     else:

@@ -5,7 +5,7 @@ import triton.language as tl
 
 
 @triton.jit
-def exp_less_line(e):
+def expm1_minus_arg(e):
     """exp(e) - 1 - e; by its series near 0, where the difference cancels."""
     series = 1.0 + e / 3 * (
         1.0 + e / 4 * (1.0 + e / 5 * (1.0 + e / 6 * (1.0 + e / 7 * (1.0 + e / 8 * (1.0 + e / 9)))))
@@ -29,7 +29,7 @@ def kl_and_slope(logprob, ref, limit, KIND: tl.constexpr):
         slope = diff
     else:
         e = tl.clamp(-diff, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
-        kl = exp_less_line(e)
+        kl = expm1_minus_arg(e)
         slope = tl.where(tl.abs(diff) <= limit, -(kl + e), 0.0)
     return kl, tl.where(masked, 0.0, slope)
 

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 
 from fastppo.kernels.row import (
-    bits_of,
     fill_zero,
     finish_statistics,
+    log2_scale_of,
     row_statistics,
     row_temperature,
     sampled_logit,
@@ -24,8 +24,8 @@ def token_logprobs_kernel(
     live_ptr,
     logprob_ptr,
     entropy_ptr,
-    highest_ptr,
-    total_ptr,
+    row_max_ptr,
+    sum_exp_ptr,
     temperature,
     softcap,
     ignore_index,
@@ -45,20 +45,20 @@ def token_logprobs_kernel(
         live = live & (tl.load(live_ptr + row).to(tl.float32) != 0)
     logprob = 0.0
     entropy = 0.0
-    highest = 0.0
-    total = 1.0
+    row_max = 0.0
+    sum_exp = 1.0
     if live:
         row_ptr = x_ptr + own * x_stride
         tau = row_temperature(temperature, row, TEMPERATURE_KIND)
         u = sampled_logit(row_ptr, token, V, softcap, HAS_SOFTCAP)
-        highest, total, weighted = row_statistics(
-            row_ptr, V, softcap, bits_of(tau), HAS_SOFTCAP, BLOCK
+        row_max, sum_exp, sum_shifted_exp = row_statistics(
+            row_ptr, V, softcap, log2_scale_of(tau), HAS_SOFTCAP, BLOCK
         )
-        logprob, entropy, _ = finish_statistics(u, highest, total, weighted, tau)
+        logprob, entropy, _ = finish_statistics(u, row_max, sum_exp, sum_shifted_exp, tau)
     tl.store(logprob_ptr + row, logprob)
     tl.store(entropy_ptr + row, entropy)
-    tl.store(highest_ptr + row, highest)
-    tl.store(total_ptr + row, total)
+    tl.store(row_max_ptr + row, row_max)
+    tl.store(sum_exp_ptr + row, sum_exp)
 
 
 @triton.jit(do_not_specialize=["ignore_index", "first_row"])
@@ -71,8 +71,8 @@ def token_logprobs_backward_kernel(
     h_ptr,
     logprob_ptr,
     entropy_ptr,
-    highest_ptr,
-    total_ptr,
+    row_max_ptr,
+    sum_exp_ptr,
     temperature,
     softcap,
     ignore_index,
@@ -107,8 +107,8 @@ def token_logprobs_backward_kernel(
             out_ptr,
             V,
             token,
-            tl.load(highest_ptr + row),
-            tl.load(total_ptr + row),
+            tl.load(row_max_ptr + row),
+            tl.load(sum_exp_ptr + row),
             tl.load(entropy_ptr + row),
             g,
             h,

@@ -1,15 +1,16 @@
 """PPO's arithmetic for language models as a handful of operators; needs torch and nothing else."""
 
 from fastppo.ops.advantages import Advantages, advantages
+from fastppo.ops.backends import Scores
 from fastppo.ops.config import HeadLora, PolicyLossConfig
 from fastppo.ops.gae import gae
 from fastppo.ops.linear_policy_loss import linear_policy_loss
 from fastppo.ops.linear_score_tokens import linear_score_tokens
 from fastppo.ops.linear_token_logprobs import linear_token_logprobs
+from fastppo.ops.losses import PolicyMetrics
 from fastppo.ops.pack import Packing, pack
 from fastppo.ops.policy_loss import PolicyLoss, policy_loss
-from fastppo.ops.score_tokens import Scores, score_tokens
-from fastppo.ops.surrogate import PolicyMetrics
+from fastppo.ops.score_tokens import score_tokens
 from fastppo.ops.token_kl import token_kl
 from fastppo.ops.token_logprobs import TokenLogprobs, token_logprobs
 from fastppo.ops.value_loss import ValueLoss, ValueMetrics, value_loss

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastppo.ops import checks
-from fastppo.ops.arguments import join, split
-from fastppo.ops.backend import choose, token_kernels
-from fastppo.ops.config import check_kl_kind
-from fastppo.ops.gae import gae_reference, gae_scan
-from fastppo.ops.registry import Op, Shape, even_offsets, register
-from fastppo.ops.token_kl import kl_and_slope, token_kl_reference
-from fastppo.ops.whiten import whiten, whiten_reference
+from fastppo.ops.arguments import (
+    AdvantagesArguments,
+    check_floating,
+    check_offsets,
+    check_scalar,
+    check_unit_interval,
+    check_vector,
+    chosen_backend,
+    is_traced,
+    stat_dtype,
+)
+from fastppo.ops.backends import BACKENDS
+from fastppo.ops.config import KL_KINDS, check_kl_kind
+from fastppo.ops.registered import register
 
-KL_LIMIT = 20.0
+KL_LIMIT: Final = 20.0  # where k3 clamps the log ratio
 
 
 class Advantages(NamedTuple):
@@ -82,184 +87,52 @@ def advantages(
     reward); Schulman et al. 2016, eq. 16 (GAE).
     """
     op = "advantages"
-    check_kl_kind(op, kl_kind)
-    checks.floating(op, "logprob_N", logprob_N, ndim=1)
+    if kl_kind not in KL_KINDS:
+        check_kl_kind(op, kl_kind)
+    check_floating(op, "logprob_N", logprob_N, ndim=1)
     n = logprob_N.numel()
-    optional = {"kl_N": kl_N, "extra_reward_N": extra_reward_N}
-    given = {"ref_logprob_N": ref_logprob_N, "value_N": value_N, **optional}
-    for name, tensor in given.items():
-        checks.row_vector(op, name, tensor, logprob_N, n=n)
-    checks.offsets(op, offsets, logprob_N, n=n)
+    check_vector(op, "ref_logprob_N", ref_logprob_N, logprob_N, n=n)
+    check_vector(op, "value_N", value_N, logprob_N, n=n)
+    check_vector(op, "kl_N", kl_N, logprob_N, n=n)
+    check_vector(op, "extra_reward_N", extra_reward_N, logprob_N, n=n)
+    check_offsets(op, offsets, logprob_N, n=n)
     batch = offsets.numel() - 1
-    for name, tensor in {"score_B": score_B, "bootstrap_value_B": bootstrap_value_B}.items():
-        checks.row_vector(op, name, tensor, logprob_N, n=batch)
-    checks.unit_interval(op, "gamma", gamma)
-    checks.unit_interval(op, "lam", lam)
-    checks.scalar(op, "kl_coef", kl_coef, logprob_N)
-    chosen = choose(op, backend, logprob_N, score_B, ref_logprob_N, value_N)
+    check_vector(op, "score_B", score_B, logprob_N, n=batch)
+    check_vector(op, "bootstrap_value_B", bootstrap_value_B, logprob_N, n=batch)
+    check_unit_interval(op, "gamma", gamma)
+    check_unit_interval(op, "lam", lam)
+    check_scalar(op, "kl_coef", kl_coef, logprob_N)
+    chosen = chosen_backend(op, backend, logprob_N, score_B, ref_logprob_N, value_N)
+    given = AdvantagesArguments(
+        score_B=score_B,
+        logprob_N=logprob_N,
+        ref_logprob_N=ref_logprob_N,
+        value_N=value_N,
+        offsets=offsets,
+        kl_coef=kl_coef,
+        kl_kind=kl_kind,
+        kl_N=kl_N,
+        extra_reward_N=extra_reward_N,
+        gamma=gamma,
+        lam=lam,
+        bootstrap_value_B=bootstrap_value_B,
+        whiten_rewards=whiten_rewards,
+        whiten_advantages=whiten_advantages,
+        log_ratio_limit=KL_LIMIT,
+        backend=chosen,
+    )
     with torch.no_grad():
-        outputs = torch.ops.fastppo.advantages(
-            score_B,
-            logprob_N,
-            ref_logprob_N,
-            value_N,
-            offsets,
-            *split(kl_coef),
-            kl_kind,
-            kl_N,
-            extra_reward_N,
-            gamma,
-            lam,
-            bootstrap_value_B,
-            whiten_rewards,
-            whiten_advantages,
-            chosen,
-        )
-    return Advantages(*outputs)
+        return _registered(given) if is_traced(logprob_N) else _forward(given)
 
 
-@torch.library.custom_op(
-    "fastppo::advantages",
-    mutates_args=(),
-    schema="(Tensor score_B, Tensor logprob_N, Tensor ref_logprob_N, Tensor value_N, "
-    "Tensor offsets, Tensor? kl_coef_tensor, float kl_coef, str kl_kind, Tensor? kl_N, "
-    "Tensor? extra_reward_N, float gamma, float lam, Tensor? bootstrap_value_B, "
-    "bool whiten_rewards, bool whiten_advantages, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _forward(
-    score_B: Tensor,
-    logprob_N: Tensor,
-    ref_logprob_N: Tensor,
-    value_N: Tensor,
-    offsets: Tensor,
-    kl_coef_tensor: Tensor | None,
-    kl_coef: float,
-    kl_kind: str,
-    kl_N: Tensor | None,
-    extra_reward_N: Tensor | None,
-    gamma: float,
-    lam: float,
-    bootstrap_value_B: Tensor | None,
-    whiten_rewards: bool,
-    whiten_advantages: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    beta = join(kl_coef_tensor, kl_coef)
-    if backend != "torch":
-        found: tuple[Tensor, Tensor, Tensor, Tensor] = token_kernels(backend).advantages(
-            score_B,
-            logprob_N,
-            ref_logprob_N,
-            kl_N,
-            extra_reward_N,
-            value_N,
-            offsets,
-            bootstrap_value_B,
-            beta,
-            kl_kind,
-            KL_LIMIT,
-            gamma,
-            lam,
-            whiten_rewards,
-            whiten_advantages,
-        )
-        return found
-    dtype = checks.stat_dtype(score_B, logprob_N, ref_logprob_N, value_N)
-    if kl_N is None:
-        kl_N, _ = kl_and_slope(logprob_N.to(dtype), ref_logprob_N.to(dtype), kl_kind, KL_LIMIT)
-    else:
-        kl_N = kl_N.to(dtype, copy=True)
-    beta = beta.to(dtype) if isinstance(beta, Tensor) else beta
-    reward_N = -beta * kl_N
-    if extra_reward_N is not None:
-        reward_N = reward_N + extra_reward_N.to(dtype)
-    reward_N = reward_N + _at_last_token(score_B.to(dtype), offsets, logprob_N.numel())
-    if whiten_rewards:
-        reward_N = whiten(reward_N, shift_mean=False, backend="torch")
-    bootstrap_B = None if bootstrap_value_B is None else bootstrap_value_B.to(dtype)
-    value_N = value_N.to(dtype)
-    advantage_N, return_N = gae_scan(reward_N, value_N, offsets, gamma, lam, bootstrap_B)
-    if whiten_advantages:
-        advantage_N = whiten(advantage_N, backend="torch")
-    return advantage_N, return_N, reward_N, kl_N
+def _forward(a: AdvantagesArguments) -> Advantages:
+    return Advantages(*BACKENDS[a.backend].advantages(a))
 
 
-@_forward.register_fake
-def _(
-    score_B: Tensor, logprob_N: Tensor, ref_logprob_N: Tensor, value_N: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = checks.stat_dtype(score_B, logprob_N, ref_logprob_N, value_N)
-    n = logprob_N.shape[0]
-    a, b, c, d = (logprob_N.new_empty(n, dtype=dtype) for _ in Advantages._fields)
-    return a, b, c, d
+def _fake(a: AdvantagesArguments) -> Advantages:
+    dtype = stat_dtype(a.score_B, a.logprob_N, a.ref_logprob_N, a.value_N)
+    n = a.logprob_N.shape[0]
+    return Advantages(*(a.logprob_N.new_empty(n, dtype=dtype) for _ in Advantages._fields))
 
 
-def _at_last_token(score_B: Tensor, offsets: Tensor, n: int) -> Tensor:
-    """The scores at their sequences' last tokens, (n,), 0 elsewhere."""
-    if n == 0:
-        return score_B.new_zeros(0)
-    # A sequence without tokens would point at its neighbour's last token: it adds 0 there.
-    last_B = (offsets[1:].long() - 1).clamp(min=0)
-    given_B = torch.where(offsets.diff() > 0, score_B, 0)
-    return score_B.new_zeros(n).index_add(0, last_B, given_B)
-
-
-def advantages_reference(
-    score_B: Tensor,
-    logprob_N: Tensor,
-    ref_logprob_N: Tensor,
-    value_N: Tensor,
-    offsets: Tensor,
-    *,
-    kl_coef: float | Tensor,
-    kl_kind: str = "k1",
-    kl_N: Tensor | None = None,
-    extra_reward_N: Tensor | None = None,
-    gamma: float = 1.0,
-    lam: float = 0.95,
-    bootstrap_value_B: Tensor | None = None,
-    whiten_rewards: bool = False,
-    whiten_advantages: bool = True,
-) -> Advantages:
-    """The definition of `advantages`, sequence by sequence."""
-    kl = token_kl_reference(logprob_N, ref_logprob_N, kind=kl_kind) if kl_N is None else kl_N
-    reward = -kl_coef * kl if extra_reward_N is None else -kl_coef * kl + extra_reward_N
-    for b, (start, end) in enumerate(pairwise(offsets)):
-        if end > start:
-            reward[end - 1] = reward[end - 1] + score_B[b]
-    if whiten_rewards:
-        reward = whiten_reference(reward, shift_mean=False)
-    advantage, returns = gae_reference(
-        reward, value_N, offsets, gamma=gamma, lam=lam, bootstrap_value_B=bootstrap_value_B
-    )
-    if whiten_advantages:
-        advantage = whiten_reference(advantage)
-    return Advantages(advantage, returns, reward, kl)
-
-
-def _make_inputs(shape: Shape, dtype: torch.dtype, seed: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(seed)
-    logprob_N, noise_N, value_N = torch.randn(3, shape.n, generator=generator)
-    score_B = torch.randn(shape.batch, generator=generator)
-    return {
-        "score_B": score_B.to(dtype),
-        "logprob_N": (-logprob_N.abs()).to(dtype),
-        "ref_logprob_N": (-logprob_N.abs() + 0.1 * noise_N).to(dtype),
-        "value_N": value_N.to(dtype),
-        "offsets": even_offsets(shape),
-        "kl_coef": 0.1,
-    }
-
-
-register(
-    Op(
-        name="advantages",
-        function=advantages,
-        reference=advantages_reference,
-        make_inputs=_make_inputs,
-        # three reads and four writes of a float, and whitening's read and write
-        bytes_moved=lambda s, dtype: s.n * (3 * dtype.itemsize + 16 + 8),
-        flops=lambda s: 16 * s.n,
-    )
-)
+_registered = register("advantages", AdvantagesArguments, Advantages, _forward, _fake)

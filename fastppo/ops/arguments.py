@@ -1,79 +1,43 @@
-"""What the registered operators take besides logits or hidden states: tensors and scalars alone.
+"""What operators take: by name, checked on the host, and refused in one line.
 
-A schema of torch.library holds no dataclass and no value that is a float or a tensor. The public
-functions put what they are given into these dataclasses; `flat` is their schema's order.
+A refusal says the op, the argument, what was wanted and what came. Only what the host knows is
+checked (shapes, dtypes, devices): reading a value would wait for the device.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastppo.ops import backend as backends
 from fastppo.ops.config import PolicyLossConfig
-from fastppo.ops.rows import RowSpec, row_spec
-from fastppo.ops.surrogate import PolicyInputs
+
+IGNORE_INDEX: Final = -100
 
 
-def split(value: float | Tensor) -> tuple[Tensor | None, float]:
-    """A float or tensor as the two arguments that a schema needs for it."""
-    return (value.detach(), 1.0) if isinstance(value, Tensor) else (None, value)
-
-
-def join(tensor: Tensor | None, value: float) -> float | Tensor:
-    """The inverse of `split`."""
-    return value if tensor is None else tensor
-
-
-@dataclass(frozen=True)
-class RowArguments:
+class RowArguments(NamedTuple):
     """What a row of logits needs to become a log-prob."""
 
     token_N: Tensor
-    temperature_tensor: Tensor | None
-    temperature: float
+    temperature: float | Tensor
     softcap: float | None
     ignore_index: int
 
-    SCHEMA: ClassVar[str] = (
-        "Tensor token_N, Tensor? temperature_tensor, float temperature, float? softcap, "
-        "int ignore_index"
-    )
 
-    def flat(self) -> tuple[Any, ...]:
-        return tuple(getattr(self, field.name) for field in fields(self))
+class LossArguments(NamedTuple):
+    """What a log-prob needs to become PPO's loss."""
 
-    def spec(self, live_N: Tensor, dtype: torch.dtype) -> RowSpec:
-        """The same for the definition, whose rows that are not live hold finite filler."""
-        tau = join(self.temperature_tensor, self.temperature)
-        return row_spec(self.token_N, live_N, tau, self.softcap, dtype)
-
-
-def row_arguments(
-    token_N: Tensor, temperature: float | Tensor, softcap: float | None, ignore_index: int
-) -> RowArguments:
-    return RowArguments(token_N, *split(temperature), softcap, ignore_index)
-
-
-@dataclass(frozen=True)
-class LossArguments:
-    """What a row needs besides to become PPO's loss."""
-
-    rows: RowArguments
     behaviour_logprob_N: Tensor
     advantage_N: Tensor
     weight_N: Tensor
     ref_logprob_N: Tensor | None
     importance_weight_N: Tensor | None
     offsets: Tensor | None
-    kl_coef_tensor: Tensor | None
-    kl_coef: float
-    entropy_coef_tensor: Tensor | None
-    entropy_coef: float
-    grad_scale_tensor: Tensor | None
-    grad_scale: float
+    kl_coef: float | Tensor
+    entropy_coef: float | Tensor
+    grad_scale: float | Tensor
     clip_low: float
     clip_high: float
     dual_clip: float | None
@@ -81,69 +45,322 @@ class LossArguments:
     ratio_level: str
     log_ratio_limit: float
 
-    SCHEMA: ClassVar[str] = (
-        f"{RowArguments.SCHEMA}, Tensor behaviour_logprob_N, Tensor advantage_N, Tensor weight_N, "
-        "Tensor? ref_logprob_N, Tensor? importance_weight_N, Tensor? offsets, "
-        "Tensor? kl_coef_tensor, float kl_coef, Tensor? entropy_coef_tensor, float entropy_coef, "
-        "Tensor? grad_scale_tensor, float grad_scale, float clip_low, float clip_high, "
-        "float? dual_clip, str kl_kind, str ratio_level, float log_ratio_limit"
-    )
-    COUNT: ClassVar[int] = 5 + 18
-
-    def flat(self) -> tuple[Any, ...]:
-        mine = (getattr(self, field.name) for field in fields(self) if field.name != "rows")
-        return (*self.rows.flat(), *mine)
-
-    @classmethod
-    def of(cls, flat: tuple[Any, ...]) -> LossArguments:
-        """From the values of the schema."""
-        return cls(RowArguments(*flat[:5]), *flat[5:])
-
     @property
     def by_sequence(self) -> bool:
         return self.ratio_level == "sequence"
 
     @property
-    def has_entropy(self) -> bool:
-        """Whether the entropy may have a weight; a tensor is never asked."""
-        return self.entropy_coef_tensor is not None or self.entropy_coef != 0
+    def has_kl(self) -> bool:
+        """Whether the KL may have a weight; a tensor is never asked."""
+        return self.ref_logprob_N is not None and not _is_zero(self.kl_coef)
 
     @property
-    def scale(self) -> float | Tensor:
-        return join(self.grad_scale_tensor, self.grad_scale)
+    def has_entropy(self) -> bool:
+        """Whether the entropy may have a weight; a tensor is never asked."""
+        return not _is_zero(self.entropy_coef)
 
-    def live_N(self) -> Tensor:
-        return (self.weight_N != 0) & (self.rows.token_N != self.rows.ignore_index)
 
-    def prepare(self, dtype: torch.dtype) -> tuple[RowSpec, PolicyInputs]:
-        """The same for the definition: rows that are not live get finite filler."""
-        live_N = self.live_N()
+class GaeArguments(NamedTuple):
+    """See `fastppo.ops.gae`."""
 
-        def filled(tensor: Tensor) -> Tensor:
-            return torch.where(live_N, tensor, 0).to(dtype)
+    reward_N: Tensor
+    value_N: Tensor
+    offsets: Tensor
+    gamma: float
+    lam: float
+    bootstrap_value_B: Tensor | None
+    backend: str
 
-        def coefficient(tensor: Tensor | None, value: float) -> float | Tensor:
-            return value if tensor is None else tensor.to(dtype)
 
-        ref, importance = self.ref_logprob_N, self.importance_weight_N
-        config = PolicyLossConfig(
-            clip_low=self.clip_low,
-            clip_high=self.clip_high,
-            dual_clip=self.dual_clip,
-            kl_kind=self.kl_kind,
-            ratio_level=self.ratio_level,
-            log_ratio_limit=self.log_ratio_limit,
+class AdvantagesArguments(NamedTuple):
+    """See `fastppo.ops.advantages`."""
+
+    score_B: Tensor
+    logprob_N: Tensor
+    ref_logprob_N: Tensor
+    value_N: Tensor
+    offsets: Tensor
+    kl_coef: float | Tensor
+    kl_kind: str
+    kl_N: Tensor | None
+    extra_reward_N: Tensor | None
+    gamma: float
+    lam: float
+    bootstrap_value_B: Tensor | None
+    whiten_rewards: bool
+    whiten_advantages: bool
+    log_ratio_limit: float
+    backend: str
+
+
+def _is_zero(coefficient: float | Tensor) -> bool:
+    return not isinstance(coefficient, Tensor) and coefficient == 0
+
+
+def stat_dtype(*tensors: Tensor) -> torch.dtype:
+    """Float32, or float64 where any input is: the dtype in which statistics are computed."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def constant(tensor: Tensor) -> Tensor:
+    """The tensor out of autograd's sight."""
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
+def rows_of(x_NV: Tensor) -> Tensor:
+    """The matrix with neighbouring logits side by side; a copy only where they were not."""
+    return x_NV if x_NV.shape[1] <= 1 or x_NV.stride(1) == 1 else x_NV.contiguous()
+
+
+def live_rows(rows: RowArguments, weight_N: Tensor | None = None) -> Tensor:
+    """Which rows take part: a token that is not ignored, and a weight that is not 0."""
+    live_N = rows.token_N != rows.ignore_index
+    return live_N if weight_N is None else live_N & (weight_N != 0)
+
+
+# What `choose` said, by what it looks at.
+_chosen: dict[tuple[str | None, str, bool], str] = {}
+
+
+def chosen_backend(op: str, backend: str | None, *tensors: Tensor | None) -> str:
+    """The backend that runs `op` on these tensors; see `fastppo.ops.backend.choose`."""
+    given = [t for t in tensors if t is not None]
+    if torch.compiler.is_compiling():
+        return backends.choose(op, backend, *given)
+    wide = any(t.dtype == torch.float64 for t in given)
+    key = (backend, given[0].device.type, wide)
+    found = _chosen.get(key)
+    if found is None:
+        found = _chosen[key] = backends.choose(op, backend, *given)
+    return found
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether a tracer looks on, or the tensor has no values: then operators are called through
+    torch.library, which knows their shapes and gradients without running them.
+
+    Everything else goes straight to the backend: torch.library costs more than the launch.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or type(x) not in (Tensor, torch.nn.Parameter)
+        or x.is_meta
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def show(shape: tuple[int, ...]) -> str:
+    return "(" + ", ".join(str(n) for n in shape) + ("," if len(shape) == 1 else "") + ")"
+
+
+def check_floating(op: str, name: str, tensor: Tensor, *, ndim: int) -> None:
+    """`tensor` holds floats and has `ndim` dimensions."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, came {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{op}: {name} must hold floats, came {tensor.dtype}")
+    if tensor.ndim != ndim:
+        letters = {1: "(N,)", 2: "two dimensions"}[ndim]
+        raise ValueError(
+            f"{op}: {name} must have {letters}, came {show(tuple(tensor.shape))}; "
+            "flatten or pack batch and time first"
         )
-        inputs = PolicyInputs(
-            behaviour_logprob_N=filled(self.behaviour_logprob_N),
-            advantage_N=filled(self.advantage_N),
-            weight_N=filled(self.weight_N),
-            live_N=live_N,
-            ref_logprob_N=None if ref is None else filled(ref),
-            importance_weight_N=None if importance is None else filled(importance),
-            kl_coef=coefficient(self.kl_coef_tensor, self.kl_coef),
-            entropy_coef=coefficient(self.entropy_coef_tensor, self.entropy_coef),
-            config=config,
-            offsets=self.offsets,
+
+
+def check_vector(
+    op: str, name: str, tensor: Tensor | None, like: Tensor, *, n: int, mask: bool = False
+) -> None:
+    """`tensor`, if given, is (n,) on the device of `like`: floats, or anything for a mask."""
+    if tensor is None:
+        return
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, came {type(tensor).__name__}")
+    if not mask and not tensor.is_floating_point():
+        raise TypeError(f"{op}: {name} must hold floats, came {tensor.dtype}")
+    if tuple(tensor.shape) != (n,):
+        raise ValueError(f"{op}: {name} must have shape ({n},), came {show(tuple(tensor.shape))}")
+    check_device(op, name, tensor, like)
+
+
+def check_device(op: str, name: str, tensor: Tensor, like: Tensor) -> None:
+    if tensor.device != like.device:
+        raise ValueError(f"{op}: {name} must be on {like.device}, came {tensor.device}; move it")
+
+
+def check_scalar(op: str, name: str, value: float | Tensor | None, like: Tensor) -> None:
+    """A float, or a 0-d tensor of floats on the device of `like`."""
+    if not isinstance(value, Tensor):
+        return
+    if value.ndim != 0:
+        raise ValueError(
+            f"{op}: {name} must be a float or a 0-d tensor, came {show(tuple(value.shape))}"
         )
-        return self.rows.spec(live_N, dtype), inputs
+    if not value.is_floating_point():
+        raise TypeError(f"{op}: {name} must hold a float, came {value.dtype}")
+    check_device(op, name, value, like)
+
+
+def check_unit_interval(op: str, name: str, value: float) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{op}: {name} must lie in [0, 1], came {value}")
+
+
+def check_offsets(op: str, value: Tensor, like: Tensor, *, n: int) -> None:
+    """Integers (B+1,), from 0 to n and ascending; the values are read where they lie on the CPU."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: offsets must be a tensor, came {type(value).__name__}")
+    if value.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: offsets must be int32 (or int64), came {value.dtype}")
+    if value.ndim != 1 or value.numel() < 1:
+        raise ValueError(
+            f"{op}: offsets must have shape (B+1,), came {show(tuple(value.shape))}; "
+            "it holds the start of each sequence and, last, N"
+        )
+    check_device(op, "offsets", value, like)
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        if int(value[0]) != 0 or int(value[-1]) != n:
+            raise ValueError(
+                f"{op}: offsets must start at 0 and end at N={n}, "
+                f"came {int(value[0])} and {int(value[-1])}"
+            )
+        if bool((value[1:] < value[:-1]).any()):
+            raise ValueError(f"{op}: offsets must ascend, came {value.tolist()}")
+
+
+def check_tokens(
+    op: str, token_N: Tensor, like: Tensor, *, n: int, vocab: int, ignore_index: int, check: bool
+) -> None:
+    """`token_N` is (n,) of integers; its values are read only if `check`."""
+    if not isinstance(token_N, Tensor):
+        raise TypeError(f"{op}: token_N must be a tensor, came {type(token_N).__name__}")
+    if token_N.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{op}: token_N must be int64 (or int32), came {token_N.dtype}")
+    if tuple(token_N.shape) != (n,):
+        raise ValueError(
+            f"{op}: token_N must have shape ({n},), one entry a row, "
+            f"came {show(tuple(token_N.shape))}"
+        )
+    check_device(op, "token_N", token_N, like)
+    if vocab < 1:
+        raise ValueError(f"{op}: the vocabulary is empty")
+    if check:
+        wrong = ((token_N < 0) | (token_N >= vocab)) & (token_N != ignore_index)
+        if bool(wrong.any()):
+            at = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"{op}: token_N must lie in [0, {vocab}) or be {ignore_index} (ignored), "
+                f"came {int(token_N[at])} at {at}"
+            )
+
+
+def row_arguments(
+    op: str,
+    token_N: Tensor,
+    like: Tensor,
+    vocab: int,
+    *,
+    temperature: float | Tensor,
+    softcap: float | None,
+    ignore_index: int,
+    check: bool,
+) -> RowArguments:
+    """The checked arguments of the rows of `like`, logits or hidden states."""
+    n = like.shape[0]
+    check_tokens(op, token_N, like, n=n, vocab=vocab, ignore_index=ignore_index, check=check)
+    if isinstance(temperature, Tensor):
+        if temperature.ndim == 0:
+            check_scalar(op, "temperature", temperature, like)
+        else:
+            check_vector(op, "temperature", temperature, like, n=n)
+        temperature = constant(temperature)
+    elif not temperature > 0:
+        raise ValueError(f"{op}: temperature must be positive, came {temperature}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{op}: softcap must be positive or None, came {softcap}")
+    return RowArguments(token_N, temperature, softcap, ignore_index)
+
+
+def loss_arguments(
+    op: str,
+    like: Tensor,
+    *,
+    behaviour_logprob_N: Tensor,
+    advantage_N: Tensor,
+    weight_N: Tensor,
+    ref_logprob_N: Tensor | None,
+    importance_weight_N: Tensor | None,
+    offsets: Tensor | None,
+    kl_coef: float | Tensor | None,
+    entropy_coef: float | Tensor | None,
+    config: PolicyLossConfig | None,
+    grad_scale: float | Tensor | None,
+) -> LossArguments:
+    """The checked arguments of the loss over the rows of `like`, logits or hidden states."""
+    n = like.shape[0]
+    config = _PPO if config is None else config
+    check_vector(op, "behaviour_logprob_N", behaviour_logprob_N, like, n=n)
+    check_vector(op, "advantage_N", advantage_N, like, n=n)
+    check_vector(op, "weight_N", weight_N, like, n=n)
+    check_vector(op, "ref_logprob_N", ref_logprob_N, like, n=n)
+    check_vector(op, "importance_weight_N", importance_weight_N, like, n=n)
+    beta = config.kl_coef if kl_coef is None else kl_coef
+    bonus = config.entropy_coef if entropy_coef is None else entropy_coef
+    scale = 1.0 if grad_scale is None else grad_scale
+    check_scalar(op, "kl_coef", beta, like)
+    check_scalar(op, "entropy_coef", bonus, like)
+    check_scalar(op, "grad_scale", scale, like)
+    if ref_logprob_N is None and not _is_zero(beta):
+        raise ValueError(f"{op}: ref_logprob_N is needed where kl_coef is not 0, came None")
+    by_sequence = config.ratio_level == "sequence"
+    if by_sequence:
+        if offsets is None:
+            raise ValueError(f"{op}: offsets are needed by ratio_level='sequence', came None")
+        check_offsets(op, offsets, like, n=n)
+    return LossArguments(
+        constant(behaviour_logprob_N),
+        constant(advantage_N),
+        constant(weight_N),
+        None if ref_logprob_N is None else constant(ref_logprob_N),
+        None if importance_weight_N is None else constant(importance_weight_N),
+        offsets if by_sequence else None,
+        constant(beta) if isinstance(beta, Tensor) else beta,
+        constant(bonus) if isinstance(bonus, Tensor) else bonus,
+        constant(scale) if isinstance(scale, Tensor) else scale,
+        config.clip_low,
+        config.clip_high,
+        config.dual_clip,
+        config.kl_kind,
+        config.ratio_level,
+        config.log_ratio_limit,
+    )
+
+
+def check_inplace(op: str, logits_NV: Tensor) -> None:
+    """Logits that an op may write over: their own memory, and no parameter's."""
+    base = logits_NV._base
+    if logits_NV.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
+        what = "a leaf" if logits_NV.is_leaf else "a view of a leaf"
+        raise ValueError(
+            f"{op}: inplace=True needs logits that some operation made, came {what}; leave it out"
+        )
+    if _overlaps(logits_NV):
+        raise ValueError(
+            f"{op}: inplace=True needs logits of their own memory, "
+            "came an expanded or overlapping tensor; leave it out"
+        )
+    if torch.compiler.is_compiling():
+        raise ValueError(f"{op}: inplace=True does not go through torch.compile; leave it out")
+
+
+def _overlaps(x_NV: Tensor) -> bool:
+    """Whether two entries of a matrix may share memory."""
+    reach = 0  # of the dimensions seen so far, the innermost first
+    for stride, size in sorted(zip(x_NV.stride(), x_NV.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
+_PPO: Final = PolicyLossConfig()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -86,28 +86,6 @@ def _say_once(why: str) -> None:
     if not _said and not torch.compiler.is_compiling():
         _said.append(why)
         warnings.warn(f"fastppo.ops runs in PyTorch, several times slower: {why}", stacklevel=3)
-
-
-def row_kernels(backend: str) -> Any:
-    """The module that calls the kernels over rows of logits of `triton` or `native`."""
-    if backend == "triton":
-        from fastppo.ops import launch
-
-        return launch
-    from fastppo.ops import native
-
-    return native
-
-
-def token_kernels(backend: str) -> Any:
-    """The same for those over tokens and sequences."""
-    if backend == "triton":
-        from fastppo.ops import launch_tokens
-
-        return launch_tokens
-    from fastppo.ops import native_tokens
-
-    return native_tokens
 
 
 def available(device: torch.device | str = "cpu") -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastppo.ops import backend
-from fastppo.ops.native import DTYPES, Call
+from fastppo.ops.backends.native import DTYPES, Call
 from fastppo.ops.native_library import LIBRARY, FewRowsStruct
 
 # Above, packing the weight pays.

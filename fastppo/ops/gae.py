@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-from typing import Any, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastppo.ops import checks
-from fastppo.ops.backend import choose, token_kernels
-from fastppo.ops.registry import Op, Shape, even_offsets, register
+from fastppo.ops.arguments import (
+    GaeArguments,
+    check_floating,
+    check_offsets,
+    check_unit_interval,
+    check_vector,
+    chosen_backend,
+    is_traced,
+    stat_dtype,
+)
+from fastppo.ops.backends import BACKENDS
+from fastppo.ops.registered import register
 
 
 def gae(
@@ -51,126 +59,33 @@ def gae(
     Source: Schulman et al. 2016, High-Dimensional Continuous Control Using GAE, eq. 16.
     """
     op = "gae"
-    checks.floating(op, "reward_N", reward_N, ndim=1)
-    checks.row_vector(op, "value_N", value_N, reward_N, n=reward_N.numel())
-    checks.offsets(op, offsets, reward_N, n=reward_N.numel())
-    checks.unit_interval(op, "gamma", gamma)
-    checks.unit_interval(op, "lam", lam)
-    checks.row_vector(op, "bootstrap_value_B", bootstrap_value_B, reward_N, n=offsets.numel() - 1)
-    chosen = choose(op, backend, reward_N, value_N, bootstrap_value_B)
+    check_floating(op, "reward_N", reward_N, ndim=1)
+    check_vector(op, "value_N", value_N, reward_N, n=reward_N.numel())
+    check_offsets(op, offsets, reward_N, n=reward_N.numel())
+    check_unit_interval(op, "gamma", gamma)
+    check_unit_interval(op, "lam", lam)
+    check_vector(op, "bootstrap_value_B", bootstrap_value_B, reward_N, n=offsets.numel() - 1)
+    chosen = chosen_backend(op, backend, reward_N, value_N, bootstrap_value_B)
+    given = GaeArguments(reward_N, value_N, offsets, gamma, lam, bootstrap_value_B, chosen)
     with torch.no_grad():
-        found = torch.ops.fastppo.gae(
-            reward_N, value_N, offsets, gamma, lam, bootstrap_value_B, chosen
-        )
-    return cast("tuple[Tensor, Tensor]", tuple(found))
+        advantage_N, return_N = _registered(given) if is_traced(reward_N) else _forward(given)
+    return advantage_N, return_N
 
 
-@torch.library.custom_op(
-    "fastppo::gae",
-    mutates_args=(),
-    schema="(Tensor reward_N, Tensor value_N, Tensor offsets, float gamma, float lam, "
-    "Tensor? bootstrap_value_B, str backend) -> (Tensor, Tensor)",
-)
-def _forward(
-    reward_N: Tensor,
-    value_N: Tensor,
-    offsets: Tensor,
-    gamma: float,
-    lam: float,
-    bootstrap_value_B: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    if backend != "torch":
-        found: tuple[Tensor, Tensor] = token_kernels(backend).gae(
-            reward_N, value_N, offsets, gamma, lam, bootstrap_value_B
-        )
-        return found
-    dtype = checks.stat_dtype(reward_N, value_N)
-    after_B = None if bootstrap_value_B is None else bootstrap_value_B.to(dtype)
-    return gae_scan(reward_N.to(dtype), value_N.to(dtype), offsets, gamma, lam, after_B)
+class Outputs(NamedTuple):
+    """Of the registered operator."""
+
+    advantage_N: Tensor
+    return_N: Tensor
 
 
-@_forward.register_fake
-def _(reward_N: Tensor, value_N: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    dtype, n = checks.stat_dtype(reward_N, value_N), reward_N.shape[0]
-    return reward_N.new_empty(n, dtype=dtype), reward_N.new_empty(n, dtype=dtype)
+def _forward(a: GaeArguments) -> Outputs:
+    return Outputs(*BACKENDS[a.backend].gae(a))
 
 
-def gae_scan(
-    reward_N: Tensor,
-    value_N: Tensor,
-    offsets: Tensor,
-    gamma: float,
-    lam: float,
-    bootstrap_value_B: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """`gae` on checked inputs of one dtype: a loop over time, all sequences side by side.
-
-    Sequences lie right-aligned in a (T, B) table, so that step t of the loop is the t-th last token
-    of each; where a shorter one has ended, the table holds zeros that lead nowhere.
-    """
-    batch = offsets.numel() - 1
-    if reward_N.numel() == 0 or batch == 0:
-        return torch.empty_like(reward_N), torch.empty_like(reward_N)
-    length_B = offsets.diff().long()
-    longest = int(length_B.max())
-    back_T = torch.arange(longest, device=offsets.device)
-    live_TB = back_T[:, None] < length_B
-    index_TB = torch.where(live_TB, offsets[1:].long() - 1 - back_T[:, None], 0)
-    value_TB = value_N[index_TB]
-    after_B = reward_N.new_zeros(batch) if bootstrap_value_B is None else bootstrap_value_B
-    next_TB = torch.cat([after_B[None], value_TB[:-1]])
-    delta_TB = reward_N[index_TB] + gamma * next_TB - value_TB
-    carry_B = reward_N.new_zeros(batch)
-    rows = []
-    for delta_B in delta_TB.unbind(0):
-        carry_B = delta_B + gamma * lam * carry_B
-        rows.append(carry_B)
-    advantage_N = torch.empty_like(reward_N)
-    advantage_N[index_TB[live_TB]] = torch.stack(rows)[live_TB]
-    return advantage_N, advantage_N + value_N
+def _fake(a: GaeArguments) -> Outputs:
+    dtype, n = stat_dtype(a.reward_N, a.value_N), a.reward_N.shape[0]
+    return Outputs(a.reward_N.new_empty(n, dtype=dtype), a.reward_N.new_empty(n, dtype=dtype))
 
 
-def gae_reference(
-    reward_N: Tensor,
-    value_N: Tensor,
-    offsets: Tensor,
-    *,
-    gamma: float = 1.0,
-    lam: float = 0.95,
-    bootstrap_value_B: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The definition of `gae`: A_t as the sum of (gamma lam)^l delta_{t+l}, in O(T^2)."""
-    advantage_N = torch.zeros_like(reward_N)
-    bounds = offsets.tolist()
-    for b, (start, end) in enumerate(pairwise(bounds)):
-        after = 0.0 if bootstrap_value_B is None else bootstrap_value_B[b]
-        for t in range(start, end):
-            for k in range(t, end):
-                following = value_N[k + 1] if k + 1 < end else after
-                delta = reward_N[k] + gamma * following - value_N[k]
-                advantage_N[t] += (gamma * lam) ** (k - t) * delta
-    return advantage_N, advantage_N + value_N
-
-
-def _make_inputs(shape: Shape, dtype: torch.dtype, seed: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(seed)
-    reward_N, value_N = torch.randn(2, shape.n, generator=generator)
-    return {
-        "reward_N": reward_N.to(dtype),
-        "value_N": value_N.to(dtype),
-        "offsets": even_offsets(shape),
-        "gamma": 0.99,
-    }
-
-
-register(
-    Op(
-        name="gae",
-        function=gae,
-        reference=gae_reference,
-        make_inputs=_make_inputs,
-        bytes_moved=lambda s, dtype: s.n * (2 * dtype.itemsize + 8),
-        flops=lambda s: 6 * s.n,
-    )
-)
+_registered = register("gae", GaeArguments, Outputs, _forward, _fake)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastppo.ops import checks
+from fastppo.ops.arguments import check_device, check_floating, check_vector, show
 from fastppo.ops.config import HeadLora
 from fastppo.ops.rows import ChunkKernel
 from fastppo.ops.workspace import fresh
@@ -32,11 +32,25 @@ _WORDS = 1024
 
 _WEIGHT = 1  # its place in `LinearRows.wanted`: hidden, weight, bias, A, B
 
-# The schema of a head and of one token chunk's budget, as the registered operators take them.
-HEAD_SCHEMA: Final = (
-    "Tensor weight_VD, Tensor? bias_V, Tensor? lora_A_RD, Tensor? lora_B_VR, float lora_scaling"
-)
-CHUNK_SCHEMA: Final = "ScalarType logits_dtype, int? chunk_bytes"
+
+class HeadArguments(NamedTuple):
+    """A head as the registered operators take it; the first four may train."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    lora_A_RD: Tensor | None
+    lora_B_VR: Tensor | None
+    lora_scaling: float
+
+
+class HeadGradients(NamedTuple):
+    """Gradients of hidden states and head; empty where not wanted."""
+
+    hidden_ND: Tensor
+    weight_VD: Tensor
+    bias_V: Tensor
+    lora_A_RD: Tensor
+    lora_B_VR: Tensor
 
 
 @dataclass(frozen=True)
@@ -52,15 +66,20 @@ class Head:
         a, b = (None, None) if self.lora is None else (self.lora.A_RD, self.lora.B_VR)
         return self.weight_VD, self.bias_V, a, b
 
-    def flat(self) -> tuple[Any, ...]:
-        """The values of HEAD_SCHEMA."""
-        return (*self.tensors(), 1.0 if self.lora is None else self.lora.scaling)
+    def arguments(self) -> HeadArguments:
+        """As the registered operators take it."""
+        if self.lora is None:
+            return HeadArguments(self.weight_VD, self.bias_V, None, None, 1.0)
+        lora = self.lora
+        return HeadArguments(self.weight_VD, self.bias_V, lora.A_RD, lora.B_VR, lora.scaling)
 
     @classmethod
-    def of(cls, flat: tuple[Any, ...]) -> Head:
-        """From the values of HEAD_SCHEMA."""
-        weight_VD, bias_V, a_RD, b_VR, scaling = flat
-        return cls(weight_VD, bias_V, None if a_RD is None else HeadLora(a_RD, b_VR, scaling))
+    def of(cls, given: HeadArguments) -> Head:
+        """The inverse of `arguments`."""
+        lora = None
+        if given.lora_A_RD is not None and given.lora_B_VR is not None:
+            lora = HeadLora(given.lora_A_RD, given.lora_B_VR, given.lora_scaling)
+        return cls(given.weight_VD, given.bias_V, lora)
 
     def detach(self) -> Head:
         """The same head, out of autograd's sight."""
@@ -155,9 +174,9 @@ def logits_dtype_of(op: str, hidden_ND: Tensor, asked: torch.dtype | None) -> to
 
 def check_head(op: str, hidden_ND: Tensor, head: Head, name: str = "hidden_ND") -> None:
     """Shapes and dtypes that fit together; `name` is the argument that hidden_ND came as."""
-    checks.floating(op, name, hidden_ND, ndim=2)
-    checks.floating(op, "weight_VD", head.weight_VD, ndim=2)
-    checks.same_device(op, "weight_VD", head.weight_VD, hidden_ND)
+    check_floating(op, name, hidden_ND, ndim=2)
+    check_floating(op, "weight_VD", head.weight_VD, ndim=2)
+    check_device(op, "weight_VD", head.weight_VD, hidden_ND)
     vocab, size = head.weight_VD.shape
     if hidden_ND.shape[1] != size:
         raise ValueError(
@@ -168,13 +187,13 @@ def check_head(op: str, hidden_ND: Tensor, head: Head, name: str = "hidden_ND") 
             f"{op}: {name} and weight_VD must have one dtype, came {hidden_ND.dtype} and "
             f"{head.weight_VD.dtype}; cast one of them"
         )
-    checks.row_vector(op, "bias_V", head.bias_V, hidden_ND, n=vocab)
+    check_vector(op, "bias_V", head.bias_V, hidden_ND, n=vocab)
     if head.lora is not None:
         a, b = tuple(head.lora.A_RD.shape), tuple(head.lora.B_VR.shape)
         if len(a) != 2 or b != (vocab, a[0]) or a[1] != size:
             raise ValueError(
                 f"{op}: head_lora must be A (R, {size}) and B ({vocab}, R), "
-                f"came {checks.show(a)} and {checks.show(b)}"
+                f"came {show(a)} and {show(b)}"
             )
 
 
@@ -282,25 +301,31 @@ class LinearRows:
         if d_bias is not None:
             d_bias.add_(dx_NV.sum(0, dtype=self.dtype))
 
-    def results(self) -> tuple[Tensor, ...]:
+    def results(self) -> HeadGradients:
         """The gradients in their inputs' dtypes, as autograd wants them; empty where unwanted."""
         inputs = (self.hidden_ND, *self.head.tensors())
-        return tuple(
-            self.hidden_ND.new_empty(0) if grad is None or tensor is None else grad.to(tensor.dtype)
-            for grad, tensor in zip(self.grads, inputs, strict=True)
+        return HeadGradients(
+            *(
+                self.hidden_ND.new_empty(0)
+                if grad is None or tensor is None
+                else grad.to(tensor.dtype)
+                for grad, tensor in zip(self.grads, inputs, strict=True)
+            )
         )
 
 
-def fake_results(hidden_ND: Tensor, head: Head, wanted: Sequence[bool]) -> tuple[Tensor, ...]:
+def fake_results(hidden_ND: Tensor, head: Head, wanted: Sequence[bool]) -> HeadGradients:
     """The shapes of `LinearRows.results`."""
-    return tuple(
-        torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        if needed and tensor is not None
-        else hidden_ND.new_empty(0)
-        for needed, tensor in zip(wanted, (hidden_ND, *head.tensors()), strict=True)
+    return HeadGradients(
+        *(
+            torch.empty_like(tensor, memory_format=torch.contiguous_format)
+            if needed and tensor is not None
+            else hidden_ND.new_empty(0)
+            for needed, tensor in zip(wanted, (hidden_ND, *head.tensors()), strict=True)
+        )
     )
 
 
-def asked(needed: Sequence[bool], grads: Sequence[Tensor]) -> list[Tensor | None]:
+def asked(needed: Sequence[bool], grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
     """Gradients with None in place of the empty ones."""
-    return [grad if need else None for need, grad in zip(needed, grads, strict=True)]
+    return tuple(grad if need else None for need, grad in zip(needed, grads, strict=True))

@@ -2,39 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastppo.ops import checks
-from fastppo.ops.arguments import LossArguments
-from fastppo.ops.backend import choose
+from fastppo.ops.arguments import (
+    IGNORE_INDEX,
+    LossArguments,
+    RowArguments,
+    chosen_backend,
+    is_traced,
+    live_rows,
+    loss_arguments,
+    row_arguments,
+    stat_dtype,
+)
 from fastppo.ops.config import HeadLora, PolicyLossConfig
 from fastppo.ops.head import (
-    CHUNK_SCHEMA,
-    HEAD_SCHEMA,
     Head,
+    HeadArguments,
     LinearRows,
     asked,
     check_head,
     fake_results,
     logits_dtype_of,
 )
-from fastppo.ops.linear_token_logprobs import dense_logits, make_hidden
 from fastppo.ops.policy_loss import (
+    GradientMade,
+    LossOutputs,
     PolicyLoss,
     fake_outputs,
-    loss_arguments,
-    make_policy_inputs,
-    policy_loss_reference,
-    saved_settings,
+    save_settings,
     scaled,
+    sweep,
     unpack,
 )
-from fastppo.ops.registry import Op, Shape, register
-from fastppo.ops.sweep import sweep
+from fastppo.ops.registered import register
 
 
 def linear_policy_loss(
@@ -58,7 +62,7 @@ def linear_policy_loss(
     grad_scale: float | Tensor | None = None,
     chunk_bytes: int | None = None,
     logits_dtype: torch.dtype | None = None,
-    ignore_index: int = checks.IGNORE_INDEX,
+    ignore_index: int = IGNORE_INDEX,
     check: bool = False,
     backend: str | None = None,
 ) -> PolicyLoss:
@@ -95,112 +99,115 @@ def linear_policy_loss(
     op = "linear_policy_loss"
     head = Head(weight_VD, bias_V, head_lora)
     check_head(op, hidden_ND, head)
-    chosen = choose(op, backend, hidden_ND)
-    n, vocab = hidden_ND.shape[0], weight_VD.shape[0]
-    checks.tokens(op, token_N, hidden_ND, n=n, vocab=vocab, ignore_index=ignore_index, check=check)
-    arguments = loss_arguments(
+    chosen = chosen_backend(op, backend, hidden_ND)
+    rows = row_arguments(
+        op,
+        token_N,
+        hidden_ND,
+        weight_VD.shape[0],
+        temperature=temperature,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        check=check,
+    )
+    loss = loss_arguments(
         op,
         hidden_ND,
-        token_N,
-        behaviour_logprob_N,
-        advantage_N,
-        weight_N,
+        behaviour_logprob_N=behaviour_logprob_N,
+        advantage_N=advantage_N,
+        weight_N=weight_N,
         ref_logprob_N=ref_logprob_N,
         importance_weight_N=importance_weight_N,
         offsets=offsets,
-        temperature=temperature,
-        softcap=softcap,
         kl_coef=kl_coef,
         entropy_coef=entropy_coef,
-        config=PolicyLossConfig() if config is None else config,
+        config=config,
         grad_scale=grad_scale,
-        ignore_index=ignore_index,
     )
     enabled = torch.is_grad_enabled()
     tensors = (hidden_ND, *head.tensors())
-    wanted = [enabled and tensor is not None and tensor.requires_grad for tensor in tensors]
+    wanted = tuple(enabled and tensor is not None and tensor.requires_grad for tensor in tensors)
     dtype = logits_dtype_of(op, hidden_ND, logits_dtype)
-    return unpack(
-        torch.ops.fastppo.linear_policy_loss(
-            hidden_ND, *head.flat(), *arguments.flat(), dtype, chunk_bytes, wanted, chosen
-        )
-    )
+    given = Arguments(hidden_ND, head.arguments(), rows, loss, dtype, chunk_bytes, wanted, chosen)
+    if is_traced(hidden_ND):
+        return unpack(_registered(given).outputs())
+    found = _forward(given)
+    outputs = found.outputs()
+    if any(wanted):
+        grads = asked(wanted, found.gradients())
+        outputs = GradientMade.of(op, outputs, grads, loss, chosen, tensors)
+    return unpack(outputs)
 
 
-@torch.library.custom_op(
-    "fastppo::linear_policy_loss",
-    mutates_args=(),
-    schema=f"(Tensor hidden_ND, {HEAD_SCHEMA}, {LossArguments.SCHEMA}, {CHUNK_SCHEMA}, "
-    f"bool[] wanted, str backend) -> ({', '.join(['Tensor'] * 10)})",
-)
-def _forward(hidden_ND: Tensor, *flat: Any) -> tuple[Tensor, ...]:
-    """Loss, log-prob, entropy, KL, metrics; then the gradients of hidden states and head."""
-    head, arguments = Head.of(flat[:5]), LossArguments.of(flat[5:-4])
-    logits_dtype, chunk_bytes, wanted, backend = flat[-4:]
-    stat, live_N = checks.stat_dtype(hidden_ND), arguments.live_N()
-    rows = LinearRows(hidden_ND, head, stat, logits_dtype, chunk_bytes, live_N, wanted)
-    return (*sweep(rows, arguments, hidden_ND, any(wanted), backend), *rows.results())
+class Arguments(NamedTuple):
+    """Of the registered operator; `wanted` of hidden states, weight, bias, A and B."""
+
+    hidden_ND: Tensor
+    head: HeadArguments
+    rows: RowArguments
+    loss: LossArguments
+    logits_dtype: torch.dtype
+    chunk_bytes: int | None
+    wanted: tuple[bool, ...]
+    backend: str
 
 
-@_forward.register_fake
-def _(hidden_ND: Tensor, *flat: Any) -> tuple[Tensor, ...]:
-    outputs = fake_outputs(hidden_ND, hidden_ND.shape[0])
-    return (*outputs, *fake_results(hidden_ND, Head.of(flat[:5]), flat[-2]))
+class Outputs(NamedTuple):
+    """Of the registered operator; gradients are empty where not wanted."""
+
+    loss: Tensor
+    logprob_N: Tensor
+    entropy_N: Tensor
+    kl_N: Tensor
+    metrics: Tensor
+    d_hidden_ND: Tensor
+    d_weight_VD: Tensor
+    d_bias_V: Tensor
+    d_lora_A_RD: Tensor
+    d_lora_B_VR: Tensor
+
+    def outputs(self) -> LossOutputs:
+        return LossOutputs(self.loss, self.logprob_N, self.entropy_N, self.kl_N, self.metrics)
+
+    def gradients(self) -> tuple[Tensor, ...]:
+        """In the order of `wanted`."""
+        head = (self.d_weight_VD, self.d_bias_V, self.d_lora_A_RD, self.d_lora_B_VR)
+        return (self.d_hidden_ND, *head)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[5:])
-    ctx.wanted = inputs[-2]
-    saved_settings(ctx, LossArguments.of(inputs[6:-4]), inputs[-1])
+def _forward(a: Arguments) -> Outputs:
+    head, live_N = Head.of(a.head).detach(), live_rows(a.rows, a.loss.weight_N)
+    hidden_ND, stat = a.hidden_ND.detach(), stat_dtype(a.hidden_ND)
+    chunks = LinearRows(hidden_ND, head, stat, a.logits_dtype, a.chunk_bytes, live_N, a.wanted)
+    outputs = sweep(chunks, a.rows, a.loss, hidden_ND, any(a.wanted), a.backend)
+    return Outputs(*outputs, *chunks.results())
 
 
-@once_differentiable
-def _autograd(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    nothing = (None,) * (1 + LossArguments.COUNT + 4)
+def _fake(a: Arguments) -> Outputs:
+    gradients = fake_results(a.hidden_ND, Head.of(a.head), a.wanted)
+    return Outputs(*fake_outputs(a.hidden_ND), *gradients)
+
+
+def _save(ctx: Any, a: Arguments, outputs: Outputs) -> None:
+    save_settings(ctx, a.loss, a.backend)
+    ctx.wanted = a.wanted
+    ctx.save_for_backward(*outputs.gradients())
+
+
+def _gradients(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
-        return (*[None] * 5, *nothing)
+        return (None,) * 5
     grads = asked(ctx.wanted, ctx.saved_tensors)
-    return (*scaled("linear_policy_loss", ctx, grads, grad_loss), *nothing)
+    return scaled("linear_policy_loss", ctx, grads, grad_loss)
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
-
-
-def linear_policy_loss_reference(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    token_N: Tensor,
-    behaviour_logprob_N: Tensor,
-    advantage_N: Tensor,
-    weight_N: Tensor,
-    *,
-    bias_V: Tensor | None = None,
-    head_lora: HeadLora | None = None,
-    **keywords: Any,
-) -> PolicyLoss:
-    """The definition of `linear_policy_loss`, for autograd."""
-    logits_NV = dense_logits(hidden_ND, weight_VD, bias_V, head_lora)
-    return policy_loss_reference(
-        logits_NV, token_N, behaviour_logprob_N, advantage_N, weight_N, **keywords
-    )
-
-
-def _make_inputs(shape: Shape, dtype: torch.dtype, seed: int) -> dict[str, Any]:
-    inputs = make_hidden(shape, dtype, seed)
-    logits_NV = inputs["hidden_ND"].double() @ inputs["weight_VD"].double().T
-    return {**inputs, **make_policy_inputs(logits_NV, inputs["token_N"], dtype, seed)}
-
-
-register(
-    Op(
-        name="linear_policy_loss",
-        function=linear_policy_loss,
-        reference=linear_policy_loss_reference,
-        make_inputs=_make_inputs,
-        bytes_moved=lambda s, dtype: 2 * (s.n + s.vocab) * s.hidden * dtype.itemsize,
-        flops=lambda s: 4 * s.n * s.vocab * s.hidden,
-        differentiable=("hidden_ND",),
-        loss="loss",
-    )
+_registered = register(
+    "linear_policy_loss",
+    Arguments,
+    Outputs,
+    _forward,
+    _fake,
+    results=1,
+    save=_save,
+    backward=_gradients,
 )

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastppo.ops import checks
-from fastppo.ops.arguments import RowArguments, row_arguments
-from fastppo.ops.backend import choose
+from fastppo.ops.arguments import (
+    IGNORE_INDEX,
+    RowArguments,
+    check_device,
+    chosen_backend,
+    is_traced,
+    row_arguments,
+)
+from fastppo.ops.backends import BACKENDS, Scores
 from fastppo.ops.config import HeadLora
 from fastppo.ops.head import (
-    HEAD_SCHEMA,
     Head,
+    HeadArguments,
     check_head,
     chunk_slices,
     full_precision,
     logits_dtype_of,
 )
-from fastppo.ops.linear_token_logprobs import dense_logits, make_hidden
-from fastppo.ops.registry import Op, Shape, register
-from fastppo.ops.score_tokens import (
-    Scores,
-    Vectors,
-    empty_scores,
-    make_scorer,
-    score_tokens_reference,
-)
+from fastppo.ops.registered import register
+from fastppo.ops.score_tokens import empty_scores
 from fastppo.ops.workspace import fresh
 
 
@@ -45,7 +44,7 @@ def linear_score_tokens(
     softcap: float | None = None,
     chunk_bytes: int | None = None,
     logits_dtype: torch.dtype | None = None,
-    ignore_index: int = checks.IGNORE_INDEX,
+    ignore_index: int = IGNORE_INDEX,
     check: bool = False,
     backend: str | None = None,
 ) -> Scores:
@@ -76,101 +75,75 @@ def linear_score_tokens(
     ref_head = Head(weight_VD if ref_weight_VD is None else ref_weight_VD, bias_V, ref_head_lora)
     check_head(op, hidden_ND, head)
     check_head(op, ref_hidden_ND, ref_head, "ref_hidden_ND")
-    chosen = choose(op, backend, hidden_ND, ref_hidden_ND)
+    chosen = chosen_backend(op, backend, hidden_ND, ref_hidden_ND)
     n, vocab = hidden_ND.shape[0], weight_VD.shape[0]
     if ref_hidden_ND.shape[0] != n or ref_head.weight_VD.shape[0] != vocab:
         raise ValueError(
             f"{op}: the reference must have {n} rows and {vocab} words, "
             f"came {ref_hidden_ND.shape[0]} and {ref_head.weight_VD.shape[0]}"
         )
-    checks.tokens(op, token_N, hidden_ND, n=n, vocab=vocab, ignore_index=ignore_index, check=check)
-    checks.temperature(op, temperature, hidden_ND, n=n)
-    checks.softcap(op, softcap)
-    checks.same_device(op, "ref_hidden_ND", ref_hidden_ND, hidden_ND)
-    rows = row_arguments(token_N, temperature, softcap, ignore_index)
-    own_dtype = logits_dtype_of(op, hidden_ND, logits_dtype)
-    ref_dtype = logits_dtype_of(op, ref_hidden_ND, logits_dtype)
+    rows = row_arguments(
+        op,
+        token_N,
+        hidden_ND,
+        vocab,
+        temperature=temperature,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        check=check,
+    )
+    check_device(op, "ref_hidden_ND", ref_hidden_ND, hidden_ND)
+    given = Arguments(
+        hidden_ND,
+        head.arguments(),
+        ref_hidden_ND,
+        ref_head.arguments(),
+        rows,
+        logits_dtype_of(op, hidden_ND, logits_dtype),
+        logits_dtype_of(op, ref_hidden_ND, logits_dtype),
+        chunk_bytes,
+        chosen,
+    )
     with torch.no_grad():
-        outputs = torch.ops.fastppo.linear_score_tokens(
-            hidden_ND,
-            *head.flat(),
-            ref_hidden_ND,
-            *ref_head.flat(),
-            *rows.flat(),
-            own_dtype,
-            ref_dtype,
-            chunk_bytes,
-            chosen,
-        )
-    return Scores(*outputs)
+        return _registered(given) if is_traced(hidden_ND) else _forward(given)
 
 
-@torch.library.custom_op(
-    "fastppo::linear_score_tokens",
-    mutates_args=(),
-    schema=f"(Tensor hidden_ND, {HEAD_SCHEMA}, Tensor ref_hidden_ND, "
-    + ", ".join(part.replace(" ", " ref_", 1) for part in HEAD_SCHEMA.split(", "))
-    + f", {RowArguments.SCHEMA}, ScalarType logits_dtype, ScalarType ref_logits_dtype, "
-    "int? chunk_bytes, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _forward(hidden_ND: Tensor, *flat: Any) -> Vectors:
-    head, ref_hidden_ND, ref_head = Head.of(flat[:5]), flat[5], Head.of(flat[6:11])
-    rows = RowArguments(*flat[11:16])
-    own_dtype, ref_dtype, chunk_bytes, backend = flat[16:]
-    scorer = make_scorer(hidden_ND, ref_hidden_ND, rows, backend)
+class Arguments(NamedTuple):
+    """Of the registered operator."""
+
+    hidden_ND: Tensor
+    head: HeadArguments
+    ref_hidden_ND: Tensor
+    ref_head: HeadArguments
+    rows: RowArguments
+    logits_dtype: torch.dtype
+    ref_logits_dtype: torch.dtype
+    chunk_bytes: int | None
+    backend: str
+
+
+def _forward(a: Arguments) -> Scores:
+    head, ref_head, kernels = Head.of(a.head), Head.of(a.ref_head), BACKENDS[a.backend]
+    scores, hidden_ND = empty_scores(a.hidden_ND, a.ref_hidden_ND), a.hidden_ND
     n, vocab, device = hidden_ND.shape[0], head.weight_VD.shape[0], hidden_ND.device
-    wider = own_dtype if own_dtype.itemsize > ref_dtype.itemsize else ref_dtype
-    chunks = chunk_slices(n, vocab, wider, device, chunk_bytes)
+    dtypes = (a.logits_dtype, a.ref_logits_dtype)
+    wider = max(dtypes, key=lambda dtype: dtype.itemsize)
+    chunks = chunk_slices(n, vocab, wider, device, a.chunk_bytes)
     size = (max((chunk.stop - chunk.start for chunk in chunks), default=0), vocab)
-    own_NV, ref_NV = fresh(size, own_dtype, device), fresh(size, ref_dtype, device)
+    own_NV, ref_NV = (fresh(size, dtype, device) for dtype in dtypes)
     with full_precision(device):
         for chunk in chunks:
             part = slice(0, chunk.stop - chunk.start)
             x_NV = head.logits(hidden_ND[chunk], own_NV[part])
-            scorer.score(chunk, x_NV, ref_head.logits(ref_hidden_ND[chunk], ref_NV[part]))
-    return scorer.scores
+            ref_x_NV = ref_head.logits(a.ref_hidden_ND[chunk], ref_NV[part])
+            kernels.score_tokens(x_NV, ref_x_NV, a.rows, chunk, scores)
+    return scores
 
 
-@_forward.register_fake
-def _(hidden_ND: Tensor, *flat: Any) -> Vectors:
-    return empty_scores(hidden_ND, flat[5])
-
-
-def linear_score_tokens_reference(
-    hidden_ND: Tensor,
-    ref_hidden_ND: Tensor,
-    weight_VD: Tensor,
-    token_N: Tensor,
-    *,
-    ref_weight_VD: Tensor | None = None,
-    bias_V: Tensor | None = None,
-    head_lora: HeadLora | None = None,
-    ref_head_lora: HeadLora | None = None,
-    **keywords: Any,
-) -> Scores:
-    """The definition of `linear_score_tokens`."""
-    ref_weight_VD = weight_VD if ref_weight_VD is None else ref_weight_VD
-    return score_tokens_reference(
-        dense_logits(hidden_ND, weight_VD, bias_V, head_lora),
-        dense_logits(ref_hidden_ND, ref_weight_VD, bias_V, ref_head_lora),
-        token_N,
-        **keywords,
-    )
-
-
-def _make_inputs(shape: Shape, dtype: torch.dtype, seed: int) -> dict[str, Any]:
-    inputs = make_hidden(shape, dtype, seed)
-    moved = make_hidden(shape, dtype, seed + 1)["hidden_ND"]
-    return {**inputs, "ref_hidden_ND": inputs["hidden_ND"] + 0.1 * moved}
-
-
-register(
-    Op(
-        name="linear_score_tokens",
-        function=linear_score_tokens,
-        reference=linear_score_tokens_reference,
-        make_inputs=_make_inputs,
-        bytes_moved=lambda s, dtype: 2 * (s.n + s.vocab) * s.hidden * dtype.itemsize,
-        flops=lambda s: 4 * s.n * s.vocab * s.hidden,
-    )
+_registered = register(
+    "linear_score_tokens",
+    Arguments,
+    Scores,
+    _forward,
+    lambda a: empty_scores(a.hidden_ND, a.ref_hidden_ND),
 )

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastppo.ops import checks
-from fastppo.ops.arguments import RowArguments, row_arguments
-from fastppo.ops.backend import choose
+from fastppo.ops.arguments import (
+    IGNORE_INDEX,
+    RowArguments,
+    chosen_backend,
+    is_traced,
+    live_rows,
+    row_arguments,
+    stat_dtype,
+)
+from fastppo.ops.backends import BACKENDS, Statistics
 from fastppo.ops.config import HeadLora
 from fastppo.ops.head import (
-    CHUNK_SCHEMA,
-    HEAD_SCHEMA,
     Head,
+    HeadArguments,
+    HeadGradients,
     LinearRows,
     asked,
     check_head,
     fake_results,
     logits_dtype_of,
 )
-from fastppo.ops.registry import Op, Shape, register
-from fastppo.ops.sweep import Statistics, visit_gradient, visit_statistics
-from fastppo.ops.token_logprobs import (
-    TokenLogprobs,
-    fake_statistics,
-    token_logprobs_reference,
-)
+from fastppo.ops.registered import register
+from fastppo.ops.token_logprobs import TokenLogprobs, empty_statistics
 
 
 def linear_token_logprobs(
@@ -42,7 +44,7 @@ def linear_token_logprobs(
     softcap: float | None = None,
     chunk_bytes: int | None = None,
     logits_dtype: torch.dtype | None = None,
-    ignore_index: int = checks.IGNORE_INDEX,
+    ignore_index: int = IGNORE_INDEX,
     check: bool = False,
     backend: str | None = None,
 ) -> TokenLogprobs:
@@ -77,148 +79,157 @@ def linear_token_logprobs(
     op = "linear_token_logprobs"
     head = Head(weight_VD, bias_V, head_lora)
     check_head(op, hidden_ND, head)
-    chosen = choose(op, backend, hidden_ND)
-    n, vocab = hidden_ND.shape[0], weight_VD.shape[0]
-    checks.tokens(op, token_N, hidden_ND, n=n, vocab=vocab, ignore_index=ignore_index, check=check)
-    checks.temperature(op, temperature, hidden_ND, n=n)
-    checks.softcap(op, softcap)
-    rows = row_arguments(token_N, temperature, softcap, ignore_index)
-    dtype = logits_dtype_of(op, hidden_ND, logits_dtype)
-    outputs = torch.ops.fastppo.linear_token_logprobs(
-        hidden_ND, *head.flat(), *rows.flat(), dtype, chunk_bytes, chosen
+    chosen = chosen_backend(op, backend, hidden_ND)
+    rows = row_arguments(
+        op,
+        token_N,
+        hidden_ND,
+        weight_VD.shape[0],
+        temperature=temperature,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        check=check,
     )
-    return TokenLogprobs(outputs[0], outputs[1])
+    dtype = logits_dtype_of(op, hidden_ND, logits_dtype)
+    given = Arguments(hidden_ND, head.arguments(), rows, dtype, chunk_bytes, chosen)
+    tensors = (hidden_ND, *head.tensors())
+    if is_traced(hidden_ND):
+        logprob_N, entropy_N, *_ = _registered(given)
+    elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        logprob_N, entropy_N = _LinearTokenLogprobs.apply(*tensors, given)  # type: ignore[no-untyped-call]
+    else:
+        logprob_N, entropy_N, *_ = _forward(given)
+    return TokenLogprobs(logprob_N, entropy_N)
 
 
-@torch.library.custom_op(
-    "fastppo::linear_token_logprobs",
-    mutates_args=(),
-    schema=f"(Tensor hidden_ND, {HEAD_SCHEMA}, {RowArguments.SCHEMA}, {CHUNK_SCHEMA}, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _forward(hidden_ND: Tensor, *flat: Any) -> Statistics:
-    """Log-prob, entropy, and two vectors between this op and its backward."""
-    head, rows = Head.of(flat[:5]), RowArguments(*flat[5:10])
-    logits_dtype, chunk_bytes, backend = flat[10:]
-    live_N = rows.token_N != rows.ignore_index
-    stat = checks.stat_dtype(hidden_ND)
-    visited = LinearRows(hidden_ND, head, stat, logits_dtype, chunk_bytes, live_N)
-    return visit_statistics(visited, rows, hidden_ND, backend, live_N=live_N)
+class Arguments(NamedTuple):
+    """Of the registered operator."""
+
+    hidden_ND: Tensor
+    head: HeadArguments
+    rows: RowArguments
+    logits_dtype: torch.dtype
+    chunk_bytes: int | None
+    backend: str
 
 
-@_forward.register_fake
-def _(hidden_ND: Tensor, *flat: Any) -> Statistics:
-    return fake_statistics(hidden_ND, flat[-1])
+class BackwardArguments(NamedTuple):
+    """Of its backward's; `wanted` of hidden states, weight, bias, A and B."""
+
+    g_N: Tensor | None
+    h_N: Tensor | None
+    wanted: tuple[bool, ...]
+    hidden_ND: Tensor
+    head: HeadArguments
+    rows: RowArguments
+    logits_dtype: torch.dtype
+    chunk_bytes: int | None
+    stats: Statistics
+    backend: str
 
 
-@torch.library.custom_op(
-    "fastppo::linear_token_logprobs_backward",
-    mutates_args=(),
-    schema=f"(Tensor? g_N, Tensor? h_N, bool[] wanted, Tensor hidden_ND, {HEAD_SCHEMA}, "
-    f"{RowArguments.SCHEMA}, {CHUNK_SCHEMA}, Tensor logprob_N, Tensor entropy_N, "
-    "Tensor highest_N, Tensor total_N, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _backward(
-    g_N: Tensor | None, h_N: Tensor | None, wanted: list[bool], hidden_ND: Tensor, *flat: Any
-) -> tuple[Tensor, ...]:
-    """Gradients of hidden states, weight, bias, A and B; empty where not wanted."""
-    head, rows = Head.of(flat[:5]), RowArguments(*flat[5:10])
-    logits_dtype, chunk_bytes, *stats, backend = flat[10:]
-    live_N = rows.token_N != rows.ignore_index
-    stat = checks.stat_dtype(hidden_ND)
-    visited = LinearRows(hidden_ND, head, stat, logits_dtype, chunk_bytes, live_N, wanted)
-    visit_gradient(visited, rows, hidden_ND, backend, tuple(stats), g_N, h_N, live_N=live_N)
-    return visited.results()
+def _chunks(a: Arguments | BackwardArguments, wanted: tuple[bool, ...]) -> LinearRows:
+    head, live_N = Head.of(a.head).detach(), live_rows(a.rows)
+    hidden_ND, stat = a.hidden_ND.detach(), stat_dtype(a.hidden_ND)
+    return LinearRows(hidden_ND, head, stat, a.logits_dtype, a.chunk_bytes, live_N, wanted)
 
 
-@_backward.register_fake
-def _(
-    g_N: Tensor | None, h_N: Tensor | None, wanted: list[bool], hidden_ND: Tensor, *flat: Any
-) -> tuple[Tensor, ...]:
-    return fake_results(hidden_ND, Head.of(flat[:5]), wanted)
+def _forward(a: Arguments) -> Statistics:
+    stats, kernels = empty_statistics(a.hidden_ND, a.backend), BACKENDS[a.backend]
+    _chunks(a, (False,) * 5).visit(
+        lambda at, x_NV, _: kernels.token_logprobs(x_NV, a.rows, at, stats), write=False
+    )
+    return stats
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Statistics) -> None:
-    hidden_ND, weight_VD, bias_V, a_RD, b_VR, scaling, token_N, tau, *rest = inputs
-    ctx.scaling, ctx.rest, ctx.backend = scaling, rest[:-1], rest[-1]
-    ctx.mark_non_differentiable(*output[2:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden_ND, weight_VD, bias_V, a_RD, b_VR, token_N, tau, *output)
+def _backward(a: BackwardArguments) -> HeadGradients:
+    """The logits again, chunk by chunk; gradients of what is wanted."""
+    chunks, kernels = _chunks(a, a.wanted), BACKENDS[a.backend]
+
+    def kernel(at: slice, x_NV: Tensor, out_NV: Tensor | None) -> None:
+        assert out_NV is not None
+        kernels.token_logprobs_backward(x_NV, out_NV, a.rows, at, a.stats, a.g_N, a.h_N)
+
+    chunks.visit(kernel, write=True)
+    return chunks.results()
 
 
-@once_differentiable
-def _autograd(ctx: Any, g_N: Tensor | None, h_N: Tensor | None, *_: Any) -> tuple[Any, ...]:
+def _save(ctx: Any, a: Arguments, stats: Statistics) -> None:
+    rows, head, tau = a.rows, a.head, a.rows.temperature
+    ctx.softcap, ctx.ignore_index, ctx.scaling = rows.softcap, rows.ignore_index, head.lora_scaling
+    ctx.logits_dtype, ctx.chunk_bytes, ctx.backend = a.logits_dtype, a.chunk_bytes, a.backend
+    by_tensor = isinstance(tau, Tensor)  # tensors are autograd's to keep
+    ctx.temperature = None if by_tensor else tau
+    ctx.save_for_backward(
+        a.hidden_ND,
+        head.weight_VD,
+        head.bias_V,
+        head.lora_A_RD,
+        head.lora_B_VR,
+        rows.token_N,
+        tau if by_tensor else None,
+        *stats,
+    )
+
+
+def _gradients(ctx: Any, g_N: Tensor | None, h_N: Tensor | None) -> tuple[Tensor | None, ...]:
     hidden_ND, weight_VD, bias_V, a_RD, b_VR, token_N, tau, *stats = ctx.saved_tensors
-    wanted = list(ctx.needs_input_grad[:5])
-    grads = torch.ops.fastppo.linear_token_logprobs_backward(
+    tau = ctx.temperature if tau is None else tau
+    wanted = tuple(bool(needed) for needed in ctx.needs_input_grad[:5])
+    given = BackwardArguments(
         g_N,
         h_N,
         wanted,
         hidden_ND,
-        weight_VD,
-        bias_V,
-        a_RD,
-        b_VR,
-        ctx.scaling,
-        token_N,
-        tau,
-        *ctx.rest,
-        *stats,
+        HeadArguments(weight_VD, bias_V, a_RD, b_VR, ctx.scaling),
+        RowArguments(token_N, tau, ctx.softcap, ctx.ignore_index),
+        ctx.logits_dtype,
+        ctx.chunk_bytes,
+        Statistics(*stats),
         ctx.backend,
     )
-    return (*asked(wanted, grads), *[None] * 9)
+    backward = _registered_backward if is_traced(hidden_ND) else _backward
+    return asked(wanted, backward(given))
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+class _LinearTokenLogprobs(torch.autograd.Function):
+    """The eager call, without torch.library's cost."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        lora_A_RD: Tensor | None,
+        lora_B_VR: Tensor | None,
+        a: Arguments,
+    ) -> tuple[Tensor, Tensor]:
+        stats = _forward(a)
+        ctx.set_materialize_grads(False)
+        _save(ctx, a, stats)
+        return stats.logprob_N, stats.entropy_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_N: Tensor | None, h_N: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (*_gradients(ctx, g_N, h_N), None)
 
 
-def dense_logits(
-    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, head_lora: HeadLora | None
-) -> Tensor:
-    """All logits at once: the definition that the linear ops never follow."""
-    logits_NV = hidden_ND @ weight_VD.T
-    if bias_V is not None:
-        logits_NV = logits_NV + bias_V
-    if head_lora is not None:
-        low_NR = hidden_ND @ head_lora.A_RD.T
-        logits_NV = logits_NV + head_lora.scaling * (low_NR @ head_lora.B_VR.T)
-    return logits_NV
-
-
-def linear_token_logprobs_reference(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    token_N: Tensor,
-    *,
-    bias_V: Tensor | None = None,
-    head_lora: HeadLora | None = None,
-    **keywords: Any,
-) -> TokenLogprobs:
-    """The definition of `linear_token_logprobs`, for autograd."""
-    logits_NV = dense_logits(hidden_ND, weight_VD, bias_V, head_lora)
-    return token_logprobs_reference(logits_NV, token_N, **keywords)
-
-
-def make_hidden(shape: Shape, dtype: torch.dtype, seed: int) -> dict[str, Any]:
-    """Hidden states and a head whose logits have the spread of a language model's."""
-    generator = torch.Generator().manual_seed(seed)
-    hidden_ND = torch.randn(shape.n, shape.hidden, generator=generator)
-    weight_VD = torch.randn(shape.vocab, shape.hidden, generator=generator)
-    return {
-        "hidden_ND": hidden_ND.to(dtype),
-        "weight_VD": (2 * weight_VD / shape.hidden**0.5).to(dtype),
-        "token_N": torch.randint(shape.vocab, (shape.n,), generator=generator),
-    }
-
-
-register(
-    Op(
-        name="linear_token_logprobs",
-        function=linear_token_logprobs,
-        reference=linear_token_logprobs_reference,
-        make_inputs=make_hidden,
-        bytes_moved=lambda s, dtype: (3 * s.n * s.hidden + 2 * s.vocab * s.hidden) * dtype.itemsize,
-        flops=lambda s: 6 * s.n * s.vocab * s.hidden,
-        differentiable=("hidden_ND",),
-    )
+_registered = register(
+    "linear_token_logprobs",
+    Arguments,
+    Statistics,
+    _forward,
+    lambda a: empty_statistics(a.hidden_ND, a.backend),
+    results=2,
+    save=_save,
+    backward=_gradients,
+)
+_registered_backward = register(
+    "linear_token_logprobs_backward",
+    BackwardArguments,
+    HeadGradients,
+    _backward,
+    lambda a: fake_results(a.hidden_ND, Head.of(a.head), a.wanted),
 )

@@ -94,7 +94,7 @@ class LossStruct(_Struct):
 class StatisticsStruct(_Struct):
     """FastppoStatistics: (N,) each."""
 
-    _fields_: ClassVar = [(name, c_void_p) for name in ("logprob", "entropy", "highest", "total")]
+    _fields_: ClassVar = [(name, c_void_p) for name in ("logprob", "entropy", "row_max", "sum_exp")]
 
 
 class ScoresStruct(_Struct):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastppo.ops.checks import show
+from fastppo.ops.arguments import show
 
 
 @dataclass(frozen=True)

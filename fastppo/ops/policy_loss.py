@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastppo.ops import checks
-from fastppo.ops.arguments import LossArguments, row_arguments, split
-from fastppo.ops.backend import choose, row_kernels
-from fastppo.ops.config import PolicyLossConfig
-from fastppo.ops.registry import Op, Shape, register
-from fastppo.ops.rows import DenseRows
-from fastppo.ops.surrogate import PolicyMetrics
-from fastppo.ops.sweep import sweep
-from fastppo.ops.token_kl import token_kl_reference
-from fastppo.ops.token_logprobs import (
-    log_probs_reference,
-    make_logits,
+from fastppo.ops.arguments import (
+    IGNORE_INDEX,
+    LossArguments,
+    RowArguments,
+    check_floating,
+    check_inplace,
+    chosen_backend,
+    is_traced,
+    loss_arguments,
+    row_arguments,
+    stat_dtype,
 )
+from fastppo.ops.backends import BACKENDS, LossRows
+from fastppo.ops.config import PolicyLossConfig
+from fastppo.ops.losses import TERMS, PolicyMetrics, sweep_by_sequence
+from fastppo.ops.registered import register
+from fastppo.ops.rows import ChunkKernel, Chunks
+from fastppo.ops.token_logprobs import empty_statistics
 from fastppo.ops.workspace import fresh_like
 
 
@@ -52,7 +56,7 @@ def policy_loss(
     config: PolicyLossConfig | None = None,
     inplace: bool = False,
     grad_scale: float | Tensor | None = None,
-    ignore_index: int = checks.IGNORE_INDEX,
+    ignore_index: int = IGNORE_INDEX,
     check: bool = False,
     backend: str | None = None,
 ) -> PolicyLoss:
@@ -101,180 +105,239 @@ def policy_loss(
         PolicyLossConfig.
     """
     op = "policy_loss"
-    checks.floating(op, "logits_NV", logits_NV, ndim=2)
-    chosen = choose(op, backend, logits_NV)
-    n, vocab = logits_NV.shape
-    checks.tokens(op, token_N, logits_NV, n=n, vocab=vocab, ignore_index=ignore_index, check=check)
-    arguments = loss_arguments(
+    check_floating(op, "logits_NV", logits_NV, ndim=2)
+    chosen = chosen_backend(op, backend, logits_NV)
+    rows = row_arguments(
+        op,
+        token_N,
+        logits_NV,
+        logits_NV.shape[1],
+        temperature=temperature,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        check=check,
+    )
+    loss = loss_arguments(
         op,
         logits_NV,
-        token_N,
-        behaviour_logprob_N,
-        advantage_N,
-        weight_N,
+        behaviour_logprob_N=behaviour_logprob_N,
+        advantage_N=advantage_N,
+        weight_N=weight_N,
         ref_logprob_N=ref_logprob_N,
         importance_weight_N=importance_weight_N,
         offsets=offsets,
-        temperature=temperature,
-        softcap=softcap,
         kl_coef=kl_coef,
         entropy_coef=entropy_coef,
-        config=PolicyLossConfig() if config is None else config,
+        config=config,
         grad_scale=grad_scale,
-        ignore_index=ignore_index,
     )
     need_grad = torch.is_grad_enabled() and logits_NV.requires_grad
+    given = Arguments(logits_NV, rows, loss, need_grad, chosen)
     if inplace and need_grad:
-        checks.inplace(op, logits_NV)
-        in_place = _PolicyLossInPlace.apply(logits_NV, arguments, chosen)  # type: ignore[no-untyped-call]
-        return unpack(in_place)
-    flat = (*arguments.flat(), need_grad, chosen)
-    return unpack(torch.ops.fastppo.policy_loss(logits_NV, *flat))
+        check_inplace(op, logits_NV)
+        return unpack(LossOutputs(*_PolicyLossInPlace.apply(logits_NV, given)[:5]))  # type: ignore[no-untyped-call]
+    if is_traced(logits_NV):
+        return unpack(_registered(given).outputs())
+    found = _forward(given)
+    outputs = found.outputs()
+    if need_grad:
+        outputs = GradientMade.of(op, outputs, (found.grad_NV,), loss, chosen, (logits_NV,))
+    return unpack(outputs)
 
 
-def loss_arguments(
-    op: str,
-    like: Tensor,
-    token_N: Tensor,
-    behaviour_logprob_N: Tensor,
-    advantage_N: Tensor,
-    weight_N: Tensor,
-    *,
-    ref_logprob_N: Tensor | None,
-    importance_weight_N: Tensor | None,
-    offsets: Tensor | None,
-    temperature: float | Tensor,
-    softcap: float | None,
-    kl_coef: float | Tensor | None,
-    entropy_coef: float | Tensor | None,
-    config: PolicyLossConfig,
-    grad_scale: float | Tensor | None,
-    ignore_index: int,
-) -> LossArguments:
-    """Check what the host can see, and put it into the form of the registered operators."""
-    n = token_N.numel()
-    optional = {"ref_logprob_N": ref_logprob_N, "importance_weight_N": importance_weight_N}
-    needed = {
-        "behaviour_logprob_N": behaviour_logprob_N,
-        "advantage_N": advantage_N,
-        "weight_N": weight_N,
-    }
-    for name, tensor in {**needed, **optional}.items():
-        checks.row_vector(op, name, tensor, like, n=n)
-    checks.temperature(op, temperature, like, n=n)
-    checks.softcap(op, softcap)
-    beta = config.kl_coef if kl_coef is None else kl_coef
-    bonus = config.entropy_coef if entropy_coef is None else entropy_coef
-    for name, value in {"kl_coef": beta, "entropy_coef": bonus, "grad_scale": grad_scale}.items():
-        checks.scalar(op, name, value, like)
-    if ref_logprob_N is None and (isinstance(beta, Tensor) or beta != 0):
-        raise ValueError(f"{op}: ref_logprob_N is needed where kl_coef is not 0, came None")
-    if config.ratio_level == "sequence":
-        if offsets is None:
-            raise ValueError(f"{op}: offsets are needed by ratio_level='sequence', came None")
-        checks.offsets(op, offsets, like, n=n)
-    return LossArguments(
-        row_arguments(token_N, temperature, softcap, ignore_index),
-        behaviour_logprob_N.detach(),
-        advantage_N.detach(),
-        weight_N.detach(),
-        None if ref_logprob_N is None else ref_logprob_N.detach(),
-        None if importance_weight_N is None else importance_weight_N.detach(),
-        offsets if config.ratio_level == "sequence" else None,
-        *split(beta),
-        *split(bonus),
-        *split(1.0 if grad_scale is None else grad_scale),
-        config.clip_low,
-        config.clip_high,
-        config.dual_clip,
-        config.kl_kind,
-        config.ratio_level,
-        config.log_ratio_limit,
-    )
+class LossOutputs(NamedTuple):
+    """What a loss gives besides gradients; `metrics` are PolicyMetrics in one vector."""
+
+    loss: Tensor
+    logprob_N: Tensor
+    entropy_N: Tensor
+    kl_N: Tensor
+    metrics: Tensor
 
 
-def unpack(outputs: tuple[Tensor, ...]) -> PolicyLoss:
-    """The functional tuple as the public one; metrics are slices of one vector."""
-    loss, *rest = outputs[:5]
-    logprob_N, entropy_N, kl_N, vector = (x.detach() for x in rest)
+def unpack(outputs: LossOutputs) -> PolicyLoss:
+    """As the public one; metrics are slices of one vector."""
+    loss, logprob_N, entropy_N, kl_N, vector = outputs
     return PolicyLoss(loss, logprob_N, entropy_N, kl_N, PolicyMetrics(*vector.unbind(0)))
 
 
-def scaled(op: str, ctx: Any, grads: list[Tensor | None], grad_loss: Tensor) -> list[Tensor | None]:
+class Arguments(NamedTuple):
+    """Of the registered operator."""
+
+    logits_NV: Tensor
+    rows: RowArguments
+    loss: LossArguments
+    need_grad: bool
+    backend: str
+
+
+class Outputs(NamedTuple):
+    """Of the registered operator; the gradient of the logits is empty where unwanted."""
+
+    loss: Tensor
+    logprob_N: Tensor
+    entropy_N: Tensor
+    kl_N: Tensor
+    metrics: Tensor
+    grad_NV: Tensor
+
+    def outputs(self) -> LossOutputs:
+        loss, logprob_N, entropy_N, kl_N, metrics, _ = self
+        return LossOutputs(loss, logprob_N, entropy_N, kl_N, metrics)
+
+
+class DenseRows(NamedTuple):
+    """Logits that exist: one chunk. Gradients go to `out_NV`, which may be the logits."""
+
+    logits_NV: Tensor
+    out_NV: Tensor | None = None
+
+    def visit(self, kernel: ChunkKernel, *, write: bool) -> None:
+        everything, out_NV = slice(0, self.logits_NV.shape[0]), self.out_NV if write else None
+        if out_NV is None or out_NV.shape[1] <= 1 or out_NV.stride(1) == 1:
+            kernel(everything, self.logits_NV, out_NV)
+            return
+        # In place over logits whose neighbours lie apart, where kernels write side by side.
+        apart_NV = torch.empty(out_NV.shape, dtype=out_NV.dtype, device=out_NV.device)
+        kernel(everything, self.logits_NV, apart_NV)
+        out_NV.copy_(apart_NV)
+
+
+def sweep(
+    chunks: Chunks,
+    rows: RowArguments,
+    loss: LossArguments,
+    like: Tensor,
+    need_grad: bool,
+    backend: str,
+) -> LossOutputs:
+    """Visit all rows; the gradient, if wanted, goes where `chunks` keeps it.
+
+    A token's loss is its own, so one visit gives statistics and gradient. A ratio by sequence needs
+    all of its tokens' log-probs first: a visit for those, then one for the gradient.
+    """
+    kernels = BACKENDS[backend]
+    if loss.by_sequence:
+        stats = empty_statistics(like, backend)
+        found = sweep_by_sequence(kernels, chunks, rows, loss, stats, need_grad)
+        return LossOutputs(found[0], stats.logprob_N, stats.entropy_N, *found[1:])
+    into = empty_loss_rows(like, backend)
+    chunks.visit(
+        lambda at, x_NV, out_NV: kernels.policy_loss(x_NV, out_NV, rows, loss, at, into),
+        write=need_grad,
+    )
+    total, kl_N, metrics = kernels.loss_totals(rows, loss, into)
+    return LossOutputs(total, into.logprob_N, into.entropy_N, kl_N, metrics)
+
+
+def empty_loss_rows(like: Tensor, backend: str) -> LossRows:
+    """Uninitialised, for the rows of `like`; a registered op's results share no memory."""
+    n, dtype = like.shape[0], stat_dtype(like)
+    a, b, c = (like.new_empty(n, dtype=dtype) for _ in range(3))
+    return LossRows(a, b, c, like.new_empty((TERMS, 0 if backend == "torch" else n), dtype=dtype))
+
+
+def fake_outputs(like: Tensor) -> LossOutputs:
+    """The shapes of what `sweep` gives."""
+    into = empty_loss_rows(like, "torch")
+    loss, metrics = (into.logprob_N.new_empty(size) for size in ((), (TERMS - 1,)))
+    return LossOutputs(loss, into.logprob_N, into.entropy_N, into.kl_N, metrics)
+
+
+def save_settings(ctx: Any, loss: LossArguments, backend: str) -> None:
+    """What `scaled` needs of the forward."""
+    ctx.scale, ctx.backend, ctx.taken = loss.grad_scale, backend, False
+
+
+def scaled(
+    op: str, ctx: Any, grads: tuple[Tensor | None, ...], grad_loss: Tensor
+) -> tuple[Tensor | None, ...]:
     """Gradients written in the forward times grad_loss / grad_scale, most often 1.
 
-    Kernels' gradients are scaled in place, and where there is nothing to do no pass is made: on a
-    GPU the device decides, and the host does not wait. So a second backward is an error there.
+    They are scaled in place, and where there is nothing to do no pass is made: on a GPU the device
+    decides, and the host does not wait. So a second backward is an error, but for the definition.
     """
-    factor = grad_loss / ctx.scale
-    # While a compiler traces, tensors are stand-ins without values, or it says so itself.
-    if torch.compiler.is_compiling() or type(grad_loss) is not Tensor:
-        return [None if grad is None else (grad * factor).to(grad.dtype) for grad in grads]
+    made = [grad for grad in grads if grad is not None]
+    if made and is_traced(made[0]):
+        factor = grad_loss / ctx.scale
+        return tuple(None if grad is None else (grad * factor).to(grad.dtype) for grad in grads)
     if ctx.backend == "torch":
+        factor = grad_loss / ctx.scale
         if factor.device.type == "cpu" and factor.item() == 1.0:
             return grads
-        return [None if grad is None else grad * factor for grad in grads]
+        return tuple(None if grad is None else grad * factor for grad in grads)
     if ctx.taken:
         raise RuntimeError(
             f"{op}: a second backward, whose gradient the first one took; call {op} again"
         )
     ctx.taken = True
-    for grad in grads:
-        if grad is not None:
-            row_kernels(ctx.backend).scale_unless_one(grad.detach(), grad_loss, ctx.scale)
+    for grad in made:
+        BACKENDS[ctx.backend].scale_unless_one(grad.detach(), grad_loss, ctx.scale)
     return grads
 
 
-def saved_settings(ctx: Any, arguments: LossArguments, backend: str) -> None:
-    """What `scaled` needs of the forward."""
-    ctx.scale, ctx.backend, ctx.taken = arguments.scale, backend, False
-    ctx.set_materialize_grads(False)
+def _forward(a: Arguments) -> Outputs:
+    logits_NV = a.logits_NV.detach()
+    grad_NV = fresh_like(logits_NV) if a.need_grad else logits_NV.new_empty(0)
+    chunks = DenseRows(logits_NV, grad_NV)
+    return Outputs(*sweep(chunks, a.rows, a.loss, logits_NV, a.need_grad, a.backend), grad_NV)
 
 
-@torch.library.custom_op(
-    "fastppo::policy_loss",
-    mutates_args=(),
-    schema=f"(Tensor logits_NV, {LossArguments.SCHEMA}, bool need_grad, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _forward(logits_NV: Tensor, *flat: Any) -> tuple[Tensor, ...]:
-    """Loss, log-prob, entropy, KL, metrics, and the gradient of the logits (empty if unwanted)."""
-    *values, need_grad, backend = flat
-    grad_NV = fresh_like(logits_NV) if need_grad else logits_NV.new_empty(0)
-    rows = DenseRows(logits_NV, grad_NV)
-    outputs = sweep(rows, LossArguments.of(tuple(values)), logits_NV, need_grad, backend)
-    return (*outputs, grad_NV)
+def _fake(a: Arguments) -> Outputs:
+    grad_NV = a.logits_NV.new_empty(a.logits_NV.shape if a.need_grad else 0)
+    return Outputs(*fake_outputs(a.logits_NV), grad_NV)
 
 
-def fake_outputs(like: Tensor, n: Any) -> tuple[Tensor, ...]:
-    """The shapes of `Outputs`."""
-    dtype = checks.stat_dtype(like)
-    sizes: tuple[tuple[Any, ...], ...] = ((), (n,), (n,), (n,), (len(PolicyMetrics._fields),))
-    return tuple(like.new_empty(size, dtype=dtype) for size in sizes)
+def _save(ctx: Any, a: Arguments, outputs: Outputs) -> None:
+    save_settings(ctx, a.loss, a.backend)
+    ctx.save_for_backward(outputs.grad_NV)
 
 
-@_forward.register_fake
-def _(logits_NV: Tensor, *flat: Any) -> tuple[Tensor, ...]:
-    grad_NV = logits_NV.new_empty(logits_NV.shape if flat[-2] else 0)
-    return (*fake_outputs(logits_NV, logits_NV.shape[0]), grad_NV)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(output[5])
-    saved_settings(ctx, LossArguments.of(inputs[1:-2]), inputs[-1])
-
-
-@once_differentiable
-def _autograd(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    nothing = (None,) * (LossArguments.COUNT + 2)
+def _gradients(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_loss is None or not ctx.needs_input_grad[0]:
-        return (None, *nothing)
-    (grad_NV,) = scaled("policy_loss", ctx, list(ctx.saved_tensors), grad_loss)
-    return (grad_NV, *nothing)
+        return (None,)
+    return scaled("policy_loss", ctx, ctx.saved_tensors, grad_loss)
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+class GradientMade(torch.autograd.Function):
+    """A loss whose gradients were made with it, one for each of `leaves`; None where unwanted.
+
+    The eager call of both losses: torch.library's costs more than the kernel.
+    """
+
+    @classmethod
+    def of(
+        cls,
+        op: str,
+        outputs: LossOutputs,
+        grads: tuple[Tensor | None, ...],
+        loss: LossArguments,
+        backend: str,
+        leaves: tuple[Tensor | None, ...],
+    ) -> LossOutputs:
+        """The outputs, their loss a function of the leaves in autograd's sight."""
+        made = cls.apply(op, outputs, grads, loss, backend, *leaves)  # type: ignore[no-untyped-call]
+        return outputs._replace(loss=made)
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        op: str,
+        outputs: LossOutputs,
+        grads: tuple[Tensor | None, ...],
+        loss: LossArguments,
+        backend: str,
+        *leaves: Tensor | None,
+    ) -> Tensor:
+        ctx.op = op
+        save_settings(ctx, loss, backend)
+        ctx.save_for_backward(*grads)
+        return outputs.loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        return (*(None,) * 5, *scaled(ctx.op, ctx, ctx.saved_tensors, grad_loss))
 
 
 class _PolicyLossInPlace(torch.autograd.Function):
@@ -287,15 +350,15 @@ class _PolicyLossInPlace(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, logits_NV: Tensor, arguments: LossArguments, backend: str
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, logits_NV: Tensor, a: Arguments) -> tuple[Tensor, ...]:
         target_NV = logits_NV.detach()
-        outputs = sweep(DenseRows(target_NV, target_NV), arguments, target_NV, True, backend)
+        chunks = DenseRows(target_NV, target_NV)
+        outputs = sweep(chunks, a.rows, a.loss, target_NV, True, a.backend)
         # A kernel's write is not torch's: raise the version that others' saved tensors compare.
         torch.autograd.graph.increment_version(logits_NV)
         ctx.mark_non_differentiable(*outputs[1:])
-        saved_settings(ctx, arguments, backend)
+        ctx.set_materialize_grads(False)
+        save_settings(ctx, a.loss, a.backend)
         if logits_NV._is_view():
             ctx.save_for_backward(logits_NV)
             return outputs
@@ -318,127 +381,19 @@ class _PolicyLossInPlace(torch.autograd.Function):
             )
         (logits_NV,) = ctx.saved_tensors  # refuses where something has written to it since
         if grad_loss is None:
-            return (None,) * 3
-        (grad_NV,) = scaled("policy_loss", ctx, [logits_NV.detach()], grad_loss)
+            return (None,) * 2
+        (grad_NV,) = scaled("policy_loss", ctx, (logits_NV.detach(),), grad_loss)
         ctx.taken = True
         return grad_NV, None, None
 
 
-def policy_loss_reference(
-    logits_NV: Tensor,
-    token_N: Tensor,
-    behaviour_logprob_N: Tensor,
-    advantage_N: Tensor,
-    weight_N: Tensor,
-    *,
-    ref_logprob_N: Tensor | None = None,
-    importance_weight_N: Tensor | None = None,
-    offsets: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    kl_coef: float | Tensor | None = None,
-    entropy_coef: float | Tensor | None = None,
-    config: PolicyLossConfig | None = None,
-    ignore_index: int = checks.IGNORE_INDEX,
-) -> PolicyLoss:
-    """The definition of `policy_loss`, for autograd: every derivative is torch's own."""
-    config = PolicyLossConfig() if config is None else config
-    beta = config.kl_coef if kl_coef is None else kl_coef
-    bonus = config.entropy_coef if entropy_coef is None else entropy_coef
-    live = (weight_N != 0) & (token_N != ignore_index)
-    index = live.nonzero().squeeze(1)
-    tau = temperature
-    if isinstance(tau, Tensor) and tau.ndim == 1:
-        tau = tau[index]
-    all_live = torch.ones_like(index, dtype=torch.bool)
-    log_p = log_probs_reference(logits_NV[index], all_live, tau, softcap)
-    logprob = log_p.gather(1, token_N[index].long()[:, None]).squeeze(1)
-    possible = log_p > float("-inf")
-    entropy = -torch.where(possible, log_p.exp() * torch.where(possible, log_p, 0), 0).sum(-1)
-
-    masked = logprob == float("-inf")
-    limit = config.log_ratio_limit
-    raw = torch.where(masked, -limit, torch.where(masked, 0, logprob) - behaviour_logprob_N[index])
-    used = raw
-    if config.ratio_level == "sequence":
-        assert offsets is not None
-        bounds = offsets.tolist()
-        used = raw.clone()
-        for start, end in pairwise(bounds):
-            mine = (index >= start) & (index < end)
-            if mine.any():
-                dead = bool(masked[mine].any())
-                mean = raw[mine].detach() if dead else raw[mine]
-                used = torch.where(mine, float("-inf") if dead else mean.mean(), used)
-        masked = used == float("-inf")
-    # torch's clamp passes the gradient at the limit itself, as `slope` does.
-    ratio = torch.where(masked, 0, torch.where(masked, 0, used).clamp(-limit, limit).exp())
-    advantage = advantage_N[index]
-    surrogate = torch.maximum(
-        -advantage * ratio, -advantage * ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    )
-    if config.dual_clip is not None:
-        bound = torch.minimum(surrogate, -config.dual_clip * advantage)
-        surrogate = torch.where(advantage < 0, bound, surrogate)
-    if importance_weight_N is not None:
-        surrogate = surrogate * importance_weight_N[index]
-    weight = weight_N[index]
-    loss = (weight * surrogate).sum()
-    kl = torch.zeros_like(logprob)
-    if ref_logprob_N is not None:
-        kl = token_kl_reference(
-            logprob, ref_logprob_N[index], kind=config.kl_kind, log_ratio_limit=limit
-        )
-        loss = loss + (weight * beta * kl).sum()
-    sampled = logprob > float("-inf")
-    loss = loss - (weight * bonus * torch.where(sampled, entropy, 0)).sum()
-
-    def spread(x: Tensor) -> Tensor:
-        return x.new_zeros(token_N.numel()).index_copy(0, index, x.detach())
-
-    filler = torch.zeros(len(PolicyMetrics._fields), dtype=loss.dtype)
-    return PolicyLoss(
-        loss, spread(logprob), spread(entropy), spread(kl), PolicyMetrics(*filler.unbind(0))
-    )
-
-
-def make_policy_inputs(
-    logits_NV: Tensor, token_N: Tensor, dtype: torch.dtype, seed: int
-) -> dict[str, Any]:
-    """Everything but the logits: a policy that has moved, so that every branch occurs."""
-    generator = torch.Generator().manual_seed(seed + 1)
-    n = token_N.numel()
-    moved_N, advantage_N = torch.randn(2, n, generator=generator, dtype=torch.float64)
-    live_N = torch.ones(n, dtype=torch.bool)
-    log_p_NV = log_probs_reference(logits_NV.double(), live_N, 1.0, None)
-    behaviour_N = log_p_NV.gather(1, token_N[:, None]).squeeze(1) + 0.3 * moved_N
-    stat = torch.float64 if dtype == torch.float64 else torch.float32
-    return {
-        "behaviour_logprob_N": behaviour_N.to(stat),
-        "advantage_N": advantage_N.to(stat),
-        "weight_N": torch.full((n,), 1.0 / max(n, 1), dtype=stat),
-        "ref_logprob_N": (behaviour_N - 0.1).to(stat),
-        "kl_coef": 0.1,
-        "entropy_coef": 0.01,
-    }
-
-
-def _make_inputs(shape: Shape, dtype: torch.dtype, seed: int) -> dict[str, Any]:
-    logits_NV, token_N = make_logits(shape, dtype, seed)
-    others = make_policy_inputs(logits_NV, token_N, dtype, seed)
-    return {"logits_NV": logits_NV, "token_N": token_N, **others}
-
-
-register(
-    Op(
-        name="policy_loss",
-        function=policy_loss,
-        reference=policy_loss_reference,
-        make_inputs=_make_inputs,
-        # one read and one write; the second read of a row is meant to hit the caches
-        bytes_moved=lambda s, dtype: 2 * s.n * s.vocab * dtype.itemsize,
-        flops=lambda s: 10 * s.n * s.vocab,
-        differentiable=("logits_NV",),
-        loss="loss",
-    )
+_registered = register(
+    "policy_loss",
+    Arguments,
+    Outputs,
+    _forward,
+    _fake,
+    results=1,
+    save=_save,
+    backward=_gradients,
 )

@@ -19,6 +19,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fastppo.ops.arguments import RowArguments
+
 # Below this exp is 0 in float32 and in float64, and 0 * this is 0 where 0 * -inf would be NaN.
 _FLOOR = -1e4
 
@@ -45,20 +47,15 @@ class RowSpec:
         return RowSpec(self.token_N[rows], self.live_N[rows], tau, self.softcap)
 
 
-def row_spec(
-    token_N: Tensor,
-    live_N: Tensor,
-    temperature: float | Tensor,
-    softcap: float | None,
-    dtype: torch.dtype,
-) -> RowSpec:
+def row_spec(rows: RowArguments, live_N: Tensor, dtype: torch.dtype) -> RowSpec:
     """A RowSpec whose tokens can be gathered and whose temperature has the statistics' dtype."""
-    if isinstance(temperature, Tensor):
-        temperature = temperature.detach().to(dtype=dtype, device=token_N.device)
-        if temperature.ndim == 1:
-            temperature = torch.where(live_N, temperature, 1)
-    token_N = torch.where(live_N, token_N, 0).long()
-    return RowSpec(token_N, live_N, temperature, softcap)
+    tau = rows.temperature
+    if isinstance(tau, Tensor):
+        tau = tau.detach().to(dtype=dtype, device=rows.token_N.device)
+        if tau.ndim == 1:
+            tau = torch.where(live_N, tau, 1)
+    token_N = torch.where(live_N, rows.token_N, 0).long()
+    return RowSpec(token_N, live_N, tau, rows.softcap)
 
 
 class RowStats(NamedTuple):
@@ -68,8 +65,8 @@ class RowStats(NamedTuple):
     entropy: Tensor  # (n,), likewise
     shifted: Tensor  # (n, V), z - max z, no -inf left in it
     exp: Tensor  # (n, V), exp(z - max z)
-    total: Tensor  # (n, 1), sum exp(z - max z)
-    log_sum: Tensor  # (n, 1), its logarithm
+    sum_exp: Tensor  # (n, 1), sum exp(z - max z)
+    log_sum_exp: Tensor  # (n, 1), its logarithm
     row_entropy: Tensor  # (n, 1)
     slope: Tensor | None  # (n, V), 1 - tanh^2, with a softcap
 
@@ -79,32 +76,32 @@ def statistics(x_NV: Tensor, spec: RowSpec) -> RowStats:
     slope = None
     if spec.softcap is not None:
         masked = x_NV == float("-inf")
-        bent = x_NV.div_(spec.softcap).tanh_()
-        slope = 1 - bent * bent
-        x_NV = bent.mul_(spec.softcap).masked_fill_(masked, float("-inf"))
+        capped = x_NV.div_(spec.softcap).tanh_()
+        slope = 1 - capped * capped
+        x_NV = capped.mul_(spec.softcap).masked_fill_(masked, float("-inf"))
     tau = spec.temperature
     if isinstance(tau, Tensor):
         x_NV.div_(tau[:, None] if tau.ndim else tau)
     elif tau != 1.0:
         x_NV.div_(tau)
-    highest = x_NV.amax(-1, keepdim=True)
+    row_max = x_NV.amax(-1, keepdim=True)
     # A row of nothing but masked vocabulary has no probabilities: lp -inf, entropy 0, no NaN.
-    x_NV.sub_(highest.masked_fill_(highest == float("-inf"), 0.0))
+    x_NV.sub_(row_max.masked_fill_(row_max == float("-inf"), 0.0))
     sampled = x_NV.gather(1, spec.token_N[:, None])
     x_NV.clamp_(min=_FLOOR)
     exp = x_NV.exp()
-    total = exp.sum(-1, keepdim=True)
-    total.masked_fill_(total == 0, 1.0)
-    log_sum = total.log()
-    entropy = log_sum - (exp * x_NV).sum(-1, keepdim=True) / total
+    sum_exp = exp.sum(-1, keepdim=True)
+    sum_exp.masked_fill_(sum_exp == 0, 1.0)
+    log_sum_exp = sum_exp.log()
+    entropy = log_sum_exp - (exp * x_NV).sum(-1, keepdim=True) / sum_exp
     dead = ~spec.live_N
     return RowStats(
-        logprob=(sampled - log_sum).squeeze(1).masked_fill_(dead, 0.0),
+        logprob=(sampled - log_sum_exp).squeeze(1).masked_fill_(dead, 0.0),
         entropy=entropy.squeeze(1).masked_fill(dead, 0.0),
         shifted=x_NV,
         exp=exp,
-        total=total,
-        log_sum=log_sum,
+        sum_exp=sum_exp,
+        log_sum_exp=log_sum_exp,
         row_entropy=entropy,
         slope=slope,
     )
@@ -116,13 +113,13 @@ def gradient(stats: RowStats, spec: RowSpec, g_N: Tensor, h_N: Tensor | None) ->
     g_N = g_N.masked_fill(stats.logprob == float("-inf"), 0.0)
     tau = spec.temperature
     g = (g_N / tau)[:, None]
-    p_or_dx = stats.exp.div_(stats.total)
+    p_or_dx = stats.exp.div_(stats.sum_exp)
     if h_N is None:
         p_or_dx.mul_(-g)
     else:
         h = (h_N / tau)[:, None]
-        # -p (g + h (log p + H)), with log p = shifted - log_sum
-        inner = stats.shifted.mul_(h).add_(g + h * (stats.row_entropy - stats.log_sum))
+        # -p (g + h (log p + H)), with log p = shifted - log_sum_exp
+        inner = stats.shifted.mul_(h).add_(g + h * (stats.row_entropy - stats.log_sum_exp))
         p_or_dx.mul_(inner.neg_())
     p_or_dx.scatter_add_(1, spec.token_N[:, None], g)
     if stats.slope is not None:
@@ -130,18 +127,15 @@ def gradient(stats: RowStats, spec: RowSpec, g_N: Tensor, h_N: Tensor | None) ->
     return p_or_dx.masked_fill_(~spec.live_N[:, None], 0.0)
 
 
-# What is done with a block: given its place and a private copy of its logits in the statistics'
-# dtype, it returns their gradient, or None where none is wanted.
-Visitor = Callable[[slice, Tensor], "Tensor | None"]
-
 # What is done with a chunk of rows: given its place, its logits, and where their gradient goes
 # (which may be the logits), or None where none is wanted.
 ChunkKernel = Callable[[slice, Tensor, "Tensor | None"], None]
 
 
-def block_slices(n: int, vocab: int, dtype: torch.dtype, device: torch.device) -> list[slice]:
-    """Consecutive slices of n rows, each a block of the size that suits the device."""
-    budget = _BLOCK_BYTES_CPU if device.type == "cpu" else _BLOCK_BYTES_DEVICE
+def block_slices(x_NV: Tensor, dtype: torch.dtype) -> list[slice]:
+    """Consecutive slices of the rows, each a block of the size that suits the device."""
+    n, vocab = x_NV.shape
+    budget = _BLOCK_BYTES_CPU if x_NV.device.type == "cpu" else _BLOCK_BYTES_DEVICE
     rows = max(1, budget // (vocab * dtype.itemsize))
     return [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
 
@@ -151,49 +145,8 @@ def private(x_NV: Tensor, dtype: torch.dtype) -> Tensor:
     return x_NV.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
-class Rows(Protocol):
-    """Logits that exist, or that are made chunk by chunk from hidden states."""
+class Chunks(Protocol):
+    """Rows of logits that exist, or that are made chunk by chunk from hidden states."""
 
     def visit(self, kernel: ChunkKernel, *, write: bool) -> None:
         """Show every chunk to `kernel` once; with `write` the gradient it gives back is kept."""
-
-
-def in_blocks(visitor: Visitor, dtype: torch.dtype) -> ChunkKernel:
-    """A chunk kernel that shows the chunk to `visitor` in blocks that stay in the caches."""
-
-    def run(at: slice, x_NV: Tensor, out_NV: Tensor | None) -> None:
-        n, vocab = x_NV.shape
-        for block in block_slices(n, vocab, dtype, x_NV.device):
-            place = slice(at.start + block.start, at.start + block.stop)
-            grad = visitor(place, private(x_NV[block], dtype))
-            if grad is not None:
-                assert out_NV is not None
-                out_NV[block] = grad
-
-    return run
-
-
-@dataclass(frozen=True)
-class DenseRows:
-    """Logits that exist: one chunk. Gradients go to `out_NV`, which may be the logits."""
-
-    logits_NV: Tensor
-    out_NV: Tensor | None = None
-
-    def visit(self, kernel: ChunkKernel, *, write: bool) -> None:
-        everything, out_NV = slice(0, self.logits_NV.shape[0]), self.out_NV if write else None
-        if out_NV is None or out_NV.shape[1] <= 1 or out_NV.stride(1) == 1:
-            kernel(everything, self.logits_NV, out_NV)
-            return
-        # In place over logits whose neighbours lie apart, where kernels write side by side.
-        apart_NV = torch.empty(out_NV.shape, dtype=out_NV.dtype, device=out_NV.device)
-        kernel(everything, self.logits_NV, apart_NV)
-        out_NV.copy_(apart_NV)
-
-
-def row_outputs(like: Tensor, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Two uninitialised vectors for log-prob and entropy."""
-    return (
-        torch.empty(n, dtype=dtype, device=like.device),
-        torch.empty(n, dtype=dtype, device=like.device),
-    )

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastppo.ops import checks
-from fastppo.ops.arguments import RowArguments, row_arguments
-from fastppo.ops.backend import choose, row_kernels
-from fastppo.ops.registry import Op, Shape, register
-from fastppo.ops.rows import RowSpec, RowStats, block_slices, private, statistics
-from fastppo.ops.token_logprobs import log_probs_reference, make_logits
-
-Vectors = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-class Scores(NamedTuple):
-    """All (N,), in nats, without gradient; 0 on ignored rows."""
-
-    logprob_N: Tensor
-    ref_logprob_N: Tensor
-    entropy_N: Tensor
-    exact_kl_N: Tensor
+from fastppo.ops.arguments import (
+    IGNORE_INDEX,
+    RowArguments,
+    check_device,
+    check_floating,
+    chosen_backend,
+    is_traced,
+    row_arguments,
+    show,
+    stat_dtype,
+)
+from fastppo.ops.backends import BACKENDS, Scores
+from fastppo.ops.registered import register
 
 
 def score_tokens(
@@ -34,7 +29,7 @@ def score_tokens(
     *,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
-    ignore_index: int = checks.IGNORE_INDEX,
+    ignore_index: int = IGNORE_INDEX,
     check: bool = False,
     backend: str | None = None,
 ) -> Scores:
@@ -60,138 +55,56 @@ def score_tokens(
         TypeError: logits that hold no floats, tokens that hold no integers.
     """
     op = "score_tokens"
-    for name, logits in (("logits_NV", logits_NV), ("ref_logits_NV", ref_logits_NV)):
-        checks.floating(op, name, logits, ndim=2)
-    chosen = choose(op, backend, logits_NV, ref_logits_NV)
-    n, vocab = logits_NV.shape
+    check_floating(op, "logits_NV", logits_NV, ndim=2)
+    check_floating(op, "ref_logits_NV", ref_logits_NV, ndim=2)
+    chosen = chosen_backend(op, backend, logits_NV, ref_logits_NV)
     if ref_logits_NV.shape != logits_NV.shape:
         raise ValueError(
-            f"{op}: ref_logits_NV must have the shape of logits_NV, {checks.show((n, vocab))}, "
-            f"came {checks.show(tuple(ref_logits_NV.shape))}"
+            f"{op}: ref_logits_NV must have the shape of logits_NV, "
+            f"{show(tuple(logits_NV.shape))}, came {show(tuple(ref_logits_NV.shape))}"
         )
-    checks.same_device(op, "ref_logits_NV", ref_logits_NV, logits_NV)
-    checks.tokens(op, token_N, logits_NV, n=n, vocab=vocab, ignore_index=ignore_index, check=check)
-    checks.temperature(op, temperature, logits_NV, n=n)
-    checks.softcap(op, softcap)
-    rows = row_arguments(token_N, temperature, softcap, ignore_index)
+    check_device(op, "ref_logits_NV", ref_logits_NV, logits_NV)
+    rows = row_arguments(
+        op,
+        token_N,
+        logits_NV,
+        logits_NV.shape[1],
+        temperature=temperature,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        check=check,
+    )
+    given = Arguments(logits_NV, ref_logits_NV, rows, chosen)
     with torch.no_grad():
-        outputs = torch.ops.fastppo.score_tokens(logits_NV, ref_logits_NV, *rows.flat(), chosen)
-    return Scores(*outputs)
+        return _registered(given) if is_traced(logits_NV) else _forward(given)
 
 
-@torch.library.custom_op(
-    "fastppo::score_tokens",
-    mutates_args=(),
-    schema=f"(Tensor logits_NV, Tensor ref_logits_NV, {RowArguments.SCHEMA}, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _forward(logits_NV: Tensor, ref_logits_NV: Tensor, *flat: Any) -> Vectors:
-    *values, backend = flat
-    scorer = make_scorer(logits_NV, ref_logits_NV, RowArguments(*values), backend)
-    scorer.score(slice(0, logits_NV.shape[0]), logits_NV, ref_logits_NV)
-    return scorer.scores
+class Arguments(NamedTuple):
+    """Of the registered operator."""
 
-
-@_forward.register_fake
-def _(logits_NV: Tensor, ref_logits_NV: Tensor, *flat: Any) -> Vectors:
-    return empty_scores(logits_NV, ref_logits_NV)
-
-
-def empty_scores(like: Tensor, ref_like: Tensor) -> Vectors:
-    """Four uninitialised vectors, one entry a row."""
-    dtype = checks.stat_dtype(like, ref_like)
-    return tuple(like.new_empty(like.shape[0], dtype=dtype) for _ in Scores._fields)  # type: ignore[return-value]
-
-
-@dataclass(frozen=True)
-class Scorer:
-    """Fills in `scores` chunk by chunk."""
-
-    scores: Vectors
+    logits_NV: Tensor
+    ref_logits_NV: Tensor
     rows: RowArguments
-    spec: RowSpec
     backend: str
 
-    def score(self, at: slice, x_NV: Tensor, ref_x_NV: Tensor) -> None:
-        """The rows `at`, whose logits these are."""
-        if self.backend != "torch":
-            row_kernels(self.backend).score_tokens(x_NV, ref_x_NV, self.rows, at, self.scores)
-            return
-        n, vocab = x_NV.shape
-        dtype = self.scores[0].dtype
-        for block in block_slices(n, vocab, dtype, x_NV.device):
-            mine, theirs = (private(x[block], dtype) for x in (x_NV, ref_x_NV))
-            place = slice(at.start + block.start, at.start + block.stop)
-            _score_block(self.scores, place, mine, theirs, self.spec)
+
+def empty_scores(like: Tensor, ref_like: Tensor) -> Scores:
+    """Uninitialised, for the rows of `like`; a registered op's results share no memory."""
+    n, dtype = like.shape[0], stat_dtype(like, ref_like)
+    a, b, c, d = (like.new_empty(n, dtype=dtype) for _ in range(4))
+    return Scores(a, b, c, d)
 
 
-def make_scorer(like: Tensor, ref_like: Tensor, rows: RowArguments, backend: str) -> Scorer:
-    """A scorer for the rows of two policies' logits or hidden states."""
-    spec = rows.spec(rows.token_N != rows.ignore_index, checks.stat_dtype(like, ref_like))
-    return Scorer(empty_scores(like, ref_like), rows, spec, backend)
+def _forward(a: Arguments) -> Scores:
+    scores, everything = empty_scores(a.logits_NV, a.ref_logits_NV), slice(0, a.logits_NV.shape[0])
+    BACKENDS[a.backend].score_tokens(a.logits_NV, a.ref_logits_NV, a.rows, everything, scores)
+    return scores
 
 
-def _score_block(scores: Vectors, at: slice, x: Tensor, ref_x: Tensor, spec: RowSpec) -> None:
-    """Fill in the rows `at` from private copies of both policies' logits, which are overwritten."""
-    here = spec.at(at)
-    impossible = x == float("-inf")
-    forbidden = ref_x == float("-inf")
-    mine, theirs = statistics(x, here), statistics(ref_x, here)
-    kl = _exact_kl(mine, theirs, impossible, forbidden).masked_fill(~here.live_N, 0.0)
-    for into, found in zip(scores, (mine.logprob, theirs.logprob, mine.entropy, kl), strict=True):
-        into[at] = found
-
-
-def _exact_kl(mine: RowStats, theirs: RowStats, impossible: Tensor, forbidden: Tensor) -> Tensor:
-    log_ratio = mine.shifted - theirs.shifted - (mine.log_sum - theirs.log_sum)
-    # Not inf in the product: a word that the reference masks may have p = 0 by underflow.
-    infinite = (forbidden & ~impossible).any(-1)
-    kl = (mine.exp.masked_fill(impossible, 0.0) / mine.total * log_ratio).sum(-1)
-    return kl.masked_fill(infinite, float("inf"))
-
-
-def score_tokens_reference(
-    logits_NV: Tensor,
-    ref_logits_NV: Tensor,
-    token_N: Tensor,
-    *,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    ignore_index: int = checks.IGNORE_INDEX,
-) -> Scores:
-    """The definition of `score_tokens`."""
-    live = token_N != ignore_index
-    index = torch.where(live, token_N, 0).long()[:, None]
-    log_p = log_probs_reference(logits_NV, live, temperature, softcap)
-    log_q = log_probs_reference(ref_logits_NV, live, temperature, softcap)
-    possible = log_p > float("-inf")
-    p = log_p.exp()
-    entropy = -torch.where(possible, p * torch.where(possible, log_p, 0), 0).sum(-1)
-    allowed = log_q > float("-inf")
-    log_ratio = torch.where(possible, log_p, 0) - torch.where(allowed, log_q, 0)
-    kl = torch.where(possible, p * log_ratio, 0).sum(-1)
-    kl = torch.where((possible & ~allowed).any(-1), float("inf"), kl)
-    results = (log_p.gather(1, index).squeeze(1), log_q.gather(1, index).squeeze(1), entropy, kl)
-    return Scores(*(torch.where(live, x, 0) for x in results))
-
-
-def _make_inputs(shape: Shape, dtype: torch.dtype, seed: int) -> dict[str, Any]:
-    logits_NV, token_N = make_logits(shape, dtype, seed)
-    noise_NV, _ = make_logits(shape, dtype, seed + 1)
-    return {
-        "logits_NV": logits_NV,
-        "ref_logits_NV": logits_NV + 0.1 * noise_NV,
-        "token_N": token_N,
-    }
-
-
-register(
-    Op(
-        name="score_tokens",
-        function=score_tokens,
-        reference=score_tokens_reference,
-        make_inputs=_make_inputs,
-        bytes_moved=lambda s, dtype: 2 * s.n * s.vocab * dtype.itemsize,
-        flops=lambda s: 14 * s.n * s.vocab,
-    )
+_registered = register(
+    "score_tokens",
+    Arguments,
+    Scores,
+    _forward,
+    lambda a: empty_scores(a.logits_NV, a.ref_logits_NV),
 )

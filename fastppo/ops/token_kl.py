@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastppo.ops import checks
-from fastppo.ops.backend import choose, token_kernels
-from fastppo.ops.config import check_kl_kind
-from fastppo.ops.registry import Op, Shape, register
-
-
-def kl_and_slope(
-    logprob_N: Tensor, ref_logprob_N: Tensor, kind: str, limit: float
-) -> tuple[Tensor, Tensor]:
-    """k and dk/dlogprob; both 0 where the sampled token is masked vocabulary (logprob -inf)."""
-    masked = logprob_N == float("-inf")
-    diff = torch.where(masked, 0, logprob_N - ref_logprob_N)
-    if kind == "k1":
-        kl, slope = diff, torch.ones_like(diff)
-    elif kind == "abs":
-        kl, slope = diff.abs(), diff.sign()
-    elif kind == "k2":
-        kl, slope = diff.square() / 2, diff
-    else:
-        e = (-diff).clamp(-limit, limit)
-        kl = torch.expm1(e) - e
-        slope = torch.where(diff.abs() <= limit, -torch.expm1(e), 0)
-    return kl, slope.masked_fill(masked, 0)
+from fastppo.ops.arguments import (
+    check_floating,
+    check_vector,
+    chosen_backend,
+    constant,
+    is_traced,
+    stat_dtype,
+)
+from fastppo.ops.backends import BACKENDS
+from fastppo.ops.config import KL_KINDS, check_kl_kind
+from fastppo.ops.registered import register
 
 
 def token_kl(
@@ -67,99 +55,76 @@ def token_kl(
     Source: Schulman 2020, Approximating KL Divergence.
     """
     op = "token_kl"
-    check_kl_kind(op, kind)
-    checks.floating(op, "logprob_N", logprob_N, ndim=1)
-    checks.row_vector(op, "ref_logprob_N", ref_logprob_N, logprob_N, n=logprob_N.numel())
+    if kind not in KL_KINDS:
+        check_kl_kind(op, kind)
+    check_floating(op, "logprob_N", logprob_N, ndim=1)
+    check_vector(op, "ref_logprob_N", ref_logprob_N, logprob_N, n=logprob_N.numel())
     if not log_ratio_limit > 0:
         raise ValueError(f"{op}: log_ratio_limit must be > 0, came {log_ratio_limit}")
-    chosen = choose(op, backend, logprob_N, ref_logprob_N)
-    ref_N = ref_logprob_N.detach()
-    kl_N, _ = torch.ops.fastppo.token_kl(logprob_N, ref_N, kind, log_ratio_limit, chosen)
-    return cast(Tensor, kl_N)
+    chosen = chosen_backend(op, backend, logprob_N, ref_logprob_N)
+    given = Arguments(logprob_N, constant(ref_logprob_N), kind, log_ratio_limit, chosen)
+    if is_traced(logprob_N):
+        return _registered(given).kl_N
+    if logprob_N.requires_grad and torch.is_grad_enabled():
+        return cast(Tensor, _TokenKl.apply(logprob_N, given))  # type: ignore[no-untyped-call]
+    return _forward(given).kl_N
 
 
-@torch.library.custom_op(
-    "fastppo::token_kl",
-    mutates_args=(),
-    schema="(Tensor logprob_N, Tensor ref_logprob_N, str kind, float log_ratio_limit, "
-    "str backend) -> (Tensor, Tensor)",
-)
-def _forward(
-    logprob_N: Tensor, ref_logprob_N: Tensor, kind: str, limit: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    """k and dk/dlogprob."""
-    if backend != "torch":
-        found: tuple[Tensor, Tensor] = token_kernels(backend).token_kl(
-            logprob_N, ref_logprob_N, kind, limit
-        )
-        return found
-    dtype = checks.stat_dtype(logprob_N, ref_logprob_N)
-    kl_N, slope_N = kl_and_slope(logprob_N.to(dtype), ref_logprob_N.to(dtype), kind, limit)
-    return kl_N.clone(), slope_N.clone()  # a registered op hands out neither inputs nor twins
+class Arguments(NamedTuple):
+    """Of the registered operator."""
+
+    logprob_N: Tensor
+    ref_logprob_N: Tensor
+    kind: str
+    log_ratio_limit: float
+    backend: str
 
 
-@_forward.register_fake
-def _(logprob_N: Tensor, ref_logprob_N: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    dtype, n = checks.stat_dtype(logprob_N, ref_logprob_N), logprob_N.shape[0]
-    return logprob_N.new_empty(n, dtype=dtype), logprob_N.new_empty(n, dtype=dtype)
+class Outputs(NamedTuple):
+    """Of the registered operator."""
+
+    kl_N: Tensor
+    slope_N: Tensor  # dk/dlogprob
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(output[1])
-    ctx.dtype = inputs[0].dtype
-    ctx.save_for_backward(output[1])
+def _forward(a: Arguments) -> Outputs:
+    kernels = BACKENDS[a.backend]
+    return Outputs(*kernels.token_kl(a.logprob_N, a.ref_logprob_N, a.kind, a.log_ratio_limit))
 
 
-@once_differentiable
-def _autograd(ctx: Any, grad_N: Tensor, _: Any) -> tuple[Any, ...]:
+def _fake(a: Arguments) -> Outputs:
+    dtype, n = stat_dtype(a.logprob_N, a.ref_logprob_N), a.logprob_N.shape[0]
+    return Outputs(a.logprob_N.new_empty(n, dtype=dtype), a.logprob_N.new_empty(n, dtype=dtype))
+
+
+def _save(ctx: Any, a: Arguments, outputs: Outputs) -> None:
+    ctx.dtype = a.logprob_N.dtype
+    ctx.save_for_backward(outputs.slope_N)
+
+
+def _gradients(ctx: Any, grad_N: Tensor | None) -> tuple[Tensor | None]:
+    if grad_N is None:
+        return (None,)
     (slope_N,) = ctx.saved_tensors
     # where before the product: the slope of masked vocabulary is 0, whatever comes from above.
-    grad_N = torch.where(slope_N == 0, 0, grad_N * slope_N)
-    return grad_N.to(ctx.dtype), None, None, None, None
+    return (torch.where(slope_N == 0, 0, grad_N * slope_N).to(ctx.dtype),)
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+class _TokenKl(torch.autograd.Function):
+    """The eager call, without torch.library's cost."""
+
+    @staticmethod
+    def forward(ctx: Any, logprob_N: Tensor, a: Arguments) -> Tensor:
+        outputs = _forward(a)
+        _save(ctx, a, outputs)
+        return outputs.kl_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, None]:
+        return (*_gradients(ctx, grad_N), None)
 
 
-def token_kl_reference(
-    logprob_N: Tensor,
-    ref_logprob_N: Tensor,
-    *,
-    kind: str = "k1",
-    log_ratio_limit: float = 20.0,
-) -> Tensor:
-    """The definition of `token_kl`, for autograd."""
-    masked = logprob_N == float("-inf")
-    diff = torch.where(masked, 0, logprob_N) - torch.where(masked, 0, ref_logprob_N)
-    if kind == "k1":
-        return diff
-    if kind == "abs":
-        return diff.abs()
-    if kind == "k2":
-        return diff**2 / 2
-    e = (-diff).clamp(-log_ratio_limit, log_ratio_limit)
-    return e.exp() - 1 - e
-
-
-def _make_inputs(shape: Shape, dtype: torch.dtype, seed: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(seed)
-    logprob_N = -3 * torch.rand(shape.n, generator=generator, dtype=torch.float64)
-    noise_N = 0.3 * torch.randn(shape.n, generator=generator, dtype=torch.float64)
-    return {
-        "logprob_N": logprob_N.to(dtype),
-        "ref_logprob_N": (logprob_N + noise_N).to(dtype),
-        "kind": "k3",
-    }
-
-
-register(
-    Op(
-        name="token_kl",
-        function=token_kl,
-        reference=token_kl_reference,
-        make_inputs=_make_inputs,
-        bytes_moved=lambda s, dtype: s.n * (2 * dtype.itemsize + 4),
-        flops=lambda s: 4 * s.n,
-        differentiable=("logprob_N",),
-    )
+_registered = register(
+    "token_kl", Arguments, Outputs, _forward, _fake, results=1, save=_save, backward=_gradients
 )

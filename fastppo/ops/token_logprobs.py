@@ -8,14 +8,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastppo.ops import checks
-from fastppo.ops.arguments import RowArguments, row_arguments
-from fastppo.ops.backend import choose
-from fastppo.ops.registry import Op, Shape, register
-from fastppo.ops.rows import (
-    DenseRows,
+from fastppo.ops.arguments import (
+    IGNORE_INDEX,
+    RowArguments,
+    check_floating,
+    chosen_backend,
+    is_traced,
+    row_arguments,
+    stat_dtype,
 )
-from fastppo.ops.sweep import Statistics, visit_gradient, visit_statistics
+from fastppo.ops.backends import BACKENDS, Statistics
+from fastppo.ops.registered import register
 from fastppo.ops.workspace import fresh_like
 
 
@@ -32,7 +35,7 @@ def token_logprobs(
     *,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
-    ignore_index: int = checks.IGNORE_INDEX,
+    ignore_index: int = IGNORE_INDEX,
     check: bool = False,
     backend: str | None = None,
 ) -> TokenLogprobs:
@@ -60,141 +63,125 @@ def token_logprobs(
         TypeError: logits that hold no floats, tokens that hold no integers.
     """
     op = "token_logprobs"
-    checks.floating(op, "logits_NV", logits_NV, ndim=2)
-    chosen = choose(op, backend, logits_NV)
-    n, vocab = logits_NV.shape
-    checks.tokens(op, token_N, logits_NV, n=n, vocab=vocab, ignore_index=ignore_index, check=check)
-    checks.temperature(op, temperature, logits_NV, n=n)
-    checks.softcap(op, softcap)
-    rows = row_arguments(token_N, temperature, softcap, ignore_index)
-    outputs = torch.ops.fastppo.token_logprobs(logits_NV, *rows.flat(), chosen)
-    return TokenLogprobs(outputs[0], outputs[1])
+    check_floating(op, "logits_NV", logits_NV, ndim=2)
+    chosen = chosen_backend(op, backend, logits_NV)
+    rows = row_arguments(
+        op,
+        token_N,
+        logits_NV,
+        logits_NV.shape[1],
+        temperature=temperature,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        check=check,
+    )
+    given = Arguments(logits_NV, rows, chosen)
+    if is_traced(logits_NV):
+        logprob_N, entropy_N, *_ = _registered(given)
+    elif logits_NV.requires_grad and torch.is_grad_enabled():
+        logprob_N, entropy_N = _TokenLogprobs.apply(logits_NV, given)  # type: ignore[no-untyped-call]
+    else:
+        logprob_N, entropy_N, *_ = _forward(given)
+    return TokenLogprobs(logprob_N, entropy_N)
 
 
-@torch.library.custom_op(
-    "fastppo::token_logprobs",
-    mutates_args=(),
-    schema=f"(Tensor logits_NV, {RowArguments.SCHEMA}, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _forward(logits_NV: Tensor, *flat: Any) -> Statistics:
-    """Log-prob, entropy, and two vectors between this op and its backward."""
-    *values, backend = flat
-    rows = RowArguments(*values)
-    live_N = rows.token_N != rows.ignore_index
-    return visit_statistics(DenseRows(logits_NV), rows, logits_NV, backend, live_N=live_N)
+class Arguments(NamedTuple):
+    """Of the registered operator."""
+
+    logits_NV: Tensor
+    rows: RowArguments
+    backend: str
 
 
-def fake_statistics(like: Tensor, backend: str) -> Statistics:
-    """The shapes of `Statistics`."""
-    n, dtype = like.shape[0], checks.stat_dtype(like)
-    between = 0 if backend == "torch" else n
-    sizes = (n, n, between, between)
-    return tuple(like.new_empty(size, dtype=dtype) for size in sizes)  # type: ignore[return-value]
+class BackwardArguments(NamedTuple):
+    """Of its backward's."""
+
+    g_N: Tensor | None
+    h_N: Tensor | None
+    logits_NV: Tensor
+    rows: RowArguments
+    stats: Statistics
+    backend: str
 
 
-@_forward.register_fake
-def _(logits_NV: Tensor, *flat: Any) -> Statistics:
-    return fake_statistics(logits_NV, flat[-1])
+class Gradient(NamedTuple):
+    """What the backward gives."""
+
+    grad_NV: Tensor
 
 
-@torch.library.custom_op(
-    "fastppo::token_logprobs_backward",
-    mutates_args=(),
-    schema=f"(Tensor? g_N, Tensor? h_N, Tensor logits_NV, {RowArguments.SCHEMA}, "
-    "Tensor logprob_N, Tensor entropy_N, Tensor highest_N, Tensor total_N, str backend) -> Tensor",
-)
-def _backward(g_N: Tensor | None, h_N: Tensor | None, logits_NV: Tensor, *flat: Any) -> Tensor:
+def empty_statistics(like: Tensor, backend: str) -> Statistics:
+    """Uninitialised, for the rows of `like`; a registered op's results share no memory."""
+    n, dtype = like.shape[0], stat_dtype(like)
+    between = 0 if backend == "torch" else n  # the definition starts again
+    a, b, c, d = (like.new_empty(size, dtype=dtype) for size in (n, n, between, between))
+    return Statistics(a, b, c, d)
+
+
+def _forward(a: Arguments) -> Statistics:
+    stats = empty_statistics(a.logits_NV, a.backend)
+    everything = slice(0, a.logits_NV.shape[0])
+    BACKENDS[a.backend].token_logprobs(a.logits_NV, a.rows, everything, stats)
+    return stats
+
+
+def _backward(a: BackwardArguments) -> Gradient:
     """One sweep: the gradient of the logits; nothing else of size N x V is made."""
-    rows, stats, backend = RowArguments(*flat[:5]), flat[5:9], flat[9]
-    grad_NV = fresh_like(logits_NV)
-    live_N = rows.token_N != rows.ignore_index
-    visited = DenseRows(logits_NV, grad_NV)
-    visit_gradient(visited, rows, logits_NV, backend, stats, g_N, h_N, live_N=live_N)
-    return grad_NV
+    grad_NV, everything = fresh_like(a.logits_NV), slice(0, a.logits_NV.shape[0])
+    kernels = BACKENDS[a.backend]
+    kernels.token_logprobs_backward(a.logits_NV, grad_NV, a.rows, everything, a.stats, a.g_N, a.h_N)
+    return Gradient(grad_NV)
 
 
-@_backward.register_fake
-def _(g_N: Tensor | None, h_N: Tensor | None, logits_NV: Tensor, *flat: Any) -> Tensor:
-    return torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
+def _save(ctx: Any, a: Arguments, stats: Statistics) -> None:
+    rows, tau = a.rows, a.rows.temperature
+    ctx.softcap, ctx.ignore_index, ctx.backend = rows.softcap, rows.ignore_index, a.backend
+    by_tensor = isinstance(tau, Tensor)  # tensors are autograd's to keep
+    ctx.temperature = None if by_tensor else tau
+    ctx.save_for_backward(a.logits_NV, rows.token_N, tau if by_tensor else None, *stats)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Statistics) -> None:
-    logits_NV, token_N, tau, *ctx.settings, ctx.backend = inputs
-    ctx.mark_non_differentiable(*output[2:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits_NV, token_N, tau, *output)
-
-
-@once_differentiable
-def _autograd(ctx: Any, g_N: Tensor | None, h_N: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    if not ctx.needs_input_grad[0]:
-        return (None,) * 7
+def _gradients(ctx: Any, g_N: Tensor | None, h_N: Tensor | None) -> tuple[Tensor | None]:
     logits_NV, token_N, tau, *stats = ctx.saved_tensors
-    grad_NV = torch.ops.fastppo.token_logprobs_backward(
-        g_N, h_N, logits_NV, token_N, tau, *ctx.settings, *stats, ctx.backend
-    )
-    return (grad_NV, *[None] * 6)
+    tau = ctx.temperature if tau is None else tau
+    rows = RowArguments(token_N, tau, ctx.softcap, ctx.ignore_index)
+    given = BackwardArguments(g_N, h_N, logits_NV, rows, Statistics(*stats), ctx.backend)
+    backward = _registered_backward if is_traced(logits_NV) else _backward
+    return (backward(given).grad_NV,)
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+class _TokenLogprobs(torch.autograd.Function):
+    """The eager call; torch.library's costs more than the kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, a: Arguments) -> tuple[Tensor, Tensor]:
+        stats = _forward(a)
+        ctx.set_materialize_grads(False)
+        _save(ctx, a, stats)
+        return stats.logprob_N, stats.entropy_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_N: Tensor | None, h_N: Tensor | None) -> tuple[Tensor | None, None]:
+        return (*_gradients(ctx, g_N, h_N), None)
 
 
-def token_logprobs_reference(
-    logits_NV: Tensor,
-    token_N: Tensor,
-    *,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    ignore_index: int = checks.IGNORE_INDEX,
-) -> TokenLogprobs:
-    """The definition of `token_logprobs`, for autograd."""
-    live = token_N != ignore_index
-    log_p = log_probs_reference(logits_NV, live, temperature, softcap)
-    logprob = log_p.gather(1, torch.where(live, token_N, 0).long()[:, None]).squeeze(1)
-    possible = log_p > float("-inf")
-    finite = torch.where(possible, log_p, 0)
-    entropy = -torch.where(possible, log_p.exp() * finite, 0).sum(-1)
-    return TokenLogprobs(torch.where(live, logprob, 0), torch.where(live, entropy, 0))
-
-
-def log_probs_reference(
-    logits_NV: Tensor, live_N: Tensor, temperature: float | Tensor, softcap: float | None
-) -> Tensor:
-    """log softmax of the bent and tempered logits, in the statistics' dtype."""
-    x = torch.where(live_N[:, None], logits_NV, 0).to(checks.stat_dtype(logits_NV))
-    masked = x == float("-inf")
-    if softcap is not None:
-        x = softcap * torch.tanh(torch.where(masked, 0, x) / softcap)
-    tau = temperature
-    if isinstance(tau, Tensor) and tau.ndim == 1:
-        tau = torch.where(live_N, tau, 1)[:, None]
-    z = torch.where(masked, float("-inf"), torch.where(masked, 0, x) / tau)
-    return z.log_softmax(-1)
-
-
-def make_logits(shape: Shape, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
-    """Logits with the spread of a language model's and tokens sampled from them."""
-    generator = torch.Generator().manual_seed(seed)
-    logits_NV = 2 * torch.randn(shape.n, shape.vocab, generator=generator, dtype=torch.float32)
-    token_N = torch.randint(shape.vocab, (shape.n,), generator=generator)
-    return logits_NV.to(dtype), token_N
-
-
-def _make_inputs(shape: Shape, dtype: torch.dtype, seed: int) -> dict[str, Any]:
-    logits_NV, token_N = make_logits(shape, dtype, seed)
-    return {"logits_NV": logits_NV, "token_N": token_N}
-
-
-register(
-    Op(
-        name="token_logprobs",
-        function=token_logprobs,
-        reference=token_logprobs_reference,
-        make_inputs=_make_inputs,
-        # forward: one read; backward: one read and one write
-        bytes_moved=lambda s, dtype: 3 * s.n * s.vocab * dtype.itemsize,
-        flops=lambda s: 12 * s.n * s.vocab,
-        differentiable=("logits_NV",),
-    )
+_registered = register(
+    "token_logprobs",
+    Arguments,
+    Statistics,
+    _forward,
+    lambda a: empty_statistics(a.logits_NV, a.backend),
+    results=2,
+    save=_save,
+    backward=_gradients,
+)
+_registered_backward = register(
+    "token_logprobs_backward",
+    BackwardArguments,
+    Gradient,
+    _backward,
+    lambda a: Gradient(
+        torch.empty_like(a.logits_NV, memory_format=torch.contiguous_format),
+    ),
 )

@@ -8,9 +8,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastppo.ops import checks
-from fastppo.ops.backend import choose, token_kernels
-from fastppo.ops.registry import Op, Shape, register
+from fastppo.ops.arguments import (
+    check_floating,
+    check_vector,
+    chosen_backend,
+    constant,
+    is_traced,
+    stat_dtype,
+)
+from fastppo.ops.backends import BACKENDS
+from fastppo.ops.registered import register
 
 
 class ValueMetrics(NamedTuple):
@@ -70,138 +77,87 @@ def value_loss(
     Source: Huang et al. 2022, The 37 Implementation Details of PPO, detail 9.
     """
     op = "value_loss"
-    checks.floating(op, "value_N", value_N, ndim=1)
+    check_floating(op, "value_N", value_N, ndim=1)
     n = value_N.numel()
-    for name, tensor in (
-        ("old_value_N", old_value_N),
-        ("return_N", return_N),
-        ("weight_N", weight_N),
-    ):
-        checks.row_vector(op, name, tensor, value_N, n=n)
+    check_vector(op, "old_value_N", old_value_N, value_N, n=n)
+    check_vector(op, "return_N", return_N, value_N, n=n)
+    check_vector(op, "weight_N", weight_N, value_N, n=n)
     if clip is not None and not clip > 0:
         raise ValueError(f"{op}: clip must be > 0 or None, came {clip}")
-    chosen = choose(op, backend, value_N, old_value_N, return_N, weight_N)
-    rest = (old_value_N.detach(), return_N.detach(), weight_N.detach())
-    loss, vector, _ = torch.ops.fastppo.value_loss(value_N, *rest, clip, chosen)
-    return ValueLoss(loss, ValueMetrics(*vector.detach().unbind(0)))
+    chosen = chosen_backend(op, backend, value_N, old_value_N, return_N, weight_N)
+    others = (constant(old_value_N), constant(return_N), constant(weight_N))
+    given = Arguments(value_N, *others, clip, chosen)
+    if is_traced(value_N):
+        loss, vector, _ = _registered(given)
+    elif value_N.requires_grad and torch.is_grad_enabled():
+        loss, vector = _ValueLoss.apply(value_N, given)  # type: ignore[no-untyped-call]
+    else:
+        loss, vector, _ = _forward(given)
+    return ValueLoss(loss, ValueMetrics(*vector.unbind(0)))
 
 
-@torch.library.custom_op(
-    "fastppo::value_loss",
-    mutates_args=(),
-    schema="(Tensor value_N, Tensor old_value_N, Tensor return_N, Tensor weight_N, float? clip, "
-    "str backend) -> (Tensor, Tensor, Tensor)",
-)
-def _forward(
-    value_N: Tensor,
-    old_value_N: Tensor,
-    return_N: Tensor,
-    weight_N: Tensor,
-    clip: float | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, the vector of metrics, and dloss/dvalue."""
-    if backend != "torch":
-        found: tuple[Tensor, Tensor, Tensor] = token_kernels(backend).value_loss(
-            value_N, old_value_N, return_N, weight_N, clip
-        )
-        return found
-    dtype = checks.stat_dtype(value_N, old_value_N, return_N, weight_N)
-    live_N = weight_N != 0
-    # where before the arithmetic: a NaN behind weight 0 would come back through 0 * NaN.
-    value_N, old_N, goal_N, weight_N = (
-        torch.where(live_N, x, 0).to(dtype) for x in (value_N, old_value_N, return_N, weight_N)
+class Arguments(NamedTuple):
+    """Of the registered operator."""
+
+    value_N: Tensor
+    old_value_N: Tensor
+    return_N: Tensor
+    weight_N: Tensor
+    clip: float | None
+    backend: str
+
+
+class Outputs(NamedTuple):
+    """Of the registered operator; `metrics` are ValueMetrics in one vector."""
+
+    loss: Tensor
+    metrics: Tensor
+    grad_N: Tensor
+
+
+def _forward(a: Arguments) -> Outputs:
+    given = (a.value_N, a.old_value_N, a.return_N, a.weight_N, a.clip)
+    return Outputs(*BACKENDS[a.backend].value_loss(*given))
+
+
+def _fake(a: Arguments) -> Outputs:
+    like, dtype = a.value_N, stat_dtype(a.value_N, a.old_value_N, a.return_N, a.weight_N)
+    return Outputs(
+        like.new_empty((), dtype=dtype),
+        like.new_empty(len(ValueMetrics._fields), dtype=dtype),
+        like.new_empty(like.shape[0], dtype=dtype),
     )
-    error_N = (value_N - goal_N).square()
-    worst_N, slope_N = error_N, value_N - goal_N
-    clipped_N = torch.zeros_like(live_N)
-    if clip is not None:
-        held_N = torch.minimum(torch.maximum(value_N, old_N - clip), old_N + clip)
-        held_error_N = (held_N - goal_N).square()
-        clipped_N = live_N & (held_error_N > error_N)
-        worst_N = torch.where(clipped_N, held_error_N, error_N)
-        # Where the clipped error is the larger one, the value was clipped: no gradient.
-        slope_N = slope_N.masked_fill(clipped_N, 0)
-    metrics = ValueMetrics(
-        count=live_N.sum(),
-        clipped_sum=clipped_N.sum(),
-        error_sum=error_N.sum(),
-        value_sum=value_N.sum(),
-        return_sum=goal_N.sum(),
-        return_square_sum=goal_N.square().sum(),
-    )
-    vector = torch.stack([x.to(dtype) for x in metrics])
-    return (weight_N * worst_N).sum() / 2, vector, weight_N * slope_N
 
 
-@_forward.register_fake
-def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    value_N, *others = inputs[:4]
-    dtype = checks.stat_dtype(value_N, *others)
-    sizes: tuple[tuple[Any, ...], ...] = ((), (len(ValueMetrics._fields),), (value_N.shape[0],))
-    loss, vector, grad_N = (value_N.new_empty(size, dtype=dtype) for size in sizes)
-    return loss, vector, grad_N
+def _save(ctx: Any, a: Arguments, outputs: Outputs) -> None:
+    ctx.dtype = a.value_N.dtype
+    ctx.save_for_backward(outputs.grad_N)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.dtype = inputs[0].dtype
-    ctx.save_for_backward(output[2])
-
-
-@once_differentiable
-def _autograd(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
+def _gradients(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None]:
+    if grad_loss is None:
+        return (None,)
     (grad_N,) = ctx.saved_tensors
-    return ((grad_loss * grad_N).to(ctx.dtype), *[None] * 5)
+    return ((grad_loss * grad_N).to(ctx.dtype),)
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+class _ValueLoss(torch.autograd.Function):
+    """The eager call, without torch.library's cost."""
+
+    @staticmethod
+    def forward(ctx: Any, value_N: Tensor, a: Arguments) -> tuple[Tensor, Tensor]:
+        outputs = _forward(a)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(outputs.metrics)
+        _save(ctx, a, outputs)
+        return outputs.loss, outputs.metrics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor | None, _: Any) -> tuple[Tensor | None, None]:
+        return (*_gradients(ctx, grad_loss), None)
 
 
-def value_loss_reference(
-    value_N: Tensor,
-    old_value_N: Tensor,
-    return_N: Tensor,
-    weight_N: Tensor,
-    *,
-    clip: float | None = 0.2,
-) -> ValueLoss:
-    """The definition of `value_loss`, live tokens one by one."""
-    zero = value_N.new_zeros(())
-    loss = zero + 0.0 * value_N.nan_to_num().sum()
-    sums = [zero] * len(ValueMetrics._fields)
-    for i in range(value_N.numel()):
-        if weight_N[i] == 0:
-            continue
-        v, old, goal = value_N[i], old_value_N[i], return_N[i]
-        error = (v - goal) ** 2
-        held = error if clip is None else (v.clamp(old - clip, old + clip) - goal) ** 2
-        loss = loss + weight_N[i] * torch.max(error, held) / 2
-        parts = (zero + 1, (held > error).to(v.dtype), error.detach(), v.detach(), goal, goal**2)
-        sums = [a + b for a, b in zip(sums, parts, strict=True)]
-    return ValueLoss(loss, ValueMetrics(*sums))
-
-
-def _make_inputs(shape: Shape, dtype: torch.dtype, seed: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(seed)
-    value_N, moved_N, goal_N = torch.randn(3, shape.n, generator=generator)
-    return {
-        "value_N": value_N.to(dtype),
-        "old_value_N": (value_N + 0.3 * moved_N).to(dtype),
-        "return_N": goal_N.to(dtype),
-        "weight_N": torch.full((shape.n,), 1.0 / max(shape.n, 1), dtype=dtype),
-    }
-
-
-register(
-    Op(
-        name="value_loss",
-        function=value_loss,
-        reference=value_loss_reference,
-        make_inputs=_make_inputs,
-        bytes_moved=lambda s, dtype: 5 * s.n * dtype.itemsize,
-        flops=lambda s: 12 * s.n,
-        differentiable=("value_N",),
-        loss="loss",
-    )
+_registered = register(
+    "value_loss", Arguments, Outputs, _forward, _fake, results=1, save=_save, backward=_gradients
 )

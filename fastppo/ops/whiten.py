@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastppo.ops import checks
-from fastppo.ops.backend import choose, token_kernels
-from fastppo.ops.registry import Op, Shape, register
-
-EPS = 1e-8  # inside the root, as in TRL
+from fastppo.ops.arguments import (
+    check_floating,
+    check_vector,
+    chosen_backend,
+    is_traced,
+    stat_dtype,
+)
+from fastppo.ops.backends import BACKENDS
+from fastppo.ops.registered import register
 
 
 class Moments(NamedTuple):
@@ -59,42 +63,39 @@ def moments(x_N: Tensor, *, weight_N: Tensor | None = None, backend: str | None 
         TypeError: inputs that hold no floats.
     """
     op = "moments"
-    checks.floating(op, "x_N", x_N, ndim=1)
-    checks.row_vector(op, "weight_N", weight_N, x_N, n=x_N.numel(), mask=True)
-    chosen = choose(op, backend, x_N)
+    check_floating(op, "x_N", x_N, ndim=1)
+    check_vector(op, "weight_N", weight_N, x_N, n=x_N.numel(), mask=True)
+    given = MomentsArguments(x_N, weight_N, chosen_backend(op, backend, x_N))
     with torch.no_grad():
-        return Moments(*torch.ops.fastppo.moments(x_N, weight_N, chosen).unbind(0))
+        found = _registered_moments(given) if is_traced(x_N) else _moments(given)
+        return Moments(*found.count_mean_m2.unbind(0))
 
 
-@torch.library.custom_op(
-    "fastppo::moments",
-    mutates_args=(),
-    schema="(Tensor x_N, Tensor? weight_N, str backend) -> Tensor",
+class MomentsArguments(NamedTuple):
+    """Of the registered operator."""
+
+    x_N: Tensor
+    weight_N: Tensor | None
+    backend: str
+
+
+class MomentsVector(NamedTuple):
+    """Of the registered operator: (3,)."""
+
+    count_mean_m2: Tensor
+
+
+def _moments(a: MomentsArguments) -> MomentsVector:
+    return MomentsVector(BACKENDS[a.backend].moments(a.x_N, a.weight_N))
+
+
+_registered_moments = register(
+    "moments",
+    MomentsArguments,
+    MomentsVector,
+    _moments,
+    lambda a: MomentsVector(a.x_N.new_empty(3, dtype=stat_dtype(a.x_N))),
 )
-def _moments_op(x_N: Tensor, weight_N: Tensor | None, backend: str) -> Tensor:
-    """(3,): count, mean, m2."""
-    if backend != "torch":
-        kernels = token_kernels(backend)
-        return cast(Tensor, kernels.merge_moments(kernels.moments(x_N, weight_N)))
-    return torch.stack(_moments(x_N, _live(x_N, weight_N)))
-
-
-@_moments_op.register_fake
-def _(x_N: Tensor, weight_N: Tensor | None, backend: str) -> Tensor:
-    return x_N.new_empty(3, dtype=checks.stat_dtype(x_N))
-
-
-def _live(x_N: Tensor, weight_N: Tensor | None) -> Tensor:
-    return torch.ones_like(x_N, dtype=torch.bool) if weight_N is None else weight_N != 0
-
-
-def _moments(x_N: Tensor, live_N: Tensor) -> Moments:
-    x_N = torch.where(live_N, x_N, 0).to(checks.stat_dtype(x_N))
-    count = live_N.sum().to(x_N.dtype)
-    mean = x_N.sum() / count.clamp(min=1)
-    # Two passes: the squares of deviations from the mean, not the difference of two large numbers.
-    m2 = torch.where(live_N, x_N - mean, 0).square().sum()
-    return Moments(count, mean, m2)
 
 
 def whiten(
@@ -127,69 +128,40 @@ def whiten(
     Source: Huang et al. 2024, The N+ Implementation Details of RLHF with PPO, on whitening.
     """
     op = "whiten"
-    checks.floating(op, "x_N", x_N, ndim=1)
-    checks.row_vector(op, "weight_N", weight_N, x_N, n=x_N.numel(), mask=True)
-    chosen = choose(op, backend, x_N)
-    dtype = checks.stat_dtype(x_N)
-    given = None if moments is None else torch.stack([x.to(dtype) for x in moments])
+    check_floating(op, "x_N", x_N, ndim=1)
+    check_vector(op, "weight_N", weight_N, x_N, n=x_N.numel(), mask=True)
+    chosen, dtype = chosen_backend(op, backend, x_N), stat_dtype(x_N)
+    vector = None if moments is None else torch.stack([x.to(dtype) for x in moments])
+    given = Arguments(x_N, weight_N, vector, shift_mean, chosen)
     with torch.no_grad():
-        y_N = torch.ops.fastppo.whiten(x_N, weight_N, given, shift_mean, chosen)
-    return cast(Tensor, y_N)
+        return (_registered(given) if is_traced(x_N) else _forward(given)).y_N
 
 
-@torch.library.custom_op(
-    "fastppo::whiten",
-    mutates_args=(),
-    schema="(Tensor x_N, Tensor? weight_N, Tensor? moments, bool shift_mean, str backend) "
-    "-> Tensor",
-)
-def _forward(
-    x_N: Tensor, weight_N: Tensor | None, moments: Tensor | None, shift_mean: bool, backend: str
-) -> Tensor:
-    if backend != "torch":
-        kernels = token_kernels(backend)
-        parts = kernels.moments(x_N, weight_N) if moments is None else moments[:, None]
-        return cast(Tensor, kernels.whiten(x_N, weight_N, parts, shift_mean))
-    live_N = _live(x_N, weight_N)
-    found = _moments(x_N, live_N) if moments is None else Moments(*moments.unbind(0))
-    y_N = (x_N.to(found.mean.dtype) - found.mean) * torch.rsqrt(found.variance + EPS)
-    if not shift_mean:
-        y_N = y_N + found.mean
-    return torch.where(live_N, y_N, 0)
+class Arguments(NamedTuple):
+    """Of the registered operator; `moments` are (3,)."""
+
+    x_N: Tensor
+    weight_N: Tensor | None
+    moments: Tensor | None
+    shift_mean: bool
+    backend: str
 
 
-@_forward.register_fake
-def _(x_N: Tensor, *_: Any) -> Tensor:
-    return x_N.new_empty(x_N.shape[0], dtype=checks.stat_dtype(x_N))
+class Outputs(NamedTuple):
+    """Of the registered operator."""
+
+    y_N: Tensor
 
 
-def whiten_reference(
-    x_N: Tensor, *, weight_N: Tensor | None = None, shift_mean: bool = True
-) -> Tensor:
-    """The definition of `whiten`: the live values alone, by torch's own mean and variance."""
-    live_N = torch.ones_like(x_N, dtype=torch.bool) if weight_N is None else weight_N != 0
-    live = x_N[live_N]
-    y_N = torch.zeros_like(x_N)
-    if live.numel():
-        variance = live.var() if live.numel() > 1 else torch.zeros((), dtype=x_N.dtype)
-        y = (live - live.mean()) / (variance + EPS).sqrt()
-        y_N[live_N] = y if shift_mean else y + live.mean()
-    return y_N
+def _forward(a: Arguments) -> Outputs:
+    kernels = BACKENDS[a.backend]
+    return Outputs(kernels.whiten(a.x_N, a.weight_N, a.moments, a.shift_mean))
 
 
-def _make_inputs(shape: Shape, dtype: torch.dtype, seed: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(seed)
-    return {"x_N": (3 + 2 * torch.randn(shape.n, generator=generator)).to(dtype)}
-
-
-register(
-    Op(
-        name="whiten",
-        function=whiten,
-        reference=whiten_reference,
-        make_inputs=_make_inputs,
-        # one read for the moments, one read and one write to apply them
-        bytes_moved=lambda s, dtype: s.n * (2 * dtype.itemsize + 4),
-        flops=lambda s: 6 * s.n,
-    )
+_registered = register(
+    "whiten",
+    Arguments,
+    Outputs,
+    _forward,
+    lambda a: Outputs(a.x_N.new_empty(a.x_N.shape[0], dtype=stat_dtype(a.x_N))),
 )

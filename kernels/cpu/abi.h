@@ -1,5 +1,5 @@
-// What passes between fastppo/ops/native.py and the kernels: plain structs, no torch headers.
-// native.py has the same fields in the same order; fastppo_sizeof lets it check that.
+// What passes between fastppo/ops/backends/native.py and the kernels: plain structs, no torch
+// headers. fastppo/ops/native_library.py has the same fields in the same order; fastppo_sizeof lets it check that.
 #pragma once
 
 #include <cstdint>
@@ -56,8 +56,8 @@ struct FastppoLoss {
 struct FastppoStatistics {
   float* logprob;
   float* entropy;
-  float* highest;
-  float* total;
+  float* row_max;
+  float* sum_exp;
 };
 
 struct FastppoScores {

@@ -27,11 +27,11 @@ static inline void policy_loss_of(
     return;
   }
   const float u = sampled<T>(x, rows, at.token);
-  Kept kept = {};
-  if (grad.out) kept = workspace(rows.vocab);
+  SavedExponentials saved = {};
+  if (grad.out) saved = workspace(rows.vocab);
   const Statistics row =
-      grad.out ? statistics<T, SOFTCAP, true>(x, rows.vocab, rows.softcap, at.tau, kept)
-               : statistics<T, SOFTCAP, false>(x, rows.vocab, rows.softcap, at.tau, kept);
+      grad.out ? statistics<T, SOFTCAP, true>(x, rows.vocab, rows.softcap, at.tau, saved)
+               : statistics<T, SOFTCAP, false>(x, rows.vocab, rows.softcap, at.tau, saved);
   const float logprob = row.logprob(u, at.tau), entropy = row.entropy(at.tau);
 
   FastppoSurrogate found = surrogate(logprob, loss.behaviour[at.row], loss.advantage[at.row], loss);
@@ -55,7 +55,7 @@ static inline void policy_loss_of(
   const float surrogate_loss = weight * found.loss, entropy_loss = h * entropy;
   const float terms[FASTPPO_TERMS] = {
       1, found.ratio, found.ratio, std::fabs(found.log_ratio), found.clipped ? 1.0f : 0.0f,
-      found.clamped ? 1.0f : 0.0f, exp_less_line(found.log_ratio), -found.log_ratio, entropy,
+      found.clamped ? 1.0f : 0.0f, expm1_minus_arg(found.log_ratio), -found.log_ratio, entropy,
       kl.value, surrogate_loss, kl_loss, entropy_loss, surrogate_loss + kl_loss + entropy_loss};
   loss.logprob[at.row] = logprob;
   loss.entropy[at.row] = entropy;
@@ -64,9 +64,10 @@ static inline void policy_loss_of(
   if (!grad.out) return;
 
   const double scale = loss.grad_scale;
-  const Slopes slopes(possible ? g * scale : 0.0, h * scale, entropy, row.some(), at.tau);
+  const Slopes slopes(possible ? g * scale : 0.0, h * scale, entropy, row.safe_sum_exp(), at.tau);
   gradient<T, O, SOFTCAP, true>(
-      {x, out, rows.vocab, at.token, u, rows.softcap, at.tau, row.highest, row.some(), slopes, kept},
+      {x, out, rows.vocab, at.token, u, rows.softcap, at.tau, row.row_max, row.safe_sum_exp(), slopes,
+       saved},
       h != 0, grad.stream);
 }
 

@@ -1,7 +1,8 @@
 // One row of logits: its normaliser and entropy in one sweep, its gradient in the next.
 //
 //     z = u / tau with u = x, or softcap tanh(x / softcap);  p = softmax(z)
-//     highest = max u,  total = sum exp((u - highest) / tau),  weighted = sum (u - highest) exp(...)
+//     row_max = max u,  sum_exp = sum exp((u - row_max) / tau),
+//     sum_shifted_exp = sum (u - row_max) exp((u - row_max) / tau)
 //
 // A row goes through in blocks that stay in the first cache: the largest logit of a block first, then
 // exponentials of differences from the largest so far. The loss keeps those exponentials in a row of
@@ -14,24 +15,24 @@ namespace FASTPPO_ISA {
 constexpr int64_t BLOCK = 2048;
 
 struct Statistics {
-  float highest = LOWEST;
-  double total = 0, weighted = 0;
+  float row_max = LOWEST;
+  double sum_exp = 0, sum_shifted_exp = 0;
 
   // Everything so far in terms of a new largest logit.
-  inline void raise(float top, double tau) {
-    double delta = (double)highest - (double)top;
-    double shrink = std::exp(delta / tau);
-    weighted = (weighted + delta * total) * shrink;
-    total *= shrink;
-    highest = top;
+  inline void move_max(float top, double tau) {
+    double delta = (double)row_max - (double)top;
+    double rescale = std::exp(delta / tau);
+    sum_shifted_exp = (sum_shifted_exp + delta * sum_exp) * rescale;
+    sum_exp *= rescale;
+    row_max = top;
   }
-  inline double some() const { return total == 0 ? 1.0 : total; }
+  inline double safe_sum_exp() const { return sum_exp == 0 ? 1.0 : sum_exp; }
   inline float logprob(float u, double tau) const {
-    if (total == 0) return -std::numeric_limits<float>::infinity();
-    return (float)(((double)u - (double)highest) / tau - std::log(total));
+    if (sum_exp == 0) return -std::numeric_limits<float>::infinity();
+    return (float)(((double)u - (double)row_max) / tau - std::log(sum_exp));
   }
   inline float entropy(double tau) const {
-    return (float)(std::log(some()) - weighted / some() / tau);
+    return (float)(std::log(safe_sum_exp()) - sum_shifted_exp / safe_sum_exp() / tau);
   }
 };
 
@@ -55,21 +56,21 @@ static inline void write_tail(typename T::Storage* p, Floats v, int64_t count) {
 
 // u; masked vocabulary stays -inf.
 template <bool SOFTCAP>
-static inline Floats bend(Floats x, float softcap) {
+static inline Floats softcapped(Floats x, float softcap) {
   if (!SOFTCAP) return x;
   Floats u = tanh_of(x / softcap) * softcap;
   return x == -std::numeric_limits<float>::infinity() ? x : u;
 }
 
-static inline float bend_one(float x, float softcap) {
+static inline float softcapped_one(float x, float softcap) {
   return softcap == 0 || std::isinf(x) ? x : softcap * std::tanh(x / softcap);
 }
 
-// What a row leaves behind for its gradient: exp((u - reference) / tau) of every logit, and of every
-// block its reference, the largest logit of the row up to and with that block.
-struct Kept {
+// What a row leaves behind for its gradient: exp((u - running_max) / tau) of every logit, and of every
+// block its running_max, the largest logit of the row up to and with that block.
+struct SavedExponentials {
   float* exponential;
-  float* reference;
+  float* running_max;
 };
 
 // Registers of a row from `start` on, two at a time in the order of T::read_two as long as four are
@@ -85,12 +86,12 @@ static inline void prefetch(const void* p) {
   for (int64_t i = 0; i < BYTES; i += 64) __builtin_prefetch((const char*)p + i);
 }
 
-template <class T, bool SOFTCAP, bool KEEP>
+template <class T, bool SOFTCAP, bool SAVE>
 static inline Statistics statistics(
-    const typename T::Storage* x, int64_t vocab, float softcap, double tau, Kept kept) {
+    const typename T::Storage* x, int64_t vocab, float softcap, double tau, SavedExponentials saved) {
   Statistics row;
-  const Bits bits(tau);
-  float bent[SOFTCAP ? BLOCK + STEP : 1];
+  const ExpScale scale(tau);
+  float capped[SOFTCAP ? BLOCK + STEP : 1];
   for (int64_t start = 0, block = 0; start < vocab; start += BLOCK, block++) {
     const int64_t count = std::min(BLOCK, vocab - start);
     const auto* from = x + start;
@@ -98,34 +99,34 @@ static inline Statistics statistics(
       return i + LANES <= count ? T::read(from + i) : read_tail<T>(from + i, count - i);
     };
     Floats top[4] = {all(LOWEST), all(LOWEST), all(LOWEST), all(LOWEST)};
-    auto see = [&](Floats x, int64_t i, int k) {
-      Floats u = bend<SOFTCAP>(x, softcap);
-      if (SOFTCAP) store(bent + i, u);
+    auto note_max = [&](Floats x, int64_t i, int k) {
+      Floats u = softcapped<SOFTCAP>(x, softcap);
+      if (SOFTCAP) store(capped + i, u);
       top[k] = larger(u, top[k]);
     };
     int64_t i = 0;
     for (; i + STEP <= count; i += STEP) {
       Pair p = T::read_two(from + i), q = T::read_two(from + i + 2 * LANES);
-      see(p.a, i, 0);
-      see(p.b, i + LANES, 1);
-      see(q.a, i + 2 * LANES, 2);
-      see(q.b, i + 3 * LANES, 3);
+      note_max(p.a, i, 0);
+      note_max(p.b, i + LANES, 1);
+      note_max(q.a, i + 2 * LANES, 2);
+      note_max(q.b, i + 3 * LANES, 3);
     }
-    for (; i < count; i += LANES) see(one(i), i, 0);
-    const float most = max_of(larger(larger(top[0], top[1]), larger(top[2], top[3])));
-    if (most > row.highest) row.raise(most, tau);
+    for (; i < count; i += LANES) note_max(one(i), i, 0);
+    const float block_max = max_of(larger(larger(top[0], top[1]), larger(top[2], top[3])));
+    if (block_max > row.row_max) row.move_max(block_max, tau);
 
-    const float reference = row.highest;
-    Floats total[4] = {}, weighted[4] = {};
+    const float running_max = row.row_max;
+    Floats sum_exp[4] = {}, sum_shifted_exp[4] = {};
     auto add = [&](Floats u, int64_t i, int k) {
-      Floats d = bits.difference(u, reference);
-      Floats e = exp_of(d, bits);
-      total[k] += e;
-      weighted[k] += d * e;
-      if (KEEP) store(kept.exponential + start + i, e);  // the row is longer by a register
+      Floats d = scale.difference(u, running_max);
+      Floats e = exp_of(d, scale);
+      sum_exp[k] += e;
+      sum_shifted_exp[k] += d * e;
+      if (SAVE) store(saved.exponential + start + i, e);  // the row is longer by a register
     };
     auto two = [&](int64_t i) {
-      return SOFTCAP ? Pair{load(bent + i), load(bent + i + LANES)} : T::read_two(from + i);
+      return SOFTCAP ? Pair{load(capped + i), load(capped + i + LANES)} : T::read_two(from + i);
     };
     for (i = 0; i + STEP <= count; i += STEP) {
       prefetch<STEP * sizeof *x>(from + i + AHEAD);
@@ -135,20 +136,23 @@ static inline Statistics statistics(
       add(q.a, i + 2 * LANES, 2);
       add(q.b, i + 3 * LANES, 3);
     }
-    for (; i < count; i += LANES) add(SOFTCAP ? load(bent + i) : one(i), i, 0);
-    if (KEEP) kept.reference[block] = reference;
-    row.total += sum(total[0] + total[1] + total[2] + total[3]);
-    row.weighted += sum(weighted[0] + weighted[1] + weighted[2] + weighted[3]);
+    for (; i < count; i += LANES) add(SOFTCAP ? load(capped + i) : one(i), i, 0);
+    if (SAVE) saved.running_max[block] = running_max;
+    row.sum_exp += sum(sum_exp[0] + sum_exp[1] + sum_exp[2] + sum_exp[3]);
+    row.sum_shifted_exp +=
+        sum(sum_shifted_exp[0] + sum_shifted_exp[1] + sum_shifted_exp[2] + sum_shifted_exp[3]);
   }
   return row;
 }
 
-// dL/dz_v = g (1[v = token] - p_v) - h p_v (log p_v + H),  log p_v = (u_v - highest) / tau - log total
-// as 1[v = token] g - p_v (a + b (u_v - highest)), all divided by tau.
+// dL/dz_v = g (1[v = token] - p_v) - h p_v (log p_v + H),  log p_v = (u_v - row_max) / tau - log sum_exp
+// as 1[v = token] g - p_v (a + b (u_v - row_max)), all divided by tau.
 struct Slopes {
   float g, a, b;
-  Slopes(double g, double h, double entropy, double total, double tau)
-      : g(clean(g / tau)), a(clean((g + h * (entropy - std::log(total))) / tau)), b(clean(h / (tau * tau))) {}
+  Slopes(double g, double h, double entropy, double sum_exp, double tau)
+      : g(clean(g / tau)),
+        a(clean((g + h * (entropy - std::log(sum_exp))) / tau)),
+        b(clean(h / (tau * tau))) {}
   // A NaN with nothing in its lower half: see BFloat16::two.
   static inline float clean(double x) {
     return x == x ? (float)x : std::numeric_limits<float>::quiet_NaN();
@@ -163,31 +167,31 @@ struct Gradient {
   int64_t vocab, token;
   float u_sampled, softcap;
   double tau;
-  float highest;
-  double total;
+  float row_max;
+  double sum_exp;
   Slopes slopes;
-  Kept kept;
+  SavedExponentials saved;
 };
 
-// The gradient of one row. With KEPT the exponentials are there, else they are computed again.
-template <class T, class O, bool SOFTCAP, bool ENTROPY, bool KEPT, bool STREAM>
+// The gradient of one row. With SAVED the exponentials are there, else they are computed again.
+template <class T, class O, bool SOFTCAP, bool ENTROPY, bool SAVED, bool STREAM>
 static inline void write_gradient(const Gradient<T, O>& row) {
-  const Bits bits(row.tau);
+  const ExpScale scale(row.tau);
   const Slopes slopes = row.slopes;
-  const float highest = row.highest;
+  const float row_max = row.row_max;
   for (int64_t start = 0, block = 0; start < row.vocab; start += BLOCK, block++) {
     const int64_t count = std::min(BLOCK, row.vocab - start);
     const auto* from = row.x + start;
     auto* to = row.out + start;
-    const double shrink =
-        KEPT ? std::exp(((double)row.kept.reference[block] - highest) / row.tau) : 1.0;
-    const float factor = (float)(shrink / row.total), straight = -factor * slopes.a;
+    const double rescale =
+        SAVED ? std::exp(((double)row.saved.running_max[block] - row_max) / row.tau) : 1.0;
+    const float factor = (float)(rescale / row.sum_exp), slope_of_exp = -factor * slopes.a;
     auto value = [&](Floats x, int64_t i) {
-      if (KEPT && !SOFTCAP && !ENTROPY) return load(row.kept.exponential + start + i) * straight;
-      Floats u = bend<SOFTCAP>(x, row.softcap);
-      Floats d = bits.difference(u, highest);
-      Floats e = KEPT ? load(row.kept.exponential + start + i) : exp_of(d, bits);
-      Floats dx = ENTROPY ? -(e * factor) * (slopes.a + slopes.b * d) : e * straight;
+      if (SAVED && !SOFTCAP && !ENTROPY) return load(row.saved.exponential + start + i) * slope_of_exp;
+      Floats u = softcapped<SOFTCAP>(x, row.softcap);
+      Floats d = scale.difference(u, row_max);
+      Floats e = SAVED ? load(row.saved.exponential + start + i) : exp_of(d, scale);
+      Floats dx = ENTROPY ? -(e * factor) * (slopes.a + slopes.b * d) : e * slope_of_exp;
       return SOFTCAP ? dx * tanh_slope_of(x / row.softcap) : dx;
     };
     auto two = [&](int64_t i) {
@@ -203,8 +207,8 @@ static inline void write_gradient(const Gradient<T, O>& row) {
     if (i < count) write_tail<O>(to + i, value(read_tail<T>(from + i, count - i), i), count - i);
   }
   if (row.token >= 0 && row.token < row.vocab) {
-    const double d = std::max((double)row.u_sampled - highest, (double)bits.least);
-    const double p = d == bits.least ? 0.0 : std::exp(d / row.tau) / row.total;
+    const double d = std::max((double)row.u_sampled - row_max, (double)scale.least);
+    const double p = d == scale.least ? 0.0 : std::exp(d / row.tau) / row.sum_exp;
     double dx = slopes.g - p * (slopes.a + (ENTROPY ? slopes.b * d : 0.0));
     if (SOFTCAP) {
       double t = std::max(row.u_sampled, -row.softcap) / row.softcap;
@@ -216,15 +220,15 @@ static inline void write_gradient(const Gradient<T, O>& row) {
 }
 
 // With what is known only now as template arguments.
-template <class T, class O, bool SOFTCAP, bool KEPT>
+template <class T, class O, bool SOFTCAP, bool SAVED>
 static inline void gradient(const Gradient<T, O>& row, bool entropy, bool streams) {
   streams = streams && (uintptr_t)row.out % 64 == 0;  // rows that begin a line: most vocabularies'
   if (entropy) {
-    streams ? write_gradient<T, O, SOFTCAP, true, KEPT, true>(row)
-            : write_gradient<T, O, SOFTCAP, true, KEPT, false>(row);
+    streams ? write_gradient<T, O, SOFTCAP, true, SAVED, true>(row)
+            : write_gradient<T, O, SOFTCAP, true, SAVED, false>(row);
   } else {
-    streams ? write_gradient<T, O, SOFTCAP, false, KEPT, true>(row)
-            : write_gradient<T, O, SOFTCAP, false, KEPT, false>(row);
+    streams ? write_gradient<T, O, SOFTCAP, false, SAVED, true>(row)
+            : write_gradient<T, O, SOFTCAP, false, SAVED, false>(row);
   }
 }
 
@@ -238,7 +242,7 @@ struct Workspace {
   float* memory = nullptr;
   int64_t size = 0;
   ~Workspace() { std::free(memory); }
-  Kept of(int64_t vocab) {
+  SavedExponentials of(int64_t vocab) {
     const int64_t row = (vocab + LANES) / 16 * 16 + 16, blocks = vocab / BLOCK + 2;
     if (size < row + blocks) {
       std::free(memory);
@@ -249,7 +253,7 @@ struct Workspace {
   }
 };
 
-static inline Kept workspace(int64_t vocab) {
+static inline SavedExponentials workspace(int64_t vocab) {
   static thread_local Workspace own;
   return own.of(vocab);
 }
@@ -272,7 +276,7 @@ static inline RowPlace place(const FastppoRows& rows, int64_t own) {
 template <class T>
 static inline float sampled(const typename T::Storage* x, const FastppoRows& rows, int64_t token) {
   if (token < 0 || token >= rows.vocab) return std::numeric_limits<float>::quiet_NaN();
-  return bend_one(read_tail<T>(x + token, 1)[0], rows.softcap);
+  return softcapped_one(read_tail<T>(x + token, 1)[0], rows.softcap);
 }
 
 // Calls `function` with the kinds of logit and output, and whether there is a softcap, as types.

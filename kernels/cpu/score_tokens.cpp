@@ -6,79 +6,80 @@
 
 namespace FASTPPO_ISA {
 
-constexpr float FARTHEST = -1e37f;
+constexpr float LEAST_SHIFT = -1e37f;
 
-// KL = sum p (z - z_ref) - LSE(z) + LSE(z_ref); gap = sum p' (d - d_ref) with p' and both d in terms
-// of the largest logits so far.
-struct Both {
-  Statistics mine, theirs;
-  double gap = 0;
+// KL = sum p (z - z_ref) - LSE(z) + LSE(z_ref); sum_diff_exp = sum p' (d - d_ref) with p' and both
+// d in terms of the largest logits so far.
+struct PolicyPair {
+  Statistics actor, ref;
+  double sum_diff_exp = 0;
   bool forbidden = false;  // the actor allows a word that the reference masks
 
-  inline void raise_mine(float top, double tau) {
-    double delta = (double)mine.highest - (double)top;
-    gap = (gap + delta * mine.total) * std::exp(delta / tau);
-    mine.raise(top, tau);
+  inline void move_actor_max(float top, double tau) {
+    double delta = (double)actor.row_max - (double)top;
+    sum_diff_exp = (sum_diff_exp + delta * actor.sum_exp) * std::exp(delta / tau);
+    actor.move_max(top, tau);
   }
-  inline void raise_theirs(float top, double tau) {
-    gap -= ((double)theirs.highest - (double)top) * mine.total;
-    theirs.raise(top, tau);
+  inline void move_ref_max(float top, double tau) {
+    sum_diff_exp -= ((double)ref.row_max - (double)top) * actor.sum_exp;
+    ref.move_max(top, tau);
   }
 };
 
 template <class T, bool SOFTCAP>
-static inline Both read_both(
+static inline PolicyPair read_pair(
     const typename T::Storage* x, const typename T::Storage* y, int64_t vocab, float softcap,
     double tau) {
-  Both row;
-  const Bits bits(tau);
-  float bent[2][BLOCK + STEP];
+  PolicyPair row;
+  const ExpScale scale(tau);
+  float capped[2][BLOCK + STEP];
   for (int64_t start = 0; start < vocab; start += BLOCK) {
     const int64_t count = std::min(BLOCK, vocab - start), stepped = count / STEP * STEP;
     Floats top = all(LOWEST), ref_top = all(LOWEST);
     // In the order of `statistics`, so that a row's numbers are those of token_logprobs to the bit.
-    auto see = [&](Floats x, Floats y, int64_t i) {
-      Floats u = bend<SOFTCAP>(x, softcap), v = bend<SOFTCAP>(y, softcap);
-      store(bent[0] + i, u);
-      store(bent[1] + i, v);
+    auto note_max = [&](Floats x, Floats y, int64_t i) {
+      Floats u = softcapped<SOFTCAP>(x, softcap), v = softcapped<SOFTCAP>(y, softcap);
+      store(capped[0] + i, u);
+      store(capped[1] + i, v);
       top = larger(u, top);
       ref_top = larger(v, ref_top);
     };
     int64_t i = 0;
     for (; i < stepped; i += 2 * LANES) {
       Pair p = T::read_two(x + start + i), q = T::read_two(y + start + i);
-      see(p.a, q.a, i);
-      see(p.b, q.b, i + LANES);
+      note_max(p.a, q.a, i);
+      note_max(p.b, q.b, i + LANES);
     }
     for (; i < count; i += LANES) {
       auto one = [&](const typename T::Storage* from) {
         return i + LANES <= count ? T::read(from + i) : read_tail<T>(from + i, count - i);
       };
-      see(one(x + start), one(y + start), i);
+      note_max(one(x + start), one(y + start), i);
     }
-    if (max_of(top) > row.mine.highest) row.raise_mine(max_of(top), tau);
-    if (max_of(ref_top) > row.theirs.highest) row.raise_theirs(max_of(ref_top), tau);
-    const float reference = row.mine.highest, ref_reference = row.theirs.highest;
-    Floats total[4] = {}, weighted[4] = {}, ref_total[4] = {}, gap = {};
+    if (max_of(top) > row.actor.row_max) row.move_actor_max(max_of(top), tau);
+    if (max_of(ref_top) > row.ref.row_max) row.move_ref_max(max_of(ref_top), tau);
+    const float running_max = row.actor.row_max, ref_running_max = row.ref.row_max;
+    Floats sum_exp[4] = {}, sum_shifted_exp[4] = {}, ref_sum_exp[4] = {}, sum_diff_exp = {};
     Ints forbidden = {};
     for (i = 0; i < count; i += LANES) {
       const int k = i < stepped ? i / LANES % 4 : 0;
-      Floats u = load(bent[0] + i), v = load(bent[1] + i);
-      Floats d = bits.difference(u, reference), c = bits.difference(v, ref_reference);
-      Floats e = exp_of(d, bits);
-      total[k] += e;
-      weighted[k] += d * e;
-      ref_total[k] += exp_of(c, bits);
+      Floats u = load(capped[0] + i), v = load(capped[1] + i);
+      Floats d = scale.difference(u, running_max), c = scale.difference(v, ref_running_max);
+      Floats e = exp_of(d, scale);
+      sum_exp[k] += e;
+      sum_shifted_exp[k] += d * e;
+      ref_sum_exp[k] += exp_of(c, scale);
       Ints masked = v == -std::numeric_limits<float>::infinity();
       forbidden |= masked & (u > -std::numeric_limits<float>::infinity());
       // Not `c`, which is held where its exponential is 0: how far the reference is off has no end.
-      Floats far = at_least(v - ref_reference, FARTHEST);
-      gap += e * (masked ? Floats{} : d - far);
+      Floats ref_shift = at_least(v - ref_running_max, LEAST_SHIFT);
+      sum_diff_exp += e * (masked ? Floats{} : d - ref_shift);
     }
-    row.mine.total += sum(total[0] + total[1] + total[2] + total[3]);
-    row.mine.weighted += sum(weighted[0] + weighted[1] + weighted[2] + weighted[3]);
-    row.theirs.total += sum(ref_total[0] + ref_total[1] + ref_total[2] + ref_total[3]);
-    row.gap += sum(gap);
+    row.actor.sum_exp += sum(sum_exp[0] + sum_exp[1] + sum_exp[2] + sum_exp[3]);
+    row.actor.sum_shifted_exp +=
+        sum(sum_shifted_exp[0] + sum_shifted_exp[1] + sum_shifted_exp[2] + sum_shifted_exp[3]);
+    row.ref.sum_exp += sum(ref_sum_exp[0] + ref_sum_exp[1] + ref_sum_exp[2] + ref_sum_exp[3]);
+    row.sum_diff_exp += sum(sum_diff_exp);
     for (int lane = 0; lane < LANES; lane++) row.forbidden |= forbidden[lane] != 0;
   }
   return row;
@@ -94,15 +95,15 @@ void score_tokens_row(
       using T = decltype(t);
       const auto* x = (const typename T::Storage*)rows.x + own * rows.x_stride;
       const auto* y = (const typename T::Storage*)ref_x + own * ref_stride;
-      const Both row =
-          read_both<T, decltype(softcap)::value>(x, y, rows.vocab, rows.softcap, at.tau);
-      logprob = row.mine.logprob(sampled<T>(x, rows, at.token), at.tau);
-      ref_logprob = row.theirs.logprob(sampled<T>(y, rows, at.token), at.tau);
-      entropy = row.mine.entropy(at.tau);
-      kl = (float)(row.gap / row.mine.some() / at.tau - std::log(row.mine.some()) +
-                   std::log(row.theirs.some()));
+      const PolicyPair row =
+          read_pair<T, decltype(softcap)::value>(x, y, rows.vocab, rows.softcap, at.tau);
+      logprob = row.actor.logprob(sampled<T>(x, rows, at.token), at.tau);
+      ref_logprob = row.ref.logprob(sampled<T>(y, rows, at.token), at.tau);
+      entropy = row.actor.entropy(at.tau);
+      kl = (float)(row.sum_diff_exp / row.actor.safe_sum_exp() / at.tau -
+                   std::log(row.actor.safe_sum_exp()) + std::log(row.ref.safe_sum_exp()));
       if (row.forbidden) kl = std::numeric_limits<float>::infinity();
-      if (row.mine.total == 0) kl = 0;
+      if (row.actor.sum_exp == 0) kl = 0;
     });
   }
   into.logprob[at.row] = logprob;

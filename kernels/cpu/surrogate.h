@@ -8,7 +8,7 @@
 #include "abi.h"
 
 // exp(e) - 1 - e; by its series near 0, where the difference cancels.
-static inline float exp_less_line(float e) { return (float)(std::expm1((double)e) - (double)e); }
+static inline float expm1_minus_arg(float e) { return (float)(std::expm1((double)e) - (double)e); }
 
 struct FastppoSlope {
   float value, slope;
@@ -23,7 +23,7 @@ static inline FastppoSlope kl_and_slope(float logprob, float ref, float limit, i
   if (kind == FASTPPO_K2) return {diff * diff / 2, diff};
   float e = -diff < -limit ? -limit : -diff > limit ? limit : -diff;
   float slope = std::fabs(diff) <= limit ? -std::expm1(e) : diff == diff ? 0.0f : diff;
-  return {exp_less_line(e), slope};
+  return {expm1_minus_arg(e), slope};
 }
 
 struct FastppoSurrogate {
@@ -40,19 +40,19 @@ static inline FastppoSurrogate surrogate(
   const float raw = masked ? -limit : logprob - behaviour;
   const float log_ratio = raw < -limit ? -limit : raw > limit ? limit : raw;
   const float ratio = masked ? 0.0f : std::exp(log_ratio);
-  const float held = ratio < low ? low : ratio > high ? high : ratio;
+  const float clipped_ratio = ratio < low ? low : ratio > high ? high : ratio;
   FastppoSurrogate found;
   found.ratio = ratio;
   found.log_ratio = log_ratio;
   found.clamped = std::fabs(raw) > limit && !masked;
   found.clipped = (advantage > 0 && ratio > high) || (advantage < 0 && ratio < low);
-  const float free = -advantage * ratio, bounded = -advantage * held;
-  found.loss = free > bounded || free != free ? free : bounded;
+  const float unclipped = -advantage * ratio, clipped_loss = -advantage * clipped_ratio;
+  found.loss = unclipped > clipped_loss || unclipped != unclipped ? unclipped : clipped_loss;
   if (loss.dual_clip > 0 && advantage < 0) {
     const float bound = -loss.dual_clip * advantage;
     found.loss = found.loss > bound ? bound : found.loss;
     found.clipped = found.clipped || ratio > loss.dual_clip;
   }
-  found.slope = found.clipped || found.clamped || masked ? 0.0f : free;
+  found.slope = found.clipped || found.clamped || masked ? 0.0f : unclipped;
   return found;
 }

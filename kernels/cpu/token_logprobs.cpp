@@ -10,7 +10,7 @@ void token_logprobs_row(const FastppoRows& rows, const FastppoStatistics& into, 
   const RowPlace at = place(rows, own);
   if (!at.live) {
     into.logprob[at.row] = into.entropy[at.row] = 0;
-    into.highest[at.row] = into.total[at.row] = 0;
+    into.row_max[at.row] = into.sum_exp[at.row] = 0;
     return;
   }
   with_kinds(rows.dtype, rows.dtype, rows.softcap != 0, [&](auto t, auto, auto softcap) {
@@ -18,11 +18,11 @@ void token_logprobs_row(const FastppoRows& rows, const FastppoStatistics& into, 
     const auto* x = (const typename T::Storage*)rows.x + own * rows.x_stride;
     const float u = sampled<T>(x, rows, at.token);
     const Statistics row = statistics<T, decltype(softcap)::value, false>(
-        x, rows.vocab, rows.softcap, at.tau, Kept{});
+        x, rows.vocab, rows.softcap, at.tau, SavedExponentials{});
     into.logprob[at.row] = row.logprob(u, at.tau);
     into.entropy[at.row] = row.entropy(at.tau);
-    into.highest[at.row] = row.highest;
-    into.total[at.row] = (float)row.total;
+    into.row_max[at.row] = row.row_max;
+    into.sum_exp[at.row] = (float)row.sum_exp;
   });
 }
 
@@ -39,14 +39,14 @@ void token_logprobs_backward_row(
     if (!at.live) return fill_zero<O>(out, rows.vocab);
     const bool possible =
         !(stats.logprob[at.row] == -std::numeric_limits<float>::infinity());
-    const double total = stats.total[at.row] == 0 ? 1.0 : stats.total[at.row];
+    const double sum_exp = stats.sum_exp[at.row] == 0 ? 1.0 : stats.sum_exp[at.row];
     const float h = h_N ? h_N[at.row] : 0.0f;
     const Slopes slopes(
-        g_N && possible ? g_N[at.row] : 0.0, h, stats.entropy[at.row], total, at.tau);
+        g_N && possible ? g_N[at.row] : 0.0, h, stats.entropy[at.row], sum_exp, at.tau);
     const float u = sampled<T>(x, rows, at.token);
     gradient<T, O, decltype(softcap)::value, false>(
-        {x, out, rows.vocab, at.token, u, rows.softcap, at.tau, stats.highest[at.row], total, slopes,
-         Kept{}},
+        {x, out, rows.vocab, at.token, u, rows.softcap, at.tau, stats.row_max[at.row], sum_exp, slopes,
+         SavedExponentials{}},
         h != 0, grad.stream);
   });
 }

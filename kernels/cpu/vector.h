@@ -146,25 +146,25 @@ static inline void write_two(typename O::Storage* p, Pair v) {
 
 // What turns a difference of logits into an exponent of 2, and the difference below which that
 // exponential is 0: there the exponent is -127, whose bits are those of 0.
-struct Bits {
+struct ExpScale {
   float factor, least;
-  explicit Bits(double tau) : factor((float)(1.4426950408889634 / tau)) {
+  explicit ExpScale(double tau) : factor((float)(1.4426950408889634 / tau)) {
     least = std::isfinite(factor) ? (float)(-127.0 * 0.6931471805599453 * tau) : 0.0f;
   }
-  // u - highest, held where its exponential is 0: there 0 * d is 0, and 0 * inf would be NaN.
-  inline Floats difference(Floats u, float highest) const { return at_least(u - highest, least); }
+  // u - row_max, held where its exponential is 0: there 0 * d is 0, and 0 * inf would be NaN.
+  inline Floats difference(Floats u, float row_max) const { return at_least(u - row_max, least); }
 };
 
 // exp(d / tau) for `least` <= d <= 0. Relative error below 3.3e-7 + 6e-8 |d / tau| (the second part
 // is that of rounding d / tau to a float) down to the smallest normal number, then 0.
 // 2^t = 2^n 2^f, n the nearest integer; a polynomial of degree 5 for f in [-1/2, 1/2], fitted to
 // relative error 9.2e-8 with 2^0 exact. NaN stays NaN.
-static inline Floats exp_of(Floats d, Bits bits) {
+static inline Floats exp_of(Floats d, ExpScale scale) {
   // 1.5 2^23, so that adding it rounds to an integer; and 127, so that the low bits of the sum are
   // the exponent of 2^n as a float has it.
   const float magic = 12582912.0f + 127.0f;
-  Floats shifted = d * bits.factor + magic;
-  Floats f = d * bits.factor - (shifted - magic);
+  Floats shifted = d * scale.factor + magic;
+  Floats f = d * scale.factor - (shifted - magic);
   Floats p = all(0.001326472731307149f);
   p = p * f + 0.009671512991189957f;
   p = p * f + 0.05550733581185341f;
@@ -176,23 +176,23 @@ static inline Floats exp_of(Floats d, Bits bits) {
 
 // Odd, and accurate near 0, where the quotient of exponentials cancels.
 static inline Floats tanh_of(Floats y) {
-  const Bits bits(1.0);
+  const ExpScale scale(1.0);
   Floats a = (Floats)((Words)y & 0x7fffffffu);
-  Floats e = exp_of(at_least(a * -2.0f, bits.least), bits);
-  Floats far = (1.0f - e) / (1.0f + e);
+  Floats e = exp_of(at_least(a * -2.0f, scale.least), scale);
+  Floats quotient = (1.0f - e) / (1.0f + e);
   Floats s = a * a;
   // The minimax polynomial of Cephes' tanhf.
-  Floats near = a + a * s * (-0.333332819f + s * (0.133314422f + s * (-0.0537397155f +
+  Floats series = a + a * s * (-0.333332819f + s * (0.133314422f + s * (-0.0537397155f +
                                                   s * (0.0206390888f - s * 0.00570498873f))));
-  Floats t = a < 0.625f ? near : far;
+  Floats t = a < 0.625f ? series : quotient;
   return (Floats)((Words)t | ((Words)y & 0x80000000u));
 }
 
 // 1 - tanh^2 as 4 e / (1 + e)^2: good to an eps of itself, where the difference is to an eps of 1.
 static inline Floats tanh_slope_of(Floats y) {
-  const Bits bits(1.0);
+  const ExpScale scale(1.0);
   Floats a = (Floats)((Words)y & 0x7fffffffu);
-  Floats e = exp_of(at_least(a * -2.0f, bits.least), bits);
+  Floats e = exp_of(at_least(a * -2.0f, scale.least), scale);
   return 4.0f * e / ((1.0f + e) * (1.0f + e));
 }
 

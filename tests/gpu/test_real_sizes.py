@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from fastppo.ops import launch, outputs, policy_loss, token_logprobs
-from fastppo.ops.registry import OPS, Shape
+from fastppo.ops import policy_loss, token_logprobs
+from fastppo.ops.arguments import loss_arguments, row_arguments
+from fastppo.ops.backends import triton
+from fastppo.ops.policy_loss import empty_loss_rows
 from tests.ops.oracle import check, place
+from tests.ops.registry import OPS, Shape
 
 DENSE = ("token_logprobs", "policy_loss", "score_tokens")
 VOCABULARIES = (32000, 49152, 50257, 128256, 151936, 152064, 256000)
@@ -80,7 +83,7 @@ def test_scans_of_every_length(name):
 @pytest.mark.parametrize("vocab", [4096, 4097, 32000])
 def test_in_place_is_no_race(vocab, warps):
     """200 repeats, bit for bit, sampled tokens at both ends and at the borders of tiles."""
-    config = launch.RowConfig(2048, warps)
+    config = triton.RowConfig(2048, warps)
     borders = [0, vocab - 1, 2047, 2048, 4095, vocab // 2]
     n = 264
     inputs = place(
@@ -88,38 +91,43 @@ def test_in_place_is_no_race(vocab, warps):
     )
     inputs["token_N"] = torch.tensor([borders[i % len(borders)] for i in range(n)], device="cuda")
     logits = inputs.pop("logits_NV")
-    arguments = _arguments(logits, inputs)
+    rows, loss = _arguments(logits, inputs)
     everything = slice(0, n)
     apart = torch.empty_like(logits)
-    first = outputs.empty_policy_outputs(n, logits.device)
-    launch.policy_loss(logits, apart, arguments, everything, first, config)
+    first = empty_loss_rows(logits, "triton")
+    triton.policy_loss(logits, apart, rows, loss, everything, first, config)
     for _ in range(200):
         together = logits.clone()
-        into = outputs.empty_policy_outputs(n, logits.device)
-        launch.policy_loss(together, together, arguments, everything, into, config)
+        into = empty_loss_rows(logits, "triton")
+        triton.policy_loss(together, together, rows, loss, everything, into, config)
         assert torch.equal(together, apart)
         assert torch.equal(into.term_MN, first.term_MN)
 
 
-def _arguments(logits: Any, inputs: dict[str, Any]) -> Any:
-    from fastppo.ops.config import PolicyLossConfig
-    from fastppo.ops.policy_loss import loss_arguments
-
-    tensors = {k: x for k, x in inputs.items() if k.endswith("_N")}
-    return loss_arguments(
+def _arguments(logits: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
+    rows = row_arguments(
         "test",
+        inputs["token_N"],
         logits,
-        **tensors,
-        importance_weight_N=None,
-        offsets=None,
+        logits.shape[1],
         temperature=1.0,
         softcap=None,
+        ignore_index=-100,
+        check=False,
+    )
+    vectors = {k: x for k, x in inputs.items() if k.endswith("_N") and k != "token_N"}
+    loss = loss_arguments(
+        "test",
+        logits,
+        **vectors,
+        importance_weight_N=None,
+        offsets=None,
         kl_coef=inputs["kl_coef"],
         entropy_coef=inputs["entropy_coef"],
-        config=PolicyLossConfig(),
+        config=None,
         grad_scale=None,
-        ignore_index=-100,
     )
+    return rows, loss
 
 
 def test_nothing_waits_for_the_device():
@@ -143,7 +151,7 @@ def test_nothing_waits_for_the_device():
 def test_50_changing_steps_compile_nothing_new():
     """Lengths, coefficients and temperature change as in training."""
     op = OPS["policy_loss"]
-    kernel = launch.policy_loss_kernels.policy_loss_kernel
+    kernel = triton.policy_loss_kernels.policy_loss_kernel
     compiled = []
     for i in range(50):
         inputs = place(

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fastppo.ops import PolicyLossConfig
-from fastppo.ops.registry import OPS, Op, Shape
 from tests.ops.oracle import check, place, run
+from tests.ops.registry import OPS, Op, Shape
 
 Inputs = dict[str, Any]
 INF = float("inf")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastppo.ops.registry import Op
+from tests.ops.registry import Op
 
 EPS = torch.finfo(torch.float32).eps
 

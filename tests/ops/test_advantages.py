@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastppo.ops import advantages, gae, whiten
-from fastppo.ops.advantages import advantages_reference
+from tests.ops.references import advantages_reference
 
 AT = torch.tensor([0, 1, 4, 9], dtype=torch.int32)
 

@@ -33,7 +33,7 @@ def guarded(name, globals=None, locals=None, fromlist=(), level=0):
     return plain(name, globals, locals, fromlist, level)
 builtins.__import__ = guarded
 import fastppo.ops
-from fastppo.ops.registry import OPS, Shape
+from tests.ops.registry import OPS, Shape
 for op in OPS.values():
     inputs = op.make_inputs(Shape(n=6, vocab=5, hidden=3, batch=2), torch.float32, 0)
     for name in op.differentiable:
@@ -94,7 +94,7 @@ def test_torch_can_be_forced():
 def test_a_forced_backend_is_refused_by_every_op():
     code = """
 import torch
-from fastppo.ops.registry import OPS, Shape
+from tests.ops.registry import OPS, Shape
 import fastppo.ops
 for op in OPS.values():
     try:

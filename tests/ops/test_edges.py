@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastppo.ops import PolicyLossConfig
-from fastppo.ops.registry import OPS, Shape
 from tests.ops.oracle import check, place, run
+from tests.ops.registry import OPS, Shape
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fastppo.ops import gae
-from fastppo.ops.gae import gae_reference
-from fastppo.ops.registry import OPS, Shape
 from tests.ops.oracle import cast, place
+from tests.ops.references import gae_reference
+from tests.ops.registry import OPS, Shape
 
 # Around a warp's lanes, a program's and a block's; one of none, one of several blocks.
 LENGTHS = (1, 31, 32, 33, 0, 127, 128, 129, 1023, 1024, 1025, 5000)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from fastppo.ops import HeadLora, PolicyLossConfig, moments, pack
-from fastppo.ops.registry import OPS, Op, Shape
 from tests.ops.oracle import place, run, tensors
+from tests.ops.registry import OPS, Op, Shape
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

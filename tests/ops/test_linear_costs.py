@@ -10,8 +10,8 @@ import torch
 from benchmarks.harness import allocations, peak_bytes
 from fastppo.ops import rows
 from fastppo.ops.backend import available
-from fastppo.ops.registry import OPS, Shape
 from tests.ops.oracle import place, run
+from tests.ops.registry import OPS, Shape
 
 LINEAR = [op for op in OPS.values() if op.name.startswith("linear")]
 # GEMMs of N x V x D. A frozen head's loss makes the logits and d hidden; log-probs, whose upstream

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fastppo.ops import HeadLora, PolicyLossConfig, linear_policy_loss, policy_loss
-from fastppo.ops.linear_policy_loss import linear_policy_loss_reference
-from fastppo.ops.registry import OPS, Shape
+from tests.ops.references import linear_policy_loss_reference
+from tests.ops.registry import OPS, Shape
 
 F64 = torch.float64
 N, V, D = 24, 301, 16

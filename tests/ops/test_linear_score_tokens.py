@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fastppo.ops import HeadLora, linear_score_tokens
-from fastppo.ops.linear_score_tokens import linear_score_tokens_reference
-from fastppo.ops.registry import OPS, Shape
+from tests.ops.references import linear_score_tokens_reference
+from tests.ops.registry import OPS, Shape
 
 
 def make(**changes):

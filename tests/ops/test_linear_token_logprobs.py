@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fastppo.ops import HeadLora, linear_token_logprobs, token_logprobs
-from fastppo.ops.linear_token_logprobs import linear_token_logprobs_reference, make_hidden
-from fastppo.ops.registry import Shape
+from tests.ops.references import linear_token_logprobs_reference
+from tests.ops.registry import Shape, make_hidden
 
 F64 = torch.float64
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastppo.ops import backend, gae, native, native_library, policy_loss, token_logprobs
-from fastppo.ops.registry import OPS, Shape
+from fastppo.ops import arguments, backend, gae, native_library, policy_loss, token_logprobs
+from fastppo.ops.backends import native
 from tests.ops.oracle import run
+from tests.ops.registry import OPS, Shape
 
 pytestmark = pytest.mark.skipif(
     native_library.LIBRARY is None, reason=f"no native kernels: {native_library.OBSTACLE}"
@@ -118,6 +119,7 @@ def test_an_unknown_vector_width_is_refused():
 def test_without_the_library_it_says_so_once_and_runs(monkeypatch):
     monkeypatch.setattr(native_library, "OBSTACLE", "the C++ kernels were not built; build them")
     monkeypatch.setattr(backend, "_said", [])
+    monkeypatch.setattr(arguments, "_chosen", {})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):
@@ -129,3 +131,34 @@ def test_without_the_library_it_says_so_once_and_runs(monkeypatch):
     ]
     with pytest.raises(ValueError, match=r"cannot run: .* were not built"):
         gae(torch.ones(3), torch.ones(3), torch.tensor([0, 3]), backend="native")
+
+
+# Of a call from hidden states besides: the head, and the operator over logits that it shares.
+OVER_LOGITS = {
+    "linear_policy_loss": {"head", "policy_loss"},
+    "linear_token_logprobs": {"head", "token_logprobs"},
+    "linear_score_tokens": {"head", "score_tokens"},
+}
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_a_call_goes_through_its_operator_its_arguments_and_its_backend_alone(op):
+    """And `workspace`, which has memory of N x V; then the kernel and its row, in C++."""
+    inputs = op.make_inputs(Shape(n=4, vocab=64, hidden=8, batch=2), torch.float32, 3)
+    run(op, op.function, inputs, backend="native")  # imports, and the backend's choice
+    entered = set()
+
+    def note(frame, event, _):
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and "ops" in path.parts and "fastppo" in path.parts:
+            entered.add(path.stem)
+
+    sys.setprofile(note)
+    try:
+        run(op, op.function, inputs, backend="native")
+    finally:
+        sys.setprofile(None)
+    entered -= {"oracle", Path(__file__).stem}
+    allowed = {op.name, "arguments", "native", *OVER_LOGITS.get(op.name, ())}
+    assert {op.name, "arguments", "native"} <= entered
+    assert entered - {"workspace"} <= allowed

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fastppo.ops import PolicyLossConfig, policy_loss
-from fastppo.ops.policy_loss import policy_loss_reference
-from fastppo.ops.registry import OPS, Shape
+from tests.ops.references import policy_loss_reference
+from tests.ops.registry import OPS, Shape
 
 F64 = torch.float64
 INF = float("inf")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastppo.ops.registry import OPS, Op, Shape
+from tests.ops.registry import OPS, Op, Shape
 
 SHAPE = Shape(n=4, vocab=7, hidden=3, batch=2)
 

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastppo.ops import PolicyLossConfig, policy_loss, token_logprobs
-from fastppo.ops.registry import OPS, Op, Shape
 from tests.ops.oracle import place, run
+from tests.ops.registry import OPS, Op, Shape
 
 SHAPE = Shape(n=6, vocab=19, hidden=5, batch=2)
 ALL = pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+
+
+class Tracer(TorchDispatchMode):
+    """Looks on, as a tracer does, and changes nothing."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
 
 
 def recorded(op: Op, inputs: dict[str, Any], backend: str) -> list[tuple[Any, tuple[Any, ...]]]:
@@ -28,7 +37,7 @@ def recorded(op: Op, inputs: dict[str, Any], backend: str) -> list[tuple[Any, tu
                 calls.append((func, args))
             return func(*args, **(kwargs or {}))
 
-    with Recorder():
+    with Tracer(), Recorder():
         op.function(**inputs, backend=backend)
     return calls
 
@@ -56,6 +65,31 @@ def test_opcheck_of_backwards(name, backend):
     wanted = () if name == "token_logprobs" else ([True] * 2 + [False] * 3,)
     backward = getattr(torch.ops.fastppo, f"{name}_backward").default
     torch.library.opcheck(backward, (g_N, None, *wanted, *given, *stats, last))
+
+
+@ALL
+def test_eager_and_registered_calls_give_the_same_bits(op, backend):
+    """Eager calls go around torch.library; forward and backward are the same all the same."""
+    inputs = place(op.make_inputs(SHAPE, torch.float32, 2), backend)
+    want = run(op, op.function, inputs, backend=backend)
+    with Tracer():
+        got = run(op, op.function, inputs, backend=backend)
+    for a, b in zip([*got[0], *got[1]], [*want[0], *want[1]], strict=True):
+        assert torch.equal(a, b)
+
+
+@ALL
+def test_eager_calls_do_not_pay_for_torch_library(op, backend):
+    inputs = place(op.make_inputs(SHAPE, torch.float32, 3), backend)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    names = {}
+    for how in (nullcontext(), Tracer()):
+        with torch.profiler.profile(activities=activities) as profile, how:
+            run(op, op.function, inputs, backend=backend)
+        names[type(how)] = {event.name for event in profile.events()}
+    of_library = [{n for n in found if n.startswith("fastppo::")} for found in names.values()]
+    assert not of_library[0]
+    assert f"fastppo::{op.name}" in of_library[1]
 
 
 @ALL

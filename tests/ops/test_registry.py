@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 import fastppo.ops
-from fastppo.ops.registry import OPS, Shape
+import fastppo.ops.registry
 from tests.ops.oracle import cast, run, tensors
+from tests.ops.registry import OPS, Shape
 
 SHAPES = [
     Shape(n=1, vocab=1, hidden=1, batch=1),
@@ -30,6 +31,7 @@ def test_every_public_op_is_registered():
         assert "backend" in inspect.signature(op.function).parameters
     public = {name for name in fastppo.ops.__all__ if name[0].islower()}
     assert public - others == set(OPS)
+    assert set(fastppo.ops.registry.OPS) == set(OPS)
 
 
 @ALL

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastppo.ops import token_logprobs
-from fastppo.ops.token_logprobs import token_logprobs_reference
+from tests.ops.references import token_logprobs_reference
 
 INF = float("inf")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastppo.ops import policy_loss, token_logprobs, workspace
-from fastppo.ops.registry import OPS, Shape
+from tests.ops.registry import OPS, Shape
 
 CPU = torch.device("cpu")
 SIZE = (64, 8192)  # 2 MiB of float32

@@ -71,9 +71,8 @@ class Reading:
 
 
 def cases() -> Iterator[Case]:
-    from fastppo.ops.launch import PAIR_CONFIGS, ROW_CONFIGS
-    from fastppo.ops.launch_tokens import BLOCK, SCAN_BLOCK
-    from fastppo.ops.outputs import TERMS
+    from fastppo.ops.backends.sizes import BLOCK, PAIR_CONFIGS, ROW_CONFIGS, SCAN_BLOCK
+    from fastppo.ops.losses import TERMS
 
     row = {"TEMPERATURE_KIND": 2}
     loss = {

@@ -10,7 +10,7 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks import contenders, peers, report
 from benchmarks.harness import Case, Contender, allocations, distance, measure, peak_bytes
-from fastppo.ops.registry import OPS, Shape
+from tests.ops.registry import OPS, Shape
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
@@ -37,6 +37,17 @@ def test_four_roles_in_one_pass_say_what_four_passes_say(tmp_path):
     rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
     assert [row["status"] for row in rows] == ["timed", "timed"]
     assert max(row["error"] for row in rows) < 1e-3
+
+
+def test_what_calls_cost_the_host_is_measured_of_right_answers(tmp_path):
+    out = tmp_path / "found.json"
+    assert command.main(["host", "--rounds", "1", "--out", str(out)]) == 0
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert {row["status"] for row in found["rows"]} == {"timed"}
+    assert all(row["share"] > 0 for row in found["rows"] if row["ours"])
+    assert [op for op in OPS if any(note.startswith(f"{op}, ") for note in found["notes"])] == [
+        *OPS
+    ]
 
 
 @pytest.mark.parametrize("name", ["linear", "ops", "seven_b_head"])
