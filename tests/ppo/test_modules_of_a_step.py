@@ -34,15 +34,15 @@ def modules_entered(function: Any, *args: Any) -> set[str]:
 
 
 def test_a_step_enters_few_modules(tmp_path, monkeypatch):
-    """A dozen would be short to read. These stand in the way of it:
+    """A dozen would be better; these stand in the way of it.
 
-    - Seven of `ppo` are the step itself: trainer, rollout with its sampling, score, advantage,
-      update, metrics; guards look at each row, and snapshot can undo a step.
-    - Seven of `models` run the roles: which adapter is on (roles), the trunk and head of a base
-      (load), micro-batches (batch), LoRA's layers (fused_lora), and in sampling merged weights and
-      kernels for few rows (merged, few_rows); the precision of products is read anew (rounding).
-    - What surrounds every step: clock and signals (run), budgets and retry (memory), seeds, types,
-      the configuration's derived keys, the rewards, and the toy's own reward function.
+    - `ppo` is the step itself: trainer, rollout with its sampling, score, advantage, update and
+      metrics; guards look at each row, and snapshot can undo a step that a signal interrupts.
+    - `models` runs the roles: which adapter is on (roles), the trunk and head of a base (load),
+      micro-batches (batch), LoRA's layers (fused_lora), merged weights and kernels for few rows in
+      sampling (decoding), and the precision of products, which is read anew (rounding).
+    - Around every step are clock and signals (run), budgets and retry (memory), seeds, types, the
+      configuration's derived keys, the rewards, and the toy's own reward function.
     """
     monkeypatch.chdir(tmp_path)
     state = trainer.init_state(toy.config("toy", max_steps=3, metrics_dir="metrics"))
