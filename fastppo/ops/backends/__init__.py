@@ -6,8 +6,7 @@ time: `x_NV` are the logits of the rows `at`, vectors are whole.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Final, NamedTuple, Protocol, cast
+from typing import Final, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -130,8 +129,18 @@ class _Backends(dict[str, Backend]):
     """By name; each is imported when it is first asked for."""
 
     def __missing__(self, name: str) -> Backend:
-        stem = "definition" if name == "torch" else name
-        self[name] = cast(Backend, import_module(f"fastppo.ops.backends.{stem}"))
+        if name == "triton":
+            from fastppo.ops.backends import triton
+
+            self[name] = triton
+        elif name == "native":
+            from fastppo.ops.backends import native
+
+            self[name] = native
+        else:
+            from fastppo.ops.backends import definition
+
+            self[name] = definition
         return self[name]
 
 
