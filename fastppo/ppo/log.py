@@ -58,9 +58,9 @@ def write_trainer_state(state: State, folder: Path) -> None:
         global_step=state.step,
         max_steps=state.total_steps,
         logging_steps=1,
-        save_steps=config.save_steps,
+        save_steps=config.save_steps,  # type: ignore[arg-type]  # a share of the run may be one
         train_batch_size=config.per_device_train_batch_size,
-        num_train_epochs=config.num_train_epochs,
+        num_train_epochs=config.num_train_epochs,  # type: ignore[arg-type]  # half an epoch too
         num_input_tokens_seen=int(sum(row["response_tokens"] for row in rows)),
         log_history=log_history(state),
     ).save_to_json(str(folder / results.TRAINER_STATE))

@@ -92,8 +92,8 @@ def load_finished(config: Config, folder: Path, device: torch.device) -> nn.Modu
     if config.finetuning_type != "lora":
         return load_base(config, device, str(folder))
     base = load_base(config, device, bits=config.quantization_bit)
-    base = merge_adapters(base, adapters_to_merge(config), "adapter_name_or_path")
-    return load_peft_model(base, str(folder), "adapter_name_or_path", train=False)
+    merged = merge_adapters(base, adapters_to_merge(config), "adapter_name_or_path")
+    return load_peft_model(merged, str(folder), "adapter_name_or_path", train=False)
 
 
 class ParameterCopy:

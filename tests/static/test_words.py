@@ -48,19 +48,6 @@ WORDS = {
 # `Experience.scored` is a value, not a function: the rollout after scoring. So is `Scored.kept`.
 VALUES = {"scored", "kept"}
 # Names that are about to be replaced, by module.
-LEFT = {
-    "memory/layer.py": {"trained"},
-    "memory/peaks.py": {"kept", "trained"},
-    "memory/plan.py": {"again"},
-    "memory/retry.py": {"retried"},
-    "memory/weights.py": {"trained"},
-    "offload/activations.py": {"_stash"},
-    "offload/parked.py": {"Stash", "stash"},
-    "ppo/finish.py": {"finish"},
-    "ppo/metrics.py": {"go_on"},
-    "ppo/phases.py": {"phases", "sampled", "scored"},
-    "ppo/rollout.py": {"only"},
-}
 
 
 def names_in(tree: ast.Module) -> list[tuple[str, bool]]:
@@ -90,8 +77,6 @@ def test_no_name_is_of_a_private_idiom(path):
         for name, is_value in [(path.stem, False), *names]
         if (word := name.strip("_")) in WORDS and not (is_value and word in VALUES)
     }
-    for name in LEFT.get(path.relative_to(PACKAGE).as_posix(), set()):
-        wrong.pop(name, None)
     assert not wrong
 
 
