@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastppo.data import encode_prompts
-from fastppo.errors import UserError
+from fastppo.errors import Interrupted, UserError
 from fastppo.memory.retry import retry
 from fastppo.models.batch import largest_micro_batch
 from fastppo.ppo import lines, log
@@ -158,13 +159,22 @@ def evaluate(state: State) -> dict[str, Any]:
     return summary
 
 
-def evaluate_between_steps(state: State) -> None:
+def between_steps(state: State) -> None:
     """Evaluate during training: print a line, and send the metrics to the trackers."""
     summary = evaluate(state)
     lines.evaluation_line(summary)
     if state.tracker is not None:
         state.tracker.log(eval_metrics(summary), state.step)
     state.random = random_state()  # rewards and judges may have drawn from it
+
+
+def is_due(state: State, steps: int, steps_an_epoch: float) -> bool:
+    """Whether a run evaluates before its next step: at its start, or if a signal prevented it."""
+    if state.step == 0:
+        return state.config.eval_on_start
+    done = any(each["step"] == state.step for each in state.evaluations)
+    due = state.config.acts("eval", state.step, steps, steps_an_epoch)
+    return due and state.step < steps and not done
 
 
 def eval_metrics(summary: dict[str, Any]) -> dict[str, Any]:
@@ -183,6 +193,18 @@ def draw_all(state: State, output_dir: Path) -> None:
     draw(state)
     if state.config.plot_loss and state.metrics.rows:
         plots.plot_log(log.log_history(state), ("loss", "reward"), output_dir)
+
+
+@contextmanager
+def curves_of_the_run(state: State, output_dir: Path) -> Iterator[None]:
+    """Draw all curves as the block ends, also where a signal or an error ends it."""
+    try:
+        yield
+    except (Exception, Interrupted):
+        with suppress(Exception):  # what ended the run is the error to report
+            draw_all(state, output_dir)
+        raise
+    draw_all(state, output_dir)
 
 
 def report(state: State, compared: Comparison, summary: dict[str, Any]) -> dict[str, Any]:

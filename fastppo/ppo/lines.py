@@ -15,6 +15,7 @@ from fastppo.ops.backend import choose
 from fastppo.ppo.metrics import CSV, CURVES, SUMMARY
 from fastppo.ppo.optimizer import idle_steps
 from fastppo.ppo.sampling import Sampling
+from fastppo.run import console as terminal
 from fastppo.run.console import clock_face, console, signed
 
 if TYPE_CHECKING:
@@ -108,6 +109,16 @@ def step_line(state: State, steps: int) -> None:
         f"kl {row['kl']:.2f} (beta {row['kl_coef']:.4f})  entropy {row['entropy']:.2f}  "
         f"clip {row['clipfrac']:.1%}  length {row['response_length']:.1f}  "
         f"{row['seconds']:.1f} s, {clock_face(left)} left"
+    )
+
+
+def memory_line(state: State) -> None:
+    """After the first step: the memory that it took, beside what was planned for its lengths."""
+    terminal.memory_line(
+        state.plan,
+        state.roles.device,
+        cutoff_len=max(len(prompt.ids) for prompt in state.prompts),
+        max_new_tokens=int(state.metrics.rows[-1]["response_length_max"]),
     )
 
 

@@ -79,6 +79,11 @@ class State:
         self.snapshot = Snapshot(self.optimizer)
         self.prompt_order = prompt_order(self.config, len(self.prompts))
 
+    def next_prompts(self) -> list[Prompt]:
+        """The prompts of the next step, each `num_generations` times in a row."""
+        copies = range(self.config.num_generations)
+        return [self.prompts[i] for i in self.prompt_order(self.step) for _ in copies]
+
     def seconds(self) -> float:
         """Wall time since the run began."""
         return time.monotonic() - self.began

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,16 +10,8 @@ from fastppo.errors import Interrupted
 from fastppo.memory.auto import advice_on_failure
 from fastppo.memory.retry import retry
 from fastppo.models.batch import largest_micro_batch
-from fastppo.ppo import checkpoint, guards, lines, log
+from fastppo.ppo import checkpoint, evaluation, guards, lines, log
 from fastppo.ppo.advantage import estimate
-from fastppo.ppo.evaluation import (
-    draw,
-    draw_all,
-    eval_metrics,
-    evaluate,
-    evaluate_between_steps,
-    write_results,
-)
 from fastppo.ppo.metrics import step_row
 from fastppo.ppo.rollout import sample
 from fastppo.ppo.sampling import Sampling
@@ -34,15 +25,8 @@ from fastppo.seeds import random_state, seed_of
 if TYPE_CHECKING:
     from fastppo.config import Config
     from fastppo.data import Records
-    from fastppo.types import Prompt
 
 DRAWING_SHARE = 0.05  # of a run's time may go into drawing its curves along the way
-
-
-def prompts_of_step(state: State) -> list[Prompt]:
-    """The prompts of the step that comes next, each `num_generations` times in a row."""
-    copies = range(state.config.num_generations)
-    return [state.prompts[i] for i in state.prompt_order(state.step) for _ in copies]
 
 
 def step_update(state: State) -> State:
@@ -52,7 +36,7 @@ def step_update(state: State) -> State:
     """
     config, roles, budgets, clock = state.config, state.roles, state.budgets, console.Clock()
     seed = seed_of(config.seed, "step", state.step + 1)
-    prompts, train_actor = prompts_of_step(state), state.step >= config.critic_warmup
+    prompts, train_actor = state.next_prompts(), state.step >= config.critic_warmup
     rows = state.metrics.rows
     with undo_if_interrupted(state):
         with state.stop.at_once():
@@ -112,13 +96,8 @@ def step_update(state: State) -> State:
 def train(state: State, steps: int, output_dir: Path) -> None:
     """Run all steps that are left, with the evaluations and checkpoints between them."""
     config, epoch = state.config, len(state.prompts) / state.config.prompts_a_step
-    done = any(each["step"] == state.step for each in state.evaluations)
-    if state.step == 0:
-        due = config.eval_on_start
-    else:  # a signal interrupted the evaluation after this step
-        due = config.acts("eval", state.step, steps, epoch) and state.step < steps and not done
-    if due:
-        evaluate_between_steps(state)
+    if evaluation.is_due(state, steps, epoch):
+        evaluation.between_steps(state)
     with console.progress(config, steps, state.step) as bar:
         while state.step < steps:
             state = step_update(state)
@@ -126,22 +105,17 @@ def train(state: State, steps: int, output_dir: Path) -> None:
             log.log_step(state)
             if config.acts("logging", state.step, steps, epoch):
                 lines.step_line(state, steps)
-                draw(state, share=DRAWING_SHARE)
+                evaluation.draw(state, share=DRAWING_SHARE)
             for line in guards.warnings(state.metrics.rows):
                 console.console.print(f"[yellow]warning:[/yellow] {line}")
             if state.step == 1:
-                console.memory_line(
-                    state.plan,
-                    state.roles.device,
-                    cutoff_len=max(len(prompt.ids) for prompt in state.prompts),
-                    max_new_tokens=int(state.metrics.rows[-1]["response_length_max"]),
-                )
+                lines.memory_line(state)
             # The last one is evaluated below.
             if config.acts("eval", state.step, steps, epoch) and state.step < steps:
-                evaluate_between_steps(state)
+                evaluation.between_steps(state)
             if config.acts("save", state.step, steps, epoch) and state.step < steps:
                 checkpoint.save_to_resume(state, output_dir)
-                draw_all(state, output_dir)
+                evaluation.draw_all(state, output_dir)
                 durable.keep_newest(output_dir, config.save_total_limit)
     state.stop.check()
 
@@ -160,22 +134,15 @@ def run(config: Config, records: Records) -> None:
     with durable.space(output_dir), state.stop, advice:
         for line in [*notes, *checkpoint.start(state, folder, output_dir)]:
             console.console.print(f"  {line}")
-        try:
-            train(state, steps, output_dir)
-            summary = evaluate(state)
-            checkpoint.save_final(state, output_dir)
-            write_results(state, records)
-        except Interrupted as stop:
-            stopped = checkpoint.save_and_stop(state, stop, output_dir)
-            with suppress(Exception):
-                draw_all(state, output_dir)
-            raise stopped from None
-        except Exception:
-            with suppress(Exception):  # the error that stopped the run is the one to report
-                draw_all(state, output_dir)
-            raise
-        draw_all(state, output_dir)
+        with evaluation.curves_of_the_run(state, output_dir):
+            try:
+                train(state, steps, output_dir)
+                summary = evaluation.evaluate(state)
+                checkpoint.save_final(state, output_dir)
+                evaluation.write_results(state, records)
+            except Interrupted as stop:
+                raise checkpoint.save_and_stop(state, stop, output_dir) from None
         if state.tracker is not None:
-            state.tracker.log(eval_metrics(summary), state.step)
+            state.tracker.log(evaluation.eval_metrics(summary), state.step)
             state.tracker.close()
         lines.last_lines(state, summary)

@@ -32,7 +32,7 @@ def orders_of(run: trainer.State, seed: int, epochs: int) -> list[tuple[str, ...
     for epoch in range(epochs):
         order: list[str] = []
         for run.step in range(epoch * size, (epoch + 1) * size):
-            order += [prompt.text for prompt in trainer.prompts_of_step(run)]
+            order += [prompt.text for prompt in run.next_prompts()]
         orders.append(tuple(order))
     return orders
 

@@ -194,14 +194,14 @@ def limit_files(after: int, nbytes: int) -> None:
 
 def limit_final(nbytes: int) -> None:
     """The same from the evaluation after the last step on."""
-    inner = trainer.evaluate
+    inner = evaluation.evaluate
 
     def evaluate(state: Any) -> Any:
         if state.step == state.config.max_steps:
             set_limit(nbytes)
         return inner(state)
 
-    trainer.evaluate = evaluate
+    evaluation.evaluate = evaluate
 
 
 def limited(owner: Any, name: str, after: int, nbytes: int) -> None:

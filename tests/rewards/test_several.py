@@ -15,7 +15,7 @@ from fastppo.config import config_from_dict
 from fastppo.config.rewards import reward_specs
 from fastppo.errors import TrainingStopped, UserError
 from fastppo.models.batch import Budget
-from fastppo.ppo import checkpoint, trainer
+from fastppo.ppo import checkpoint, evaluation, trainer
 from fastppo.ppo.advantage import KLController, RunningScore, estimate
 from fastppo.ppo.columns import COLUMNS
 from fastppo.ppo.score import score
@@ -219,7 +219,7 @@ def test_a_reward_that_applied_to_nothing_in_a_step_has_an_empty_cell(mine, stat
         (row,) = csv.DictReader(file)
     assert row["reward/nothing"] == ""
     assert row["reward/short"] == row["score"]
-    summary = trainer.evaluate(run)
+    summary = evaluation.evaluate(run)
     assert summary["reward/nothing_after"] is None
 
 

@@ -98,7 +98,7 @@ def test_data_seed_moves_the_order_alone(state):
     orders = set()
     for seed in (None, 42, 0, 1, 2):
         run.config = run.config.model_copy(update={"data_seed": seed})
-        orders.add(tuple(p.text for p in trainer.prompts_of_step(run)))
+        orders.add(tuple(p.text for p in run.next_prompts()))
         if seed == 42:
             assert len(orders) == 1  # null is seed, which is 42
     assert len(orders) > 1
