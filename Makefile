@@ -12,7 +12,7 @@ EACH := $(PYTEST) -n logical --dist loadfile --no-loadscope-reorder -p no:benchm
 .PHONY: help venv demo demo-data demo-seeds test test-all test-peers lint bench gpu clean
 
 help:
-	@echo "make demo       install, then reward model, PPO and the comparison on a real model (two cores, 12 min)"
+	@echo "make demo       install, then reward model, PPO and the comparison on a real model (two cores, 10 to 25 min)"
 	@echo "make test       install, then the fast tests, on all cores"
 	@echo "make test-all   all tests of this environment, the slow ones too"
 	@echo "make test-peers LLaMA-Factory and the operators' peers, in environments that it builds (2 GiB)"
