@@ -61,13 +61,13 @@ class Rollout(Sequences):
 
 @dataclass
 class Kept:
-    """The actor's forward over some rows, its graph with it: the start of an optimiser pass."""
+    """The actor's hidden states of some rows with their gradient graph, kept for the update."""
 
     rows: list[int]
     hidden_BTD: Tensor | None
 
     def take(self, rows: list[int]) -> Tensor | None:
-        """It, once, where it is of these rows; it is let go of in any case."""
+        """Return the kept hidden states if `rows` match, else None; either way release them."""
         hidden_BTD, self.hidden_BTD = self.hidden_BTD, None
         return hidden_BTD if rows == self.rows else None
 

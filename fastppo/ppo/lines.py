@@ -16,7 +16,7 @@ from fastppo.ppo.metrics import CSV, CURVES, SUMMARY
 from fastppo.ppo.optimizer import idle_steps
 from fastppo.ppo.sampling import Sampling
 from fastppo.run import console as terminal
-from fastppo.run.console import clock_face, console, signed
+from fastppo.run.console import console, format_duration, format_score
 
 if TYPE_CHECKING:
     from fastppo.config import Config
@@ -108,7 +108,7 @@ def step_line(state: State, steps: int) -> None:
         f"step {state.step:>{len(str(steps))}}/{steps}  score {row['score']:+.3f}  "
         f"kl {row['kl']:.2f} (beta {row['kl_coef']:.4f})  entropy {row['entropy']:.2f}  "
         f"clip {row['clipfrac']:.1%}  length {row['response_length']:.1f}  "
-        f"{row['seconds']:.1f} s, {clock_face(left)} left"
+        f"{row['seconds']:.1f} s, {format_duration(left)} left"
     )
 
 
@@ -132,7 +132,7 @@ def evaluation_line(summary: dict[str, Any]) -> None:
         if key.startswith("reward/") and key.endswith("_before"):
             name = key.removesuffix("_before")
             before, after = summary[key], summary[f"{name}_after"]
-            parts += f", {name} {signed(before)} -> {signed(after)}"
+            parts += f", {name} {format_score(before)} -> {format_score(after)}"
     console.print(
         f"evaluation: reward {summary['reward_before']:+.3f} -> {summary['reward_after']:+.3f}"
         f"{parts}{judge}, win rate {summary['win_rate']:.0%}, kl {summary['kl']:.2f}, "

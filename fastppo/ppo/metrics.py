@@ -18,7 +18,7 @@ from torch import Tensor
 from fastppo.ppo.columns import COLUMNS, REWARD_COLUMN
 from fastppo.rewards.reward import mean_score
 from fastppo.run import plots
-from fastppo.run.durable import whole, write_text
+from fastppo.run.durable import replace_atomically, write_text
 from fastppo.types import Experience
 
 if TYPE_CHECKING:
@@ -269,7 +269,7 @@ class MetricsWriter:
         current = self.drawn == len(self.rows) and path.is_file()
         if not self.rows or current or began - self.drawn_at < self.drawing / share:
             return
-        with whole(path) as place:
+        with replace_atomically(path) as place:
             plots.draw_curves(self.rows, place, title)
         self.drawn, self.drawn_at = len(self.rows), time.monotonic()
         self.drawing = self.drawn_at - began

@@ -123,7 +123,7 @@ def train(state: State, steps: int, output_dir: Path) -> None:
 def run(config: Config, records: Records) -> None:
     """Stage ppo: load, train, evaluate, and write everything into output_dir and metrics_dir."""
     output_dir = Path(config.output_dir)
-    folder, notes = durable.to_resume(config)
+    folder, notes = durable.checkpoint_to_resume(config)
     if config.resume_from_checkpoint:
         config = save.with_decisions(config, folder or output_dir)
     state = init_state(config, records, folder)
@@ -131,7 +131,7 @@ def run(config: Config, records: Records) -> None:
     lines.first_lines(state, steps)
     save.prepare_output_dir(output_dir)
     advice = advice_on_failure(state.plan, state.config, state.budgets, state.roles.device)
-    with durable.space(output_dir), state.stop, advice:
+    with durable.stop_on_full_disk(output_dir), state.stop, advice:
         for line in [*notes, *checkpoint.start(state, folder, output_dir)]:
             console.console.print(f"  {line}")
         with evaluation.curves_of_the_run(state, output_dir):

@@ -43,7 +43,8 @@ class PrintLogs(TrainerCallback):
             left = elapsed / state.global_step * (state.max_steps - state.global_step)
             console.console.print(
                 f"step {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.4f}  "
-                f"learning rate {float(logs['learning_rate']):.2g}  {console.clock_face(left)} left"
+                f"learning rate {float(logs['learning_rate']):.2g}  "
+                f"{console.format_duration(left)} left"
             )
         elif "eval_accuracy" in logs:
             console.console.print(

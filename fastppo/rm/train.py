@@ -139,7 +139,7 @@ def run(config: Config, records: Records) -> None:
     signal ends the run in one line.
     """
     output_dir = Path(config.output_dir)
-    with durable.space(output_dir):
+    with durable.stop_on_full_disk(output_dir):
         setup = set_up(config, records)
         print_first_lines(setup)
         save.prepare_output_dir(output_dir)
@@ -152,7 +152,7 @@ def run(config: Config, records: Records) -> None:
 
 def set_up(config: Config, records: Records) -> Setup:
     """Encode the pairs, choose what is left to `auto`, and load the model."""
-    resumed, resume_notes = durable.to_resume(config)
+    resumed, resume_notes = durable.checkpoint_to_resume(config)
     if config.resume_from_checkpoint:
         config = save.with_decisions(config, resumed or Path(config.output_dir))
     device = choose_device(config)

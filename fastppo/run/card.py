@@ -84,7 +84,7 @@ SCORES = """
 
 
 def licence_of(name: str) -> str | None:
-    """The licence that a base's own card names, where that lies on disk."""
+    """The licence that a local base model's card names, or None."""
     try:
         card = ModelCard.load(Path(name) / NAME, ignore_metadata_errors=True)
         licence: str | None = card.data.license
@@ -94,7 +94,7 @@ def licence_of(name: str) -> str | None:
 
 
 def results(config: Config, metrics: Mapping[str, Any]) -> list[EvalResult] | None:
-    """The evaluation as the hub's model index has it."""
+    """The evaluation in the form of the hub's model index, or None without metrics."""
     found = {key: value for key, value in metrics.items() if isinstance(value, float)}
     data = config.eval_dataset or config.dataset
     return [

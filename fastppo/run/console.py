@@ -22,7 +22,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 class Clock:
-    """Seconds by phase of one step."""
+    """Measures the seconds that each phase of a step takes."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -37,12 +37,12 @@ class Clock:
         self.seconds[phase] = time.monotonic() - began
 
     def columns(self) -> dict[str, float]:
-        """The phases and the whole, as metrics columns."""
+        """The seconds of each phase and of the whole step, by the names of the metrics columns."""
         columns = {f"seconds_{phase}": seconds for phase, seconds in self.seconds.items()}
         return {**columns, "seconds": time.monotonic() - self.began}
 
     def step_columns(self, response_tokens: float, update_tokens: float) -> dict[str, float]:
-        """Those of a PPO step: tokens a second of its phases, and of the whole, beside them."""
+        """The same of a PPO step, and its tokens per second by phase and as a whole."""
         columns, seconds = self.columns(), self.seconds
         return {
             **columns,
@@ -66,15 +66,15 @@ def progress(config: Config, steps: int, done: int) -> Progress:
     return bar
 
 
-def clock_face(seconds: float) -> str:
-    """1:02:03, or 2:03 below an hour."""
+def format_duration(seconds: float) -> str:
+    """Format a duration as 1:02:03, or as 2:03 below an hour."""
     minutes, rest = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def signed(value: float | None) -> str:
-    """A score with its sign; a dash where there is none."""
+def format_score(value: float | None) -> str:
+    """Format a score with its sign; a dash stands for None."""
     return "-" if value is None else f"{value:+.3f}"
 
 
@@ -101,7 +101,7 @@ def memory_line(plan: Plan | None, device: torch.device, **lengths: int) -> None
 
 
 def highest_rss() -> int:
-    """The most bytes of the process that were in memory at a time."""
+    """Peak resident memory of the process, in bytes."""
     import resource  # not on Windows
 
     count = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

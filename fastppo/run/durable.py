@@ -33,7 +33,7 @@ FULL_WORDS = re.compile(r"os error (28|27|122)\b|PytorchStreamWriter|unexpected 
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Flush a file, or the entries of a folder, to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -42,8 +42,8 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Where to write what is renamed over `path` afterwards: a reader never sees half a file."""
+def replace_atomically(path: Path) -> Iterator[Path]:
+    """Yield a temporary path, renamed to `path` at the end: nobody reads half a file."""
     place = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield place
@@ -53,13 +53,13 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 to `path`, whole or not at all."""
-    with whole(path) as place:
+    """Write text as UTF-8 to `path`, completely or not at all."""
+    with replace_atomically(path) as place:
         place.write_bytes(text.encode())
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes."""
+    """SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -68,13 +68,13 @@ def sha256(path: Path) -> str:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """All files below `folder` but its manifest."""
+    """All files below `folder` except its manifest."""
     found = sorted(path for path in folder.rglob("*") if path.is_file())
     return [path for path in found if path != folder / MANIFEST]
 
 
 def partial_folder(folder: Path) -> Path:
-    """An empty folder next to `folder`, on the same file system, to be renamed to it when whole."""
+    """Make an empty folder next to `folder`, to be renamed to it once it is complete."""
     place = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
@@ -82,7 +82,7 @@ def partial_folder(folder: Path) -> Path:
 
 
 def publish(place: Path, folder: Path) -> None:
-    """Give what was written to `place` its manifest, flush all of it, and rename it to `folder`."""
+    """Write a manifest into `place`, flush all of its files, and rename it to `folder`."""
     files = {}
     for path in files_of(place):
         sync(path)
@@ -101,7 +101,7 @@ def publish(place: Path, folder: Path) -> None:
 
 
 def move_into(place: Path, folder: Path) -> None:
-    """Put each file of `place` into `folder`, over an older one of its name; none is ever half."""
+    """Move each file of `place` into `folder`; an older one of that name is replaced atomically."""
     for path in files_of(place):
         sync(path)
         target = folder / path.relative_to(place)
@@ -112,22 +112,22 @@ def move_into(place: Path, folder: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint; a kill in between leaves none that looks whole and is not."""
+    """Delete a checkpoint, its manifest first: after a kill in between it is incomplete."""
     doomed = folder.with_name(f".{folder.name}.deleted")
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def sweep(output_dir: Path) -> None:
-    """Delete what a killed run was writing or deleting."""
+def delete_partial(output_dir: Path) -> None:
+    """Delete the temporary files that a killed run left behind."""
     for pattern in (".checkpoint-*.partial", ".checkpoint-*.deleted"):
         for path in output_dir.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def fault(folder: Path, *, hashes: bool = True) -> str | None:
-    """Why `folder` is no whole checkpoint, in words; None where it is one."""
+def checkpoint_fault(folder: Path, *, hashes: bool = True) -> str | None:
+    """Return why `folder` is no complete checkpoint, in words, or None if it is one."""
     try:
         listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         for name, wanted in listed.items():
@@ -147,27 +147,27 @@ def fault(folder: Path, *, hashes: bool = True) -> str | None:
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """All checkpoint-N, the oldest first."""
+    """The folders checkpoint-N of a run, the oldest first."""
     numbered = [(NUMBERED.fullmatch(path.name), path) for path in output_dir.glob("checkpoint-*")]
     return [path for _, path in sorted((int(m[1]), path) for m, path in numbered if m)]
 
 
 def keep_newest(output_dir: Path, limit: int | None) -> None:
-    """`save_total_limit`: delete the oldest checkpoint-N past it."""
+    """Delete the oldest checkpoint-N past `save_total_limit`."""
     if limit is not None:
         for path in checkpoints(output_dir)[:-limit]:
             remove(path)
 
 
-def fault_to_resume(folder: Path, *, hashes: bool) -> str | None:
-    """The same of a checkpoint that is to be resumed: it has to have more than a model."""
-    wrong = fault(folder, hashes=hashes)
+def resume_fault(folder: Path, *, hashes: bool) -> str | None:
+    """The same for a checkpoint to resume from, which needs the training state beside the model."""
+    wrong = checkpoint_fault(folder, hashes=hashes)
     if wrong is None and not (folder / TRAINING_STATE).is_file():
         return f"it has no {TRAINING_STATE} (save_only_model)"
     return wrong
 
 
-def to_resume(config: Config, *, hashes: bool = True) -> tuple[Path | None, list[str]]:
+def checkpoint_to_resume(config: Config, *, hashes: bool = True) -> tuple[Path | None, list[str]]:
     """The checkpoint that `resume_from_checkpoint` means, and what to say of those passed over.
 
     True is the newest whole one in `output_dir`; None where a run was killed before its first.
@@ -183,7 +183,7 @@ def to_resume(config: Config, *, hashes: bool = True) -> tuple[Path | None, list
         folder = Path(wanted)
         if not folder.is_dir():
             raise UserError(f"{key}: no folder {folder}; name a checkpoint-N folder")
-        wrong = fault_to_resume(folder, hashes=hashes)
+        wrong = resume_fault(folder, hashes=hashes)
         if wrong is not None:
             raise UserError(
                 f"{key}: {folder} is no whole checkpoint: {wrong}; name another checkpoint-N"
@@ -191,7 +191,7 @@ def to_resume(config: Config, *, hashes: bool = True) -> tuple[Path | None, list
         return folder, []
     output_dir, passed = Path(config.output_dir), list[str]()
     for folder in reversed(checkpoints(output_dir)):
-        wrong = fault_to_resume(folder, hashes=hashes)
+        wrong = resume_fault(folder, hashes=hashes)
         if wrong is None:
             return folder, passed
         passed.append(f"{folder} is torn and passed over: {wrong}")
@@ -202,8 +202,8 @@ def to_resume(config: Config, *, hashes: bool = True) -> tuple[Path | None, list
     return None, [f"{output_dir} has no checkpoint yet: the run starts from its beginning"]
 
 
-def full(error: BaseException) -> str | None:
-    """What went wrong, in words, where the disk (or a quota, or a size limit) was full."""
+def disk_full_message(error: BaseException) -> str | None:
+    """Return a message if the error is a full disk, quota or size limit, else None."""
     if isinstance(error, OSError) and error.errno in FULL:
         return os.strerror(error.errno)
     if FULL_WORDS.search(str(error)):
@@ -212,7 +212,7 @@ def full(error: BaseException) -> str | None:
 
 
 @contextmanager
-def space(output_dir: Path) -> Iterator[None]:
+def stop_on_full_disk(output_dir: Path) -> Iterator[None]:
     """Inside, a full disk stops the run in one line; what was whole stays.
 
     Raises:
@@ -221,11 +221,13 @@ def space(output_dir: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = full(error)
+        reason = disk_full_message(error)
         if reason is None:
             raise
-        sweep(output_dir)  # gives back what the half-written one took
-        whole = [path for path in checkpoints(output_dir) if fault(path, hashes=False) is None]
+        delete_partial(output_dir)  # gives back what the half-written one took
+        whole = [
+            path for path in checkpoints(output_dir) if checkpoint_fault(path, hashes=False) is None
+        ]
         kept = (
             f"{whole[-1]} is whole: free some space, then set resume_from_checkpoint: true"
             if whole

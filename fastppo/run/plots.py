@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastppo.run.durable import whole
+from fastppo.run.durable import replace_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,7 +43,7 @@ def plot_log(
         axis.legend()
         folder.mkdir(parents=True, exist_ok=True)
         written.append(folder / f"training_{name}.png")
-        with whole(written[-1]) as place:
+        with replace_atomically(written[-1]) as place:
             figure.savefig(place, dpi=100, format="png")
     return written
 

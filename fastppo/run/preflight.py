@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def check(config: Config) -> Records:
-    """Refuse what cannot run; give back the records that were read on the way."""
+    """Raise UserError for a run that cannot work; return the records that were read on the way."""
     check_one_process("fastppo-train", "output_dir")
     if config.hf_hub_token:
         os.environ["HF_TOKEN"] = config.hf_hub_token  # where all of the hub's clients look
@@ -39,7 +39,7 @@ def check(config: Config) -> Records:
 
 
 def check_files(config: Config) -> Records:
-    """What lies on disk, or should."""
+    """Check the folders and files that the configuration names."""
     check_packages(config)
     for key in ("model_name_or_path", "ref_model", "critic_model"):
         check_model(config, key)
@@ -51,7 +51,7 @@ def check_files(config: Config) -> Records:
 
 
 def check_packages(config: Config) -> None:
-    """Optional packages that the file asks for are there."""
+    """Check that the optional packages that the configuration needs are installed."""
     quantised = [
         (key, str(bits), "bitsandbytes", "quantization")
         for key in (
@@ -77,12 +77,12 @@ def check_packages(config: Config) -> None:
 
 
 def looks_local(name: str) -> bool:
-    """A path, and not the name of a repository on the hub."""
+    """Whether a name is a local path and not a repository on the hub."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
 
 
 def read_json_file(path: Path, what: str) -> dict[str, Any]:
-    """A small JSON file of a model folder."""
+    """Read a small JSON file of a model folder."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -93,7 +93,7 @@ def read_json_file(path: Path, what: str) -> dict[str, Any]:
 
 
 def check_model(config: Config, key: str) -> None:
-    """A local model folder has to be one."""
+    """Check that a local model folder holds a model."""
     name = getattr(config, key)
     if name is None or not looks_local(name):
         return
@@ -115,7 +115,7 @@ def check_model(config: Config, key: str) -> None:
 
 
 def check_adapters(config: Config, key: str) -> None:
-    """Every adapter of a comma list that is not on the hub is a folder that PEFT wrote."""
+    """Check that each local adapter of a comma-separated list is a folder that PEFT wrote."""
     names = getattr(config, key)
     for name in [] if names is None else split(names):
         folder = Path(name)
@@ -134,7 +134,7 @@ def check_adapters(config: Config, key: str) -> None:
 
 
 def check_rewards(config: Config) -> None:
-    """Rewards that lie on disk are whole; URLs and function names were checked with the YAML."""
+    """Check local rewards; URLs and function names were checked with the YAML."""
     for spec in config.rewards:
         if spec.kind == "lora":
             check_reward_adapter(config, Path(spec.target))
@@ -143,7 +143,7 @@ def check_rewards(config: Config) -> None:
 
 
 def check_reward_full(config: Config, name: str) -> None:
-    """Local folders: a causal LM with a value head, or a classifier with one label."""
+    """Check that a local `full` reward is an LM with a value head or a one-label classifier."""
     adapters = split(config.reward_model_adapters) if config.reward_model_adapters else []
     for key, folder in [("reward_model", name), *(("reward_model_adapters", x) for x in adapters)]:
         file = "config.json" if key == "reward_model" else "adapter_config.json"
@@ -178,7 +178,7 @@ def check_reward_full(config: Config, name: str) -> None:
 
 
 def check_reward_adapter(config: Config, folder: Path) -> None:
-    """An adapter, a head, and a head of the base's hidden size."""
+    """Check that a `lora` reward has an adapter and a head of the base's hidden size."""
     cure = "train one with stage: rm and name its output_dir"
     if not folder.is_dir():
         raise UserError(f"{config.source}: reward_model: no folder {folder}; {cure}")
@@ -217,7 +217,7 @@ def head_size(path: Path, source: str) -> int:
 
 
 def hidden_size(config: Config) -> int | None:
-    """The base's hidden size where its config.json is at hand."""
+    """The base's hidden size, or None if its config.json is not local."""
     path = Path(config.model_name_or_path) / "config.json"
     if not path.is_file():
         return None
@@ -232,7 +232,7 @@ def hidden_size(config: Config) -> int | None:
 
 
 def check_output_dir(config: Config) -> None:
-    """An earlier run's folder is not written into unless the file says so."""
+    """Refuse to write into the folder of an earlier run without `overwrite_output_dir`."""
     folder = Path(config.output_dir)
     places = {"output_dir": folder}
     if config.stage == "ppo":
@@ -252,7 +252,7 @@ def check_output_dir(config: Config) -> None:
     for key, name in sources:
         if name and Path(name).exists() and Path(name).resolve() == folder.resolve():
             raise UserError(f"{config.source}: output_dir: is {key} itself; name another")
-    durable.to_resume(config, hashes=False)
+    durable.checkpoint_to_resume(config, hashes=False)
     allowed = config.overwrite_output_dir or config.resume_from_checkpoint or not config.trains
     if not allowed and folder.is_dir() and any(folder.iterdir()):
         raise UserError(

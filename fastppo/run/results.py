@@ -35,7 +35,7 @@ LOGGED = {
 
 
 def save_metrics(folder: Path, split: str, metrics: Mapping[str, Any]) -> None:
-    """`<split>_results.json`, and the same into `all_results.json`, as transformers has them."""
+    """Write `<split>_results.json` and update `all_results.json`, as transformers does."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / f"{split}_results.json", metrics)
     path = folder / ALL
@@ -44,19 +44,19 @@ def save_metrics(folder: Path, split: str, metrics: Mapping[str, Any]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Sorted and indented as transformers does it; whole or not at all."""
+    """Write JSON, sorted and indented as transformers does, completely or not at all."""
     text = json.dumps(value, indent=4, sort_keys=True, ensure_ascii=False)
     write_text(path, text + "\n")
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """A JSON object a line, in UTF-8 that people can read."""
+    """Write one JSON object per line, in readable UTF-8."""
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     write_text(path, "".join(lines))
 
 
 def clear(folder: Path) -> None:
-    """Take away an earlier run's results: a new run's would be read beside them as one."""
+    """Delete the results of an earlier run, which would be read as part of the new one."""
     for name in (LOG, ALL, PREDICTIONS, *(f"{split}_results.json" for split in SPLITS)):
         (folder / name).unlink(missing_ok=True)
 
@@ -80,7 +80,7 @@ def begin_log(folder: Path, step: int = 0, *, evaluated: bool = True) -> None:
 def log_line(
     folder: Path, entry: Mapping[str, Any], *, step: int, total_steps: int, seconds: float
 ) -> None:
-    """Append to `trainer_log.jsonl` what a log entry says of `step`, `seconds` into the run."""
+    """Append the log entry of `step` to `trainer_log.jsonl`; `seconds` is the run's time."""
     left = seconds / max(1, step) * (total_steps - step)
     line: dict[str, Any] = {"current_steps": step, "total_steps": total_steps}
     line |= {name: entry[key] for name, key in LOGGED.items() if key in entry}

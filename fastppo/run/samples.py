@@ -16,7 +16,7 @@ WORDS = {"win": "better than the reference", "tie": "a tie", "loss": "worse than
 
 
 def outcome(policy: float, reference: float) -> str:
-    """`win`, `tie` or `loss` of the policy, by the reward's own comparison of the two."""
+    """`win`, `tie` or `loss` of the policy against the reference, by their scores."""
     if policy == reference:
         return "tie"
     return "win" if policy > reference else "loss"
@@ -30,19 +30,19 @@ def win_rate(policy: Sequence[float], reference: Sequence[float]) -> float:
 
 
 def fenced(text: str) -> str:
-    """The text as it is, in a fence longer than any run of backticks in it."""
+    """Put a text into a Markdown fence longer than any run of backticks in it."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{text}\n{fence}"
 
 
 def signed(value: Any) -> str:
-    """A score with its sign; what is no number as it is."""
+    """Format a number with its sign; anything else unchanged."""
     return f"{value:+.3f}" if isinstance(value, float) else str(value)
 
 
 def section(number: int, row: Mapping[str, Any]) -> str:
-    """One prompt, its answers, and who won."""
+    """The Markdown section of one prompt: both responses, their scores, and the outcome."""
     parts = [f"## {number}. {WORDS[row['outcome']]}", "**Prompt**", fenced(row["prompt"])]
     for name in ("policy", "reference"):
         parts += [f"**{name.capitalize()}**, reward {signed(row[f'reward_{name}'])}"]
@@ -53,7 +53,7 @@ def section(number: int, row: Mapping[str, Any]) -> str:
 
 
 def page(title: str, metrics: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    """The whole page: what it is, the numbers, and the first samples in the order of the data."""
+    """The Markdown page: title, metrics, and the first samples in the order of the data."""
     shown = rows[:ON_PAGE]
     count = f"All {len(rows)}" if len(shown) == len(rows) else f"{len(shown)} of {len(rows)}"
     introduction = (
@@ -68,14 +68,14 @@ def page(title: str, metrics: Mapping[str, Any], rows: Sequence[Mapping[str, Any
 
 
 def number(value: Any) -> str:
-    """A number as a page shows it."""
+    """Format a metric for the page."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def write(
     folder: Path, title: str, metrics: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Both files into `folder`."""
+    """Write the table and the page of samples into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(folder / TABLE, rows)
     write_text(folder / PAGE, page(title, metrics, rows))

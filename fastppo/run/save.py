@@ -27,7 +27,7 @@ def save_model(
     folder: Path,
     adapter: str = "default",
 ) -> None:
-    """The adapter that trained, or the whole model where there is none; head and tokenizer."""
+    """Save the trained adapter (without one the whole model), the value head and the tokenizer."""
     save_weights(model, folder, adapter)
     if head is not None:
         save_file(value_head_state(head), folder / VALUE_HEAD_FILE)
@@ -35,7 +35,7 @@ def save_model(
 
 
 def save_weights(model: Any, folder: Path, adapter: str = "default") -> None:
-    """`default` at the root of `folder`, another adapter below it; a model at the root."""
+    """Save an adapter or a model: `default` and models into `folder`, other adapters below it."""
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
         # False: whether the embeddings were resized is known here, and PEFT would ask the hub.
@@ -66,7 +66,7 @@ def note_run(folder: Path, decisions: dict[str, Any], trackers: Trackers | None 
 
 
 def with_decisions(config: Config, folder: Path) -> Config:
-    """`config` with what the run in `folder` decided where it still says auto."""
+    """Return `config` with each `auto` key set to what the run in `folder` had chosen for it."""
     try:
         record = json.loads((folder / durable.RUN).read_text(encoding="utf-8"))
         found = record["decisions"].items()
@@ -81,13 +81,13 @@ def with_decisions(config: Config, folder: Path) -> Config:
 
 
 def begin(output_dir: Path, decisions: dict[str, Any], trackers: Trackers | None = None) -> None:
-    """A run begins in `output_dir`: killed before its first checkpoint, it is known by this."""
-    durable.sweep(output_dir)
+    """Write the run's record into `output_dir`, so that it is known before its first checkpoint."""
+    durable.delete_partial(output_dir)
     note_run(output_dir, decisions, trackers)
 
 
 def prepare_output_dir(output_dir: Path) -> None:
-    """Make `output_dir`, or say why it cannot be made, before any work is done."""
+    """Make `output_dir`; raise UserError if that is not possible."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -39,11 +39,11 @@ class Stop:
 
     @property
     def listens(self) -> bool:
-        """Whether a signal would come here."""
+        """Whether the handlers are installed."""
         return bool(self.before)
 
     def restore(self) -> None:
-        """The handlers that were there before."""
+        """Restore the handlers that were installed before."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
         self.before = {}

@@ -90,7 +90,7 @@ class Trackers:
         return cls(config, earlier_runs(resumed or Path(config.output_dir)), step)
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
-        """Numbers of a step, to all of them."""
+        """Send the metrics of a step to all trackers."""
         numbers = {
             name: value
             for name, value in values.items()
@@ -100,13 +100,13 @@ class Trackers:
             tracker.log(numbers, step=step)
 
     def close(self) -> None:
-        """Write what is still to be written."""
+        """Finish all trackers, which write what they have buffered."""
         for tracker in self.trackers:
             tracker.finish()
 
 
 def earlier_runs(folder: Path) -> dict[str, str]:
-    """What the trackers call the run that `folder` is of; nothing where it does not say."""
+    """Read the run ids by tracker from a run's folder; empty if it has none."""
     try:
         runs = json.loads((folder / RUN).read_text(encoding="utf-8"))["trackers"]
         return {str(name): str(run) for name, run in runs.items()}

@@ -19,7 +19,7 @@ TENSORS = "training_state.safetensors"
 
 
 def write(tree: Any, folder: Path) -> None:
-    """A tree of dicts, lists, tuples, tensors, numbers, strings and None, in two files."""
+    """Write a tree of dicts, lists, tuples, tensors, numbers, strings and None as two files."""
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
 
@@ -47,7 +47,7 @@ def write(tree: Any, folder: Path) -> None:
 
 
 def read(folder: Path) -> Any:
-    """The tree again; tensors on the host."""
+    """Read the tree that `write` wrote; its tensors are on the CPU."""
     tensors = load_file(folder / TENSORS)
 
     def decode(value: Any) -> Any:

@@ -51,7 +51,7 @@ def test_a_rewritten_checkpoint_replaces_the_old_one(tmp_path):
     folder = write(tmp_path, 1, "new")
     assert (folder / "below" / "file").read_text() == "new"
     assert names(tmp_path) == ["checkpoint-1"]
-    assert durable.fault(folder) is None
+    assert durable.checkpoint_fault(folder) is None
 
 
 TORN = {
@@ -76,27 +76,27 @@ def test_a_torn_checkpoint_is_passed_over_for_the_one_before(tmp_path, config, t
     out = tmp_path / "out"
     good, bad = write(out, 2), write(out, 10)
     spoil(bad / "below" / "file")
-    folder, notes = durable.to_resume(config(resume_from_checkpoint=True))
+    folder, notes = durable.checkpoint_to_resume(config(resume_from_checkpoint=True))
     assert folder == good
     (note,) = notes
     assert note.startswith(f"{bad} is torn and passed over: {words}")
     with pytest.raises(UserError, match=f"no whole checkpoint: {words}"):
-        durable.to_resume(config(resume_from_checkpoint=str(bad)))
+        durable.checkpoint_to_resume(config(resume_from_checkpoint=str(bad)))
 
 
 def test_nothing_whole_to_resume_from_is_an_error_and_nothing_yet_a_beginning(tmp_path, config):
     resuming = config(resume_from_checkpoint=True)
     with pytest.raises(UserError, match="has no checkpoint-N; leave it out"):
-        durable.to_resume(resuming)
+        durable.checkpoint_to_resume(resuming)
     out = tmp_path / "out"
     out.mkdir()
     save.begin(out, {"activation_offloading": "none"})
-    folder, (note,) = durable.to_resume(resuming)
+    folder, (note,) = durable.checkpoint_to_resume(resuming)
     assert folder is None
     assert "the run starts from its beginning" in note
     (write(out, 1) / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"it has no manifest\.json; there is none before it"):
-        durable.to_resume(resuming)
+        durable.checkpoint_to_resume(resuming)
 
 
 def test_save_total_limit_keeps_the_newest(tmp_path):
@@ -114,7 +114,7 @@ def test_what_a_killed_run_left_is_swept_away(tmp_path):
     write(tmp_path, 1)
     for name in (".checkpoint-2.partial", ".checkpoint-0.deleted"):
         (tmp_path / name).mkdir()
-    durable.sweep(tmp_path)
+    durable.delete_partial(tmp_path)
     assert names(tmp_path) == ["checkpoint-1"]
 
 
@@ -135,13 +135,13 @@ def test_a_full_disk_is_one_line_that_names_the_last_whole_checkpoint(tmp_path, 
     (write(tmp_path, 6) / "below" / "file").unlink()
     (tmp_path / ".checkpoint-8.partial").mkdir()
     words = r"no room to write below .*checkpoint-4 is whole"
-    with pytest.raises(TrainingStopped, match=words), durable.space(tmp_path):
+    with pytest.raises(TrainingStopped, match=words), durable.stop_on_full_disk(tmp_path):
         raise error
     assert not (tmp_path / ".checkpoint-8.partial").exists()
 
 
 def test_an_error_of_another_kind_is_not_said_to_be_a_full_disk(tmp_path):
-    with pytest.raises(PermissionError), durable.space(tmp_path):
+    with pytest.raises(PermissionError), durable.stop_on_full_disk(tmp_path):
         raise PermissionError(errno.EACCES, "x")
 
 

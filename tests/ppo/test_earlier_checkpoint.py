@@ -31,7 +31,7 @@ def rows_in(path: Path) -> list[dict[str, float]]:
 def test_a_checkpoint_of_an_earlier_version_goes_on_as_it_did_there(config, tmp_path, capsys):
     """The step after it has the same rollout, losses and gradients, to rounding."""
     shutil.copytree(EARLIER / "checkpoint-2", tmp_path / "out" / "checkpoint-2")
-    assert durable.fault(tmp_path / "out" / "checkpoint-2") is None
+    assert durable.checkpoint_fault(tmp_path / "out" / "checkpoint-2") is None
     settings = config(lora_rank=4, max_steps=4, save_steps=2, resume_from_checkpoint=True)
     trainer.run(settings, check(settings))
     assert "resumes after step 2" in capsys.readouterr().out

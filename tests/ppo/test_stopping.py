@@ -101,7 +101,7 @@ def test_a_signal_within_a_step_saves_the_step_before_it(
     folder = tmp_path / "out" / "checkpoint-1"
     line = f"stopped by {number.name}; resume_from_checkpoint: true goes on from {folder}\n"
     assert line in capfd.readouterr().err
-    assert durable.fault(folder) is None
+    assert durable.checkpoint_fault(folder) is None
     assert main([str(tmp_path / "run.json"), "resume_from_checkpoint=true"]) == 0
     rows = (tmp_path / "metrics" / "training_metrics.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["step", "1", "2", "3"]
@@ -203,7 +203,7 @@ def test_a_signal_drops_the_step_at_once_and_a_resume_is_the_unbroken_run(
         assert main(arguments) == 143
     assert sent.calls == at  # nothing of the kind ran after the signal
     (kept,) = durable.checkpoints(tmp_path / "cut" / "out")
-    assert (kept.name, durable.fault(kept)) == (f"checkpoint-{expected}", None)
+    assert (kept.name, durable.checkpoint_fault(kept)) == (f"checkpoint-{expected}", None)
     assert f"stopped by SIGTERM; resume_from_checkpoint: true goes on from {kept}" in (
         capfd.readouterr().err
     )

@@ -90,7 +90,7 @@ def test_a_fault_that_stays_stops_the_run_and_it_goes_on_later(endpoint, server,
     (line,) = [line for line in said.splitlines() if line.startswith("fastppo-train:")]
     assert line.startswith(f"fastppo-train: stopped: reward_model: {server.url}: ")
     (kept,) = durable.checkpoints(Path(mine["output_dir"]))
-    assert (kept.name, durable.fault(kept)) == ("checkpoint-2", None)
+    assert (kept.name, durable.checkpoint_fault(kept)) == ("checkpoint-2", None)
     server.script = []
     code, said = runs.resume(mine)
     assert code == 0, said

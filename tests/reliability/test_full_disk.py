@@ -25,7 +25,7 @@ def check(mine, code, said):
     (line,) = [line for line in said.splitlines() if line.startswith("fastppo-train:")]
     assert line.startswith(f"fastppo-train: stopped: no room to write below {mine['output_dir']} (")
     whole = durable.checkpoints(Path(mine["output_dir"]))
-    assert all(durable.fault(folder) is None for folder in whole)
+    assert all(durable.checkpoint_fault(folder) is None for folder in whole)
     assert f"{whole[-1]} is whole: free some space" in line
     assert "Traceback" not in said
     assert not list(Path(mine["output_dir"]).glob(".checkpoint-*"))

@@ -39,7 +39,7 @@ def test_a_signal_in_stage_ppo(settings, unbroken, number, code, after):
     os.kill(process.pid, number)
     assert runs.finish(process) == code
     newest = durable.checkpoints(Path(mine["output_dir"]))[-1]
-    assert durable.fault(newest) is None
+    assert durable.checkpoint_fault(newest) is None
     said = (rows.parents[1] / "said.txt").read_text()
     assert f"stopped by {number.name}; resume_from_checkpoint: true goes on from {newest}" in said
     # At once: not the end of the run, nor the next of save_steps. A row is written within a step.
@@ -77,7 +77,7 @@ def stopped(settings, place, step, calls, expected, number=signal.SIGTERM):
     assert runs.finish(process, 30.0) == 128 + number
     assert time.monotonic() - began < AT_ONCE + SAVING
     newest = durable.checkpoints(out)[-1]
-    assert (newest.name, durable.fault(newest)) == (expected, None)
+    assert (newest.name, durable.checkpoint_fault(newest)) == (expected, None)
     assert f"goes on from {newest}" in (out.parent / "said.txt").read_text()
 
 
@@ -163,7 +163,7 @@ def test_a_signal_in_stage_rm(settings, unbroken, number, code):
     os.kill(process.pid, number)
     assert runs.finish(process) == code
     newest = durable.checkpoints(out)[-1]
-    assert durable.fault(newest) is None
+    assert durable.checkpoint_fault(newest) is None
     assert f"goes on from {newest}" in (out.parent / "said.txt").read_text()
     code, said = runs.resume(mine)
     assert code == 0, said
