@@ -14,6 +14,7 @@ from fastppo.config.rewards import RECORD
 from fastppo.models import build as roles
 from fastppo.models.load import load_tokenizer
 from fastppo.ppo import trainer
+from fastppo.rewards.reward import Reward
 from fastppo.run import save
 
 # What every version of PEFT and LLaMA-Factory reads of an adapter_config.json.
@@ -70,8 +71,9 @@ def run(settings: dict[str, Any], watch: Watch) -> None:
     if settings.get("make_reward"):
         make_reward(settings)
         return
-    for name, phase in (("sampled", "generate"), ("scored", "score")):
-        watch.phase(trainer, name, phase)
+    watch.phase(trainer, "sample", "generate")
+    watch.phase(trainer, "score", "score")
+    watch.phase(Reward, "__call__", "score")
     state = trainer.init_state(config_from_dict(keys(settings)))
     heads = [] if state.roles.critic_head is None else [state.roles.critic_head]
     held = [p for group in state.optimizer.param_groups for p in group["params"]]
