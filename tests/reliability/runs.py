@@ -263,7 +263,7 @@ PLACES = {
     "a reward function": (reward_function, "call_scores"),
     "the update": (update, "clip_and_step"),
     "an evaluation": (evaluation, "answer"),
-    "a pair": (reward_model, "pair_loss"),
+    "a pair": (pair_trainer, "pair_loss"),
 }
 
 
