@@ -52,7 +52,7 @@ CANDIDATES: Final = tuple(
 
 BLOCK: Final = 1024  # tokens
 # Associative scans of more lanes need registers that grow with them.
-SCAN_BLOCK: Final = 1024
+SCAN: Final = {"BLOCK": 1024, "num_warps": 8}  # with 4 warps advantages spill on sm_100
 
 
 @cache
