@@ -47,7 +47,6 @@ WORDS = {
 }
 # `Experience.scored` is a value, not a function: the rollout after scoring. So is `Scored.kept`.
 VALUES = {"scored", "kept"}
-# Names that are about to be replaced, by module.
 
 
 def names_in(tree: ast.Module) -> list[tuple[str, bool]]:
