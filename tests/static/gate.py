@@ -71,7 +71,13 @@ class Reading:
 
 
 def cases() -> Iterator[Case]:
-    from fastppo.ops.backends.sizes import BLOCK, PAIR_CONFIGS, ROW_CONFIGS, SCAN
+    from fastppo.ops.backends.sizes import (
+        ADVANTAGES_SCAN,
+        BLOCK,
+        GAE_SCAN,
+        PAIR_CONFIGS,
+        ROW_CONFIGS,
+    )
     from fastppo.ops.losses import TERMS
 
     row = {"TEMPERATURE_KIND": 2}
@@ -107,9 +113,9 @@ def cases() -> Iterator[Case]:
     yield Case("moments_kernel", "fp32", {}, BLOCK, 4, 0)
     yield Case("merge_moments_kernel", "fp32", {}, BLOCK, 4, 0)
     yield Case("whiten_kernel", "fp32", {"SHIFT_MEAN": True}, BLOCK, 4, 0)
-    yield Case("gae_kernel", "fp32", {}, *SCAN.values(), 0)
+    yield Case("gae_kernel", "fp32", {}, *GAE_SCAN.values(), 0)
     scan = {"KL_KIND": "k3", "KL_COEF_ON_DEVICE": True, "REWARDS_ONLY": False}
-    yield Case("advantages_kernel", "fp32", scan, *SCAN.values(), 0)
+    yield Case("advantages_kernel", "fp32", scan, *ADVANTAGES_SCAN.values(), 0)
 
 
 def all_kernels() -> dict[str, Any]:

@@ -51,8 +51,10 @@ CANDIDATES: Final = tuple(
 )
 
 BLOCK: Final = 1024  # tokens
-# Associative scans of more lanes need registers that grow with them.
-SCAN: Final = {"BLOCK": 1024, "num_warps": 8}  # with 4 warps advantages spill on sm_100
+# Associative scans of more lanes need registers that grow with them. With 4 warps the kernel of
+# advantages spills on sm_100; with 8 that of GAE has too many registers for two programs there.
+GAE_SCAN: Final = {"BLOCK": 1024, "num_warps": 4}
+ADVANTAGES_SCAN: Final = {"BLOCK": 1024, "num_warps": 8}
 
 
 @cache

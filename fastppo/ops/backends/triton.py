@@ -26,9 +26,10 @@ from fastppo.ops.arguments import (
 )
 from fastppo.ops.backends import LossRows, Scores, Statistics
 from fastppo.ops.backends.sizes import (
+    ADVANTAGES_SCAN,
     AUTOTUNE,
     BLOCK,
-    SCAN,
+    GAE_SCAN,
     RowConfig,
     row_config,
     tuned,
@@ -350,7 +351,7 @@ def _gae(
         0 if reward_part_3P is None else reward_part_3P.shape[1],
         batch,
     )
-    start(gae_kernels.gae_kernel, (batch,), a.reward_N.device, arguments, **SCAN)
+    start(gae_kernels.gae_kernel, (batch,), a.reward_N.device, arguments, **GAE_SCAN)
 
 
 def advantages(a: AdvantagesArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -388,7 +389,7 @@ def advantages(a: AdvantagesArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         KL_KIND=a.kl_kind,
         KL_COEF_ON_DEVICE=isinstance(a.kl_coef, Tensor),
         REWARDS_ONLY=a.whiten_rewards,
-        **SCAN,
+        **ADVANTAGES_SCAN,
     )
     if a.whiten_rewards:
         of_rewards, part_3B = part_3B, torch.empty_like(part_3B)
