@@ -127,7 +127,7 @@ def chosen_backend(op: str, backend: str | None, *tensors: Tensor | None) -> str
     given = [t for t in tensors if t is not None]
     if torch.compiler.is_compiling():
         return backends.choose(op, backend, *given)
-    wide = any(t.dtype == torch.float64 for t in given)
+    wide = torch.float64 in [t.dtype for t in given]
     key = (backend, given[0].device.type, wide)
     found = _chosen.get(key)
     if found is None:

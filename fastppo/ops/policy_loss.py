@@ -232,9 +232,13 @@ def sweep(
 
 def empty_loss_rows(like: Tensor, backend: str) -> LossRows:
     """Uninitialised, for the rows of `like`; a registered op's results share no memory."""
-    n, dtype = like.shape[0], stat_dtype(like)
-    a, b, c = (like.new_empty(n, dtype=dtype) for _ in range(3))
-    return LossRows(a, b, c, like.new_empty((TERMS, 0 if backend == "torch" else n), dtype=dtype))
+    n, dtype, device = like.shape[0], stat_dtype(like), like.device
+    return LossRows(
+        torch.empty(n, dtype=dtype, device=device),
+        torch.empty(n, dtype=dtype, device=device),
+        torch.empty(n, dtype=dtype, device=device),
+        torch.empty(TERMS, 0 if backend == "torch" else n, dtype=dtype, device=device),
+    )
 
 
 def fake_outputs(like: Tensor) -> LossOutputs:
