@@ -148,8 +148,9 @@ def score_tokens(logits_NV: Tensor, ref_logits_NV: Tensor, token_N: Tensor) -> S
 def linear_token_logprobs(
     hidden_ND: Tensor, weight_VD: Tensor, token_N: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """All logits at once."""
-    return token_logprobs(hidden_ND @ weight_VD.T, token_N)
+    """All logits at once; the entropy is a value, as ours gives it by default."""
+    logprob_N, entropy_N = token_logprobs(hidden_ND @ weight_VD.T, token_N)
+    return logprob_N, entropy_N.detach()
 
 
 def linear_policy_loss(

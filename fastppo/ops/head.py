@@ -6,7 +6,7 @@ a second GEMM makes it that of the hidden states. Only a trained head costs a th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -243,24 +243,43 @@ class LinearRows:
 
     def visit(self, kernel: ChunkKernel, *, write: bool) -> None:
         """Show every chunk to `kernel`; turn the gradients it writes into those of what trains."""
-        chunks, wide = self.chunks(), self._gradient_dtype()
+        for chunk, x_NV, dx_NV in self.made(self._gradient_dtype() if write else None):
+            kernel(chunk, x_NV, dx_NV)
+            if dx_NV is not None:
+                self._backward(chunk, self.hidden_ND[chunk], dx_NV)
+
+    def made(
+        self, gradient: torch.dtype | None, *, apart: bool = False
+    ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """Every chunk's place, its logits, and memory for their gradient in that dtype, if any.
+
+        The memory is the logits' own where the dtypes are one, unless they are wanted `apart`.
+        """
+        chunks, device = self.chunks(), self.hidden_ND.device
         # One buffer for all chunks: fresh memory costs as much as the arithmetic on it.
         rows = max((chunk.stop - chunk.start for chunk in chunks), default=0)
         size = (rows, self.head.weight_VD.shape[0])
-        logits_NV = fresh(size, self.logits_dtype, self.hidden_ND.device)
-        # Over the logits where both have one dtype: the chunk is nobody else's.
-        apart = write and logits_NV.dtype != wide
-        grad_NV = fresh(size, wide, self.hidden_ND.device) if apart else logits_NV
-        with full_precision(self.hidden_ND.device):
+        logits_NV = fresh(size, self.logits_dtype, device)
+        grad_NV = None if gradient is None else logits_NV
+        if gradient is not None and (apart or gradient != logits_NV.dtype):
+            grad_NV = fresh(size, gradient, device)
+        with full_precision(device):
             for chunk in chunks:
-                hidden, own = self.hidden_ND[chunk], slice(0, chunk.stop - chunk.start)
-                x_NV = self.head.logits(hidden, logits_NV[own])
-                if not write:
-                    kernel(chunk, x_NV, None)
-                    continue
-                dx_NV = grad_NV[own]
-                kernel(chunk, x_NV, dx_NV)
-                self._backward(chunk, hidden, dx_NV)
+                own = slice(0, chunk.stop - chunk.start)
+                x_NV = self.head.logits(self.hidden_ND[chunk], logits_NV[own])
+                yield chunk, x_NV, None if grad_NV is None else grad_NV[own]
+
+    def to_hidden(self, dx_NV: Tensor, into_ND: Tensor, d_low_NR: Tensor | None = None) -> None:
+        """Turn a gradient of some logits into that of their hidden states: one GEMM.
+
+        `d_low_NR` is the gradient of the adapter's inner activations where somebody has it.
+        """
+        weight_VD, lora = self.head.weight_VD, self.head.lora
+        torch.mm(dx_NV.to(weight_VD.dtype), weight_VD, out=into_ND)
+        if lora is not None:
+            if d_low_NR is None:
+                d_low_NR = dx_NV.to(lora.B_VR.dtype) @ lora.B_VR * lora.scaling
+            into_ND += (d_low_NR @ lora.A_RD).to(into_ND.dtype)
 
     def _gradient_dtype(self) -> torch.dtype:
         """That of the GEMM's operands, or a wider one where something of the head trains in it."""
@@ -271,13 +290,12 @@ class LinearRows:
         return dtype
 
     def _backward(self, chunk: slice, hidden: Tensor, dx_NV: Tensor) -> None:
-        weight_VD, lora = self.head.weight_VD, self.head.lora
+        lora, d_low_NR = self.head.lora, None
         d_hidden, d_weight, d_bias, d_a, d_b = self.grads
-        small_NV = dx_NV.to(weight_VD.dtype)
         if any(self.wanted[1:]):
             # Their gradient is 0, but 0 times a NaN in the hidden state is NaN.
             hidden = hidden.masked_fill(~self.live_N[chunk, None], 0)
-        if lora is not None and (d_hidden is not None or d_a is not None or d_b is not None):
+        if lora is not None and (d_a is not None or d_b is not None):
             lora_dx_NV = dx_NV.to(lora.B_VR.dtype)
             d_low_NR = lora_dx_NV @ lora.B_VR * lora.scaling
             hidden_lora = hidden.to(lora.A_RD.dtype)
@@ -287,10 +305,9 @@ class LinearRows:
                 low_NR = hidden_lora @ lora.A_RD.T
                 d_b.add_(lora_dx_NV.T @ low_NR, alpha=lora.scaling)
         if d_hidden is not None:
-            torch.mm(small_NV, weight_VD, out=d_hidden[chunk])
-            if lora is not None:
-                d_hidden[chunk] += (d_low_NR @ lora.A_RD).to(d_hidden.dtype)
+            self.to_hidden(dx_NV, d_hidden[chunk], d_low_NR)
         if d_weight is not None:
+            small_NV = dx_NV.to(self.head.weight_VD.dtype)
             if d_weight.dtype == hidden.dtype:
                 # beta 0 overwrites whatever was there, NaN too.
                 d_weight.addmm_(small_NV.T, hidden, beta=0 if chunk.start == 0 else 1)

@@ -42,6 +42,7 @@ def linear_token_logprobs(
     head_lora: HeadLora | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    entropy_grad: bool = False,
     chunk_bytes: int | None = None,
     logits_dtype: torch.dtype | None = None,
     ignore_index: int = IGNORE_INDEX,
@@ -50,10 +51,22 @@ def linear_token_logprobs(
 ) -> TokenLogprobs:
     r"""`token_logprobs` of logits = h W^T + bias, in nats, without ever holding them.
 
-    Differentiable in the hidden states and in whatever of the head asks for a gradient: one GEMM
-    without a gradient; with one, the backward makes the logits again (three GEMMs, four for a
-    trained head). Where the loss is PPO's, `linear_policy_loss` needs two and three. Operands are
-    multiplied in the dtype they have; autocast is not consulted.
+    The log-prob is differentiable in the hidden states and in whatever of the head asks for a
+    gradient. How it depends on a hidden state is the same for any loss,
+
+        J_i = d logprob_i / d hidden_i
+            = 1 / tau_i sum_v (1[v = token_i] - p_iv) (1 - tanh^2(x_iv / softcap)) W_v
+
+    so where the weight is frozen J, (N, D), is made in the forward, chunk by chunk, and the
+    backward is g_i J_i. GEMMs of N x V x D:
+
+        frozen weight, any loss of the log-probs    2
+        the same with entropy_grad                  3
+        the same with a trained bias or head_lora   1 more, for the logits once more
+        trained weight                              4 (`linear_policy_loss` needs 3 for PPO's loss)
+        without a gradient                          1
+
+    Operands are multiplied in the dtype they have; autocast is not consulted.
 
     Args:
         hidden_ND: float (N, D).
@@ -63,7 +76,9 @@ def linear_token_logprobs(
         head_lora: an adapter on the head, see HeadLora.
         temperature: > 0, a float or a float tensor () or (N,).
         softcap: > 0, or None for none.
-        chunk_bytes: how many bytes of logits may exist at a time; None suits the device.
+        entropy_grad: whether the entropy is differentiable too; without it, it is detached.
+        chunk_bytes: how many bytes of logits may exist at a time, and as many of their gradient
+            with entropy_grad; None suits the device.
         logits_dtype: what the GEMM gives; None is the operands' dtype, float32 keeps what bf16
             rounds.
         check: also refuse tokens out of range; waits for the device.
@@ -90,27 +105,49 @@ def linear_token_logprobs(
         ignore_index=ignore_index,
         check=check,
     )
-    dtype = logits_dtype_of(op, hidden_ND, logits_dtype)
-    given = Arguments(hidden_ND, head.arguments(), rows, dtype, chunk_bytes, chosen)
+    dtype, enabled = logits_dtype_of(op, hidden_ND, logits_dtype), torch.is_grad_enabled()
     tensors = (hidden_ND, *head.tensors())
+    wanted = tuple(enabled and tensor is not None and tensor.requires_grad for tensor in tensors)
+    given = Arguments(
+        hidden_ND, head.arguments(), rows, dtype, chunk_bytes, entropy_grad, wanted, chosen
+    )
     if is_traced(hidden_ND):
         logprob_N, entropy_N, *_ = _registered(given)
-    elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+    elif any(wanted):
         logprob_N, entropy_N = _LinearTokenLogprobs.apply(*tensors, given)  # type: ignore[no-untyped-call]
     else:
         logprob_N, entropy_N, *_ = _forward(given)
-    return TokenLogprobs(logprob_N, entropy_N)
+    return TokenLogprobs(logprob_N, entropy_N if entropy_grad else entropy_N.detach())
 
 
 class Arguments(NamedTuple):
-    """Of the registered operator."""
+    """Of the registered operator; `wanted` of hidden states, weight, bias, A and B."""
 
     hidden_ND: Tensor
     head: HeadArguments
     rows: RowArguments
     logits_dtype: torch.dtype
     chunk_bytes: int | None
+    entropy_grad: bool
+    wanted: tuple[bool, ...]
     backend: str
+
+    @property
+    def by_slope(self) -> bool:
+        """Whether the gradient of the hidden states is made in the forward."""
+        hidden, weight, *_ = self.wanted
+        return hidden and not weight
+
+
+class Outputs(NamedTuple):
+    """Of the registered operator: statistics, and slopes, which are empty where not wanted."""
+
+    logprob_N: Tensor
+    entropy_N: Tensor
+    row_max_N: Tensor
+    sum_exp_N: Tensor
+    logprob_slope_ND: Tensor  # d logprob_i / d hidden_i
+    entropy_slope_ND: Tensor
 
 
 class BackwardArguments(NamedTuple):
@@ -134,12 +171,36 @@ def _chunks(a: Arguments | BackwardArguments, wanted: tuple[bool, ...]) -> Linea
     return LinearRows(hidden_ND, head, stat, a.logits_dtype, a.chunk_bytes, live_N, wanted)
 
 
-def _forward(a: Arguments) -> Statistics:
+def _forward(a: Arguments) -> Outputs:
     stats, kernels = empty_statistics(a.hidden_ND, a.backend), BACKENDS[a.backend]
-    _chunks(a, (False,) * 5).visit(
-        lambda at, x_NV, _: kernels.token_logprobs(x_NV, a.rows, at, stats), write=False
+    slopes = _empty_slopes(a)
+    if not a.by_slope:
+        _chunks(a, (False,) * 5).visit(
+            lambda at, x_NV, _: kernels.token_logprobs(x_NV, a.rows, at, stats), write=False
+        )
+        return Outputs(*stats, *slopes)
+    one_N = torch.ones_like(stats.logprob_N)
+    # The last one may write over the logits.
+    derived: list[tuple[Tensor, Tensor | None, Tensor | None]] = [(slopes[0], one_N, None)]
+    if a.entropy_grad:
+        derived.insert(0, (slopes[1], None, one_N))
+    chunks = _chunks(a, (False,) * 5)
+    for at, x_NV, dx_NV in chunks.made(a.hidden_ND.dtype, apart=a.entropy_grad):
+        assert dx_NV is not None
+        kernels.token_logprobs(x_NV, a.rows, at, stats)
+        for slope_ND, g_N, h_N in derived:
+            kernels.token_logprobs_backward(x_NV, dx_NV, a.rows, at, stats, g_N, h_N)
+            chunks.to_hidden(dx_NV, slope_ND[at])
+    return Outputs(*stats, *slopes)
+
+
+def _empty_slopes(a: Arguments) -> tuple[Tensor, Tensor]:
+    """Memory for d logprob / d hidden and d entropy / d hidden, empty where not wanted."""
+    shape, like = a.hidden_ND.shape, a.hidden_ND
+    return (
+        like.new_empty(shape if a.by_slope else 0),
+        like.new_empty(shape if a.by_slope and a.entropy_grad else 0),
     )
-    return stats
 
 
 def _backward(a: BackwardArguments) -> HeadGradients:
@@ -154,42 +215,67 @@ def _backward(a: BackwardArguments) -> HeadGradients:
     return chunks.results()
 
 
-def _save(ctx: Any, a: Arguments, stats: Statistics) -> None:
+def _save(ctx: Any, a: Arguments, found: Outputs) -> None:
     rows, head, tau = a.rows, a.head, a.rows.temperature
     ctx.softcap, ctx.ignore_index, ctx.scaling = rows.softcap, rows.ignore_index, head.lora_scaling
     ctx.logits_dtype, ctx.chunk_bytes, ctx.backend = a.logits_dtype, a.chunk_bytes, a.backend
+    ctx.by_slope, ctx.entropy_grad = a.by_slope, a.entropy_grad
+    # What makes the logits again, where the slopes are not all that is needed.
+    again = not a.by_slope or any(a.wanted[1:])
     by_tensor = isinstance(tau, Tensor)  # tensors are autograd's to keep
     ctx.temperature = None if by_tensor else tau
+    operands = (a.hidden_ND, head.weight_VD, head.bias_V, head.lora_A_RD, head.lora_B_VR)
     ctx.save_for_backward(
-        a.hidden_ND,
-        head.weight_VD,
-        head.bias_V,
-        head.lora_A_RD,
-        head.lora_B_VR,
         rows.token_N,
         tau if by_tensor else None,
-        *stats,
+        *(operands if again else (None,) * len(operands)),
+        *found,
     )
 
 
 def _gradients(ctx: Any, g_N: Tensor | None, h_N: Tensor | None) -> tuple[Tensor | None, ...]:
-    hidden_ND, weight_VD, bias_V, a_RD, b_VR, token_N, tau, *stats = ctx.saved_tensors
+    token_N, tau, hidden_ND, weight_VD, bias_V, a_RD, b_VR, *found = ctx.saved_tensors
     tau = ctx.temperature if tau is None else tau
+    rows, outputs = RowArguments(token_N, tau, ctx.softcap, ctx.ignore_index), Outputs(*found)
     wanted = tuple(bool(needed) for needed in ctx.needs_input_grad[:5])
-    given = BackwardArguments(
-        g_N,
-        h_N,
-        wanted,
-        hidden_ND,
-        HeadArguments(weight_VD, bias_V, a_RD, b_VR, ctx.scaling),
-        RowArguments(token_N, tau, ctx.softcap, ctx.ignore_index),
-        ctx.logits_dtype,
-        ctx.chunk_bytes,
-        Statistics(*stats),
-        ctx.backend,
-    )
-    backward = _registered_backward if is_traced(hidden_ND) else _backward
-    return asked(wanted, backward(given))
+    grads: tuple[Tensor | None, ...] = (None,) * 5
+    h_N = h_N if ctx.entropy_grad else None
+    d_hidden_ND = None
+    if ctx.by_slope and wanted[0]:
+        d_hidden_ND = _times_slopes(rows, outputs, g_N, h_N)
+        wanted = (False, *wanted[1:])
+    if any(wanted):
+        given = BackwardArguments(
+            g_N,
+            h_N,
+            wanted,
+            hidden_ND,
+            HeadArguments(weight_VD, bias_V, a_RD, b_VR, ctx.scaling),
+            rows,
+            ctx.logits_dtype,
+            ctx.chunk_bytes,
+            Statistics(*outputs[:4]),
+            ctx.backend,
+        )
+        backward = _registered_backward if is_traced(hidden_ND) else _backward
+        grads = asked(wanted, backward(given))
+    return grads if d_hidden_ND is None else (d_hidden_ND, *grads[1:])
+
+
+def _times_slopes(
+    rows: RowArguments, found: Outputs, g_N: Tensor | None, h_N: Tensor | None
+) -> Tensor | None:
+    """g dlogprob/dhidden + h dentropy/dhidden, in float32, then in the hidden states' dtype."""
+    # The slopes of ignored rows are 0, but 0 times a NaN in their gradient is NaN.
+    dead_N = ~live_rows(rows)
+    products = [
+        slope_ND * grad_N.masked_fill(dead_N, 0)[:, None]
+        for slope_ND, grad_N in ((found.logprob_slope_ND, g_N), (found.entropy_slope_ND, h_N))
+        if grad_N is not None
+    ]
+    if not products:
+        return None
+    return sum(products[1:], products[0]).to(found.logprob_slope_ND.dtype)
 
 
 class _LinearTokenLogprobs(torch.autograd.Function):
@@ -205,10 +291,10 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         lora_B_VR: Tensor | None,
         a: Arguments,
     ) -> tuple[Tensor, Tensor]:
-        stats = _forward(a)
+        found = _forward(a)
         ctx.set_materialize_grads(False)
-        _save(ctx, a, stats)
-        return stats.logprob_N, stats.entropy_N
+        _save(ctx, a, found)
+        return found.logprob_N, found.entropy_N
 
     @staticmethod
     @once_differentiable
@@ -219,9 +305,9 @@ class _LinearTokenLogprobs(torch.autograd.Function):
 _registered = register(
     "linear_token_logprobs",
     Arguments,
-    Statistics,
+    Outputs,
     _forward,
-    lambda a: empty_statistics(a.hidden_ND, a.backend),
+    lambda a: Outputs(*empty_statistics(a.hidden_ND, a.backend), *_empty_slopes(a)),
     results=2,
     save=_save,
     backward=_gradients,

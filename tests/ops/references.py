@@ -303,11 +303,13 @@ def linear_token_logprobs_reference(
     *,
     bias_V: Tensor | None = None,
     head_lora: HeadLora | None = None,
+    entropy_grad: bool = False,
     **keywords: Any,
 ) -> TokenLogprobs:
     """The definition of `linear_token_logprobs`, for autograd."""
     logits_NV = dense_logits(hidden_ND, weight_VD, bias_V, head_lora)
-    return token_logprobs_reference(logits_NV, token_N, **keywords)
+    found = token_logprobs_reference(logits_NV, token_N, **keywords)
+    return found if entropy_grad else found._replace(entropy_N=found.entropy_N.detach())
 
 
 def linear_policy_loss_reference(

@@ -25,7 +25,8 @@ def test_gradients_of_hidden_states_weight_bias_and_adapter(chunk_bytes):
         for leaf in leaves:
             leaf.requires_grad_()
         extra = {"chunk_bytes": chunk_bytes} if function is linear_token_logprobs else {}
-        out = function(**inputs, bias_V=bias, head_lora=HeadLora(a, b, 0.7), softcap=5.0, **extra)
+        extra |= {"head_lora": HeadLora(a, b, 0.7), "softcap": 5.0, "entropy_grad": True}
+        out = function(**inputs, bias_V=bias, **extra)
         (out.logprob_N.square().sum() + out.entropy_N.sum()).backward()
         grads.append([leaf.grad for leaf in leaves])
     for mine, theirs in zip(*grads, strict=True):
@@ -50,7 +51,8 @@ def test_gradcheck_of_everything_that_may_train(function):
 
     def of(hidden, weight, bias, a, b):
         lora = HeadLora(a, b, 0.7)
-        return function(hidden, weight, inputs["token_N"], bias_V=bias, head_lora=lora, softcap=5.0)
+        extra = {"head_lora": lora, "softcap": 5.0, "entropy_grad": True}
+        return function(hidden, weight, inputs["token_N"], bias_V=bias, **extra)
 
     assert torch.autograd.gradcheck(of, leaves)
 
@@ -64,7 +66,7 @@ def test_nans_of_ignored_rows_do_not_leak_into_a_trained_head():
         leaves = [inputs["hidden_ND"], inputs["weight_VD"]]
         for leaf in leaves:
             leaf.requires_grad_()
-        out = linear_token_logprobs(**inputs)
+        out = linear_token_logprobs(**inputs, entropy_grad=True)
         (out.logprob_N.sum() + out.entropy_N.sum()).backward()
         grads.append([leaf.grad for leaf in leaves])
     for clean, poisoned in zip(*grads, strict=True):
