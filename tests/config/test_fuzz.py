@@ -22,6 +22,8 @@ from fastppo.errors import UserError
 from tests.project import PPO, RM, write_json
 
 KNOWN = sorted({*Config.model_fields, *IGNORED, *REFUSED, *ALIASES})
+# A quarter of that in the fast suite: tests/config/conftest.py.
+HUNDRED = settings.default.max_examples
 # The fixture is one folder for all examples: each writes its own files anew.
 QUICK = {
     "deadline": None,
@@ -61,14 +63,14 @@ def tried(function: Any, *arguments: Any) -> Any:
         return None
 
 
-@settings(max_examples=300, **QUICK)
+@settings(max_examples=3 * HUNDRED, **QUICK)
 @given(PAIRS)
 def test_any_keys_and_values_give_a_configuration_or_one_clean_error(values):
     config = tried(config_from_dict, {**PPO, **values})
     assert config is None or isinstance(config, Config)
 
 
-@settings(max_examples=150, **QUICK)
+@settings(max_examples=3 * HUNDRED // 2, **QUICK)
 @given(st.sampled_from(KNOWN), VALUES)
 def test_any_value_of_one_key_gets_as_far_as_the_disk(project, name, value):
     """What the YAML lets through is opened, and what is no path is no crash."""
@@ -92,7 +94,7 @@ LINES = st.lists(
 ).map("\n".join)
 
 
-@settings(max_examples=200, **QUICK)
+@settings(max_examples=2 * HUNDRED, **QUICK)
 @given(LINES | st.text(st.sampled_from(string.punctuation + " \n\tab1"), max_size=40))
 @example("a: !!timestamp x")
 @example("a: !!int ''")
@@ -110,7 +112,7 @@ def test_any_text_as_a_file(tmp_path_factory, text):
         tried(load_config, path)
 
 
-@settings(max_examples=300, **QUICK)
+@settings(max_examples=3 * HUNDRED, **QUICK)
 @given(st.binary(max_size=60))
 def test_any_bytes_as_a_file(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "run.yaml"
@@ -118,7 +120,7 @@ def test_any_bytes_as_a_file(tmp_path_factory, data):
     tried(load_config, path)
 
 
-@settings(max_examples=200, **QUICK)
+@settings(max_examples=2 * HUNDRED, **QUICK)
 @given(
     st.lists(
         st.text(max_size=20)
@@ -133,7 +135,7 @@ def test_any_overrides(tmp_path_factory, overrides):
     tried(load_config, path, overrides)
 
 
-@settings(max_examples=150, **QUICK)
+@settings(max_examples=3 * HUNDRED // 2, **QUICK)
 @given(st.lists(st.text(max_size=12), max_size=3))
 @example(["\0"])
 @example(["\ud800"])
@@ -181,7 +183,7 @@ ROW = st.fixed_dictionaries(
 KEPT = st.sampled_from(["alpaca", "sharegpt", "openai"])
 
 
-@settings(max_examples=200, **QUICK)
+@settings(max_examples=2 * HUNDRED, **QUICK)
 @given(st.lists(ROW | JSON, max_size=4), KEPT, st.booleans(), st.booleans())
 def test_any_rows(project, rows, formatting, ranking, history):
     columns = {"prompt": "instruction", "history": "history", "messages": "messages"}
@@ -195,7 +197,7 @@ def test_any_rows(project, rows, formatting, ranking, history):
         record.messages[-1]["content"].encode()  # text that a tokenizer takes
 
 
-@settings(max_examples=200, **QUICK)
+@settings(max_examples=2 * HUNDRED, **QUICK)
 @given(st.binary(max_size=60) | st.text(max_size=60).map(lambda x: x.encode("utf-8", "replace")))
 @example(b"[]")
 @example(b"\xef\xbb\xbf[{}]")
@@ -230,14 +232,14 @@ ENTRY = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=200, **QUICK)
+@settings(max_examples=2 * HUNDRED, **QUICK)
 @given(st.fixed_dictionaries({}, optional={"d": ENTRY | JSON}) | JSON)
 def test_any_dataset_info(project, infos):
     (project / "data" / "dataset_info.json").write_text(json.dumps(infos))
     tried(read_records, config_from_dict({**PPO, "dataset": "d"}))
 
 
-@settings(max_examples=100, **QUICK)
+@settings(max_examples=HUNDRED, **QUICK)
 @given(st.dictionaries(st.sampled_from(["hidden_size", "num_hidden_layers", "vocab_size"]), JSON))
 def test_any_config_json_of_a_model(project, capsys, config):
     (project / "model" / "config.json").write_text(json.dumps(config))

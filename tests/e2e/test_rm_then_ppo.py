@@ -16,6 +16,7 @@ from fastppo import toy
 from fastppo.cli import main
 from fastppo.ppo.columns import COLUMNS
 
+pytestmark = pytest.mark.pictures
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures"
 

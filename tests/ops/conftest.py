@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
 
-from fastppo.ops import workspace
+from fastppo.ops import native_library, workspace
 from fastppo.ops.backend import available
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -19,11 +19,39 @@ if "triton" in FUSED and DEVICE == "cpu":
     interpreter.install()
 
 
+LIBRARY, ISAS = native_library.LIBRARY, native_library.ISAS
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", ["torch", *FUSED])
-    if "fused" in metafunc.fixturenames:
-        metafunc.parametrize("fused", FUSED)
+    for name, backends in (("backend", ("torch", *FUSED)), ("fused", FUSED)):
+        if name not in metafunc.fixturenames:
+            continue
+        if "width" not in metafunc.fixturenames:
+            metafunc.parametrize(name, backends)
+            continue
+        pairs = [
+            pytest.param(backend, width, id=f"{backend}-{width}" if width else backend)
+            for backend in backends
+            for width in (widths() if backend == "native" else [None])
+        ]
+        metafunc.parametrize((name, "width"), pairs, indirect=["width"])
+
+
+def widths() -> Sequence[str]:
+    """Vector widths of this processor, or those up to FASTPPO_CPU's."""
+    return ISAS[: LIBRARY.fastppo_isa() + 1]
+
+
+@pytest.fixture
+def width(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The native kernels run at the width in `.param`; None leaves them alone."""
+    if request.param is None:
+        yield
+        return
+    before = LIBRARY.fastppo_isa()
+    assert LIBRARY.fastppo_use_isa(ISAS.index(request.param)) >= 0
+    yield
+    LIBRARY.fastppo_use_isa(before)
 
 
 @pytest.fixture

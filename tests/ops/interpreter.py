@@ -1,13 +1,21 @@
-"""Triton's interpreter, without the half of its time that finds nothing new.
+"""Triton's interpreter, without the larger part of its time.
 
-At each call of a device function it looks through all of `triton.language` for builtins that it has
-yet to replace. Within one launch the second look can only find what the first one replaced.
+- At each call of a device function it looks through all of `triton.language` for builtins that it
+  has yet to replace. Within one launch the second look can only find what the first one replaced.
+- A scan calls its step once a lane. Here it goes as a GPU's does: whole vectors, each composed with
+  itself 1, 2, 4, ... lanes before, so 10 calls for 1024 lanes (test_interpreter.py holds it to
+  Triton's own).
+- The shape of a tensor, and numpy's name for a type, are made anew for every tensor. Here they are
+  looked up.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
+import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -15,6 +23,8 @@ from triton.runtime import interpreter
 replaced: set[frozenset[str]] = set()
 visible: dict[Any, frozenset[str]] = {}
 launch = interpreter.GridExecutor.__call__
+numpy_type = interpreter._get_np_dtype
+scan_lane_by_lane = interpreter.ScanOps.generic_scan
 
 
 def seen_by(function: Any) -> frozenset[str]:
@@ -46,6 +56,57 @@ def called(self: Any, *args: Any, **kwargs: Any) -> Any:
         raise interpreter.InterpreterError(repr(error)) from error
 
 
+def scan(self: Any, vectors: Sequence[Any]) -> list[Any]:
+    """ScanOps.generic_scan of vectors: lane i is the composition of lanes 0 to i, in that order."""
+    (lanes,) = vectors[0].handle.data.shape
+    reach = 1  # each lane holds the composition of so many, those that there are
+    while reach < lanes:
+        # The first lanes have all of theirs; what is computed for them is thrown away.
+        earlier = [
+            self.to_tensor(np.concatenate([x.handle.data[:reach], x.handle.data[:-reach]]), x.dtype)
+            for x in vectors
+        ]
+        found = self.combine_fn.fn(*earlier, *vectors)
+        found = found if isinstance(found, tuple) else (found,)
+        vectors = [
+            self.to_tensor(np.concatenate([x.handle.data[:reach], y.handle.data[reach:]]), x.dtype)
+            for x, y in zip(vectors, found, strict=True)
+        ]
+        reach *= 2
+    return list(vectors)
+
+
+@cache
+def shape_of(sizes: tuple[int, ...]) -> tuple[Any, Any]:
+    """What a tensor has as `shape` and as `numel`."""
+    numel = 1
+    for size in sizes:
+        numel *= size
+    return tl.core.tuple([tl.constexpr(size) for size in sizes]), tl.constexpr(numel)
+
+
+def init_tensor(self: Any, handle: Any, type: Any) -> None:
+    """tl.tensor.__init__."""
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.shape, self.numel = shape_of(tuple(type.shape) if type.is_block() else ())
+
+
+numpy_types: dict[str, Any] = {}
+
+
+def numpy_type_of(given: Any) -> Any:
+    """interpreter._get_np_dtype."""
+    if type(given) is not tl.dtype:
+        return numpy_type(given)
+    found = numpy_types.get(given.name)
+    if found is None:
+        found = numpy_types[given.name] = numpy_type(given)
+    return found
+
+
 def install() -> None:
     interpreter.GridExecutor.__call__ = launched
     interpreter.InterpretedFunction.__call__ = called
+    interpreter.ScanOps.generic_scan = scan
+    interpreter._get_np_dtype = numpy_type_of
+    tl.core.tensor.__init__ = init_tensor

@@ -21,6 +21,14 @@ def device_of(backend: str) -> str:
     return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
 
 
+def few(rows: int, backend: str, interpreted: int) -> int:
+    """So many rows; fewer for Triton's interpreter, which takes milliseconds for each.
+
+    A program goes over one row and knows of no other, and a GPU is given all of them.
+    """
+    return min(rows, interpreted) if backend == "triton" and device_of(backend) == "cpu" else rows
+
+
 def place(inputs: dict[str, Any], backend: str) -> dict[str, Any]:
     """The inputs where the backend wants them."""
     device = device_of(backend)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
+import torch
+
+from fastppo.ops import arguments, backend, whiten
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -20,6 +24,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_ops_need_torch_and_nothing_else_that_is_installed():
+    """And import, to begin with, no module but their own."""
     # Whatever fastppo asks for is looked at, loaded by torch already or not (numpy is), at import
     # and while every op runs.
     code = """
@@ -32,7 +37,10 @@ def guarded(name, globals=None, locals=None, fromlist=(), level=0):
         raise ImportError(f'{asking} imports {name}')
     return plain(name, globals, locals, fromlist, level)
 builtins.__import__ = guarded
+before = set(sys.modules)
 import fastppo.ops
+tops = {name.split('.')[0] for name in set(sys.modules) - before} - {'fastppo', 'torch'}
+print(sorted(tops - set(sys.stdlib_module_names)))
 from tests.ops.registry import OPS, Shape
 for op in OPS.values():
     inputs = op.make_inputs(Shape(n=6, vocab=5, hidden=3, batch=2), torch.float32, 0)
@@ -45,30 +53,21 @@ print(len(OPS), 'ops ran')
 """
     done = run(code)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "11 ops ran"
-
-
-def test_no_module_comes_in_with_the_ops_but_their_own():
-    code = """
-import sys, torch
-before = set(sys.modules)
-import fastppo.ops
-tops = {name.split('.')[0] for name in set(sys.modules) - before} - {'fastppo', 'torch'}
-print(sorted(tops - set(sys.stdlib_module_names)))
-"""
-    done = run(code)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.split("\n") == ["[]", "11 ops ran", ""]
 
 
 @pytest.mark.alone
 def test_the_ops_import_in_under_300_ms_above_torch():
     clock = "time.perf_counter()"
     code = f"import torch, time; t = {clock}; import fastppo.ops; print({clock} - t)"
-    assert min(float(run(code).stdout) for _ in range(3)) < 0.3
+    assert any(float(run(code).stdout) < 0.3 for _ in range(3))  # a busy machine has three tries
 
 
-CALLED = "import torch; from fastppo.ops import whiten; whiten(torch.ones(2))"
+def forced(monkeypatch, name):
+    """As a process has it that was started with this FASTPPO_BACKEND, and no interpreter."""
+    monkeypatch.setattr(backend, "FORCED", name)
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    monkeypatch.setattr(arguments, "_chosen", {})
 
 
 @pytest.mark.parametrize(
@@ -81,17 +80,19 @@ CALLED = "import torch; from fastppo.ops import whiten; whiten(torch.ones(2))"
         ("gpu", "FASTPPO_BACKEND='gpu' is no backend; wanted one of triton, native, torch"),
     ],
 )
-def test_a_forced_backend_that_cannot_run_says_why(name, message):
-    done = run(CALLED, FASTPPO_BACKEND=name)
-    assert done.returncode == 1
-    assert message in done.stderr
+def test_a_forced_backend_that_cannot_run_says_why(name, message, monkeypatch):
+    forced(monkeypatch, name)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        whiten(torch.ones(2))
 
 
-def test_torch_can_be_forced():
-    assert run(CALLED, FASTPPO_BACKEND="torch").returncode == 0
+def test_torch_can_be_forced(monkeypatch):
+    forced(monkeypatch, "torch")
+    assert whiten(torch.ones(2)).tolist() == [0.0, 0.0]
 
 
 def test_a_forced_backend_is_refused_by_every_op():
+    """In a process of its own: the environment is read once."""
     code = """
 import torch
 from tests.ops.registry import OPS, Shape

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastppo.ops import arguments, backend, gae, native_library, policy_loss, token_logprobs
+from fastppo.ops import arguments, backend, gae, native_library, policy_loss, token_logprobs, whiten
 from fastppo.ops.backends import native
 from tests.ops.oracle import run
 from tests.ops.registry import OPS, Shape
@@ -20,7 +20,6 @@ pytestmark = pytest.mark.skipif(
     native_library.LIBRARY is None, reason=f"no native kernels: {native_library.OBSTACLE}"
 )
 ROOT = Path(__file__).parents[2]
-FORCED = "import torch; from fastppo.ops import whiten; whiten(torch.ones(2), backend='native')"
 # Past the sizes below which one thread does it all, past a block, and no multiple of a register.
 LARGE = Shape(n=48, vocab=4099, hidden=24, batch=5)
 
@@ -97,23 +96,40 @@ def test_there_is_one_openmp_runtime():
     assert len(eval(done.stdout)) == 1, done.stdout
 
 
+@pytest.fixture
+def loaded_anew(monkeypatch):
+    """The library as a process with this FASTPPO_CPU loads it. What every width computes is
+    test_edges.py's."""
+    before = native_library.isa()
+
+    def load(wanted):
+        monkeypatch.setenv("FASTPPO_CPU", wanted)
+        library, obstacle = native_library._load()
+        monkeypatch.setattr(native_library, "LIBRARY", library)
+        monkeypatch.setattr(native_library, "OBSTACLE", obstacle)
+        monkeypatch.setattr(arguments, "_chosen", {})
+
+    yield load
+    monkeypatch.undo()
+    native_library.LIBRARY.fastppo_use_isa(native_library.ISAS.index(before))
+
+
 @pytest.mark.parametrize("isa", native_library.ISAS)
-def test_every_vector_width_obeys_the_oracle(isa):
-    """The dense ops' oracle tests again; a width that this processor lacks says so."""
-    if native_library.ISAS.index(isa) > native_library.LIBRARY.fastppo_isa():
-        done = python(FORCED, FASTPPO_CPU=isa)
-        assert f"this processor has no {isa}" in done.stderr
+def test_a_vector_width_is_chosen_or_the_processor_has_none_of_it(isa, loaded_anew):
+    widest = native_library.ISAS.index(native_library.isa())
+    loaded_anew(isa)
+    if native_library.ISAS.index(isa) <= widest:
+        assert native_library.isa() == isa
         return
-    asked = ["-q", "-p", "no:cacheprovider", "tests/ops/test_edges.py", "-k", "native"]
-    command = f"import pytest, sys; sys.exit(pytest.main({asked}))"
-    done = python(command, FASTPPO_CPU=isa, OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stdout[-2000:]
+    with pytest.raises(ValueError, match=f"this processor has no {isa}"):
+        whiten(torch.ones(2), backend="native")
 
 
-def test_an_unknown_vector_width_is_refused():
-    done = python(FORCED, FASTPPO_CPU="avx1024")
-    assert done.returncode == 1
-    assert "FASTPPO_CPU='avx1024' is none of portable, avx2, avx512" in done.stderr
+def test_an_unknown_vector_width_is_refused(loaded_anew):
+    loaded_anew("avx1024")
+    wanted = "FASTPPO_CPU='avx1024' is none of portable, avx2, avx512"
+    with pytest.raises(ValueError, match=wanted):
+        whiten(torch.ones(2), backend="native")
 
 
 def test_without_the_library_it_says_so_once_and_runs(monkeypatch):

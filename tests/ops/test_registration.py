@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastppo.ops import PolicyLossConfig, policy_loss, token_logprobs
-from tests.ops.oracle import place, run
+from tests.ops.oracle import few, place, run
 from tests.ops.registry import OPS, Op, Shape
 
 SHAPE = Shape(n=6, vocab=19, hidden=5, batch=2)
@@ -127,9 +127,8 @@ def test_50_changing_steps_recompile_once(name, backend):
 
     compiled = torch.compile(step, fullgraph=True, backend=count)
     for i in range(50):
-        inputs = place(
-            OPS["policy_loss"].make_inputs(Shape(n=3 + i % 7, vocab=19), torch.float32, i), backend
-        )
+        shape = Shape(n=3 + i % few(7, backend, 2), vocab=19)
+        inputs = place(OPS["policy_loss"].make_inputs(shape, torch.float32, i), backend)
         device = inputs["logits_NV"].device
         rest = {k: inputs[k] for k in inputs if k.endswith("_N") and k != "token_N"}
         beta, tau = (torch.tensor(x, device=device) for x in (0.1 + 0.01 * i, 1.0 + 0.01 * i))

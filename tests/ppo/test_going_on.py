@@ -77,7 +77,7 @@ def test_a_slow_picture_slows_no_run(config, drawings, monkeypatch):
     inner = plots.draw_curves
 
     def slow(*args: Any) -> None:
-        time.sleep(3.0)
+        time.sleep(1.0)
         inner(*args)
 
     monkeypatch.setattr(plots, "draw_curves", slow)

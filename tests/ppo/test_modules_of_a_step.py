@@ -45,7 +45,9 @@ def test_a_step_enters_few_modules(tmp_path, monkeypatch):
       configuration's derived keys, the rewards, and the toy's own reward function.
     """
     monkeypatch.chdir(tmp_path)
-    state = trainer.init_state(toy.config("toy", max_steps=3, metrics_dir="metrics"))
+    # A small step enters what a large one does; each call of each function is looked at.
+    small = {"per_device_train_batch_size": 4, "ppo_epochs": 2, "max_new_tokens": 4}
+    state = trainer.init_state(toy.config("toy", max_steps=3, metrics_dir="metrics", **small))
     trainer.step_update(state)
     entered = modules_entered(trainer.step_update, state)
     print(f"{len(entered)} modules: {', '.join(sorted(entered))}")

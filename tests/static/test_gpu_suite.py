@@ -10,41 +10,47 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import SECTIONS, markdown
+from benchmarks.gpu import SECTIONS, main, markdown
 
 ROOT = Path(__file__).parents[2]
 
 
-def suite(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", *arguments],
+def walked_through(said: str) -> bool:
+    return all(f"{name}.json" in said for name in SECTIONS) and "README.md" in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for want of a GPU")
+def test_every_section_runs_and_writes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--rehearse"]) == 0
+    assert walked_through(capsys.readouterr().out)
+
+
+@pytest.mark.slow  # imports everything again, and runs under the interpreter as Triton has it
+def test_so_they_do_from_a_shell() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", "--rehearse"],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={**os.environ, **environment},
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         check=False,
     )
-
-
-def test_every_section_runs_and_writes() -> None:
-    done = suite("--rehearse", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
-    for section in SECTIONS:
-        assert f"{section}.json" in done.stdout
-    assert "README.md" in done.stdout
+    assert walked_through(done.stdout)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: make gpu runs the suite")
-def test_without_a_gpu_it_says_so() -> None:
-    done = suite()
-    assert done.returncode == 2
-    assert "no GPU here" in done.stderr
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "no GPU here" in capsys.readouterr().err
 
 
-def test_a_rehearsal_without_the_interpreter_is_refused() -> None:
-    done = suite("--rehearse", TRITON_INTERPRET="0")
-    assert done.returncode == 2
-    assert "TRITON_INTERPRET=1" in done.stderr
+def test_a_rehearsal_without_the_interpreter_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert main(["--rehearse"]) == 2
+    assert "TRITON_INTERPRET=1" in capsys.readouterr().err
 
 
 def test_the_table_has_what_was_measured() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -28,17 +28,23 @@ SPEAK_TO_SERVERS = {"fastppo/rewards/server.py", "fastppo/config/rewards.py"}
 NETWORK = {"requests", "httpx", "aiohttp", "urllib3", "socket", "ftplib", "telnetlib"}
 
 
-def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def calls(path: Path) -> list[tuple[str, ast.Call]]:
     """Every call of a file, by its dotted name."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call):
-            yield ast.unparse(node.func), node
+    found = [node for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
+    return [(ast.unparse(node.func), node) for node in found]
 
 
+@cache
 def imports(path: Path) -> set[str]:
     """First parts of all imported modules, and the names that come from pickle."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
