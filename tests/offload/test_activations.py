@@ -113,7 +113,7 @@ def test_a_ppo_update_has_the_same_gradients(
         with offload(made.base, chosen, keep_last=0) as context:
             for batch in batches(rollout, mini.rows, Budget(rows=3)):
                 forward_backward(made, experience, batch, mini, settings, Totals())
-        trained = [*made.trained_parameters("actor"), *made.trained_parameters("critic")]
+        trained = [*made.trainable_parameters("actor"), *made.trainable_parameters("critic")]
         found.append(torch.cat([p.grad.flatten() for p in trained if p.grad is not None]))
     assert found[0].any()
     assert torch.equal(*found)

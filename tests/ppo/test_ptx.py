@@ -38,7 +38,7 @@ def demonstrations(config, ptx_file, template):
 
 
 def flat_grad(made):
-    return torch.cat([p.grad.flatten() for p in made.trained_parameters("actor")])
+    return torch.cat([p.grad.flatten() for p in made.trainable_parameters("actor")])
 
 
 def test_its_gradient_is_the_cross_entropy_of_the_answers_alone(
