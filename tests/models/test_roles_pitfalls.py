@@ -341,7 +341,7 @@ def test_loraplus_has_no_group_of_nothing(tiny_roles, config, advantage):
 def test_loraplus_in_stage_rm_is_the_optimiser_and_weight_decay_asked_for(config):
     rm = {"stage": "rm", "loraplus_lr_ratio": 4.0, "weight_decay": 0.1, "learning_rate": 1e-3}
     settings = config(**rm, optim="adamw_torch_fused", adam_epsilon=1e-7)
-    model = reward_model.trained_model(settings, torch.device("cpu"))
+    model = reward_model.load_trainable_model(settings, torch.device("cpu"))
     optimizer = reward_model.lora_plus(settings, model)
     assert optimizer.defaults["fused"]
     names = {p: name for name, p in model.named_parameters()}
