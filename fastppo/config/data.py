@@ -1,4 +1,4 @@
-"""The keys of the data and its template, and what goes together of them. No torch here."""
+"""Keys of the data and its template, and checks of how they go together. No torch here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DATA_LISTS = ("dataset", "eval_dataset", "interleave_probs")
 
 
 class DataKeys(Keys):
-    """The part of a run that says what it learns from, and how that is written."""
+    """Keys of the training data and its format."""
 
     title = "Data"
 
@@ -58,7 +58,7 @@ class DataKeys(Keys):
 
     @property
     def mixing_probabilities(self) -> list[float] | None:
-        """interleave_probs as numbers."""
+        """interleave_probs as a list of numbers."""
         text = self.interleave_probs
         return None if text is None else [float(part) for part in text.split(",")]
 

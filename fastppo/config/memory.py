@@ -1,4 +1,4 @@
-"""Keys that change how much memory a run takes and how fast it is, and its result by rounding only.
+"""Keys that change a run's memory and speed, and its result only by rounding.
 
 No torch here.
 """
@@ -12,11 +12,11 @@ from fastppo.config.key import HF, LF, OWN, TRL24, VERL, Above0, Keys, Positive,
 if TYPE_CHECKING:
     from fastppo.config.schema import Config
 
-Auto = Literal["auto"]  # by the memory plan: the fastest that fits
+Auto = Literal["auto"]  # the memory plan chooses the fastest value that fits
 
 
 class MemoryKeys(Keys):
-    """The part of a run that decides how much memory its phases want, and not what they learn."""
+    """Keys that change how much memory the phases of a run need, but not what they train."""
 
     title = "Memory"
 
@@ -49,7 +49,7 @@ class MemoryKeys(Keys):
 
 
 class StepKeys(Keys):
-    """They change speed and memory, and the result by rounding only."""
+    """Keys that change speed and memory, and the result only by rounding."""
 
     title = "Batches of a PPO step"
 
@@ -90,7 +90,7 @@ class StepKeys(Keys):
 
 
 def offload_mode(config: Config) -> str:
-    """activation_offloading, or what LLaMA-Factory's keys for it say."""
+    """activation_offloading, or the mode that LLaMA-Factory's keys ask for."""
     if config.activation_offloading is not None:
         return config.activation_offloading
     if config.use_unsloth_gc:
@@ -99,24 +99,23 @@ def offload_mode(config: Config) -> str:
 
 
 def longest_sequence(config: Config) -> int:
-    """Most tokens of a sequence: in stage rm prompt and answer share cutoff_len."""
+    """Largest number of tokens in a sequence; in stage rm prompt and answer share cutoff_len."""
     return config.cutoff_len + (config.max_new_tokens if config.stage == "ppo" else 0)
 
 
 def micro_batch_tokens(config: Config) -> int:
-    """Most tokens of a micro-batch, padding included.
+    """Largest number of tokens in a micro-batch, including padding.
 
-    In stage ppo what `per_device_train_batch_size` sequences take at their longest: shorter ones
-    share a micro-batch with more, in the memory that was planned for them.
+    In stage ppo it is `per_device_train_batch_size` times the longest sequence; of shorter
+    sequences, more share a micro-batch, in the same memory.
     """
     rows = config.per_device_train_batch_size * (2 if config.stage == "rm" else 1)
     return rows * longest_sequence(config)
 
 
 def reference_streams(config: Config) -> bool:
-    """Whether ref_model passes through the device: asked to, not in few bits, nothing on it trains.
-
-    With freeze and full a critic that is an adapter trains on it.
+    """Whether ref_model's layers are streamed: the keys say so, and it is neither quantised nor
+    the base of a critic's adapter (with finetuning_type freeze and full).
     """
     trains = config.finetuning_type != "lora" and config.critic == "adapter" and config.has_critic
     whole = config.ref_model is not None and config.ref_model_quantization_bit is None
@@ -124,10 +123,10 @@ def reference_streams(config: Config) -> bool:
 
 
 def check_offload(config: Config) -> None:
-    """Refuse keys that contradict each other.
+    """Check that the keys of offloading do not contradict each other.
 
     Raises:
-        ValueError: names the key, and the cure.
+        ValueError: two keys do; the message names the key and the cure.
     """
     mode = offload_mode(config)
     if config.disable_gradient_checkpointing and mode not in ("none", "offload"):
@@ -158,10 +157,10 @@ def check_offload(config: Config) -> None:
 
 
 def check_step(config: Config) -> None:
-    """Refuse to merge what cannot be merged.
+    """Check that rollout_merge_adapter can be obeyed.
 
     Raises:
-        ValueError: names the key, and the cure.
+        ValueError: the adapter cannot be merged; the message names the key and the cure.
     """
     if not config.rollout_merge_adapter:
         return

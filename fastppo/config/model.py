@@ -1,6 +1,6 @@
-"""The keys of the base model: where it is from, and how it is loaded; and the dtype of its weights.
+"""Keys of the base model: where it comes from and how it is loaded; and the dtype of its weights.
 
-No torch here: the memory plan asks for that dtype too.
+No torch here: the memory plan needs the dtype too.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from fastppo.config.key import LF, OWN, Keys, key
 
 
 class ModelKeys(Keys):
-    """The part of a run that says which model everything stands on."""
+    """Keys of the base model, on which all roles run."""
 
     title = "Model"
 
@@ -42,7 +42,7 @@ class ModelKeys(Keys):
 
 
 def own_dtype(data: dict[str, Any]) -> str:
-    """The dtype of published weights, as their config.json names it; float32 if it does not."""
+    """The dtype of published weights that their config.json names; float32 if it names none."""
     inner = data.get("text_config")
     own = {**data, **(inner if isinstance(inner, dict) else {})}
     named = own.get("dtype") or own.get("torch_dtype") or "float32"
@@ -50,10 +50,10 @@ def own_dtype(data: dict[str, Any]) -> str:
 
 
 def run_dtype(*, bf16: bool, own: str, on_gpu: bool) -> str:
-    """bfloat16 where `bf16` asks for it; without, on a GPU the checkpoint's own, else float32.
+    """The run's dtype: bfloat16 with `bf16`; else on a GPU the weights' own, on a CPU float32.
 
-    LLaMA-Factory's rule for a GPU, but for weights in float16: they run in bfloat16, which is as
-    large and needs no loss scaler.
+    On a GPU this is LLaMA-Factory's rule, except that weights in float16 run in bfloat16, which has
+    the same size and needs no loss scaler.
     """
     half = bf16 or (on_gpu and own in ("bfloat16", "float16"))
     return "bfloat16" if half else "float32"

@@ -1,7 +1,7 @@
-"""The keys of the algorithm: KL, score, advantage, loss. Names are TRL's where TRL has one.
+"""Keys of the algorithm: KL, score, advantage, loss. Names are TRL's where TRL has one.
 
-What TRL 0.9.6 does not have goes by the name that verl, OpenRLHF, torchtune or TRL's GRPO trainer
-gives it; `ELSEWHERE` lists the other names, so that a wrong key is answered with the right one.
+Other keys have the name that verl, OpenRLHF, torchtune or TRL's GRPO trainer gives them.
+`ELSEWHERE` lists further names, so that the error for such a key names the right one.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from fastppo.config.key import (
     key,
 )
 
-# kl_penalty and kl_loss_type -> the operators' kind. Of `full` the operator is given the KL itself.
+# kl_penalty and kl_loss_type -> the operators' kl_kind. With `full` they are given the KL itself.
 KL_KIND = {"kl": "k1", "abs": "abs", "mse": "k2", "low_var_kl": "k3", "full": "k1"}
 
 
 class KLKeys(Keys):
-    """The part of PPO that says how long a rollout serves, and what drifting away costs."""
+    """Keys of the use of a rollout and of the penalty for leaving the reference."""
 
     title = "PPO: rollouts and KL"
     own_stage: ClassVar[Stage | None] = "ppo"
@@ -67,7 +67,7 @@ class KLKeys(Keys):
 
 
 class ScoreKeys(Keys):
-    """The part of PPO that makes rewards of scores."""
+    """Keys of the step from scores to rewards."""
 
     title = "PPO: scores"
     own_stage: ClassVar[Stage | None] = "ppo"
@@ -111,7 +111,7 @@ class ScoreKeys(Keys):
 
 
 class AdvantageKeys(Keys):
-    """The part of PPO that makes advantages of rewards."""
+    """Keys of the step from rewards to advantages."""
 
     title = "PPO: advantages"
     own_stage: ClassVar[Stage | None] = "ppo"
@@ -135,7 +135,7 @@ class AdvantageKeys(Keys):
 
 
 class LossKeys(Keys):
-    """The part of PPO that makes a loss of advantages."""
+    """Keys of the step from advantages to the loss."""
 
     title = "PPO: loss"
     own_stage: ClassVar[Stage | None] = "ppo"
@@ -205,7 +205,7 @@ class LossKeys(Keys):
 
 
 class PPOKeys(LossKeys, AdvantageKeys, ScoreKeys, KLKeys):
-    """The part of a run that is PPO itself."""
+    """All keys of the PPO algorithm."""
 
     @property
     def has_critic(self) -> bool:
@@ -214,24 +214,24 @@ class PPOKeys(LossKeys, AdvantageKeys, ScoreKeys, KLKeys):
 
     @property
     def whitens_advantages(self) -> bool:
-        """whiten_advantages, or what the estimator's authors do."""
+        """whiten_advantages if it is set, else the choice of the estimator's authors."""
         if self.whiten_advantages is not None:
             return self.whiten_advantages
         return self.advantage in ("gae", "reinforce++")
 
     @property
     def clip_low(self) -> float:
-        """The ratio is clipped below at 1 minus this."""
+        """The ratio is clipped below at 1 - clip_low."""
         return self.cliprange if self.cliprange_low is None else self.cliprange_low
 
     @property
     def clip_high(self) -> float:
-        """The ratio is clipped above at 1 plus this."""
+        """The ratio is clipped above at 1 + clip_high."""
         return self.cliprange if self.cliprange_high is None else self.cliprange_high
 
     @property
     def unknown_to_estimator(self) -> set[str]:
-        """Keys that say nothing to this advantage estimator."""
+        """Keys that this advantage estimator does not use."""
         critics = {"critic", "critic_model", "critic_finetuning_type", "value_head_init"}
         critics |= {"critic_learning_rate", "cliprange_value"}
         return {
@@ -243,7 +243,7 @@ class PPOKeys(LossKeys, AdvantageKeys, ScoreKeys, KLKeys):
 
     @property
     def without_meaning(self) -> list[str]:
-        """Those of them that were set."""
+        """Keys that were set but that this advantage estimator does not use."""
         return sorted(self.unknown_to_estimator & self.model_fields_set)
 
     @model_validator(mode="after")
@@ -281,9 +281,9 @@ class PPOKeys(LossKeys, AdvantageKeys, ScoreKeys, KLKeys):
         return self
 
 
-# TRL 0.9.6's name -> LLaMA-Factory's for the same thing, which is the one used here.
+# TRL 0.9.6's name -> LLaMA-Factory's name for the same setting, which is used here.
 ALIASES = {"target": "ppo_target", "whiten_rewards": "ppo_whiten_rewards"}
-# Names that other trainers have for what is here, and what to write.
+# Other trainers' names for settings that exist here -> the names to use here.
 ELSEWHERE = {
     "adv_estimator": "advantage",
     "advantage_estimator": "advantage",
@@ -327,7 +327,7 @@ ELSEWHERE = {
     "value_clip": "cliprange_value",
     "vllm_importance_sampling_cap": "rollout_is_threshold",
 }
-# TRL 0.9.6's keys that say nothing about training.
+# TRL 0.9.6's keys that do not change training.
 TRL_IGNORED = dict.fromkeys(
     (
         "compare_steps",

@@ -1,4 +1,4 @@
-"""The keys of stage rm alone. No torch here."""
+"""Keys of stage rm only. No torch here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastppo.config.key import HF, LF, OWN, Keys, Stage, key
 
 
 class RMKeys(Keys):
-    """The part of a run that only the training of a reward model has a use for."""
+    """Keys that only the training of a reward model uses."""
 
     title = "Reward model (stage rm)"
     own_stage: ClassVar[Stage | None] = "rm"

@@ -1,5 +1,5 @@
-"""The keys of the roles: what trains, where it starts, and models beside the base; and what goes
-together of them. No torch here.
+"""Keys of the roles: what trains, where it starts, and which models there are besides the base; and
+checks of how the keys go together. No torch here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROLES_LISTS = (
 
 
 class TuningKeys(Keys):
-    """The part of a run that says what of the base trains, and from which adapters it starts."""
+    """Keys that say which parameters of the base train, and from which adapters training starts."""
 
     title = "What trains"
 
@@ -66,12 +66,12 @@ class TuningKeys(Keys):
 
     @property
     def resolved_lora_alpha(self) -> int:
-        """lora_alpha, or LLaMA-Factory's twice the rank."""
+        """lora_alpha if it is set, else twice the rank, as in LLaMA-Factory."""
         return self.lora_alpha if self.lora_alpha is not None else 2 * self.lora_rank
 
 
 class CriticKeys(Keys):
-    """The part of a run that says which weights the critic has."""
+    """Keys of the critic's weights."""
 
     title = "Critic (stage ppo)"
     own_stage: ClassVar[Stage | None] = "ppo"
@@ -94,7 +94,7 @@ class CriticKeys(Keys):
 
 
 class ReferenceKeys(Keys):
-    """The part of a run that says which frozen models lie beside the base."""
+    """Keys of the frozen models besides the base."""
 
     title = "Reference, and frozen models (stage ppo)"
     own_stage: ClassVar[Stage | None] = "ppo"
@@ -115,7 +115,7 @@ class ReferenceKeys(Keys):
 
 
 def check_roles(config: Config) -> None:
-    """Raise ValueError with the key and the cure where two settings contradict each other."""
+    """Raise ValueError, with key and cure, if two settings contradict each other."""
     kind = config.finetuning_type
     if kind != "lora":
         for key in ("adapter_name_or_path", "quantization_bit", "loraplus_lr_ratio"):
@@ -147,14 +147,14 @@ def check_roles(config: Config) -> None:
 
 
 def check_freeze(config: Config) -> None:
-    """`finetuning_type: freeze`, of the actor or the critic, has to leave something to train."""
+    """Check that `finetuning_type: freeze`, of actor or critic, trains at least one layer."""
     kinds = (config.finetuning_type, config.critic_finetuning_type)
     if "freeze" in kinds and not (config.freeze_trainable_layers or config.freeze_extra_modules):
         raise ValueError("freeze_trainable_layers: 0 trains nothing; give a number of layers")
 
 
 def check_quantised(key: str, bits: int | None, adapters_key: str, config: Config) -> None:
-    """Quantised weights take no merge, so there is room for one adapter."""
+    """Check that a quantised model has at most one adapter: others could not be merged."""
     adapters = getattr(config, adapters_key)
     if bits is not None and adapters is not None and "," in adapters:
         raise ValueError(
@@ -163,7 +163,7 @@ def check_quantised(key: str, bits: int | None, adapters_key: str, config: Confi
 
 
 def check_critic(config: Config) -> None:
-    """`critic_model` and `critic_finetuning_type` belong to `critic: model`."""
+    """Check that `critic_model` and `critic_finetuning_type` are set only with `critic: model`."""
     if config.critic != "model":
         for key in ("critic_model", "critic_finetuning_type"):
             if getattr(config, key) is not None:
@@ -178,15 +178,15 @@ def check_critic(config: Config) -> None:
 
 
 def folder_to_evaluate(config: Config) -> tuple[Path, Config]:
-    """Folder of the adapter that a run without training evaluates, and its configuration.
+    """Folder of the adapter (or whole model) that a run without training evaluates, and its
+    configuration.
 
-    With `finetuning_type` other than lora it is a whole model's folder. It is `output_dir` if a run
-    saved something there: then this configuration is that run's, its reference included. Otherwise
-    it is the last of `adapter_name_or_path`, and the reference is the base with the adapters before
-    it.
+    If a run has saved its result in `output_dir`, that is the folder, and the reference is the one
+    of that run. Otherwise the folder is the last of `adapter_name_or_path`, and the reference is
+    the base with the adapters before it.
 
     Raises:
-        UserError: there is neither.
+        UserError: neither exists.
     """
     output_dir = Path(config.output_dir)
     file = "adapter_config.json" if config.finetuning_type == "lora" else "config.json"

@@ -1,4 +1,4 @@
-"""The keys of what a run does and where its files go. No torch here."""
+"""Keys that say what a run does and where its files go. No torch here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastppo.config.key import HF, LF, Keys, key
 
 
 class RunKeys(Keys):
-    """The part of a run that says whether it trains or measures, and where that ends up."""
+    """Keys that say whether a run trains, evaluates or predicts, and where its files go."""
 
     title = "Run"
 
@@ -38,7 +38,7 @@ class RunKeys(Keys):
 
     @property
     def trains(self) -> bool:
-        """do_train; where the file does not say, whether it asks for nothing else."""
+        """do_train; if it is not set, a run trains unless do_eval or do_predict is set."""
         return not (self.do_eval or self.do_predict) if self.do_train is None else self.do_train
 
     @model_validator(mode="before")

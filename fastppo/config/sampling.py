@@ -1,4 +1,4 @@
-"""The keys of sampling, and of what looks at the samples. No torch here."""
+"""Keys of sampling and of evaluation. No torch here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastppo.config.rewards import check_function_name
 
 
 class SamplingKeys(Keys):
-    """The part of a run that says how the policy's responses are drawn."""
+    """Keys of how the policy's responses are sampled."""
 
     title = "Sampling (stage ppo)"
     own_stage: ClassVar[Stage | None] = "ppo"
@@ -38,7 +38,7 @@ class SamplingKeys(Keys):
 
 
 class EvaluationKeys(Keys):
-    """The part of a run that says what a policy is measured by, and where that is written."""
+    """Keys of the evaluation of the policy."""
 
     title = "Metrics and evaluation (stage ppo)"
     own_stage: ClassVar[Stage | None] = "ppo"

@@ -1,7 +1,7 @@
-"""The keys of the optimiser, its schedule, and what is logged, saved and evaluated when.
+"""Keys of the optimiser, its schedule, and of logging, saving and evaluating.
 
-Names and meanings are transformers' (TrainingArguments of 4.52, which LLaMA-Factory's files are
-written for; what 5 dropped means here what it meant there). No torch here.
+Names and meanings are those of TrainingArguments in transformers 4.52, for which LLaMA-Factory's
+files are written, including keys that transformers 5 has dropped. No torch here.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pydantic import Field, model_validator
 
 from fastppo.config.key import HF, LF, OWN, Above0, Count, Keys, NonNegative, Positive, Share, key
 
-# Every, in steps; below 1 it is a share of the whole run.
+# An interval in steps; below 1 it is a share of the whole run.
 Every = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 TRACKERS = ("tensorboard", "wandb", "trackio")
 TRAINING_LISTS = ("report_to",)
-# bitsandbytes' optimisers: bits of the state, and whether it lies in memory that pages to the host.
+# bitsandbytes' optimisers -> bits of their state, and whether it is in paged memory.
 BITSANDBYTES = {
     "adamw_8bit": (8, False),
     "adamw_bnb_8bit": (8, False),
@@ -30,7 +30,7 @@ BITSANDBYTES = {
     "paged_lion_32bit": (32, True),
 }
 
-# lr_scheduler_type -> what lr_scheduler_kwargs may hold, by transformers' functions.
+# lr_scheduler_type -> the keys that lr_scheduler_kwargs may have, from transformers' functions.
 SCHEDULES: dict[str, frozenset[str]] = {
     "linear": frozenset(),
     "cosine": frozenset({"num_cycles"}),
@@ -57,9 +57,9 @@ SCHEDULES: dict[str, frozenset[str]] = {
         }
     ),
 }
-# Those of them that are learning rates, or shares of one.
+# The keys among them that are learning rates, or fractions of one.
 RATES = {"lr_end", "min_lr", "min_lr_rate", "min_lr_ratio", "warmup_lr_rate"}
-# Any one of these has to be given.
+# lr_scheduler_type -> keys of which lr_scheduler_kwargs must have one.
 NEEDED = {
     "cosine_with_min_lr": ("min_lr", "min_lr_rate"),
     "cosine_warmup_with_min_lr": ("min_lr", "min_lr_rate"),
@@ -68,7 +68,7 @@ NEEDED = {
 
 
 class OptimiserKeys(Keys):
-    """The part of a run that says how far and how fast it trains."""
+    """Keys of the optimiser, its schedule and the number of steps."""
 
     title = "Training"
 
@@ -166,7 +166,7 @@ class OptimiserKeys(Keys):
 
 
 class LoggingKeys(Keys):
-    """The part of a run that says what is logged, saved and evaluated when."""
+    """Keys that say when to log, save and evaluate, and where logs go."""
 
     title = "Logging, checkpoints, evaluation"
 
@@ -230,24 +230,24 @@ class LoggingKeys(Keys):
 
 
 class TrainingKeys(LoggingKeys, OptimiserKeys):
-    """The part of a run that transformers' TrainingArguments describe."""
+    """All keys that correspond to transformers' TrainingArguments."""
 
     @property
     def trackers(self) -> tuple[str, ...]:
-        """The trackers of report_to, each once; `all` are those installed."""
+        """The trackers of report_to without duplicates; `all` means those that are installed."""
         names = [name.strip() for name in self.report_to.split(",")]
         if "all" in names:
             names = [name for name in TRACKERS if importlib.util.find_spec(name) is not None]
         return tuple(dict.fromkeys(name for name in names if name not in ("none", "")))
 
     def warmup(self, steps: int) -> int:
-        """Steps of `steps` that warm up, as transformers 4.52 counts them."""
+        """Number of warm-up steps in a run of `steps`, as transformers 4.52 computes it."""
         if self.warmup_steps >= 1:
             return int(self.warmup_steps)
         return math.ceil(steps * (self.warmup_steps or self.warmup_ratio))
 
     def acts(self, what: str, step: int, total: int, steps_an_epoch: float) -> bool:
-        """Whether `logging`, `save` or `eval` is due after `step` of `total`, counted from 1."""
+        """Whether `what` (logging, save or eval) is due after `step` of `total`, counted from 1."""
         strategy = getattr(self, f"{what}_strategy")
         if what == "logging":
             if step == 1 and self.logging_first_step:
@@ -264,7 +264,7 @@ class TrainingKeys(LoggingKeys, OptimiserKeys):
 
     @property
     def data_order_seed(self) -> int:
-        """data_seed, or seed."""
+        """data_seed if it is set, else seed."""
         return self.seed if self.data_seed is None else self.data_seed
 
     @model_validator(mode="after")
@@ -308,19 +308,19 @@ class TrainingKeys(LoggingKeys, OptimiserKeys):
 
 
 def every_steps(every: float, total: int) -> int:
-    """A count of steps; below 1 it is a share of `total`, rounded up."""
+    """An interval as a number of steps; below 1 it is a share of `total`, rounded up."""
     return int(every) if every >= 1 else max(1, math.ceil(total * every))
 
 
 def due(strategy: str, every: float, step: int, total: int, steps_an_epoch: float) -> bool:
-    """Whether `step`, counted from 1, is one at which the strategy says to act.
+    """Whether to act after `step`, counted from 1, by a strategy: steps, epoch or no.
 
-    `epoch` acts at the first step that reaches an epoch's end; the last step of a run is the
-    caller's to think of.
+    `epoch` acts at the first step that reaches the end of an epoch. The caller must handle the last
+    step of a run.
     """
     if strategy == "steps":
         return step % every_steps(every, total) == 0
     if strategy == "epoch":
-        # A step that ends on the epoch's end but for rounding is that end.
+        # 1e-9 allows for rounding when a step ends exactly at the end of an epoch.
         return int(step / steps_an_epoch + 1e-9) > int((step - 1) / steps_an_epoch + 1e-9)
     return False

@@ -1,4 +1,4 @@
-"""Log-prob and entropy straight from hidden states; the logits of a batch never exist."""
+"""Log-probs and entropies directly from hidden states; the logits of a batch are never stored."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def linear_token_logprobs(
     check: bool = False,
     backend: str | None = None,
 ) -> TokenLogprobs:
-    r"""`token_logprobs` of logits = h W^T + bias, in nats, without ever holding them.
+    r"""`token_logprobs` of the logits h W^T + bias, in nats, without storing them.
 
-    Differentiable in the hidden states and in whatever of the head asks for a gradient: one GEMM
-    without a gradient; with one, the backward makes the logits again (three GEMMs, four for a
-    trained head). Where the loss is PPO's, `linear_policy_loss` needs two and three. Operands are
-    multiplied in the dtype they have; autocast is not consulted.
+    Differentiable in the hidden states and in the tensors of the head. Without gradient it is one
+    GEMM; with gradient the backward computes the logits again: three GEMMs, or four for a trained
+    head (`linear_policy_loss` needs two and three). Operands are multiplied in their own dtype;
+    autocast has no effect.
 
     Args:
         hidden_ND: float (N, D).
@@ -63,10 +63,10 @@ def linear_token_logprobs(
         head_lora: an adapter on the head, see HeadLora.
         temperature: > 0, a float or a float tensor () or (N,).
         softcap: > 0, or None for none.
-        chunk_bytes: how many bytes of logits may exist at a time; None suits the device.
-        logits_dtype: what the GEMM gives; None is the operands' dtype, float32 keeps what bf16
-            rounds.
-        check: also refuse tokens out of range; waits for the device.
+        chunk_bytes: largest number of bytes of logits at a time; None is the device's default.
+        logits_dtype: dtype of the GEMM's result; None is the operands' dtype, float32 avoids the
+            rounding to bf16.
+        check: whether to check the range of tokens, which waits for the device.
         backend: "triton", "native" or "torch"; None chooses by device.
 
     Returns:
@@ -74,7 +74,7 @@ def linear_token_logprobs(
 
     Raises:
         ValueError: shapes that disagree, a setting out of range, a backend that cannot run.
-        TypeError: inputs of the wrong kind, hidden states and weight of two dtypes.
+        TypeError: inputs of the wrong kind, hidden states and weight of different dtypes.
     """
     op = "linear_token_logprobs"
     head = Head(weight_VD, bias_V, head_lora)
@@ -103,7 +103,7 @@ def linear_token_logprobs(
 
 
 class Arguments(NamedTuple):
-    """Of the registered operator."""
+    """Arguments of the registered operator."""
 
     hidden_ND: Tensor
     head: HeadArguments
@@ -114,7 +114,7 @@ class Arguments(NamedTuple):
 
 
 class BackwardArguments(NamedTuple):
-    """Of its backward's; `wanted` of hidden states, weight, bias, A and B."""
+    """Arguments of the backward; `wanted` is for hidden states, weight, bias, A and B."""
 
     g_N: Tensor | None
     h_N: Tensor | None
@@ -143,7 +143,7 @@ def _forward(a: Arguments) -> Statistics:
 
 
 def _backward(a: BackwardArguments) -> HeadGradients:
-    """The logits again, chunk by chunk; gradients of what is wanted."""
+    """The wanted gradients; the logits are computed again, chunk by chunk."""
     chunks, kernels = _chunks(a, a.wanted), BACKENDS[a.backend]
 
     def kernel(at: slice, x_NV: Tensor, out_NV: Tensor | None) -> None:
@@ -158,7 +158,7 @@ def _save(ctx: Any, a: Arguments, stats: Statistics) -> None:
     rows, head, tau = a.rows, a.head, a.rows.temperature
     ctx.softcap, ctx.ignore_index, ctx.scaling = rows.softcap, rows.ignore_index, head.lora_scaling
     ctx.logits_dtype, ctx.chunk_bytes, ctx.backend = a.logits_dtype, a.chunk_bytes, a.backend
-    by_tensor = isinstance(tau, Tensor)  # tensors are autograd's to keep
+    by_tensor = isinstance(tau, Tensor)  # autograd saves tensors
     ctx.temperature = None if by_tensor else tau
     ctx.save_for_backward(
         a.hidden_ND,
