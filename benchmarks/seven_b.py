@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from benchmarks.gpu import RESULTS
 from fastppo import toy
 from fastppo.config import Config, config_from_dict
-from fastppo.memory.retry import release_memory, out_of_memory
+from fastppo.memory.retry import out_of_memory, release_memory
 from fastppo.memory.shapes import TABLE, ModelShape
 from fastppo.models import build as roles
 from fastppo.models.batch import Batch, make_batch, token_index

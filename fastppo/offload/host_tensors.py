@@ -97,7 +97,7 @@ class OffloadedStorage:
         self.owner.bytes_back += self.nbytes
 
     def read(self) -> Tensor:
-        """The bytes on the device, fetched if necessary; after the last read nothing is kept here."""
+        """The bytes on the device, fetched if necessary; the last read frees the host's copy."""
         if self.on_device is None:
             self.fetch()
         if self.arriving and self.in_flight:
