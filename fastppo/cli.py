@@ -24,7 +24,7 @@ KEYS = """keys that most runs set:
   reward_model: null             Folder, hub name, URL or module:function, as
                                  reward_model_type says
   reward_model_type: lora        lora, full, api or function
-  max_new_tokens: 1024           Most tokens of a response
+  max_new_tokens: 1024           Largest number of tokens in a response
   per_device_train_batch_size: 8 Sequences of a micro-batch at their longest
   gradient_accumulation_steps: 1 Times per_device_train_batch_size: the responses of
                                  an optimiser step

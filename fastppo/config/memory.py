@@ -23,16 +23,17 @@ class MemoryKeys(Keys):
     chunk_bytes: Positive | Auto | None = key(
         None,
         OWN,
-        "Bytes of logits that exist at a time; null is 512 MiB on a GPU, and on a CPU 80 MiB or "
-        "128 rows, auto that or what fits.",
+        "Bytes of logits that exist at a time; null is 512 MiB on a GPU, and 80 MiB or 128 rows "
+        "on a CPU; auto is that, or less if it does not fit.",
     )
     generation_batch: Positive | Auto | None = key(
         None,
         OWN,
-        "Most sequences that are sampled at a time; auto is as many of a rollout as fit, null all.",
+        "Largest number of sequences that are sampled at a time; auto is as many of a rollout "
+        "as fit, null is all.",
     )
     disable_gradient_checkpointing: bool = key(
-        False, LF, "Keep activations in place of recomputing them: activation_offloading: none."
+        False, LF, "Keep activations instead of recomputing them: activation_offloading: none."
     )
     use_unsloth_gc: bool = key(False, LF, "The same as activation_offloading: checkpoint+offload.")
     activation_offloading: (
@@ -40,11 +41,11 @@ class MemoryKeys(Keys):
     ) = key(
         None,
         OWN,
-        "What happens to activations between forward and backward, see docs/offload.md; null "
+        "Where activations are kept between forward and backward, see docs/offload.md; null "
         "follows the two keys above, and is checkpoint without them.",
     )
     offload_dir: str | None = key(
-        None, OWN, "Offload to memory-mapped files in this folder, in place of host memory."
+        None, OWN, "Offload to memory-mapped files in this folder instead of host memory."
     )
 
 
@@ -56,36 +57,38 @@ class StepKeys(Keys):
     ppo_max_token_len_per_gpu: Positive | Auto | None = key(
         None,
         VERL,
-        "Most tokens of a micro-batch, padding included; null is per_device_train_batch_size x "
-        "(cutoff_len + max_new_tokens), so that shorter sequences share one, auto as many as fit.",
+        "Largest number of tokens in a micro-batch, including padding; null is "
+        "per_device_train_batch_size x (cutoff_len + max_new_tokens), so that several shorter "
+        "sequences share one; auto is as many as fit.",
     )
     ppo_micro_batch_size_per_gpu: Positive | None = key(
-        None, VERL, "Most sequences of a micro-batch; null leaves it to the tokens."
+        None, VERL, "Largest number of sequences in a micro-batch; null limits only the tokens."
     )
     log_prob_max_token_len_per_gpu: Positive | Auto | None = key(
         None,
         VERL,
-        "Most tokens of a micro-batch in scoring, in evaluation too; null is the update's, auto as "
-        "many as fit.",
+        "Largest number of tokens in a micro-batch of scoring, also in evaluation; null is the "
+        "update's, auto is as many as fit.",
     )
     padding_free: bool = key(
-        False, TRL24, "Pack a micro-batch's sequences behind one another in place of padding them."
+        False, TRL24, "Pack the sequences of a micro-batch into one row instead of padding them."
     )
     rollout_kv_cache_gib: Above0 | None = key(
         None,
         OWN,
-        "GiB of keys and values that sampling may hold; past it a step's prompts are answered in "
-        "groups. null is no limit on a CPU, and on a GPU most of what weights and optimiser leave.",
+        "GiB of keys and values that sampling may use; if a step's prompts need more, they are "
+        "sampled in groups. null is no limit on a CPU, and on a GPU most of what weights and "
+        "optimiser leave.",
     )
     rollout_merge_adapter: bool | None = key(
         None,
         OWN,
-        "Sample from a copy of the weights with the adapter merged in; null does where the copy "
-        "takes a quarter of the memory at most and the weights are float32: bf16 rounds away what "
-        "a young adapter says.",
+        "Sample with the adapter merged into a copy of the weights; null does so if the copy "
+        "takes at most a quarter of the memory and the weights are float32: bf16 would round "
+        "away the small changes of a new adapter.",
     )
     cache_implementation: Literal["dynamic", "static"] = key(
-        "dynamic", HF, "static compiles the sampler's steps, on CUDA (not measured here)."
+        "dynamic", HF, "static compiles decoding on CUDA (not measured here)."
     )
 
 

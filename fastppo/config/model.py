@@ -20,9 +20,9 @@ class ModelKeys(Keys):
         None, OWN, "GGUF file inside model_name_or_path to read weights from."
     )
     model_revision: str = key("main", LF, "Branch, tag or commit on the hub.")
-    cache_dir: str | None = key(None, LF, "Where the hub's files are kept.")
+    cache_dir: str | None = key(None, LF, "Folder of the hub's files.")
     hf_hub_token: str | None = key(
-        None, LF, "Token for the hub; null is HF_TOKEN of the environment, or the login's."
+        None, LF, "Token for the hub; null is HF_TOKEN from the environment, or that of the login."
     )
     trust_remote_code: bool = key(
         False, LF, "Run code that comes with the model; off unless asked."
@@ -30,15 +30,20 @@ class ModelKeys(Keys):
     flash_attn: Literal["auto", "sdpa", "disabled", "fa2"] = key(
         "auto",
         LF,
-        "Attention: fa2 is flash-attn, sdpa PyTorch's, disabled eager; auto is fa2 where it can "
+        "Attention: fa2 is flash-attn, sdpa PyTorch's, disabled eager; auto is fa2 if it can "
         "run, else sdpa.",
     )
     quantization_bit: Literal[4, 8] | None = key(
-        None, LF, "Linear layers of the base in so many bits (QLoRA); null is none."
+        None,
+        LF,
+        "Quantise the base's linear layers to this number of bits (QLoRA); null is no "
+        "quantisation.",
     )
-    quantization_method: Literal["bnb"] = key("bnb", LF, "Who quantises: bitsandbytes.")
+    quantization_method: Literal["bnb"] = key(
+        "bnb", LF, "The library that quantises: bitsandbytes."
+    )
     quantization_type: Literal["nf4", "fp4"] = key("nf4", LF, "The 4-bit number format.")
-    double_quantization: bool = key(True, LF, "Quantise the 4-bit scales too.")
+    double_quantization: bool = key(True, LF, "Also quantise the 4-bit scales.")
 
 
 def own_dtype(data: dict[str, Any]) -> str:

@@ -32,29 +32,35 @@ class RewardKeys(Keys):
     reward_model: str | None = key(
         None,
         LF,
-        "Folder, hub name, URL or module:function, as reward_model_type says; several make a list.",
+        "Folder, hub name, URL or module:function, as reward_model_type says; a list for several "
+        "rewards.",
         first=True,
     )
     reward_model_type: str = key(
         "lora",
         LF,
-        "lora, full, api or function (docs/rewards.md); a list where there are several.",
+        "lora, full, api or function (docs/rewards.md); a list for several rewards.",
         first=True,
     )
     reward_weights: tuple[Finite, ...] | None = key(
         None, OWN, "A weight for each reward; null is 1 for each."
     )
     reward_model_adapters: str | None = key(
-        None, LF, "Adapters on a reward of type full, comma separated, merged in their order."
+        None,
+        LF,
+        "Adapters that are merged into a reward of type full, comma separated, in their order.",
     )
     reward_model_quantization_bit: Literal[4, 8] | None = key(
-        None, LF, "Load a reward of type full in so many bits, with bitsandbytes."
+        None, LF, "Quantise a reward of type full to this number of bits, with bitsandbytes."
     )
     reward_api_timeout: Annotated[float, Field(gt=0.0, le=86400.0)] = key(
-        60.0, OWN, "Seconds until an attempt at a reward of type api has failed."
+        60.0, OWN, "Seconds in which a reward of type api must answer; then the attempt has failed."
     )
     reward_api_retries: Annotated[int, Field(ge=0, le=100)] = key(
-        5, OWN, "Attempts after the first, with waits that double from half a second up to 30."
+        5,
+        OWN,
+        "Number of attempts after the first; the waits between them double from half a second "
+        "up to 30.",
     )
 
     @model_validator(mode="after")

@@ -32,36 +32,40 @@ class TuningKeys(Keys):
     title = "What trains"
 
     finetuning_type: Literal["lora", "freeze", "full"] = key(
-        "lora", LF, "What of the policy trains: adapters, some layers, or all."
+        "lora", LF, "Which parameters of the policy train: adapters, some layers, or all."
     )
     lora_rank: Positive = key(8, LF, "Rank of the adapters.")
     lora_alpha: Positive | None = key(None, LF, "Scale of the adapters; null is twice the rank.")
     lora_target: str = key(
-        "all", LF, "Names of the adapted linear layers, comma separated; all of them."
+        "all", LF, "Names of the adapted linear layers, comma separated; all adapts all of them."
     )
     lora_layers: Positive | None = key(
-        None, OWN, "Adapters on so many upper layers only; null is all."
+        None, OWN, "Adapt only this number of upper layers; null is all."
     )
     use_rslora: bool = key(False, LF, "Rank-stabilised scaling of the adapters.")
     use_dora: bool = key(False, LF, "Weight-decomposed adapters.")
     loraplus_lr_ratio: Annotated[float, Field(ge=1.0, allow_inf_nan=False)] | None = key(
-        None, LF, "LoRA+: learning rate of the adapters' B over that of A."
+        None, LF, "LoRA+: learning rate of the adapters' B divided by that of A."
     )
     additional_target: str | None = key(
-        None, LF, "With lora: modules that train whole and are saved with the adapter."
+        None,
+        LF,
+        "With lora: modules whose weights also train, all of them, and are saved with the adapter.",
     )
     adapter_name_or_path: str | None = key(
-        None, LF, "Adapters to start from; all but the last are merged, the last trains on."
+        None,
+        LF,
+        "Adapters to start from; all but the last are merged, and training continues the last.",
     )
-    create_new_adapter: bool = key(False, LF, "Merge the last one too, and train a new adapter.")
+    create_new_adapter: bool = key(False, LF, "Also merge the last one, and train a new adapter.")
     freeze_trainable_layers: int = key(
-        2, LF, "With freeze: so many last layers train; negative is the first."
+        2, LF, "With freeze: number of last layers that train; if negative, of first layers."
     )
     freeze_trainable_modules: str = key(
-        "all", LF, "With freeze: modules that train in those layers, such as mlp,self_attn."
+        "all", LF, "With freeze: the modules of those layers that train, such as mlp,self_attn."
     )
     freeze_extra_modules: str | None = key(
-        None, LF, "With freeze: modules outside the layers that train too, such as norm."
+        None, LF, "With freeze: modules outside the layers that also train, such as norm."
     )
 
     @property
@@ -79,17 +83,17 @@ class CriticKeys(Keys):
     critic: Literal["adapter", "shared", "model"] = key(
         "adapter",
         OWN,
-        "adapter has an adapter and head of its own, shared a head on the actor's trunk, model a "
-        "whole model.",
+        "adapter: an adapter and head on the base; shared: a head on the actor's trunk; model: "
+        "a separate model.",
     )
     critic_model: str | None = key(
-        None, OWN, "With critic: model, which; null is a second copy of the base."
+        None, OWN, "With critic: model, the model; null is a second copy of the base."
     )
     critic_finetuning_type: Literal["lora", "freeze", "full"] | None = key(
-        None, OWN, "With critic: model, what of it trains; null is finetuning_type."
+        None, OWN, "With critic: model, which of its parameters train; null is finetuning_type."
     )
     value_head_init: Literal["reward", "zeros"] = key(
-        "reward", OWN, "Where the critic's head starts: from the reward model's, or at 0."
+        "reward", OWN, "Initial head of the critic: the reward model's, or zeros."
     )
 
 
@@ -100,17 +104,17 @@ class ReferenceKeys(Keys):
     own_stage: ClassVar[Stage | None] = "ppo"
 
     ref_model: str | None = key(
-        None, LF, "A reference model of its own; null is where the policy starts."
+        None, LF, "A separate reference model; null is the policy at the start."
     )
     ref_model_adapters: str | None = key(None, LF, "Adapters that are merged into ref_model.")
     ref_model_quantization_bit: Literal[4, 8] | None = key(
-        None, LF, "As quantization_bit, for ref_model."
+        None, LF, "Like quantization_bit, for ref_model."
     )
     stream_frozen: bool = key(
         False,
         OWN,
-        "Whole frozen models (ref_model, reward_model_type: full) lie in host memory and "
-        "pass through the device layer by layer, see docs/offload.md.",
+        "Keep separate frozen models (ref_model, reward_model_type: full) in host memory and "
+        "stream their layers to the device, see docs/offload.md.",
     )
 
 

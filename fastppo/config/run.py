@@ -23,17 +23,17 @@ class RunKeys(Keys):
     do_eval: bool | None = key(
         None,
         HF,
-        "Evaluate on what is held out, which a run that trains does anyway. docs/evaluation.md.",
+        "Evaluate on the held-out data, which a run that trains does anyway. docs/evaluation.md.",
     )
     do_predict: bool | None = key(
-        None, HF, "Write generated_predictions.jsonl of all that is held out."
+        None, HF, "Write generated_predictions.jsonl for all held-out data."
     )
     output_dir: str = key(..., HF, "Where adapters, heads and checkpoints go.", first=True)
     overwrite_output_dir: bool = key(False, LF, "Allow an output_dir that is not empty.")
     resume_from_checkpoint: bool | str | None = key(
         None,
         HF,
-        "A checkpoint-N, or true for the newest whole one in output_dir; docs/reliability.md.",
+        "A checkpoint-N, or true for the newest complete one in output_dir; docs/reliability.md.",
     )
 
     @property

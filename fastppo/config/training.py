@@ -75,8 +75,8 @@ class OptimiserKeys(Keys):
     per_device_train_batch_size: Positive = key(
         8,
         HF,
-        "Sequences of a micro-batch at their longest (in stage rm pairs); in stage ppo more of "
-        "them share one where they are shorter.",
+        "Sequences of a micro-batch at their longest (in stage rm pairs); in stage ppo a "
+        "micro-batch has more of them if they are shorter.",
         first=True,
     )
     per_device_eval_batch_size: Positive = key(
@@ -88,7 +88,7 @@ class OptimiserKeys(Keys):
     learning_rate: NonNegative = key(5e-5, HF, "Peak learning rate (the actor's).", first=True)
     num_train_epochs: Above0 = key(3.0, HF, "Passes over the data set.", first=True)
     max_steps: int = key(
-        -1, HF, "Stop after so many steps, whatever num_train_epochs says; -1 is off."
+        -1, HF, "Stop after this number of steps instead of num_train_epochs; -1 is off."
     )
     lr_scheduler_type: Literal[
         "linear",
@@ -105,15 +105,18 @@ class OptimiserKeys(Keys):
     ] = key(
         "linear",
         HF,
-        "Learning rate schedule, a step each PPO step (reduce_lr_on_plateau: each evaluation of "
-        "stage rm).",
+        "Learning rate schedule; it advances with each PPO step (reduce_lr_on_plateau: with "
+        "each evaluation of stage rm).",
     )
     lr_scheduler_kwargs: dict[str, Any] | None = key(
-        None, HF, "What that schedule takes besides, such as {min_lr: 1e-6}."
+        None, HF, "Further arguments of that schedule, such as {min_lr: 1e-6}."
     )
-    warmup_ratio: Share = key(0.0, HF, "Share of the steps that warm up, rounded up.")
+    warmup_ratio: Share = key(0.0, HF, "Share of the steps that are warm-up, rounded up.")
     warmup_steps: NonNegative = key(
-        0, HF, "The same as a count; wins over the share, and is one itself below 1."
+        0,
+        HF,
+        "Number of warm-up steps; used instead of warmup_ratio if it is set; below 1 it is a "
+        "share too.",
     )
     optim: (
         Literal[
@@ -144,25 +147,29 @@ class OptimiserKeys(Keys):
     adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = key(0.9, HF, "AdamW's beta 1.")
     adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = key(0.999, HF, "AdamW's beta 2.")
     adam_epsilon: Above0 = key(1e-8, HF, "AdamW's epsilon; PPO's classic is 1e-5.")
-    max_grad_norm: NonNegative = key(1.0, HF, "Gradient norm a role is clipped to; 0 is off.")
-    max_bad_steps: Count = key(
-        3, OWN, "Stop after so many steps in a row whose loss or gradient is not finite; 0 is off."
+    max_grad_norm: NonNegative = key(
+        1.0, HF, "Gradient norm to which each role is clipped; 0 is off."
     )
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = key(42, HF, "Seed of everything random.")
+    max_bad_steps: Count = key(
+        3,
+        OWN,
+        "Stop after this number of steps in a row whose loss or gradient is not finite; 0 is off.",
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = key(42, HF, "Seed of all random numbers.")
     data_seed: Annotated[int, Field(ge=0, lt=2**31)] | None = key(
         None, HF, "Seed of the order of the data; null is seed."
     )
     bf16: bool = key(
         False,
         HF,
-        "Models in bfloat16, compute under autocast; what trains stays float32. Without it on a "
-        "GPU the checkpoint's own 16 bits, else float32.",
+        "Models in bfloat16, with autocast; what trains stays float32. If false: on a GPU the "
+        "checkpoint's own 16 bits, else float32.",
     )
     tf32: bool | None = key(
-        None, HF, "float32 products in TF32 on a GPU that has it; null is PyTorch's own choice."
+        None, HF, "float32 products in TF32 on a GPU that has it; null is PyTorch's default."
     )
-    use_cpu: bool = key(False, HF, "Train on the CPU where there is a GPU.")
-    disable_shuffling: bool = key(False, LF, "Take the data in the order of the file.")
+    use_cpu: bool = key(False, HF, "Train on the CPU even if there is a GPU.")
+    disable_shuffling: bool = key(False, LF, "Use the data in the order of the file.")
 
 
 class LoggingKeys(Keys):
@@ -171,17 +178,18 @@ class LoggingKeys(Keys):
     title = "Logging, checkpoints, evaluation"
 
     logging_strategy: Literal["no", "steps", "epoch"] = key(
-        "steps", HF, "When a line is logged: by logging_steps, after each epoch, or not."
+        "steps", HF, "When to log a line: by logging_steps, after each epoch, or never."
     )
     logging_steps: Every | None = key(
         None,
         HF,
-        "Steps between log lines, or a share of the run below 1; null is each step in ppo, and in "
-        "rm 10 or a tenth of a shorter run. Trackers and the metrics file get every step of ppo.",
+        "Steps between log lines, or below 1 a share of the run; null is each step in ppo, and "
+        "in rm 10 or a tenth of a shorter run. Trackers and the metrics file get every step of "
+        "ppo.",
     )
-    logging_first_step: bool = key(False, HF, "Log the first step too.")
+    logging_first_step: bool = key(False, HF, "Also log the first step.")
     disable_tqdm: bool | None = key(
-        None, HF, "false draws a progress bar; log lines carry the time left anyway."
+        None, HF, "false draws a progress bar; log lines show the time left in any case."
     )
     plot_loss: bool = key(
         False,
@@ -194,7 +202,7 @@ class LoggingKeys(Keys):
         HF,
         "tensorboard, wandb, trackio, several of them, all that are installed, or none.",
     )
-    run_name: str | None = key(None, HF, "What trackers call the run; null is output_dir.")
+    run_name: str | None = key(None, HF, "Name of the run in trackers; null is output_dir.")
     project: str | None = key(
         None, HF, "Trackers' project; null is WANDB_PROJECT of the environment, or fastppo."
     )
@@ -202,30 +210,35 @@ class LoggingKeys(Keys):
         None, HF, "Where TensorBoard's files go; null is runs in output_dir."
     )
     save_strategy: Literal["no", "steps", "epoch"] = key(
-        "steps", HF, "When a checkpoint is written: by save_steps, after each epoch, or not."
+        "steps", HF, "When to write a checkpoint: by save_steps, after each epoch, or never."
     )
-    save_steps: Every = key(500, HF, "Steps between checkpoints, or a share of the run below 1.")
-    save_total_limit: Positive | None = key(None, HF, "Keep only so many checkpoints.")
+    save_steps: Every = key(500, HF, "Steps between checkpoints, or below 1 a share of the run.")
+    save_total_limit: Positive | None = key(None, HF, "Keep only this number of checkpoints.")
     eval_strategy: Literal["no", "steps", "epoch"] = key(
-        "no", HF, "When to evaluate along the way: by eval_steps, after each epoch, or not."
+        "no", HF, "When to evaluate during training: by eval_steps, after each epoch, or never."
     )
     eval_steps: Every | None = key(
-        None, HF, "See eval_strategy; a share of the run below 1; null is logging_steps, or 500."
+        None,
+        HF,
+        "Steps between evaluations, or below 1 a share of the run; null is logging_steps, or 500.",
     )
     eval_delay: NonNegative = key(
-        0.0, HF, "No evaluation before so many steps (with epoch: epochs)."
+        0.0, HF, "No evaluation before this number of steps (with epoch: of epochs)."
     )
-    eval_on_start: bool = key(False, HF, "Evaluate before the first step too.")
+    eval_on_start: bool = key(False, HF, "Also evaluate before the first step.")
     early_stopping_steps: Positive | None = key(
         None,
         LF,
-        "In stage rm: stop after so many evaluations without a better metric_for_best_model.",
+        "In stage rm: stop after this number of evaluations without a better "
+        "metric_for_best_model.",
     )
     metric_for_best_model: str | None = key(
         None, HF, "In stage rm, for early_stopping_steps: loss, accuracy or margin; null is loss."
     )
     greater_is_better: bool | None = key(
-        None, HF, "Of metric_for_best_model; null is true unless it is the loss."
+        None,
+        HF,
+        "Whether a greater metric_for_best_model is better; null is true unless it is the loss.",
     )
 
 

@@ -258,7 +258,7 @@ def test_a_forward_without_a_backward_leaves_nothing(model, plain, mode):
     assert same(plain, step(model, context))
 
 
-def test_what_moves_is_every_layers_input_once(model):
+def test_every_layers_input_is_moved_once(model):
     """layers x tokens x hidden x itemsize, out; back without what is still leaving."""
     for keep_last, in_flight in ((0, 2), (1, 2), (2, 0)):
         context = offload(model, "checkpoint+offload", keep_last=keep_last, in_flight=in_flight)

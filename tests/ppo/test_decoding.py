@@ -209,7 +209,7 @@ def test_a_merge_that_cannot_be_is_refused(config, changes, said):
         config(rollout_merge_adapter=True, critic="shared", **changes)
 
 
-def test_bf16_rounds_a_young_adapter_away():
+def test_bf16_rounds_away_the_small_changes_of_a_new_adapter():
     """Why merging is not the default there: an addition of 1/1000 is gone."""
     weight = torch.full((4, 4), 1.0, dtype=torch.bfloat16)
     assert torch.equal(weight + torch.full_like(weight, 1e-3), weight)

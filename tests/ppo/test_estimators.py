@@ -155,7 +155,7 @@ def test_num_generations_repeats_prompts_side_by_side_and_counts_epochs_by_promp
     assert row["epoch"] == 0.5
 
 
-def test_keys_of_the_critic_are_said_to_have_no_effect(config):
+def test_keys_of_the_critic_get_a_note_that_they_have_no_effect(config):
     settings = config(advantage="rloo", num_generations=2, critic="shared", lam=0.9)
     assert any(line.startswith("critic, lam: nothing to") for line in notices(settings, 1000))
     assert not any("nothing to" in line for line in notices(config(critic="shared"), 1000))

@@ -229,7 +229,7 @@ def test_nothing_is_kept_that_the_update_would_not_take(config, tiny_roles, roll
     )
 
 
-def test_names_of_other_trainers_lead_to_these_keys():
+def test_names_of_other_trainers_are_errors_that_name_the_key():
     base = {"stage": "ppo", "model_name_or_path": "x", "dataset": "x", "output_dir": "x"}
     for name, ours in (
         ("use_dynamic_bsz", "ppo_max_token_len_per_gpu"),

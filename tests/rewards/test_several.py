@@ -179,7 +179,7 @@ def test_one_weight_may_be_a_number_and_one_type_is_all_types():
 
 
 @pytest.mark.pictures
-def test_each_is_a_column_and_in_summary_samples_and_terminal(
+def test_each_reward_is_a_column_and_in_summary_samples_and_terminal(
     several, config, tmp_path, capsys, reward_dir
 ):
     settings = config(**several, max_steps=2, save_steps=1, critic="shared", eval_max_samples=2)
