@@ -156,7 +156,7 @@ def load_error(config: Config, name: str, error: Exception) -> UserError:
 def _hub_settings(config: Config, name: str | None) -> dict[str, Any]:
     """Arguments of `from_pretrained` that say where files come from.
 
-    `name` is None for `model_name_or_path`: only to that model revision and GGUF file apply.
+    `name` is None for `model_name_or_path`; revision and GGUF file apply only to that model.
     """
     found = {"cache_dir": config.cache_dir, "trust_remote_code": config.trust_remote_code}
     if name is None:

@@ -1,4 +1,4 @@
-"""Logits made chunk by chunk from hidden states, and their gradient turned back; never [N, V].
+"""Compute logits chunk by chunk from hidden states, and the gradient; never all of [N, V].
 
 A chunk of tokens goes through one library GEMM, a kernel turns its logits into their gradient, and
 a second GEMM makes it that of the hidden states. Only a trained head costs a third.
@@ -62,12 +62,12 @@ class Head:
     lora: HeadLora | None = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """What may train, in the order in which autograd sees it."""
+        """The tensors that may train, in autograd's order."""
         a, b = (None, None) if self.lora is None else (self.lora.A_RD, self.lora.B_VR)
         return self.weight_VD, self.bias_V, a, b
 
     def arguments(self) -> HeadArguments:
-        """As the registered operators take it."""
+        """The head as arguments of the registered operators."""
         if self.lora is None:
             return HeadArguments(self.weight_VD, self.bias_V, None, None, 1.0)
         lora = self.lora
@@ -82,7 +82,7 @@ class Head:
         return cls(given.weight_VD, given.bias_V, lora)
 
     def detach(self) -> Head:
-        """The same head, out of autograd's sight."""
+        """The same head without gradient."""
         lora = self.lora
         if lora is not None:
             lora = HeadLora(lora.A_RD.detach(), lora.B_VR.detach(), lora.scaling)
@@ -242,7 +242,7 @@ class LinearRows:
         )
 
     def visit(self, kernel: ChunkKernel, *, write: bool) -> None:
-        """Show every chunk to `kernel`; turn the gradients it writes into those of what trains."""
+        """Call `kernel` with every chunk; add the gradients that it writes to those in `grads`."""
         chunks, wide = self.chunks(), self._gradient_dtype()
         # One buffer for all chunks: fresh memory costs as much as the arithmetic on it.
         rows = max((chunk.stop - chunk.start for chunk in chunks), default=0)
@@ -315,7 +315,7 @@ class LinearRows:
 
 
 def fake_results(hidden_ND: Tensor, head: Head, wanted: Sequence[bool]) -> HeadGradients:
-    """The shapes of `LinearRows.results`."""
+    """Tensors with the shapes of `LinearRows.results`."""
     return HeadGradients(
         *(
             torch.empty_like(tensor, memory_format=torch.contiguous_format)
