@@ -109,7 +109,7 @@ class Planner:
     def peak(
         self, phase: str, name: str, added: dict[str, int], *, evaluation: bool = False
     ) -> Peak:
-        """The peak with everything that stays on the device, and `added`, row -> bytes."""
+        """A peak: everything that stays on the device, plus `added` (row -> bytes)."""
         rows = {**self.static.rows, **added}
         if self.inputs.device == "gpu":
             rows["reserve"] = RESERVE

@@ -71,7 +71,7 @@ def token_kl(
 
 
 class Arguments(NamedTuple):
-    """Of the registered operator."""
+    """Arguments of the registered operator."""
 
     logprob_N: Tensor
     ref_logprob_N: Tensor
@@ -81,7 +81,7 @@ class Arguments(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Of the registered operator."""
+    """Outputs of the registered operator."""
 
     kl_N: Tensor
     slope_N: Tensor  # dk/dlogprob

@@ -60,7 +60,7 @@ def moments(x_N: Tensor, *, weight_N: Tensor | None = None, backend: str | None 
 
     Raises:
         ValueError: shapes that disagree.
-        TypeError: inputs that hold no floats.
+        TypeError: inputs that are not floating point.
     """
     op = "moments"
     check_floating(op, "x_N", x_N, ndim=1)
@@ -72,7 +72,7 @@ def moments(x_N: Tensor, *, weight_N: Tensor | None = None, backend: str | None 
 
 
 class MomentsArguments(NamedTuple):
-    """Of the registered operator."""
+    """Arguments of the registered operator."""
 
     x_N: Tensor
     weight_N: Tensor | None
@@ -80,7 +80,7 @@ class MomentsArguments(NamedTuple):
 
 
 class MomentsVector(NamedTuple):
-    """Of the registered operator: (3,)."""
+    """Outputs of the registered operator: (3,)."""
 
     count_mean_m2: Tensor
 
@@ -123,7 +123,7 @@ def whiten(
 
     Raises:
         ValueError: shapes that disagree.
-        TypeError: inputs that hold no floats.
+        TypeError: inputs that are not floating point.
 
     Source: Huang et al. 2024, The N+ Implementation Details of RLHF with PPO, on whitening.
     """
@@ -138,7 +138,7 @@ def whiten(
 
 
 class Arguments(NamedTuple):
-    """Of the registered operator; `moments` are (3,)."""
+    """Arguments of the registered operator; `moments` are (3,)."""
 
     x_N: Tensor
     weight_N: Tensor | None
@@ -148,7 +148,7 @@ class Arguments(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Of the registered operator."""
+    """Outputs of the registered operator."""
 
     y_N: Tensor
 
