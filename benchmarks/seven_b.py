@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from benchmarks.gpu import RESULTS
 from fastppo import toy
 from fastppo.config import Config, config_from_dict
-from fastppo.memory.retry import give_back, out_of_memory
+from fastppo.memory.retry import out_of_memory, release_memory
 from fastppo.memory.shapes import TABLE, ModelShape
 from fastppo.models import build as roles
 from fastppo.models.batch import Batch, make_batch, token_index
@@ -322,7 +322,7 @@ def parts(
             partial(usual, size, state),
         )
         del state
-        give_back()
+        release_memory()
 
 
 def measure(size: Size, out: Path) -> list[dict[str, Any]]:
@@ -339,7 +339,7 @@ def measure(size: Size, out: Path) -> list[dict[str, Any]]:
                     raise
                 row = {**what, "out_of_memory": str(error).splitlines()[0]}
             del part
-            give_back()
+            release_memory()
             found.append(row)
             out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
             print(f"{what}: {time.monotonic() - began:.1f} s", flush=True)

@@ -1,4 +1,4 @@
-"""PPO for language models on one GPU: operators, a command, and the loop as three functions."""
+"""PPO for language models on one GPU: operators, a command, and a training loop in Python."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import torch only for who asks for it; `import fastppo` alone is light."""
+    """Import `name` on first use, so that `import fastppo` alone does not import torch."""
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'fastppo' has no attribute '{name}'")

@@ -1,4 +1,4 @@
-"""`fastppo-train CONFIG [key=value ...]`."""
+"""The command `fastppo-train CONFIG [key=value ...]`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastppo.run.commandline import Answered, Parser, quieten
 
 USAGE = "%(prog)s CONFIG [key=value ...] [--explain | --plan [--gpu SIZE]]"
 ABOUT = f"fastppo {__version__}: PPO for language models on one GPU, from LLaMA-Factory's YAML"
-# FIRST of config/schema.py as text, so that --help need not build it: a test holds them equal.
+# FIRST of config/schema.py as text, so that --help need not build it; a test compares the two.
 KEYS = """keys that most runs set:
   stage:                         rm trains a reward model from pairs, ppo a policy
   output_dir:                    Where adapters, heads and checkpoints go
@@ -24,7 +24,7 @@ KEYS = """keys that most runs set:
   reward_model: null             Folder, hub name, URL or module:function, as
                                  reward_model_type says
   reward_model_type: lora        lora, full, api or function
-  max_new_tokens: 1024           Most tokens of a response
+  max_new_tokens: 1024           Largest number of tokens in a response
   per_device_train_batch_size: 8 Sequences of a micro-batch at their longest
   gradient_accumulation_steps: 1 Times per_device_train_batch_size: the responses of
                                  an optimiser step
@@ -42,7 +42,7 @@ docs/llamafactory.md its own. Exit codes: 0 done, 1 the run stopped itself,
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one configuration; every error that a user can mend is one line and exit code 2."""
+    """Run one configuration; an error that the user can correct is one line, with exit code 2."""
     try:
         options = read(argv)
         if options.explain:
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def read(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line: words (CONFIG and overrides), explain, plan, gpu."""
+    """Parse the command line: words (CONFIG and overrides), explain, plan and gpu."""
     parser = Parser("fastppo-train", usage=USAGE, description=ABOUT, epilog=KEYS + END)
     parser.add_argument(
         "words",
@@ -99,7 +99,7 @@ def read(argv: Sequence[str] | None) -> argparse.Namespace:
         help="what it has to fit into, for example 24GiB; the GPU here if left out",
     )
     options = parser.parse(argv)
-    if options.words[:1] == ["train"] and len(options.words) > 1:  # llamafactory-cli's habit
+    if options.words[:1] == ["train"] and len(options.words) > 1:  # as with llamafactory-cli
         del options.words[0]
     if options.gpu is not None and not options.plan:
         raise UserError("--gpu: is the size that --plan has to fit into; add --plan, or drop it")
@@ -109,14 +109,14 @@ def read(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def explain(words: list[str]) -> int:
-    """`--explain`, before or after CONFIG."""
+    """Run `--explain`, given before or after CONFIG; returns the exit code."""
     from fastppo.config import explain
 
     return explain.run(words[0], words[1:])
 
 
 def plan(words: list[str], gpu: str | None) -> int:
-    """`--plan` with its `--gpu`; data, rewards and outputs need not be there."""
+    """Run `--plan`, with its `--gpu`; data, rewards and output folders need not exist."""
     from fastppo.config import load_config
     from fastppo.memory import command as plan
 
@@ -124,14 +124,14 @@ def plan(words: list[str], gpu: str | None) -> int:
 
 
 def train(words: list[str]) -> None:
-    """Check everything that needs no model, then import what does."""
+    """Check everything that can be checked without torch, then import it and run the stage."""
     from fastppo.config import load_config
     from fastppo.run.preflight import check
 
     config = load_config(words[0], words[1:])
     records = check(config)
     quieten()
-    # Reward functions and judges are importable from where the command runs.
+    # Reward functions and judges can be imported from the folder in which the command runs.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     if config.stage == "rm":

@@ -1,27 +1,27 @@
-"""What the program says when it cannot go on, or goes on with less than it was given."""
+"""Exceptions that end a run with one line and an exit code, and notes on stderr."""
 
 from __future__ import annotations
 
 import sys
 
-LONGEST = 1000  # characters of a message; past that its middle is left out
+LONGEST = 1000  # characters of a message; the middle of a longer one is left out
 
 
 class UserError(Exception):
-    """Something the user can mend: one line that names the thing and the cure. Exit code 2."""
+    """An error that the user can correct: one line that names cause and cure. Exit code 2."""
 
 
 class TrainingStopped(Exception):
-    """A run that would only learn nonsense from here on: one line, and the likeliest cause.
+    """The run cannot usefully continue: one line that names the likeliest cause.
 
-    Exit code 1: the input was fine, the run was not.
+    Exit code 1: the input was valid, but the run failed.
     """
 
 
 class Interrupted(BaseException):
-    """A signal asked the run to stop, and it has saved what it could. Exit code 128 + signal.
+    """A signal asked the run to stop, and the run has saved its state. Exit code 128 + signal.
 
-    Like KeyboardInterrupt no Exception: code that catches failures lets it through.
+    Like KeyboardInterrupt this is no Exception, so code that catches failures does not catch it.
     """
 
     def __init__(self, signal: int, saved: str = "nothing was saved") -> None:
@@ -30,12 +30,12 @@ class Interrupted(BaseException):
 
 
 def one_line(message: object) -> str:
-    """A message as one line of text, whatever it quotes: no escape sequence, no book."""
+    """A message as one line, without control characters, shortened to LONGEST characters."""
     text = " ".join(str(message).split())
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return text if len(text) <= LONGEST else f"{text[:600]} ... {text[-300:]}"
 
 
 def note(text: str) -> None:
-    """One line on stderr: something was left out, and the run goes on."""
+    """Print one line on stderr: something was ignored or dropped, and the run continues."""
     print(f"fastppo-train: note: {one_line(text)}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What runs here and why: `python -m fastppo.info`."""
+"""`python -m fastppo.info`: versions, devices, and which backend runs each operator, and why."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "datasets",
 
 
 def installed(package: str) -> str:
-    """Its version, or that it is not there."""
+    """The version of a package, or a text that says that it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -24,7 +24,7 @@ def installed(package: str) -> str:
 
 
 def backends() -> list[tuple[str, str]]:
-    """Each backend, and whether it runs here or why not."""
+    """Each backend, and whether it can run here, with the reason if it cannot."""
     if native_library.OBSTACLE is None:
         threads = torch.get_num_threads()
         native = f"runs on CPU tensors: {native_library.isa()}, {threads} threads"
@@ -42,7 +42,7 @@ def backends() -> list[tuple[str, str]]:
 
 
 def devices() -> list[str]:
-    """The processor, then every GPU."""
+    """Descriptions of the processor and of every GPU."""
     found = [f"cpu: {platform.processor() or platform.machine()}, {os.cpu_count()} cores"]
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
@@ -51,7 +51,7 @@ def devices() -> list[str]:
 
 
 def chosen() -> list[tuple[str, str]]:
-    """Each op and the backend that it runs on here, by device."""
+    """Each operator, and the backend that runs it here on each device."""
     places = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     rows = []
     for name in OPS:

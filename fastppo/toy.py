@@ -1,4 +1,4 @@
-"""A language model small enough to train while you read: what `init_state()` uses."""
+"""The toy of `init_state()`: a language model that trains in half a minute."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ FORMS = ["Write about {}.", "What is {} like?", "Tell me of {}.", "A line on {},
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte is a token; chatml's three specials beside them. No file, no network."""
+    """A tokenizer with a token for each byte and chatml's three special tokens.
+
+    It needs no file and no network.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: index for index, token in enumerate(SPECIAL + alphabet)}
     tokenizer = Tokenizer(BPE(vocab=vocab, merges=[]))
@@ -37,7 +40,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def write_model(
     folder: Path, *, seed: int = 0, hidden_size: int = 32, layers: int = 2, **extra: Any
 ) -> None:
-    """A randomly initialised Llama with its tokenizer, in `folder`."""
+    """Write a randomly initialised Llama and its tokenizer into `folder`."""
     tokenizer = byte_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -50,7 +53,7 @@ def write_model(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
-        # Wide enough that frozen embeddings and head have directions to learn along.
+        # Large enough that adapters can learn with frozen random embeddings and head.
         initializer_range=0.3,
         **extra,
     )
@@ -62,12 +65,12 @@ def write_model(
 
 
 def vowels(prompts: list[str], completions: list[str]) -> list[float]:
-    """The share of vowels in each completion: a random model can learn that in a minute."""
+    """A reward: the share of vowels in each completion, which a random model learns in a minute."""
     return [sum(c in "aeiou" for c in text.lower()) / max(len(text), 1) for text in completions]
 
 
 def config(folder: str | Path = "output/toy", **changes: Any) -> Config:
-    """Write the toy's model and prompts below `folder`; the configuration that trains it."""
+    """Write the toy's model and prompts below `folder`; returns a configuration to train it."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_model(folder / "model")

@@ -14,21 +14,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question to the policy, encoded with its generation header."""
+    """One prompt, encoded with its generation header."""
 
     ids: list[int]
-    text: str  # what the person asked, without template
-    reference: str | None = (
-        None  # the record's own answer: shown beside samples, never learned from
-    )
+    text: str  # the user's question, without template
+    reference: str | None = None  # the record's own answer: shown with samples, not trained on
     columns: dict[str, Any] = field(default_factory=dict)  # the record, for reward functions
-    # The conversation, its system prompt first, for reward models that have a template of their own
+    # The conversation, system prompt first, for reward models with their own chat template
     messages: list[dict[str, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One preference: the same prompt, a better and a worse answer, each ending in EOS."""
+    """A preference pair: a prompt, and a better and a worse answer to it, each with EOS."""
 
     prompt_ids: list[int]
     chosen_ids: list[int]
@@ -37,7 +35,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Sequences:
-    """Prompts with their responses, in the layout of every forward pass: right padding."""
+    """Rows of prompt and response, padded on the right, as forward passes need them."""
 
     input_ids_BT: Tensor  # int64
     prompt_lengths: list[int]
@@ -45,23 +43,23 @@ class Sequences:
 
     @property
     def lengths(self) -> list[int]:
-        """Prompt plus response, in tokens."""
+        """The length of each row, prompt plus response, in tokens."""
         return [p + r for p, r in zip(self.prompt_lengths, self.response_lengths, strict=True)]
 
 
 @dataclass(frozen=True)
 class Rollout(Sequences):
-    """Sampled responses; those to one prompt stand side by side."""
+    """Sampled responses; the responses to the same prompt are in consecutive rows."""
 
     prompts: list[Prompt]
-    terminated: list[bool]  # ended by itself, not by max_new_tokens
-    sampler_logprob_N: Tensor  # float32, as the sampler computed them
+    terminated: list[bool]  # whether the response ended by itself, not by max_new_tokens
+    sampler_logprob_N: Tensor  # float32, log-probs as the sampler computed them
     texts: list[str]  # decoded responses, without special tokens
 
 
 @dataclass
 class Kept:
-    """The actor's hidden states of some rows with their gradient graph, kept for the update."""
+    """The actor's hidden states of some rows, with their autograd graph, kept for the update."""
 
     rows: list[int]
     hidden_BTD: Tensor | None
@@ -74,48 +72,48 @@ class Kept:
 
 @dataclass(frozen=True)
 class Scored:
-    """A rollout with what the frozen roles and the critic say of it; float32, without gradient.
+    """A rollout with its scores, log-probs and values; float32, without gradient.
 
-    Sequence b owns the tokens offsets[b]:offsets[b + 1] of everything named _N.
+    In a tensor named _N the tokens of sequence b are offsets[b]:offsets[b + 1].
     """
 
     rollout: Rollout
     offsets: Tensor  # int32 (B+1,)
-    logprob_N: Tensor  # behaviour policy, recomputed with the training forward
+    logprob_N: Tensor  # of the behaviour policy, recomputed with the training forward
     ref_logprob_N: Tensor
     entropy_N: Tensor
-    score_B: Tensor  # as the reward gave it; of several, their weighted sum
-    value_N: Tensor | None = None  # of the state before the token; None without a critic
-    # Of the state after the last token: what a truncated response might go on to.
+    score_B: Tensor  # the reward's score; with several rewards, their weighted sum
+    value_N: Tensor | None = None  # value of the state before the token; None without a critic
+    # Value of the state after the last token, for truncated responses.
     final_value_B: Tensor | None = None
-    exact_kl_N: Tensor | None = None  # over the whole vocabulary, for kl_penalty: full
-    # Each reward's own score (B,) before its weight; NaN where it does not apply
+    exact_kl_N: Tensor | None = None  # KL over the whole vocabulary, for kl_penalty: full
+    # Each reward's scores (B,), not yet weighted; NaN if it does not apply
     reward_parts: dict[str, Tensor] = field(default_factory=dict)
-    kept: Kept | None = None  # with its gradient graph, where scoring and update can share it
+    kept: Kept | None = None  # the actor's forward, if the update can use it
 
 
 @dataclass(frozen=True)
 class Experience:
-    """What the update learns from: packed tokens with their advantages."""
+    """What the update trains on: the rollout's response tokens with their advantages."""
 
     scored: Scored
-    score_B: Tensor  # after normalisation, clipping and penalties: what entered the reward
+    score_B: Tensor  # after normalisation, clipping and penalties; part of the reward
     advantage_N: Tensor
     return_N: Tensor
     reward_N: Tensor
-    kl_N: Tensor  # by kl_penalty's estimate, whether or not the reward holds it
-    kl_coef: float  # the beta that made reward_N, or that the loss uses
-    importance_weight_N: Tensor | None = None  # sampler to behaviour policy, truncated
+    kl_N: Tensor  # the estimate that kl_penalty names, even if it is not part of the reward
+    kl_coef: float  # the beta of reward_N, or of the loss
+    importance_weight_N: Tensor | None = None  # behaviour policy / sampler, truncated
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What one policy said to the evaluation prompts, and what was thought of it."""
+    """One policy's responses to the evaluation prompts, and their scores."""
 
     texts: list[str]
     rewards: list[float]
-    reward_parts: dict[str, Tensor]  # of several rewards each one's scores; NaN: does not apply
+    reward_parts: dict[str, Tensor]  # with several rewards, the scores of each; NaN: not applicable
     judged: list[float] | None
     lengths: list[int]
     terminated: list[bool]
-    kl: float  # to the reference, summed over a response, mean over responses
+    kl: float  # KL to the reference, summed over a response, mean over responses

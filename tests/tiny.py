@@ -62,7 +62,7 @@ def reward_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     folder = tmp_path_factory.mktemp("reward")
     config = make_config(model_dir, folder, reward_model_type="function", critic="adapter")
     made = roles.build(config, torch.device("cpu"))
-    stir(made.trained_parameters("actor"), 1)
+    stir(made.trainable_parameters("actor"), 1)
     stir(list(made.critic_head.parameters()), 2, 1.0)
     save.save_model(made.model, made.critic_head, toy.byte_tokenizer(), folder)
     record = {"score_at": "eos", "template": "chatml", "fastppo": "test"}
@@ -122,9 +122,9 @@ def tiny_roles(
     def make(stirred: bool = True, **changes: Any) -> roles.Roles:
         made = build(config(**changes), torch.device("cpu"))
         if stirred:
-            stir(made.trained_parameters("actor"), 3)
+            stir(made.trainable_parameters("actor"), 3)
             if made.has_critic and not made.shares_trunk:
-                stir(made.trained_parameters("critic"), 4)
+                stir(made.trainable_parameters("critic"), 4)
             if made.has_critic:
                 stir(list(made.critic_head.parameters()), 5, 1.0)
         return made
@@ -231,7 +231,7 @@ def sft_dirs(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     for seed, extra in ((11, {}), (12, {"additional_target": "norm,lm_head"})):
         folder = tmp_path_factory.mktemp("sft")
         made = roles.build(make_config(model_dir, folder, **extra), torch.device("cpu"))
-        own = made.trained_parameters("actor")
+        own = made.trainable_parameters("actor")
         stir([p for p in own if p.dim() > 1 and min(p.shape) < 9], seed)
         with torch.no_grad():
             for parameter in own:

@@ -56,7 +56,7 @@ def make_reward(settings: dict[str, Any]) -> None:
     made = roles.build(config, torch.device("cpu"))
     assert made.critic_head is not None
     with torch.no_grad():
-        for parameter in [*made.trained_parameters("actor"), made.critic_head.weight]:
+        for parameter in [*made.trainable_parameters("actor"), made.critic_head.weight]:
             parameter.copy_(0.02 * torch.randn_like(parameter))
     folder = Path(settings["reward"])
     save.save_model(made.model, made.critic_head, load_tokenizer(config), folder)

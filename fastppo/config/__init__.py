@@ -1,4 +1,4 @@
-"""The YAML: every key, its type, range and meaning. No torch here."""
+"""The configuration (YAML): every key with its type, range and meaning. No torch here."""
 
 from fastppo.config.schema import Config, config_from_dict, load_config
 

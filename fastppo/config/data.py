@@ -1,4 +1,4 @@
-"""The keys of the data and its template, and what goes together of them. No torch here."""
+"""Keys of the data and its template, and checks of how they go together. No torch here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DATA_LISTS = ("dataset", "eval_dataset", "interleave_probs")
 
 
 class DataKeys(Keys):
-    """The part of a run that says what it learns from, and how that is written."""
+    """Keys of the training data and its format."""
 
     title = "Data"
 
@@ -22,28 +22,35 @@ class DataKeys(Keys):
         "Names in dataset_info.json, or paths of files; comma separated. docs/data.md.",
         first=True,
     )
-    eval_dataset: str | None = key(None, LF, "The same, for evaluation.")
+    eval_dataset: str | None = key(None, LF, "Data sets for evaluation, named like dataset.")
     dataset_dir: str = key(
-        "data", LF, "Folder of dataset_info.json and its files; ONLINE: names are the hub's."
+        "data",
+        LF,
+        "Folder of dataset_info.json and its files; with ONLINE the names are names on the hub.",
     )
     mix_strategy: Literal["concat", "interleave_under", "interleave_over", "interleave_once"] = key(
         "concat",
         LF,
-        "Several data sets: one after the other, or by turns until the first (under) or the last "
-        "(over; once repeats no row) is used up.",
+        "How to mix several data sets: concatenate them, or alternate until the first (under) "
+        "or the last (over; once repeats no row) is used up.",
     )
     interleave_probs: str | None = key(
         None, LF, "Shares of the data sets in an interleaved mix, comma separated."
     )
     val_size: NonNegative = key(
-        0.0, LF, "Held out of dataset for evaluation: a share below 1, or a count."
+        0.0, LF, "Held out from dataset for evaluation: a share below 1, or a number of records."
     )
     cutoff_len: Positive = key(
-        2048, LF, "Most tokens of a prompt (ppo) or of prompt and answer (rm)."
+        2048, LF, "Largest number of tokens in a prompt (ppo) or in prompt and answer (rm)."
     )
-    max_samples: Positive | None = key(None, LF, "Only the first so many records of each data set.")
+    max_samples: Positive | None = key(
+        None, LF, "Use only the first records of each data set, up to this number."
+    )
     lf_truncation: bool = key(
-        False, OWN, "Cut an over-long prompt as LLaMA-Factory does, generation header and all."
+        False,
+        OWN,
+        "Truncate a prompt that is too long as LLaMA-Factory does, which cuts off its "
+        "generation header.",
     )
     template: str | None = key(
         None, LF, "Chat template by name; null is the tokenizer's own.", first=True
@@ -52,13 +59,13 @@ class DataKeys(Keys):
         True, LF, "false writes an empty thought before every answer of a reasoning template."
     )
     preserve_thinking: bool = key(
-        False, LF, "Keep the thoughts of earlier turns; reasoning templates forget them."
+        False, LF, "Keep the thoughts of earlier turns; reasoning templates remove them."
     )
-    default_system: str | None = key(None, LF, "System prompt in place of the template's.")
+    default_system: str | None = key(None, LF, "System prompt instead of the template's.")
 
     @property
     def mixing_probabilities(self) -> list[float] | None:
-        """interleave_probs as numbers."""
+        """interleave_probs as a list of numbers."""
         text = self.interleave_probs
         return None if text is None else [float(part) for part in text.split(",")]
 

@@ -1,4 +1,4 @@
-"""Keys that do nothing with the other settings of a file: why, and what acts in their place.
+"""Keys that have no effect because of a file's other settings: why, and which keys act instead.
 
 No torch here.
 """
@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fastppo.config.schema import Config
 
-# Schedules that know no warm-up.
+# Schedules without a warm-up.
 WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau")
-# Optimisers whose step goes with the size of the gradient; that of the others does not.
+# Optimisers whose step is proportional to the gradient; other optimisers normalise it.
 SCALED_BY_GRADIENT = ("sgd",)
 
 
 def without_effect(config: Config) -> dict[str, str]:
-    """Key -> why it does nothing in this configuration, as a sentence after `key: `.
+    """Key -> why it has no effect in this configuration, as text to print after `key: `.
 
-    Keys that the advantage estimator does not know are `config.unknown_to_estimator`.
+    Keys that the advantage estimator does not use are in `config.unknown_to_estimator`.
     """
     found: dict[str, str] = {}
     if config.stage == "ppo":
@@ -36,7 +36,7 @@ def without_effect(config: Config) -> dict[str, str]:
 
 
 def algorithm(config: Config) -> dict[str, str]:
-    """The part that is stage ppo's."""
+    """The keys of stage ppo among them."""
     found = {}
     if config.has_critic and config.critic != "shared" and config.optim not in SCALED_BY_GRADIENT:
         found["vf_coef"] = (

@@ -1,6 +1,6 @@
-"""LLaMA-Factory's and transformers' keys that are no settings here: accepted, or refused, and why.
+"""Keys of LLaMA-Factory and transformers that are no settings here: accepted or refused, and why.
 
-docs/config.md and docs/llamafactory.md are made from these tables.
+docs/config.md and docs/llamafactory.md are generated from these tables.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 from fastppo.config.ppo import TRL_IGNORED
 
-# Older names of what is a key here.
+# Older names of keys.
 OLD_NAMES = {
     "evaluation_strategy": "eval_strategy",
     "no_cuda": "use_cpu",
@@ -17,7 +17,7 @@ OLD_NAMES = {
     "per_gpu_train_batch_size": "per_device_train_batch_size",
 }
 
-# Why a key means nothing here -> such keys. They are accepted, with a line that says why.
+# Why keys have no effect here -> these keys. They are accepted, with a line that says why.
 _NOTES: dict[str, str] = {
     "one process on one device": """accelerator_config average_tokens_across_devices
         ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters
@@ -107,7 +107,7 @@ IGNORED: dict[str, str] = {
 
 _OPTIMISER = "use optim: adamw_8bit or paged_adamw_8bit to save memory"
 _OFF = (False, None)
-# Keys that ask for what is not done: the value that is harmless, and what to use instead.
+# Keys for features that do not exist here: their accepted values, and what to use instead.
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "activation_checkpointing": (_OFF, "use activation_offloading: checkpoint, the default"),
     "adafactor": (_OFF, "use optim: adafactor"),
@@ -174,7 +174,7 @@ def _values(key: str, names: str, cure: str) -> dict[tuple[str, str], str]:
     return dict.fromkeys(((key, name) for name in names.split()), cure)
 
 
-# A key's value that is not done, and what to use instead.
+# (key, value) for features that do not exist here -> what to use instead.
 NOT_HERE: dict[tuple[str, str], str] = {
     **_values(
         "stage",

@@ -1,6 +1,6 @@
-"""`fastppo-train --explain CONFIG [key=value ...]`: each key, its value, whence, and what it does.
+"""`fastppo-train --explain CONFIG [key=value ...]`: each key's value, source, and meaning.
 
-Reads the configuration and nothing else: no torch, no model, no data.
+It reads only the configuration, without torch, model or data.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from fastppo.config.elsewhere import IGNORED, REFUSED
 from fastppo.config.file import override, read_file
 from fastppo.config.schema import STAGE_KEYS, Config, load_config, renamed
 
-WIDTH = 100  # where the output is no terminal
+WIDTH = 100  # columns, if the output is no terminal
 SECRET = ("token", "api_key")
 
 
 class Line(NamedTuple):
-    """One key as it is explained."""
+    """The explanation of one key."""
 
     name: str
     value: str
@@ -32,7 +32,7 @@ class Line(NamedTuple):
 
 
 def written(name: str, value: Any) -> str:
-    """A value as YAML has it; a secret is not shown."""
+    """A value in YAML; secrets are not shown."""
     if value is not None and name.endswith(SECRET):
         return "***"
     if value is None or isinstance(value, bool):
@@ -45,16 +45,16 @@ def written(name: str, value: Any) -> str:
 
 
 def lines(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, list[Line]]:
-    """The checked configuration, and a line a key: those that were set first.
+    """The checked configuration, and a line for each key, first those that were set.
 
     Raises:
-        UserError: as a run with this file would.
+        UserError: a run with this file would raise the same error.
     """
     config = load_config(path, overrides)
     data = read_file(Path(path))
     touched = {override(data, text) for text in overrides}
     source = {name: "command line" if name in touched else "file" for name in data}
-    # A key that goes by two names is explained under the one used here.
+    # A key with two names is explained under the name that is used here.
     given, origins = renamed(data, config.source), renamed(source, config.source)
     set_lines = [
         explained(config, name, given[name], origins[name])
@@ -69,7 +69,7 @@ def lines(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, list
 
 
 def explained(config: Config, name: str, given: Any, source: str) -> Line:
-    """One key: a setting, or one that means nothing here."""
+    """The explanation of one key: a setting, or a key that has no effect here."""
     field = Config.model_fields.get(name)
     if field is None:
         if name in REFUSED:
@@ -88,12 +88,12 @@ def explained(config: Config, name: str, given: Any, source: str) -> Line:
         meaning = f"Nothing to advantage: {config.advantage}. Elsewhere: {meaning}"
     value = getattr(config, name)
     if source == "default" and name in config.model_fields_set:
-        source = "lf_sampling"  # which sets what the file leaves out
+        source = "lf_sampling"  # it sets sampling keys that the file does not set
     return Line(name, written(name, value), source, meaning)
 
 
 def page(config: Config, explained_lines: Sequence[Line]) -> Iterator[Table | str]:
-    """What is printed: a head, then the table."""
+    """What is printed: first a heading, then the table."""
     given = [line for line in explained_lines if line.source in ("file", "command line")]
     left = len(explained_lines) - len(given)
     yield (
@@ -112,7 +112,7 @@ def page(config: Config, explained_lines: Sequence[Line]) -> Iterator[Table | st
 
 
 def run(path: str | Path, overrides: Sequence[str] = ()) -> int:
-    """Print the page; the exit code."""
+    """Print the page; returns the exit code."""
     config, found = lines(path, overrides)
     width = None if sys.stdout.isatty() else WIDTH
     console = Console(highlight=False, width=width, markup=False)

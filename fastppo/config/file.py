@@ -1,4 +1,4 @@
-"""A YAML or JSON file as a mapping: its syntax is checked here, what its keys mean in config.py."""
+"""Read a YAML or JSON file as a mapping; only its syntax is checked here, its keys in schema.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastppo.errors import UserError
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, where YAML would keep the last in silence."""
+    """SafeLoader that refuses duplicate keys; PyYAML would silently keep the last one."""
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
@@ -34,7 +34,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
     return loader.construct_mapping(node)
 
 
-# YAML 1.1 reads 1e-5 as text, for want of a point; everybody else, OmegaConf too, as a number.
+# YAML 1.1 reads 1e-5 as text, because it has no point; OmegaConf and others read a number.
 _FLOAT = re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
@@ -71,7 +71,7 @@ def read_file(path: Path) -> dict[str, Any]:
     except ValueError:
         raise UserError(f"{str(path)!r}: no path is written so; name a YAML file") from None
     try:
-        # JSON is read by its own parser: YAML's misses tabs. yaml.load with a SafeLoader is safe.
+        # JSON has its own parser, because YAML's refuses tabs. yaml.load with a SafeLoader is safe.
         data = _parse(text, path)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -80,7 +80,7 @@ def read_file(path: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{path}: not YAML, line {line}: {error.problem}; mend the line") from None
-    except Exception as error:  # PyYAML raises what its constructors stumble on: `!!bool x`
+    except Exception as error:  # PyYAML's constructors can raise anything, as for `!!bool x`
         why = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: cannot be read: {why}; mend the file") from None
     if data is None:
@@ -95,15 +95,15 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """A value as YAML reads it; what is no YAML is text."""
+    """The value of a text in YAML; if it is no YAML, the text itself."""
     try:
         return yaml.load(text, _Loader) if text else None
-    except Exception:  # PyYAML raises what its constructors stumble on
+    except Exception:  # PyYAML's constructors can raise anything
         return text
 
 
 def override(data: dict[str, Any], text: str) -> str:
-    """Put `key=value`, or `key.inner=value`, of the command line into `data`; gives the key."""
+    """Set `key=value`, or `key.inner=value`, of the command line in `data`; returns the key."""
     name, equals, value = text.partition("=")
     if not equals or not name.strip():
         raise UserError(f"'{text}': not key=value; write for example learning_rate=2e-5")
@@ -111,7 +111,7 @@ def override(data: dict[str, Any], text: str) -> str:
     if not inner:
         data[key] = parse_value(value)
         return key
-    # A copy: what came from the file stays as it is.
+    # A copy, so that the file's own mapping does not change.
     data[key] = mapping = dict(data[key]) if isinstance(data.get(key), dict) else {}
     for part in inner[:-1]:
         deeper = dict(mapping[part]) if isinstance(mapping.get(part), dict) else {}

@@ -1,4 +1,4 @@
-"""Keys that change how much memory a run takes and how fast it is, and its result by rounding only.
+"""Keys that change a run's memory and speed, and its result only by rounding.
 
 No torch here.
 """
@@ -12,27 +12,28 @@ from fastppo.config.key import HF, LF, OWN, TRL24, VERL, Above0, Keys, Positive,
 if TYPE_CHECKING:
     from fastppo.config.schema import Config
 
-Auto = Literal["auto"]  # by the memory plan: the fastest that fits
+Auto = Literal["auto"]  # the memory plan chooses the fastest value that fits
 
 
 class MemoryKeys(Keys):
-    """The part of a run that decides how much memory its phases want, and not what they learn."""
+    """Keys that change how much memory the phases of a run need, but not what they train."""
 
     title = "Memory"
 
     chunk_bytes: Positive | Auto | None = key(
         None,
         OWN,
-        "Bytes of logits that exist at a time; null is 512 MiB on a GPU, and on a CPU 80 MiB or "
-        "128 rows, auto that or what fits.",
+        "Bytes of logits that exist at a time; null is 512 MiB on a GPU, and 80 MiB or 128 rows "
+        "on a CPU; auto is that, or less if it does not fit.",
     )
     generation_batch: Positive | Auto | None = key(
         None,
         OWN,
-        "Most sequences that are sampled at a time; auto is as many of a rollout as fit, null all.",
+        "Largest number of sequences that are sampled at a time; auto is as many of a rollout "
+        "as fit, null is all.",
     )
     disable_gradient_checkpointing: bool = key(
-        False, LF, "Keep activations in place of recomputing them: activation_offloading: none."
+        False, LF, "Keep activations instead of recomputing them: activation_offloading: none."
     )
     use_unsloth_gc: bool = key(False, LF, "The same as activation_offloading: checkpoint+offload.")
     activation_offloading: (
@@ -40,57 +41,59 @@ class MemoryKeys(Keys):
     ) = key(
         None,
         OWN,
-        "What happens to activations between forward and backward, see docs/offload.md; null "
+        "Where activations are kept between forward and backward, see docs/offload.md; null "
         "follows the two keys above, and is checkpoint without them.",
     )
     offload_dir: str | None = key(
-        None, OWN, "Offload to memory-mapped files in this folder, in place of host memory."
+        None, OWN, "Offload to memory-mapped files in this folder instead of host memory."
     )
 
 
 class StepKeys(Keys):
-    """They change speed and memory, and the result by rounding only."""
+    """Keys that change speed and memory, and the result only by rounding."""
 
     title = "Batches of a PPO step"
 
     ppo_max_token_len_per_gpu: Positive | Auto | None = key(
         None,
         VERL,
-        "Most tokens of a micro-batch, padding included; null is per_device_train_batch_size x "
-        "(cutoff_len + max_new_tokens), so that shorter sequences share one, auto as many as fit.",
+        "Largest number of tokens in a micro-batch, including padding; null is "
+        "per_device_train_batch_size x (cutoff_len + max_new_tokens), so that several shorter "
+        "sequences share one; auto is as many as fit.",
     )
     ppo_micro_batch_size_per_gpu: Positive | None = key(
-        None, VERL, "Most sequences of a micro-batch; null leaves it to the tokens."
+        None, VERL, "Largest number of sequences in a micro-batch; null limits only the tokens."
     )
     log_prob_max_token_len_per_gpu: Positive | Auto | None = key(
         None,
         VERL,
-        "Most tokens of a micro-batch in scoring, in evaluation too; null is the update's, auto as "
-        "many as fit.",
+        "Largest number of tokens in a micro-batch of scoring, also in evaluation; null is the "
+        "update's, auto is as many as fit.",
     )
     padding_free: bool = key(
-        False, TRL24, "Pack a micro-batch's sequences behind one another in place of padding them."
+        False, TRL24, "Pack the sequences of a micro-batch into one row instead of padding them."
     )
     rollout_kv_cache_gib: Above0 | None = key(
         None,
         OWN,
-        "GiB of keys and values that sampling may hold; past it a step's prompts are answered in "
-        "groups. null is no limit on a CPU, and on a GPU most of what weights and optimiser leave.",
+        "GiB of keys and values that sampling may use; if a step's prompts need more, they are "
+        "sampled in groups. null is no limit on a CPU, and on a GPU most of what weights and "
+        "optimiser leave.",
     )
     rollout_merge_adapter: bool | None = key(
         None,
         OWN,
-        "Sample from a copy of the weights with the adapter merged in; null does where the copy "
-        "takes a quarter of the memory at most and the weights are float32: bf16 rounds away what "
-        "a young adapter says.",
+        "Sample with the adapter merged into a copy of the weights; null does so if the copy "
+        "takes at most a quarter of the memory and the weights are float32: bf16 would round "
+        "away the small changes of a new adapter.",
     )
     cache_implementation: Literal["dynamic", "static"] = key(
-        "dynamic", HF, "static compiles the sampler's steps, on CUDA (not measured here)."
+        "dynamic", HF, "static compiles decoding on CUDA (not measured here)."
     )
 
 
 def offload_mode(config: Config) -> str:
-    """activation_offloading, or what LLaMA-Factory's keys for it say."""
+    """activation_offloading, or the mode that LLaMA-Factory's keys ask for."""
     if config.activation_offloading is not None:
         return config.activation_offloading
     if config.use_unsloth_gc:
@@ -99,24 +102,23 @@ def offload_mode(config: Config) -> str:
 
 
 def longest_sequence(config: Config) -> int:
-    """Most tokens of a sequence: in stage rm prompt and answer share cutoff_len."""
+    """Largest number of tokens in a sequence; in stage rm prompt and answer share cutoff_len."""
     return config.cutoff_len + (config.max_new_tokens if config.stage == "ppo" else 0)
 
 
 def micro_batch_tokens(config: Config) -> int:
-    """Most tokens of a micro-batch, padding included.
+    """Largest number of tokens in a micro-batch, including padding.
 
-    In stage ppo what `per_device_train_batch_size` sequences take at their longest: shorter ones
-    share a micro-batch with more, in the memory that was planned for them.
+    In stage ppo it is `per_device_train_batch_size` times the longest sequence; of shorter
+    sequences, more share a micro-batch, in the same memory.
     """
     rows = config.per_device_train_batch_size * (2 if config.stage == "rm" else 1)
     return rows * longest_sequence(config)
 
 
 def reference_streams(config: Config) -> bool:
-    """Whether ref_model passes through the device: asked to, not in few bits, nothing on it trains.
-
-    With freeze and full a critic that is an adapter trains on it.
+    """Whether ref_model's layers are streamed: the keys say so, and it is neither quantised nor
+    the base of a critic's adapter (with finetuning_type freeze and full).
     """
     trains = config.finetuning_type != "lora" and config.critic == "adapter" and config.has_critic
     whole = config.ref_model is not None and config.ref_model_quantization_bit is None
@@ -124,10 +126,10 @@ def reference_streams(config: Config) -> bool:
 
 
 def check_offload(config: Config) -> None:
-    """Refuse keys that contradict each other.
+    """Check that the keys of offloading do not contradict each other.
 
     Raises:
-        ValueError: names the key, and the cure.
+        ValueError: two keys do; the message names the key and the cure.
     """
     mode = offload_mode(config)
     if config.disable_gradient_checkpointing and mode not in ("none", "offload"):
@@ -158,10 +160,10 @@ def check_offload(config: Config) -> None:
 
 
 def check_step(config: Config) -> None:
-    """Refuse to merge what cannot be merged.
+    """Check that rollout_merge_adapter can be obeyed.
 
     Raises:
-        ValueError: names the key, and the cure.
+        ValueError: the adapter cannot be merged; the message names the key and the cure.
     """
     if not config.rollout_merge_adapter:
         return

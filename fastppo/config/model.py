@@ -1,6 +1,6 @@
-"""The keys of the base model: where it is from, and how it is loaded; and the dtype of its weights.
+"""Keys of the base model: where it comes from and how it is loaded; and the dtype of its weights.
 
-No torch here: the memory plan asks for that dtype too.
+No torch here: the memory plan needs the dtype too.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from fastppo.config.key import LF, OWN, Keys, key
 
 
 class ModelKeys(Keys):
-    """The part of a run that says which model everything stands on."""
+    """Keys of the base model, on which all roles run."""
 
     title = "Model"
 
@@ -20,9 +20,9 @@ class ModelKeys(Keys):
         None, OWN, "GGUF file inside model_name_or_path to read weights from."
     )
     model_revision: str = key("main", LF, "Branch, tag or commit on the hub.")
-    cache_dir: str | None = key(None, LF, "Where the hub's files are kept.")
+    cache_dir: str | None = key(None, LF, "Folder of the hub's files.")
     hf_hub_token: str | None = key(
-        None, LF, "Token for the hub; null is HF_TOKEN of the environment, or the login's."
+        None, LF, "Token for the hub; null is HF_TOKEN from the environment, or that of the login."
     )
     trust_remote_code: bool = key(
         False, LF, "Run code that comes with the model; off unless asked."
@@ -30,19 +30,24 @@ class ModelKeys(Keys):
     flash_attn: Literal["auto", "sdpa", "disabled", "fa2"] = key(
         "auto",
         LF,
-        "Attention: fa2 is flash-attn, sdpa PyTorch's, disabled eager; auto is fa2 where it can "
+        "Attention: fa2 is flash-attn, sdpa PyTorch's, disabled eager; auto is fa2 if it can "
         "run, else sdpa.",
     )
     quantization_bit: Literal[4, 8] | None = key(
-        None, LF, "Linear layers of the base in so many bits (QLoRA); null is none."
+        None,
+        LF,
+        "Quantise the base's linear layers to this number of bits (QLoRA); null is no "
+        "quantisation.",
     )
-    quantization_method: Literal["bnb"] = key("bnb", LF, "Who quantises: bitsandbytes.")
+    quantization_method: Literal["bnb"] = key(
+        "bnb", LF, "The library that quantises: bitsandbytes."
+    )
     quantization_type: Literal["nf4", "fp4"] = key("nf4", LF, "The 4-bit number format.")
-    double_quantization: bool = key(True, LF, "Quantise the 4-bit scales too.")
+    double_quantization: bool = key(True, LF, "Also quantise the 4-bit scales.")
 
 
 def own_dtype(data: dict[str, Any]) -> str:
-    """The dtype of published weights, as their config.json names it; float32 if it does not."""
+    """The dtype of published weights that their config.json names; float32 if it names none."""
     inner = data.get("text_config")
     own = {**data, **(inner if isinstance(inner, dict) else {})}
     named = own.get("dtype") or own.get("torch_dtype") or "float32"
@@ -50,10 +55,10 @@ def own_dtype(data: dict[str, Any]) -> str:
 
 
 def run_dtype(*, bf16: bool, own: str, on_gpu: bool) -> str:
-    """bfloat16 where `bf16` asks for it; without, on a GPU the checkpoint's own, else float32.
+    """The run's dtype: bfloat16 with `bf16`; else on a GPU the weights' own, on a CPU float32.
 
-    LLaMA-Factory's rule for a GPU, but for weights in float16: they run in bfloat16, which is as
-    large and needs no loss scaler.
+    On a GPU this is LLaMA-Factory's rule, except that weights in float16 run in bfloat16, which has
+    the same size and needs no loss scaler.
     """
     half = bf16 or (on_gpu and own in ("bfloat16", "float16"))
     return "bfloat16" if half else "float32"

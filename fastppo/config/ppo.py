@@ -1,7 +1,7 @@
-"""The keys of the algorithm: KL, score, advantage, loss. Names are TRL's where TRL has one.
+"""Keys of the algorithm: KL, score, advantage, loss. Names are TRL's where TRL has one.
 
-What TRL 0.9.6 does not have goes by the name that verl, OpenRLHF, torchtune or TRL's GRPO trainer
-gives it; `ELSEWHERE` lists the other names, so that a wrong key is answered with the right one.
+Other keys have the name that verl, OpenRLHF, torchtune or TRL's GRPO trainer gives them.
+`ELSEWHERE` lists further names, so that the error for such a key names the right one.
 """
 
 from __future__ import annotations
@@ -30,36 +30,36 @@ from fastppo.config.key import (
     key,
 )
 
-# kl_penalty and kl_loss_type -> the operators' kind. Of `full` the operator is given the KL itself.
+# kl_penalty and kl_loss_type -> the operators' kl_kind. With `full` they are given the KL itself.
 KL_KIND = {"kl": "k1", "abs": "abs", "mse": "k2", "low_var_kl": "k3", "full": "k1"}
 
 
 class KLKeys(Keys):
-    """The part of PPO that says how long a rollout serves, and what drifting away costs."""
+    """Keys of the use of a rollout and of the penalty for leaving the reference."""
 
     title = "PPO: rollouts and KL"
     own_stage: ClassVar[Stage | None] = "ppo"
 
-    ppo_buffer_size: Positive = key(1, LF, "Optimiser steps' worth of responses in a rollout.")
+    ppo_buffer_size: Positive = key(1, LF, "Size of a rollout in optimiser steps.")
     ppo_epochs: Positive = key(4, LF, "Passes over each rollout.", first=True)
     ppo_target: Above0 = key(6.0, LF, "Target of the KL controller, nats a response.", first=True)
 
-    init_kl_coef: NonNegative = key(0.2, TRL, "beta at the start.")
-    adap_kl_ctrl: bool = key(True, TRL, "Let the controller move beta; false keeps it.")
+    init_kl_coef: NonNegative = key(0.2, TRL, "beta at the start of training.")
+    adap_kl_ctrl: bool = key(True, TRL, "Let the controller change beta; false keeps it constant.")
     horizon: Above0 = key(
         10000,
         TRL,
-        "Responses over which beta moves by at most 20%; smaller moves it faster, down to the "
-        "responses of a step: a step moves it by 20% at most.",
+        "Number of responses over which beta changes by at most 20%; a smaller one changes it "
+        "faster, but one step never by more than 20%.",
     )
     kl_penalty: Literal["kl", "abs", "mse", "low_var_kl", "full"] = key(
         "kl",
         TRL,
-        "A token's KL in the reward: sampled (low_var_kl is k3), or full, exact over the "
-        "vocabulary.",
+        "Estimate of a token's KL in the reward: from the sampled token (low_var_kl is k3), or "
+        "full: exact, over the vocabulary.",
     )
     use_kl_loss: bool = key(
-        False, VERL, "Take the KL out of the reward and put it into the loss, with the same beta."
+        False, VERL, "Put the KL into the loss instead of the reward, with the same beta."
     )
     kl_loss_type: Literal["low_var_kl", "mse", "abs"] = key(
         "low_var_kl", VERL, "Estimate of a token's KL in the loss: k3, k2 or its absolute value."
@@ -67,7 +67,7 @@ class KLKeys(Keys):
 
 
 class ScoreKeys(Keys):
-    """The part of PPO that makes rewards of scores."""
+    """Keys of the step from scores to rewards."""
 
     title = "PPO: scores"
     own_stage: ClassVar[Stage | None] = "ppo"
@@ -76,79 +76,82 @@ class ScoreKeys(Keys):
         False, LF, "Normalise scores: use_score_scaling and use_score_norm in one."
     )
     use_score_scaling: bool = key(
-        False, TRL, "Divide scores by the standard deviation of all so far."
+        False, TRL, "Divide scores by the standard deviation of all scores so far."
     )
     use_score_norm: bool = key(
-        False, TRL, "With use_score_scaling: take the mean of all so far off first."
+        False, TRL, "With use_score_scaling: first subtract the mean of all scores so far."
     )
     score_clip: Above0 | None = key(
         None, TRL, "Clip scores to plus or minus this, after normalising."
     )
     missing_eos_penalty: NonNegative | None = key(
-        None, TRL24, "Taken off the score of a truncated response."
+        None, TRL24, "Subtracted from the score of a truncated response."
     )
     min_response_length: Count = key(
-        0, TUNE, "A response of fewer tokens, EOS counted, gets reward_penalty for a score."
+        0, TUNE, "A response with fewer tokens, EOS included, gets the score reward_penalty."
     )
-    penalise_no_eos: bool = key(
-        False, TUNE, "A truncated response gets reward_penalty for a score."
-    )
+    penalise_no_eos: bool = key(False, TUNE, "A truncated response gets the score reward_penalty.")
     reward_penalty: Finite = key(
         -3.0,
         TUNE,
-        "The score, after normalising and clipping, of what the two keys above name; no penalty "
-        "unless it is below the scores of finished responses.",
+        "The score, after normalising and clipping, that the two keys above give; it must be "
+        "below the scores of finished responses to be a penalty.",
     )
     bootstrap_truncated: bool = key(
         False,
         OWN,
-        "A truncated response is paid the critic's value of where it was cut in place of its "
-        "score, which that value predicts.",
+        "A truncated response gets the critic's value of its last state instead of its score, "
+        "which that value predicts.",
     )
     ppo_whiten_rewards: bool = key(
-        False, LF, "Whiten rewards, their mean kept, before the advantages."
+        False, LF, "Whiten rewards before the advantages; their mean is kept."
     )
 
 
 class AdvantageKeys(Keys):
-    """The part of PPO that makes advantages of rewards."""
+    """Keys of the step from rewards to advantages."""
 
     title = "PPO: advantages"
     own_stage: ClassVar[Stage | None] = "ppo"
 
     advantage: Literal["gae", "grpo", "rloo", "reinforce++"] = key(
-        "gae", OWN, "gae learns a critic; the others do without, see docs/ppo.md."
+        "gae",
+        OWN,
+        "Advantage estimator: gae trains a critic, the others need none, see docs/ppo.md.",
     )
     num_generations: Positive = key(
-        1, GRPO, "Responses to each prompt of a rollout; grpo and rloo compare them."
+        1, GRPO, "Number of responses to each prompt of a rollout; grpo and rloo compare them."
     )
     scale_rewards: Literal["group", "batch", "none"] = key(
         "group",
         GRPO,
-        "grpo divides by the standard deviation of a prompt's responses, of all, or not.",
+        "grpo divides by the standard deviation of the prompt's responses, by that of the "
+        "batch, or not at all.",
     )
-    gamma: Share = key(1.0, TRL, "Discount.")
-    lam: Share = key(0.95, TRL, "Decay of gae's trace.")
+    gamma: Share = key(1.0, TRL, "Discount factor.")
+    lam: Share = key(0.95, TRL, "GAE's lambda.")
     whiten_advantages: bool | None = key(
-        None, OWN, "Whiten advantages over the whole rollout; null is yes for gae and reinforce++."
+        None, OWN, "Whiten advantages over the whole rollout; null is true for gae and reinforce++."
     )
 
 
 class LossKeys(Keys):
-    """The part of PPO that makes a loss of advantages."""
+    """Keys of the step from advantages to the loss."""
 
     title = "PPO: loss"
     own_stage: ClassVar[Stage | None] = "ppo"
 
-    cliprange: Above0 = key(0.2, TRL, "Ratio is clipped to 1 plus or minus this.")
+    cliprange: Above0 = key(0.2, TRL, "The ratio is clipped to 1 plus or minus this.")
     cliprange_low: Above0 | None = key(
-        None, OWN, "The same below 1 only (verl: clip_ratio_low); null is cliprange."
+        None, OWN, "The same, only below 1 (verl: clip_ratio_low); null is cliprange."
     )
     cliprange_high: Above0 | None = key(
-        None, OWN, "The same above 1 only (verl: clip_ratio_high); null is cliprange."
+        None, OWN, "The same, only above 1 (verl: clip_ratio_high); null is cliprange."
     )
     dual_clip: Above0 | None = key(
-        None, OPENRLHF, "Bound of the loss, in |advantage|, where the advantage is negative."
+        None,
+        OPENRLHF,
+        "Upper bound of the loss, in units of |advantage|, where the advantage is negative.",
     )
     importance_sampling_level: Literal["token", "sequence"] = key(
         "token", GRPO, "One ratio for each token, or one for each response (GSPO)."
@@ -156,43 +159,44 @@ class LossKeys(Keys):
     rollout_is_threshold: Above0 | None = key(
         None,
         VERL,
-        "Weigh tokens by trainer's over sampler's probability, at most this; null is off.",
+        "Weight tokens by the trainer's probability divided by the sampler's, at most this; "
+        "null is off.",
     )
     loss_agg_mode: Literal[
         "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
     ] = key(
         "token-mean",
         VERL,
-        "How the tokens of an optimiser step add up to its loss; the last mode divides by "
-        "max_new_tokens, where verl by default takes the padded width of its batch.",
+        "How an optimiser step's loss is aggregated from its tokens; the last mode divides by "
+        "max_new_tokens, while verl by default divides by the padded width of its batch.",
     )
     cliprange_value: Above0 | None = key(
         0.2,
         TRL,
-        "Value may move so far from the rollout's in a step, in units of the score; null is any "
-        "distance.",
+        "How far a value may move from the rollout's in a step, in units of the score; null is "
+        "no limit.",
     )
     vf_coef: NonNegative = key(
         0.1,
         TRL,
-        "Weight of the value loss; it acts with critic: shared, elsewhere critic_learning_rate "
-        "does.",
+        "Weight of the value loss; it has an effect with critic: shared, otherwise use "
+        "critic_learning_rate.",
     )
     entropy_coef: NonNegative = key(0.0, OWN, "Weight of an entropy bonus in the policy loss.")
     critic_warmup: Count = key(
         0,
         VERL,
-        "So many first PPO steps train the critic alone; actor and beta stay. The learning rate's "
-        "schedule counts them.",
+        "Number of PPO steps at the start that train only the critic; actor and beta do not "
+        "change. The learning rate's schedule counts these steps.",
     )
     critic_learning_rate: NonNegative | None = key(
-        None, OWN, "The critic's; null is learning_rate."
+        None, OWN, "Learning rate of the critic; null is learning_rate."
     )
     ratio_threshold: Above0 = key(
         10.0, TRL, "An optimiser step whose mean ratio is above this is skipped."
     )
     early_stopping: bool = key(
-        False, TRL, "End a step's epochs when policykl passes 1.5 target_kl."
+        False, TRL, "End the epochs of a step when policykl exceeds 1.5 target_kl."
     )
     target_kl: Above0 = key(1.0, TRL, "See early_stopping.")
 
@@ -205,7 +209,7 @@ class LossKeys(Keys):
 
 
 class PPOKeys(LossKeys, AdvantageKeys, ScoreKeys, KLKeys):
-    """The part of a run that is PPO itself."""
+    """All keys of the PPO algorithm."""
 
     @property
     def has_critic(self) -> bool:
@@ -214,24 +218,24 @@ class PPOKeys(LossKeys, AdvantageKeys, ScoreKeys, KLKeys):
 
     @property
     def whitens_advantages(self) -> bool:
-        """whiten_advantages, or what the estimator's authors do."""
+        """whiten_advantages if it is set, else the choice of the estimator's authors."""
         if self.whiten_advantages is not None:
             return self.whiten_advantages
         return self.advantage in ("gae", "reinforce++")
 
     @property
     def clip_low(self) -> float:
-        """The ratio is clipped below at 1 minus this."""
+        """The ratio is clipped below at 1 - clip_low."""
         return self.cliprange if self.cliprange_low is None else self.cliprange_low
 
     @property
     def clip_high(self) -> float:
-        """The ratio is clipped above at 1 plus this."""
+        """The ratio is clipped above at 1 + clip_high."""
         return self.cliprange if self.cliprange_high is None else self.cliprange_high
 
     @property
     def unknown_to_estimator(self) -> set[str]:
-        """Keys that say nothing to this advantage estimator."""
+        """Keys that this advantage estimator does not use."""
         critics = {"critic", "critic_model", "critic_finetuning_type", "value_head_init"}
         critics |= {"critic_learning_rate", "cliprange_value"}
         return {
@@ -243,7 +247,7 @@ class PPOKeys(LossKeys, AdvantageKeys, ScoreKeys, KLKeys):
 
     @property
     def without_meaning(self) -> list[str]:
-        """Those of them that were set."""
+        """Keys that were set but that this advantage estimator does not use."""
         return sorted(self.unknown_to_estimator & self.model_fields_set)
 
     @model_validator(mode="after")
@@ -281,9 +285,9 @@ class PPOKeys(LossKeys, AdvantageKeys, ScoreKeys, KLKeys):
         return self
 
 
-# TRL 0.9.6's name -> LLaMA-Factory's for the same thing, which is the one used here.
+# TRL 0.9.6's name -> LLaMA-Factory's name for the same setting, which is used here.
 ALIASES = {"target": "ppo_target", "whiten_rewards": "ppo_whiten_rewards"}
-# Names that other trainers have for what is here, and what to write.
+# Other trainers' names for settings that exist here -> the names to use here.
 ELSEWHERE = {
     "adv_estimator": "advantage",
     "advantage_estimator": "advantage",
@@ -327,7 +331,7 @@ ELSEWHERE = {
     "value_clip": "cliprange_value",
     "vllm_importance_sampling_cap": "rollout_is_threshold",
 }
-# TRL 0.9.6's keys that say nothing about training.
+# TRL 0.9.6's keys that do not change training.
 TRL_IGNORED = dict.fromkeys(
     (
         "compare_steps",

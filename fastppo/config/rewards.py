@@ -1,4 +1,4 @@
-"""The keys of the rewards; and which rewards they name: kind, target, weight and name of each.
+"""Keys of the rewards, and the rewards that they name: kind, target, weight and name of each.
 
 No torch here.
 """
@@ -18,13 +18,13 @@ from pydantic import Field, model_validator
 from fastppo.config.key import LF, OWN, Finite, Keys, Stage, key
 
 Kind = Literal["lora", "full", "api", "function"]
-RECORD = "fastppo_reward.json"  # what stage rm notes beside its adapter and head
-BASE_RECORD = "fastppo_base.json"  # which adapters are part of the base that an adapter is for
+RECORD = "fastppo_reward.json"  # stage rm's record, saved with its adapter and head
+BASE_RECORD = "fastppo_base.json"  # names the adapters that were merged into an adapter's base
 HEAD_FILES = ("value_head.safetensors", "value_head.bin")  # LLaMA-Factory's names, in its order
 
 
 class RewardKeys(Keys):
-    """The part of a run that says what scores the policy's responses."""
+    """Keys of the rewards that score the policy's responses."""
 
     title = "Rewards (stage ppo)"
     own_stage: ClassVar[Stage | None] = "ppo"
@@ -32,29 +32,35 @@ class RewardKeys(Keys):
     reward_model: str | None = key(
         None,
         LF,
-        "Folder, hub name, URL or module:function, as reward_model_type says; several make a list.",
+        "Folder, hub name, URL or module:function, as reward_model_type says; a list for several "
+        "rewards.",
         first=True,
     )
     reward_model_type: str = key(
         "lora",
         LF,
-        "lora, full, api or function (docs/rewards.md); a list where there are several.",
+        "lora, full, api or function (docs/rewards.md); a list for several rewards.",
         first=True,
     )
     reward_weights: tuple[Finite, ...] | None = key(
         None, OWN, "A weight for each reward; null is 1 for each."
     )
     reward_model_adapters: str | None = key(
-        None, LF, "Adapters on a reward of type full, comma separated, merged in their order."
+        None,
+        LF,
+        "Adapters that are merged into a reward of type full, comma separated, in their order.",
     )
     reward_model_quantization_bit: Literal[4, 8] | None = key(
-        None, LF, "Load a reward of type full in so many bits, with bitsandbytes."
+        None, LF, "Quantise a reward of type full to this number of bits, with bitsandbytes."
     )
     reward_api_timeout: Annotated[float, Field(gt=0.0, le=86400.0)] = key(
-        60.0, OWN, "Seconds until an attempt at a reward of type api has failed."
+        60.0, OWN, "Seconds in which a reward of type api must answer; then the attempt has failed."
     )
     reward_api_retries: Annotated[int, Field(ge=0, le=100)] = key(
-        5, OWN, "Attempts after the first, with waits that double from half a second up to 30."
+        5,
+        OWN,
+        "Number of attempts after the first; the waits between them double from half a second "
+        "up to 30.",
     )
 
     @model_validator(mode="after")
@@ -71,20 +77,23 @@ class RewardSpec:
     kind: Kind
     target: str  # a folder or hub name, a URL, or module:function
     weight: float
-    name: str  # in metrics and samples
+    name: str  # its name in metrics and samples
 
 
 def split(text: str) -> list[str]:
-    """The items of LLaMA-Factory's comma lists."""
+    """The items of a comma-separated list."""
     return [item.strip() for item in text.split(",")]
 
 
 def reward_specs(
     targets: str, kinds: str, weights: Sequence[float] | None
 ) -> tuple[RewardSpec, ...]:
-    """Every reward that `reward_model`, `reward_model_type` and `reward_weights` name together.
+    """The rewards that `reward_model`, `reward_model_type` and `reward_weights` name.
 
-    One type is the type of all. Raises ValueError with the key, what came and the cure.
+    A single type applies to all rewards.
+
+    Raises:
+        ValueError: the lists do not match; the message has key, value and cure.
     """
     target_list, kind_list = split(targets), split(kinds)
     if not all(target_list):
@@ -120,7 +129,7 @@ def reward_specs(
 
 
 def short_name(kind: Kind, target: str) -> str:
-    """The function's name, the last part of a folder or hub name, or `api`."""
+    """A reward's name: the function's, the last part of a folder or hub name, or `api`."""
     if kind == "api":
         return "api"
     if kind == "function":
@@ -129,7 +138,7 @@ def short_name(kind: Kind, target: str) -> str:
 
 
 def check_kind(given: str) -> Kind:
-    """One of the kinds; else a ValueError that suggests the nearest."""
+    """Check that `given` is a kind of reward; raises a ValueError that suggests the nearest."""
     kinds: tuple[Kind, ...] = get_args(Kind)
     for kind in kinds:
         if given == kind:
@@ -140,7 +149,7 @@ def check_kind(given: str) -> Kind:
 
 
 def check_function_name(name: str, key: str) -> None:
-    """`module:function`, each part an identifier: a path to a file is no importable name."""
+    """Check that `name` is `module:function` and can be imported: a path to a file cannot."""
     module, _, function = name.partition(":")
     parts = [*module.split("."), function]
     named = all(part.isidentifier() and not keyword.iskeyword(part) for part in parts)
@@ -152,8 +161,8 @@ def check_function_name(name: str, key: str) -> None:
 
 
 def check_url(url: str) -> None:
-    """http or https to a host, with no password in it."""
-    # Neither a query nor what may be meant for a password is repeated.
+    """Check that a URL is http or https, names a host, and has no password in it."""
+    # The error shows neither the query nor what may be a password.
     shown = url.partition("?")[0].partition("#")[0].rpartition("@")[2]
     cure = "write for example http://127.0.0.1:8000/v1/score/evaluation"
     try:
@@ -166,7 +175,7 @@ def check_url(url: str) -> None:
             "it out and set the environment variable FASTPPO_REWARD_TOKEN"
         )
     try:
-        parts.port  # noqa: B018 - raises where it is no port
+        parts.port  # noqa: B018 - raises if the port is no number
     except ValueError:
         raise ValueError(f"reward_model: the port in this URL is no number; {cure}") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -176,6 +185,6 @@ def check_url(url: str) -> None:
 
 
 def without_query(url: str) -> str:
-    """The URL as it may be shown: what is behind `?` can be a secret."""
+    """The URL without its query, which can be a secret."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc}{parts.path}"

@@ -1,4 +1,4 @@
-"""The keys of stage rm alone. No torch here."""
+"""Keys of stage rm only. No torch here."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from fastppo.config.key import HF, LF, OWN, Keys, Stage, key
 
 
 class RMKeys(Keys):
-    """The part of a run that only the training of a reward model has a use for."""
+    """Keys that only the training of a reward model uses."""
 
     title = "Reward model (stage rm)"
     own_stage: ClassVar[Stage | None] = "rm"
 
     lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = key(
-        0.0, LF, "Dropout in the adapters, in stage rm only: PPO's log-probs allow none."
+        0.0, LF, "Dropout in the adapters, only in stage rm: PPO's log-probs need dropout off."
     )
     calibrate_reward: bool = key(
         False,
@@ -24,5 +24,5 @@ class RMKeys(Keys):
         "In stage rm: scale the head so that scores of held-out answers have mean 0, std 1.",
     )
     save_only_model: bool = key(
-        False, HF, "In stage rm: checkpoints without optimiser state; ppo always can resume."
+        False, HF, "In stage rm: checkpoints without optimiser state; in ppo they always have it."
     )

@@ -1,5 +1,5 @@
-"""The keys of the roles: what trains, where it starts, and models beside the base; and what goes
-together of them. No torch here.
+"""Keys of the roles: what trains, where it starts, and which models there are besides the base; and
+checks of how the keys go together. No torch here.
 """
 
 from __future__ import annotations
@@ -27,51 +27,55 @@ ROLES_LISTS = (
 
 
 class TuningKeys(Keys):
-    """The part of a run that says what of the base trains, and from which adapters it starts."""
+    """Keys that say which parameters of the base train, and from which adapters training starts."""
 
     title = "What trains"
 
     finetuning_type: Literal["lora", "freeze", "full"] = key(
-        "lora", LF, "What of the policy trains: adapters, some layers, or all."
+        "lora", LF, "Which parameters of the policy train: adapters, some layers, or all."
     )
     lora_rank: Positive = key(8, LF, "Rank of the adapters.")
     lora_alpha: Positive | None = key(None, LF, "Scale of the adapters; null is twice the rank.")
     lora_target: str = key(
-        "all", LF, "Names of the adapted linear layers, comma separated; all of them."
+        "all", LF, "Names of the adapted linear layers, comma separated; all adapts all of them."
     )
     lora_layers: Positive | None = key(
-        None, OWN, "Adapters on so many upper layers only; null is all."
+        None, OWN, "Adapt only this number of upper layers; null is all."
     )
     use_rslora: bool = key(False, LF, "Rank-stabilised scaling of the adapters.")
     use_dora: bool = key(False, LF, "Weight-decomposed adapters.")
     loraplus_lr_ratio: Annotated[float, Field(ge=1.0, allow_inf_nan=False)] | None = key(
-        None, LF, "LoRA+: learning rate of the adapters' B over that of A."
+        None, LF, "LoRA+: learning rate of the adapters' B divided by that of A."
     )
     additional_target: str | None = key(
-        None, LF, "With lora: modules that train whole and are saved with the adapter."
+        None,
+        LF,
+        "With lora: modules whose weights also train, all of them, and are saved with the adapter.",
     )
     adapter_name_or_path: str | None = key(
-        None, LF, "Adapters to start from; all but the last are merged, the last trains on."
+        None,
+        LF,
+        "Adapters to start from; all but the last are merged, and training continues the last.",
     )
-    create_new_adapter: bool = key(False, LF, "Merge the last one too, and train a new adapter.")
+    create_new_adapter: bool = key(False, LF, "Also merge the last one, and train a new adapter.")
     freeze_trainable_layers: int = key(
-        2, LF, "With freeze: so many last layers train; negative is the first."
+        2, LF, "With freeze: number of last layers that train; if negative, of first layers."
     )
     freeze_trainable_modules: str = key(
-        "all", LF, "With freeze: modules that train in those layers, such as mlp,self_attn."
+        "all", LF, "With freeze: the modules of those layers that train, such as mlp,self_attn."
     )
     freeze_extra_modules: str | None = key(
-        None, LF, "With freeze: modules outside the layers that train too, such as norm."
+        None, LF, "With freeze: modules outside the layers that also train, such as norm."
     )
 
     @property
     def resolved_lora_alpha(self) -> int:
-        """lora_alpha, or LLaMA-Factory's twice the rank."""
+        """lora_alpha if it is set, else twice the rank, as in LLaMA-Factory."""
         return self.lora_alpha if self.lora_alpha is not None else 2 * self.lora_rank
 
 
 class CriticKeys(Keys):
-    """The part of a run that says which weights the critic has."""
+    """Keys of the critic's weights."""
 
     title = "Critic (stage ppo)"
     own_stage: ClassVar[Stage | None] = "ppo"
@@ -79,43 +83,43 @@ class CriticKeys(Keys):
     critic: Literal["adapter", "shared", "model"] = key(
         "adapter",
         OWN,
-        "adapter has an adapter and head of its own, shared a head on the actor's trunk, model a "
-        "whole model.",
+        "adapter: an adapter and head on the base; shared: a head on the actor's trunk; model: "
+        "a separate model.",
     )
     critic_model: str | None = key(
-        None, OWN, "With critic: model, which; null is a second copy of the base."
+        None, OWN, "With critic: model, the model; null is a second copy of the base."
     )
     critic_finetuning_type: Literal["lora", "freeze", "full"] | None = key(
-        None, OWN, "With critic: model, what of it trains; null is finetuning_type."
+        None, OWN, "With critic: model, which of its parameters train; null is finetuning_type."
     )
     value_head_init: Literal["reward", "zeros"] = key(
-        "reward", OWN, "Where the critic's head starts: from the reward model's, or at 0."
+        "reward", OWN, "Initial head of the critic: the reward model's, or zeros."
     )
 
 
 class ReferenceKeys(Keys):
-    """The part of a run that says which frozen models lie beside the base."""
+    """Keys of the frozen models besides the base."""
 
     title = "Reference, and frozen models (stage ppo)"
     own_stage: ClassVar[Stage | None] = "ppo"
 
     ref_model: str | None = key(
-        None, LF, "A reference model of its own; null is where the policy starts."
+        None, LF, "A separate reference model; null is the policy at the start."
     )
     ref_model_adapters: str | None = key(None, LF, "Adapters that are merged into ref_model.")
     ref_model_quantization_bit: Literal[4, 8] | None = key(
-        None, LF, "As quantization_bit, for ref_model."
+        None, LF, "Like quantization_bit, for ref_model."
     )
     stream_frozen: bool = key(
         False,
         OWN,
-        "Whole frozen models (ref_model, reward_model_type: full) lie in host memory and "
-        "pass through the device layer by layer, see docs/offload.md.",
+        "Keep separate frozen models (ref_model, reward_model_type: full) in host memory and "
+        "stream their layers to the device, see docs/offload.md.",
     )
 
 
 def check_roles(config: Config) -> None:
-    """Raise ValueError with the key and the cure where two settings contradict each other."""
+    """Raise ValueError, with key and cure, if two settings contradict each other."""
     kind = config.finetuning_type
     if kind != "lora":
         for key in ("adapter_name_or_path", "quantization_bit", "loraplus_lr_ratio"):
@@ -147,14 +151,14 @@ def check_roles(config: Config) -> None:
 
 
 def check_freeze(config: Config) -> None:
-    """`finetuning_type: freeze`, of the actor or the critic, has to leave something to train."""
+    """Check that `finetuning_type: freeze`, of actor or critic, trains at least one layer."""
     kinds = (config.finetuning_type, config.critic_finetuning_type)
     if "freeze" in kinds and not (config.freeze_trainable_layers or config.freeze_extra_modules):
         raise ValueError("freeze_trainable_layers: 0 trains nothing; give a number of layers")
 
 
 def check_quantised(key: str, bits: int | None, adapters_key: str, config: Config) -> None:
-    """Quantised weights take no merge, so there is room for one adapter."""
+    """Check that a quantised model has at most one adapter: others could not be merged."""
     adapters = getattr(config, adapters_key)
     if bits is not None and adapters is not None and "," in adapters:
         raise ValueError(
@@ -163,7 +167,7 @@ def check_quantised(key: str, bits: int | None, adapters_key: str, config: Confi
 
 
 def check_critic(config: Config) -> None:
-    """`critic_model` and `critic_finetuning_type` belong to `critic: model`."""
+    """Check that `critic_model` and `critic_finetuning_type` are set only with `critic: model`."""
     if config.critic != "model":
         for key in ("critic_model", "critic_finetuning_type"):
             if getattr(config, key) is not None:
@@ -178,15 +182,15 @@ def check_critic(config: Config) -> None:
 
 
 def folder_to_evaluate(config: Config) -> tuple[Path, Config]:
-    """Folder of the adapter that a run without training evaluates, and its configuration.
+    """Folder of the adapter (or whole model) that a run without training evaluates, and its
+    configuration.
 
-    With `finetuning_type` other than lora it is a whole model's folder. It is `output_dir` if a run
-    saved something there: then this configuration is that run's, its reference included. Otherwise
-    it is the last of `adapter_name_or_path`, and the reference is the base with the adapters before
-    it.
+    If a run has saved its result in `output_dir`, that is the folder, and the reference is the one
+    of that run. Otherwise the folder is the last of `adapter_name_or_path`, and the reference is
+    the base with the adapters before it.
 
     Raises:
-        UserError: there is neither.
+        UserError: neither exists.
     """
     output_dir = Path(config.output_dir)
     file = "adapter_config.json" if config.finetuning_type == "lora" else "config.json"

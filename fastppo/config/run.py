@@ -1,4 +1,4 @@
-"""The keys of what a run does and where its files go. No torch here."""
+"""Keys that say what a run does and where its files go. No torch here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastppo.config.key import HF, LF, Keys, key
 
 
 class RunKeys(Keys):
-    """The part of a run that says whether it trains or measures, and where that ends up."""
+    """Keys that say whether a run trains, evaluates or predicts, and where its files go."""
 
     title = "Run"
 
@@ -23,22 +23,22 @@ class RunKeys(Keys):
     do_eval: bool | None = key(
         None,
         HF,
-        "Evaluate on what is held out, which a run that trains does anyway. docs/evaluation.md.",
+        "Evaluate on the held-out data, which a run that trains does anyway. docs/evaluation.md.",
     )
     do_predict: bool | None = key(
-        None, HF, "Write generated_predictions.jsonl of all that is held out."
+        None, HF, "Write generated_predictions.jsonl for all held-out data."
     )
     output_dir: str = key(..., HF, "Where adapters, heads and checkpoints go.", first=True)
     overwrite_output_dir: bool = key(False, LF, "Allow an output_dir that is not empty.")
     resume_from_checkpoint: bool | str | None = key(
         None,
         HF,
-        "A checkpoint-N, or true for the newest whole one in output_dir; docs/reliability.md.",
+        "A checkpoint-N, or true for the newest complete one in output_dir; docs/reliability.md.",
     )
 
     @property
     def trains(self) -> bool:
-        """do_train; where the file does not say, whether it asks for nothing else."""
+        """do_train; if it is not set, a run trains unless do_eval or do_predict is set."""
         return not (self.do_eval or self.do_predict) if self.do_train is None else self.do_train
 
     @model_validator(mode="before")

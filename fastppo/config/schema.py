@@ -1,6 +1,6 @@
-"""The YAML: every key that fastppo knows, with LLaMA-Factory's and TRL's names and meanings.
+"""The configuration: all keys, with LLaMA-Factory's and TRL's names and meanings.
 
-No torch here: `--help` and a wrong key must answer at once.
+No torch here: `--help` and the error for a wrong key must appear at once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fastppo.config.training import TRAINING_LISTS, TrainingKeys
 from fastppo.errors import UserError
 
 
-# pydantic orders keys from the last base to the first: RunKeys come first.
+# pydantic orders keys from the last base class to the first, so RunKeys come first.
 class Config(
     StepKeys,
     MemoryKeys,
@@ -46,25 +46,25 @@ class Config(
     ModelKeys,
     RunKeys,
 ):
-    """One run, as its YAML file describes it. Frozen; checked; one sentence a key."""
+    """The checked configuration of one run, frozen; each key has a description."""
 
     source: str = Field("<python>", exclude=True)
     ignored: tuple[str, ...] = Field((), exclude=True)
 
     @property
     def rollout_batch_size(self) -> int:
-        """Sequences sampled in a PPO step."""
+        """Number of responses that are sampled in a PPO step."""
         micro = self.per_device_train_batch_size
         return micro * self.gradient_accumulation_steps * self.ppo_buffer_size
 
     @property
     def prompts_a_step(self) -> int:
-        """Prompts in a PPO step, each answered `num_generations` times."""
+        """Number of prompts in a PPO step; each is answered `num_generations` times."""
         return self.rollout_batch_size // self.num_generations
 
     @property
     def rewards(self) -> tuple[RewardSpec, ...]:
-        """What scores the policy's responses; stage rm has nothing that does."""
+        """The rewards that score the policy's responses; empty in stage rm."""
         if self.stage != "ppo" or not self.reward_model:
             return ()
         return reward_specs(self.reward_model, self.reward_model_type, self.reward_weights)
@@ -78,7 +78,7 @@ class Config(
     @model_validator(mode="after")
     def _belongs_together(self) -> Config:
         for name in ("do_eval", "do_predict"):
-            # A PPO run that trains measures on its training prompts then, and says so.
+            # A PPO run that trains then evaluates on its training prompts, and says so.
             needed = name == "do_predict" or self.stage == "rm" or not self.trains
             if getattr(self, name) and needed and not (self.eval_dataset or self.val_size):
                 raise ValueError(
@@ -127,7 +127,7 @@ class Config(
         return self
 
 
-# LLaMA-Factory's comma strings, which may be YAML lists too.
+# Keys that are comma-separated strings in LLaMA-Factory; here they may also be YAML lists.
 COMMA_LISTS = (
     *DATA_LISTS,
     *TRAINING_LISTS,
@@ -143,7 +143,7 @@ GROUPS: list[type[Keys]] = [
     for group in reversed(Config.__mro__)
     if issubclass(group, Keys) and "title" in vars(group)
 ]
-# Keys that say nothing to the other stage.
+# Keys that only one stage uses.
 STAGE_KEYS = {
     stage: frozenset(
         name for group in GROUPS if group.own_stage == stage for name in group.model_fields
@@ -159,7 +159,7 @@ FIRST = [
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read, override and check a file; a UserError names the file, the key and the cure."""
+    """Read a file, apply overrides, check it; a UserError names the file, the key and the cure."""
     path = Path(path)
     data = read_file(path)
     for text in overrides:
@@ -168,7 +168,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def renamed(data: Mapping[Any, Any], source: str) -> dict[str, Any]:
-    """`data` under the names used here, where a key goes by two."""
+    """`data` with the names that are used here, for keys that have a second name."""
     given = {str(name): value for name, value in data.items()}
     for alias, name in ALIASES.items():
         if alias in given and name in given:
@@ -183,7 +183,7 @@ def renamed(data: Mapping[Any, Any], source: str) -> dict[str, Any]:
 
 
 def config_from_dict(data: Mapping[Any, Any], source: str = "<python>") -> Config:
-    """Check a mapping of keys."""
+    """Make a configuration from a mapping of keys; `source` is its name in errors."""
     given = renamed(data, source)
     ignored = []
     for name in list(given):
@@ -205,7 +205,7 @@ def config_from_dict(data: Mapping[Any, Any], source: str = "<python>") -> Confi
                 continue
             raise UserError(f"{source}: unknown key '{name}'; {suggest_key(name)}")
         elif value is None and Config.model_fields[name].default is not None:
-            # `key:` with nothing behind it, as tutorials leave them: the default.
+            # `key:` without a value, as in tutorials, means the default.
             if Config.model_fields[name].is_required():
                 raise UserError(f"{source}: {name}: has no value; give it one")
             del given[name]
@@ -226,7 +226,7 @@ def config_from_dict(data: Mapping[Any, Any], source: str = "<python>") -> Confi
 
 
 def of_other_stage(given: Mapping[str, Any]) -> list[str]:
-    """Keys that were set to other than their default, and are the other stage's."""
+    """Keys that only the other stage uses, but that were set to another value than the default."""
     other = {"rm": "ppo", "ppo": "rm"}.get(str(given.get("stage")), "")
     return [
         name
@@ -236,7 +236,7 @@ def of_other_stage(given: Mapping[str, Any]) -> list[str]:
 
 
 def _listed(name: str, value: Any) -> Any:
-    """A YAML list where LLaMA-Factory has a comma string, and other spellings of one value."""
+    """Convert a YAML list to LLaMA-Factory's comma-separated string, and other such spellings."""
     if name in COMMA_LISTS and isinstance(value, list):
         return ",".join(str(item) for item in value)
     if name == "reward_weights" and not isinstance(value, bool):
@@ -250,14 +250,14 @@ def _listed(name: str, value: Any) -> Any:
 
 
 def suggest_key(name: str) -> str:
-    """The cure for an unknown key."""
+    """The cure in the error for an unknown key."""
     if name in ELSEWHERE:
         return f"here that is {ELSEWHERE[name]}"
     return suggest(name, [*(set(Config.model_fields) - {"source", "ignored"}), *IGNORED, *REFUSED])
 
 
 def suggest(name: str, known: Sequence[str]) -> str:
-    """The nearest of `known`, or where all of them are listed."""
+    """The name in `known` that is nearest to `name`, or the page that lists them all."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if near:
         return f"did you mean '{near[0]}'?"
@@ -265,12 +265,12 @@ def suggest(name: str, known: Sequence[str]) -> str:
 
 
 def explain(error: ValidationError) -> str:
-    """The first complaint about a run's file in one line."""
+    """The first error in a run's configuration, in one line."""
     return explain_in(Config, error)
 
 
 def explain_in(model: type[BaseModel], error: ValidationError) -> str:
-    """The first complaint, in one line, with what was wanted, what came, and the cure."""
+    """The first error, in one line: what was expected, what was given, and the cure."""
     first = error.errors()[0]
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
@@ -292,12 +292,12 @@ def explain_in(model: type[BaseModel], error: ValidationError) -> str:
 
 
 def unwritable(text: str) -> bool:
-    """A null character, or half of a surrogate pair: neither a path nor a tokenizer takes it."""
+    """Whether a text has a null character or half a surrogate pair, which no path may have."""
     return "\0" in text or text.encode("utf-8", "ignore").decode() != text
 
 
 def shown(value: Any) -> str:
-    """A value as Python writes it, and no more of it than a line holds."""
+    """A value as Python writes it, shortened to fit on a line."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits; a list in itself

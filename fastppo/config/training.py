@@ -1,7 +1,7 @@
-"""The keys of the optimiser, its schedule, and what is logged, saved and evaluated when.
+"""Keys of the optimiser, its schedule, and of logging, saving and evaluating.
 
-Names and meanings are transformers' (TrainingArguments of 4.52, which LLaMA-Factory's files are
-written for; what 5 dropped means here what it meant there). No torch here.
+Names and meanings are those of TrainingArguments in transformers 4.52, for which LLaMA-Factory's
+files are written, including keys that transformers 5 has dropped. No torch here.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pydantic import Field, model_validator
 
 from fastppo.config.key import HF, LF, OWN, Above0, Count, Keys, NonNegative, Positive, Share, key
 
-# Every, in steps; below 1 it is a share of the whole run.
+# An interval in steps; below 1 it is a share of the whole run.
 Every = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 TRACKERS = ("tensorboard", "wandb", "trackio")
 TRAINING_LISTS = ("report_to",)
-# bitsandbytes' optimisers: bits of the state, and whether it lies in memory that pages to the host.
+# bitsandbytes' optimisers -> bits of their state, and whether it is in paged memory.
 BITSANDBYTES = {
     "adamw_8bit": (8, False),
     "adamw_bnb_8bit": (8, False),
@@ -30,7 +30,7 @@ BITSANDBYTES = {
     "paged_lion_32bit": (32, True),
 }
 
-# lr_scheduler_type -> what lr_scheduler_kwargs may hold, by transformers' functions.
+# lr_scheduler_type -> the keys that lr_scheduler_kwargs may have, from transformers' functions.
 SCHEDULES: dict[str, frozenset[str]] = {
     "linear": frozenset(),
     "cosine": frozenset({"num_cycles"}),
@@ -57,9 +57,9 @@ SCHEDULES: dict[str, frozenset[str]] = {
         }
     ),
 }
-# Those of them that are learning rates, or shares of one.
+# The keys among them that are learning rates, or fractions of one.
 RATES = {"lr_end", "min_lr", "min_lr_rate", "min_lr_ratio", "warmup_lr_rate"}
-# Any one of these has to be given.
+# lr_scheduler_type -> keys of which lr_scheduler_kwargs must have one.
 NEEDED = {
     "cosine_with_min_lr": ("min_lr", "min_lr_rate"),
     "cosine_warmup_with_min_lr": ("min_lr", "min_lr_rate"),
@@ -68,15 +68,15 @@ NEEDED = {
 
 
 class OptimiserKeys(Keys):
-    """The part of a run that says how far and how fast it trains."""
+    """Keys of the optimiser, its schedule and the number of steps."""
 
     title = "Training"
 
     per_device_train_batch_size: Positive = key(
         8,
         HF,
-        "Sequences of a micro-batch at their longest (in stage rm pairs); in stage ppo more of "
-        "them share one where they are shorter.",
+        "Sequences of a micro-batch at their longest (in stage rm pairs); in stage ppo a "
+        "micro-batch has more of them if they are shorter.",
         first=True,
     )
     per_device_eval_batch_size: Positive = key(
@@ -88,7 +88,7 @@ class OptimiserKeys(Keys):
     learning_rate: NonNegative = key(5e-5, HF, "Peak learning rate (the actor's).", first=True)
     num_train_epochs: Above0 = key(3.0, HF, "Passes over the data set.", first=True)
     max_steps: int = key(
-        -1, HF, "Stop after so many steps, whatever num_train_epochs says; -1 is off."
+        -1, HF, "Stop after this number of steps instead of num_train_epochs; -1 is off."
     )
     lr_scheduler_type: Literal[
         "linear",
@@ -105,15 +105,18 @@ class OptimiserKeys(Keys):
     ] = key(
         "linear",
         HF,
-        "Learning rate schedule, a step each PPO step (reduce_lr_on_plateau: each evaluation of "
-        "stage rm).",
+        "Learning rate schedule; it advances with each PPO step (reduce_lr_on_plateau: with "
+        "each evaluation of stage rm).",
     )
     lr_scheduler_kwargs: dict[str, Any] | None = key(
-        None, HF, "What that schedule takes besides, such as {min_lr: 1e-6}."
+        None, HF, "Further arguments of that schedule, such as {min_lr: 1e-6}."
     )
-    warmup_ratio: Share = key(0.0, HF, "Share of the steps that warm up, rounded up.")
+    warmup_ratio: Share = key(0.0, HF, "Share of the steps that are warm-up, rounded up.")
     warmup_steps: NonNegative = key(
-        0, HF, "The same as a count; wins over the share, and is one itself below 1."
+        0,
+        HF,
+        "Number of warm-up steps; used instead of warmup_ratio if it is set; below 1 it is a "
+        "share too.",
     )
     optim: (
         Literal[
@@ -144,44 +147,49 @@ class OptimiserKeys(Keys):
     adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = key(0.9, HF, "AdamW's beta 1.")
     adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = key(0.999, HF, "AdamW's beta 2.")
     adam_epsilon: Above0 = key(1e-8, HF, "AdamW's epsilon; PPO's classic is 1e-5.")
-    max_grad_norm: NonNegative = key(1.0, HF, "Gradient norm a role is clipped to; 0 is off.")
-    max_bad_steps: Count = key(
-        3, OWN, "Stop after so many steps in a row whose loss or gradient is not finite; 0 is off."
+    max_grad_norm: NonNegative = key(
+        1.0, HF, "Gradient norm to which each role is clipped; 0 is off."
     )
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = key(42, HF, "Seed of everything random.")
+    max_bad_steps: Count = key(
+        3,
+        OWN,
+        "Stop after this number of steps in a row whose loss or gradient is not finite; 0 is off.",
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = key(42, HF, "Seed of all random numbers.")
     data_seed: Annotated[int, Field(ge=0, lt=2**31)] | None = key(
         None, HF, "Seed of the order of the data; null is seed."
     )
     bf16: bool = key(
         False,
         HF,
-        "Models in bfloat16, compute under autocast; what trains stays float32. Without it on a "
-        "GPU the checkpoint's own 16 bits, else float32.",
+        "Models in bfloat16, with autocast; what trains stays float32. If false: on a GPU the "
+        "checkpoint's own 16 bits, else float32.",
     )
     tf32: bool | None = key(
-        None, HF, "float32 products in TF32 on a GPU that has it; null is PyTorch's own choice."
+        None, HF, "float32 products in TF32 on a GPU that has it; null is PyTorch's default."
     )
-    use_cpu: bool = key(False, HF, "Train on the CPU where there is a GPU.")
-    disable_shuffling: bool = key(False, LF, "Take the data in the order of the file.")
+    use_cpu: bool = key(False, HF, "Train on the CPU even if there is a GPU.")
+    disable_shuffling: bool = key(False, LF, "Use the data in the order of the file.")
 
 
 class LoggingKeys(Keys):
-    """The part of a run that says what is logged, saved and evaluated when."""
+    """Keys that say when to log, save and evaluate, and where logs go."""
 
     title = "Logging, checkpoints, evaluation"
 
     logging_strategy: Literal["no", "steps", "epoch"] = key(
-        "steps", HF, "When a line is logged: by logging_steps, after each epoch, or not."
+        "steps", HF, "When to log a line: by logging_steps, after each epoch, or never."
     )
     logging_steps: Every | None = key(
         None,
         HF,
-        "Steps between log lines, or a share of the run below 1; null is each step in ppo, and in "
-        "rm 10 or a tenth of a shorter run. Trackers and the metrics file get every step of ppo.",
+        "Steps between log lines, or below 1 a share of the run; null is each step in ppo, and "
+        "in rm 10 or a tenth of a shorter run. Trackers and the metrics file get every step of "
+        "ppo.",
     )
-    logging_first_step: bool = key(False, HF, "Log the first step too.")
+    logging_first_step: bool = key(False, HF, "Also log the first step.")
     disable_tqdm: bool | None = key(
-        None, HF, "false draws a progress bar; log lines carry the time left anyway."
+        None, HF, "false draws a progress bar; log lines show the time left in any case."
     )
     plot_loss: bool = key(
         False,
@@ -194,7 +202,7 @@ class LoggingKeys(Keys):
         HF,
         "tensorboard, wandb, trackio, several of them, all that are installed, or none.",
     )
-    run_name: str | None = key(None, HF, "What trackers call the run; null is output_dir.")
+    run_name: str | None = key(None, HF, "Name of the run in trackers; null is output_dir.")
     project: str | None = key(
         None, HF, "Trackers' project; null is WANDB_PROJECT of the environment, or fastppo."
     )
@@ -202,52 +210,57 @@ class LoggingKeys(Keys):
         None, HF, "Where TensorBoard's files go; null is runs in output_dir."
     )
     save_strategy: Literal["no", "steps", "epoch"] = key(
-        "steps", HF, "When a checkpoint is written: by save_steps, after each epoch, or not."
+        "steps", HF, "When to write a checkpoint: by save_steps, after each epoch, or never."
     )
-    save_steps: Every = key(500, HF, "Steps between checkpoints, or a share of the run below 1.")
-    save_total_limit: Positive | None = key(None, HF, "Keep only so many checkpoints.")
+    save_steps: Every = key(500, HF, "Steps between checkpoints, or below 1 a share of the run.")
+    save_total_limit: Positive | None = key(None, HF, "Keep only this number of checkpoints.")
     eval_strategy: Literal["no", "steps", "epoch"] = key(
-        "no", HF, "When to evaluate along the way: by eval_steps, after each epoch, or not."
+        "no", HF, "When to evaluate during training: by eval_steps, after each epoch, or never."
     )
     eval_steps: Every | None = key(
-        None, HF, "See eval_strategy; a share of the run below 1; null is logging_steps, or 500."
+        None,
+        HF,
+        "Steps between evaluations, or below 1 a share of the run; null is logging_steps, or 500.",
     )
     eval_delay: NonNegative = key(
-        0.0, HF, "No evaluation before so many steps (with epoch: epochs)."
+        0.0, HF, "No evaluation before this number of steps (with epoch: of epochs)."
     )
-    eval_on_start: bool = key(False, HF, "Evaluate before the first step too.")
+    eval_on_start: bool = key(False, HF, "Also evaluate before the first step.")
     early_stopping_steps: Positive | None = key(
         None,
         LF,
-        "In stage rm: stop after so many evaluations without a better metric_for_best_model.",
+        "In stage rm: stop after this number of evaluations without a better "
+        "metric_for_best_model.",
     )
     metric_for_best_model: str | None = key(
         None, HF, "In stage rm, for early_stopping_steps: loss, accuracy or margin; null is loss."
     )
     greater_is_better: bool | None = key(
-        None, HF, "Of metric_for_best_model; null is true unless it is the loss."
+        None,
+        HF,
+        "Whether a greater metric_for_best_model is better; null is true unless it is the loss.",
     )
 
 
 class TrainingKeys(LoggingKeys, OptimiserKeys):
-    """The part of a run that transformers' TrainingArguments describe."""
+    """All keys that correspond to transformers' TrainingArguments."""
 
     @property
     def trackers(self) -> tuple[str, ...]:
-        """The trackers of report_to, each once; `all` are those installed."""
+        """The trackers of report_to without duplicates; `all` means those that are installed."""
         names = [name.strip() for name in self.report_to.split(",")]
         if "all" in names:
             names = [name for name in TRACKERS if importlib.util.find_spec(name) is not None]
         return tuple(dict.fromkeys(name for name in names if name not in ("none", "")))
 
     def warmup(self, steps: int) -> int:
-        """Steps of `steps` that warm up, as transformers 4.52 counts them."""
+        """Number of warm-up steps in a run of `steps`, as transformers 4.52 computes it."""
         if self.warmup_steps >= 1:
             return int(self.warmup_steps)
         return math.ceil(steps * (self.warmup_steps or self.warmup_ratio))
 
     def acts(self, what: str, step: int, total: int, steps_an_epoch: float) -> bool:
-        """Whether `logging`, `save` or `eval` is due after `step` of `total`, counted from 1."""
+        """Whether `what` (logging, save or eval) is due after `step` of `total`, counted from 1."""
         strategy = getattr(self, f"{what}_strategy")
         if what == "logging":
             if step == 1 and self.logging_first_step:
@@ -264,7 +277,7 @@ class TrainingKeys(LoggingKeys, OptimiserKeys):
 
     @property
     def data_order_seed(self) -> int:
-        """data_seed, or seed."""
+        """data_seed if it is set, else seed."""
         return self.seed if self.data_seed is None else self.data_seed
 
     @model_validator(mode="after")
@@ -308,19 +321,19 @@ class TrainingKeys(LoggingKeys, OptimiserKeys):
 
 
 def every_steps(every: float, total: int) -> int:
-    """A count of steps; below 1 it is a share of `total`, rounded up."""
+    """An interval as a number of steps; below 1 it is a share of `total`, rounded up."""
     return int(every) if every >= 1 else max(1, math.ceil(total * every))
 
 
 def due(strategy: str, every: float, step: int, total: int, steps_an_epoch: float) -> bool:
-    """Whether `step`, counted from 1, is one at which the strategy says to act.
+    """Whether to act after `step`, counted from 1, by a strategy: steps, epoch or no.
 
-    `epoch` acts at the first step that reaches an epoch's end; the last step of a run is the
-    caller's to think of.
+    `epoch` acts at the first step that reaches the end of an epoch. The caller must handle the last
+    step of a run.
     """
     if strategy == "steps":
         return step % every_steps(every, total) == 0
     if strategy == "epoch":
-        # A step that ends on the epoch's end but for rounding is that end.
+        # 1e-9 allows for rounding when a step ends exactly at the end of an epoch.
         return int(step / steps_an_epoch + 1e-9) > int((step - 1) / steps_an_epoch + 1e-9)
     return False

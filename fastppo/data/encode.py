@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def share_length(source: int, target: int, cutoff_len: int) -> tuple[int, int]:
-    """How many tokens of a prompt and of its answer are kept, together at most `cutoff_len`.
+    """How many tokens of a prompt and of its answer are kept: together at most `cutoff_len`.
 
-    `source` and `target` are their lengths. Where one is shorter than half of `cutoff_len`, the
-    other is cut; else both are, in proportion.
+    `source` and `target` are the lengths of prompt and answer. If one is shorter than half of
+    `cutoff_len`, only the other is truncated; otherwise both are, in proportion.
     Source: LLaMA-Factory, `infer_seqlen`.
     """
     if 2 * target < cutoff_len:
@@ -31,17 +31,17 @@ def share_length(source: int, target: int, cutoff_len: int) -> tuple[int, int]:
 
 
 def system_of(record: Record, default_system: str | None) -> str | None:
-    """The record's own system prompt, else `default_system`; None leaves it to the template."""
+    """The record's own system prompt, else `default_system`; None means the template's default."""
     return record.system if record.system is not None else default_system
 
 
 def fit_prompt(
     record: Record, template: Template, limit: int, default_system: str | None
 ) -> list[int]:
-    """Ids of the record's prompt, cut to `limit` tokens; its generation header is kept.
+    """Ids of the record's prompt, truncated to `limit` tokens; its generation header is kept.
 
     Raises:
-        BadRow: it does not fit even without its question.
+        BadRow: the prompt does not fit even without its question.
     """
     ids = template.fit_prompt(record.messages, system_of(record, default_system), limit)
     if ids is None:
@@ -52,7 +52,7 @@ def fit_prompt(
 
 
 def report(dropped: DroppedRows) -> None:
-    """Print a note on dropped rows; a UserError if they are more than half."""
+    """Print a note on dropped rows; raise UserError if more than half are dropped."""
     line = dropped.note()
     if line:
         note(line)
@@ -66,11 +66,11 @@ def encode_prompts(
     *,
     lf_truncation: bool = False,
 ) -> list[Prompt]:
-    """The records' prompts as ids that end with the generation header, at most `cutoff_len` each.
+    """The records' prompts as ids, at most `cutoff_len` each; they end with the generation header.
 
-    With `lf_truncation` an over-long prompt is cut as LLaMA-Factory cuts it: at its end, so that
-    it loses the header, and to what the record's own answer leaves of `cutoff_len`. Records that do
-    not fit are dropped with a note.
+    With `lf_truncation` a prompt that is too long is truncated like in LLaMA-Factory: its end is
+    cut off, with the header, so that prompt and the record's own answer share `cutoff_len`. Records
+    that do not fit are dropped with a note.
     """
     prompts, dropped = [], DroppedRows("dataset", seen=len(records))
     for record in records:
@@ -113,13 +113,13 @@ def encode_pairs(
     lf_truncation: bool = False,
     suffix: bool = False,
 ) -> list[Pair]:
-    """The records' pairs as ids: prompt and either answer have at most `cutoff_len` tokens.
+    """The records' pairs as ids: the prompt with either answer has at most `cutoff_len` tokens.
 
-    Where a pair is too long, prompt and answers share `cutoff_len` as in LLaMA-Factory
-    (`share_length`); the prompt keeps its generation header, and an answer its EOS, where its score
-    is read. Both answers have the same prompt ids. With `suffix` the template's suffix follows EOS:
-    there LLaMA-Factory's reward models are trained and read. With `lf_truncation` header and EOS
-    can be cut off, as in LLaMA-Factory.
+    If a pair is too long, prompt and answers share `cutoff_len` as in LLaMA-Factory
+    (`share_length`). The prompt keeps its generation header; an answer keeps its EOS, at which its
+    score is read. Both answers have the same prompt ids. With `suffix` the template's suffix
+    follows EOS: LLaMA-Factory's reward models are trained and read there. With `lf_truncation`
+    header and EOS can be cut off, as in LLaMA-Factory.
     """
     pairs, dropped = [], DroppedRows("dataset", seen=len(records))
     suffix_ids = list(template.suffix_ids) if suffix else []

@@ -1,4 +1,4 @@
-"""Read the raw rows of a file, of a folder of files, or of a data set on the hub."""
+"""Read the raw rows of a file, a folder of files, or a data set on the hub."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a file, and where it came from."""
+    """A row of a file, and its position."""
 
     where: str  # file and row number, for errors
-    content: Any  # as parsed, usually a dict; NotJson where it could not be
+    content: Any  # the parsed row, usually a dict; NotJson if it could not be parsed
 
 
 class NotJson(str):
-    """The parser's message for a line that is not JSON, in place of its content."""
+    """The parser's message for a line that is not JSON; it replaces the line's content."""
 
 
 def read_rows(source: Source, config: Config) -> Iterator[Row]:
     """The rows of a data set, in order.
 
-    JSON is parsed here and other types by `datasets`. That library makes a table, so one JSON row
+    JSON is parsed here, other types by `datasets`. That library makes a table, so that one JSON row
     of another shape would make the whole file unreadable; here only that row is dropped.
     """
     path = source.path
@@ -54,14 +54,14 @@ def read_rows(source: Source, config: Config) -> Iterator[Row]:
 
 
 def list_files(path: Path) -> list[Path]:
-    """The file itself, or the files of a folder sorted by name, hidden ones left out."""
+    """The file itself, or the files of a folder, sorted by name and without hidden ones."""
     if not path.is_dir():
         return [path]
     return sorted(x for x in path.iterdir() if x.is_file() and not x.name.startswith("."))
 
 
 def read_json(path: Path) -> Iterator[Row]:
-    """Rows of a JSON file: one list of them, or one a line; with or without a byte order mark."""
+    """Rows of a JSON file: a list, or one row per line; with or without a byte order mark."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -82,7 +82,7 @@ def read_json(path: Path) -> Iterator[Row]:
 
 
 def read_lines(text: str, path: Path) -> Iterator[Row]:
-    """Rows of a file with one JSON value a line; a line that is not JSON becomes a bad row."""
+    """Rows of a file with one JSON value per line; a line that is not JSON becomes a bad row."""
     number = 0
     for line in text.split("\n"):
         if not line.strip():
@@ -98,11 +98,11 @@ def read_lines(text: str, path: Path) -> Iterator[Row]:
 def load_with_datasets(
     reader: str, files: list[str] | None, source: Source, config: Config
 ) -> Iterator[Row]:
-    """Rows that `datasets` reads: of `files` with `reader`, or of the hub's set of that name."""
+    """Rows read by `datasets`: from `files` with the builder `reader`, or from the hub."""
     import datasets
     from huggingface_hub.utils import logging as hub_logging
 
-    # Errors become one line below; without this, both libraries would log them as well.
+    # Errors become one line below; the libraries should not log them too.
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     hub_logging.set_verbosity(hub_logging.CRITICAL)
@@ -115,7 +115,7 @@ def load_with_datasets(
         table = datasets.load_dataset(
             reader, split=source.split, cache_dir=config.cache_dir, **settings
         )
-    except Exception as error:  # whatever `datasets` raises, the user can mend the file or the name
+    except Exception as error:  # `datasets` can raise anything; the file or the name is wrong
         why = (str(error) or type(error).__name__).splitlines()[0]
         place = source.path or f"'{reader}' on the Hugging Face hub"
         cure = "mend or replace it" if files else "check the name and the network"

@@ -45,12 +45,12 @@ class Source:
     name: str
     info: dict[str, Any]  # the entry of dataset_info.json
     path: Path | None = None  # a file, or a folder of files of one type
-    hub: str | None = None  # its name on the Hugging Face hub, where it has no path
-    plain: bool = False  # named by its path or hub name, without an entry
+    hub: str | None = None  # its name on the Hugging Face hub, if it has no path
+    plain: bool = False  # whether it is named by its path or hub name, not by an entry
 
     @property
     def ranking(self) -> bool:
-        """Whether its rows are preference pairs, not prompts."""
+        """Whether its rows are preference pairs instead of prompts."""
         return bool(self.info.get("ranking", False))
 
     @property
@@ -60,7 +60,7 @@ class Source:
 
 
 def check_ranking(config: Config, source: Source) -> None:
-    """Refuse prompts for stage rm, which learns from pairs, and pairs for stage ppo."""
+    """Raise UserError for prompts in stage rm, which needs pairs, and for pairs in stage ppo."""
     if config.stage == "rm" and not source.ranking:
         raise UserError(
             f"{config.source}: dataset: stage rm learns from pairs, and '{source.name}' is not "
@@ -76,7 +76,7 @@ def check_ranking(config: Config, source: Source) -> None:
 def find_source(config: Config, name: str, key: str) -> Source:
     """The data set `name`: a path with a known extension, else an entry of dataset_info.json.
 
-    With `dataset_dir: ONLINE` it is a name on the hub. `key` is the setting, for errors.
+    With `dataset_dir: ONLINE` it is a name on the hub. `key` is the setting that names the set.
     """
     if not name:
         raise UserError(f"{config.source}: {key}: names nothing between two commas; take one out")
@@ -103,7 +103,7 @@ def find_source(config: Config, name: str, key: str) -> Source:
 
 
 def read_info(config: Config) -> tuple[dict[str, Any], Path]:
-    """The contents of dataset_info.json, and its path."""
+    """The contents and the path of dataset_info.json."""
     path = Path(config.dataset_dir) / "dataset_info.json"
     if not path.is_file():
         raise UserError(
@@ -119,7 +119,7 @@ def read_info(config: Config) -> tuple[dict[str, Any], Path]:
 
 
 def locate(name: str, info: dict[str, Any], folder: Path, what: str) -> Source:
-    """The source with its path or hub name; as in LLaMA-Factory, hf_hub_url wins over file_name."""
+    """The source with its path or hub name; as in LLaMA-Factory, hf_hub_url is preferred."""
     if info.get("hf_hub_url"):
         check_hub_name(info, what)
         return Source(name, info, hub=info["hf_hub_url"])
@@ -131,7 +131,7 @@ def locate(name: str, info: dict[str, Any], folder: Path, what: str) -> Source:
     if not info.get("file_name"):
         raise UserError(f"{what} has no file_name; add one")
     path = folder / info["file_name"]
-    # Data may come from anywhere, and must not lead this program out of its folder.
+    # Data may come from anywhere, and must not name files outside its own folder.
     for file in (path, *(path.iterdir() if path.is_dir() else ())):
         if not file.resolve().is_relative_to(folder.resolve()):
             raise UserError(
@@ -144,7 +144,7 @@ def locate(name: str, info: dict[str, Any], folder: Path, what: str) -> Source:
 
 
 def check_hub_name(info: dict[str, Any], what: str) -> None:
-    """Refuse an hf_hub_url that is no name on the hub, or could be read as a folder here."""
+    """Raise UserError if hf_hub_url is no name on the hub, or could be read as a local folder."""
     name = info["hf_hub_url"]
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) or Path(name).exists():
         raise UserError(
@@ -156,7 +156,7 @@ def check_hub_name(info: dict[str, Any], what: str) -> None:
 
 
 def check_entry(info: Any, what: str) -> None:
-    """Refuse an entry of dataset_info.json with values that the readers do not understand."""
+    """Raise UserError for an entry of dataset_info.json with values that are not supported."""
     if not isinstance(info, dict):
         raise UserError(f"{what} is a {type(info).__name__}, not an object; mend it")
     for key in ("file_name", "hf_hub_url", "split", "subset", "folder"):

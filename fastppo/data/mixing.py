@@ -26,7 +26,7 @@ STRATEGIES = {
 
 @dataclass(frozen=True)
 class Records:
-    """The records of a run: for training, for evaluation, and demonstrations (`ptx_dataset`)."""
+    """The records of a run: for training, for evaluation, and for the PTX loss (`ptx_dataset`)."""
 
     train: list[Record]
     eval: list[Record]
@@ -34,9 +34,9 @@ class Records:
 
 
 def read_records(config: Config) -> Records:
-    """All records that the configuration names, checked for its stage.
+    """Read all records that the configuration names, and check that they fit its stage.
 
-    Notes on bad rows are printed once all sets are read, so that an error stays one line.
+    Notes on bad rows are printed after all sets have been read, so that an error is one line.
     """
     notes: list[str] = []
     train = read_sets(config, config.dataset, "dataset", notes)
@@ -52,7 +52,7 @@ def read_records(config: Config) -> Records:
 
 
 def read_demonstrations(config: Config, notes: list[str]) -> list[Record]:
-    """The records of `ptx_dataset`; a UserError if one has no answer to learn from."""
+    """The records of `ptx_dataset`; raises UserError if one has no answer."""
     if config.ptx_dataset is None or config.stage != "ppo":
         return []
     records = read_sets(config, config.ptx_dataset, "ptx_dataset", notes)
@@ -66,13 +66,16 @@ def read_demonstrations(config: Config, notes: list[str]) -> list[Record]:
 
 
 def read_sets(config: Config, names: str, key: str, notes: list[str]) -> list[Record]:
-    """The records of all data sets in the comma list `names`, mixed; `key` is its setting."""
+    """The mixed records of the data sets in the comma-separated `names`, the value of `key`."""
     sets = [read_set(config, name.strip(), key, notes) for name in names.split(",")]
     return mix(sets, config)
 
 
 def read_set(config: Config, name: str, key: str, notes: list[str]) -> list[Record]:
-    """The valid records of one data set, after num_samples and max_samples; notes go to `notes`."""
+    """The valid records of one data set, limited by num_samples and max_samples.
+
+    Notes on bad rows are appended to `notes`.
+    """
     source = find_source(config, name, key)
     check_ranking(config, source)
     rows = read_rows(source, config)
@@ -97,7 +100,7 @@ def read_set(config: Config, name: str, key: str, notes: list[str]) -> list[Reco
 
 
 def guess_format(source: Source, row: dict[str, object], config: Config) -> Source:
-    """The source with the format that its first row shows: for sets without an entry."""
+    """The source with the format of its first row, for sets without an entry."""
     if config.stage == "ppo" and {"chosen", "rejected"} <= set(row):
         check_ranking(config, replace(source, info={"ranking": True}))
     kinds = {"conversations": "sharegpt", "messages": "openai"}
@@ -109,16 +112,16 @@ def guess_format(source: Source, row: dict[str, object], config: Config) -> Sour
 
 
 def draw_samples(records: list[Record], count: int, seed: int) -> list[Record]:
-    """Exactly `count` random records; none is drawn twice before all were drawn once."""
+    """Exactly `count` random records; no record is drawn again before all have been drawn."""
     generator = random.Random(seed)
     drawn = generator.sample(records, min(count, len(records)))
     return drawn + generator.choices(records, k=count - len(drawn))
 
 
 def mix(sets: list[list[Record]], config: Config) -> list[Record]:
-    """The records of all sets in one list, as mix_strategy says.
+    """The records of all sets in one list, by mix_strategy.
 
-    One set after the other, or interleaved in the order that LLaMA-Factory gets from `datasets`.
+    The sets are concatenated, or interleaved in the same order as by LLaMA-Factory (`datasets`).
     """
     if len(sets) == 1 or config.mix_strategy == "concat":
         return list(chain.from_iterable(sets))
@@ -144,10 +147,10 @@ def mix(sets: list[list[Record]], config: Config) -> list[Record]:
 
 
 def split_validation(records: list[Record], config: Config) -> tuple[list[Record], list[Record]]:
-    """The records for training and the `val_size` ones for evaluation, both in file order.
+    """Split off `val_size` records; returns those for training and those for evaluation.
 
-    The same rows as `datasets.Dataset.train_test_split(val_size, seed=seed)` holds out, which is
-    what LLaMA-Factory calls.
+    Both are in the file's order. The rows for evaluation are the same as in LLaMA-Factory, which
+    calls `datasets.Dataset.train_test_split(val_size, seed=seed)`.
     """
     import numpy as np
 

@@ -35,13 +35,13 @@ TAGS = {
         "system_tag": "system",
     },
 }
-SHOWN = 3  # bad rows that are shown; the rest are counted
+SHOWN = 3  # number of bad rows that are shown; the others are only counted
 NO_TOOLS = "tool calls are not supported"
 
 
 @dataclass(frozen=True)
 class Record:
-    """One row, of whatever format: a conversation that ends with a question, and its answers."""
+    """A row of any format as a conversation that ends with a question, and its answers."""
 
     messages: list[Message]
     where: str  # file and row, for errors
@@ -53,27 +53,27 @@ class Record:
 
 
 class BadRow(Exception):
-    """The reason why a row is dropped."""
+    """A row is dropped; the message says why."""
 
 
 @dataclass
 class DroppedRows:
-    """Counts the bad rows of one source, and keeps the first of them for a note."""
+    """Counts the bad rows of a source, and stores the first of them for a note."""
 
-    source: str  # file, hub name or setting to mend
-    seen: int = 0  # rows looked at
-    bad: int = 0  # rows dropped
-    first: list[str] = field(default_factory=list)  # where and why, of the first SHOWN
+    source: str  # file, hub name or setting to correct
+    seen: int = 0  # number of rows read
+    bad: int = 0  # number of rows dropped
+    first: list[str] = field(default_factory=list)  # position and reason of the first SHOWN
 
     def add(self, where: str, why: object) -> None:
-        """Count a bad row, and keep where and why if it is one of the first."""
+        """Count a bad row; store its position and the reason if it is one of the first."""
         self.bad += 1
         if len(self.first) < SHOWN:
-            # The file is named once; where there are several, it stands before the row.
+            # The note names the file once; with several files, each row names its own.
             self.first.append(f"{where.removeprefix(self.source).strip()}: {why}")
 
     def note(self) -> str | None:
-        """A line about the dropped rows, None if there are none; a UserError if most are bad."""
+        """A line about the dropped rows, or None if none were; raises UserError if most were."""
         if not self.bad:
             return None
         rows = "; ".join(self.first) + ("; ..." if self.bad > SHOWN else "")
@@ -86,7 +86,7 @@ class DroppedRows:
 def to_records(
     rows: Iterable[Row], source: Source, dropped: DroppedRows, limit: int | None = None
 ) -> list[Record]:
-    """The valid rows as records, at most `limit`; bad rows are counted in `dropped`."""
+    """At most `limit` valid rows as records; bad rows are counted in `dropped`."""
     records: list[Record] = []
     read = reader_of(source)
     for row in rows:
@@ -105,15 +105,15 @@ def to_records(
 
 
 def reader_of(source: Source) -> Callable[[Row, Source], Record]:
-    """The function that reads a row of the source's format."""
+    """The function that converts a row of the source's format."""
     return read_alpaca if source.info.get("formatting", "alpaca") == "alpaca" else read_turns
 
 
 def text_of(row: dict[str, Any], column: str | None, *, needed: bool = False) -> str | None:
-    """The text in a column; None where it is absent or empty.
+    """The text in a column; None if it is absent or empty.
 
     Raises:
-        BadRow: it is not text; or with `needed`, absent or blank.
+        BadRow: the column is not text, or with `needed` it is absent or blank.
     """
     value = row.get(column) if column else None
     if value is None or value == "":
@@ -130,7 +130,7 @@ def text_of(row: dict[str, Any], column: str | None, *, needed: bool = False) ->
 
 
 def refuse_tools(row: dict[str, Any], column: str | None) -> None:
-    """Refuse a row with tools in `column`: tool calls are not supported."""
+    """Raise BadRow for a row with tools in `column`: tool calls are not supported."""
     if column and row.get(column) not in (None, "", "[]", []):
         raise BadRow(f"has '{column}', and {NO_TOOLS}")
 
@@ -138,7 +138,7 @@ def refuse_tools(row: dict[str, Any], column: str | None) -> None:
 def read_alpaca(row: Row, source: Source) -> Record:
     """The record of an alpaca row.
 
-    Its question is instruction and input, joined by a line break; its answers are output, or of a
+    The question is instruction and input, joined by a line break; the answer is output, or in a
     pair chosen and rejected.
     """
     content: dict[str, Any] = row.content
@@ -156,14 +156,14 @@ def read_alpaca(row: Row, source: Source) -> Record:
         for name in ("chosen", "rejected"):
             answers[name] = text_of(content, columns.get(name, name), needed=True)
     elif isinstance(content.get(columns.get("response", "")), str):
-        # An output that is not text is for reward functions, which get all columns.
+        # An output that is not text is for reward functions, which get all columns, not an answer.
         answers["response"] = text_of(content, columns.get("response"))
     system = text_of(content, columns.get("system"))
     return Record(messages, row.where, system=system, columns=content, **answers)
 
 
 def read_history(history: Any) -> list[Message]:
-    """The messages of earlier turns, given as a list of [question, answer]."""
+    """The messages of earlier turns, from a list of [question, answer]."""
     messages: list[Message] = []
     for turn in (history if isinstance(history, list) else [history]) if history else []:
         if not isinstance(turn, list) or [type(part) for part in turn] != [str, str]:
@@ -178,9 +178,9 @@ def read_history(history: Any) -> list[Message]:
 
 
 def read_turns(row: Row, source: Source) -> Record:
-    """The record of a sharegpt or openai row: turns in which user and assistant alternate.
+    """The record of a sharegpt or openai row, in which turns of user and assistant alternate.
 
-    A last turn by the assistant is the answer; a pair has its two answers in columns of their own.
+    If the last turn is the assistant's, it is the answer. A pair has its two answers in columns.
     """
     content: dict[str, Any] = row.content
     kind = source.info["formatting"]
@@ -218,7 +218,7 @@ def read_turns(row: Row, source: Source) -> Record:
 
 
 def read_turn(turn: Any, tags: dict[str, str]) -> Message:
-    """One turn as a message; `tags` name its keys and roles, as in dataset_info.json."""
+    """One turn as a message; `tags` are the names of its keys and roles in dataset_info.json."""
     roles = {tags[f"{role}_tag"]: role for role in ("user", "assistant", "system")}
     speaker = str(turn.get(tags["role_tag"])) if isinstance(turn, dict) else None
     tools = {tags["observation_tag"], tags["function_tag"]}

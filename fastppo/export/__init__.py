@@ -1,1 +1,1 @@
-"""`fastppo-export`: merge what a run trained into a folder that plain transformers loads."""
+"""`fastppo-export`: merge a trained adapter into a model that plain transformers loads."""

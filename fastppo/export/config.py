@@ -21,7 +21,7 @@ ADAPTER = "adapter_config.json"
 
 
 class ExportConfig(BaseModel):
-    """The keys of one export, each with a sentence; frozen."""
+    """The keys of one export, each with a description; frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -62,11 +62,11 @@ class ExportConfig(BaseModel):
 
     @property
     def trained_folder(self) -> Path:
-        """The folder with value head, tokenizer and records: the last adapter's or the model's."""
+        """The folder with value head, tokenizer and records: the last adapter's, or the model's."""
         return Path(self.adapters[-1] if self.adapters else self.model_name_or_path or "")
 
 
-# Keys that ask for another kind of export: the values that are accepted, and the cure.
+# Keys for other kinds of export, which is not done here: key -> (accepted values, cure).
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "export_legacy_format": ((False, None), "transformers writes safetensors only; leave it out"),
     "export_hub_model_id": ((None,), "upload export_dir with the hub's own command: hf upload"),
@@ -84,9 +84,9 @@ MEANINGLESS = {
 
 
 def read_export(arguments: Sequence[str]) -> tuple[ExportConfig, list[str]]:
-    """The configuration that the command line gives, and a note for each key that is ignored.
+    """Read the command line; returns the configuration, and a note for each key that is ignored.
 
-    `arguments` are CONFIG, or FOLDER and EXPORT_DIR, with overrides `key=value` among them.
+    `arguments` are CONFIG, or FOLDER and EXPORT_DIR; overrides `key=value` may be among them.
     """
     names = [text for text in arguments if "=" not in text]
     if len(names) == 2:
@@ -105,9 +105,9 @@ def read_export(arguments: Sequence[str]) -> tuple[ExportConfig, list[str]]:
 
 
 def parse_export(data: Mapping[str, Any], source: str) -> tuple[ExportConfig, list[str]]:
-    """The keys in `data` as a configuration, with the base filled in; and notes on ignored keys.
+    """Make a configuration from the keys in `data`; also returns notes on ignored keys.
 
-    `source` is the file, for errors.
+    The base is filled in if no key names it. `source` is the file's name, for errors.
     """
     given, notes = dict(data), []
     for name in data:
@@ -134,7 +134,7 @@ def parse_export(data: Mapping[str, Any], source: str) -> tuple[ExportConfig, li
 
 
 def from_folder(folder: Path) -> dict[str, Any]:
-    """The keys for `folder`: an adapter with those merged below it, or a whole model."""
+    """The keys that export `folder`: an adapter with the adapters below it, or a whole model."""
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; name one that a run or PEFT wrote")
     if (folder / ADAPTER).is_file():
@@ -154,7 +154,7 @@ def adapters_below(folder: Path) -> list[str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a small file of a model folder."""
+    """Read the JSON object in a small file of a model folder."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -165,7 +165,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_folders(config: ExportConfig, source: str) -> ExportConfig:
-    """Refuse folders that cannot be read or would be overwritten; returns `config` with base."""
+    """Check that folders can be read and none is overwritten; returns `config` with its base."""
     for name in config.adapters:
         folder = Path(name)
         if folder.is_dir() and not (folder / ADAPTER).is_file():

@@ -1,4 +1,4 @@
-"""Merge adapters into their base, as a causal language model or, for rewards, a classifier."""
+"""Merge adapters into their base: into a causal language model, or for rewards a classifier."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from fastppo.export.config import ExportConfig
     from fastppo.templates import Template
 
-SCORE_BIAS = "score_bias"  # in config.json, where plain transformers has no place for it
+SCORE_BIAS = "score_bias"  # a key in config.json, because transformers' classifiers have no bias
 
 
 def export(config: ExportConfig) -> Iterator[str]:
-    """Load, merge and save; yields lines about it for the terminal."""
+    """Load, merge and save; yields lines for the terminal."""
     disable_progress_bar()
     name, last = str(config.model_name_or_path), config.trained_folder
     source = last if (last / "tokenizer_config.json").is_file() else Path(name)
@@ -76,14 +76,14 @@ def export(config: ExportConfig) -> Iterator[str]:
 
 
 def recorded_template(folder: Path) -> str | None:
-    """The name of the template that stage rm recorded in `folder`; None where it recorded none."""
+    """The name of the template that stage rm recorded in `folder`; None if it recorded none."""
     path = folder / RECORD
     name = read_json(path).get("template") if path.is_file() else None
     return name if name in TEMPLATES else None
 
 
 def load_pretrained(kind: Any, name: str, config: ExportConfig, **settings: Any) -> Any:
-    """Load a model or tokenizer, as the transformers class `kind`, from a folder or the hub."""
+    """Load a model or tokenizer by the transformers class `kind`, from a folder or the hub."""
     revision = config.model_revision if name == config.model_name_or_path else "main"
     try:
         return kind.from_pretrained(
@@ -102,7 +102,7 @@ def load_pretrained(kind: Any, name: str, config: ExportConfig, **settings: Any)
 
 
 def set_stop_tokens(model: PreTrainedModel, template: Template) -> None:
-    """Make `generate` stop where the template ends an answer, as sampling in training did."""
+    """Make `generate` stop at the template's stop tokens, as sampling during training did."""
     generation: Any = model.generation_config
     generation.eos_token_id = list(template.stop_ids)
     generation.pad_token_id = template.pad_id
@@ -116,9 +116,9 @@ def make_classifier(
 ) -> PreTrainedModel:
     """transformers' classifier of this architecture, made of the model's trunk and the value head.
 
-    It reads a row's last token that is not padding. So the tokenizer is changed where needed: it
-    pads with a token that ends no conversation, and its chat template ends where the reward model
-    was trained to be read (`score_at`).
+    The classifier reads the last token of a row that is not padding. If necessary, the tokenizer is
+    changed: it gets a padding token that ends no conversation, and a chat template that ends with
+    the token at which the reward model was trained (`score_at`).
     """
     config = model.config
     config.num_labels = 1
@@ -147,7 +147,7 @@ def make_classifier(
 
 
 def choose_pad_token(tokenizer: Any, template: Template) -> int:
-    """Id of the padding token; where that can end a conversation, another special token is set."""
+    """Id of the padding token; if it can end a conversation, another special token is chosen."""
     ends = {*template.stop_ids, *template.suffix_ids[-1:]}
     if tokenizer.pad_token_id not in ends:
         return int(tokenizer.pad_token_id)

@@ -1,4 +1,4 @@
-"""Bytes of activations, logits and autocast's copies in a pass of one role over a micro-batch."""
+"""Bytes of activations, logits and autocast's copies in one role's pass over a micro-batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastppo.memory.weights import StaticBytes, Trainable
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that a run's passes allocate, by what holds them."""
+    """Bytes that the passes of a run allocate, for the memory plan."""
 
     inputs: PlanInputs
     shape: ModelShape
@@ -23,7 +23,7 @@ class Activations:
     def layer_setting(
         self, rows: int, length: int, role: str, *, masked: bool = False
     ) -> LayerSetting:
-        """How `role` runs a layer; PPO's own passes need no mask, see `Batch.inputs`."""
+        """How `role` runs a layer; the passes of stage ppo need no mask, see `Batch.inputs`."""
         inputs, config = self.inputs, self.inputs.config
         shared = role == "critic" and config.critic == "shared"
         critic = role == "critic" and not shared
@@ -54,20 +54,21 @@ class Activations:
         shape: ModelShape | None = None,
         masked: bool = False,
     ) -> TrunkMemory:
-        """What the trunk of `role` allocates for rows x length tokens; no `shape`: the base's."""
+        """Bytes of the trunk of `role` for rows x length tokens; `shape` None is the base's."""
         return trunk_memory(
             shape or self.shape, self.layer_setting(rows, length, role, masked=masked)
         )
 
     @property
     def fused_lora(self) -> bool:
-        """Whether LoRA's layers run as `fastppo.models.fused_lora` has them."""
+        """Whether LoRA layers run by `fastppo.models.fused_lora`."""
         return self.inputs.config.stage == "ppo" and self.inputs.config.quantization_bit is None
 
     def autocast_copies(self, trainable: Trainable, *, in_graph: bool = False) -> int:
-        """An adapter in 16 bits: what autocast holds through a pass, or a layer's as it runs.
+        """Bytes of the 16-bit copies of an adapter that autocast makes.
 
-        The latter where the layers are fused; with `in_graph`, the graph holds those of all layers.
+        They exist for all layers during the whole pass; with fused layers only for the layer that
+        runs, unless the autograd graph holds them (`in_graph`).
         """
         dora = self.inputs.config.use_dora
         if in_graph or not self.fused_lora or dora or trainable.trains_base:
@@ -76,31 +77,31 @@ class Activations:
 
     @property
     def dequantized_layer(self) -> int:
-        """The largest linear layer as its GEMM reads it, where weights are quantised."""
+        """Bytes of the largest weight, dequantised for its GEMM; 0 if nothing is quantised."""
         if self.inputs.config.quantization_bit is None:
             return 0
         return max(a * b for a, b in self.shape.linears.values()) * self.inputs.itemsize
 
     def response_tokens(self, rows: int, length: int) -> int:
-        """Response tokens of a micro-batch."""
+        """Number of response tokens in a micro-batch."""
         return rows * min(length, self.inputs.config.max_new_tokens)
 
     def hidden_states(self, tokens: int) -> int:
-        """The last hidden states."""
+        """Bytes of the last hidden states."""
         return tokens * self.shape.hidden * self.inputs.itemsize
 
     def logits_chunk(self, tokens: int) -> int:
-        """The logits that exist at a time, for so many response tokens."""
+        """Bytes of the logits that exist at a time, for this number of response tokens."""
         inputs, vocab = self.inputs, self.shape.vocab
         most = max(inputs.min_chunk_rows, inputs.chunk_bytes // (vocab * inputs.itemsize))
-        rows = -(-tokens // -(-tokens // most))  # chunks are of nearly one length
-        # The definition works in float32 blocks of 2 MiB: a copy, its exponentials, a product.
+        rows = -(-tokens // -(-tokens // most))  # all chunks have nearly the same length
+        # The definition uses float32 blocks of 2 MiB: a copy, its exponentials, a product.
         blocks = 0 if inputs.compiled_ops else 3 * min(2 * MIB, tokens * vocab * FLOAT32)
         return rows * vocab * inputs.itemsize + blocks
 
     @property
     def reused_chunk(self) -> int:
-        """The chunk of logits that the operators hold on a CPU between calls."""
+        """Bytes of the chunk of logits that the operators keep between calls on a CPU."""
         if self.inputs.config.stage != "ppo":
             return 0
         most = max(self.inputs.score_batch, self.inputs.update_batch, key=lambda b: b[0] * b[1])
@@ -108,11 +109,11 @@ class Activations:
         return chunk if REUSED_FROM <= chunk <= REUSED_TO else 0
 
     def saved_for_backward(self, trunk: TrunkMemory, layers: int) -> int:
-        """What a forward through `layers` layers saves on the device, the top layer's aside."""
+        """Bytes that `layers` layers, except the top one, save on the device for the backward."""
         mode, below = self.inputs.offload_mode, max(layers - 1, 0)
         if mode == "checkpoint":
             return below * trunk.input
-        if mode == "checkpoint+offload":  # the one that is next, on its way back
+        if mode == "checkpoint+offload":  # the next layer's input, being copied back
             return min(below, 1) * trunk.input
         if mode == "offload":
             return min(below, 1) * trunk.saved
@@ -120,7 +121,7 @@ class Activations:
 
     @property
     def offloaded_bytes(self) -> int:
-        """What offloading holds in pinned host memory at a time."""
+        """Bytes of pinned host memory that offloading uses at a time."""
         mode, inputs = self.inputs.offload_mode, self.inputs
         if "offload" not in mode:
             return 0

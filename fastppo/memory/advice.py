@@ -1,8 +1,8 @@
-"""From a plan: values for the keys that are `auto`, and the fewest changes that make a run fit.
+"""Choose values for `auto` keys, and find the fewest changes that make a run fit into memory.
 
-Both are settings, key -> value as in the YAML. For `auto` each key has candidates, the fastest
-first. A run that does not fit goes through reductions, each of which changes some keys so that
-memory gets less.
+Both results are settings: key -> value as in the YAML. An `auto` key has a list of candidates, the
+fastest first. For a run that does not fit there is a list of reductions: each changes some keys so
+that the run needs less memory.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from fastppo.memory.plan import Plan
 from fastppo.memory.units import MIB
 
 MIN_CHUNK_BYTES = 16 * MIB
-MIN_LENGTH = 256  # lengths are not cut below this: it would be another task
+MIN_LENGTH = 256  # lengths are not reduced below this: that would be a different task
 Settings = dict[str, Any]
-# From the plan of a run the settings that reduce its memory; none where there is nothing to reduce.
+# A function from a plan to settings that reduce its memory; empty if it cannot reduce anything.
 Reduction = Callable[[Plan], Settings]
 
 
 def format_settings(settings: Settings) -> str:
-    """Settings as the command line would have them: `key=value key=value`."""
+    """Settings as on the command line: `key=value key=value`."""
     words = {True: "true", False: "false"}
     return " ".join(
         f"{key}={words[value] if isinstance(value, bool) else value}"
@@ -35,7 +35,7 @@ def format_settings(settings: Settings) -> str:
 
 @dataclass(frozen=True)
 class AdviceStep:
-    """Settings to change together, and the peak once they and all before them are changed."""
+    """Settings to change together, and the peak in bytes after this and all earlier steps."""
 
     settings: Settings
     peak: int
@@ -43,7 +43,7 @@ class AdviceStep:
 
 @dataclass(frozen=True)
 class Advice:
-    """Steps in the order in which to take them; `fits` is whether they are enough."""
+    """The steps in their order; `fits` says whether the run fits after all of them."""
 
     steps: tuple[AdviceStep, ...]
     fits: bool
@@ -55,7 +55,7 @@ class Advice:
 
 
 def halve_micro_batch(plan: Plan) -> Settings:
-    """Half the micro-batch, and twice as many of them: the same optimiser step."""
+    """Halve the micro-batch and double the accumulation: the optimiser step stays the same."""
     config = plan.inputs.config
     if config.ppo_max_token_len_per_gpu is not None:
         rows, length = plan.inputs.update_batch
@@ -67,19 +67,19 @@ def halve_micro_batch(plan: Plan) -> Settings:
 
 
 def halve_scoring_batch(plan: Plan) -> Settings:
-    """Half as many sequences in a scoring pass."""
+    """Halve the number of sequences in a scoring pass."""
     rows, length = plan.inputs.score_batch
     return {"log_prob_max_token_len_per_gpu": rows // 2 * length} if rows > 1 else {}
 
 
 def halve_generation_batch(plan: Plan) -> Settings:
-    """Half as many sequences sampled at a time."""
+    """Halve the number of sequences that are sampled at a time."""
     rows = plan.inputs.rollout_rows
     return {"generation_batch": rows // 2} if rows > 1 else {}
 
 
 def halve(key: str, least: int) -> Reduction:
-    """Half of a count, down to `least`."""
+    """A reduction that halves a count, down to `least`."""
 
     def reduction(plan: Plan) -> Settings:
         value = getattr(plan.inputs.config, key)
@@ -89,7 +89,7 @@ def halve(key: str, least: int) -> Reduction:
 
 
 def shorten(key: str) -> Reduction:
-    """Half of a length, down to MIN_LENGTH; budgets in tokens shrink with the longest sequence."""
+    """A reduction that halves a length, down to MIN_LENGTH, and reduces token budgets with it."""
 
     def reduction(plan: Plan) -> Settings:
         inputs = plan.inputs
@@ -108,12 +108,12 @@ def shorten(key: str) -> Reduction:
 
 
 def set_to(key: str, value: Any) -> Reduction:
-    """One value of a key."""
+    """A reduction that sets a key to one value."""
     return lambda plan: {} if getattr(plan.inputs.config, key) == value else {key: value}
 
 
 def quantize(bits: int) -> Reduction:
-    """Fewer bits for the frozen base; one that trains, or takes a merge, cannot be quantised."""
+    """A reduction that quantises the base, unless it trains or adapters are merged into it."""
 
     def reduction(plan: Plan) -> Settings:
         config = plan.inputs.config
@@ -124,7 +124,7 @@ def quantize(bits: int) -> Reduction:
     return reduction
 
 
-# From what changes nothing but speed to what changes what is learned.
+# The first reductions change only the speed, the last ones the training itself.
 REDUCTIONS: tuple[Reduction, ...] = (
     halve("per_device_eval_batch_size", 1),
     halve_scoring_batch,
@@ -144,10 +144,10 @@ REDUCTIONS: tuple[Reduction, ...] = (
 
 
 def advise(plan: Plan, available_bytes: int, known: Collection[str]) -> Advice:
-    """The fewest settings, of `known` keys, with which the run fits into `available_bytes`.
+    """The fewest changes, among `known` keys, with which the run fits into `available_bytes`.
 
-    The first of REDUCTIONS that lowers the peak is taken, again and again; then those that turned
-    out not to be needed are taken back, the last of REDUCTIONS first.
+    The first of REDUCTIONS that lowers the peak is applied repeatedly until the run fits. Then
+    reductions that turn out not to be needed are undone, starting with the last of REDUCTIONS.
     """
     reduced = reduce_until_it_fits(plan, known, available_bytes)
     if with_reductions(plan, reduced).fits(available_bytes):
@@ -166,7 +166,7 @@ def advise(plan: Plan, available_bytes: int, known: Collection[str]) -> Advice:
 def reduce_until_it_fits(
     plan: Plan, known: Collection[str], available_bytes: int
 ) -> dict[int, Settings]:
-    """Index in REDUCTIONS -> settings, until the run fits or no reduction helps."""
+    """Apply reductions until the run fits or none helps; index in REDUCTIONS -> settings."""
     reduced: dict[int, Settings] = {}
     now = plan
     while not now.fits(available_bytes):
@@ -184,7 +184,7 @@ def reduce_until_it_fits(
 
 
 def with_reductions(plan: Plan, reduced: dict[int, Settings]) -> Plan:
-    """The plan with these settings; an assumed reward adapter follows the policy's rank."""
+    """The plan with these settings; a reward adapter whose rank is assumed gets the policy's."""
     together = {key: reduced[index][key] for index in sorted(reduced) for key in reduced[index]}
     if "lora_rank" in together and plan.inputs.reward_source.startswith(ASSUMED):
         together["reward_rank"] = together["lora_rank"]
@@ -192,11 +192,10 @@ def with_reductions(plan: Plan, reduced: dict[int, Settings]) -> Plan:
 
 
 def choose_auto(plan: Plan, available_bytes: int) -> Settings:
-    """Values of the keys that are `auto`: the fastest whose plan fits into `available_bytes`, those
-    that take least memory where none does.
+    """Values for the `auto` keys: the fastest with which the run fits into `available_bytes`.
 
-    Keys are chosen in the order of AUTO_KEYS, while those still open have the value that takes
-    least.
+    If none fits, a key gets the value that takes least memory. Keys are decided in the order of
+    AUTO_KEYS; keys that are not yet decided have the value that takes least memory.
     """
     candidates = {key: CANDIDATES[key](plan) for key in AUTO_KEYS if key in plan.inputs.auto}
     chosen: Settings = {key: values[-1] for key, values in candidates.items()}
@@ -208,21 +207,21 @@ def choose_auto(plan: Plan, available_bytes: int) -> Settings:
 
 
 def fits_with(plan: Plan, available_bytes: int, chosen: Settings, key: str, value: Any) -> bool:
-    """Whether the run fits with the chosen settings and one more."""
+    """Whether the run fits with the `chosen` settings and `key` set to `value`."""
     return plan.with_changes(**{**chosen, key: value}).fits(available_bytes)
 
 
 def offload_modes(plan: Plan) -> list[Any]:
-    """Modes of activation_offloading; to host memory on a GPU, or if it is a file, only.
+    """Modes of activation_offloading; `checkpoint+offload` only on a GPU or with `offload_dir`.
 
-    `offload` is never chosen: it moves some 30 times as much as `checkpoint+offload`.
+    `offload` is never chosen: it copies about 30 times as much as `checkpoint+offload`.
     """
     has_host = plan.inputs.device == "gpu" or plan.inputs.config.offload_dir
     return ["none", "checkpoint", *(["checkpoint+offload"] if has_host else [])]
 
 
 def chunk_sizes(plan: Plan) -> list[Any]:
-    """The operators' own default and halves of it, down to MIN_CHUNK_BYTES."""
+    """The operators' default and its halves, down to MIN_CHUNK_BYTES."""
     size, sizes = plan.inputs.chunk_bytes, []
     while size >= MIN_CHUNK_BYTES:
         sizes.append(size)
@@ -231,17 +230,17 @@ def chunk_sizes(plan: Plan) -> list[Any]:
 
 
 def token_budgets(plan: Plan) -> list[Any]:
-    """Tokens of so many of the longest sequences, from a whole optimiser step's down to one's."""
+    """Budgets in tokens: from all sequences of an optimiser step at full length down to one."""
     inputs = plan.inputs
     return [rows * inputs.longest_sequence for rows in range(inputs.step_rows, 0, -1)]
 
 
 def generation_batches(plan: Plan) -> list[Any]:
-    """From all sequences of a rollout at a time down to one."""
+    """Numbers of sequences sampled at a time: from all of a rollout down to one."""
     return list(range(plan.inputs.rollout_rows, 0, -1))
 
 
-# Key -> its values from the fastest to the one that takes least memory.
+# Key -> its candidates, from the fastest to the one that takes least memory.
 CANDIDATES: dict[str, Callable[[Plan], list[Any]]] = {
     "activation_offloading": offload_modes,
     "chunk_bytes": chunk_sizes,

@@ -1,4 +1,4 @@
-"""A run and its memory plan: `auto` keys are resolved before loading, advice follows a failure."""
+"""How a run uses its memory plan: `auto` keys before loading, advice if memory runs out."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from fastppo.memory.budgets import Budgets
     from fastppo.memory.plan import Plan
 
-CONTEXT = GIB // 2  # of a GPU, taken already, and part of the plan's reserve
-HOST_RESERVE = GIB  # of a host's memory, for all else that runs there
+CONTEXT = GIB // 2  # GPU memory that CUDA's context has taken, which the plan's reserve includes
+HOST_RESERVE = GIB  # host memory for all other processes
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that a run may take on `device`, what it has taken already included."""
+    """Bytes that a run may take on `device`, including what it has taken already."""
     if device.type == "cpu":
         process = int(psutil.Process().memory_info().rss)
         return int(psutil.virtual_memory().available) + process - HOST_RESERVE
@@ -35,13 +35,12 @@ def available_memory(device: torch.device) -> int:
 
 
 def resolve_auto(config: Config, device: torch.device) -> tuple[Config, Plan | None, list[str]]:
-    """The configuration with a value in place of each `auto`, its plan, and notes to print.
+    """Replace each `auto` by a value; returns the configuration, its plan, and notes to print.
 
-    A model whose shape is not known has no plan: that is a note, and an error only where a key is
-    `auto`.
+    If the model's shape is unknown, there is no plan, and a note says so.
 
     Raises:
-        UserError: `auto` for a run that cannot be planned.
+        UserError: a key is `auto`, but the run cannot be planned.
     """
     try:
         plan, _ = plan_config(config, "gpu" if device.type == "cuda" else "cpu")
@@ -59,7 +58,7 @@ def resolve_auto(config: Config, device: torch.device) -> tuple[Config, Plan | N
 
 
 def auto_keys(config: Config) -> list[str]:
-    """Keys whose value is left to the plan."""
+    """Keys whose value the plan decides."""
     return [key for key in AUTO_KEYS if getattr(config, key, None) == "auto"]
 
 
@@ -67,14 +66,14 @@ def auto_keys(config: Config) -> list[str]:
 def advice_on_failure(
     plan: Plan | None, config: Config, budgets: Budgets, device: torch.device
 ) -> Iterator[None]:
-    """Turns an out-of-memory error inside into one line with the smallest changes that help.
+    """Turn an out-of-memory error inside the block into one line with the smallest changes to make.
 
     Args:
-        plan: of the run; None where its model's shape is not known.
-        budgets: as they are when memory runs out, after halving.
+        plan: the run's; None if its model's shape is unknown.
+        budgets: the run's, which may have been halved.
 
     Raises:
-        TrainingStopped: what ran out, and what to change.
+        TrainingStopped: says which memory ran out, and what to change.
     """
     try:
         yield
@@ -83,7 +82,7 @@ def advice_on_failure(
         if not (isinstance(error, OutOfMemory) or out_of_memory(error)):
             raise
         what = str(error) if isinstance(error, OutOfMemory) else "out of memory"
-    # Out here: the traceback holds what was allocated.
+    # Outside the `except` block: the traceback keeps the allocated tensors alive.
     cure = suggest_changes(plan, config, budgets, available_memory(device))
     raise TrainingStopped(f"{what}; {cure}") from None
 
@@ -91,10 +90,10 @@ def advice_on_failure(
 def suggest_changes(
     plan: Plan | None, config: Config, budgets: Budgets, available_bytes: int
 ) -> str:
-    """The settings to change in a run that did not fit, in words.
+    """A sentence on which settings to change in a run that ran out of memory.
 
-    If the plan predicts that it fits, those that take a tenth off its peak: the plan is wrong by
-    less.
+    If the plan predicts that the run fits, the advised changes lower its peak by a tenth, because
+    the plan's error is smaller than that.
     """
     if plan is None:
         return "lower per_device_train_batch_size, lora_rank or max_new_tokens"

@@ -1,6 +1,6 @@
-"""Limits on how much a phase of a step works on at a time, which running out of memory halves.
+"""Limits on how much a phase of a step processes at a time; they are halved if memory runs out.
 
-What is learned depends on them by rounding alone; what is sampled depends on `generation_batch`.
+They change training only by rounding, except that `generation_batch` changes what is sampled.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Phase = Literal["rollout", "score", "update"]
 
 @dataclass
 class Budget:
-    """How large a micro-batch may be; a sequence that is over the limit runs alone.
+    """Limits on the size of a micro-batch; a sequence that exceeds them runs alone.
 
     Attributes:
-        tokens: most tokens, padding included; None is no limit.
-        rows: most sequences; None is no limit.
-        packed: sequences are concatenated into one row, without padding.
+        tokens: largest number of tokens, including padding; None is no limit.
+        rows: largest number of sequences; None is no limit.
+        packed: whether sequences are concatenated into one row, without padding.
     """
 
     tokens: int | None = None
@@ -32,33 +32,33 @@ class Budget:
 
     @classmethod
     def of(cls, config: Config, *, scoring: bool = False) -> Budget:
-        """The update's budget, or the one of scoring, which saves nothing for a backward."""
+        """The budget of the update, or with `scoring` that of scoring, which has no backward."""
         tokens = config.ppo_max_token_len_per_gpu or micro_batch_tokens(config)
         if scoring:
             tokens = config.log_prob_max_token_len_per_gpu or tokens
         return cls(as_count(tokens), config.ppo_micro_batch_size_per_gpu, config.padding_free)
 
     def allows(self, rows: int, tokens: int) -> bool:
-        """Whether a micro-batch of so many sequences and tokens is within the budget."""
+        """Whether a micro-batch of `rows` sequences and `tokens` tokens is within the budget."""
         return (self.rows is None or rows <= self.rows) and (
             self.tokens is None or tokens <= self.tokens
         )
 
     @property
     def padded(self) -> Budget:
-        """The same budget for micro-batches that are padded, not packed."""
+        """The same budget for padded micro-batches."""
         return Budget(self.tokens, self.rows)
 
 
 @dataclass
 class Budgets:
-    """The budgets of a run, shared by its phases; running out of memory halves them.
+    """The budgets of a run, shared by its phases; they are halved if memory runs out.
 
     Attributes:
         update: limits of a micro-batch of the update.
         scoring: limits of a micro-batch of scoring, in training and in evaluation.
-        generation_batch: sequences that are sampled at a time; None is all of them.
-        chunk_bytes: bytes of logits that exist at a time; None is the operators' own default.
+        generation_batch: number of sequences that are sampled at a time; None is all of them.
+        chunk_bytes: bytes of logits that exist at a time; None is the operators' default.
         activation_offloading: none, checkpoint, offload or checkpoint+offload.
     """
 
@@ -70,7 +70,7 @@ class Budgets:
 
     @classmethod
     def of(cls, config: Config) -> Budgets:
-        """The budgets that the configuration sets, once each `auto` is resolved."""
+        """The budgets that the configuration sets; each `auto` must have been resolved."""
         return cls(
             update=Budget.of(config),
             scoring=Budget.of(config, scoring=True),
@@ -80,7 +80,7 @@ class Budgets:
         )
 
     def decisions(self) -> dict[str, Any]:
-        """Key -> value, as a checkpoint stores them: a resumed run uses the same."""
+        """The budgets as key -> value; a checkpoint stores them for the run that resumes it."""
         return {
             "ppo_max_token_len_per_gpu": self.update.tokens,
             "log_prob_max_token_len_per_gpu": self.scoring.tokens,
@@ -90,7 +90,7 @@ class Budgets:
         }
 
     def adopt(self, decisions: dict[str, Any]) -> None:
-        """Take over a checkpoint's values, in place: whoever holds a Budget of these sees them."""
+        """Set the budgets to a checkpoint's values, in place, so that all their users see them."""
         self.update.tokens = decisions["ppo_max_token_len_per_gpu"]
         self.scoring.tokens = decisions["log_prob_max_token_len_per_gpu"]
         for name in ("generation_batch", "chunk_bytes", "activation_offloading"):
@@ -101,11 +101,12 @@ class Budgets:
 
         Args:
             phase: rollout, score or update.
-            used: the most that the phase worked on at a time, which may be below its budget;
-                sequences in rollout, else tokens of a micro-batch. Half of it is the new budget.
+            used: the largest number that the phase processed at a time (of sequences in rollout,
+                else of tokens in a micro-batch), which may be below its budget. The new budget is
+                half of it.
 
         Returns:
-            The key of the YAML and its new value; None where it is 1 already.
+            The YAML's key and its new value, as text; None if the budget is 1 already.
         """
         if phase == "rollout":
             now = min(self.generation_batch or used, used)
@@ -119,6 +120,6 @@ class Budgets:
 
 
 def as_count(value: int | str | None) -> int | None:
-    """The value of a key that may be `auto`, once the plan has resolved it."""
+    """The value of a key that may be `auto`, which the plan must have resolved."""
     assert not isinstance(value, str), f"{value} is not resolved"
     return value

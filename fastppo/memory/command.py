@@ -1,4 +1,4 @@
-"""`fastppo-train CONFIG --plan [--gpu 24GiB]`: how much memory a run needs, and where."""
+"""`fastppo-train CONFIG --plan [--gpu 24GiB]`: how much memory a run needs, and what for."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DOES_NOT_FIT = 3  # exit code
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `24GiB`, `24GB` (decimal) or `24576MiB`."""
+    """The number of bytes in a size such as `24GiB`, `24GB` (decimal) or `24576MiB`."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMG]i?B)\s*", text, flags=re.IGNORECASE)
     if match is None or float(match[1]) <= 0:
         raise UserError(f"--gpu: '{text}' is no size; write for example 24GiB")
@@ -33,7 +33,7 @@ def parse_size(text: str) -> int:
 
 
 def find_gpu() -> tuple[int, str] | None:
-    """Bytes and name of the first visible GPU, from its driver; None where there is none."""
+    """Bytes and name of the first visible GPU, from its driver; None if there is none."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     if visible in ("", "-1"):
         return None
@@ -51,10 +51,10 @@ def find_gpu() -> tuple[int, str] | None:
 
 
 def run(config: Config, gpu: str | None) -> int:
-    """Print the plan of a configuration on a GPU of size `gpu`; None is the one that is here.
+    """Print the plan of a configuration on a GPU of size `gpu`; None is this machine's GPU.
 
     Returns:
-        The exit code: 0 if the run fits or there is no size to fit into, 3 if it does not.
+        The exit code: 3 if the run does not fit; 0 if it fits, or if no size is known.
     """
     size, name = parse_size(gpu) if gpu is not None else None, gpu or ""
     if size is None and (found := find_gpu()) is not None:
@@ -76,7 +76,7 @@ def run(config: Config, gpu: str | None) -> int:
 
 
 def heading(config: Config, plan: Plan, notes: Sequence[str]) -> list[str]:
-    """Lines on the run that is planned and what the plan assumes."""
+    """Lines that describe the planned run and the plan's assumptions."""
     shape = plan.shapes.base
     return [
         f"fastppo {__version__}: memory plan of {config.source}, stage {config.stage}",
@@ -87,12 +87,12 @@ def heading(config: Config, plan: Plan, notes: Sequence[str]) -> list[str]:
 
 
 def choose_unit(plan: Plan) -> tuple[int, str]:
-    """Bytes and name of the unit to print in: GiB, or MiB for a small run."""
+    """Bytes and name of the unit for printing: GiB, or MiB for a small run."""
     return (GIB, "GiB") if plan.peak.total >= 4 * GIB else (MIB, "MiB")
 
 
 def table(plan: Plan) -> list[str]:
-    """Lines of the table: what is alive at each phase's highest peak, a column a phase."""
+    """Lines of the table: a column for each phase, with what is in memory at its highest peak."""
     unit, name = choose_unit(plan)
     columns = {phase: plan.columns[phase] for phase in PHASES if phase in plan.columns}
     digits = 2 if unit == GIB else 1
@@ -110,7 +110,7 @@ def table(plan: Plan) -> list[str]:
 
 
 def verdict(plan: Plan, size: int | None, name: str) -> list[str]:
-    """Lines on the peak, whether it fits, and if not which settings to change."""
+    """Lines that say the peak, whether it fits, and if not which settings to change."""
     unit, label = choose_unit(plan)
     peak = plan.peak
     lines = [f"peak {peak.total / unit:.2f} {label}, in {peak.phase}: {peak.name}"]

@@ -1,4 +1,4 @@
-"""What a run's memory depends on: its configuration, and what stands in no key of it."""
+"""The inputs of the memory plan: the configuration, and facts that are in none of its keys."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fastppo.memory.budgets import as_count
 from fastppo.memory.shapes import ModelShape
 from fastppo.memory.units import MIB
 
-# The defaults of fastppo/ops/head.py, which imports torch; a test holds them together.
+# The defaults of fastppo/ops/head.py, which imports torch; a test compares them.
 CHUNK_BYTES_CPU, CHUNK_BYTES_GPU = 80 * MIB, 512 * MIB
 CHUNK_ROWS_CPU = 128
 CHUNK_ROWS_TRAINED_CPU = 256
-# Of fastppo/ops/workspace.py: on a CPU a buffer for logits of a size between these is reused.
+# From fastppo/ops/workspace.py: on a CPU, buffers for logits are reused if their size is between.
 REUSED_FROM, REUSED_TO = MIB, 256 * MIB
 ADAPTER_FILE = "adapter_config.json"
-# Keys whose `auto` the plan decides, in the order that costs most time when it is wrong.
+# Keys whose `auto` the plan decides; first those whose wrong value costs most time.
 AUTO_KEYS = (
     "activation_offloading",
     "chunk_bytes",
@@ -33,19 +33,20 @@ AUTO_KEYS = (
 
 @dataclass(frozen=True)
 class PlanInputs:
-    """One run, as far as memory depends on it.
+    """Everything about a run that its memory depends on.
 
     Attributes:
-        config: the run's keys. Those of AUTO_KEYS that were `auto` are null: see `auto`.
-        device: where it runs.
-        checkpoint_dtype: of the weights on disk.
-        start_rank, start_target: of the adapter on disk that trains on; None where there is none.
-        reward_rank, reward_target: of the reward adapters, the largest of several.
-        reward_source: where these two are from, in words; begins with ASSUMED where they follow the
-            policy's.
-        auto: keys that the plan is to decide.
-        compiled_ops: the operators run as kernels, and not as their definition in PyTorch.
-        mixed_lengths: sequences of a batch differ in length.
+        config: the configuration; keys that were `auto` are None here and are listed in `auto`.
+        device: gpu or cpu.
+        checkpoint_dtype: dtype of the weights on disk.
+        start_rank, start_target: rank and target of the adapter that training continues; None if
+            there is none.
+        reward_rank, reward_target: rank and target of the largest reward adapter.
+        reward_source: a description of where these two come from; it begins with ASSUMED if they
+            are the policy's.
+        auto: keys that the plan decides.
+        compiled_ops: whether the operators run as kernels, not as their definition in PyTorch.
+        mixed_lengths: whether the sequences of a batch differ in length.
     """
 
     config: Config
@@ -62,7 +63,7 @@ class PlanInputs:
 
     @classmethod
     def of(cls, config: Config, shape: ModelShape, *, device: Literal["gpu", "cpu"]) -> PlanInputs:
-        """The inputs of a configuration on a base of `shape`."""
+        """The inputs for a configuration whose base has this `shape`."""
         auto = tuple(name for name in AUTO_KEYS if getattr(config, name) == "auto")
         rank, target, source = largest_reward_adapter(config)
         inputs = cls(
@@ -81,36 +82,36 @@ class PlanInputs:
         return inputs
 
     def with_changes(self, **changes: Any) -> PlanInputs:
-        """The same run with some keys, or fields of its own, changed; nothing is checked again."""
+        """A copy with some keys or fields changed; the configuration is not checked again."""
         keys = {name: value for name, value in changes.items() if name in Config.model_fields}
         fields = {name: value for name, value in changes.items() if name not in keys}
         return replace(self, config=self.config.model_copy(update=keys), **fields)
 
     @property
     def dtype(self) -> str:
-        """The base's dtype."""
+        """The name of the base's dtype."""
         on_gpu = self.device == "gpu"
         return run_dtype(bf16=self.config.bf16, own=self.checkpoint_dtype, on_gpu=on_gpu)
 
     @property
     def itemsize(self) -> int:
-        """Bytes of an element of the base."""
+        """Bytes per element of the base."""
         return 4 if self.dtype == "float32" else 2
 
     @property
     def autocast(self) -> bool:
-        """Whether float32 adapters are cast for each pass."""
+        """Whether passes run under autocast, which casts float32 adapters."""
         return self.itemsize < 4
 
     @property
     def merges_adapters(self) -> bool:
-        """Whether adapters are merged into the base at the start, which must not be quantised."""
+        """Whether adapters are merged into the base at the start; then it cannot be quantised."""
         folders = self.config.adapter_name_or_path
         return folders is not None and (self.config.create_new_adapter or "," in folders)
 
     @property
     def continues_adapter(self) -> bool:
-        """Whether an adapter from disk trains on; the reference is then a frozen copy of it."""
+        """Whether training continues an adapter; the reference then has a frozen copy of it."""
         config = self.config
         return config.adapter_name_or_path is not None and not config.create_new_adapter
 
@@ -121,12 +122,12 @@ class PlanInputs:
 
     @property
     def actor_target(self) -> str:
-        """Linear layers that the actor's adapter is on."""
+        """The linear layers that have the actor's adapter, as in `lora_target`."""
         return self.config.lora_target if self.start_rank is None else self.start_target
 
     @property
     def reward_kinds(self) -> tuple[str, ...]:
-        """reward_model_type of each reward."""
+        """The `reward_model_type` of each reward."""
         return tuple(spec.kind for spec in self.config.rewards)
 
     @property
@@ -136,24 +137,24 @@ class PlanInputs:
 
     @property
     def eager_attention(self) -> bool:
-        """Whether attention holds its probabilities."""
+        """Whether attention keeps its probabilities in memory."""
         return self.config.flash_attn == "disabled"
 
     @property
     def longest_sequence(self) -> int:
-        """Tokens of the longest sequence: prompt and response; in stage rm both in cutoff_len."""
+        """Tokens of the longest sequence: prompt plus response; in stage rm cutoff_len."""
         return longest_sequence(self.config)
 
     @property
     def step_rows(self) -> int:
-        """Sequences of an optimiser step (in stage rm pairs)."""
+        """Number of sequences (in stage rm of pairs) in an optimiser step."""
         return self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
 
     def largest_micro_batch(self, tokens: int | None) -> tuple[int, int]:
-        """Rows and length of the largest micro-batch of stage ppo in a budget of `tokens`.
+        """Rows and length of the largest micro-batch of stage ppo with a budget of `tokens`.
 
-        None is what per_device_train_batch_size sequences take at their longest. Shorter sequences
-        fill a budget that is no multiple of the longest.
+        None is the tokens of per_device_train_batch_size sequences of the longest length. A budget
+        that is no multiple of the longest length can be filled by shorter sequences.
         """
         longest = self.longest_sequence
         tokens = tokens or self.config.per_device_train_batch_size * longest
@@ -180,13 +181,13 @@ class PlanInputs:
 
     @property
     def rollout_rows(self) -> int:
-        """Sequences that are sampled at a time."""
+        """Number of sequences that are sampled at a time."""
         rows = self.step_rows * self.config.ppo_buffer_size
         return min(rows, as_count(self.config.generation_batch) or rows)
 
     @property
     def min_chunk_rows(self) -> int:
-        """Rows of logits that the operators make at a time whatever their default budget is."""
+        """Rows of logits that the operators make at a time even if that exceeds their budget."""
         if self.device != "cpu" or self.config.chunk_bytes is not None:
             return 1
         full = self.config.finetuning_type == "full"
@@ -194,18 +195,18 @@ class PlanInputs:
 
     @property
     def chunk_bytes(self) -> int:
-        """Bytes of logits that exist at a time: the key, or the operators' default."""
+        """Bytes of logits that exist at a time: `chunk_bytes`, or the operators' default."""
         default = CHUNK_BYTES_GPU if self.device == "gpu" else CHUNK_BYTES_CPU
         return as_count(self.config.chunk_bytes) or default
 
     @property
     def offload_mode(self) -> str:
-        """none, checkpoint, offload or checkpoint+offload."""
+        """The mode of activation offloading: none, checkpoint, offload or checkpoint+offload."""
         return offload_mode(self.config)
 
     @property
     def samples_from_merged_copy(self) -> bool:
-        """Whether sampling has a copy of the adapted weights, unless it turns out too large."""
+        """Whether sampling uses merged copies of the adapted weights, unless they are too large."""
         config = self.config
         if config.finetuning_type != "lora" or config.quantization_bit is not None:
             return False
@@ -213,17 +214,17 @@ class PlanInputs:
         return self.itemsize == 4 if merge is None else merge
 
     def has_padding(self, rows: int) -> bool:
-        """Whether a batch of `rows` has padding, and so attention a mask; one row never has."""
+        """Whether a batch of `rows` rows has padding, so that attention needs a mask."""
         return rows > 1 and self.mixed_lengths
 
 
 def read_adapter(folder: str) -> tuple[int, str] | None:
-    """Rank and target of an adapter on disk; None where there is none, or none that can be read."""
+    """Rank and target of an adapter on disk; None if there is none that can be read."""
     try:
         data = json.loads((Path(folder) / ADAPTER_FILE).read_text(encoding="utf-8"))
         target = data["target_modules"]
         return int(data["r"]), target if isinstance(target, str) else ",".join(target)
-    except (OSError, ValueError, KeyError, TypeError):  # preflight reports what is wrong with it
+    except (OSError, ValueError, KeyError, TypeError):  # preflight reports the fault
         return None
 
 
@@ -233,8 +234,8 @@ ASSUMED = "assumed"
 def largest_reward_adapter(config: Config) -> tuple[int, str, str]:
     """Rank, target and source of the reward adapter with the highest rank.
 
-    They are read from the folders that stage rm wrote; before those exist, the policy's own are
-    assumed.
+    They are read from the folders that stage rm wrote; if those do not exist yet, the policy's rank
+    and target are assumed.
     """
     found = [
         (*adapter, str(Path(folder) / ADAPTER_FILE))

@@ -1,8 +1,8 @@
-"""Bytes that a decoder layer allocates, simulated op by op as transformers and PEFT run it.
+"""Simulate the bytes that a decoder layer allocates, op by op as transformers and PEFT run it.
 
-Llama, Qwen and Mistral, and Gemma with its further norms. Running it forward and backward gives
-the bytes saved for the backward and the peak on the way. Locals live here for as long as they do
-there: whether a name is deleted decides what is counted.
+It covers Llama, Qwen, Mistral, and Gemma with its additional norms. A simulated forward and
+backward gives the bytes saved for the backward and the peak. Local variables must live as long here
+as in transformers, because a `Size` is counted until its last reference is gone.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from fastppo.memory.tape import FLOAT32, Node, Size, Tape, Value
 
 @dataclass(frozen=True)
 class LayerSetting:
-    """How a layer is run.
+    """How a layer runs.
 
     Attributes:
-        rows, length: the micro-batch is rows x length tokens.
-        item: bytes of an element of the base and of what autocast computes in.
-        rank: of the adapter that is on; 0 is none.
-        target: its `lora_target`.
-        fused: its layers are `fastppo.models.fused_lora`'s, where they are plain LoRA.
-        adapter_item: bytes of an adapter's element.
+        rows, length: the micro-batch has rows x length tokens.
+        item: bytes per element of the base, and of what autocast computes in.
+        rank: rank of the active adapter; 0 if there is none.
+        target: the adapter's `lora_target`.
+        fused: whether plain LoRA layers run by `fastppo.models.fused_lora`.
+        adapter_item: bytes per element of the adapter.
         trains_base: whether the layer's own weights train.
-        masked: padding in the batch: attention takes a mask, and keys and values of every head.
-        eager: attention that holds its probabilities.
-        dora: the adapter has magnitudes of its own.
+        masked: whether there is padding: attention needs a mask, and keys and values of every head.
+        eager: whether attention keeps its probabilities.
+        dora: whether the adapter is DoRA.
     """
 
     rows: int
@@ -57,7 +57,7 @@ class Decoder(Tape):
         self.targets = shape.targets(setting.target) if setting.rank else {}
 
     def linear(self, x: Value, name: str) -> Value:
-        """PEFT's Linear: base(x) + B(A(x)) * scaling; x as it comes, see `disable_input_cast`."""
+        """PEFT's Linear: base(x) + B(A(x)) * scaling; x is not cast, see `disable_input_cast`."""
         setting, (wide, out) = self.setting, self.shape.linears[name]
         plain = setting.fused and not setting.dora and not setting.trains_base
         if plain and name in self.targets:
@@ -78,7 +78,7 @@ class Decoder(Tape):
         return self.add(result, scaled)
 
     def fused_linear(self, x: Value, wide: int, out: int) -> Value:
-        """LoRA with one output, as the fused layer runs it: A(x) is saved, B(A(x)) never exists."""
+        """LoRA as `fastppo.models.fused_lora` runs it: A(x) is saved, B(A(x)) never exists."""
         rank, item = self.setting.rank, self.setting.item
         low = self.new(rank, item)
 
@@ -94,7 +94,7 @@ class Decoder(Tape):
         return result
 
     def dora(self, x: Value, result: Value, name: str) -> Value:
-        """PEFT's DoRA: magnitude / norm of the merged weight, which is made in x's float32."""
+        """PEFT's DoRA: magnitude / norm of the merged weight, made in the adapter's dtype."""
         (wide, out), setting = self.shape.linears[name], self.setting
         rank, item, own = setting.rank, setting.item, setting.adapter_item
         x = self.cast(x, own)
@@ -109,7 +109,7 @@ class Decoder(Tape):
             bare = Value(self.new(out, item), out, item)
 
         def magnitude_backward(_: Size) -> list[Size]:
-            self.new(out, own)  # the gradient times what it goes with, before it is summed
+            self.new(out, own)  # the gradient times the other factor, before the sum
             return []
 
         def product_backward(grad: Size) -> list[Size]:
@@ -126,10 +126,10 @@ class Decoder(Tape):
         return self.cast(self.add(added, result), item)
 
     def merged_norm(self, wide: int, out: int) -> list[Size]:
-        """The adapter as a weight, made by multiplying the identity, and its sum with the base's.
+        """Norm of the merged weight: the adapter applied to the identity, plus the base's weight.
 
         Returns:
-            What is held until the linear layer is done.
+            The allocations that live until the linear layer is done.
         """
         setting, size = self.setting, self.ledger.size
         item, own, square = setting.item, setting.adapter_item, wide * wide
@@ -138,7 +138,7 @@ class Decoder(Tape):
         narrow = size(square * item) if item != own else eye
         low = size(wide * setting.rank * item)
         lora_weight = size(wide * out * item)
-        if self.grad:  # the graph of a weight whose gradient nobody asks for
+        if self.grad:  # autograd builds a graph, though the weight needs no gradient
             held += [narrow, low]
         del eye, narrow, low
         if item != own:
@@ -154,10 +154,10 @@ class Decoder(Tape):
         return held
 
     def norm(self, x: Value) -> Value:
-        """RMSNorm: float32 inside, weight times the result cast back."""
+        """RMSNorm: computed in float32, cast back, then multiplied by the weight."""
         wide = self.cast(x, FLOAT32)
         width = wide.width
-        # x^2 dies in its mean; 1/rms is a number a token.
+        # x^2 is freed after its mean; 1/rms is one number per token.
 
         def square_backward(_: Size) -> list[Size]:
             power = self.new(width, FLOAT32)
@@ -188,7 +188,7 @@ class Decoder(Tape):
         return self.op(*size, [back], self.gives(size), kept, trains=self.setting.trains_base)
 
     def rotate(self, x: Value) -> Value:
-        """x * cos + rotate_half(x) * sin; cos and sin are made once for all layers."""
+        """Rotary embedding: x * cos + rotate_half(x) * sin; all layers share cos and sin."""
         width, item = x.width, x.item
 
         def turned_backward(_: Size) -> list[Size]:
@@ -208,14 +208,14 @@ class Decoder(Tape):
         return self.add(straight, crossed)
 
     def every_head(self, x: Value) -> Value:
-        """Keys or values repeated for every query head; a single head is expanded, not copied."""
+        """Keys or values copied for every query head; a single head is expanded without a copy."""
         if self.shape.kv_heads in (1, self.shape.heads):
             return x
         width = self.shape.heads * self.shape.head_dim
         return self.op(width, x.item, [x], self.gives((x.width, x.item)))
 
     def attention(self, q: Value, k: Value, v: Value) -> Value:
-        """Attention in one kernel, with a mask where there is padding."""
+        """Attention by one fused kernel, with a mask if there is padding."""
         setting, item = self.setting, q.item
         if setting.masked:
             k, v = self.every_head(k), self.every_head(v)
@@ -229,7 +229,7 @@ class Decoder(Tape):
         return out
 
     def eager_attention(self, q: Value, k: Value, v: Value) -> tuple[Value, Value]:
-        """Attention that allocates the probabilities, in float32 and in the base's dtype."""
+        """Eager attention, which allocates the probabilities in float32 and in the base's dtype."""
         item, width = q.item, self.shape.heads * self.setting.length
         k, v = self.every_head(k), self.every_head(v)
         sizes = ((q.width, item), (k.width, item))
@@ -242,7 +242,7 @@ class Decoder(Tape):
                 weights.node.saved.append(weights.size)
             weights = self.scaled(weights)
         weights = self.scaled(weights)  # the mask is added
-        # softmax converts first, and the logits are still there when it is done.
+        # softmax converts its input first; the logits still exist when it is done.
         wide = self.cast(weights, FLOAT32)
         probabilities = self.op(width, FLOAT32, [wide], self.gives((width, FLOAT32)))
         del wide
@@ -252,10 +252,10 @@ class Decoder(Tape):
         del probabilities
         sizes = ((width, item), (v.width, item))
         out = self.op(q.width, item, [weights, v], self.gives(*sizes), [weights, v])
-        return self.scaled(out), weights  # made contiguous
+        return self.scaled(out), weights  # the copy that makes it contiguous
 
     def layer(self, x: Value) -> Value:
-        """A decoder layer, its locals alive as long as Python keeps them."""
+        """A decoder layer; local variables live as long as in transformers' forward."""
         residual = x
         hidden = self.norm(x)
         hidden, _weights = self.self_attention(hidden)
@@ -270,7 +270,7 @@ class Decoder(Tape):
         return self.add(residual, hidden)
 
     def self_attention(self, hidden: Value) -> tuple[Value, Value | None]:
-        """The attention module; returns its output and, if eager, the probabilities."""
+        """The attention module; returns its output and, with eager attention, the probabilities."""
         q = self.linear(hidden, "q_proj")
         k = self.linear(hidden, "k_proj")
         if self.shape.qk_norm:
@@ -300,7 +300,7 @@ class Decoder(Tape):
         return self.linear(product, "down_proj")
 
     def input(self, *, first: bool = False) -> Value:
-        """The layer's input; it requires a gradient unless the layer is the `first` that trains."""
+        """The layer's input; it requires a gradient, except in the `first` layer that trains."""
         node = Node([], lambda _: []) if self.grad and not first else None
         width, item = self.shape.hidden, self.setting.item
         return Value(self.new(width, item), width, item, node)
@@ -315,16 +315,16 @@ class TrunkMemory:
     """Bytes of a pass through the trunk, for one micro-batch.
 
     Attributes:
-        fixed: cos, sin, ids and the mask: there during the whole pass.
-        input: a layer's input, which is what checkpointing keeps.
-        saved: what a layer keeps for its backward without checkpointing, its input included.
-        saved_first: the same for the lowest layer that trains: nothing below it wants a gradient.
+        fixed: cos, sin, ids and mask, which exist during the whole pass.
+        input: a layer's input, which checkpointing keeps.
+        saved: what a layer keeps for its backward without checkpointing, including its input.
+        saved_first: the same for the lowest layer that trains, whose input needs no gradient.
         norm_saved: what the last norm keeps.
-        forward: peak of a layer that keeps nothing, its input and the embeddings included.
-        forward_kept: peak of a layer that keeps `saved`, likewise.
-        backward: peak of the last norm's and the last layer's backward, both kept.
+        forward: peak of a layer that keeps nothing, including its input and the embeddings.
+        forward_kept: peak of a layer that keeps `saved`, including its input and the embeddings.
+        backward: peak of the backward of the last norm and the last layer, without checkpointing.
         norm_backward: peak of the last norm's backward alone.
-        recompute: peak of a layer that is run again and then backward.
+        recompute: peak of a checkpointed layer's backward, which runs its forward again.
     """
 
     fixed: int
@@ -340,7 +340,7 @@ class TrunkMemory:
 
 
 def trunk_memory(shape: ModelShape, setting: LayerSetting) -> TrunkMemory:
-    """What the trunk of `shape` allocates, run as `setting` says."""
+    """The bytes that a trunk of this shape allocates if it runs with this setting."""
     plain = Decoder(shape, setting, grad=False)
     x = plain.input()
     size = x.size.bytes
@@ -391,7 +391,7 @@ def trunk_memory(shape: ModelShape, setting: LayerSetting) -> TrunkMemory:
 
 
 def _backward_peak(tape: Decoder, out: Value) -> int:
-    """Peak of a backward whose result nobody holds any more, as after a gather."""
+    """Peak of a backward from `out` after `out` itself has been freed, as after a gather."""
     node = out.node
     assert node is not None
     tape.ledger.peak = 0

@@ -1,6 +1,6 @@
-"""The peaks of a run: points at which memory may be highest, and what is alive at each.
+"""The peaks of a run: the points at which memory may be highest, and what is in memory at each.
 
-What stays on the device is counted in `weights`; what a pass allocates in `activations`.
+`weights` counts what stays on the device, `activations` what a pass allocates.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ROWS: Final = (
 
 @dataclass(frozen=True)
 class Peak:
-    """A point of a run at which memory may be highest: what is alive then, in bytes by row."""
+    """A point of a run at which memory may be highest, with the bytes in memory by row."""
 
     phase: str
     name: str
@@ -52,7 +52,7 @@ class Peak:
 
     @property
     def total(self) -> int:
-        """Bytes of all rows."""
+        """The sum of all rows, in bytes."""
         return sum(self.rows.values())
 
 
@@ -61,15 +61,15 @@ class TrainingPass:
     """Forward and backward of a trainable trunk over one micro-batch.
 
     Attributes:
-        role: in the peaks' names.
-        setting: how its layers run.
-        trainable: what of it trains.
-        shape: of the trunk.
-        gathered: bytes of the response tokens' hidden states, which outlive the pass.
-        loss: bytes that the loss holds until the backward begins.
-        chunk: bytes of logits at a time.
-        gradients_before, gradients_after: row -> bytes, at its beginning and at its end.
-        held: bytes of activations that are there from an earlier pass.
+        role: the role, for the peaks' names.
+        setting: how the layers run.
+        trainable: the trainable part of the role.
+        shape: the shape of the trunk.
+        gathered: bytes of the response tokens' hidden states, which live longer than the pass.
+        loss: bytes that the loss keeps until the backward begins.
+        chunk: bytes of logits that exist at a time.
+        gradients_before, gradients_after: row -> bytes, at the beginning and end of the pass.
+        held: bytes of activations that an earlier pass has left.
     """
 
     role: str
@@ -85,7 +85,7 @@ class TrainingPass:
 
 
 class Planner:
-    """Works out the peaks of one run."""
+    """Computes the peaks of one run."""
 
     def __init__(self, inputs: PlanInputs, shape: ModelShape, static: StaticBytes) -> None:
         self.inputs, self.config = inputs, inputs.config
@@ -93,13 +93,13 @@ class Planner:
         self.activations = Activations(inputs, shape, static)
 
     def peaks(self) -> Iterator[Peak]:
-        """Every peak that can be the highest."""
+        """All peaks that can be the highest."""
         yield self.peak("load", "base, adapters and heads loaded", {})
         if self.config.stage == "rm":
             yield from self.reward_model_peaks()
             return
         yield from self.rollout_peaks(self.inputs.rollout_rows)
-        # An evaluation scores in the micro-batches of training, so only its sampling counts.
+        # An evaluation scores in the same micro-batches as training, so only its sampling is added.
         rows = min(self.config.per_device_eval_batch_size, self.config.eval_max_samples)
         rows = min(rows, as_count(self.config.generation_batch) or rows)
         yield from self.rollout_peaks(rows, evaluation=True)
@@ -109,28 +109,28 @@ class Planner:
     def peak(
         self, phase: str, name: str, added: dict[str, int], *, evaluation: bool = False
     ) -> Peak:
-        """The peak of what stays on the device and what is `added` to it, row -> bytes."""
+        """A peak: everything that stays on the device, plus `added` (row -> bytes)."""
         rows = {**self.static.rows, **added}
         if self.inputs.device == "gpu":
             rows["reserve"] = RESERVE
         elif phase != "load":
             rows.setdefault("head chunk", self.activations.reused_chunk)
         assert set(rows) <= set(ROWS), sorted(set(rows) - set(ROWS))
-        if phase == "load":  # the optimiser's state is made by its first step
+        if phase == "load":  # the optimiser creates its state in its first step
             rows = {row: count for row, count in rows.items() if "optimiser" not in row}
         name = f"evaluation, {name}" if evaluation else name
         ordered = {row: rows[row] for row in ROWS if rows.get(row, 0)}
         return Peak(phase, name, ordered, evaluation)
 
     def rollout_peaks(self, rows: int, *, evaluation: bool = False) -> Iterator[Peak]:
-        """Sampling: all prompts at once, then a token at a time over the cache."""
+        """Sampling: prefill of all prompts at once, then decoding one token at a time."""
         inputs, config, shape = self.inputs, self.config, self.shape
         prompt, longest = config.cutoff_len, config.cutoff_len + config.max_new_tokens
         token = 2 * shape.kv_heads * shape.head_dim * inputs.itemsize
         if config.rollout_kv_cache_gib is not None:
             room = int(config.rollout_kv_cache_gib * GIB)
             rows = max(1, min(rows, room // (token * shape.layers * longest)))
-        # What a sample of the policy is merged into; the reference's in evaluation is the base.
+        # Merged copies of the weights, for samples of the policy; the reference samples unmerged.
         linear = sum(a * b for a, b in shape.targets(inputs.actor_target).values())
         layers = min(config.lora_layers or shape.layers, shape.layers)
         copy = inputs.samples_from_merged_copy * linear * layers * inputs.itemsize
@@ -149,11 +149,11 @@ class Planner:
             },
             evaluation=evaluation,
         )
-        # A layer's keys are made anew with the token appended; with padding in the batch every
-        # query head gets a copy of its keys and values.
+        # Appending a token copies the layer's keys; with padding in the batch, keys and values are
+        # copied for every query head.
         repeated = masked and shape.kv_heads not in (1, shape.heads)
         copies = 2 * shape.heads * shape.head_dim * inputs.itemsize if repeated else 0
-        # Logits, the same in float32, their softmax, and the row that the recorder keeps.
+        # Logits, their float32 copy, their softmax, and the log-probs that RecordLogprobs keeps.
         logits = rows * shape.vocab * (inputs.itemsize + 3 * FLOAT32)
         yield self.peak(
             "rollout",
@@ -161,7 +161,7 @@ class Planner:
             {
                 **merged,
                 "KV cache": rows * token * shape.cached_tokens(longest),
-                # A step of decoding has autocast's copies of all layers.
+                # In decoding, autocast keeps its copies for all layers.
                 "kept activations": self.static.actor.cast_bytes,
                 "layer at work": rows * longest * (token // 2 + copies) + logits + tile,
             },
@@ -173,10 +173,10 @@ class Planner:
         inputs, config, memory = self.inputs, self.config, self.activations
         rows, length = inputs.score_batch
         hidden = memory.hidden_states(rows * length)
-        # The reference's hidden states and logits exist together with the actor's.
+        # With kl_penalty full, hidden states and logits of reference and actor exist together.
         both = config.kl_penalty == "full"
         held = {"reward": 0} if "lora" in inputs.reward_kinds else {}
-        # An adapter as the reference has copies by autocast too.
+        # Autocast also copies the adapter of a reference that has one.
         copies = memory.autocast_copies(self.static.actor)
         held["reference"] = copies * ("reference adapter" in self.static.rows)
         if inputs.has_critic and config.critic != "shared":
@@ -204,7 +204,7 @@ class Planner:
         )
 
     def update_peaks(self) -> Iterator[Peak]:
-        """Forward, loss and backward of the actor, then of a critic with a trunk; the optimiser."""
+        """Forward, loss and backward of actor and separate critic, then the optimiser's step."""
         inputs, memory = self.inputs, self.activations
         actor, critic = self.static.actor, self.static.critic
         rows, length = inputs.update_batch
@@ -213,7 +213,7 @@ class Planner:
             "actor gradients": FLOAT32 * (actor.parameters + critic.parameters * (not separate)),
             "critic gradients": FLOAT32 * critic.parameters * separate,
         }
-        # There from the first micro-batch of an optimiser step on.
+        # Gradients exist from the first micro-batch of an optimiser step on.
         before = gradients if inputs.accumulates else {}
         tokens = memory.response_tokens(rows, length)
         gathered = memory.hidden_states(tokens)
@@ -225,7 +225,7 @@ class Planner:
                 actor,
                 self.shape,
                 gathered=gathered,
-                loss=gathered,  # the gradient of the hidden states, made in the forward
+                loss=gathered,  # the gradient of the hidden states, computed in the forward
                 chunk=memory.logits_chunk(tokens),
                 gradients_before=before,
                 gradients_after=actors_gradients,
@@ -245,19 +245,19 @@ class Planner:
                     chunk=0,
                     gradients_before=actors_gradients,
                     gradients_after=gradients,
-                    # The actor's hidden states, and the embeddings that its graph was given.
+                    # The actor's hidden states, and the embeddings that are the input of its graph.
                     held=gathered + memory.hidden_states(rows * length),
                 )
             )
         if self.config.ptx_coef:
             yield from self.ptx_peaks(gradients)
-        # AdamW over a group at once holds the square root of one of its states.
+        # AdamW updates a group at once and allocates the square root of one of its states.
         group = max(actor.parameters, critic.parameters) * FLOAT32
         work = {"layer at work": group if inputs.device == "gpu" else 0}
         yield self.peak("update", "the optimiser's step", {**gradients, **work})
 
     def ptx_peaks(self, gradients: dict[str, int]) -> Iterator[Peak]:
-        """The cross-entropy on ptx_dataset: a micro-batch of it while all gradients exist."""
+        """PTX loss: a micro-batch of ptx_dataset, while all gradients exist."""
         config, memory = self.config, self.activations
         rows, length = config.per_device_train_batch_size, config.cutoff_len
         hidden = memory.hidden_states(rows * length)
@@ -276,7 +276,7 @@ class Planner:
         )
 
     def reward_model_peaks(self) -> Iterator[Peak]:
-        """Stage rm: chosen and rejected answers of a micro-batch of pairs in one pass."""
+        """Stage rm: one pass over the chosen and rejected answers of a micro-batch of pairs."""
         inputs, config, memory = self.inputs, self.config, self.activations
         actor = self.static.actor
         gradients = {"actor gradients": FLOAT32 * actor.parameters}
@@ -288,7 +288,7 @@ class Planner:
                 memory.layer_setting(rows, length, "actor", masked=masked),
                 actor,
                 self.shape,
-                gathered=memory.hidden_states(rows * length),  # of which the head reads one a row
+                gathered=memory.hidden_states(rows * length),  # the head reads one state per row
                 loss=0,
                 chunk=0,
                 gradients_before=gradients if config.gradient_accumulation_steps > 1 else {},
@@ -309,12 +309,12 @@ class Planner:
         )
 
     def training_pass_peaks(self, run: TrainingPass) -> Iterator[Peak]:
-        """Forward, loss, and both ends of the backward."""
+        """Forward, loss, and beginning and end of the backward."""
         memory, before = self.activations, run.gradients_before
         trunk = trunk_memory(run.shape, run.setting)
         recomputes = "checkpoint" in self.inputs.offload_mode
         saved = memory.saved_for_backward(trunk, run.trainable.layers)
-        # Autocast's copies live as long as the pass, or the graph that multiplied by them.
+        # Autocast's copies live as long as the pass, or as the graph that needs them.
         casts = memory.autocast_copies(run.trainable, in_graph=not recomputes)
         casts_in_graph = 0 if recomputes else casts
         work = trunk.forward - trunk.input if recomputes else trunk.forward_kept
@@ -345,8 +345,8 @@ class Planner:
             work = max(top + trunk.norm_backward, layer)
         else:
             work = trunk.backward
-        # Gradients come layer by layer, as what was saved for them goes: the sum is highest at one
-        # of the ends.
+        # In the backward each layer's gradients are allocated and its saved tensors freed, so the
+        # sum is highest at the beginning or at the end.
         first_layers = {
             row: before.get(row, 0) + (count - before.get(row, 0)) // layers
             for row, count in run.gradients_after.items()

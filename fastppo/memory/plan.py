@@ -1,6 +1,6 @@
-"""The memory plan: what a configuration holds on its device, by role and phase. No torch, no GPU.
+"""The memory plan: what a run keeps on its device, by role and phase. No torch, no GPU.
 
-accelerate's estimate-memory knows a model's weights and Adam's state: no roles, phases or
+accelerate's estimate-memory counts only a model's weights and Adam's state, not roles, phases or
 activations. docs/memory.md explains the rows.
 """
 
@@ -19,13 +19,13 @@ from fastppo.memory.weights import Shapes, StaticBytes
 
 @dataclass(frozen=True)
 class Plan:
-    """All peaks of a run, the highest of each phase, and the highest of all.
+    """The memory plan of a run.
 
     Attributes:
-        inputs: what was planned.
-        shapes: of the base and of the other models.
-        peaks: every point at which memory may be highest.
-        host: what is in host memory -> bytes.
+        inputs: the run that is planned.
+        shapes: shapes of the base and of the other models.
+        peaks: all points at which memory may be highest.
+        host: row -> bytes in host memory.
     """
 
     inputs: PlanInputs
@@ -34,12 +34,12 @@ class Plan:
     host: dict[str, int]
 
     def with_changes(self, **changes: Any) -> Plan:
-        """The plan of the same run with some keys, or fields of its inputs, changed."""
+        """The plan of the same run with some keys, or some fields of its inputs, changed."""
         return make_plan(self.inputs.with_changes(**changes), self.shapes)
 
     @property
     def host_bytes(self) -> int:
-        """Pinned host memory of offloaded activations."""
+        """Bytes of pinned host memory for offloaded activations."""
         return self.host.get("activations", 0)
 
     @property
@@ -58,14 +58,14 @@ class Plan:
 
     @property
     def step_peak(self) -> int:
-        """Bytes of tensors at the highest peak of a step, without the reserve and evaluations."""
+        """Bytes of tensors at the highest peak of a training step, without the reserve."""
         return max(m.total - m.rows.get("reserve", 0) for m in self.peaks if not m.evaluation)
 
     @property
     def stays_in_rollout(self) -> int:
         """Bytes that are taken when a rollout begins: models, adapters, optimiser state, reserve.
 
-        That is all of a rollout's peak but the cache and what a step of decoding works with.
+        The rest of a rollout's peak is the KV cache and the tensors of a decoding step.
         """
         comes = ("KV cache", "kept activations", "layer at work", "head chunk")
         return max(
@@ -75,12 +75,12 @@ class Plan:
         )
 
     def fits(self, available_bytes: int) -> bool:
-        """Whether the run, reserve included, fits into `available_bytes`."""
+        """Whether the run, including the reserve, fits into `available_bytes`."""
         return self.peak.total <= available_bytes
 
 
 def make_plan(inputs: PlanInputs, shapes: Shapes) -> Plan:
-    """The plan of a run on models of these shapes."""
+    """The plan of a run whose models have these shapes."""
     static = StaticBytes(inputs, shapes)
     planner = Planner(inputs, shapes.base, static)
     host = {"activations": planner.activations.offloaded_bytes, **static.host}
@@ -88,10 +88,10 @@ def make_plan(inputs: PlanInputs, shapes: Shapes) -> Plan:
 
 
 def plan_config(config: Config, device: Literal["gpu", "cpu"]) -> tuple[Plan, list[str]]:
-    """The plan of a configuration, and what it assumes, in lines.
+    """The plan of a configuration, and lines that say what it assumes.
 
     Raises:
-        UserError: a model's shape is unknown, or a key asks for what the plan does not count.
+        UserError: a model's shape is unknown, or a key trains modules that the plan does not count.
     """
     if (key := find_uncounted_key(config)) is not None:
         raise UserError(
@@ -124,7 +124,7 @@ def plan_config(config: Config, device: Literal["gpu", "cpu"]) -> tuple[Plan, li
 
 
 def find_uncounted_key(config: Config) -> str | None:
-    """A key that trains modules which the plan does not count, such as whole embeddings."""
+    """A key that trains modules which the plan does not count, or None."""
     kinds = {config.finetuning_type, config.critic_finetuning_type}
     counted: dict[str, str | None] = {}
     if config.finetuning_type == "lora":
@@ -135,7 +135,7 @@ def find_uncounted_key(config: Config) -> str | None:
 
 
 def other_models(config: Config) -> dict[str, str]:
-    """Role -> name of each model other than the base."""
+    """Role -> name of the role's model, for models other than the base."""
     found = {spec.kind: spec.target for spec in config.rewards}
     models = {"reward": found["full"]} if "full" in found else {}
     if config.ref_model is not None:

@@ -1,6 +1,6 @@
 """Out of memory: a phase is repeated once with half of its budget; a second failure ends the run.
 
-accelerate's find_executable_batch_size halves the batch of a whole run and starts it anew; here one
+accelerate's find_executable_batch_size halves the batch and restarts the whole function; here one
 phase of a step is repeated in smaller parts, with the same result.
 """
 
@@ -20,7 +20,7 @@ from fastppo.seeds import random_state, set_random_state
 
 P = ParamSpec("P")
 T = TypeVar("T")
-# Messages of other errors than torch.OutOfMemoryError: PyTorch's on a CPU, CUDA's, cuBLAS's.
+# Messages of out-of-memory errors that are not torch.OutOfMemoryError: on a CPU, CUDA's, cuBLAS's.
 WORDS = (
     "can't allocate memory",
     "not enough memory",
@@ -30,18 +30,18 @@ WORDS = (
 
 
 class OutOfMemory(TrainingStopped):
-    """A phase ran out of memory with half of its budget too. Exit code 1."""
+    """A phase ran out of memory again with half of its budget. Exit code 1."""
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a device or on the host."""
+    """Whether the error is a failed allocation, on a device or on the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in WORDS)
 
 
 def may_be_retried(error: Exception) -> bool:
-    """Whether an allocation failed that no retry inside has given up on."""
+    """Whether the error is a failed allocation that has not been retried by an inner `retry`."""
     return out_of_memory(error) and not isinstance(error, OutOfMemory)
 
 
@@ -52,23 +52,22 @@ def retry(
     used: Callable[[], int],
     clean: Callable[[], None] = lambda: None,
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Decorator: a function that runs out of memory is called once more with half of the budget.
+    """Decorator: if the function runs out of memory, call it once more with half of the budget.
 
-    The second call starts where the first one did: the generators of Python, NumPy and PyTorch are
-    restored, and `clean` removes what the first call left behind. `budgets` stay halved for the
-    steps that follow. What must not happen twice (asking a reward) does not belong into the
-    function.
+    The second call starts from the same state: the generators of Python, NumPy and PyTorch are
+    restored, and `clean` removes what the first call has left. `budgets` stay halved in later
+    steps. The function must not do what may not happen twice, such as asking a reward.
 
     Args:
         phase: rollout, score or update.
-        budgets: the run's, halved in place; the function must read its own budget from them, or
-            from the `Budget` object in them, at each call.
-        used: returns the most that the phase ran at a time (sequences in rollout, else tokens of
-            a micro-batch): that is what has to be halved where the budget is larger.
-        clean: releases gradients and other state that the failed call left.
+        budgets: the run's, halved in place; the function must read its budget from them, or from
+            the `Budget` object in them, at each call.
+        used: returns the largest number that the phase processed at a time (of sequences in
+            rollout, else of tokens in a micro-batch); half of it becomes the new budget.
+        clean: releases gradients and other state that the failed call has left.
 
     Raises:
-        OutOfMemory: the second call ran out of memory too, or there is nothing to halve.
+        OutOfMemory: the second call ran out of memory too, or nothing can be halved.
     """
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
@@ -80,10 +79,10 @@ def retry(
             except Exception as error:
                 if not may_be_retried(error):
                     raise
-            # Out here: the traceback would hold every tensor of the call that failed.
+            # Outside the `except` block: the traceback keeps all tensors of the failed call alive.
             clean()
             set_random_state(random)
-            give_back()
+            release_memory()
             change = budgets.halve(phase, used())
             if change is None:
                 raise OutOfMemory(
@@ -96,7 +95,7 @@ def retry(
                 if not may_be_retried(error):
                     raise
             clean()
-            give_back()
+            release_memory()
             raise OutOfMemory(f"out of memory in {phase}, also with {change}")
 
         return run
@@ -104,8 +103,8 @@ def retry(
     return decorate
 
 
-def give_back() -> None:
-    """Collect garbage; release the operators' buffers and the allocator's cached blocks."""
+def release_memory() -> None:
+    """Collect garbage, and free the operators' buffers and the allocator's cached blocks."""
     gc.collect()
     workspace.release()
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""The sizes of a language model, from its config.json or a table of facts; no weights, no torch."""
+"""The sizes of a language model, from its config.json or a table; without weights or torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastppo.errors import UserError
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What memory depends on in a decoder with gated MLPs and grouped-query attention."""
+    """The sizes of a decoder with gated MLPs and grouped-query attention that memory depends on."""
 
     hidden: int
     layers: int
@@ -23,18 +23,18 @@ class ModelShape:
     head_dim: int
     intermediate: int
     vocab: int
-    tied: bool  # one matrix is both embedding and head
+    tied: bool  # embedding and head are one matrix
     qkv_bias: bool = False
-    qk_norm: bool = False  # a norm over each query and key head
-    norms: int = 2  # a layer's norms over the hidden size; Gemma has 4
-    softcapped: bool = False  # attention logits have a softcap, and so no fused kernel
-    sliding_layers: int = 0  # layers that attend to `window` tokens and cache no more
+    qk_norm: bool = False  # whether query and key heads have a norm
+    norms: int = 2  # norms over the hidden size per layer; Gemma has 4
+    softcapped: bool = False  # attention logits have a softcap, so attention has no fused kernel
+    sliding_layers: int = 0  # number of layers that attend to, and cache, only `window` tokens
     window: int = 0
-    dtype: str = "bfloat16"  # that of the published weights
+    dtype: str = "bfloat16"  # dtype of the published weights
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """Name -> (in, out) of a layer's linear layers."""
+        """Name -> (input size, output size) of the linear layers in a decoder layer."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
             "q_proj": (self.hidden, q),
@@ -48,39 +48,39 @@ class ModelShape:
 
     @property
     def linear_parameters(self) -> int:
-        """Weights of all linear layers below the head: what quantisation shrinks."""
+        """Number of weights in all linear layers except the head: those that can be quantised."""
         return self.layers * sum(a * b for a, b in self.linears.values())
 
     @property
     def layer_parameters(self) -> int:
-        """One decoder layer."""
+        """Number of parameters of one decoder layer."""
         bias = (self.heads + 2 * self.kv_heads) * self.head_dim * self.qkv_bias
         norms = self.norms * self.hidden + 2 * self.head_dim * self.qk_norm
         return self.linear_parameters // self.layers + bias + norms
 
     @property
     def embedding_parameters(self) -> int:
-        """The embedding, or the head."""
+        """Number of parameters of the embedding, which is also that of the head."""
         return self.vocab * self.hidden
 
     @property
     def parameters(self) -> int:
-        """The whole model; a tied head is counted once."""
+        """Number of parameters of the whole model; tied weights are counted once."""
         embeddings = self.embedding_parameters * (1 if self.tied else 2)
         return embeddings + self.layers * self.layer_parameters + self.hidden
 
     def cached_tokens(self, length: int) -> int:
-        """Tokens of keys and values over all layers, for a sequence of `length`."""
+        """Cached tokens, summed over all layers, of a sequence of `length` tokens."""
         full = self.layers - self.sliding_layers
         return full * length + self.sliding_layers * min(length, self.window or length)
 
     def lora_parameters(self, rank: int, target: str = "all", layers: int | None = None) -> int:
-        """An adapter of `rank` on the linear layers that `target` names."""
+        """Number of parameters of an adapter of `rank` on the linear layers that `target` names."""
         adapted = sum(rank * (a + b) for a, b in self.targets(target).values())
         return adapted * (self.layers if layers is None else min(layers, self.layers))
 
     def targets(self, target: str) -> dict[str, tuple[int, int]]:
-        """The linear layers that `lora_target` names; a name unknown here adds nothing."""
+        """The linear layers that `lora_target` names; unknown names are ignored."""
         names = [name.strip() for name in target.split(",")]
         return {
             name: size
@@ -130,7 +130,7 @@ def _gemma3(
     )
 
 
-# From the published config.json files; tests hold every parameter count against the published one.
+# From the published config.json files; tests compare every parameter count with the published one.
 TABLE: dict[str, ModelShape] = {
     "Qwen/Qwen2.5-0.5B": _qwen25(896, 24, 14, 2, 4864, 151936),
     "Qwen/Qwen2.5-1.5B": _qwen25(1536, 28, 12, 2, 8960, 151936),
@@ -157,7 +157,7 @@ TABLE: dict[str, ModelShape] = {
     "google/gemma-2-2b": _gemma2(2304, 26, 8, 4, 256, 9216),
     "google/gemma-2-9b": _gemma2(3584, 42, 16, 8, 256, 14336),
     "google/gemma-2-27b": _gemma2(4608, 46, 32, 16, 128, 36864),
-    # The language part alone: with images there is a vision tower beside it.
+    # The language model alone, without the vision tower.
     "google/gemma-3-1b": _gemma3(1152, 26, 4, 1, 256, 6912, 262144),
     "google/gemma-3-4b": _gemma3(2560, 34, 8, 4, 256, 10240),
     "google/gemma-3-12b": _gemma3(3840, 48, 16, 8, 256, 15360),
@@ -170,13 +170,13 @@ _SUFFIX = re.compile(r"(-instruct|-it|-pt|-base)$")
 
 
 def _plain(name: str) -> str:
-    """A hub name or the last part of a path, without what tells an instruct model from its base."""
+    """The last part of a hub name or path, without the suffix of an instruct model."""
     last = Path(name).name.lower().replace("meta-llama-3", "llama-3")
     return _SUFFIX.sub("", last.replace("-instruct-v", "-v"))
 
 
 def from_table(name: str) -> tuple[ModelShape, str] | None:
-    """The table's entry for a hub name or a folder called like one, and the entry's name."""
+    """The table's entry, and its name, for a hub name or for a folder with such a name."""
     for known, shape in TABLE.items():
         if _plain(known) == _plain(name):
             return shape, known
@@ -184,7 +184,7 @@ def from_table(name: str) -> tuple[ModelShape, str] | None:
 
 
 def from_config(data: dict[str, Any], where: str) -> ModelShape:
-    """The shape that a config.json describes, in transformers' names."""
+    """The shape that a config.json describes by transformers' names."""
     inner = data.get("text_config")
     own = {**data, **(inner if isinstance(inner, dict) else {})}
     kind = str(own.get("model_type", ""))
@@ -225,10 +225,12 @@ def find_shape(name: str, cache_dir: str | None = None, revision: str = "main") 
 def find_shape_and_source(
     name: str, cache_dir: str | None = None, revision: str = "main"
 ) -> tuple[ModelShape, str]:
-    """A model's shape, and where it is from: its folder, the hub's cache, or the table. No network.
+    """A model's shape and its source: the model's folder, the hub's cache, or the table.
+
+    Nothing is downloaded.
 
     Raises:
-        UserError: the model is in none of them, or its config.json says too little.
+        UserError: the model is in none of them, or its config.json lacks a size.
     """
     path = Path(name).expanduser() / "config.json"
     source = str(path)
@@ -254,7 +256,7 @@ def find_shape_and_source(
 
 
 def _cached_config(name: str, cache_dir: str | None, revision: str) -> Path | None:
-    """config.json of a hub model that was downloaded before."""
+    """Path of the config.json of a hub model that was downloaded before; None if it was not."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 

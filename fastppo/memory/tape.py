@@ -1,8 +1,7 @@
-"""A forward and backward pass simulated on sizes, without tensors, to count bytes.
+"""Simulate a forward and backward pass on sizes, without tensors, to count bytes.
 
-The pass runs op by op as torch runs it eagerly: each result is a `Size`, which Python frees where
-it would free the tensor, and each autograd node holds the sizes that PyTorch saves for its
-backward.
+The pass runs op by op, as eager PyTorch does. Each result is a `Size`, which Python frees when it
+would free the tensor; each autograd node keeps the sizes that PyTorch saves for its backward.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ FLOAT32 = 4
 
 
 class Ledger:
-    """Counts the bytes that are allocated now, and at the peak."""
+    """Counts the bytes that are allocated, now and at the peak."""
 
     def __init__(self) -> None:
         self.now = self.peak = 0
@@ -25,7 +24,7 @@ class Ledger:
 
 
 class Size:
-    """An allocation, freed when the last reference to it goes."""
+    """An allocation; it is freed when its last reference is gone."""
 
     __slots__ = ("bytes", "ledger")
 
@@ -49,7 +48,7 @@ class Node:
 
 @dataclass
 class Value:
-    """Stands for a tensor (tokens, width) with elements of `item` bytes; views share a `size`."""
+    """Represents a tensor (tokens, width) with `item` bytes per element; views share a `size`."""
 
     size: Size
     width: int
@@ -79,7 +78,7 @@ class Tape:
         *,
         trains: bool = False,
     ) -> Value:
-        """Allocate an op's result, with a node where an input or a weight requires a gradient."""
+        """Allocate an op's result; it has a node if an input or weight requires a gradient."""
         out = Value(self.new(width, item), width, item)
         if self.grad and (trains or any(value.node for value in inputs)):
             kept = [value.size for value in saved or []]
@@ -88,7 +87,7 @@ class Tape:
         return out
 
     def gives(self, *gradients: tuple[int, int]) -> Callable[[Size], list[Size]]:
-        """A backward that allocates one gradient for each (width, item) and nothing else."""
+        """A backward that only allocates one gradient for each (width, item)."""
         return lambda _: [self.new(width, item) for width, item in gradients]
 
     def cast(self, x: Value, item: int) -> Value:
@@ -98,23 +97,23 @@ class Tape:
         return self.op(x.width, item, [x], self.gives((x.width, x.item)))
 
     def scaled(self, x: Value) -> Value:
-        """x times a tensor that exists anyway and requires no gradient."""
+        """x times an existing tensor that requires no gradient."""
         return self.op(x.width, x.item, [x], self.gives((x.width, x.item)))
 
     def add(self, x: Value, y: Value) -> Value:
-        """x + y: one gradient for both."""
+        """x + y; both have the same gradient."""
         return self.op(x.width, x.item, [x, y], lambda grad: [grad, grad])
 
     def times(self, x: Value, y: Value) -> Value:
-        """x * y: each is the other's gradient."""
+        """x * y; the backward needs both."""
         size = (x.width, x.item)
         return self.op(*size, [x, y], self.gives(size, size), [x, y])
 
     def backward(self, node: Node, grad: list[Size]) -> None:
-        """Run the backward from `node` to the input; nodes are freed as they are done.
+        """Run the backward from `node` to the input; each node is freed when it is done.
 
-        `grad` is a list of one gradient, which is emptied: a plain argument would stay referenced
-        by the caller, and so alive.
+        `grad` is a list with one gradient, which is removed from it: as a plain argument, the
+        gradient would stay alive through the caller's reference.
         """
         waiting = {node: grad.pop()}
         while self.nodes:

@@ -1,4 +1,4 @@
-"""Units of memory, and what a run leaves free of it."""
+"""Units of memory, and how much of it a run leaves free."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from typing import Final
 KIB: Final = 1 << 10
 MIB: Final = 1 << 20
 GIB: Final = 1 << 30
-# Of a GPU: the context, the libraries' workspaces, and what the caching allocator cannot use again.
+# On a GPU, for the context, the libraries' workspaces, and fragments that the allocator cannot use.
 RESERVE: Final = 5 * GIB // 4

@@ -1,4 +1,4 @@
-"""Bytes that stay on the device through a run: weights, adapters, optimiser state, by role."""
+"""Bytes that stay on the device during a run: weights, adapters and optimiser state, by role."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from fastppo.memory.inputs import PlanInputs
 from fastppo.memory.shapes import ModelShape
 from fastppo.memory.tape import FLOAT32
 
-# Optimiser -> numbers that it stores for each parameter; Adam's two where it is not listed.
+# Optimiser -> how many numbers it stores per parameter; optimisers that are not listed store two.
 OPTIMIZER_STATES: Final = {"sgd": 0, "adagrad": 1, "rmsprop": 1, "lion": 1}
 BYTES_8BIT: Final = 1 + FLOAT32 / 256  # bitsandbytes' blocks of 256 have a float32 scale
 
 
 def weight_bytes(shape: ModelShape, item: int, bits: int | None) -> int:
-    """Bytes of a frozen model: linear layers in `bits` if quantised, the rest in `item` bytes each.
+    """Bytes of a frozen model: `bits` per weight of linear layers, `item` bytes per other weight.
 
-    4 bits: a block of 64 has a scale of one byte, and 256 of those a float32 of their own. 8 bits:
-    a float32 for each output.
+    With 4 bits, a block of 64 weights has a scale of one byte, and 256 scales share a float32. With
+    8 bits each output has a float32 scale. `bits` None is not quantised.
     """
     if bits is None:
         return shape.parameters * item
@@ -31,8 +31,9 @@ def weight_bytes(shape: ModelShape, item: int, bits: int | None) -> int:
 
 
 def streamed_bytes(shape: ModelShape, item: int) -> tuple[int, int]:
-    """Bytes on the device and on the host of a frozen model whose layers are streamed: the device
-    holds two layers and what is no layer, the host all layers.
+    """Bytes on the device and on the host of a frozen model whose layers are streamed.
+
+    The device has two layers and all weights outside the layers; the host has all layers.
     """
     layer, rest = shape.layer_parameters, shape.parameters - shape.layers * shape.layer_parameters
     return (rest + 2 * layer) * item, shape.layers * layer * item
@@ -43,12 +44,12 @@ class Trainable:
     """The trainable part of a role.
 
     Attributes:
-        adapter_bytes: of an adapter's weights.
+        adapter_bytes: bytes of the adapter's weights.
         parameters: number of trainable parameters; each has a gradient and optimiser state.
-        cast_bytes: of autocast's copies, alive while a pass runs.
-        rank: of the adapter; 0 is none.
+        cast_bytes: bytes of the copies that autocast makes during a pass.
+        rank: rank of the adapter; 0 if there is none.
         layers: number of layers, from the top, that the backward goes through.
-        trains_base: the layers' own weights train (freeze, full).
+        trains_base: whether the layers' own weights train (freeze, full).
     """
 
     adapter_bytes: int = 0
@@ -61,7 +62,7 @@ class Trainable:
 
 @dataclass(frozen=True)
 class Shapes:
-    """Shapes of the base and of the other models of a run; None is the base's shape."""
+    """Shapes of the base and of the other models of a run; None means the base's shape."""
 
     base: ModelShape
     reward: ModelShape | None = None
@@ -76,7 +77,7 @@ class Shapes:
 
 @dataclass
 class StaticBytes:
-    """Bytes on the device by row of the plan, and the trainable parts of actor and critic.
+    """Bytes that stay on the device, by row of the plan; and what actor and critic train.
 
     Attributes:
         rows: row -> bytes on the device.
@@ -95,7 +96,7 @@ class StaticBytes:
         own = (inputs.actor_rank, inputs.actor_target)
         self.actor = self.trainable(self.shape, config.finetuning_type, *own)
         base = weight_bytes(self.shape, item, config.quantization_bit)
-        if self.actor.trains_base:  # trainable weights are float32 in place of the base's dtype
+        if self.actor.trains_base:  # trainable weights are float32 instead of the base's dtype
             base += self.actor.parameters * (FLOAT32 - item)
         self.rows["base weights"] = base
         self.rows["actor adapter"] = self.actor.adapter_bytes
@@ -105,7 +106,7 @@ class StaticBytes:
             self.add_rewards()
             if inputs.has_critic:
                 self.add_critic()
-        else:  # the reward model's head trains with it
+        else:  # stage rm: the reward model's head trains too
             self.actor = with_value_head(self.actor, self.shape)
             self.rows["actor adapter"] += value_head_bytes(self.shape)
         for role, trains in (("actor", self.actor), ("critic", self.critic)):
@@ -118,7 +119,7 @@ class StaticBytes:
         if kind == "lora":
             count = shape.lora_parameters(rank, target, config.lora_layers)
             layers = min(config.lora_layers or shape.layers, shape.layers)
-            if config.use_dora:  # a magnitude for each output
+            if config.use_dora:  # one magnitude for each output
                 outputs = sum(out for _, out in shape.targets(target).values())
                 count += layers * outputs
             return Trainable(FLOAT32 * count, count, casts * count, rank, layers)
@@ -135,7 +136,7 @@ class StaticBytes:
         optim = self.inputs.config.optim or ""
         states = next((count for name, count in OPTIMIZER_STATES.items() if name in optim), 2)
         each = states * (BYTES_8BIT if "8bit" in optim else FLOAT32)
-        if optim == "adafactor":  # a row and a column of each matrix: of an adapter 1 in its rank
+        if optim == "adafactor":  # a row and a column per matrix: 1 / rank of an adapter's size
             each = FLOAT32 / rank if rank else 0
         where = self.host if optim.startswith("paged") else self.rows
         where[f"{role} optimiser"] = int(each * parameters)
@@ -143,9 +144,9 @@ class StaticBytes:
     def add_frozen_model(
         self, row: str, shape: ModelShape, bits: int | None, *, stays: bool = False
     ) -> None:
-        """Add a frozen model of its own to `row`, streamed if the keys ask for that.
+        """Add a separate frozen model to `row`; it is streamed if the configuration says so.
 
-        With `stays` all of it is on the device in any case.
+        With `stays` it is never streamed.
         """
         size = weight_bytes(shape, self.inputs.itemsize, bits)
         if self.inputs.config.stream_frozen and bits is None and not stays:
@@ -154,12 +155,12 @@ class StaticBytes:
         self.rows[row] = self.rows.get(row, 0) + size
 
     def add_reference(self) -> None:
-        """Add the reference: ref_model, a frozen copy of what trains, or nothing (adapters off)."""
+        """Add the reference: ref_model, a frozen copy of what trains, or nothing (base itself)."""
         inputs, config, item = self.inputs, self.inputs.config, self.inputs.itemsize
         if config.ref_model is not None:
             bits = config.ref_model_quantization_bit
             shape = self.shapes.reference or self.shape
-            # With freeze and full a critic that is an adapter trains on it.
+            # With freeze and full, a critic that is an adapter trains on the reference's weights.
             stays = self.actor.trains_base and inputs.has_critic and config.critic == "adapter"
             self.add_frozen_model("reference weights", shape, bits, stays=stays)
         elif self.actor.trains_base:
@@ -170,7 +171,7 @@ class StaticBytes:
     def add_rewards(self) -> None:
         """Add reward adapters (frozen, in the base's dtype) and reward models.
 
-        Functions and APIs take nothing.
+        Functions and servers take no memory here.
         """
         inputs, config, item = self.inputs, self.inputs.config, self.inputs.itemsize
         for kind in inputs.reward_kinds:
@@ -180,12 +181,12 @@ class StaticBytes:
                 )
                 size = count * item + value_head_bytes(self.shape)
                 self.rows["reward adapter"] = self.rows.get("reward adapter", 0) + size
-            elif kind == "full":  # a classifier: the trunk, and a row in place of the head
+            elif kind == "full":  # a classifier: the trunk, and one row instead of the head
                 trunk = replace(self.shapes.reward or self.shape, tied=True)
                 self.add_frozen_model("reward weights", trunk, config.reward_model_quantization_bit)
 
     def add_critic(self) -> None:
-        """Add the critic: a value head, with an adapter or a model of its own."""
+        """Add the critic: a value head, with its adapter or its own model."""
         inputs, config, shape, critic = self.inputs, self.inputs.config, self.shape, Trainable()
         if config.critic == "model":
             shape = self.shapes.critic_or_base
@@ -209,5 +210,5 @@ def value_head_bytes(shape: ModelShape) -> int:
 
 
 def with_value_head(trainable: Trainable, shape: ModelShape) -> Trainable:
-    """The same with a trainable value head."""
+    """`trainable` with the parameters of a value head added."""
     return replace(trainable, parameters=trainable.parameters + shape.hidden + 1)

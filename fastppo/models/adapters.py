@@ -24,18 +24,19 @@ from fastppo.models.load import LOAD_ERRORS, causal_lm, first_line
 if TYPE_CHECKING:
     from fastppo.config import Config
 
-LAYER = re.compile(r"\.(\d+)\.([^.]+)")  # in a parameter's name: layer, and the module in it
+LAYER = re.compile(r"\.(\d+)\.([^.]+)")  # in a parameter's name: number and module of its layer
 
 
 def comma_list(text: str | None) -> list[str]:
-    """The items of one of LLaMA-Factory's comma lists; an empty list for None."""
+    """The items of a comma-separated list; an empty list for None."""
     return [] if text is None else split(text)
 
 
 def linear_names(base: nn.Module) -> list[str]:
-    """What `lora_target: all` adapts: last names of all linear layers but the output head, sorted.
+    """Names of the layers that `lora_target: all` adapts: all linear layers but the output head.
 
-    Where `base` has adapters already, their own linear layers are not among them.
+    They are the last parts of the modules' names, sorted. The linear layers of adapters that `base`
+    already has are not among them.
     """
     heads = set(base.get_output_embeddings().modules())
     return sorted(
@@ -48,7 +49,7 @@ def linear_names(base: nn.Module) -> list[str]:
 
 
 def lora_config(config: Config, base: nn.Module, *, extras: bool = True) -> LoraConfig:
-    """PEFT's configuration of a new adapter; with `extras` it trains `additional_target` too."""
+    """PEFT's configuration of a new adapter; with `extras` it also trains `additional_target`."""
     known = linear_names(base)
     if config.lora_target == "all":
         targets = known
@@ -83,10 +84,10 @@ def lora_config(config: Config, base: nn.Module, *, extras: bool = True) -> Lora
 
 
 def additional_modules(config: Config, base: nn.Module) -> list[str] | None:
-    """The modules of `additional_target`, which train whole and are saved with the adapter.
+    """The modules of `additional_target`: all their weights train and are saved with the adapter.
 
     Raises:
-        UserError: the model has no such module, ties it, or has it quantised.
+        UserError: the model has no such module, or its weights are tied or quantised.
     """
     names = comma_list(config.additional_target)
     ends = {id(base.get_input_embeddings()), id(base.get_output_embeddings())}
@@ -119,14 +120,14 @@ def additional_modules(config: Config, base: nn.Module) -> list[str] | None:
 def create_peft_model(
     config: Config, base: nn.Module, name: str = "default", *, extras: bool = True
 ) -> PeftModel:
-    """Wrap `base` in a PEFT model with a new adapter, which changes nothing until it trains."""
+    """Wrap `base` in a PEFT model with a new adapter, which changes no output until it trains."""
     model = get_peft_model(base, lora_config(config, base, extras=extras), adapter_name=name)
     set_dora_magnitudes(model, name)
     return model
 
 
 def add_adapter(config: Config, model: PeftModel, name: str) -> None:
-    """Add a new adapter to those that `model` has; it never trains `additional_target`."""
+    """Add a new adapter to `model`; it does not train `additional_target`."""
     model.add_adapter(name, lora_config(config, causal_lm(model), extras=False))
     set_dora_magnitudes(model, name)
 
@@ -135,8 +136,8 @@ def add_adapter(config: Config, model: PeftModel, name: str) -> None:
 def set_dora_magnitudes(model: nn.Module, adapter: str) -> None:
     """Set a new DoRA adapter's magnitudes to the norms of the weights' rows, in float32.
 
-    PEFT rounds them to the weights' dtype, and its forward does not: in bfloat16 a new adapter
-    would then change the policy before it is trained.
+    PEFT rounds the magnitudes to the weights' dtype, but its forward does not round the norms: in
+    bfloat16 a new adapter would then change the policy before it is trained.
     """
     for module in model.modules():
         vectors = getattr(module, "lora_magnitude_vector", None)
@@ -162,7 +163,7 @@ def load_peft_model(base: nn.Module, folder: str, key: str, *, train: bool) -> P
 
 
 def adapter_error(key: str, folder: str, error: Exception) -> UserError:
-    """The error for an adapter that PEFT refused; of several mismatches it shows the first."""
+    """The error for an adapter that PEFT cannot load; it shows the first of several mismatches."""
     mismatch = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
     return UserError(
         f"{key}: the adapter in {folder} cannot be loaded "
@@ -172,18 +173,18 @@ def adapter_error(key: str, folder: str, error: Exception) -> UserError:
 
 
 def merge_adapters(base: nn.Module, folders: Iterable[str], key: str) -> nn.Module:
-    """`base` with the adapters in `folders` added to its weights for good, one after another."""
+    """`base` with the adapters in `folders` merged into its weights, one after another."""
     for folder in folders:
         base = load_peft_model(base, folder, key, train=False).merge_and_unload(safe_merge=True)
     return base
 
 
 def disable_input_cast(model: nn.Module) -> None:
-    """Stop PEFT from casting the input of adapted layers to the adapter's dtype, DoRA excepted.
+    """Stop PEFT from casting the inputs of LoRA layers to the adapter's dtype, except with DoRA.
 
-    On a bfloat16 base the cast to float32 makes a copy of 4 bytes an element, autocast casts that
-    back to one of 2, and the backward keeps both; without it the products are the same to the bit.
-    DoRA computes norms in the dtype of its input, so it keeps the cast.
+    On a bfloat16 base PEFT casts the input to float32 and autocast casts it back; the backward
+    keeps both copies. Without the cast the products are the same bits. DoRA computes norms in the
+    dtype of its input, so its layers keep the cast.
     """
     for module in model.modules():
         if isinstance(module, LoraLayer) and not any(module.use_dora.values()):
@@ -191,21 +192,21 @@ def disable_input_cast(model: nn.Module) -> None:
 
 
 def adapters_to_merge(config: Config) -> list[str]:
-    """Folders in `adapter_name_or_path` that are merged into the base, the one that trains not."""
+    """Folders in `adapter_name_or_path` that are merged into the base: all that do not train."""
     folders = comma_list(config.adapter_name_or_path)
     return folders if config.create_new_adapter else folders[:-1]
 
 
 def adapter_to_continue(config: Config) -> str | None:
-    """The folder in `adapter_name_or_path` whose adapter trains on; None: a new adapter."""
+    """The folder whose adapter training continues (`adapter_name_or_path`); None: a new adapter."""
     folders = comma_list(config.adapter_name_or_path)
     return folders[-1] if folders and not config.create_new_adapter else None
 
 
 def setup_lora_tuning(config: Config, base: nn.Module) -> PeftModel:
-    """`finetuning_type: lora`: `base`, earlier adapters merged, with the adapter that trains.
+    """Set up `finetuning_type: lora`: merge earlier adapters into `base`, add the one that trains.
 
-    That is the last of `adapter_name_or_path`, or a new one.
+    The adapter that trains is the last of `adapter_name_or_path`, or a new one.
     """
     base = merge_adapters(base, adapters_to_merge(config), "adapter_name_or_path")
     folder = adapter_to_continue(config)
@@ -224,10 +225,10 @@ def adapter_parameters(model: nn.Module, adapter: str) -> list[nn.Parameter]:
 
 
 def setup_weight_tuning(config: Config, base: nn.Module, kind: str) -> list[nn.Parameter]:
-    """Make the parameters that `kind` (`freeze` or `full`) trains require gradients; no others.
+    """Make exactly the parameters that `kind` (`freeze` or `full`) trains require gradients.
 
-    Returns them, still in the dtype of the base: a frozen copy of the model is taken before
-    `upcast_trainable` makes them float32.
+    Returns these parameters in the dtype of the base; `upcast_trainable` makes them float32 after a
+    frozen copy of the model has been taken.
     """
     names = None if kind == "full" else names_to_train(config, base)
     trainable = [
@@ -243,9 +244,9 @@ def setup_weight_tuning(config: Config, base: nn.Module, kind: str) -> list[nn.P
 def names_to_train(config: Config, base: nn.Module) -> set[str]:
     """Names of the parameters that `finetuning_type: freeze` trains.
 
-    The last `freeze_trainable_layers` layers, or the first where it is negative; of each the
-    modules in `freeze_trainable_modules` (`all`, or names such as self_attn and mlp); and outside
-    the layers those in `freeze_extra_modules` (embed_tokens, norm, lm_head).
+    They are the modules in `freeze_trainable_modules` (`all`, or names such as self_attn and mlp)
+    of the last `freeze_trainable_layers` layers (of the first ones if the number is negative), and
+    outside the layers the modules in `freeze_extra_modules` (embed_tokens, norm, lm_head).
     """
     depth = base.config.get_text_config().num_hidden_layers
     count = config.freeze_trainable_layers
@@ -263,10 +264,10 @@ def names_to_train(config: Config, base: nn.Module) -> set[str]:
 
 
 def parameters_by_module(base: nn.Module) -> tuple[dict[str, tuple[int, str]], dict[str, str]]:
-    """Where each parameter of `base` belongs, by its name.
+    """The module that each parameter of `base` belongs to, as two dictionaries.
 
-    Returns those within layers, with their layer's number and the module in it; and all others,
-    with their module.
+    The first maps the names of parameters inside layers to (number of the layer, module in it); the
+    second maps the names of all other parameters to their module.
     """
     inside, outside = {}, {}
     for name, _ in base.named_parameters():
@@ -279,7 +280,7 @@ def parameters_by_module(base: nn.Module) -> tuple[dict[str, tuple[int, str]], d
 
 
 def check_module_names(config: Config, key: str, wanted: list[str], known: set[str]) -> None:
-    """Refuse a name in `wanted` (the value of `key`) that is not one of the `known` modules."""
+    """Raise UserError if a name in `wanted`, the value of `key`, is no module in `known`."""
     for name in wanted:
         if name != "all" and name not in known:
             raise UserError(
@@ -289,7 +290,7 @@ def check_module_names(config: Config, key: str, wanted: list[str], known: set[s
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """A frozen copy of the model. Parameters that do not train are shared, not copied."""
+    """A frozen copy of the model; it shares the parameters that do not train with the model."""
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
     other = copy.deepcopy(model, memo=dict(shared))
     return other.requires_grad_(False)
@@ -298,9 +299,9 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 def round_outputs_to_bfloat16(model: nn.Module, trainable: Iterable[nn.Parameter]) -> None:
     """Make norms and embeddings with trainable bfloat16 parameters round their output to bfloat16.
 
-    To be called before `upcast_trainable`. Autocast leaves these modules alone: with float32
-    weights their output, and the residual stream behind it, would be float32, and the policy would
-    differ from the reference's bfloat16.
+    Call it before `upcast_trainable`. Autocast does not change these modules: with float32 weights
+    their output, and then the residual stream, would be float32, and the policy would differ from
+    the reference, which runs in bfloat16.
     """
     chosen = set(trainable)
     for module in causal_lm(model).modules():
@@ -316,7 +317,7 @@ def _to_bfloat16(_module: nn.Module, _inputs: Any, output: Any) -> Any:
 
 
 def upcast_trainable(trainable: Iterable[nn.Parameter]) -> None:
-    """Cast bfloat16 parameters to float32: in bfloat16 an update of 1/1000 is rounded away."""
+    """Cast bfloat16 parameters to float32: bfloat16 would round away an update of 1/1000."""
     for parameter in trainable:
         if parameter.dtype == torch.bfloat16:
             parameter.data = parameter.data.float()

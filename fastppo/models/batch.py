@@ -1,4 +1,4 @@
-"""Micro-batches of a rollout: which rows each holds, and its input ids, mask and indices."""
+"""Micro-batches of a rollout: the rows of each, and its input ids, mask and indices."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fastppo.models.build import Roles
 
 TensorOrPacking = TypeVar("TensorOrPacking", Tensor, Packing)
-# A forward pass has a fixed cost, of reading the weights: about that of so many tokens.
+# A forward pass has a fixed cost for reading the weights, about as much as this many tokens cost.
 PASS_TOKENS = 64
 
 
@@ -33,11 +33,11 @@ def to_device(x: TensorOrPacking, device: torch.device) -> TensorOrPacking:
 
 
 def partition(lengths: Sequence[int], rows: Sequence[int], budget: Budget) -> list[list[int]]:
-    """Split `rows` into micro-batches that the budget allows; returns the rows of each.
+    """Split `rows` into micro-batches within the budget; returns the rows of each.
 
-    Rows are sorted by length (`lengths[row]` tokens) and cut where the total cost is lowest: padded
-    tokens, and PASS_TOKENS for each micro-batch. The result depends on the set of rows alone, so
-    that scoring and update, given the same rows, run the same micro-batches.
+    Rows are sorted by length (`lengths[row]` tokens) and split so that the total cost is lowest:
+    the tokens with padding, plus PASS_TOKENS for each micro-batch. The result does not depend on
+    the order of `rows`, so scoring and update run the same micro-batches for the same rows.
     """
     ordered = sorted(rows, key=lambda row: (lengths[row], row))
     before = [0, *accumulate(lengths[row] for row in ordered)]
@@ -73,11 +73,11 @@ def largest_micro_batch(sequences: Sequences, budget: Budget) -> int:
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch: one sequence a row, padded on the right; or packed, all sequences in one row.
+    """A micro-batch: one sequence per row, padded on the right; or all sequences packed in one row.
 
-    In a packed row positions begin at 0 again with each sequence; `positions_BT` is None in a
-    padded batch. `packing` selects the states that predict the response tokens: the state at
-    position t is the one from which token t + 1 was sampled.
+    In a packed row the positions start at 0 with each sequence; in a padded batch `positions_BT` is
+    None. `packing` selects the states that predict the response tokens: token t + 1 was sampled
+    from the state at position t.
     """
 
     rows: list[int]
@@ -92,9 +92,9 @@ class Batch:
     def inputs(self) -> dict[str, Tensor]:
         """Arguments of `Roles.hidden`.
 
-        There is no mask among them: padding is on the right, where causal attention does not look,
-        and attention without a mask is faster. Of a packed row transformers derives the mask from
-        the positions.
+        They have no mask, because attention without a mask is faster and none is needed: padding is
+        on the right, where causal attention does not look, and for a packed row transformers
+        derives the mask from the positions.
         """
         ids = {"input_ids_BT": self.input_ids_BT}
         return ids if self.positions_BT is None else {**ids, "positions_BT": self.positions_BT}
@@ -107,9 +107,8 @@ class Batch:
 def make_batch(sequences: Sequences, rows: Sequence[int], *, packed: bool = False) -> Batch:
     """A micro-batch of `rows`, padded to the longest of them or packed into one row.
 
-    Rows are sorted, so that scoring and update, given the same rows, run the same products to the
-    last bit. All indices are made on the host, where lengths are known, and copied to the device
-    without waiting for it.
+    Rows are sorted, so that scoring and update compute the same bits for the same rows. All indices
+    are made on the host, where the lengths are known, and copied to the device without waiting.
     """
     rows = sorted(rows)
     ids_BT = sequences.input_ids_BT
@@ -150,21 +149,21 @@ def make_batch(sequences: Sequences, rows: Sequence[int], *, packed: bool = Fals
 
 
 def batches(sequences: Sequences, rows: Sequence[int], budget: Budget) -> list[Batch]:
-    """Micro-batches of `rows`, divided as `partition` does."""
+    """The micro-batches of `rows`, split by `partition`."""
     parts = partition(sequences.lengths, rows, budget)
     return [make_batch(sequences, part, packed=budget.packed) for part in parts]
 
 
 @dataclass(frozen=True)
 class Order:
-    """Reorders the results of micro-batches, a number a row or a token, to the rollout's order."""
+    """Reorders results of micro-batches (one per row or per token) to the order of the rollout."""
 
     row_B: Tensor  # the rollout's row of each row of the micro-batches
     index_N: Tensor  # the rollout's token of each of their response tokens
 
     @classmethod
     def of(cls, sequences: Sequences, made: Sequence[Batch]) -> Order:
-        """For the micro-batches `made` of `sequences`, which together hold every row once."""
+        """The order for `made`, micro-batches of `sequences` that together hold each row once."""
         rows, device = [row for batch in made for row in batch.rows], sequences.input_ids_BT.device
         index_N = token_index(sequences.response_lengths, rows)
         return cls(to_device(torch.tensor(rows), device), to_device(index_N, device))
@@ -181,21 +180,20 @@ class Order:
 
 
 def token_index(response_lengths: Sequence[int], rows: Sequence[int]) -> Tensor:
-    """Where the response tokens of `rows` are among those of the rollout: int64, on the host.
+    """Indices of the response tokens of `rows` among those of the rollout: int64, on the host.
 
-    They come from the lengths, which are known on the host; reading the offsets would wait for the
-    device.
+    They are computed from the lengths, because reading the offsets would wait for the device.
     """
     bounds = [0, *accumulate(response_lengths)]
     return torch.cat([torch.arange(bounds[row], bounds[row + 1]) for row in rows])
 
 
 def shuffled_batch(n: int, number: int, size: int, *, seed: int, shuffle: bool = True) -> list[int]:
-    """Indices of batch `number` when range(n) is read epoch after epoch, each in a new order.
+    """The indices of batch `number` of a stream that reads range(n) epoch after epoch.
 
-    Batches have `size` indices and run on over the end of an epoch. The result depends on seed and
-    number alone, so that a step has the same batch after a resume. Without `shuffle` every epoch is
-    in ascending order.
+    Each epoch has another order; without `shuffle` every epoch is in ascending order. A batch has
+    `size` indices and may span two epochs. The result depends only on the arguments, so a step has
+    the same batch after a resume.
     """
     orders: dict[int, list[int]] = {}
     chosen = []
@@ -211,10 +209,10 @@ def shuffled_batch(n: int, number: int, size: int, *, seed: int, shuffle: bool =
 
 @torch.no_grad()
 def check_packing(roles: Roles, input_ids_T: list[int]) -> None:
-    """Refuse `padding_free` where a packed sequence attends to its neighbour.
+    """Raise UserError for `padding_free` if packed sequences of this model attend to each other.
 
-    Two sequences are packed, once with each of two first ones. The hidden states of the second must
-    be the same bits both times, and be near those of that sequence alone.
+    The same sequence is packed behind two different ones. Its hidden states must be the same bits
+    both times, and be close to those of the sequence alone.
     """
     ids = input_ids_T[:8]
     n, other = len(ids), [*ids[1:], ids[0] + 1 if ids[0] == 0 else ids[0] - 1]

@@ -1,10 +1,10 @@
-"""Four roles, one base: the models, adapters and heads that a configuration asks for.
+"""Build the four roles on one base: the models, adapters and heads of a configuration.
 
 | role      | weights                                                             | trains |
 |-----------|---------------------------------------------------------------------|--------|
 | actor     | base + LoRA `default`; or the base itself (freeze, full)            | yes    |
 | reference | base, adapters off; or the SFT adapter, the base or a model, frozen | no     |
-| reward    | base + LoRA `reward` + head; or whatever else gives a score         | no     |
+| reward    | base + LoRA `reward` + head; or another model, a server, a function | no     |
 | critic    | base + LoRA `critic` + head, a head on the actor, or a model + head | yes    |
 """
 
@@ -57,35 +57,35 @@ __all__ = ["Role", "Roles", "build"]
 
 
 class Assignment(NamedTuple):
-    """What a role is to run on, before its trainable parameters are known."""
+    """The model and adapter that a role will run on, before its trainable parameters are known."""
 
     model: nn.Module
-    adapter: str | None  # None: adapters off, or none there
+    adapter: str | None  # None: the model has no adapters, or they are off
     words: str  # for the first lines of a run
 
 
 @dataclass
 class RolesBuilder:
-    """What the roles are assigned while adapters are still being added.
+    """The roles' assignments while adapters are still being added.
 
-    A Place holds parameters, and PEFT replaces parameters as it adds adapters: places are made
-    last.
+    A Place holds parameters, and PEFT replaces parameters when it adds an adapter, so the places
+    are made last.
     """
 
     config: Config
     device: torch.device
     assigned: dict[str, Assignment] = field(default_factory=dict)
-    # Of a role without an adapter: the model's own parameters that train
+    # For a role without an adapter: the model's own parameters that train
     trainable_weights: dict[str, list[nn.Parameter]] = field(default_factory=dict)
     reward_heads: dict[str, nn.Linear] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def assign(self, role: str, model: nn.Module, adapter: str | None, words: str) -> None:
-        """Let `role` run on `model` with `adapter` on."""
+        """Make `role` run on `model` with `adapter` active."""
         self.assigned[role] = Assignment(model, adapter, words)
 
     def make_place(self, role: str) -> Place:
-        """The role's place with its trainable parameters: only actor and critic have some."""
+        """The role's place with its trainable parameters; only actor and critic have any."""
         model, adapter, words = self.assigned[role]
         trainable = self.trainable_weights.get(role, [])
         if role in ("actor", "critic") and adapter is not None:
@@ -94,7 +94,7 @@ class RolesBuilder:
 
 
 def build(config: Config, device: torch.device) -> Roles:
-    """Load the models that the configuration names, each once, and assign the roles to them."""
+    """Load each model that the configuration names once, and assign the roles to the models."""
     builder = RolesBuilder(config, device)
     base = load_base(config, device, bits=config.quantization_bit)
     if config.quantization_bit == 8:
@@ -134,7 +134,7 @@ def build(config: Config, device: torch.device) -> Roles:
 
 
 def is_in_place(base: nn.Module) -> bool:
-    """Whether a model must not be moved: quantised, so on its device already; or streamed."""
+    """Whether a model must not be moved: it is quantised, so on the device already; or streamed."""
     return getattr(base, "is_quantized", False) or hasattr(base, "streamed")
 
 
@@ -164,7 +164,7 @@ def place_on_adapters(builder: RolesBuilder, base: nn.Module) -> None:
                 "LLaMA-Factory's would be the base without it"
             )
     for role, folder in config.reward_adapters.items():
-        # Frozen, so it stays in the base's dtype instead of PEFT's float32.
+        # It is frozen, so it keeps the base's dtype; PEFT would make it float32.
         load_adapter(
             model,
             folder,
@@ -180,9 +180,10 @@ def place_on_adapters(builder: RolesBuilder, base: nn.Module) -> None:
 
 
 def note_other_base(builder: RolesBuilder, folder: str, below: list[str]) -> None:
-    """Add a note where a reward adapter was trained on another base than it runs on here.
+    """Add a note if a reward adapter was trained on another base than the one here.
 
-    `below` are the adapters merged into the base here; stage rm recorded those of its own.
+    `below` are the adapters that are merged into the base here; they are compared with those that
+    stage rm recorded.
     """
     record = Path(folder) / RECORD
     if not record.is_file():
@@ -190,7 +191,7 @@ def note_other_base(builder: RolesBuilder, folder: str, below: list[str]) -> Non
     try:
         there = json.loads(record.read_text(encoding="utf-8")).get("merged", [])
     except (ValueError, AttributeError):
-        return  # read_score_at refuses this file when the reward is made
+        return  # read_score_at reports this file when the reward is made
     if [Path(name).name for name in there] != [Path(name).name for name in below]:
         builder.notes.append(
             f"{folder} was trained on a base with {', '.join(there) or 'nothing'} merged into it, "
@@ -202,7 +203,7 @@ def note_other_base(builder: RolesBuilder, folder: str, below: list[str]) -> Non
 def place_on_weights(builder: RolesBuilder, base: nn.Module) -> None:
     """`finetuning_type: freeze | full`: assign the actor to the base, the reference to a copy.
 
-    The copy shares the frozen layers, so that they are in memory once.
+    The copy shares the frozen layers, so they are in memory only once.
     """
     config = builder.config
     full = config.finetuning_type == "full"
@@ -214,7 +215,7 @@ def place_on_weights(builder: RolesBuilder, base: nn.Module) -> None:
 
 
 def place_reference_model(builder: RolesBuilder, name: str) -> None:
-    """`ref_model`: assign the reference to a frozen model of its own, with `ref_model_adapters`."""
+    """`ref_model`: assign the reference to a separate frozen model, with `ref_model_adapters`."""
     config, bits = builder.config, builder.config.ref_model_quantization_bit
     model: nn.Module = load_base(config, builder.device, name, bits, on_host=True)
     check_same_tokens(config, "ref_model", name, model)
@@ -224,14 +225,17 @@ def place_reference_model(builder: RolesBuilder, name: str) -> None:
         model = merge_adapters(model, folders, "ref_model_adapters")
         streamed, folder = reference_streams(config), config.offload_dir
         model = place_frozen(model, builder.device, streamed=streamed, offload_dir=folder)
-    elif folders:  # quantised weights take no merge
+    elif folders:  # adapters cannot be merged into quantised weights
         model = load_peft_model(model, folders[0], "ref_model_adapters", train=False)
         adapter = "default"
     builder.assign("reference", model, adapter, " + ".join([name, *folders]) + ", frozen")
 
 
 def place_critic(builder: RolesBuilder) -> nn.Linear:
-    """Assign the critic; returns its value head: the reward model's, its own folder's, or at 0."""
+    """Assign the critic; returns its value head.
+
+    The head is that of the critic's own folder, or the reward model's, or a new one of zeros.
+    """
     config = builder.config
     if config.critic == "shared":
         model, adapter, _ = builder.assigned["actor"]
@@ -239,7 +243,7 @@ def place_critic(builder: RolesBuilder) -> nn.Linear:
         return new_value_head(hidden_size(model), builder.device)
     if config.critic == "model":
         return place_critic_model(builder)
-    # On weights that do not train: with freeze and full those are the reference's.
+    # The critic's adapter is on weights that do not train: with freeze and full the reference's.
     model, _, words = builder.assigned["actor" if config.finetuning_type == "lora" else "reference"]
     head = new_value_head(hidden_size(model), builder.device)
     rewards = config.reward_adapters
@@ -266,10 +270,11 @@ def place_critic(builder: RolesBuilder) -> nn.Linear:
 
 
 def place_critic_model(builder: RolesBuilder) -> nn.Linear:
-    """`critic: model`: assign the critic to a model of its own; returns its value head.
+    """`critic: model`: assign the critic to a separate model; returns its value head.
 
-    The model is `critic_model`, with the head in its folder; else a second copy of the base with
-    the first reward adapter merged into it. `critic_finetuning_type` says what of it trains.
+    The model is `critic_model`, with the head in its folder; without that key it is a second copy
+    of the base with the first reward adapter merged into it. `critic_finetuning_type` says which of
+    its weights train.
     """
     config, name = builder.config, builder.config.critic_model
     kind = config.critic_finetuning_type or config.finetuning_type

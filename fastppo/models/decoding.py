@@ -1,7 +1,7 @@
-"""What makes sampling faster for the length of a rollout, and is undone after it.
+"""Changes to a model that make sampling faster; they are undone after the rollout.
 
-Adapters merged into the weights: one GEMM a layer where there were three. On CPUs, linear layers
-that read each weight once a token.
+Adapters are merged into the weights, so that a layer runs one GEMM and not three. On CPUs, linear
+layers use a kernel that reads each weight once per token.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastppo.ops.few_rows import few_rows_linear, runs_native, suits
 
 
 def active_layers(model: nn.Module) -> list[LoraLayer]:
-    """LoRA layers of `model` whose adapter is on and whose weight an adapter can be added to."""
+    """LoRA layers of `model` with an active adapter that can be merged into the layer's weight."""
     return [
         module
         for module in model.modules()
@@ -32,15 +32,15 @@ def active_layers(model: nn.Module) -> list[LoraLayer]:
 
 
 def merged_weight_bytes(model: nn.Module) -> int:
-    """Bytes of the merged copies, which lie in memory beside the original weights."""
+    """Bytes of the merged copies, which are in memory in addition to the original weights."""
     return sum(layer.get_base_layer().weight.nbytes for layer in active_layers(model))
 
 
 def merge_is_exact(model: nn.Module) -> bool:
-    """Whether the weights' dtype can hold what an adapter adds to them; False without adapters.
+    """Whether merging loses no precision; False without adapters.
 
-    bfloat16 has 8 significant bits: what is below about 1/500 of a weight is rounded away, and in
-    the first hundred steps an adapter adds nothing larger.
+    bfloat16 has 8 significant bits: it rounds away changes below about 1/500 of a weight, and in
+    the first hundred steps an adapter makes no larger ones.
     """
     layers = active_layers(model)
     dtypes = {layer.get_base_layer().weight.dtype for layer in layers}
@@ -48,10 +48,10 @@ def merge_is_exact(model: nn.Module) -> bool:
 
 
 def merge_layer(layer: LoraLayer) -> None:
-    """Replace the layer's weight by a copy with the adapter added; one GEMM for a plain adapter.
+    """Replace the layer's weight by a copy with the adapter merged; one GEMM for a plain adapter.
 
-    PEFT's own merge makes the product, adds it, and (with safe_merge) looks for NaN in all of it:
-    on a CPU that takes as long as sampling several tokens.
+    PEFT's own merge computes the product, adds it, and (with safe_merge) searches all of it for
+    NaN: on a CPU that takes as long as sampling several tokens.
     """
     base: Any = layer.get_base_layer()
     names = list(layer.active_adapters)
@@ -73,10 +73,10 @@ def merge_layer(layer: LoraLayer) -> None:
 
 @contextmanager
 def merge_active_adapters(model: nn.Module) -> Iterator[None]:
-    """Merge the active adapters into copies of the weights; put the originals back at the end.
+    """Inside the block the active adapters are merged into copies of the weights.
 
-    PEFT's unmerge subtracts what merge added, which leaves a rounding error behind: a run's base
-    would drift a little with every rollout. The originals come back bit for bit.
+    At the end the original weights are restored bit for bit. PEFT's unmerge would subtract what
+    merge added, which leaves a rounding error: the base would drift with every rollout.
     """
     originals: list[tuple[LoraLayer, Tensor, Tensor | None]] = []
     try:
@@ -94,12 +94,12 @@ def merge_active_adapters(model: nn.Module) -> Iterator[None]:
             if bias is not None:
                 base.bias.data = bias
             layer.merged_adapters.clear()
-            for name in layer.active_adapters:  # DoRA caches its norms for PEFT's unmerge
+            for name in layer.active_adapters:  # norms that DoRA caches for PEFT's unmerge
                 layer._caches.pop(f"{name}-weight_norm", None)
 
 
 def few_rows_forward(layer: nn.Linear, x: Tensor) -> Tensor:
-    """y = x W^T + b: the native kernel for as few rows as a decoding step has, else PyTorch's."""
+    """y = x W^T + b: by the native kernel if x has few rows, as in decoding, else by PyTorch."""
     if suits(x, layer.weight):
         return few_rows_linear(x, layer.weight, layer.bias)
     return nn.functional.linear(x, layer.weight, layer.bias)
@@ -107,15 +107,15 @@ def few_rows_forward(layer: nn.Linear, x: Tensor) -> Tensor:
 
 @contextmanager
 def use_few_rows_kernels(model: nn.Module) -> Iterator[None]:
-    """Give every plain linear layer of `model` `few_rows_forward`; its own again at the end.
+    """Inside the block every plain linear layer of `model` runs `few_rows_forward`.
 
-    Where there is no native kernel (a GPU, FASTPPO_BACKEND=torch) nothing changes.
+    Without a native kernel (on a GPU, with FASTPPO_BACKEND=torch) nothing changes.
     """
     changed: list[Any] = []
     try:
         module: Any
         for module in model.modules():
-            # Streaming replaces a layer's forward with one that brings its weight: leave that.
+            # A streamed layer has a forward of its own, which copies its weight: leave it.
             if type(module) is nn.Linear and "forward" not in vars(module):
                 if not runs_native(module.weight):
                     continue

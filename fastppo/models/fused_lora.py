@@ -1,7 +1,7 @@
-"""LoRA's linear layer with its own backward: the GEMMs of PEFT's, without its elementwise passes.
+"""LoRA's linear layer with its own backward: PEFT's GEMMs without PEFT's elementwise passes.
 
-PEFT scales the adapter's output in one pass over memory and adds it to the base's in another, and
-its backward does the same. Here the adapter's GEMM adds to the base's output as it writes.
+PEFT scales the adapter's output in one pass over memory and adds it to the base's output in
+another, in forward and backward. Here the adapter's GEMM adds its result to the base's output.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from torch.autograd.function import once_differentiable
 class LoraInputs(torch.autograd.Function):
     r"""x A^T; saves the operands of the layer's backward before the layer's large GEMM runs.
 
-    Activation checkpointing stops recomputing a block once the last saved tensor is there. In most
-    blocks that is the last layer's, so that layer's output is not computed a second time.
+    Activation checkpointing stops recomputing a block as soon as the last saved tensor exists. In
+    most blocks the last linear layer saves it, so that layer's output is not computed again.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x_ND: Tensor, weight_VD: Tensor, a_RD: Tensor, b_VR: Tensor, scaling: float
     ) -> tuple[Tensor, Tensor]:
-        """x A^T (N, R); and a tensor of the output's shape, without its memory.
+        """x A^T (N, R), and an empty tensor with the shape of the layer's output.
 
-        Through that tensor the output's gradient comes back here.
+        The gradient of the layer's output arrives here as the gradient of that tensor.
         """
         low_NR = x_ND @ a_RD.T
         ctx.save_for_backward(x_ND, weight_VD, a_RD, b_VR, low_NR)
@@ -50,7 +50,7 @@ class LoraInputs(torch.autograd.Function):
 
 
 class LoraOutput(torch.autograd.Function):
-    """The layer's output; saves nothing, and passes its gradient on to `LoraInputs`."""
+    """The layer's output; it saves nothing and passes its gradient on to `LoraInputs`."""
 
     @staticmethod
     def forward(ctx: Any, place_NV: Tensor, *operands: Any) -> Tensor:
@@ -75,7 +75,7 @@ def lora_output(
     b_VR: Tensor,
     scaling: float,
 ) -> Tensor:
-    """x W^T + b + scaling * low B^T: the adapter's GEMM adds in place to the base's output."""
+    """x W^T + b + scaling * low B^T; the adapter's GEMM adds to the base's output in place."""
     out_NV = nn.functional.linear(x_ND, weight_VD, bias_V)
     return out_NV.addmm_(low_NR, b_VR.T, alpha=scaling)
 
@@ -88,14 +88,14 @@ def lora_linear(
     b_VR: Tensor,
     scaling: float,
 ) -> Tensor:
-    r"""y (N, V) = x W^T + b + scaling (x A^T) B^T, with gradients of x, A and B alone.
+    r"""y (N, V) = x W^T + b + scaling (x A^T) B^T, with gradients for x, A and B only.
 
     Args:
-        x_ND: the layer's input, in the dtype of all operands.
-        weight_VD: W.
-        bias_V: b, or None.
-        a_RD: A.
-        b_VR: B.
+        x_ND: the layer's input x, float (N, D); all operands have its dtype.
+        weight_VD: W, float (V, D).
+        bias_V: b, float (V,), or None.
+        a_RD: A, float (R, D).
+        b_VR: B, float (V, R).
         scaling: LoRA's alpha / rank.
 
     Source: Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, eq. 3.
@@ -110,7 +110,7 @@ def lora_linear(
 def fusable_adapter(layer: PeftLinear, x: Tensor) -> str | None:
     """Name of the adapter if `lora_linear` can compute this layer on `x`, else None.
 
-    That is so with one active plain LoRA adapter on a frozen linear layer, in one dtype.
+    It can if one plain LoRA adapter is active on a frozen linear layer and all dtypes agree.
     """
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return None
@@ -128,10 +128,10 @@ def fusable_adapter(layer: PeftLinear, x: Tensor) -> str | None:
 
 
 def autocasts(x: Tensor) -> bool:
-    """Whether autocast is active in the dtype of `x`, and `x` has several tokens a row.
+    """Whether autocast is active in the dtype of `x`, and `x` has several tokens per row.
 
-    A decoding step, one token a row, is left to PEFT: autocast caches its casts of the adapters
-    from step to step, where this forward casts them each time.
+    A decoding step (one token per row) is left to PEFT: there autocast caches its casts of the
+    adapters from step to step, while this forward casts them each time.
     """
     kind = x.device.type
     computes = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == x.dtype
@@ -139,7 +139,7 @@ def autocasts(x: Tensor) -> bool:
 
 
 def forward(layer: PeftLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The layer's output by `lora_linear` where it can compute it, else by PEFT's own forward."""
+    """The layer's output, by `lora_linear` if that can compute it, else by PEFT's own forward."""
     name = None if args or kwargs else fusable_adapter(layer, x)
     if name is None:
         return PeftLinear.forward(layer, x, *args, **kwargs)
@@ -151,7 +151,7 @@ def forward(layer: PeftLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def fuse_lora_layers(model: nn.Module) -> None:
-    """Give every LoRA layer of `model` this forward; to be called again after adding adapters."""
+    """Give every LoRA layer of `model` this forward; call it again after adding adapters."""
     for module in model.modules():
         if type(module) is PeftLinear:
             module.forward = MethodType(forward, module)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fastppo.config import Config
 
 
-# What transformers, PEFT, safetensors and torch raise where a file is not what it should be.
+# The exceptions of transformers, PEFT, safetensors and torch for missing or broken files.
 LOAD_ERRORS = (
     OSError,
     ValueError,
@@ -54,7 +54,7 @@ class LMHead(NamedTuple):
 
 
 def first_line(error: Exception) -> str:
-    """The first line of a library's error message, or a plainer reason where the cause is known."""
+    """The first line of a library's error message, or a clearer reason if the cause is known."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error).strip())
     if "Weights only load failed" in text:
         return "it is no file of tensors alone, and nothing else in it is opened"
@@ -86,13 +86,13 @@ def load_base(
     *,
     on_host: bool = False,
 ) -> PreTrainedModel:
-    """`model_name_or_path`, or the model `name`: frozen, without dropout, in the run's dtype.
+    """Load `model_name_or_path`, or the model `name`: frozen, without dropout, in the run's dtype.
 
-    `bits` quantises its linear layers to 4 or 8 bits, the output head excepted. It is moved to
-    `device`; with `on_host` it stays in host memory, unless it is quantised.
+    `bits` quantises its linear layers, except the output head, to 4 or 8 bits. The model is moved
+    to `device`; with `on_host` it stays in host memory, unless it is quantised.
 
     Raises:
-        UserError: it cannot be loaded, or its files lack some of its weights.
+        UserError: the model cannot be loaded, or its files lack some of its weights.
     """
     disable_progress_bar()
     dtype = compute_dtype(config, device)
@@ -102,21 +102,21 @@ def load_base(
         **_hub_settings(config, name),
     }
     if bits is not None:
-        # Weights are quantised on the device, and cannot be moved afterwards.
+        # bitsandbytes quantises weights on the device; they cannot be moved afterwards.
         settings |= {
             "quantization_config": quantization_config(config, bits, dtype),
             "device_map": {"": device},
         }
     name = name or config.model_name_or_path
     try:
-        # Weights of another shape are refused below, by name.
+        # Weights of another shape are reported below, by name.
         base, info = AutoModelForCausalLM.from_pretrained(
             name, output_loading_info=True, ignore_mismatched_sizes=True, **settings
         )
     except LOAD_ERRORS as error:
-        # No such model, an architecture without the attention asked for, a package it needs.
+        # There is no such model, it lacks this kind of attention, or a package is missing.
         raise load_error(config, name, error) from None
-    # What is missing or of another shape, transformers fills with random numbers.
+    # transformers fills weights that are missing or of another shape with random numbers.
     wrong = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     if wrong:
         raise UserError(
@@ -131,7 +131,7 @@ def load_base(
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """The dtype of every model of the run and of its matrix products: bfloat16 or float32."""
+    """The dtype of all models of the run and of their matrix products: bfloat16 or float32."""
     own, on_gpu = "float32", device.type == "cuda"
     if on_gpu and not config.bf16:
         name = config.model_name_or_path
@@ -156,7 +156,7 @@ def load_error(config: Config, name: str, error: Exception) -> UserError:
 def _hub_settings(config: Config, name: str | None) -> dict[str, Any]:
     """Arguments of `from_pretrained` that say where files come from.
 
-    `name` is None for `model_name_or_path`, to which alone revision and GGUF file apply.
+    `name` is None for `model_name_or_path`; revision and GGUF file apply only to that model.
     """
     found = {"cache_dir": config.cache_dir, "trust_remote_code": config.trust_remote_code}
     if name is None:
@@ -181,9 +181,9 @@ def quantization_config(config: Config, bits: int, dtype: torch.dtype) -> BitsAn
 def use_training_kernels(base: nn.Module) -> None:
     """Make quantised layers compute in evaluation mode as they do in training mode.
 
-    On CPUs bitsandbytes repacks 4-bit weights in the first forward in evaluation mode, for good,
-    and that form has no backward: adapters in the layers below would get no gradient. Its 8-bit
-    layers round activations in evaluation mode only, so that no ratio would start at 1.
+    On CPUs bitsandbytes repacks 4-bit weights permanently in the first forward in evaluation mode,
+    and repacked weights have no backward: adapters in the layers below would get no gradient. Its
+    8-bit layers round activations in evaluation mode only, so that ratios would not start at 1.
     """
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -194,7 +194,7 @@ def use_training_kernels(base: nn.Module) -> None:
 
 
 def _keep_mode(module: nn.Module, mode: bool = True) -> nn.Module:
-    """In place of `train` and `eval`: the mode stays."""
+    """Replaces `train` and `eval` of a module, so that its mode stays."""
     return module
 
 
@@ -203,7 +203,7 @@ def attention_implementation(
 ) -> str | None:
     """transformers' name for LLaMA-Factory's `flash_attn`; None leaves the choice to transformers.
 
-    `auto` is flash-attn where it is installed and can run (on CUDA, in bfloat16), else None.
+    `auto` is flash-attn if it is installed and can run (on CUDA, in bfloat16), else None.
     """
     runs = device.type == "cuda" and dtype == torch.bfloat16
     if flash_attn == "fa2" and not runs:
@@ -219,8 +219,8 @@ def attention_implementation(
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout rate of the model to 0, so that two passes give the same log-probs.
 
-    Dropout modules, and the rates that attention passes to functional dropout: float attributes of
-    many names (attention_dropout, dropout_p, attn_drop, layerdrop).
+    That includes dropout modules and the rates that attention passes to functional dropout, which
+    are float attributes of many names (attention_dropout, dropout_p, attn_drop, layerdrop).
     """
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -233,13 +233,13 @@ def disable_dropout(model: nn.Module) -> None:
 def wrap_activations(config: Config, base: nn.Module) -> ActivationOffload:
     """Checkpoint or offload the activations of `base` as `activation_offloading` says.
 
-    Layers below the lowest one that trains are left alone: they save no activations.
+    Layers below the lowest one that trains are not changed: they save no activations.
     """
     return wrap(base, offload_mode(config), offload_dir=config.offload_dir)
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
-    """The causal language model inside a PEFT model; without one `model` itself."""
+    """The causal language model inside a PEFT model; any other `model` is returned as it is."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     return cast(PreTrainedModel, inner)
 
@@ -256,7 +256,7 @@ def hidden_size(model: nn.Module) -> int:
 
 
 def lm_head(model: nn.Module, dtype: torch.dtype | None = None) -> LMHead:
-    """The output head, for the `linear_*` ops; cast to `dtype` where one is given."""
+    """The output head for the `linear_*` ops, cast to `dtype` if one is given."""
     base = causal_lm(model)
     head: Any = base.get_output_embeddings()
     weight_VD, bias_V = head.weight, getattr(head, "bias", None)
@@ -274,19 +274,19 @@ def check_same_tokens(
     model: nn.Module,
     cure: str = "name a model with the same one",
 ) -> None:
-    """Refuse a model whose tokenizer is not the policy's: it is given the policy's token ids.
+    """Raise UserError if a model's tokenizer is not the policy's: it would read other token ids.
 
     Args:
         key: the setting that names the model, for the error.
         name: its folder or hub name.
         model: the model itself.
-        cure: what the error advises.
+        cure: the error's advice.
     """
     tokenizer = load_tokenizer(config)
     rows = causal_lm(model).get_input_embeddings().weight.shape[0]
     try:
         theirs = load_tokenizer(config, name).get_vocab()
-    except UserError:  # a folder of weights alone: only the number of tokens can be checked
+    except UserError:  # a folder without tokenizer: only the number of tokens can be checked
         theirs = None
     if len(tokenizer) > rows or (theirs is not None and theirs != tokenizer.get_vocab()):
         raise UserError(

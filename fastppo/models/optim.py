@@ -1,8 +1,8 @@
 """Optimisers by transformers' names: PyTorch's, or bitsandbytes' with 8-bit or paged state.
 
-Why not transformers' own `Trainer.get_optimizer_cls_and_kwargs`: it refuses `adamw_hf`, which old
-files have, and importing `transformers.trainer` would cost stage ppo seconds. A test holds this
-table against that function.
+transformers' own `Trainer.get_optimizer_cls_and_kwargs` is not used, because it rejects `adamw_hf`,
+which old files have, and importing `transformers.trainer` takes seconds. A test compares the
+optimisers made here with those of that function.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ def create_optimizer(
 
     Args:
         name: a value of `optim`; None and adamw_hf are PyTorch's AdamW.
-        groups: parameter groups as PyTorch takes them; each may have its own lr and weight_decay.
-        betas: of AdamW and Lion; the others have none.
-        eps: of AdamW; the others keep their default.
-        common: weight_decay and lr of the groups that set none.
+        groups: PyTorch's parameter groups; each may have its own lr and weight_decay.
+        betas: for AdamW and Lion; the others have none.
+        eps: for AdamW; the others keep their default.
+        common: weight_decay and lr for groups that set none.
 
     Raises:
-        UserError: bitsandbytes is asked for and is not installed.
+        UserError: `name` needs bitsandbytes, which is not installed.
     """
     if name == "sgd":
         return torch.optim.SGD(groups, **common)
@@ -47,7 +47,7 @@ def create_optimizer(
     if name == "adafactor":
         from transformers import Adafactor
 
-        # Its own schedule off: the learning rate is the configuration's.
+        # Without its own schedule: the learning rate is the configuration's.
         return Adafactor(groups, scale_parameter=False, relative_step=False, **common)
     if name is not None and "lion" in name:
         bits, paged = BITSANDBYTES[name]
@@ -57,10 +57,10 @@ def create_optimizer(
 
 
 def adamw(name: str | None, groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
-    """PyTorch's AdamW, or bitsandbytes' where `name` is one of those; `settings` go to either.
+    """PyTorch's AdamW, or bitsandbytes' if `name` is one of those; `settings` are passed to it.
 
     Raises:
-        UserError: bitsandbytes is asked for and is not installed.
+        UserError: `name` needs bitsandbytes, which is not installed.
 
     Source: Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization; Dettmers et al. 2022,
     8-bit Optimizers via Block-wise Quantization.
@@ -87,9 +87,9 @@ def bitsandbytes(name: str) -> Any:
 def start_warmup_above_zero(scheduler: Any, warmup: int) -> None:
     """Shift the warm-up of `scheduler` by one step, so that no step has a learning rate of 0.
 
-    Of the `warmup` steps the first then has 1 / warmup of the peak rate and the last the peak.
-    transformers gives the first 0, so that its rollout, or its batch of pairs, teaches nothing.
-    After the warm-up the schedule is unchanged, and so is one that does not begin at 0.
+    The first of the `warmup` steps then has 1 / warmup of the peak rate, and the last has the peak.
+    With transformers the first step has rate 0, so that its rollout, or its batch of pairs, is
+    wasted. After the warm-up the schedule is unchanged, and so is one that does not begin at 0.
     """
     if warmup < 1 or not isinstance(scheduler, LambdaLR):
         return

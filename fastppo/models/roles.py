@@ -1,4 +1,4 @@
-"""Where each role runs (a model, an adapter, a head), and the one way to switch between them."""
+"""What each role runs on (a model, an adapter, a head), and how to switch between roles."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ class Place:
     """What a role runs on, and which of its parameters train."""
 
     model: nn.Module
-    adapter: str | None  # the one that is switched on; None: adapters off, or none there
-    words: str  # for the first lines of a run
+    adapter: str | None  # the active one; None: the model has no adapters, or they are off
+    words: str  # description, for the first lines of a run
     trainable: tuple[nn.Parameter, ...] = ()
 
 
 @dataclass
 class Roles:
-    """The places of all roles, and their heads. `use(role)` is the only way to switch between them.
+    """The places of all roles, and their heads; `use(role)` switches between roles.
 
-    `places` holds actor and reference, the critic where there is one, and every reward that is an
+    `places` has actor and reference, the critic if there is one, and every reward that is an
     adapter on the base.
     """
 
     places: dict[str, Place]
     reward_heads: dict[str, nn.Linear]  # by the reward's role, as in places
-    critic_head: nn.Linear | None  # None: advantages without a critic
+    critic_head: nn.Linear | None  # None if there is no critic
     device: torch.device
     autocast: bool
     notes: list[str] = field(default_factory=list)  # for the first lines of a run
 
     def __post_init__(self) -> None:
-        # PEFT changes requires_grad whenever it switches adapters; _activate sets it by this again.
+        # PEFT changes requires_grad when it switches adapters; _activate restores it from this set.
         self._trainable = {p for place in self.places.values() for p in place.trainable}
         for place in self.places.values():
             fuse_lora_layers(place.model)
@@ -60,12 +60,12 @@ class Roles:
 
     @property
     def model(self) -> nn.Module:
-        """The actor's model: a PEFT model, or with `finetuning_type` freeze and full the base."""
+        """The actor's model: a PEFT model, or the base if `finetuning_type` is freeze or full."""
         return self.places["actor"].model
 
     @property
     def has_critic(self) -> bool:
-        """Whether there is a critic: there is none with advantages from the rewards alone."""
+        """Whether there is a critic; some advantage estimators need none."""
         return self.critic_head is not None
 
     @property
@@ -76,11 +76,11 @@ class Roles:
 
     @contextmanager
     def use(self, role: Role | str) -> Iterator[None]:
-        """Switch to `role` inside the block, and back to the previous role after it.
+        """Inside the block `role` is active; afterwards the previous role is active again.
 
-        `requires_grad` of all roles' parameters stays as it was. The backward of a forward inside
-        the block has to run inside it too: checkpointed layers are recomputed with the adapter that
-        is active then.
+        `requires_grad` of all parameters stays as it was. The backward of a forward inside the
+        block must also run inside it, because checkpointed layers are recomputed with the adapter
+        that is active during the backward.
         """
         previous = self._active
         self._activate(role)
@@ -102,13 +102,13 @@ class Roles:
         self._active = role
 
     def train(self) -> None:
-        """Training mode for models with trainable parameters: activations are checkpointed."""
+        """Set models with trainable parameters to training mode: activations are checkpointed."""
         for place in self.places.values():
             if place.trainable:
                 place.model.train()
 
     def eval(self) -> None:
-        """Evaluation mode for all models: no checkpointing, so generation can use its KV cache."""
+        """Set all models to evaluation mode: no checkpointing, so generation can use a KV cache."""
         for place in self.places.values():
             place.model.eval()
 
@@ -122,8 +122,8 @@ class Roles:
 
         Args:
             input_ids_BT: int64, right-padded rows.
-            mask_BT: 1 at live tokens; None where no live token attends to padding.
-            positions_BT: positions of packed rows, which begin at 0 again with each sequence.
+            mask_BT: 1 at live tokens; None if no live token attends to padding.
+            positions_BT: positions in packed rows; they start at 0 with each sequence.
         """
         packed = {} if positions_BT is None else {"position_ids": positions_BT}
         with self.precision():
@@ -133,7 +133,7 @@ class Roles:
 
     @property
     def product_precision(self) -> Precision:
-        """How the actor's matrix products are rounded under PyTorch's present flags."""
+        """The precision of the actor's matrix products under PyTorch's present flags."""
         base = causal_lm(self.places["actor"].model)
         return product_precision(self.device, base, autocast=self.autocast)
 
@@ -159,12 +159,12 @@ class Roles:
         return lm_head(self.base, torch.bfloat16 if self.autocast else None)
 
     def value(self, hidden_ND: Tensor) -> Tensor:
-        """The critic's values (N,) of hidden states, computed in float32 as the head is."""
+        """The critic's values (N,) of hidden states, computed in the head's dtype, float32."""
         assert self.critic_head is not None
         return self.critic_head(hidden_ND.to(self.critic_head.weight.dtype)).squeeze(-1)
 
-    def trained_parameters(self, role: Role | str) -> list[nn.Parameter]:
-        """The parameters that `role` trains; a critic on the actor's trunk has only its head."""
+    def trainable_parameters(self, role: Role | str) -> list[nn.Parameter]:
+        """The parameters that `role` trains; a critic on the actor's trunk trains only its head."""
         parameters = [] if role not in self.places else list(self.places[role].trainable)
         if role == "critic" and self.critic_head is not None:
             if self.shares_trunk:
@@ -173,20 +173,20 @@ class Roles:
         return parameters
 
     def table(self, reward: str) -> list[tuple[str, str, int]]:
-        """Role, description and number of trainable parameters of each, for a run's first lines.
+        """A row for each role: name, description and number of trainable parameters.
 
-        `reward` describes the rewards, of which not all have a place here.
+        `reward` is the description of the rewards, because some of them have no place here.
         """
         words = {role: place.words for role, place in self.places.items()}
         words = {"critic": "none", **words, "reward": reward}
         return [
-            (role, words[role], sum(p.numel() for p in self.trained_parameters(role)))
+            (role, words[role], sum(p.numel() for p in self.trainable_parameters(role)))
             for role in ("actor", "reference", "reward", "critic")
         ]
 
     @torch.no_grad()
     def check_head(self, input_ids_T: list[int]) -> None:
-        """Refuse a model whose logits are not what `lm_head` gives of its hidden states."""
+        """Raise UserError if a model's logits are not `lm_head` applied to its hidden states."""
         ids = torch.tensor([input_ids_T[:16]], device=self.device)
         for role in ("actor", "reference"):
             with self.use(role):
@@ -199,7 +199,7 @@ class Roles:
                 )
 
     def _head_error(self, ids_BT: Tensor) -> float:
-        """Difference of one log-prob by `lm_head` and by the active model's own logits."""
+        """Absolute difference of one log-prob by `lm_head` and by the active model's own logits."""
         hidden = self.hidden(ids_BT, torch.ones_like(ids_BT))[0, -1:]
         with self.precision():
             logits = self.base(input_ids=ids_BT, use_cache=False).logits[0, -1:].float()

@@ -1,8 +1,8 @@
-"""How far two correct passes over the same tokens may differ, by the precision of their products.
+"""How much two correct passes over the same tokens may differ, by the precision of their products.
 
-Two passes with the same weights can have products of different shapes, which different kernels
-compute; their results then differ by rounding. One table of limits serves all comparisons: of
-scoring and update, of sampler and scoring, and of the output head alone with the whole model.
+Two passes with the same weights can multiply matrices of different shapes, for which libraries run
+different kernels; their results then differ by rounding. One table of limits is used for all
+comparisons: scoring with update, sampler with scoring, and the output head with the whole model.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class Limits:
     """The largest differences that rounding explains.
 
     Attributes:
-        log_ratio: mean |log ratio| of the first pass, before any optimiser step; ten times it
-            stops the run.
+        log_ratio: mean |log ratio| of the first pass, before any optimiser step; a run stops at ten
+            times this limit.
         sampler_gap: mean |difference| of the sampler's log-probs and the trainer's.
-        head: difference of one log-prob by the head alone and by the whole model.
+        head: |difference| of one log-prob by the head alone and by the whole model.
     """
 
     log_ratio: float
@@ -42,10 +42,11 @@ LIMITS: dict[Precision, Limits] = {
 def product_precision(device: torch.device, base: Any, *, autocast: bool) -> Precision:
     """The lowest precision in which a layer of `base` multiplies matrices on `device`.
 
-    `autocast` is whether the run autocasts to bfloat16. An autocast that is already active counts
-    too, and so do PyTorch's flags for float32 (`tf32: true`, `torch.set_float32_matmul_precision`,
-    `allow_tf32`). float16 counts as TF32, whose significand is as long. On a GPU bitsandbytes'
-    8-bit layers round activations to 8 bits; its 4-bit layers multiply in the dtype of the run.
+    `autocast` says whether the run autocasts to bfloat16. An autocast that is already active also
+    counts, and so do PyTorch's flags for float32 (`tf32: true`,
+    `torch.set_float32_matmul_precision`, `allow_tf32`). float16 counts as TF32, which has the same
+    number of significant bits. On a GPU bitsandbytes' 8-bit layers round activations to 8 bits,
+    which counts as bfloat16; its 4-bit layers multiply in the dtype of the run.
     """
     if autocast or (device.type == "cuda" and getattr(base, "is_loaded_in_8bit", False)):
         return "bfloat16"
@@ -58,7 +59,7 @@ def product_precision(device: torch.device, base: Any, *, autocast: bool) -> Pre
 def float32_precision(device: torch.device) -> Precision:
     """The precision that PyTorch's flags allow for products of float32 matrices on `device`."""
     backend: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
-    # PyTorch before 2.9 has one flag for all; later ones may refuse to read it.
+    # PyTorch before 2.9 has one flag for all backends; later versions may refuse to read it.
     named = getattr(getattr(backend, "matmul", None), "fp32_precision", None)
     if named is None:
         named = torch.get_float32_matmul_precision()

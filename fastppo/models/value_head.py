@@ -16,7 +16,7 @@ VALUE_HEAD_FILE = HEAD_FILES[0]
 
 
 def new_value_head(hidden_size: int, device: torch.device) -> nn.Linear:
-    """A new head whose value is 0 for every state, so that it adds no noise to first advantages."""
+    """A new head that gives 0 for every state, so that it adds no noise to the first advantages."""
     head = nn.Linear(hidden_size, 1).to(device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
@@ -24,7 +24,7 @@ def new_value_head(hidden_size: int, device: torch.device) -> nn.Linear:
 
 
 def read_value_head(folder: Path, key: str) -> tuple[Tensor, Tensor]:
-    """Weight (1, D) and bias (1,) of the value head in `folder`; safetensors wins over .bin.
+    """Weight (1, D) and bias (1,) of the value head in `folder`; a .bin is the second choice.
 
     `key` is the setting that named the folder, for the error.
     """
@@ -35,7 +35,7 @@ def read_value_head(folder: Path, key: str) -> tuple[Tensor, Tensor]:
     try:
         if path.suffix == ".safetensors":
             tensors = load_file(path)
-        else:  # tensors only: a pickle that would run code is refused
+        else:  # weights_only: a pickle cannot run code
             tensors = torch.load(path, map_location="cpu", weights_only=True)
         weight, bias = tensors["v_head.summary.weight"], tensors["v_head.summary.bias"]
         shapes = weight.dim(), tuple(bias.shape)
@@ -51,7 +51,7 @@ def read_value_head(folder: Path, key: str) -> tuple[Tensor, Tensor]:
 def load_value_head(
     folder: Path, hidden_size: int, device: torch.device, key: str = "reward_model"
 ) -> nn.Linear:
-    """The value head that stage rm, or LLaMA-Factory, wrote into `folder`, on `device`."""
+    """The value head that stage rm or LLaMA-Factory saved in `folder`, on `device`."""
     weight, bias = read_value_head(folder, key)
     if weight.shape != (1, hidden_size):
         raise UserError(
@@ -66,7 +66,7 @@ def load_value_head(
 
 
 def value_head_state(head: nn.Linear) -> dict[str, Tensor]:
-    """The head's weight and bias under LLaMA-Factory's names, on the CPU, to be saved."""
+    """The head's weight and bias by LLaMA-Factory's names, on the CPU."""
     return {
         "v_head.summary.weight": head.weight.detach().cpu().contiguous(),
         "v_head.summary.bias": head.bias.detach().cpu().contiguous(),

@@ -1,4 +1,4 @@
-"""Activations and frozen weights in host memory; used alone or by the trainer."""
+"""Keep activations and frozen weights in host memory; usable in any trainer."""
 
 from fastppo.offload.activations import ActivationOffload
 from fastppo.offload.frozen import stream

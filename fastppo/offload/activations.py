@@ -1,4 +1,4 @@
-"""Activations out of the device's memory: recomputed, moved to host memory, or both.
+"""Reduce the device memory of activations: recompute them, move them to host memory, or both.
 
 For any PyTorch model with a list of layers, in any trainer:
 
@@ -17,8 +17,8 @@ For any PyTorch model with a list of layers, in any trainer:
 | `offload`            | a few layers' tensors                        | the bus: PCIe-bound     |
 | `checkpoint+offload` | a few layers' inputs                         | a second forward        |
 
-Gradients are the same, bit for bit, in all of them. Only what happens inside the layers is touched:
-embeddings, the head and a fused loss behind it keep their buffers where they are.
+Gradients are bit for bit the same in all modes. Only activations inside the layers are affected;
+embeddings, the head and a fused loss keep theirs on the device.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CACHES = ("past_key_values", "past_key_value", "layer_past")
 
 
 class _InsideLayer(threading.local):
-    """Whether this thread is inside a wrapped layer: layers that it calls are not wrapped again."""
+    """Whether this thread runs a wrapped layer; layers that this layer calls are run unwrapped."""
 
     now = False
 
@@ -63,28 +63,30 @@ def _mark_inside_layer() -> Iterator[None]:
 class ActivationOffload:
     """Context manager inside which the model's layers save less on the device for the backward.
 
-    The backward may run inside or after it. Forwards without gradient pass through untouched; so do
-    layers below the lowest trained parameter. Several micro-batches, several forwards before a
-    backward, forwards that fail or are never followed by a backward leave nothing behind. Entered
-    twice, it acts once; of two around one model, the one entered last acts.
+    The backward may run inside or after the context. Forwards without gradient are not affected,
+    nor are layers below the lowest trainable parameter. Several forwards before a backward are
+    allowed; forwards that fail or have no backward leak no memory. Entering the same object twice
+    has no further effect; if two objects wrap one model, the one entered last is active.
 
     Args:
-        model: any module; its layers are found as the `nn.ModuleList` with the most parameters.
-        mode: see the module's table; not `auto`, which the trainer's memory plan resolves.
-        layers: the layers, in the order in which they run, where finding them is not enough.
-        keep_last: number of last layers whose tensors stay: the backward reads them first.
-        in_flight: most tensors that are copied to the host at a time; then compute waits.
-        min_bytes: smaller tensors stay on the device.
-        offload_dir: a folder for memory-mapped files, in place of (pinned) host memory.
-        streams: what orders the copies; None is what the device has.
+        model: any module; its layers are the `nn.ModuleList` with the most parameters.
+        mode: see the module's table; `auto` is not allowed (only the trainer resolves it).
+        layers: the layers in the order in which they run, if they are not found as above.
+        keep_last: number of last layers whose tensors stay on the device, >= 0: the backward needs
+            them first.
+        in_flight: largest number of tensors that are being copied to the host, >= 1; then compute
+            waits.
+        min_bytes: tensors of fewer bytes stay on the device.
+        offload_dir: a folder for memory-mapped files, used instead of (pinned) host memory.
+        streams: the streams for copies; None uses the device's.
 
     Raises:
-        ValueError: an unknown mode, no layers, or layers that checkpoint by themselves; and, from
-            the forward, a KV cache where layers are checkpointed: they would write it twice.
-        RuntimeError: from the forward, a saved tensor was modified in place while it was copied.
+        ValueError: an unknown mode, no layers, or layers that already checkpoint themselves; in the
+            forward, a KV cache with checkpointed layers, which would write it twice.
+        RuntimeError: in the forward, a saved tensor was modified in place while it was copied.
 
-    Source: Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost; Rhu et al. 2016, vDNN,
-    for the offload and prefetch on a stream of their own.
+    Source: Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost (checkpointing); Rhu et
+    al. 2016, vDNN (offload and prefetch on a separate stream).
     """
 
     def __init__(
@@ -131,12 +133,12 @@ class ActivationOffload:
 
     @property
     def bytes_back(self) -> int:
-        """Bytes copied back so far."""
+        """Bytes copied back to the device so far."""
         return sum(tensors.bytes_back for tensors in self._host_tensors.values())
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of host buffers; constant once the longest batch has been seen."""
+        """Bytes of the host buffers; constant after the longest batch."""
         return sum(tensors.ring.nbytes for tensors in self._host_tensors.values())
 
     def _install(self) -> None:
@@ -188,7 +190,7 @@ class ActivationOffload:
             )
             return _OffloadedInput(handle, value.requires_grad)
 
-        # Masks and rotary angles come as keywords and are one tensor for all layers: they stay.
+        # Masks and rotary angles are keyword arguments, one tensor for all layers: they stay.
         call = _LayerCall(
             forward,
             tuple(offload_input(value, True) for value in args),
@@ -200,8 +202,8 @@ class ActivationOffload:
         )
         values = (*args, *kwargs.values())
         tensors = [value for value in values if isinstance(value, Tensor)]
-        # checkpoint reads the device, and with it whose random state to keep, off its arguments.
-        # It is not given the inputs themselves: how it saves those differs between torch versions.
+        # checkpoint finds the device, whose random state it keeps, from its tensor arguments. It
+        # does not get the inputs themselves, which torch versions save in different ways.
         anchors = [tensor.detach().new_empty(0) for tensor in tensors[:1]]
         return checkpoint(call, *anchors, use_reentrant=False)
 
@@ -235,10 +237,10 @@ class ActivationOffload:
 def wrap(
     model: nn.Module, mode: str, *, offload_dir: str | Path | None = None
 ) -> ActivationOffload:
-    """Set the mode of a model until the next call; it is stored as `model.activation_offload`.
+    """Set a model's mode until the next call of `wrap`.
 
     Returns:
-        The entered ActivationOffload.
+        The ActivationOffload, already entered; it is also stored as `model.activation_offload`.
     """
     known = getattr(model, "activation_offload", None)
     if known is not None and known.mode == mode:
@@ -261,7 +263,7 @@ class _OffloadedInput:
 
 
 class _LayerCall:
-    """A layer's forward: the first call uses the given inputs, later ones fetch the offloaded."""
+    """A layer's forward: the first call uses the given inputs, later calls fetch the offloaded."""
 
     def __init__(
         self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], now: Any
@@ -279,7 +281,7 @@ class _LayerCall:
 
 
 def _is_dense_activation(value: Any) -> bool:
-    """Whether a value is a dense floating-point tensor: no parameter, no subclass."""
+    """Whether a value is a dense floating-point tensor, not a parameter and not a subclass."""
     return (
         type(value) is Tensor
         and value.layout == torch.strided

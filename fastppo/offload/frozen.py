@@ -1,13 +1,12 @@
-"""A frozen model that does not fit: its layers lie in host memory and pass through the device.
+"""Stream a frozen model that does not fit: its layers are copied to the device when they run.
 
     reward_model = stream(AutoModel.from_pretrained(...), torch.device("cuda"))
     with torch.no_grad():
         hidden = reward_model(input_ids=ids).last_hidden_state
 
-While a layer computes, the next one is copied into the other of two slots. On the device are those
-two slots and what is not a layer: embeddings, norms, a head. accelerate's `cpu_offload` serves the
-same end without this overlap: it copies each module when it is called, from unpinned memory, on the
-compute stream.
+There are two slots on the device: while a layer computes in one, the next layer is copied into the
+other. Embeddings, norms and head stay on the device. accelerate's `cpu_offload` has no such
+overlap: it copies each module when it is called, from unpinned memory, on the compute stream.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ class PackedLayer:
         self.point_to(self.host)
 
     def point_to(self, room: Tensor) -> None:
-        """Point the layer's tensors at the packed bytes in `room`, a host or device buffer."""
+        """Make the layer's tensors views of the packed bytes in `room`, a host or device buffer."""
         for tensor, view in zip(self.tensors, self._views(room), strict=True):
             tensor.data = view
 
@@ -59,12 +58,12 @@ class PackedLayer:
 
 
 class StreamedModel:
-    """A frozen model whose layers are streamed from host memory; `stream` makes one.
+    """A frozen model whose layers are streamed from host memory; made by `stream`.
 
     Attributes:
-        bytes_moved: copied to the device so far.
-        host_bytes: in host memory.
-        device_bytes: the two slots.
+        bytes_moved: bytes copied to the device so far.
+        host_bytes: bytes of the layers in host memory.
+        device_bytes: bytes of the two slots on the device.
     """
 
     def __init__(
@@ -115,8 +114,8 @@ class StreamedModel:
             slot = self._fetch(index, avoid=None)
             self.streams.wait(slot.arrived)
             self.packed[index].point_to(slot.room)
-            # The layer before this one has been given to the compute stream whole, so the copy
-            # into its slot waits for it; after the last layer comes the first, of the next batch.
+            # All work of the previous layer is queued on the compute stream, so the copy into its
+            # slot waits for it. After the last layer comes the first, for the next batch.
             self._fetch((index + 1) % len(self.layers), avoid=slot)
 
         return enter
@@ -128,7 +127,7 @@ class StreamedModel:
         return leave
 
     def _fetch(self, index: int, avoid: DeviceSlot | None) -> DeviceSlot:
-        """The slot that holds a layer, after starting its copy if need be; `avoid` is in use."""
+        """The slot of a layer; starts the layer's copy if necessary, but not into slot `avoid`."""
         for slot in self.slots:
             if slot.layer == index:
                 return slot
@@ -148,7 +147,7 @@ def place_frozen(
     """Move a frozen model to the device or, with `streamed`, stream its layers; returns it."""
     if not streamed:
         return model.requires_grad_(False).eval().to(device)
-    # Kept on the model: nobody else needs it, and it has to live as long.
+    # Stored on the model, because it must live as long as the model.
     cast(Any, model).streamed = stream(model, device, offload_dir=offload_dir)
     return model
 
@@ -161,17 +160,17 @@ def stream(
     offload_dir: str | Path | None = None,
     streams: Streams | None = None,
 ) -> StreamedModel:
-    """Freeze a model that lies in host memory and run its layers on `device`, forward only.
+    """Freeze a model in host memory and stream its layers to `device`; forward only.
 
     Args:
-        model: its layers are found as the `nn.ModuleList` with the most parameters. It must not
-            have been moved to the device; what is not a layer is moved here.
-        device: where it computes.
-        layers: the layers in the order in which they run, where finding them is not enough.
-        offload_dir: a folder for memory-mapped files, in place of pinned host memory.
-        streams: what orders the copies; None is what the device has.
+        model: a model in host memory; its layers are the `nn.ModuleList` with the most parameters.
+            Everything outside the layers is moved to the device.
+        device: the device that computes.
+        layers: the layers in the order in which they run, if they are not found as above.
+        offload_dir: a folder for memory-mapped files, used instead of pinned host memory.
+        streams: the streams for copies; None uses the device's.
 
     Raises:
-        ValueError: no layers; and, from the forward, a gradient is asked for.
+        ValueError: the model has no layers; in the forward, a gradient is required.
     """
     return StreamedModel(model, device, layers=layers, offload_dir=offload_dir, streams=streams)

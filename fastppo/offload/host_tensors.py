@@ -1,4 +1,4 @@
-"""Tensors offloaded to host memory and fetched back, the one needed next prefetched."""
+"""Offload tensors to host memory and fetch them back, with prefetching."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastppo.offload.streams import Event, HostMemory, Ring, Streams, storage_by
 
 
 class LayerGroup:
-    """The tensors that one layer offloaded; they are fetched together, then the layer below's."""
+    """The tensors that one layer has offloaded; they are fetched together."""
 
     def __init__(self) -> None:
         self.storages: list[weakref.ref[OffloadedStorage]] = []
@@ -23,14 +23,14 @@ class LayerGroup:
         self.prefetched = False
 
     def fetch(self) -> None:
-        """Start copies back of all of them, the last first: the backward reads it first."""
+        """Start the copies back of all tensors, the last one first, as the backward reads them."""
         for ref in reversed(self.storages):
             storage = ref()
             if storage is not None:
                 storage.fetch()
 
     def prefetch(self) -> None:
-        """Fetch this group and the previous one; called with every read, only the first acts."""
+        """Fetch this group and the previous layer's; only the first call has an effect."""
         if self.prefetched:
             return
         self.prefetched = True
@@ -41,10 +41,10 @@ class LayerGroup:
 
 
 class OffloadedStorage:
-    """A storage: on the device (`on_device`), in host memory (`host`), or being copied.
+    """A storage that is on the device (`on_device`), in host memory (`host`), or being copied.
 
-    It lives as long as a tensor that views it, so a graph that is freed releases device and host
-    memory whether its backward ran or not, after a failed forward too.
+    It lives as long as the tensors that view it. So freeing an autograd graph also frees device and
+    host memory, even if its backward never ran or its forward failed.
     """
 
     def __init__(self, tensors: HostTensors, tensor: Tensor, *, keep: bool) -> None:
@@ -54,7 +54,7 @@ class OffloadedStorage:
         self.device = tensor.device
         self.alias = StorageWeakRef(tensor.untyped_storage())
         self.version = tensor._version
-        self.source: Tensor | None = tensor.detach()  # shares the version
+        self.source: Tensor | None = tensor.detach()  # shares the tensor's version counter
         self.host: Tensor | None = None
         self.event: Event = None
         self.in_flight = self.arriving = False
@@ -69,7 +69,7 @@ class OffloadedStorage:
             tensors.bytes_out += self.nbytes
 
     def release_device_copy(self) -> None:
-        """Release the device's copy, once compute is ordered behind the copy to the host.
+        """Release the device's copy; compute must already wait for the copy to the host.
 
         Raises:
             RuntimeError: the tensor was modified in place while it was copied.
@@ -85,19 +85,19 @@ class OffloadedStorage:
         self._drop()
 
     def fetch(self) -> None:
-        """Start the copy back to the device, unless it is there or on its way."""
+        """Start the copy back to the device, unless it is there or has been started."""
         if self.on_device is not None or self.host is None:
             return
         streams = self.owner.streams
-        # Made on the compute stream, whose earlier work may still be using that memory: hence
-        # `after`. For the same reason compute may reuse it without waiting.
+        # Allocated on the compute stream, whose earlier work may still use that memory, so the copy
+        # waits for `after`; compute may reuse the memory later without waiting.
         self.on_device = torch.empty(self.nbytes, dtype=torch.uint8, device=self.device)
         self.event = streams.copy(self.on_device, self.host[: self.nbytes], streams.compute_event())
         self.in_flight = self.arriving = True
         self.owner.bytes_back += self.nbytes
 
     def read(self) -> Tensor:
-        """The bytes on the device, fetched if need be; the last reader gets the only reference."""
+        """The bytes on the device, fetched if necessary; the last read frees the host's copy."""
         if self.on_device is None:
             self.fetch()
         if self.arriving and self.in_flight:
@@ -119,7 +119,7 @@ class OffloadedStorage:
         self.in_flight = self.arriving = False
 
     def __del__(self) -> None:
-        with suppress(Exception):  # at the interpreter's end modules are gone
+        with suppress(Exception):  # at the interpreter's exit, modules may be gone
             self._drop()
             self.owner.discard(self)
             if self.host is not None:
@@ -136,7 +136,7 @@ class OffloadedTensor:
         self.size, self.stride = tensor.size(), tensor.stride()
 
     def get(self) -> Tensor:
-        """The tensor on the device: same bits and strides, no graph."""
+        """The tensor on the device, with the same bits and strides and without autograd graph."""
         self.group.prefetch()
         on_device = self.storage.read()
         tensor = torch.empty(0, dtype=self.dtype, device=on_device.device)
@@ -144,13 +144,13 @@ class OffloadedTensor:
 
 
 class HostTensors:
-    """Offloads the tensors of one device, with a ring of host buffers and a side stream of its own.
+    """Offloads the tensors of one device, with its own ring of host buffers and side stream.
 
     Args:
-        device: of the tensors.
-        in_flight: most copies to the host at a time.
-        folder: for memory-mapped files, in place of host memory.
-        streams: what orders the copies; None is what the device has.
+        device: the tensors' device.
+        in_flight: largest number of copies to the host at a time.
+        folder: a folder for memory-mapped files, used instead of host memory.
+        streams: the streams for copies; None uses the device's.
 
     Attributes:
         bytes_out, bytes_back: bytes copied to the host, and back, so far.
@@ -176,9 +176,9 @@ class HostTensors:
         """Start copying a tensor's storage to the host, once for all tensors that share it.
 
         Args:
-            tensor: on the device.
-            group: that of the layer which saves it.
-            keep: leave it on the device.
+            tensor: a tensor on the device.
+            group: the group of the layer that saves it.
+            keep: whether to leave it on the device.
         """
         storage = self._find(tensor)
         if storage is None:
@@ -200,12 +200,12 @@ class HostTensors:
     def _find(self, tensor: Tensor) -> OffloadedStorage | None:
         ref = self._of_storage.get(tensor.untyped_storage()._cdata)
         storage = None if ref is None else ref()
-        # The same address is the same storage: the storage's weak reference (`alias`) keeps it from
-        # being given to another. The same bytes it is only while nobody has written to it.
+        # The same address means the same storage: the weak reference (`alias`) keeps the address
+        # from being reused. The bytes are the same only if the version is.
         return storage if storage is not None and storage.version == tensor._version else None
 
     def discard(self, storage: OffloadedStorage) -> None:
-        """Forget a released storage; its address may be offloaded anew."""
+        """Remove a released storage, so that its address can be offloaded again."""
         ref = self._of_storage.get(storage.alias.cdata)
         if ref is not None and ref() in (None, storage):
             del self._of_storage[storage.alias.cdata]

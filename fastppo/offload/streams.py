@@ -1,8 +1,8 @@
 """A side stream for copies between device and host, and the host memory that they use.
 
-Activations and frozen models are copied between device and host through a `Streams`: on an
-accelerator its copies overlap with compute, on a CPU they happen at once, and the tests put a
-recorder in its place to see the order of copies and waits.
+Activations and frozen models are copied between device and host through a `Streams`. On an
+accelerator its copies overlap with compute; on a CPU they run immediately. Tests replace it with a
+recorder of copies and waits.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ Event = Any
 
 
 class Streams(Protocol):
-    """The compute stream, a side stream, and the events that order one after the other."""
+    """The compute stream, a side stream, and events with which one waits for the other."""
 
     def compute_event(self) -> Event:
-        """An event recorded after all work that is queued on the compute stream."""
+        """An event after all work that is queued on the compute stream now."""
 
     def copy(self, target: Tensor, source: Tensor, after: Event) -> Event:
-        """Copy on the side stream after the event `after`; returns the event of the copy's end."""
+        """Copy on the side stream after the event `after`; returns an event at the copy's end."""
 
     def wait(self, event: Event) -> None:
-        """Order later work of the compute stream after `event`; the host does not wait."""
+        """Make later work of the compute stream wait for `event`; the host does not wait."""
 
 
 class HostStreams:
-    """A CPU: a copy is over when the call returns, and there is nothing to wait for."""
+    """The streams of a CPU: a copy is complete when the call returns; waiting does nothing."""
 
     def compute_event(self) -> Event:
         return None
@@ -51,10 +51,10 @@ class HostStreams:
 
 
 class DeviceStreams:
-    """An accelerator with streams. One side stream carries both directions.
+    """The streams of an accelerator, with one side stream for both directions.
 
-    So copies run in the order in which they were asked for, and a host buffer may be written again
-    as soon as its last copy has been asked for: no event is needed for that.
+    So copies run in the order in which they are queued, and a host buffer may be reused as soon as
+    its last copy is queued, without an event.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -86,10 +86,10 @@ def streams_of(device: torch.device) -> Streams:
 
 
 class HostMemory:
-    """Makes host buffers: pinned for an accelerator, plain for a CPU, mapped files in `folder`.
+    """Allocates host buffers: pinned for an accelerator, plain for a CPU, or files in `folder`.
 
-    A file is removed from its folder as soon as it is mapped: its space is given back when the
-    process ends, however it ends.
+    A file is deleted from its folder as soon as it is mapped, so that its space is freed when the
+    process ends for any reason.
     """
 
     def __init__(self, device: torch.device, folder: str | Path | None = None) -> None:
@@ -97,17 +97,17 @@ class HostMemory:
         self.folder = None if folder is None else Path(folder)
 
     def rounded(self, nbytes: int) -> int:
-        """A capacity that batches of about one length share, at least `nbytes`.
+        """`nbytes` rounded up, so that batches of similar length have buffers of the same size.
 
-        PyTorch rounds pinned memory up to a power of two; other memory need not pay for that, so
-        there are eight sizes between two powers.
+        Pinned memory is rounded to a power of two, as PyTorch does anyway; other memory is rounded
+        to one of eight sizes between two powers.
         """
         power = 1 << max(6, (nbytes - 1).bit_length())
         step = power if self.pin else power // 16
         return -(-nbytes // step) * step
 
     def empty(self, nbytes: int) -> Tensor:
-        """A buffer, uint8 (nbytes,)."""
+        """An uninitialised buffer, uint8 (nbytes,)."""
         if self.folder is None:
             return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.pin)
         try:
@@ -121,16 +121,15 @@ class HostMemory:
             os.close(handle)
             return torch.from_file(name, shared=True, size=nbytes, dtype=torch.uint8)
         finally:
-            with suppress(OSError):  # Windows keeps a mapped file
+            with suppress(OSError):  # Windows cannot delete a mapped file
                 os.unlink(name)
 
 
 class Ring:
     """A pool of host buffers that are reused.
 
-    Capacities are rounded up, so batches of about one length share their buffers. A longer batch
-    puts its buffers in the place of shorter ones: there are never more than were in use at the same
-    time.
+    Sizes are rounded up, so batches of similar length use the same buffers. A longer batch replaces
+    shorter buffers by its own: there are never more buffers than were in use at the same time.
     """
 
     def __init__(self, memory: HostMemory) -> None:
@@ -140,10 +139,10 @@ class Ring:
         self.nbytes = 0
 
     def acquire(self, nbytes: int) -> Tensor:
-        """A buffer of at least nbytes, the smallest free one that will do."""
+        """A buffer of at least nbytes: the smallest free one that is large enough, or a new one."""
         sizes = [buffer.numel() for buffer in self.free]
         fits = [(size, i) for i, size in enumerate(sizes) if size >= nbytes]
-        # By position, and `release` only appends: a destructor may call it in between.
+        # By index: a destructor may call `release` in between, which only appends.
         if fits:
             return self.free.pop(min(fits)[1])
         if sizes:

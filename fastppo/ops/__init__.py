@@ -1,4 +1,4 @@
-"""PPO's arithmetic for language models as a handful of operators; needs torch and nothing else."""
+"""Operators for PPO on language models: log-probs, losses, advantages; needs only torch."""
 
 from fastppo.ops.advantages import Advantages, advantages
 from fastppo.ops.backends import Scores

@@ -1,4 +1,4 @@
-"""From scores and log-probs to whitened advantages: the KL-shaped reward, GAE, returns."""
+"""From scores and log-probs to whitened advantages: rewards with a KL penalty, GAE, returns."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from fastppo.ops.backends import BACKENDS
 from fastppo.ops.config import KL_KINDS, check_kl_kind
 from fastppo.ops.registered import register
 
-KL_LIMIT: Final = 20.0  # where k3 clamps the log ratio
+KL_LIMIT: Final = 20.0  # k3 clamps the log ratio to +-this
 
 
 class Advantages(NamedTuple):
-    """All (N,) and without gradient; rewards are those that the returns were made of."""
+    """Result of `advantages`: all (N,), without gradient; returns are computed from `reward_N`."""
 
     advantage_N: Tensor
     return_N: Tensor
@@ -54,25 +54,26 @@ def advantages(
 ) -> Advantages:
     r"""Advantages, returns, rewards and KL of a rollout's packed tokens, in the score's units.
 
-        r_t = -kl_coef * kl_t + extra_t,    plus score at a sequence's last token
-        A, R = GAE(r, V),    then A is whitened over the whole batch, R is not
+        r_t = -kl_coef * kl_t + extra_t,    plus the score at a sequence's last token
+        A, R = GAE(r, V),    then A is whitened over the whole batch; R is not
+
 
     Args:
         score_B: float (B,), score of each response.
         logprob_N: float (N,), log-prob of each sampled token under the policy that sampled.
         ref_logprob_N: float (N,), the same under the reference.
         value_N: float (N,), V of the state before each token.
-        offsets: int32 (B+1,), where each sequence starts; a sequence without tokens loses its
-            score.
+        offsets: int32 (B+1,), where each sequence starts; the score of a sequence without tokens is
+            ignored.
         kl_coef: beta >= 0, a float or a 0-d tensor.
-        kl_kind: "k1", "abs", "k2" or "k3": how kl_t is estimated from the two log-probs.
-        kl_N: float (N,), an exact KL to take in its place.
-        extra_reward_N: float (N,), further rewards by token.
+        kl_kind: "k1", "abs", "k2" or "k3": the estimate of kl_t from the two log-probs.
+        kl_N: float (N,), an exact KL to use instead of the estimate.
+        extra_reward_N: float (N,), an additional reward for each token.
         gamma: discount, in [0, 1].
         lam: trace decay, in [0, 1].
         bootstrap_value_B: float (B,), see `gae`.
-        whiten_rewards: scale rewards to variance 1 before GAE; their mean stays.
-        whiten_advantages: shift and scale advantages to mean 0 and variance 1.
+        whiten_rewards: whether to scale rewards to variance 1 before GAE; their mean stays.
+        whiten_advantages: whether to shift and scale advantages to mean 0 and variance 1.
         backend: "triton", "native" or "torch"; None chooses by device.
 
     Returns:
@@ -80,8 +81,8 @@ def advantages(
         without gradient.
 
     Raises:
-        ValueError: shapes that disagree, another kind, a setting out of range.
-        TypeError: inputs that hold no floats, offsets that hold no integers.
+        ValueError: shapes that disagree, an unknown kind, a setting out of range.
+        TypeError: inputs that are not floating point, offsets that are not integers.
 
     Source: Stiennon et al. 2020, Learning to Summarize from Human Feedback, section 3.4 (KL in the
     reward); Schulman et al. 2016, eq. 16 (GAE).

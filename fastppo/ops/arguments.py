@@ -1,7 +1,7 @@
-"""What operators take: by name, checked on the host, and refused in one line.
+"""Arguments of the operators, and their checks on the host.
 
-A refusal says the op, the argument, what was wanted and what came. Only what the host knows is
-checked (shapes, dtypes, devices): reading a value would wait for the device.
+An error names the op, the argument, what was expected and what was given. Only what the host knows
+is checked (shapes, dtypes, devices), because reading a value would wait for the device.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ IGNORE_INDEX: Final = -100
 
 
 class RowArguments(NamedTuple):
-    """What a row of logits needs to become a log-prob."""
+    """What is needed to compute log-probs from logits."""
 
     token_N: Tensor
     temperature: float | Tensor
@@ -27,7 +27,7 @@ class RowArguments(NamedTuple):
 
 
 class LossArguments(NamedTuple):
-    """What a log-prob needs to become PPO's loss."""
+    """What is needed to compute PPO's loss from log-probs."""
 
     behaviour_logprob_N: Tensor
     advantage_N: Tensor
@@ -51,17 +51,17 @@ class LossArguments(NamedTuple):
 
     @property
     def has_kl(self) -> bool:
-        """Whether the KL may have a weight; a tensor is never asked."""
+        """Whether the KL may have a weight other than 0; a tensor's value is not read."""
         return self.ref_logprob_N is not None and not _is_zero(self.kl_coef)
 
     @property
     def has_entropy(self) -> bool:
-        """Whether the entropy may have a weight; a tensor is never asked."""
+        """Whether the entropy may have a weight other than 0; a tensor's value is not read."""
         return not _is_zero(self.entropy_coef)
 
 
 class GaeArguments(NamedTuple):
-    """See `fastppo.ops.gae`."""
+    """Arguments of `fastppo.ops.gae`."""
 
     reward_N: Tensor
     value_N: Tensor
@@ -73,7 +73,7 @@ class GaeArguments(NamedTuple):
 
 
 class AdvantagesArguments(NamedTuple):
-    """See `fastppo.ops.advantages`."""
+    """Arguments of `fastppo.ops.advantages`."""
 
     score_B: Tensor
     logprob_N: Tensor
@@ -103,22 +103,22 @@ def stat_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def constant(tensor: Tensor) -> Tensor:
-    """The tensor out of autograd's sight."""
+    """The tensor without gradient."""
     return tensor.detach() if tensor.requires_grad else tensor
 
 
 def rows_of(x_NV: Tensor) -> Tensor:
-    """The matrix with neighbouring logits side by side; a copy only where they were not."""
+    """The matrix with stride 1 between the logits of a row; copied only if necessary."""
     return x_NV if x_NV.shape[1] <= 1 or x_NV.stride(1) == 1 else x_NV.contiguous()
 
 
 def live_rows(rows: RowArguments, weight_N: Tensor | None = None) -> Tensor:
-    """Which rows take part: a token that is not ignored, and a weight that is not 0."""
+    """Mask (N,) of the rows that count: their token is not ignored and their weight is not 0."""
     live_N = rows.token_N != rows.ignore_index
     return live_N if weight_N is None else live_N & (weight_N != 0)
 
 
-# What `choose` said, by what it looks at.
+# Cached results of `choose`.
 _chosen: dict[tuple[str | None, str, bool], str] = {}
 
 
@@ -136,10 +136,10 @@ def chosen_backend(op: str, backend: str | None, *tensors: Tensor | None) -> str
 
 
 def is_traced(x: Tensor) -> bool:
-    """Whether a tracer looks on, or the tensor has no values: then operators are called through
-    torch.library, which knows their shapes and gradients without running them.
+    """Whether the call is being traced, or the tensor has no values: then operators are called
+    through torch.library, which knows their shapes and gradients without running them.
 
-    Everything else goes straight to the backend: torch.library costs more than the launch.
+    Other calls go directly to the backend, because torch.library costs more than the launch.
     """
     return (
         torch.compiler.is_compiling()
@@ -155,7 +155,7 @@ def show(shape: tuple[int, ...]) -> str:
 
 
 def check_floating(op: str, name: str, tensor: Tensor, *, ndim: int) -> None:
-    """`tensor` holds floats and has `ndim` dimensions."""
+    """Check that `tensor` is floating point and has `ndim` dimensions."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, came {type(tensor).__name__}")
     if not tensor.is_floating_point():
@@ -171,7 +171,7 @@ def check_floating(op: str, name: str, tensor: Tensor, *, ndim: int) -> None:
 def check_vector(
     op: str, name: str, tensor: Tensor | None, like: Tensor, *, n: int, mask: bool = False
 ) -> None:
-    """`tensor`, if given, is (n,) on the device of `like`: floats, or anything for a mask."""
+    """Check that `tensor`, if given, is (n,), on the device of `like`, and floats unless a mask."""
     if tensor is None:
         return
     if not isinstance(tensor, Tensor):
@@ -189,7 +189,7 @@ def check_device(op: str, name: str, tensor: Tensor, like: Tensor) -> None:
 
 
 def check_scalar(op: str, name: str, value: float | Tensor | None, like: Tensor) -> None:
-    """A float, or a 0-d tensor of floats on the device of `like`."""
+    """Check that `value` is a float, or a 0-d floating-point tensor on the device of `like`."""
     if not isinstance(value, Tensor):
         return
     if value.ndim != 0:
@@ -207,7 +207,7 @@ def check_unit_interval(op: str, name: str, value: float) -> None:
 
 
 def check_offsets(op: str, value: Tensor, like: Tensor, *, n: int) -> None:
-    """Integers (B+1,), from 0 to n and ascending; the values are read where they lie on the CPU."""
+    """Check offsets: integers (B+1,), ascending from 0 to n; values are read only on the CPU."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: offsets must be a tensor, came {type(value).__name__}")
     if value.dtype not in (torch.int32, torch.int64):
@@ -231,7 +231,7 @@ def check_offsets(op: str, value: Tensor, like: Tensor, *, n: int) -> None:
 def check_tokens(
     op: str, token_N: Tensor, like: Tensor, *, n: int, vocab: int, ignore_index: int, check: bool
 ) -> None:
-    """`token_N` is (n,) of integers; its values are read only if `check`."""
+    """Check that `token_N` is integers (n,); with `check`, also that they are in range."""
     if not isinstance(token_N, Tensor):
         raise TypeError(f"{op}: token_N must be a tensor, came {type(token_N).__name__}")
     if token_N.dtype not in (torch.int64, torch.int32):
@@ -265,7 +265,7 @@ def row_arguments(
     ignore_index: int,
     check: bool,
 ) -> RowArguments:
-    """The checked arguments of the rows of `like`, logits or hidden states."""
+    """Check the arguments of the rows of `like` (logits or hidden states), and return them."""
     n = like.shape[0]
     check_tokens(op, token_N, like, n=n, vocab=vocab, ignore_index=ignore_index, check=check)
     if isinstance(temperature, Tensor):
@@ -296,7 +296,7 @@ def loss_arguments(
     config: PolicyLossConfig | None,
     grad_scale: float | Tensor | None,
 ) -> LossArguments:
-    """The checked arguments of the loss over the rows of `like`, logits or hidden states."""
+    """Check the loss arguments for the rows of `like` (logits or hidden states); return them."""
     n = like.shape[0]
     config = _PPO if config is None else config
     check_vector(op, "behaviour_logprob_N", behaviour_logprob_N, like, n=n)
@@ -337,7 +337,7 @@ def loss_arguments(
 
 
 def check_inplace(op: str, logits_NV: Tensor) -> None:
-    """Logits that an op may write over: their own memory, and no parameter's."""
+    """Check that an op may overwrite the logits: no leaf, no expanded or overlapping memory."""
     base = logits_NV._base
     if logits_NV.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
         what = "a leaf" if logits_NV.is_leaf else "a view of a leaf"
@@ -355,7 +355,7 @@ def check_inplace(op: str, logits_NV: Tensor) -> None:
 
 def _overlaps(x_NV: Tensor) -> bool:
     """Whether two entries of a matrix may share memory."""
-    reach = 0  # of the dimensions seen so far, the innermost first
+    reach = 0  # largest offset in the dimensions seen so far, the innermost first
     for stride, size in sorted(zip(x_NV.stride(), x_NV.shape, strict=True)):
         if size > 1 and stride <= reach:
             return True

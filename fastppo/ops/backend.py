@@ -1,8 +1,8 @@
-"""Which implementation of an op runs.
+"""Choose the backend of an op.
 
-An op has up to three: `triton` (CUDA and ROCm), `native` (C++ for the CPU) and `torch`, the
-definition. The choice is made by the device of the inputs, or forced by `backend=` or by
-FASTPPO_BACKEND. A forced backend that cannot run is an error; nothing falls back silently.
+An op has up to three backends: `triton` (CUDA and ROCm), `native` (C++ for the CPU) and `torch`,
+the definition. The device of the inputs decides, or the caller (`backend=`), or FASTPPO_BACKEND. If
+a backend that was asked for cannot run, that is an error: there is no silent fallback.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from fastppo.ops import native_library
 
 BACKENDS: Final = ("triton", "native", "torch")
 
-# Read once: a process that changed backend half-way would compare unlike numbers.
+# Read once, so that a process does not change its backend half-way.
 FORCED: Final = os.environ.get("FASTPPO_BACKEND") or None
 HAS_TRITON: Final = importlib.util.find_spec("triton") is not None
-# Triton looks at this when a kernel is defined: with it kernels run on CPU tensors, slowly.
+# Triton reads this variable when a kernel is defined; with it kernels run on the CPU, slowly.
 INTERPRETED: Final = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def choose(op: str, backend: str | None, *tensors: Tensor | None) -> str:
     """Name of the backend that runs `op`: the caller's, else FASTPPO_BACKEND, else by device.
 
-    On a GPU that is `triton`, on the CPU `native`, but for float64, which only the definition
-    computes in. A CPU without the native kernels has the definition, and a warning once.
+    On a GPU that is `triton`, on the CPU `native`; float64 always runs by the definition. A CPU
+    without the native kernels also uses the definition, with one warning.
 
     Args:
         op: name of the public function, for the message.
-        backend: the caller's `backend=`; None leaves the choice open.
-        tensors: the inputs that decide by device and dtype.
+        backend: the caller's `backend=`; None means not given.
+        tensors: the inputs, whose devices and dtypes decide.
 
     Raises:
         ValueError: a name that is no backend, or a backend that cannot run this op.
@@ -63,7 +63,7 @@ def choose(op: str, backend: str | None, *tensors: Tensor | None) -> str:
 
 
 def _obstacle(op: str, backend: str, tensors: list[Tensor]) -> str | None:
-    """Why a backend cannot run these inputs, and the cure; None if it can."""
+    """Why a backend cannot run on these inputs, and the cure; None if it can."""
     device = tensors[0].device
     if backend == "native" and native_library.OBSTACLE is not None:
         return native_library.OBSTACLE
@@ -82,14 +82,14 @@ _said: list[str] = []
 
 
 def _say_once(why: str) -> None:
-    """That the CPU's own kernels are missing: numbers are right without them, and late."""
+    """Warn once that the CPU's kernels are missing: results are right without them, but slow."""
     if not _said and not torch.compiler.is_compiling():
         _said.append(why)
         warnings.warn(f"fastppo.ops runs in PyTorch, several times slower: {why}", stacklevel=3)
 
 
 def available(device: torch.device | str = "cpu") -> tuple[str, ...]:
-    """Backends that can run the ops on float32 tensors of `device`; `torch` always can."""
+    """Names of the backends that can run on float32 tensors of `device`; `torch` always can."""
     probe = torch.empty(0, device=device)
     return tuple(
         name for name in BACKENDS if name == "torch" or _obstacle("", name, [probe]) is None

@@ -1,4 +1,4 @@
-"""What a policy loss and a head are made of, besides the tensors of a batch."""
+"""Settings of a policy loss and an output head, besides the tensors of a batch."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ class PolicyLossConfig:
 
     Args:
         clip_low: the ratio is clipped below at 1 - clip_low; >= 0.
-        clip_high: and above at 1 + clip_high; >= 0 (larger than clip_low is DAPO's clip-higher).
-        dual_clip: bound c of the loss at c |A| where A < 0; > 1 + clip_high, or None for no bound.
-        kl_coef: weight beta of the KL to the reference in the loss (not the one in the reward).
+        clip_high: the ratio is clipped above at 1 + clip_high; >= 0 (DAPO's clip-higher if it is
+            larger than clip_low).
+        dual_clip: c: where A < 0 the loss is at most c |A|; > 1 + clip_high, or None for no bound.
+        kl_coef: weight beta of the KL to the reference in the loss (not in the reward).
         kl_kind: estimator of that KL: "k1", "abs", "k2" or "k3".
         entropy_coef: weight of the entropy bonus.
-        ratio_level: "token", or "sequence" for GSPO: one ratio exp(mean log ratio) a sequence.
+        ratio_level: "token", or "sequence" for GSPO: one ratio, exp(mean log ratio), per sequence.
         log_ratio_limit: log ratios are clamped to +-this before exp; > 0.
 
     Raises:
-        ValueError: a setting outside its range.
+        ValueError: a setting is out of range.
 
     Source: Schulman et al. 2017 (clip); Ye et al. 2020, arXiv 1912.09729 (dual clip); Schulman
     2020, Approximating KL Divergence (k1, k2, k3); Zheng et al. 2025, arXiv 2507.18071 (sequence

@@ -1,7 +1,7 @@
-"""A linear layer of few rows on a CPU: as long as its weight takes to read, in any batch the same.
+"""A linear layer for few rows on a CPU: it takes as long as reading its weight once.
 
 A library's GEMM packs the weight before it multiplies; for the few rows of a decoding step that
-costs several times what the step does.
+takes several times as long as the product.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from fastppo.ops import backend
 from fastppo.ops.backends.native import DTYPES, Call
 from fastppo.ops.native_library import LIBRARY, FewRowsStruct
 
-# Above, packing the weight pays.
+# With more rows, packing the weight is faster.
 MOST_ROWS: Final = 32
 
 
 def runs_native(weight_VD: Tensor) -> bool:
-    """Whether a layer with this weight has a kernel of its own here."""
+    """Whether the native kernel can run a layer with this weight."""
     return (
         weight_VD.device.type == "cpu"
         and weight_VD.dtype in DTYPES
@@ -30,7 +30,7 @@ def runs_native(weight_VD: Tensor) -> bool:
 
 
 def suits(x: Tensor, weight_VD: Tensor) -> bool:
-    """Whether `few_rows_linear` computes this product: few rows, one dtype, and no gradient."""
+    """Whether `few_rows_linear` can compute this product: few rows, one dtype, no gradient."""
     return (
         x.numel() <= MOST_ROWS * x.shape[-1]
         and x.dtype == weight_VD.dtype
@@ -41,10 +41,15 @@ def suits(x: Tensor, weight_VD: Tensor) -> bool:
 
 
 def few_rows_linear(x: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
-    """x W^T + b of x (..., D), W (V, D) and b (V,) of one dtype of `DTYPES`, on the CPU: (..., V).
+    """x W^T + b, (..., V), on the CPU.
 
-    Products are summed in float32 and rounded once. A row's result depends on nothing beside it:
-    it is the same to the bit in any batch, and for any number of threads.
+    Products are summed in float32 and rounded once. The result of a row does not depend on other
+    rows: it is the same bits in any batch and with any number of threads.
+
+    Args:
+        x: (..., D), of a dtype in `DTYPES`.
+        weight_VD: (V, D), of the same dtype.
+        bias_V: (V,), of the same dtype, or None.
     """
     v, d = weight_VD.shape
     rows, call = x.numel() // d, Call()

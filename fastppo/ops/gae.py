@@ -36,7 +36,7 @@ def gae(
         delta_t = r_t + gamma * V_{t+1} - V_t
         A_t     = delta_t + gamma * lam * A_{t+1}
 
-    A is 0 past a sequence's last token, and V is its bootstrap value there.
+    After a sequence's last token A is 0 and V is the sequence's bootstrap value.
 
     Args:
         reward_N: float (N,), reward of each token.
@@ -44,8 +44,8 @@ def gae(
         offsets: int32 (B+1,), where each sequence starts; offsets[-1] == N.
         gamma: discount, in [0, 1].
         lam: trace decay, in [0, 1]; 1 is Monte Carlo, 0 is one-step TD.
-        bootstrap_value_B: float (B,), V of the state after a sequence's last token, for sequences
-            that were cut off; None is 0 for all: they ended.
+        bootstrap_value_B: float (B,), V of the state after a sequence's last token, for truncated
+            sequences; 0 for those that ended. None is 0 for all.
         backend: "triton", "native" or "torch"; None chooses by device.
 
     Returns:
@@ -54,7 +54,7 @@ def gae(
 
     Raises:
         ValueError: shapes that disagree, offsets that do not ascend, gamma or lam out of range.
-        TypeError: inputs that hold no floats, offsets that hold no integers.
+        TypeError: inputs that are not floating point, offsets that are not integers.
 
     Source: Schulman et al. 2016, High-Dimensional Continuous Control Using GAE, eq. 16.
     """
@@ -73,7 +73,7 @@ def gae(
 
 
 class Outputs(NamedTuple):
-    """Of the registered operator."""
+    """Outputs of the registered operator."""
 
     advantage_N: Tensor
     return_N: Tensor

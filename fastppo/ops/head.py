@@ -1,4 +1,4 @@
-"""Logits made chunk by chunk from hidden states, and their gradient turned back; never [N, V].
+"""Compute logits chunk by chunk from hidden states, and the gradient; never all of [N, V].
 
 A chunk of tokens goes through one library GEMM, a kernel turns its logits into their gradient, and
 a second GEMM makes it that of the hidden states. Only a trained head costs a third.
@@ -62,12 +62,12 @@ class Head:
     lora: HeadLora | None = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """What may train, in the order in which autograd sees it."""
+        """The tensors that may train, in autograd's order."""
         a, b = (None, None) if self.lora is None else (self.lora.A_RD, self.lora.B_VR)
         return self.weight_VD, self.bias_V, a, b
 
     def arguments(self) -> HeadArguments:
-        """As the registered operators take it."""
+        """The head as arguments of the registered operators."""
         if self.lora is None:
             return HeadArguments(self.weight_VD, self.bias_V, None, None, 1.0)
         lora = self.lora
@@ -82,7 +82,7 @@ class Head:
         return cls(given.weight_VD, given.bias_V, lora)
 
     def detach(self) -> Head:
-        """The same head, out of autograd's sight."""
+        """The same head without gradient."""
         lora = self.lora
         if lora is not None:
             lora = HeadLora(lora.A_RD.detach(), lora.B_VR.detach(), lora.scaling)
@@ -242,7 +242,7 @@ class LinearRows:
         )
 
     def visit(self, kernel: ChunkKernel, *, write: bool) -> None:
-        """Show every chunk to `kernel`; turn the gradients it writes into those of what trains."""
+        """Call `kernel` with every chunk; add the gradients that it writes to those in `grads`."""
         for chunk, x_NV, dx_NV in self.made(self._gradient_dtype() if write else None):
             kernel(chunk, x_NV, dx_NV)
             if dx_NV is not None:
@@ -251,9 +251,15 @@ class LinearRows:
     def made(
         self, gradient: torch.dtype | None, *, apart: bool = False
     ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        """Every chunk's place, its logits, and memory for their gradient in that dtype, if any.
+        """Compute the logits of every chunk.
 
-        The memory is the logits' own where the dtypes are one, unless they are wanted `apart`.
+        Args:
+            gradient: dtype of the gradient of the logits; None if there is none.
+            apart: whether the gradient needs memory of its own, also if it could overwrite the
+                logits.
+
+        Yields:
+            The chunk's place in the batch, its logits, and uninitialised memory for their gradient.
         """
         chunks, device = self.chunks(), self.hidden_ND.device
         # One buffer for all chunks: fresh memory costs as much as the arithmetic on it.
@@ -332,7 +338,7 @@ class LinearRows:
 
 
 def fake_results(hidden_ND: Tensor, head: Head, wanted: Sequence[bool]) -> HeadGradients:
-    """The shapes of `LinearRows.results`."""
+    """Tensors with the shapes of `LinearRows.results`."""
     return HeadGradients(
         *(
             torch.empty_like(tensor, memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""PPO's clipped loss straight from hidden states: two GEMMs for a frozen head, and no logits."""
+"""PPO's clipped loss directly from hidden states: two GEMMs for a frozen head, and no logits."""
 
 from __future__ import annotations
 
@@ -66,24 +66,24 @@ def linear_policy_loss(
     check: bool = False,
     backend: str | None = None,
 ) -> PolicyLoss:
-    r"""`policy_loss` of logits h W^T + bias that are never held, in units of the advantage.
+    r"""`policy_loss` of the logits h W^T + bias, in units of the advantage, without storing them.
 
-    The gradient is made in the forward, chunk by chunk: two GEMMs for a frozen head, three for a
-    trained one, one under no_grad. A ratio by sequence needs all log-probs first and costs one
-    more. Operands are multiplied in the dtype they have; autocast is not consulted.
+    The gradient is computed in the forward, chunk by chunk: two GEMMs for a frozen head, three for
+    a trained one, one under no_grad. A ratio per sequence needs all log-probs first, which costs
+    one more GEMM. Operands are multiplied in their own dtype; autocast has no effect.
 
     Args:
         hidden_ND: float (N, D); differentiable.
-        weight_VD: float (V, D), of the same dtype; its gradient is made only if it asks for one.
+        weight_VD: float (V, D), of the same dtype; its gradient is computed only if it needs one.
         token_N: int64 (N,), sampled tokens in [0, V), or `ignore_index`.
         behaviour_logprob_N: float (N,), their log-probs under the policy that sampled.
         advantage_N: float (N,).
         weight_N: float (N,); mask and aggregation in one.
         bias_V: float (V,).
         head_lora: an adapter on the head, see HeadLora.
-        chunk_bytes: how many bytes of logits may exist at a time; None suits the device.
-        logits_dtype: what the GEMM gives; None is the operands' dtype, float32 keeps what bf16
-            rounds.
+        chunk_bytes: largest number of bytes of logits at a time; None is the device's default.
+        logits_dtype: dtype of the GEMM's result; None is the operands' dtype, float32 avoids the
+            rounding to bf16.
         ref_logprob_N, importance_weight_N, offsets, temperature, softcap, kl_coef, entropy_coef,
             config, grad_scale, check, backend: as in `policy_loss`.
 
@@ -92,7 +92,7 @@ def linear_policy_loss(
 
     Raises:
         ValueError: shapes that disagree, a setting out of range, a missing reference or offsets.
-        TypeError: inputs of the wrong kind, hidden states and weight of two dtypes.
+        TypeError: inputs of the wrong kind, hidden states and weight of different dtypes.
 
     Source: as `policy_loss`.
     """
@@ -140,7 +140,10 @@ def linear_policy_loss(
 
 
 class Arguments(NamedTuple):
-    """Of the registered operator; `wanted` of hidden states, weight, bias, A and B."""
+    """Arguments of the registered operator.
+
+    `wanted` says whether gradients of hidden states, weight, bias, A and B are needed.
+    """
 
     hidden_ND: Tensor
     head: HeadArguments
@@ -153,7 +156,7 @@ class Arguments(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Of the registered operator; gradients are empty where not wanted."""
+    """Outputs of the registered operator; gradients that are not wanted are empty."""
 
     loss: Tensor
     logprob_N: Tensor
@@ -170,7 +173,7 @@ class Outputs(NamedTuple):
         return LossOutputs(self.loss, self.logprob_N, self.entropy_N, self.kl_N, self.metrics)
 
     def gradients(self) -> tuple[Tensor, ...]:
-        """In the order of `wanted`."""
+        """The gradients in the order of `wanted`."""
         head = (self.d_weight_VD, self.d_bias_V, self.d_lora_A_RD, self.d_lora_B_VR)
         return (self.d_hidden_ND, *head)
 

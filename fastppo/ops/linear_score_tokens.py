@@ -1,4 +1,4 @@
-"""Actor and reference side by side, straight from their hidden states."""
+"""Log-probs of actor and reference, entropy and exact KL, directly from hidden states."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def linear_score_tokens(
     check: bool = False,
     backend: str | None = None,
 ) -> Scores:
-    r"""`score_tokens` of two policies' hidden states, in nats, one GEMM each and no logits kept.
+    r"""`score_tokens` from two policies' hidden states, in nats; one GEMM each, no stored logits.
 
     Args:
         hidden_ND: float (N, D), the actor's.
@@ -56,11 +56,11 @@ def linear_score_tokens(
         weight_VD: float (V, D), the head.
         token_N: int64 (N,), in [0, V), or `ignore_index`.
         ref_weight_VD: float (V, D'), the reference's head; None is the same one.
-        bias_V: float (V,), of both heads.
+        bias_V: float (V,), for both heads.
         head_lora, ref_head_lora: adapters on the heads, see HeadLora.
         temperature, softcap, check, backend: as in `score_tokens`.
-        chunk_bytes: how many bytes of one policy's logits may exist at a time.
-        logits_dtype: what the GEMM gives; None is the operands' dtype.
+        chunk_bytes: largest number of bytes of one policy's logits at a time.
+        logits_dtype: dtype of the GEMM's result; None is the operands' dtype.
 
     Returns:
         Scores(logprob_N, ref_logprob_N, entropy_N, exact_kl_N), float32 (float64 for float64
@@ -109,7 +109,7 @@ def linear_score_tokens(
 
 
 class Arguments(NamedTuple):
-    """Of the registered operator."""
+    """Arguments of the registered operator."""
 
     hidden_ND: Tensor
     head: HeadArguments

@@ -1,4 +1,4 @@
-"""Log-prob and entropy straight from hidden states; the logits of a batch never exist."""
+"""Log-probs and entropies directly from hidden states; the logits of a batch are never stored."""
 
 from __future__ import annotations
 
@@ -49,24 +49,24 @@ def linear_token_logprobs(
     check: bool = False,
     backend: str | None = None,
 ) -> TokenLogprobs:
-    r"""`token_logprobs` of logits = h W^T + bias, in nats, without ever holding them.
+    r"""`token_logprobs` of the logits h W^T + bias, in nats, without storing them.
 
-    The log-prob is differentiable in the hidden states and in whatever of the head asks for a
-    gradient. How it depends on a hidden state is the same for any loss,
+    The log-prob is differentiable in the hidden states and in the tensors of the head. Its
+    derivative in the hidden state does not depend on the loss:
 
         J_i = d logprob_i / d hidden_i
             = 1 / tau_i sum_v (1[v = token_i] - p_iv) (1 - tanh^2(x_iv / softcap)) W_v
 
-    so where the weight is frozen J, (N, D), is made in the forward, chunk by chunk, and the
-    backward is g_i J_i. GEMMs of N x V x D:
+    So with a frozen weight the forward computes J, (N, D), chunk by chunk, and the backward
+    multiplies it by the gradient of each log-prob. Number of GEMMs of N x V x D:
 
-        frozen weight, any loss of the log-probs    2
-        the same with entropy_grad                  3
-        the same with a trained bias or head_lora   1 more, for the logits once more
-        trained weight                              4 (`linear_policy_loss` needs 3 for PPO's loss)
-        without a gradient                          1
+        frozen weight, any loss of the log-probs      2
+        with entropy_grad                             1 more
+        with a trained bias or head_lora              1 more, which computes the logits again
+        trained weight                                4 (`linear_policy_loss` needs 3)
+        without gradient                              1
 
-    Operands are multiplied in the dtype they have; autocast is not consulted.
+    Operands are multiplied in their own dtype; autocast has no effect.
 
     Args:
         hidden_ND: float (N, D).
@@ -76,12 +76,12 @@ def linear_token_logprobs(
         head_lora: an adapter on the head, see HeadLora.
         temperature: > 0, a float or a float tensor () or (N,).
         softcap: > 0, or None for none.
-        entropy_grad: whether the entropy is differentiable too; without it, it is detached.
-        chunk_bytes: how many bytes of logits may exist at a time, and as many of their gradient
-            with entropy_grad; None suits the device.
-        logits_dtype: what the GEMM gives; None is the operands' dtype, float32 keeps what bf16
-            rounds.
-        check: also refuse tokens out of range; waits for the device.
+        entropy_grad: whether the entropy is differentiable; if not, it is detached.
+        chunk_bytes: largest number of bytes of logits at a time, and with entropy_grad as many for
+            their gradient; None is the device's default.
+        logits_dtype: dtype of the GEMM's result; None is the operands' dtype, float32 avoids the
+            rounding to bf16.
+        check: whether to check the range of tokens, which waits for the device.
         backend: "triton", "native" or "torch"; None chooses by device.
 
     Returns:
@@ -89,7 +89,7 @@ def linear_token_logprobs(
 
     Raises:
         ValueError: shapes that disagree, a setting out of range, a backend that cannot run.
-        TypeError: inputs of the wrong kind, hidden states and weight of two dtypes.
+        TypeError: inputs of the wrong kind, hidden states and weight of different dtypes.
     """
     op = "linear_token_logprobs"
     head = Head(weight_VD, bias_V, head_lora)
@@ -121,7 +121,7 @@ def linear_token_logprobs(
 
 
 class Arguments(NamedTuple):
-    """Of the registered operator; `wanted` of hidden states, weight, bias, A and B."""
+    """Arguments of the registered operator; `wanted` is for hidden states, weight, bias, A, B."""
 
     hidden_ND: Tensor
     head: HeadArguments
@@ -134,13 +134,13 @@ class Arguments(NamedTuple):
 
     @property
     def by_slope(self) -> bool:
-        """Whether the gradient of the hidden states is made in the forward."""
+        """Whether the forward computes the gradient of the hidden states."""
         hidden, weight, *_ = self.wanted
         return hidden and not weight
 
 
 class Outputs(NamedTuple):
-    """Of the registered operator: statistics, and slopes, which are empty where not wanted."""
+    """Results of the registered operator: statistics, and slopes, which may be empty."""
 
     logprob_N: Tensor
     entropy_N: Tensor
@@ -151,7 +151,7 @@ class Outputs(NamedTuple):
 
 
 class BackwardArguments(NamedTuple):
-    """Of its backward's; `wanted` of hidden states, weight, bias, A and B."""
+    """Arguments of the backward; `wanted` is for hidden states, weight, bias, A and B."""
 
     g_N: Tensor | None
     h_N: Tensor | None
@@ -180,7 +180,7 @@ def _forward(a: Arguments) -> Outputs:
         )
         return Outputs(*stats, *slopes)
     one_N = torch.ones_like(stats.logprob_N)
-    # The last one may write over the logits.
+    # Only the last one may overwrite the logits.
     derived: list[tuple[Tensor, Tensor | None, Tensor | None]] = [(slopes[0], one_N, None)]
     if a.entropy_grad:
         derived.insert(0, (slopes[1], None, one_N))
@@ -195,7 +195,7 @@ def _forward(a: Arguments) -> Outputs:
 
 
 def _empty_slopes(a: Arguments) -> tuple[Tensor, Tensor]:
-    """Memory for d logprob / d hidden and d entropy / d hidden, empty where not wanted."""
+    """Memory for d logprob / d hidden and d entropy / d hidden; empty if not wanted."""
     shape, like = a.hidden_ND.shape, a.hidden_ND
     return (
         like.new_empty(shape if a.by_slope else 0),
@@ -204,7 +204,7 @@ def _empty_slopes(a: Arguments) -> tuple[Tensor, Tensor]:
 
 
 def _backward(a: BackwardArguments) -> HeadGradients:
-    """The logits again, chunk by chunk; gradients of what is wanted."""
+    """The wanted gradients; the logits are computed again, chunk by chunk."""
     chunks, kernels = _chunks(a, a.wanted), BACKENDS[a.backend]
 
     def kernel(at: slice, x_NV: Tensor, out_NV: Tensor | None) -> None:
@@ -220,9 +220,9 @@ def _save(ctx: Any, a: Arguments, found: Outputs) -> None:
     ctx.softcap, ctx.ignore_index, ctx.scaling = rows.softcap, rows.ignore_index, head.lora_scaling
     ctx.logits_dtype, ctx.chunk_bytes, ctx.backend = a.logits_dtype, a.chunk_bytes, a.backend
     ctx.by_slope, ctx.entropy_grad = a.by_slope, a.entropy_grad
-    # What makes the logits again, where the slopes are not all that is needed.
+    # Without these the backward cannot compute the logits again; with slopes it need not.
     again = not a.by_slope or any(a.wanted[1:])
-    by_tensor = isinstance(tau, Tensor)  # tensors are autograd's to keep
+    by_tensor = isinstance(tau, Tensor)  # autograd saves tensors
     ctx.temperature = None if by_tensor else tau
     operands = (a.hidden_ND, head.weight_VD, head.bias_V, head.lora_A_RD, head.lora_B_VR)
     ctx.save_for_backward(
@@ -265,7 +265,7 @@ def _gradients(ctx: Any, g_N: Tensor | None, h_N: Tensor | None) -> tuple[Tensor
 def _times_slopes(
     rows: RowArguments, found: Outputs, g_N: Tensor | None, h_N: Tensor | None
 ) -> Tensor | None:
-    """g dlogprob/dhidden + h dentropy/dhidden, in float32, then in the hidden states' dtype."""
+    """g dlogprob/dhidden + h dentropy/dhidden in float32, cast to the dtype of the slopes."""
     # The slopes of ignored rows are 0, but 0 times a NaN in their gradient is NaN.
     dead_N = ~live_rows(rows)
     products = [

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 class PolicyMetrics(NamedTuple):
-    """Sums over the live tokens of a batch, 0-d tensors: add with `merge`, divide at the end.
+    """Sums over the live tokens of a batch, as 0-d tensors; `merge` adds those of two batches.
 
-    `count` is the number of live tokens; the `*_sum` fields divide by it. The last three carry
-    their weights already: they add up to the loss.
+    `count` is the number of live tokens; divide the `*_sum` fields by it to get means. The last
+    three include the loss weights: they add up to the loss.
     """
 
     count: Tensor  # type: ignore[assignment]  # tuple's own count() gives way
@@ -107,7 +107,7 @@ def kl_and_slope(
 
 
 def filled(loss: LossArguments, live_N: Tensor, dtype: torch.dtype) -> LossArguments:
-    """The same in `dtype`, with finite filler on tokens that are not live."""
+    """The loss arguments in `dtype`, with finite values at tokens that are not live."""
 
     def fill(tensor: Tensor) -> Tensor:
         return torch.where(live_N, tensor, 0).to(dtype)
@@ -139,7 +139,7 @@ class _Surrogate(NamedTuple):
 
 
 def sequence_index(offsets: Tensor, n: int) -> Tensor:
-    """int64 (N,), the sequence of each token; without asking the device for a value."""
+    """The index of each token's sequence, int64 (N,); the host does not wait for the device."""
     at = torch.arange(n, device=offsets.device, dtype=offsets.dtype)
     return torch.searchsorted(offsets[1:].contiguous(), at, right=True)
 
@@ -152,7 +152,7 @@ def _segment_sum(x_N: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _sequence_mean(x_N: Tensor, offsets: Tensor | None, live_N: Tensor) -> Tensor:
-    """The mean over each sequence's live tokens, given back to each of its tokens."""
+    """For each token, the mean over the live tokens of its sequence."""
     assert offsets is not None
     total_B = _segment_sum(x_N.masked_fill(~live_N, 0), offsets)
     count_B = _segment_sum(live_N.to(x_N.dtype), offsets)
@@ -257,7 +257,7 @@ def sweep_by_sequence(
     stats: Statistics,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`totals` where a ratio is its sequence's: a visit for all log-probs, one for the gradient."""
+    """`totals` with a ratio per sequence: one pass for all log-probs, one for the gradient."""
     weight_N = loss.weight_N
     chunks.visit(
         lambda at, x_NV, _: kernels.token_logprobs(x_NV, rows, at, stats, weight_N), write=False

@@ -1,4 +1,4 @@
-"""Live tokens of a padded batch, side by side."""
+"""Pack the live tokens of a padded batch: remove the padding."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fastppo.ops.arguments import show
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the live tokens of a (B, T) batch are.
+    """The positions of the live tokens in a (B, T) batch.
 
     Args:
-        index_N: int64 (N,), place of each live token in the flattened batch, b * T + t, ascending.
+        index_N: int64 (N,), index of each live token in the flattened batch, b * T + t, ascending.
         offsets: int32 (B+1,), where each row's live tokens start in the packed batch; the last is
             N.
         shape: (B, T).
@@ -39,7 +39,7 @@ class Packing:
         return x_BT.flatten(0, 1).index_select(0, self.index_N)
 
     def scatter(self, x_N: Tensor) -> Tensor:
-        """A (B, T, ...) tensor with x_N at the live places and 0 elsewhere; differentiable."""
+        """A (B, T, ...) tensor with x_N at the live tokens and 0 elsewhere; differentiable."""
         if x_N.shape[:1] != self.index_N.shape:
             raise ValueError(
                 f"Packing.scatter: x_N must start with shape {show((len(self),))}, "
@@ -55,16 +55,16 @@ class Packing:
 
 
 def pack(mask_BT: Tensor) -> Packing:
-    """The places of the live tokens of a padded batch, in tokens.
+    """The positions of the live tokens in a padded batch.
 
-    A mask on a GPU is read by the host once; make it on the CPU, from lengths that are known there,
-    and move the packing, to avoid the wait.
+    With a mask on a GPU the host waits for the device once. To avoid that, make the mask on the CPU
+    and move the packing to the GPU.
 
     Args:
         mask_BT: bool (or 0/1) (B, T), True where a token is live; rows may be empty and have holes.
 
     Raises:
-        ValueError: a mask without two dimensions.
+        ValueError: the mask does not have two dimensions.
     """
     if mask_BT.ndim != 2:
         raise ValueError(f"pack: mask_BT must have shape (B, T), came {show(tuple(mask_BT.shape))}")

@@ -1,4 +1,4 @@
-"""PPO's clipped loss from logits, its gradient written in the forward."""
+"""PPO's clipped loss from logits; the gradient is computed in the forward."""
 
 from __future__ import annotations
 
@@ -67,29 +67,29 @@ def policy_loss(
         L   = min(L, -dual_clip A)  where A < 0
         loss = sum_i w_i (u_i L_i + kl_coef k_i - entropy_coef H_i)
 
-    The weights carry mask and aggregation, fixed over the whole optimiser step (token-mean: 1 / its
-    live tokens), so splitting a batch into micro-batches changes nothing but rounding.
+    The weights w_i are mask and aggregation, fixed over the whole optimiser step (token-mean: 1 /
+    its live tokens), so splitting a batch into micro-batches changes only rounding.
 
     Args:
         logits_NV: float (N, V), any strides; -inf is masked vocabulary. The only differentiable
             input.
-        token_N: int64 (N,), sampled tokens in [0, V), or `ignore_index`: as weight 0.
+        token_N: int64 (N,), sampled tokens in [0, V), or `ignore_index`, which acts as weight 0.
         behaviour_logprob_N: float (N,), their log-probs under the policy that sampled.
         advantage_N: float (N,).
         weight_N: float (N,); rows of weight 0 are neither read nor counted, their gradient is 0.
-        ref_logprob_N: float (N,), needed where kl_coef is not 0.
+        ref_logprob_N: float (N,), needed if kl_coef is not 0.
         importance_weight_N: float (N,), scales the surrogate alone (truncated importance sampling).
         offsets: int32 (B+1,), where each sequence starts; needed by ratio_level="sequence".
-        temperature: > 0, a float or a float tensor () or (N,): that of the sampling.
+        temperature: > 0, a float or a float tensor () or (N,): the sampling temperature.
         softcap: > 0, or None for none.
-        kl_coef, entropy_coef: a float or 0-d tensor in place of the configuration's.
+        kl_coef, entropy_coef: a float or 0-d tensor that replaces the configuration's.
         config: clipping and regularisers; None is PPO's own, PolicyLossConfig().
-        inplace: write the gradient over the logits, or over the memory that they are a view of:
-            whoever saved them gets autograd's error. They must be no leaf, nor a view of one, nor
-            expanded; without a gradient to write it does nothing.
-        grad_scale: > 0, a float or 0-d tensor; what is written is multiplied by it and grad_output
-            divided: the scale of an fp16 loss scaler, before which the gradient would underflow.
-        check: also refuse tokens out of range; waits for the device.
+        inplace: whether to write the gradient over the logits (or the memory that they are a view
+            of); autograd raises an error if another function has saved them. The logits must not be
+            a leaf, a view of a leaf, or expanded. Without gradient, `inplace` has no effect.
+        grad_scale: > 0, a float or 0-d tensor: an fp16 loss scaler's scale. The gradient is written
+            multiplied by it, lest it underflow; the backward divides grad_output by it.
+        check: whether to check the range of tokens, which waits for the device.
         backend: "triton", "native" or "torch"; None chooses by device.
 
     Returns:
@@ -98,8 +98,8 @@ def policy_loss(
     Raises:
         ValueError: shapes that disagree, a setting out of range, a missing reference or offsets.
         TypeError: inputs of the wrong kind.
-        RuntimeError: a second backward through an in-place loss, or one after the logits were used
-            or written to again.
+        RuntimeError: a second backward through an in-place loss, or a backward after the logits
+            were used or modified again.
 
     Source: Schulman et al. 2017, Proximal Policy Optimization Algorithms, eq. 7; see
         PolicyLossConfig.
@@ -146,7 +146,7 @@ def policy_loss(
 
 
 class LossOutputs(NamedTuple):
-    """What a loss gives besides gradients; `metrics` are PolicyMetrics in one vector."""
+    """The outputs of a loss besides gradients; `metrics` are PolicyMetrics as one vector."""
 
     loss: Tensor
     logprob_N: Tensor
@@ -156,13 +156,13 @@ class LossOutputs(NamedTuple):
 
 
 def unpack(outputs: LossOutputs) -> PolicyLoss:
-    """As the public one; metrics are slices of one vector."""
+    """Convert to the public PolicyLoss; its metrics are slices of the vector."""
     loss, logprob_N, entropy_N, kl_N, vector = outputs
     return PolicyLoss(loss, logprob_N, entropy_N, kl_N, PolicyMetrics(*vector.unbind(0)))
 
 
 class Arguments(NamedTuple):
-    """Of the registered operator."""
+    """Arguments of the registered operator."""
 
     logits_NV: Tensor
     rows: RowArguments
@@ -172,7 +172,7 @@ class Arguments(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Of the registered operator; the gradient of the logits is empty where unwanted."""
+    """Outputs of the registered operator; an unwanted gradient of the logits is empty."""
 
     loss: Tensor
     logprob_N: Tensor
@@ -187,7 +187,7 @@ class Outputs(NamedTuple):
 
 
 class DenseRows(NamedTuple):
-    """Logits that exist: one chunk. Gradients go to `out_NV`, which may be the logits."""
+    """Logits that are stored, as one chunk; gradients go to `out_NV`, which may be the logits."""
 
     logits_NV: Tensor
     out_NV: Tensor | None = None
@@ -197,7 +197,7 @@ class DenseRows(NamedTuple):
         if out_NV is None or out_NV.shape[1] <= 1 or out_NV.stride(1) == 1:
             kernel(everything, self.logits_NV, out_NV)
             return
-        # In place over logits whose neighbours lie apart, where kernels write side by side.
+        # In place over logits with a stride other than 1, while kernels write with stride 1.
         apart_NV = torch.empty(out_NV.shape, dtype=out_NV.dtype, device=out_NV.device)
         kernel(everything, self.logits_NV, apart_NV)
         out_NV.copy_(apart_NV)
@@ -211,10 +211,10 @@ def sweep(
     need_grad: bool,
     backend: str,
 ) -> LossOutputs:
-    """Visit all rows; the gradient, if wanted, goes where `chunks` keeps it.
+    """Compute the loss over all rows; the gradient, if needed, is written to where `chunks` says.
 
-    A token's loss is its own, so one visit gives statistics and gradient. A ratio by sequence needs
-    all of its tokens' log-probs first: a visit for those, then one for the gradient.
+    With a ratio per token one pass over the rows gives statistics and gradient. A ratio per
+    sequence needs all log-probs of the sequence first, so there is a second pass.
     """
     kernels = BACKENDS[backend]
     if loss.by_sequence:
@@ -231,7 +231,7 @@ def sweep(
 
 
 def empty_loss_rows(like: Tensor, backend: str) -> LossRows:
-    """Uninitialised, for the rows of `like`; a registered op's results share no memory."""
+    """Uninitialised LossRows for the rows of `like`; results of a registered op share no memory."""
     n, dtype, device = like.shape[0], stat_dtype(like), like.device
     return LossRows(
         torch.empty(n, dtype=dtype, device=device),
@@ -242,24 +242,24 @@ def empty_loss_rows(like: Tensor, backend: str) -> LossRows:
 
 
 def fake_outputs(like: Tensor) -> LossOutputs:
-    """The shapes of what `sweep` gives."""
+    """Tensors with the shapes of the results of `sweep`."""
     into = empty_loss_rows(like, "torch")
     loss, metrics = (into.logprob_N.new_empty(size) for size in ((), (TERMS - 1,)))
     return LossOutputs(loss, into.logprob_N, into.entropy_N, into.kl_N, metrics)
 
 
 def save_settings(ctx: Any, loss: LossArguments, backend: str) -> None:
-    """What `scaled` needs of the forward."""
+    """Save on autograd's context what `scaled` needs."""
     ctx.scale, ctx.backend, ctx.taken = loss.grad_scale, backend, False
 
 
 def scaled(
     op: str, ctx: Any, grads: tuple[Tensor | None, ...], grad_loss: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Gradients written in the forward times grad_loss / grad_scale, most often 1.
+    """The forward's gradients times grad_loss / grad_scale, which is usually 1.
 
-    They are scaled in place, and where there is nothing to do no pass is made: on a GPU the device
-    decides, and the host does not wait. So a second backward is an error, but for the definition.
+    They are scaled in place, so a second backward is an error (except with the definition). With
+    factor 1 no pass over memory is made; on a GPU the device decides that, not the host.
     """
     made = [grad for grad in grads if grad is not None]
     if made and is_traced(made[0]):
@@ -304,9 +304,9 @@ def _gradients(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 class GradientMade(torch.autograd.Function):
-    """A loss whose gradients were made with it, one for each of `leaves`; None where unwanted.
+    """A loss whose gradients for `leaves` were computed in the forward; None if unwanted.
 
-    The eager call of both losses: torch.library's costs more than the kernel.
+    Eager calls of both losses use it, because torch.library costs more than the kernel.
     """
 
     @classmethod
@@ -319,7 +319,7 @@ class GradientMade(torch.autograd.Function):
         backend: str,
         leaves: tuple[Tensor | None, ...],
     ) -> LossOutputs:
-        """The outputs, their loss a function of the leaves in autograd's sight."""
+        """The outputs with a loss that autograd knows as a function of `leaves`."""
         made = cls.apply(op, outputs, grads, loss, backend, *leaves)  # type: ignore[no-untyped-call]
         return outputs._replace(loss=made)
 
@@ -345,12 +345,11 @@ class GradientMade(torch.autograd.Function):
 
 
 class _PolicyLossInPlace(torch.autograd.Function):
-    """The gradient overwrites the logits, marked dirty: whoever saved them gets an error.
+    """The gradient overwrites the logits, which are marked dirty: functions that saved them fail.
 
-    torch gives no autograd to a registered operator that writes over its input, so this is none.
-    Autograd lets no function with several outputs mark a view dirty. A view's version is its base's
-    and the write has raised it, so the error comes all the same; only a later use of the logits
-    themselves goes unseen.
+    torch allows no autograd for a registered operator that writes to its input. And autograd does
+    not let a function with several outputs mark a view dirty; but the write increases the version
+    of the base, so there is an error all the same, except for a later use of the logits themselves.
     """
 
     @staticmethod
@@ -358,7 +357,7 @@ class _PolicyLossInPlace(torch.autograd.Function):
         target_NV = logits_NV.detach()
         chunks = DenseRows(target_NV, target_NV)
         outputs = sweep(chunks, a.rows, a.loss, target_NV, True, a.backend)
-        # A kernel's write is not torch's: raise the version that others' saved tensors compare.
+        # torch does not see a kernel's write: increase the version that saved tensors compare.
         torch.autograd.graph.increment_version(logits_NV)
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
@@ -383,7 +382,7 @@ class _PolicyLossInPlace(torch.autograd.Function):
                 "policy_loss: a second backward through inplace=True, whose gradient the first "
                 "one took; leave inplace out to keep the graph"
             )
-        (logits_NV,) = ctx.saved_tensors  # refuses where something has written to it since
+        (logits_NV,) = ctx.saved_tensors  # an error if it was modified since
         if grad_loss is None:
             return (None,) * 2
         (grad_NV,) = scaled("policy_loss", ctx, (logits_NV.detach(),), grad_loss)

@@ -141,7 +141,7 @@ def block_slices(x_NV: Tensor, dtype: torch.dtype) -> list[slice]:
 
 
 def private(x_NV: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy to write over, in `dtype`, contiguous: strides must not decide the order of sums."""
+    """A contiguous copy in `dtype` to overwrite; so strides do not change the order of sums."""
     return x_NV.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
@@ -149,4 +149,4 @@ class Chunks(Protocol):
     """Rows of logits that exist, or that are made chunk by chunk from hidden states."""
 
     def visit(self, kernel: ChunkKernel, *, write: bool) -> None:
-        """Show every chunk to `kernel` once; with `write` the gradient it gives back is kept."""
+        """Call `kernel` once with every chunk; with `write` keep the gradients that it writes."""

@@ -1,4 +1,4 @@
-"""Actor and reference side by side: log-probs, entropy and the exact KL."""
+"""Log-probs of actor and reference, entropy, and the exact KL between the two."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def score_tokens(
     check: bool = False,
     backend: str | None = None,
 ) -> Scores:
-    r"""What scoring needs of two policies' logits, both rows read together, in nats.
+    r"""Log-probs of two policies, the actor's entropy, and their exact KL, in nats.
 
         exact_kl = sum_v p_v (log p_v - log q_v)
 
@@ -41,18 +41,18 @@ def score_tokens(
         logits_NV: float (N, V), the actor's; -inf is masked vocabulary, whose terms are 0.
         ref_logits_NV: float (N, V), the reference's.
         token_N: int64 (N,), in [0, V), or `ignore_index`.
-        temperature: > 0, a float or a float tensor () or (N,), of both.
-        softcap: > 0, or None for none, of both.
-        check: also refuse tokens out of range; waits for the device.
+        temperature: > 0, a float or a float tensor () or (N,), for both.
+        softcap: > 0, or None for none, for both.
+        check: whether to check the range of tokens, which waits for the device.
         backend: "triton", "native" or "torch"; None chooses by device.
 
     Returns:
         Scores(logprob_N, ref_logprob_N, entropy_N, exact_kl_N), float32 (float64 for float64
-        logits). The KL is inf where the actor gives a token that the reference has masked.
+        logits). The KL is inf if the actor has probability on a token that the reference masks.
 
     Raises:
         ValueError: shapes that disagree, a setting out of range, a backend that cannot run.
-        TypeError: logits that hold no floats, tokens that hold no integers.
+        TypeError: logits that are not floating point, tokens that are not integers.
     """
     op = "score_tokens"
     check_floating(op, "logits_NV", logits_NV, ndim=2)
@@ -80,7 +80,7 @@ def score_tokens(
 
 
 class Arguments(NamedTuple):
-    """Of the registered operator."""
+    """Arguments of the registered operator."""
 
     logits_NV: Tensor
     ref_logits_NV: Tensor
@@ -89,7 +89,7 @@ class Arguments(NamedTuple):
 
 
 def empty_scores(like: Tensor, ref_like: Tensor) -> Scores:
-    """Uninitialised, for the rows of `like`; a registered op's results share no memory."""
+    """Uninitialised Scores for the rows of `like`; results of a registered op share no memory."""
     n, dtype = like.shape[0], stat_dtype(like, ref_like)
     a, b, c, d = (like.new_empty(n, dtype=dtype) for _ in range(4))
     return Scores(a, b, c, d)

@@ -1,4 +1,4 @@
-"""KL divergence to the reference, estimated from the sampled token alone."""
+"""KL divergence to the reference, estimated from the sampled tokens."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ def token_kl(
         d = logprob - ref_logprob
         k1 = d,   abs = |d|,   k2 = d^2 / 2,   k3 = exp(-d) - 1 + d   with d clamped to +-limit
 
-    k1 is unbiased and may be negative on a token; k3 is never negative, and unbiased where the
-    clamp is not met.
+    k1 is unbiased and may be negative for a token; k3 is never negative, and unbiased unless d is
+    clamped.
 
     Args:
         logprob_N: float (N,), log-prob of the sampled token; differentiable. -inf (masked
             vocabulary) gives 0.
         ref_logprob_N: float (N,), its log-prob under the reference; no gradient.
         kind: "k1", "abs", "k2" or "k3".
-        log_ratio_limit: where k3 clamps d; > 0.
+        log_ratio_limit: k3 clamps d to +-this; > 0.
         backend: "triton", "native" or "torch"; None chooses by device.
 
     Returns:
         kl_N, float32 (float64 where an input is float64).
 
     Raises:
-        ValueError: another kind, shapes that disagree.
-        TypeError: inputs that hold no floats.
+        ValueError: an unknown kind, shapes that disagree.
+        TypeError: inputs that are not floating point.
 
     Source: Schulman 2020, Approximating KL Divergence.
     """
@@ -71,7 +71,7 @@ def token_kl(
 
 
 class Arguments(NamedTuple):
-    """Of the registered operator."""
+    """Arguments of the registered operator."""
 
     logprob_N: Tensor
     ref_logprob_N: Tensor
@@ -81,7 +81,7 @@ class Arguments(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Of the registered operator."""
+    """Outputs of the registered operator."""
 
     kl_N: Tensor
     slope_N: Tensor  # dk/dlogprob
@@ -106,12 +106,12 @@ def _gradients(ctx: Any, grad_N: Tensor | None) -> tuple[Tensor | None]:
     if grad_N is None:
         return (None,)
     (slope_N,) = ctx.saved_tensors
-    # where before the product: the slope of masked vocabulary is 0, whatever comes from above.
+    # where before the product: for masked vocabulary the result is 0 even if grad_N is inf or NaN.
     return (torch.where(slope_N == 0, 0, grad_N * slope_N).to(ctx.dtype),)
 
 
 class _TokenKl(torch.autograd.Function):
-    """The eager call, without torch.library's cost."""
+    """Used by eager calls, to avoid torch.library's cost."""
 
     @staticmethod
     def forward(ctx: Any, logprob_N: Tensor, a: Arguments) -> Tensor:

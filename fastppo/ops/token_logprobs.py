@@ -1,4 +1,4 @@
-"""Log-prob of the sampled token and entropy of the distribution it came from."""
+"""Log-probs of sampled tokens, and entropies of their distributions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fastppo.ops.workspace import fresh_like
 
 
 class TokenLogprobs(NamedTuple):
-    """Log-prob of the sampled token and entropy, (N,), in nats; 0 on ignored rows."""
+    """Log-probs of the sampled tokens and entropies, (N,), in nats; 0 on ignored rows."""
 
     logprob_N: Tensor
     entropy_N: Tensor
@@ -44,7 +44,7 @@ def token_logprobs(
         z = softcap tanh(x / softcap) / temperature
         logprob = z[token] - log sum exp z,    entropy = - sum p log p
 
-    Any loss of these two can be built on top of it: its gradient passes through.
+    A loss can be built from these two; its gradient reaches the logits.
 
     Args:
         logits_NV: float (N, V), any strides; -inf is masked vocabulary.
@@ -52,7 +52,7 @@ def token_logprobs(
             gradient.
         temperature: > 0, a float or a float tensor () or (N,); no gradient flows to it.
         softcap: > 0, or None for none.
-        check: also refuse tokens out of range; waits for the device.
+        check: whether to check the range of tokens, which waits for the device.
         backend: "triton", "native" or "torch"; None chooses by device.
 
     Returns:
@@ -60,7 +60,7 @@ def token_logprobs(
 
     Raises:
         ValueError: shapes that disagree, a setting out of range, a backend that cannot run.
-        TypeError: logits that hold no floats, tokens that hold no integers.
+        TypeError: logits that are not floating point, tokens that are not integers.
     """
     op = "token_logprobs"
     check_floating(op, "logits_NV", logits_NV, ndim=2)
@@ -86,7 +86,7 @@ def token_logprobs(
 
 
 class Arguments(NamedTuple):
-    """Of the registered operator."""
+    """Arguments of the registered operator."""
 
     logits_NV: Tensor
     rows: RowArguments
@@ -94,7 +94,7 @@ class Arguments(NamedTuple):
 
 
 class BackwardArguments(NamedTuple):
-    """Of its backward's."""
+    """Arguments of the registered operator's backward."""
 
     g_N: Tensor | None
     h_N: Tensor | None
@@ -105,15 +105,15 @@ class BackwardArguments(NamedTuple):
 
 
 class Gradient(NamedTuple):
-    """What the backward gives."""
+    """The result of the backward."""
 
     grad_NV: Tensor
 
 
 def empty_statistics(like: Tensor, backend: str) -> Statistics:
-    """Uninitialised, for the rows of `like`; a registered op's results share no memory."""
+    """Uninitialised, for the rows of `like`; results of a registered op share no memory."""
     n, dtype = like.shape[0], stat_dtype(like)
-    between = 0 if backend == "torch" else n  # the definition starts again
+    between = 0 if backend == "torch" else n  # the definition computes them again
     a, b, c, d = (like.new_empty(size, dtype=dtype) for size in (n, n, between, between))
     return Statistics(a, b, c, d)
 
@@ -126,7 +126,7 @@ def _forward(a: Arguments) -> Statistics:
 
 
 def _backward(a: BackwardArguments) -> Gradient:
-    """One sweep: the gradient of the logits; nothing else of size N x V is made."""
+    """The gradient of the logits, in one pass; nothing else of size N x V is allocated."""
     grad_NV, everything = fresh_like(a.logits_NV), slice(0, a.logits_NV.shape[0])
     kernels = BACKENDS[a.backend]
     kernels.token_logprobs_backward(a.logits_NV, grad_NV, a.rows, everything, a.stats, a.g_N, a.h_N)
@@ -136,7 +136,7 @@ def _backward(a: BackwardArguments) -> Gradient:
 def _save(ctx: Any, a: Arguments, stats: Statistics) -> None:
     rows, tau = a.rows, a.rows.temperature
     ctx.softcap, ctx.ignore_index, ctx.backend = rows.softcap, rows.ignore_index, a.backend
-    by_tensor = isinstance(tau, Tensor)  # tensors are autograd's to keep
+    by_tensor = isinstance(tau, Tensor)  # autograd saves tensors
     ctx.temperature = None if by_tensor else tau
     ctx.save_for_backward(a.logits_NV, rows.token_N, tau if by_tensor else None, *stats)
 
@@ -151,7 +151,7 @@ def _gradients(ctx: Any, g_N: Tensor | None, h_N: Tensor | None) -> tuple[Tensor
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """The eager call; torch.library's costs more than the kernel."""
+    """Used by eager calls, because torch.library costs more than the kernel."""
 
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, a: Arguments) -> tuple[Tensor, Tensor]:

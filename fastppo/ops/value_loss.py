@@ -23,12 +23,13 @@ from fastppo.ops.registered import register
 class ValueMetrics(NamedTuple):
     """Sums over the live tokens, 0-d tensors: add with `merge`, divide by `count` at the end.
 
-    Explained variance is 1 - var(return - value) / var(return): the first from error_sum and the
-    difference of the two plain sums, the second from return_square_sum and return_sum.
+    Explained variance is 1 - var(return - value) / var(return). The first variance follows from
+    error_sum and the difference of the two plain sums, the second from return_square_sum and
+    return_sum.
     """
 
     count: Tensor  # type: ignore[assignment]  # tuple's own count() gives way
-    clipped_sum: Tensor  # tokens whose gradient the clip cut: the clipped error is the larger
+    clipped_sum: Tensor  # number of tokens without gradient, as the clipped error is the larger
     error_sum: Tensor  # squared error of the value before the clip
     value_sum: Tensor
     return_sum: Tensor
@@ -40,7 +41,7 @@ class ValueMetrics(NamedTuple):
 
 
 class ValueLoss(NamedTuple):
-    """A scalar, differentiable in the values, and detached metrics."""
+    """The loss, a scalar that is differentiable in the values, and metrics without gradient."""
 
     loss: Tensor
     metrics: ValueMetrics
@@ -55,7 +56,7 @@ def value_loss(
     clip: float | None = 0.2,
     backend: str | None = None,
 ) -> ValueLoss:
-    r"""Half the weighted squared error of the values, the larger of it and its clipped twin.
+    r"""Half the weighted squared error of the values, with or without clip: the larger for each.
 
         1/2 sum_i w_i max((v - R)^2, (clip(v, v_old - c, v_old + c) - R)^2)
 
@@ -72,7 +73,7 @@ def value_loss(
 
     Raises:
         ValueError: shapes that disagree, clip not above 0.
-        TypeError: inputs that hold no floats.
+        TypeError: inputs that are not floating point.
 
     Source: Huang et al. 2022, The 37 Implementation Details of PPO, detail 9.
     """
@@ -97,7 +98,7 @@ def value_loss(
 
 
 class Arguments(NamedTuple):
-    """Of the registered operator."""
+    """Arguments of the registered operator."""
 
     value_N: Tensor
     old_value_N: Tensor
@@ -108,7 +109,7 @@ class Arguments(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Of the registered operator; `metrics` are ValueMetrics in one vector."""
+    """Outputs of the registered operator; `metrics` are ValueMetrics as one vector."""
 
     loss: Tensor
     metrics: Tensor
@@ -142,7 +143,7 @@ def _gradients(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None]:
 
 
 class _ValueLoss(torch.autograd.Function):
-    """The eager call, without torch.library's cost."""
+    """Used by eager calls, to avoid torch.library's cost."""
 
     @staticmethod
     def forward(ctx: Any, value_N: Tensor, a: Arguments) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Mean 0 and variance 1 over the live tokens, and the moments that say how far off they are."""
+"""Whiten values over the live tokens (mean 0, variance 1), and compute their moments."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from fastppo.ops.registered import register
 
 
 class Moments(NamedTuple):
-    """Count, mean and sum of squared deviations; 0-d tensors that `merge` adds up exactly."""
+    """Count, mean and sum of squared deviations (m2) as 0-d tensors; `merge` combines two sets."""
 
     count: Tensor  # type: ignore[assignment]  # tuple's own count() gives way
     mean: Tensor
     m2: Tensor
 
     def merge(self, other: Moments) -> Moments:
-        """Moments of both sets together.
+        """The moments of the union of both sets.
 
         Source: Chan, Golub, LeVeque 1979, Updating Formulae and a Pairwise Algorithm for Computing
         Sample Variances.
@@ -42,7 +42,7 @@ class Moments(NamedTuple):
 
     @property
     def variance(self) -> Tensor:
-        """Unbiased; 0 for fewer than two values."""
+        """The unbiased variance; 0 for fewer than two values."""
         return torch.where(self.count > 1, self.m2 / (self.count - 1).clamp(min=1), 0)
 
 
@@ -56,11 +56,11 @@ def moments(x_N: Tensor, *, weight_N: Tensor | None = None, backend: str | None 
 
     Returns:
         Moments(count, mean, m2), float32 (float64 for float64 input), without gradient; mean and m2
-        are 0 where nothing counts.
+        are 0 if count is 0.
 
     Raises:
         ValueError: shapes that disagree.
-        TypeError: inputs that hold no floats.
+        TypeError: inputs that are not floating point.
     """
     op = "moments"
     check_floating(op, "x_N", x_N, ndim=1)
@@ -72,7 +72,7 @@ def moments(x_N: Tensor, *, weight_N: Tensor | None = None, backend: str | None 
 
 
 class MomentsArguments(NamedTuple):
-    """Of the registered operator."""
+    """Arguments of the registered operator."""
 
     x_N: Tensor
     weight_N: Tensor | None
@@ -80,7 +80,7 @@ class MomentsArguments(NamedTuple):
 
 
 class MomentsVector(NamedTuple):
-    """Of the registered operator: (3,)."""
+    """Outputs of the registered operator: (3,)."""
 
     count_mean_m2: Tensor
 
@@ -108,13 +108,13 @@ def whiten(
 ) -> Tensor:
     r"""The values shifted and scaled to mean 0 and (unbiased) variance 1, without unit.
 
-        y = (x - mean) / sqrt(var + 1e-8),    plus mean where shift_mean is False
+        y = (x - mean) / sqrt(var + 1e-8),    plus mean if shift_mean is False
 
     Args:
         x_N: float (N,).
         weight_N: float or bool (N,), a mask: values of weight 0 are not read and come back as 0.
         shift_mean: False adds the mean back, so that the sign of rewards is kept.
-        moments: of a larger set (other micro-batches or ranks, by `merge`); None takes those of
+        moments: of a larger set (merged from other micro-batches or ranks); None computes those of
             x_N.
         backend: "triton", "native" or "torch"; None chooses by device.
 
@@ -123,7 +123,7 @@ def whiten(
 
     Raises:
         ValueError: shapes that disagree.
-        TypeError: inputs that hold no floats.
+        TypeError: inputs that are not floating point.
 
     Source: Huang et al. 2024, The N+ Implementation Details of RLHF with PPO, on whitening.
     """
@@ -138,7 +138,7 @@ def whiten(
 
 
 class Arguments(NamedTuple):
-    """Of the registered operator; `moments` are (3,)."""
+    """Arguments of the registered operator; `moments` are (3,)."""
 
     x_N: Tensor
     weight_N: Tensor | None
@@ -148,7 +148,7 @@ class Arguments(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Of the registered operator."""
+    """Outputs of the registered operator."""
 
     y_N: Tensor
 

@@ -1,9 +1,9 @@
-"""Large memory that the operators write on a CPU, kept from call to call.
+"""Buffers for large results of the operators on a CPU, reused from call to call.
 
-New memory costs a page fault every 4 KiB, as much as the arithmetic on it, and what the C library
-is given back at this size it returns to the system at once. So the last buffers are kept, and one
-that nobody uses any more (the gradient was freed, the chunk is done) is written over by the next
-call, as CUDA's caching allocator does for everything. Other devices are left to it.
+New memory costs a page fault every 4 KiB, as much as the arithmetic on it, and the C library
+returns freed memory of this size to the system at once. So the last buffers are kept; a buffer that
+is no longer in use (the gradient was freed, the chunk is done) is reused by the next call. CUDA's
+caching allocator does the same for its devices.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _lock = Lock()
 
 
 def _idle(storage: torch.UntypedStorage) -> bool:
-    """Whether no tensor has it: the only reference left is the one kept here."""
+    """Whether no tensor uses the storage: the only reference left is the one kept here."""
     return bool(torch._C._storage_Use_Count(storage._cdata) == 1)
 
 
@@ -58,7 +58,7 @@ def fresh_like(x: Tensor) -> Tensor:
 
 @contextmanager
 def nothing_kept() -> Iterator[None]:
-    """As if for the first time: new memory inside, and what was kept is there again after it."""
+    """Inside the block no buffers are kept, so memory is new; afterwards the old ones are back."""
     with _lock:
         before = list(_kept)
         _kept.clear()
@@ -71,6 +71,6 @@ def nothing_kept() -> Iterator[None]:
 
 
 def release() -> None:
-    """Give back what is kept; tensors that are in use stay as they are."""
+    """Free the kept buffers; tensors that are in use are not affected."""
     with _lock:
         _kept.clear()

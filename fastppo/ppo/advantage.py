@@ -1,4 +1,4 @@
-"""Scored -> Experience: the score and the KL penalty become rewards, advantages and returns."""
+"""Scored -> Experience: rewards from scores and KL penalty, then advantages and returns."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ GROUP_EPS = 1e-4  # added to the standard deviation, as in TRL
 
 @dataclass
 class KLController:
-    """beta (`kl_coef`), and its adaptation to the measured KL.
+    """The KL coefficient beta (`kl_coef`), which adapts to the measured KL.
 
         beta <- beta * (1 + clip(KL / target - 1, -0.2, 0.2) * min(n, horizon) / horizon)
 
-    KL is summed over a sequence and averaged over the batch, n is the number of sequences. Up to
-    n = horizon that is the published rule, number for number. Past it the published factor goes on
-    falling with n, and below 0 from n = 5 horizon; a step is one measurement of the KL, and here
-    one measurement moves beta by 20% at most, so that the factor is in [0.8, 1.2] for any n.
+    KL is summed over a sequence and averaged over the batch; n is the number of sequences. For
+    n <= horizon this is the published rule. For larger n the published rule has no `min`, so its
+    factor becomes negative from n = 5 horizon on. A step measures the KL once, so here one step
+    changes beta by 20% at most: the factor is in [0.8, 1.2] for any n.
 
     Source: Ziegler et al. 2019, Fine-Tuning Language Models from Human Preferences, section 2.2.
     """
@@ -39,7 +39,7 @@ class KLController:
     adaptive: bool = True
 
     def update(self, kl: float, n: int) -> None:
-        """Adapt beta to a step's KL, over n sequences; a KL that is not finite is ignored."""
+        """Adapt beta to the KL of a step with n sequences; a KL that is not finite is ignored."""
         if self.adaptive and math.isfinite(kl):
             error = min(max(kl / self.target - 1.0, -0.2), 0.2)
             self.kl_coef *= 1.0 + error * min(n, self.horizon) / self.horizon
@@ -55,7 +55,7 @@ class RunningScore:
 
     @property
     def std(self) -> float:
-        """Unbiased standard deviation; 1 as long as there are not two different scores."""
+        """Unbiased standard deviation; 1 until two different scores have been seen."""
         if self.count <= 1 or self.m2 <= 0:
             return 1.0
         return math.sqrt(self.m2 / (self.count - 1))
@@ -81,7 +81,7 @@ def shape_score(scored: Scored, config: Config, running: RunningScore) -> Tensor
         score_B = score_B.clamp(-config.score_clip, config.score_clip)
     ended_B = torch.tensor(rollout.terminated, device=score_B.device)
     if config.bootstrap_truncated:
-        # The bootstrapped value predicts that score: with both, it would be paid twice.
+        # The bootstrapped value predicts the score: with both, the response would be paid twice.
         score_B = score_B.masked_fill(~ended_B, 0.0)
     if config.missing_eos_penalty is not None:
         score_B = torch.where(ended_B, score_B, score_B - config.missing_eos_penalty)
@@ -93,10 +93,12 @@ def shape_score(scored: Scored, config: Config, running: RunningScore) -> Tensor
 
 
 def group_advantages(return_B: Tensor, config: Config) -> Tensor:
-    r"""One advantage a response (B,): its return against those of the same prompt's n responses.
+    r"""One advantage per response (B,): its return R_i relative to the n responses to its prompt.
 
         rloo: A_i = R_i - mean of the other n - 1
-        grpo: A_i = (R_i - mean) / (std + 1e-4),    std of the n, of the whole batch, or left out
+        grpo: A_i = (R_i - mean) / (std + 1e-4)
+
+    `scale_rewards` says whether std is that of the n responses, of the whole batch, or left out.
 
     Source: Ahmadian et al. 2024, arXiv 2402.14740 (RLOO); Shao et al. 2024, arXiv 2402.03300
     (GRPO); Liu et al. 2025, arXiv 2503.20783 (without std).
@@ -114,9 +116,10 @@ def group_advantages(return_B: Tensor, config: Config) -> Tensor:
 
 
 def importance_weights(scored: Scored, threshold: float) -> Tensor:
-    r"""min(pi_behaviour / pi_sampler, threshold) of each token (N,): truncated importance sampling.
+    r"""Truncated importance weight of each token (N,): min(pi_behaviour / pi_sampler, threshold).
 
-    The policy as the trainer computes it against the distribution that the token was drawn from.
+    pi_behaviour is the policy as the trainer computes it, pi_sampler the distribution from which
+    the sampler drew the token.
 
     Source: Ionides 2008, Truncated Importance Sampling.
     """
@@ -128,10 +131,11 @@ def importance_weights(scored: Scored, threshold: float) -> Tensor:
 def estimate(
     scored: Scored, config: Config, controller: KLController, running: RunningScore
 ) -> Experience:
-    """Advantages and returns of every response token; whitening is over the whole rollout.
+    """Advantages and returns of every response token; whitening uses the whole rollout.
 
-    Without a critic the values are 0, so that a token's return is the sum of the rewards from there
-    on: reinforce++ takes it as the advantage, grpo and rloo compare the returns of whole responses.
+    Without a critic the values are 0, so a token's return is the sum of the rewards from that token
+    on. reinforce++ uses that return as the advantage; grpo and rloo compare the returns of whole
+    responses.
     """
     score_B = shape_score(scored, config, running)
     by_response = config.advantage in ("grpo", "rloo")

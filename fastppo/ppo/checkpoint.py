@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def save(state: State, folder: Path) -> None:
-    """Save the actor in `folder`, where PEFT looks, and a critic of its own in `critic`."""
+    """Save the actor in `folder`, where PEFT looks, and a separate critic in `folder`/critic."""
     roles = state.roles
     save_model(roles.model, roles.critic_head, state.tokenizer, folder)
     if roles.critic_head is not None and not roles.shares_trunk:
@@ -48,7 +48,7 @@ def save(state: State, folder: Path) -> None:
 
 
 def save_to_resume(state: State, output_dir: Path) -> Path:
-    """Write `checkpoint-N` with everything that later steps depend on, completely or not at all."""
+    """Write `checkpoint-N`, with everything that later steps depend on, atomically."""
     folder = output_dir / f"checkpoint-{state.step}"
     place = durable.partial_folder(folder)
     save(state, place)
@@ -65,7 +65,7 @@ def save_to_resume(state: State, output_dir: Path) -> Path:
         "random": state.random,
         "decisions": state.budgets.decisions(),
         "settings": settings(state.config),
-        "surroundings": surroundings(state),
+        "surroundings": environment(state),
     }
     training_state.write(tree, place)
     note_run(place, state.budgets.decisions(), state.tracker)
@@ -87,7 +87,7 @@ def trainable_parameters(state: State) -> list[nn.Parameter]:
 
 
 # Keys that may change between a checkpoint and the run that resumes it.
-FREE = {
+MAY_CHANGE = {
     "source",
     "ignored",
     "output_dir",
@@ -128,7 +128,7 @@ FREE = {
     "cache_dir",
 }
 # Keys whose values the checkpoint itself holds: another value in the YAML would have no effect.
-CARRIED = {
+STORED_IN_CHECKPOINT = {
     "adam_beta1",
     "adam_beta2",
     "adam_epsilon",
@@ -141,16 +141,16 @@ CARRIED = {
 
 
 def settings(config: Config) -> dict[str, str]:
-    """A digest of each key that the steps depend on; digests show no secret of an URL."""
-    values = config.model_dump(mode="json", exclude=FREE)
+    """Key -> digest of its value, for the keys that steps depend on; digests hide URLs' secrets."""
+    values = config.model_dump(mode="json", exclude=MAY_CHANGE)
     return {
         key: hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
         for key, value in values.items()
     }
 
 
-def surroundings(state: State) -> dict[str, str]:
-    """What else the results depend on, to the bit: the prompts, the device and its libraries."""
+def environment(state: State) -> dict[str, str]:
+    """What else affects the exact results: the prompts, the device and its libraries."""
     device = state.roles.device
     ids = json.dumps([prompt.ids for prompt in state.prompts])
     return {
@@ -163,12 +163,12 @@ def surroundings(state: State) -> dict[str, str]:
 
 
 def check_same(state: State, saved: dict[str, Any], folder: Path) -> list[str]:
-    """Check that `folder` can be resumed; returns what has changed since, in words."""
+    """Check that `folder` can be resumed; returns the names of what has changed since then."""
     key = f"{state.config.source}: resume_from_checkpoint: {folder}"
     now, then = settings(state.config), saved["settings"]
     changed = sorted(name for name in now if now[name] != then.get(name))
     for name in changed:
-        if name in CARRIED:
+        if name in STORED_IN_CHECKPOINT:
             raise UserError(
                 f"{key} was trained with another {name}, which it carries on; put the old value "
                 "back, or start anew"
@@ -183,8 +183,8 @@ def check_same(state: State, saved: dict[str, Any], folder: Path) -> list[str]:
         raise UserError(
             f"{key}: it has rewards {', '.join(sorted(names))}; keep reward_model as it was"
         )
-    around = surroundings(state)
-    return changed + [name for name in around if around[name] != saved["surroundings"].get(name)]
+    present = environment(state)
+    return changed + [name for name in present if present[name] != saved["surroundings"].get(name)]
 
 
 @torch.no_grad()
@@ -192,7 +192,7 @@ def resume(state: State, folder: Path) -> list[str]:
     """Load everything that later steps depend on from the checkpoint in `folder`.
 
     Returns:
-        What has changed since, in words; if nothing has, the run goes on bit for bit.
+        The names of what has changed since; if nothing has, the run continues bit for bit.
     """
     saved = training_state.read(folder)
     if "trained" not in saved:
@@ -215,7 +215,7 @@ def resume(state: State, folder: Path) -> list[str]:
         wrap(base, mode, offload_dir=offload_dir)
     state.began -= saved["seconds"]
     state.before = None if saved["before"] is None else Answers(**saved["before"])
-    # The evaluation after the last step is run again, with what is written after it.
+    # The evaluation after the last step runs again, and its files are written again.
     found = log.read_evaluations(folder)
     state.evaluations = [each for each in found if each["step"] < state.total_steps]
     state.metrics.resume(saved["rows"])
@@ -225,7 +225,7 @@ def resume(state: State, folder: Path) -> list[str]:
 
 
 def start(state: State, folder: Path | None, output_dir: Path) -> list[str]:
-    """Start anew in `output_dir`, or resume from `folder`; returns notes for the terminal."""
+    """Start a new run in `output_dir`, or resume from `folder`; returns notes for the terminal."""
     notes = []
     if folder is None:
         results.clear(output_dir)
@@ -241,7 +241,7 @@ def start(state: State, folder: Path | None, output_dir: Path) -> list[str]:
 
 
 def save_and_stop(state: State, stop: Interrupted, output_dir: Path) -> Interrupted:
-    """Save the state after the last complete step; returns the interruption with its folder."""
+    """Save the last complete step; returns an interruption that names the checkpoint."""
     if state.step == 0:
         return Interrupted(stop.signal, "no step was finished, so nothing was saved")
     folder = output_dir / f"checkpoint-{state.step}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fastppo.config import Config
 
-# Column -> what it is. docs/metrics.md has the same table, and a test holds the two together.
+# Column -> its description. docs/metrics.md has the same table; a test compares the two.
 COLUMNS = {
     "step": "PPO step, from 1",
     "epoch": "passes over the prompts so far",
@@ -76,7 +76,8 @@ COLUMNS = {
     "update_tokens_per_second": "update_tokens by seconds_update (a clock)",
     "tokens_per_second": "response tokens by the seconds of the whole step (a clock)",
 }
-# Of several rewards each has a column more; its cell is empty where it applied to no response.
+# If there are several rewards, each has a column; it is empty in steps where the reward applied to
+# no response.
 REWARD_COLUMN = "reward/{name}"
 REWARD_MEANING = "of several rewards: mean score by that one, before its weight"
 CRITIC_COLUMNS = {
@@ -91,7 +92,7 @@ CRITIC_COLUMNS = {
 
 
 def absent_columns(config: Config) -> set[str]:
-    """Columns that mean nothing in this run, and that its file does not have."""
+    """Columns that are left out of this run's file, because they have no meaning in it."""
     absent = set() if config.has_critic else set(CRITIC_COLUMNS)
     if not config.use_kl_loss:
         absent.add("kl_loss")

@@ -1,4 +1,4 @@
-"""Stage ppo without training: `do_eval` and `do_predict` of an already trained policy."""
+"""Stage ppo without training: `do_eval` and `do_predict` with a policy that is already trained."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ TRAINED = "trained"  # name of the loaded adapter in the PEFT model
 
 
 def run(config: Config, records: Records) -> None:
-    """Load the trained policy; evaluate it against its reference, and predict, as asked for.
+    """Load the trained policy; compare it with its reference and write predictions, as configured.
 
-    Only `output_dir` is written to: the metrics of the run that trained it stay as they are.
+    Only `output_dir` is written to: the metrics of the run that trained the policy stay unchanged.
     """
     folder, config = folder_to_evaluate(config)
-    # No critic is needed here, so it is the smallest one; and there is no curve to track.
+    # No critic is needed, so the smallest kind is built; nothing is sent to trackers.
     update = {"critic": "shared", "critic_finetuning_type": None, "report_to": "none"}
     config = config.model_copy(update=update)
     state = init_state(config, records)
@@ -58,7 +58,7 @@ def load_policy(roles: Roles, folder: Path) -> None:
     model = roles.model
     if isinstance(model, PeftModel):
         load_adapter(model, str(folder), TRAINED, "adapter_name_or_path")
-        for role in {"actor", "critic"} & roles.places.keys():  # which is a head on the actor
+        for role in {"actor", "critic"} & roles.places.keys():  # the critic is a head on the actor
             roles.places[role] = replace(roles.places[role], adapter=TRAINED, trainable=())
     else:
         try:

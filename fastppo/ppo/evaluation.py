@@ -1,4 +1,4 @@
-"""Evaluation: the policy against its reference on the same prompts and seeds; predictions."""
+"""Evaluation: compare the policy with its reference on the same prompts and seeds; predictions."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SAMPLES_KEPT = 64
 
 
 def answer(state: State, role: Role, prompts: list[Prompt]) -> Answers:
-    """Sample `role` on `prompts` with the run's sampling, score and (if there is one) judge."""
+    """Sample responses of `role` to `prompts`; score them, and with `eval_judge` judge them."""
     config, roles = state.config, state.roles
     texts: list[str] = []
     rewards: list[float] = []
@@ -106,13 +106,13 @@ class Comparison:
 
 
 def compare(state: State) -> Comparison:
-    """Sample reference and actor on the evaluation prompts; the reference only once a run."""
+    """Sample reference and actor on the evaluation prompts; the reference only once per run."""
     began, prompts, before = time.monotonic(), state.eval_prompts, state.before
     with state.stop.at_once():
         if before is None:
             before = answer(state, "reference", prompts)
         after = answer(state, "actor", prompts)
-    state.before = before  # only now: an interrupted evaluation leaves nothing behind
+    state.before = before  # set last, so that an interrupted evaluation changes nothing
     return Comparison(prompts, before, after, time.monotonic() - began)
 
 
@@ -146,30 +146,31 @@ def summarise(state: State, compared: Comparison) -> dict[str, Any]:
 def evaluate(state: State) -> dict[str, Any]:
     """Compare the actor with the policy that it started from; returns the numbers of summary.json.
 
-    Writes summary.json, samples and curves into metrics_dir, and what `report` writes.
+    Writes summary.json, samples and curves into metrics_dir, and the files of `report` into
+    output_dir.
     """
     compared = compare(state)
     summary = summarise(state, compared)
     state.metrics.ensure_open()
     state.metrics.write_json(SUMMARY, summary)
-    both = side_by_side(compared.prompts, compared.before, compared.after)
+    both = samples_json(compared.prompts, compared.before, compared.after)
     state.metrics.write_json(SAMPLES, both)
     draw(state)
     report(state, compared, summary)
     return summary
 
 
-def between_steps(state: State) -> None:
+def evaluate_between_steps(state: State) -> None:
     """Evaluate during training: print a line, and send the metrics to the trackers."""
     summary = evaluate(state)
     lines.evaluation_line(summary)
     if state.tracker is not None:
         state.tracker.log(eval_metrics(summary), state.step)
-    state.random = random_state()  # rewards and judges may have drawn from it
+    state.random = random_state()  # rewards and judges may have used the generators
 
 
 def is_due(state: State, steps: int, steps_an_epoch: float) -> bool:
-    """Whether a run evaluates before its next step: at its start, or if a signal prevented it."""
+    """Whether to evaluate before the next step: at the run's start, or if a signal prevented it."""
     if state.step == 0:
         return state.config.eval_on_start
     done = any(each["step"] == state.step for each in state.evaluations)
@@ -178,30 +179,30 @@ def is_due(state: State, steps: int, steps_an_epoch: float) -> bool:
 
 
 def eval_metrics(summary: dict[str, Any]) -> dict[str, Any]:
-    """The summary's numbers under names that trackers put into a panel of their own."""
+    """The summary's numbers, renamed so that trackers show them in a panel of their own."""
     return {f"eval/{name}": value for name, value in summary.items()}
 
 
 def draw(state: State, *, share: float = math.inf) -> None:
-    """Draw training_curves.png; drawing may take at most `share` of the run's time."""
+    """Draw training_curves.png, unless drawing would take more than `share` of the run's time."""
     title = f"fastppo: {state.config.model_name_or_path}, {state.step} PPO steps"
     state.metrics.draw(title, share=share)
 
 
 def draw_all(state: State, output_dir: Path) -> None:
-    """Draw the curves of all steps so far, and with `plot_loss` LLaMA-Factory's two."""
+    """Draw the curves of all steps so far, and with `plot_loss` LLaMA-Factory's two plots."""
     draw(state)
     if state.config.plot_loss and state.metrics.rows:
         plots.plot_log(log.log_history(state), ("loss", "reward"), output_dir)
 
 
 @contextmanager
-def curves_of_the_run(state: State, output_dir: Path) -> Iterator[None]:
-    """Draw all curves as the block ends, also where a signal or an error ends it."""
+def draw_at_end(state: State, output_dir: Path) -> Iterator[None]:
+    """Draw all curves when the block ends, even if a signal or an error ends it."""
     try:
         yield
     except (Exception, Interrupted):
-        with suppress(Exception):  # what ended the run is the error to report
+        with suppress(Exception):  # the error to report is the one that ended the run
             draw_all(state, output_dir)
         raise
     draw_all(state, output_dir)
@@ -211,7 +212,8 @@ def report(state: State, compared: Comparison, summary: dict[str, Any]) -> dict[
     """Write LLaMA-Factory's eval_results.json and the samples into output_dir.
 
     Returns:
-        The metrics under their names there, `eval_...`; those of the reference end in _reference.
+        The metrics by their names in that file, `eval_...`; those of the reference end in
+        _reference.
     """
     metrics: dict[str, Any] = {}
     for name, value in summary.items():
@@ -258,7 +260,7 @@ def sample_rows(compared: Comparison) -> Iterator[dict[str, Any]]:
 def predict(state: State, prompts: list[Prompt]) -> dict[str, Any]:
     """`do_predict`: sample the actor on every prompt, and write LLaMA-Factory's two files.
 
-    generated_predictions.jsonl has its keys prompt, predict and label, and the reward.
+    generated_predictions.jsonl has LLaMA-Factory's keys prompt, predict and label, and the reward.
     """
     began = time.monotonic()
     with state.stop.at_once():
@@ -296,7 +298,7 @@ def held_out_prompts(state: State, records: Records) -> list[Prompt]:
 
 
 def write_results(state: State, records: Records) -> None:
-    """After the last evaluation: train_results.json, predictions if asked for, the model card."""
+    """Write train_results.json, predictions (`do_predict`) and the model card at a run's end."""
     folder = Path(state.config.output_dir)
     results.save_metrics(folder, "train", log.train_metrics(state))
     if state.config.do_predict:
@@ -312,7 +314,7 @@ def write_results(state: State, records: Records) -> None:
     )
 
 
-def side_by_side(prompts: list[Prompt], before: Answers, after: Answers) -> list[dict[str, Any]]:
+def samples_json(prompts: list[Prompt], before: Answers, after: Answers) -> list[dict[str, Any]]:
     """A row for each prompt: both policies' answers, and the record's own if it has one."""
     rows = []
     for i, prompt in enumerate(prompts[:SAMPLES_KEPT]):

@@ -1,7 +1,7 @@
-"""Warnings on what goes wrong in a run, each with its cure, and the stop after bad steps.
+"""Guards: warnings when training goes wrong, each with a cure, and the stop after bad steps.
 
-Each looks at the rows of training_metrics.csv alone, so a resumed run warns as an unbroken one
-does. A guard's column is 1 in every step in which it fires.
+A guard reads only the rows of training_metrics.csv, so a resumed run gives the same warnings as an
+uninterrupted one. A guard's column is 1 in every step in which it fires.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ if TYPE_CHECKING:
 Row = Mapping[str, float]
 
 KL_LIMIT = 5.0  # times ppo_target
-ENTROPY_LEFT = 0.1  # share of the first step's entropy
-EOS_AT_FIRST, EOS_LEFT = 0.1, 0.1  # share in the first steps, and what is left of it
-EOS_EXPECTED = 20  # so many at the first rate: fewer could be missing by chance
+MIN_ENTROPY = 0.1  # as a share of the first step's entropy
+MIN_FIRST_EOS = 0.1  # share of responses with EOS in the first steps; below it nothing is checked
+MIN_EOS = 0.1  # as a share of that first share
+EOS_EXPECTED = 20  # responses with EOS expected in the window: fewer could be missing by chance
 LENGTH_CORRELATION = 0.6
-LENGTH_SAMPLES = 80  # a step of few responses correlates by chance
-VALUE_HELD, VALUE_STEPS = 0.25, 3  # share of tokens, and over how many steps in the mean
+LENGTH_SAMPLES = 80  # responses in the window: a few correlate by chance
+MAX_VALUE_CLIPPED, VALUE_STEPS = 0.25, 3  # share of tokens, averaged over so many steps
 
 
 def mean(rows: Sequence[Row], column: str) -> float:
@@ -45,60 +46,60 @@ def responses(row: Row) -> float:
     return row["response_tokens"] / row["response_length"]
 
 
-def ratio_off(rows: Sequence[Row], config: Config, precision: Precision) -> bool:
+def ratio_not_one(rows: Sequence[Row], config: Config, precision: Precision) -> bool:
     """Scoring and update disagree before the first optimiser step."""
     return rows[-1]["ratio_first_pass"] > LIMITS[precision].log_ratio
 
 
-def kl_far(rows: Sequence[Row], config: Config, precision: Precision) -> bool:
+def kl_too_large(rows: Sequence[Row], config: Config, precision: Precision) -> bool:
     """The policy is far from its reference."""
     return rows[-1]["kl"] > KL_LIMIT * config.ppo_target
 
 
-def entropy_gone(rows: Sequence[Row], config: Config, precision: Precision) -> bool:
+def entropy_collapsed(rows: Sequence[Row], config: Config, precision: Precision) -> bool:
     """The policy has nearly collapsed to one response."""
-    return rows[-1]["entropy"] < ENTROPY_LEFT * rows[0]["entropy"]
+    return rows[-1]["entropy"] < MIN_ENTROPY * rows[0]["entropy"]
 
 
-def eos_gone(rows: Sequence[Row], config: Config, precision: Precision) -> bool:
+def eos_disappeared(rows: Sequence[Row], config: Config, precision: Precision) -> bool:
     """Responses used to end with EOS, and no longer do."""
     first = mean(rows[:5], "eos_share")
-    if first < EOS_AT_FIRST:
+    if first < MIN_FIRST_EOS:
         return False
     window = max(3, math.ceil(EOS_EXPECTED / (first * responses(rows[-1]))))
-    return len(rows) >= 5 + window and mean(rows[-window:], "eos_share") <= EOS_LEFT * first
+    return len(rows) >= 5 + window and mean(rows[-window:], "eos_share") <= MIN_EOS * first
 
 
-def length_pays(rows: Sequence[Row], config: Config, precision: Precision) -> bool:
+def score_follows_length(rows: Sequence[Row], config: Config, precision: Precision) -> bool:
     """Score and response length correlate over many responses."""
     window = max(10, math.ceil(LENGTH_SAMPLES / responses(rows[-1])))
     enough = len(rows) >= window
     return enough and abs(mean(rows[-window:], "score_length_corr")) >= LENGTH_CORRELATION
 
 
-def sampler_apart(rows: Sequence[Row], config: Config, precision: Precision) -> bool:
-    """The sampler's log-probs differ from the trainer's, though no setting truncates."""
+def sampler_differs(rows: Sequence[Row], config: Config, precision: Precision) -> bool:
+    """The sampler's log-probs differ from the trainer's, though no sampling setting explains it."""
     if Sampling.of(config).truncates or config.min_new_tokens:
         return False
     return not rows[-1]["sampler_gap_abs"] <= LIMITS[precision].sampler_gap
 
 
-def value_held(rows: Sequence[Row], config: Config, precision: Precision) -> bool:
-    """The value clip holds many tokens back from their returns, step after step."""
+def values_clipped(rows: Sequence[Row], config: Config, precision: Precision) -> bool:
+    """The value clip keeps the values of many tokens from their returns, for several steps."""
     last = [row.get("value_clipfrac", 0.0) for row in rows[-VALUE_STEPS:]]
-    return len(last) == VALUE_STEPS and sum(last) / VALUE_STEPS > VALUE_HELD
+    return len(last) == VALUE_STEPS and sum(last) / VALUE_STEPS > MAX_VALUE_CLIPPED
 
 
 @dataclass(frozen=True)
 class Guard:
-    """A condition on the rows so far, and its warning; `found` may quote columns."""
+    """A condition on the rows so far, and its warning; `found` is formatted with the last row."""
 
     fires: Callable[[Sequence[Row], Config, Precision], bool]
     found: str
     cure: str
 
     def line(self, column: str, row: Row) -> str:
-        """The warning."""
+        """The warning's text."""
         return f"{column}: {self.found.format(**row)}; {self.cure}"
 
 
@@ -110,43 +111,43 @@ GUARDS = {
         "(score_clip)",
     ),
     "guard_ratio": Guard(
-        ratio_off,
+        ratio_not_one,
         "mean |log ratio| is {ratio_first_pass:.2g} before the step's first update, and should be "
         "0 but for rounding",
         "scoring and update run different kernels: try flash_attn: disabled, bf16: false or "
         "tf32: false",
     ),
     "guard_kl": Guard(
-        kl_far,
+        kl_too_large,
         f"KL is {{kl:.1f}} nats a response, more than {KL_LIMIT:g} times ppo_target",
         "the reward is being exploited: raise init_kl_coef, or lower learning_rate or horizon",
     ),
     "guard_entropy": Guard(
-        entropy_gone,
-        f"entropy fell to {{entropy:.3g}} nats a token, below {ENTROPY_LEFT:.0%} of the first "
+        entropy_collapsed,
+        f"entropy fell to {{entropy:.3g}} nats a token, below {MIN_ENTROPY:.0%} of the first "
         "step's",
         "the policy says one thing only: set entropy_coef, raise init_kl_coef or lower "
         "learning_rate",
     ),
     "guard_eos": Guard(
-        eos_gone,
+        eos_disappeared,
         "responses no longer end by themselves (eos_share {eos_share:.2f})",
         "set missing_eos_penalty, or look whether the reward pays for length",
     ),
     "guard_length": Guard(
-        length_pays,
+        score_follows_length,
         "score and response length move together (correlation {score_length_corr:+.2f})",
         "the reward pays for length: read samples.json, train the reward model on pairs of equal "
         "length, or add a reward of weight below 0 for it",
     ),
     "guard_value_clip": Guard(
-        value_held,
+        values_clipped,
         "the value clip held {value_clipfrac:.0%} of the tokens: the critic may move by "
         "cliprange_value a step, and its returns are further off",
         "set cliprange_value: null, or raise it to the scale of the scores (return_std)",
     ),
     "guard_sampler": Guard(
-        sampler_apart,
+        sampler_differs,
         "the sampler's log-probs are {sampler_gap_abs:.2g} from the trainer's in the mean",
         "set rollout_is_threshold: 2, and look for generation settings or kernels that only "
         "sampling uses",
@@ -170,7 +171,7 @@ def warnings(rows: Sequence[Row]) -> list[str]:
 
 
 def save_batch(experience: Experience, path: Path) -> None:
-    """Save a rollout and everything that the update was given: tensors, and texts as metadata."""
+    """Save a rollout and the update's inputs as safetensors, with the texts as metadata."""
     scored, rollout = experience.scored, experience.scored.rollout
     tensors = {
         "input_ids_BT": rollout.input_ids_BT,
@@ -201,7 +202,7 @@ def check_finite(row: Row, experience: Experience, config: Config) -> None:
     """Stop a run after `max_bad_steps` bad optimiser steps in a row, and save their batch.
 
     Raises:
-        TrainingStopped: `max_bad_steps` of them in a row.
+        TrainingStopped: there were `max_bad_steps` bad steps in a row.
     """
     if not 0 < config.max_bad_steps <= row["nonfinite_run"]:
         return

@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from fastppo.ppo.state import State
 
 
-def beta_room(config: Config, steps: int) -> float:
-    """The largest share by which the KL controller can move beta over the whole run."""
+def largest_beta_change(config: Config, steps: int) -> float:
+    """The largest relative change of beta that the KL controller can make in the whole run."""
     step = 0.2 * min(config.rollout_batch_size / config.horizon, 1.0)
-    return math.expm1(min(steps * math.log1p(step), 700.0))  # e**710 is no float any more
+    return math.expm1(min(steps * math.log1p(step), 700.0))  # e**710 is too large for a float
 
 
 def notices(config: Config, steps: int) -> list[str]:
-    """Notes on settings that have no effect, or another one than a user may expect."""
+    """Notes on settings that have no effect, or not the effect that a user may expect."""
     lines = list(config.ignored)
     truncating = Sampling.of(config).truncates
     if truncating:
@@ -50,11 +50,11 @@ def notices(config: Config, steps: int) -> list[str]:
             f"critic_warmup: {config.critic_warmup} leaves none of the {steps} steps to the "
             "policy; lower it, or raise max_steps"
         )
-    room = beta_room(config, steps)
-    if config.adap_kl_ctrl and room < 0.05:
+    change = largest_beta_change(config, steps)
+    if config.adap_kl_ctrl and change < 0.05:
         lines.append(
             f"this run is too short for the KL controller: over {steps} steps beta can move by "
-            f"{room:.2%} at most (horizon {config.horizon:g}); lower horizon to let it adapt"
+            f"{change:.2%} at most (horizon {config.horizon:g}); lower horizon to let it adapt"
         )
     responses = config.rollout_batch_size
     if config.adap_kl_ctrl and config.horizon < responses:
@@ -66,7 +66,7 @@ def notices(config: Config, steps: int) -> list[str]:
 
 
 def first_lines(state: State, steps: int) -> None:
-    """Print what will run, on which device, with which roles, and where it writes."""
+    """Print what will run, on which device and with which roles, and where the files go."""
     config, base = state.config, state.roles.base
     model_config: Any = base.config
     offload: Any = base.activation_offload
@@ -101,7 +101,7 @@ def first_lines(state: State, steps: int) -> None:
 
 
 def step_line(state: State, steps: int) -> None:
-    """Print the line of a step, with the time left."""
+    """Print one line on a step, with the time left."""
     row = state.metrics.rows[-1]
     left = state.seconds() / state.step * (steps - state.step)
     console.print(
@@ -113,7 +113,7 @@ def step_line(state: State, steps: int) -> None:
 
 
 def memory_line(state: State) -> None:
-    """After the first step: the memory that it took, beside what was planned for its lengths."""
+    """After the first step, print its peak memory and the memory planned for its lengths."""
     terminal.memory_line(
         state.plan,
         state.roles.device,
@@ -123,7 +123,7 @@ def memory_line(state: State) -> None:
 
 
 def evaluation_line(summary: dict[str, Any]) -> None:
-    """Print an evaluation: reference and policy in one line."""
+    """Print an evaluation of reference and policy in one line."""
     judge = ""
     if "judge_before" in summary:
         judge = f", judge {summary['judge_before']:+.3f} -> {summary['judge_after']:+.3f}"

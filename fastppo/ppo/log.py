@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 def total_loss(row: Mapping[str, float], config: Config) -> float:
-    """The loss that the optimiser minimised in a step, from that step's row of metrics.
+    """The loss that the optimiser minimised in a step, computed from the step's row of metrics.
 
         policy_loss + kl_loss + vf_coef * value_loss + ptx_coef * ptx_loss - entropy_coef * entropy
 
-    A column that the run does not have counts 0.
+    A column that the run does not have counts as 0.
     """
     weights = {"policy_loss": 1.0, "kl_loss": 1.0, "value_loss": config.vf_coef}
     loss = sum(weight * row.get(name, 0.0) for name, weight in weights.items())
@@ -58,16 +58,16 @@ def write_trainer_state(state: State, folder: Path) -> None:
         global_step=state.step,
         max_steps=state.total_steps,
         logging_steps=1,
-        save_steps=config.save_steps,  # type: ignore[arg-type]  # a share of the run may be one
+        save_steps=config.save_steps,  # type: ignore[arg-type]  # may be a share of the run
         train_batch_size=config.per_device_train_batch_size,
-        num_train_epochs=config.num_train_epochs,  # type: ignore[arg-type]  # half an epoch too
+        num_train_epochs=config.num_train_epochs,  # type: ignore[arg-type]  # may be a fraction
         num_input_tokens_seen=int(sum(row["response_tokens"] for row in rows)),
         log_history=log_history(state),
     ).save_to_json(str(folder / results.TRAINER_STATE))
 
 
 def read_evaluations(folder: Path) -> list[dict[str, Any]]:
-    """The entries of evaluations in a checkpoint's `trainer_state.json`."""
+    """The log entries of evaluations in a checkpoint's `trainer_state.json`."""
     path = folder / results.TRAINER_STATE
     if not path.is_file():
         return []

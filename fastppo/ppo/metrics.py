@@ -1,4 +1,4 @@
-"""Metrics of a PPO step: sums during the update, a row after it, and the files in `metrics_dir`."""
+"""Metrics of a PPO step: sums during the update, then a row in the files in `metrics_dir`."""
 
 from __future__ import annotations
 
@@ -56,18 +56,18 @@ class Totals:
             self.add(name, value)
 
     def __getitem__(self, name: str) -> Tensor:
-        """One sum, as it is on the device."""
+        """One sum, as a tensor on the device."""
         return self.sums[name]
 
     def read(self) -> dict[str, float]:
-        """Transfer all sums to the host, at once."""
+        """Transfer all sums to the host in one copy."""
         names = list(self.sums)
         values = torch.stack([self.sums[name].double() for name in names]).tolist()
         return dict(zip(names, values, strict=True))
 
 
 def means(totals: Totals, *, passes: int, steps: int, early_stopped: bool) -> dict[str, float]:
-    """Means over the tokens or passes of an update, by their names in docs/metrics.md."""
+    """Means over the tokens or passes of an update, by the names of docs/metrics.md."""
     sums = totals.read()
     tokens, passes = max(sums["count"], 1.0), max(passes, 1)
     taken = sums.get("taken", 0.0)
@@ -107,13 +107,13 @@ def spread(x: Tensor) -> float:
 
 
 def explained_variance(value_N: Tensor, return_N: Tensor) -> float:
-    """1 - var(return - value) / var(return); 0 where the returns do not vary."""
+    """1 - var(return - value) / var(return); 0 if the returns do not vary."""
     variance = return_N.var(correction=0).item()
     return 1.0 - (return_N - value_N).var(correction=0).item() / variance if variance > 0 else 0.0
 
 
 def critic_columns(experience: Experience, rates: dict[str, float]) -> dict[str, float]:
-    """Columns on the critic at the time of the rollout; empty without a critic."""
+    """Columns about the critic at the time of the rollout; empty without a critic."""
     value_N = experience.scored.value_N
     if value_N is None:
         return {}
@@ -127,11 +127,11 @@ def critic_columns(experience: Experience, rates: dict[str, float]) -> dict[str,
 
 
 def sampler_columns(experience: Experience, config: Config) -> dict[str, float]:
-    """Columns on the truncated importance weights; empty without `rollout_is_threshold`."""
+    """Columns about the truncated importance weights; empty without `rollout_is_threshold`."""
     weight_N, threshold = experience.importance_weight_N, config.rollout_is_threshold
     if weight_N is None or threshold is None:
         return {}
-    # exp(log(threshold)) is not threshold to the bit.
+    # exp(log(threshold)) is not exactly threshold.
     capped_N = weight_N >= threshold * (1 - 1e-6)
     return {
         "rollout_is_mean": weight_N.mean().item(),
@@ -148,7 +148,7 @@ def step_row(
     sequences = len(rollout.prompts)
     length_B = torch.tensor(rollout.response_lengths, device=scored.score_B.device).float()
     gap_N = rollout.sampler_logprob_N - scored.logprob_N
-    # The first group of a role; with LoRA+ its second has a rate that is a multiple of that.
+    # The rate of a role's first group; with LoRA+ its second group has a multiple of it.
     rates = {group["role"]: group["lr"] for group in reversed(state.optimizer.param_groups)}
     parts = {name: mean_score(scored.reward_parts[name]) for name in state.reward.extra_names}
     return {
@@ -173,7 +173,7 @@ def step_row(
         "score_length_corr": correlation(scored.score_B, length_B),
         "learning_rate": rates["actor"],
         "response_tokens": sum(rollout.response_lengths),
-        "grad_norm_actor": 0.0,  # unless it learned
+        "grad_norm_actor": 0.0,  # if only the critic trained
         **critic_columns(experience, rates),
         **sampler_columns(experience, config),
         **({"ptx_loss": 0.0} if state.ptx is not None else {}),
@@ -183,7 +183,7 @@ def step_row(
 
 
 class MetricsWriter:
-    """Writes a row a step; files of an earlier run are moved aside and never appended to."""
+    """Writes one row per step; files of an earlier run are renamed, never appended to."""
 
     def __init__(
         self, folder: Path, rewards: Sequence[str] = (), absent: Collection[str] = ()
@@ -196,13 +196,13 @@ class MetricsWriter:
         self.drawn, self.drawn_at, self.drawing = 0, -math.inf, 0.0  # rows, when, seconds it took
 
     def ensure_open(self) -> None:
-        """Open on the first write: a run that fails before it leaves earlier files alone."""
+        """Open the file at the first write, so that a run that fails earlier changes no file."""
         if not self.is_open:
             self.is_open = True
             self._open()
 
     def _open(self) -> None:
-        """Make the folder, move an earlier run's files to previous-<time>, write the header."""
+        """Make the folder, move files of an earlier run to previous-<time>, write the header."""
         self.folder.mkdir(parents=True, exist_ok=True)
         names = [CSV, CURVES, SUMMARY, SAMPLES]
         earlier = [self.folder / name for name in names if (self.folder / name).exists()]
@@ -218,7 +218,7 @@ class MetricsWriter:
         (self.folder / CSV).write_bytes(self.text([]).encode())
 
     def text(self, rows: Sequence[Mapping[str, float]]) -> str:
-        """The header and `rows`, as the file has them."""
+        """The header and `rows` as CSV."""
         file = io.StringIO(newline="")
         writer = csv.writer(file)
         writer.writerow([*self.columns, *self.reward_columns])
@@ -231,7 +231,7 @@ class MetricsWriter:
         return [*(_number(row[name]) for name in self.columns), *extra]
 
     def resume(self, rows: Sequence[Mapping[str, float]]) -> None:
-        """Resume behind `rows`: a file that begins with them is cut there, another moved aside."""
+        """Resume after `rows`: a file that begins with them is cut there, another is renamed."""
         text = self.text(rows)
         path = self.folder / CSV
         same = path.is_file() and path.read_bytes().startswith(text.encode())
@@ -242,7 +242,7 @@ class MetricsWriter:
         self.rows = [dict(row) for row in rows]
 
     def add(self, row: Mapping[str, float]) -> None:
-        """Append one step."""
+        """Append the row of one step."""
         self.ensure_open()
         missing = set(self.columns) - row.keys()
         unknown = row.keys() - set(self.columns) - set(self.reward_columns)
@@ -253,17 +253,17 @@ class MetricsWriter:
             csv.writer(file).writerow(self.cells(row))
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write a JSON file into `metrics_dir`, completely or not at all."""
+        """Write a JSON file into `metrics_dir`, atomically."""
         write_text(
             self.folder / name,
             json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
         )
 
     def draw(self, title: str, *, share: float = math.inf) -> None:
-        """Draw the curves of all rows so far, completely or not at all.
+        """Draw the curves of all rows so far; the file is replaced atomically.
 
-        Skipped if drawing would take more than `share` of the time since the last drawing, so that
-        a run of short steps is not slowed.
+        Nothing is drawn if drawing would take more than `share` of the time since the last drawing,
+        so that it does not slow a run of short steps.
         """
         path, began = self.folder / CURVES, time.monotonic()
         current = self.drawn == len(self.rows) and path.is_file()

@@ -1,4 +1,4 @@
-"""The optimiser and the schedule of its learning rate: a parameter group for each role."""
+"""The optimiser, with a parameter group for each role, and its learning rate schedule."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def make_optimizer(config: Config, roles: Roles) -> torch.optim.Optimizer:
-    """The optimiser of `optim`, with a parameter group for the actor and one for the critic.
+    """The optimiser that `optim` names, with one parameter group for the actor, one for the critic.
 
-    With LoRA+ each role has two.
+    With LoRA+ each role has two groups.
     """
     groups = role_groups(config, roles, "actor", config.learning_rate)
     if roles.has_critic:
@@ -26,7 +26,7 @@ def make_optimizer(config: Config, roles: Roles) -> torch.optim.Optimizer:
         rate = config.learning_rate if rate is None else rate
         groups += role_groups(config, roles, "critic", rate)
     if config.weight_decay:
-        groups = [part for group in groups for part in vectors_apart(group)]
+        groups = [part for group in groups for part in split_no_decay(group)]
     return create_optimizer(
         config.optim or "adamw_torch_fused",  # reads found_inf, see clip_and_step
         groups,
@@ -40,9 +40,9 @@ def role_groups(config: Config, roles: Roles, role: Role, rate: float) -> list[d
     """Parameter groups of a role; `loraplus_lr_ratio` multiplies the rate of LoRA's B matrices.
 
     Source: Hayou et al. 2024, LoRA+: Efficient Low Rank Adaptation of Large Models. As in PEFT and
-    LLaMA-Factory, vectors (DoRA's magnitudes) go with the B matrices.
+    LLaMA-Factory, vectors (DoRA's magnitudes) are in the group of the B matrices.
     """
-    parameters, ratio = roles.trained_parameters(role), config.loraplus_lr_ratio
+    parameters, ratio = roles.trainable_parameters(role), config.loraplus_lr_ratio
     if ratio is None:
         return [{"role": role, "params": parameters, "lr": rate}]
     fast = {
@@ -58,8 +58,8 @@ def role_groups(config: Config, roles: Roles, role: Role, rate: float) -> list[d
     return [group for group in groups if group["params"]]
 
 
-def vectors_apart(group: dict[str, Any]) -> list[dict[str, Any]]:
-    """Split off vectors (biases, norms), which have no weight decay; as in transformers."""
+def split_no_decay(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """Split a group in two: vectors (biases, norms) get no weight decay, as in transformers."""
     flat = [p for p in group["params"] if p.dim() == 1]
     full = [p for p in group["params"] if p.dim() != 1]
     parts = [{**group, "params": full}, {**group, "params": flat, "weight_decay": 0.0}]
@@ -67,10 +67,10 @@ def vectors_apart(group: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def make_scheduler(config: Config, optimizer: torch.optim.Optimizer, steps: int) -> Any:
-    """The schedule of `lr_scheduler_type` over `steps` PPO steps; a warm-up begins above 0.
+    """The `lr_scheduler_type` schedule over `steps` PPO steps; a warm-up begins above 0.
 
     Raises:
-        UserError: lr_scheduler_kwargs has a value that the schedule does not take.
+        UserError: lr_scheduler_kwargs has a value that the schedule does not accept.
     """
     warmup = config.warmup(steps)
     try:
@@ -78,7 +78,7 @@ def make_scheduler(config: Config, optimizer: torch.optim.Optimizer, steps: int)
             config.lr_scheduler_type,
             optimizer,
             warmup,
-            max(steps, warmup + 1),  # polynomial divides by what is left behind the warm-up
+            max(steps, warmup + 1),  # polynomial divides by the number of steps after the warm-up
             config.lr_scheduler_kwargs,
         )
     except (TypeError, ValueError) as error:
@@ -88,6 +88,6 @@ def make_scheduler(config: Config, optimizer: torch.optim.Optimizer, steps: int)
 
 
 def idle_steps(scheduler: Any, steps: int) -> int:
-    """Number of PPO steps, of `steps`, whose learning rate is 0 in every group."""
+    """How many of the next `steps` PPO steps have a learning rate of 0 in every group."""
     groups = list(zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True))
     return sum(all(rate * factor(step) <= 0 for rate, factor in groups) for step in range(steps))

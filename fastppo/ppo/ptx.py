@@ -1,6 +1,6 @@
-"""PTX: cross-entropy on written answers, added to PPO's loss so that the policy keeps its language.
+"""PTX: cross-entropy on human answers, added to PPO's loss to preserve the policy's language.
 
-Source: Ouyang et al. 2022, arXiv 2203.02155, eq. 2 (gamma there is `ptx_coef`).
+Source: Ouyang et al. 2022, arXiv 2203.02155, eq. 2 (its gamma is `ptx_coef`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Demonstrations:
-    """Prompts with answers that were written, not sampled: an endless, seeded stream of them."""
+    """Prompts with human answers (not sampled ones), as an endless seeded stream."""
 
     pairs: list[tuple[list[int], list[int]]]  # prompt ids, answer ids with their EOS
     batch_size: int
@@ -42,7 +42,7 @@ class Demonstrations:
             return None
         pairs = []
         for record in records:
-            # As for pairs: a prompt gets half of cutoff_len; a cut answer keeps its EOS.
+            # As with pairs, a prompt gets half of cutoff_len, and a truncated answer keeps its EOS.
             prompt = fit_prompt(
                 record, template, max(config.cutoff_len // 2, 1), config.default_system
             )
@@ -53,7 +53,7 @@ class Demonstrations:
         return cls(pairs, size, template.pad_id, seed_of(config.seed, "ptx"))
 
     def stream(self, first: int, device: torch.device) -> Iterator[Batch]:
-        """Micro-batches from optimiser step `first` on: the same ones after a resume."""
+        """Micro-batches from optimiser step `first` on; after a resume they are the same."""
         for number in count(first):
             chosen = [
                 self.pairs[i]
@@ -71,10 +71,10 @@ class Demonstrations:
 
 
 def ptx_backward(roles: Roles, batch: Batch, coef: float) -> Tensor:
-    """Add the gradient of coef * mean(-log-prob of an answer's token) to the actor's.
+    """Add the gradient of coef * mean(-log-prob of the answers' tokens) to the actor's gradients.
 
     Returns:
-        The mean before its coefficient, in nats (0-d, detached). At temperature 1: a likelihood.
+        The mean without the coefficient, in nats, at temperature 1 (0-d, detached).
     """
     with roles.use("actor"):
         head = roles.lm_head

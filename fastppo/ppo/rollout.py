@@ -1,4 +1,4 @@
-"""Prompt -> Rollout: sample all responses at once, as far as the KV cache has room."""
+"""Prompt -> Rollout: sample responses in batches as large as the memory for the KV cache allows."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def response_length(
 ) -> tuple[int, bool]:
     """Number of tokens up to and including the first stop token, and whether there is one.
 
-    By position and not by pad tokens: a model whose pad is its EOS keeps exactly one of them.
-    `stop_string` is the length at which a stop string was complete.
+    Pad tokens are not counted, because a model's pad token may be its EOS. `stop_string` is the
+    length at which a stop string was complete.
     """
     for position, token in enumerate(token_row[:stop_string]):
         if token in stop_ids:
@@ -56,7 +56,7 @@ def response_length(
 
 
 def cache_bytes(model: Any) -> int:
-    """Bytes of one token's keys and values over all layers; sliding windows are not deducted."""
+    """Bytes of one token's keys and values in all layers, as if no layer had a sliding window."""
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -67,9 +67,9 @@ def cache_bytes(model: Any) -> int:
 def cache_budget(roles: Roles, sampling: Sampling, plan: Plan | None = None) -> float:
     """Bytes that the KV cache may take: `rollout_kv_cache_gib`, or 80% of what a GPU has left.
 
-    The memory plan knows what else lies on the GPU, reward models and streamed layers included;
-    without a plan the weights of the roles are counted. It is deducted from all memory of the
-    device and not from what is free now, so that a repeated run splits its prompts alike.
+    What is left is the GPU's total memory minus what the memory plan says is taken in a rollout
+    (without a plan: the weights of the roles). Memory that happens to be free now is not asked for,
+    so that a repeated run splits its prompts in the same way.
     """
     if sampling.kv_cache_gib is not None:
         return sampling.kv_cache_gib * 2**30
@@ -91,17 +91,17 @@ def cache_budget(roles: Roles, sampling: Sampling, plan: Plan | None = None) -> 
     return 0.8 * (total - weights - 12 * trained - RESERVE)
 
 
-def split(
+def split_prompts(
     prompts: list[Prompt],
     new_tokens: int,
     token_bytes: int,
     budget: float,
     most: int | None = None,
 ) -> list[list[int]]:
-    """Groups of prompts, by index, that are answered together.
+    """Indices of the prompts in each batch of sampling.
 
-    A group has at most `most` prompts, and no more than the KV cache has room for in `budget`
-    bytes. If there are several, prompts of similar length share one; no group is empty.
+    A batch has at most `most` prompts, and its KV cache takes at most `budget` bytes. If there are
+    several batches, prompts of similar length share one; no batch is empty.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     groups: list[list[int]] = [[]]
@@ -114,11 +114,12 @@ def split(
     return groups if len(groups) > 1 else [list(range(len(prompts)))]
 
 
-def merges(roles: Roles, sampling: Sampling) -> bool:
-    """Whether to sample with the adapter merged: `rollout_merge_adapter`, or if that is not set,
-    whether merging loses no precision and the copies take at most a quarter of all memory.
+def should_merge_adapter(roles: Roles, sampling: Sampling) -> bool:
+    """Whether to sample with the adapter merged into the weights: `rollout_merge_adapter` if set.
 
-    Of all memory and not of what is free now, so that a repeated run decides alike.
+    Otherwise the adapter is merged if that loses no precision and the merged copies take at most a
+    quarter of the device's total memory (not of the free memory, so that a repeated run decides in
+    the same way).
     """
     if sampling.merge_adapter is not None:
         return sampling.merge_adapter
@@ -143,19 +144,19 @@ def sample(
 ) -> Rollout:
     """Sample a response of the active role to each prompt.
 
-    The same seed gives the same responses: the generator is this call's own, so that what ran
-    before (or whether it ran, after a resume) does not matter.
+    The same seed gives the same responses, whatever ran before: each call has a generator of its
+    own.
 
     Args:
         sampling: the distribution that responses are drawn from.
-        budgets: at most `generation_batch` prompts are answered at a time; None: all of them.
-        plan: says how much memory is taken on the GPU, and so how many the KV cache has room for.
+        budgets: `generation_batch` limits how many prompts run as one batch; None is no limit.
+        plan: says how much memory of the GPU is taken, and so how much the KV cache may take.
 
     Returns:
-        Prompts and responses side by side, padded on the right.
+        Rows of prompt and response, padded on the right.
     """
     roles.eval()
-    groups = split(
+    groups = split_prompts(
         prompts,
         sampling.max_new_tokens,
         cache_bytes(roles.base),
@@ -163,7 +164,11 @@ def sample(
         None if budgets is None else budgets.generation_batch,
     )
     answers: dict[int, Answer] = {}
-    merging = merge_active_adapters(roles.base) if merges(roles, sampling) else nullcontext()
+    merging = (
+        merge_active_adapters(roles.base)
+        if should_merge_adapter(roles, sampling)
+        else nullcontext()
+    )
     with merging, use_few_rows_kernels(roles.base):
         for number, rows in enumerate(groups):
             group = [prompts[row] for row in rows]
@@ -171,12 +176,12 @@ def sample(
             found = generate(roles, group, sampling, template, tokenizer, group_seed)
             answers |= zip(rows, found, strict=True)
     in_order = [answers[row] for row in range(len(prompts))]
-    return lay_out(prompts, in_order, template, tokenizer, roles.device)
+    return make_rollout(prompts, in_order, template, tokenizer, roles.device)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A response, including the token that ended it, and the sampler's log-prob of each token."""
+    """A response up to and including its stop token, and the sampler's log-prob of each token."""
 
     ids: list[int]
     terminated: bool
@@ -204,15 +209,15 @@ def generate(
         bos_token_id=tokenizer.bos_token_id,
         use_cache=True,
         num_beams=1,
-        # The processors below do these, before RecordLogprobs. A field that is None here would be
-        # filled from the model's own generation_config.
+        # The processors below apply these settings, before RecordLogprobs. A field that is None
+        # here would be filled from the model's own generation_config.
         temperature=1.0,
         top_p=1.0,
         top_k=0,
         repetition_penalty=1.0,
     )
     if sampling.cache_implementation == "static":
-        generation.cache_implementation = "static"  # on CUDA transformers compiles its steps
+        generation.cache_implementation = "static"  # on CUDA transformers compiles decoding with it
     strings = StopStrings(tokenizer, template.stop_strings) if template.stop_strings else None
     devices = [roles.device] if roles.device.type == "cuda" else []
     with (
@@ -228,8 +233,8 @@ def generate(
             logits_processor=LogitsProcessorList([*sampling.processors(), record]),
             stopping_criteria=StoppingCriteriaList([] if strings is None else [strings]),
         )
-    record.take(tokens[:, -1])
-    return cut(
+    record.record_sampled(tokens[:, -1])
+    return truncate_at_stop(
         tokens[:, prompt_BP.shape[1] :],
         torch.stack(record.columns, dim=1),
         template.stop_ids,
@@ -237,13 +242,13 @@ def generate(
     )
 
 
-def cut(
+def truncate_at_stop(
     response_BR: Tensor,
     logprob_BR: Tensor,
     stop_ids: tuple[int, ...],
     stop_strings: list[int | None] | None = None,
 ) -> list[Answer]:
-    """Cut each row behind its stop token, or behind the token that completed a stop string."""
+    """Cut each row after its stop token, or after the token that completed a stop string."""
     answers = []
     for b, row in enumerate(response_BR.tolist()):
         length, ended = response_length(row, stop_ids, stop_strings[b] if stop_strings else None)
@@ -253,10 +258,11 @@ def cut(
 
 @contextmanager
 def generation_config_of(model: Any, generation: GenerationConfig) -> Iterator[None]:
-    """Inside the block `generation` is the model's own generation_config, and its cache is on.
+    """Inside the block `generation` is the model's own generation_config, and its KV cache is on.
 
-    transformers fills unset fields of a passed configuration from the model's (Qwen2.5-Instruct
-    brings repetition_penalty 1.05 and top_k 20), which would make the sampler another policy.
+    transformers fills unset fields of a configuration that is passed to `generate` from the model's
+    own (Qwen2.5-Instruct has repetition_penalty 1.05 and top_k 20 there), so that responses would
+    be sampled from another distribution than the policy's.
     """
     before, use_cache = model.generation_config, model.config.use_cache
     model.generation_config, model.config.use_cache = generation, True
@@ -266,14 +272,14 @@ def generation_config_of(model: Any, generation: GenerationConfig) -> Iterator[N
         model.generation_config, model.config.use_cache = before, use_cache
 
 
-def lay_out(
+def make_rollout(
     prompts: list[Prompt],
     answers: list[Answer],
     template: Template,
     tokenizer: Any,
     device: torch.device,
 ) -> Rollout:
-    """Put each response behind its prompt, in rows that are padded on the right."""
+    """The rollout of these answers: each row is a prompt and its response, padded on the right."""
     rows = [prompt.ids + answer.ids for prompt, answer in zip(prompts, answers, strict=True)]
     width = max(map(len, rows))
     padded = [row + [template.pad_id] * (width - len(row)) for row in rows]

@@ -1,4 +1,4 @@
-"""The distribution that responses are sampled from, and recorders of what generate does."""
+"""The distribution that responses are sampled from, and classes that record what generate does."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """All settings of the sampler; the model's own generation_config has no say."""
+    """All settings of the sampler; the model's own generation_config is ignored."""
 
     max_new_tokens: int
     min_new_tokens: int = 0
@@ -34,7 +34,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     repetition_penalty: float = 1.0
-    # These change speed and memory, and not the distribution.
+    # These change speed and memory, not the distribution.
     kv_cache_gib: float | None = None
     merge_adapter: bool | None = None
     cache_implementation: str = "dynamic"
@@ -65,12 +65,12 @@ class Sampling:
 
     @property
     def truncates(self) -> list[str]:
-        """Names of the settings with which the sampler is another distribution than the policy."""
+        """Names of the settings that make the sampler's distribution differ from the policy's."""
         off = {"top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "do_sample": True}
         return [name for name, value in off.items() if getattr(self, name) != value]
 
     def processors(self) -> list[LogitsProcessor]:
-        """transformers' processors for these settings, in transformers' order."""
+        """transformers' logits processors for these settings, in transformers' order."""
         chain: list[LogitsProcessor] = []
         if self.repetition_penalty != 1.0:
             chain.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
@@ -84,10 +84,10 @@ class Sampling:
 
 
 class RecordLogprobs(LogitsProcessor):
-    """Records the log-prob of each sampled token; holds the logits of one step, not of all.
+    """Records the log-prob of each sampled token; only the logits of one step are in memory.
 
-    A token is chosen after this runs, so the log-probs of step t are gathered at step t + 1.
-    transformers' generate(output_scores=True) stacks the scores of all steps: (T, B, V).
+    A token is chosen after this processor has run, so the log-probs of step t are gathered at step
+    t + 1. transformers' generate(output_scores=True) keeps the scores of all steps: (T, B, V).
     """
 
     def __init__(self) -> None:
@@ -96,12 +96,12 @@ class RecordLogprobs(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self.pending_BV is not None:
-            self.take(input_ids[:, -1])
+            self.record_sampled(input_ids[:, -1])
         self.pending_BV = scores
         return scores
 
-    def take(self, token_B: Tensor) -> None:
-        """Record the log-probs of the tokens (B,) that were sampled from the pending logits."""
+    def record_sampled(self, token_B: Tensor) -> None:
+        """Record the log-probs of the tokens (B,) that were sampled from the last logits."""
         assert self.pending_BV is not None
         pending = self.pending_BV.float()
         chosen_B = pending.gather(1, token_B[:, None]).squeeze(1)
@@ -110,7 +110,7 @@ class RecordLogprobs(LogitsProcessor):
 
 
 class StopStrings(StoppingCriteria):
-    """transformers' search for stop strings; records at which step it found one in each row."""
+    """transformers' search for stop strings; records the step at which each row completed one."""
 
     def __init__(self, tokenizer: Any, strings: tuple[str, ...]) -> None:
         self.search = StopStringCriteria(tokenizer, list(strings))

@@ -1,4 +1,4 @@
-"""Rollout -> Scored: log-probs of actor and reference, values of the critic; forward only."""
+"""Rollout -> Scored: log-probs of actor and reference, and values of the critic; forward only."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def token_scores(
     temperature: float,
     chunk_bytes: int | None = None,
 ) -> TokenLogprobs:
-    """Log-prob and entropy of the response tokens; the head runs on those tokens only."""
+    """Log-probs and entropies of the response tokens; the output head runs on no other tokens."""
     weight_VD, bias_V, softcap = roles.lm_head
     hidden_ND = batch.packing.gather(hidden_BTD)
     return linear_token_logprobs(
@@ -84,12 +84,12 @@ def score(
     """Log-probs, reference log-probs, entropies and values of every response token, forward only.
 
     Args:
-        rewards: the score (B,) and each reward's own, which are passed on.
-        budget: of a micro-batch, read at each call; rows of similar length share one.
-        exact_kl: also the KL over the whole vocabulary (`kl_penalty: full`).
-        keep: if all rows are in one micro-batch, the actor's forward runs as the update runs it,
-            and its graph is kept for the first optimiser step, which has the same weights. It is
-            the last forward of all: only the advantages are computed while the graph waits.
+        rewards: the score (B,) and the scores of each reward; both are copied into the result.
+        budget: limits of a micro-batch, read at each call; rows of similar length share one.
+        exact_kl: also compute the KL over the whole vocabulary (`kl_penalty: full`).
+        keep: if all rows fit into one micro-batch, run the actor's forward in the update's training
+            mode and keep its graph for the first optimiser step, which has the same weights. The
+            actor's forward comes last, so only the advantages are computed while it is kept.
     """
     roles.eval()
     score_B, reward_parts = rewards

@@ -1,5 +1,5 @@
-"""Undoing a step that a signal interrupts: parameters and optimiser state are copied to the host
-before the update, and restored if it does not end."""
+"""Undo a step that a signal interrupts: parameters and optimiser state are copied to the host
+before the update, and restored if the update is interrupted."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ SHARE = 0.25  # a copy larger than this share of the host's free memory is not m
 class Snapshot:
     """A host copy of an optimiser's parameters and state, in buffers that every step reuses.
 
-    With AdamW three float32 for each trainable parameter; for LoRA adapters that is little.
+    With AdamW it has three float32 numbers for each trainable parameter.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
         self.copies: dict[tuple[int, str], Tensor] = {}
-        self.others: dict[tuple[int, str], Any] = {}  # counts of steps that are no tensors
+        self.others: dict[tuple[int, str], Any] = {}  # state that is not a tensor (step counts)
         self.taken = False
 
     def parameters(self) -> list[nn.Parameter]:
@@ -37,23 +37,26 @@ class Snapshot:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def items(self) -> Iterator[tuple[tuple[int, str], Any]]:
-        """Each parameter ("") and each entry of its state, by place and name."""
+        """Each parameter and each entry of its state: ((index, name), value).
+
+        The name is "" for the parameter itself.
+        """
         for place, parameter in enumerate(self.parameters()):
             yield (place, ""), parameter.detach()
             for name, value in self.optimizer.state.get(parameter, {}).items():
                 yield (place, name), value
 
     def nbytes(self) -> int:
-        """Size of a copy."""
+        """Size of a copy, in bytes."""
         return sum(value.nbytes for _, value in self.items() if isinstance(value, Tensor))
 
     def fits(self) -> bool:
-        """Whether the host has room for a copy, or has its buffers already."""
+        """Whether the host has memory for a copy, or the buffers exist already."""
         return bool(self.copies) or self.nbytes() <= SHARE * psutil.virtual_memory().available
 
     @torch.no_grad()
-    def take(self) -> bool:
-        """Copy parameters and state as they are now; False if that is too large."""
+    def copy(self) -> bool:
+        """Copy the present parameters and state; returns False if the copy would be too large."""
         self.taken = False
         if not self.fits():
             return False
@@ -71,7 +74,7 @@ class Snapshot:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Restore what was copied; optimiser state that is newer than the copy is deleted."""
+        """Restore the copied values; optimiser state that was created later is deleted."""
         for place, parameter in enumerate(self.parameters()):
             parameter.copy_(self.copies[place, ""])
             state = self.optimizer.state.get(parameter, {})
@@ -102,11 +105,11 @@ def undo_if_interrupted(state: State) -> Iterator[None]:
 
 
 def interruptible_update(state: State) -> AbstractContextManager[None]:
-    """A block that a signal ends at once, because a copy of what it changes has been made.
+    """Context in which a signal ends the update at once, after copying everything it changes.
 
-    Without a copy (nobody listens for signals, or it is too large) a signal waits for its end.
+    If no copy is made (signals are not handled, or it is too large), the update runs to its end.
     """
-    if state.stop.listens and state.snapshot.take():
+    if state.stop.listens and state.snapshot.copy():
         return state.stop.at_once()
-    state.stop.check()  # a signal may have come just before, and it ended the listening
+    state.stop.check()  # a signal may have come just before; its handler has removed itself
     return nullcontext()

@@ -54,7 +54,7 @@ class State:
     reward: Reward
     prompts: list[Prompt]
     eval_prompts: list[Prompt]
-    eval_is_held_out: bool  # eval_prompts are not among the training prompts
+    eval_is_held_out: bool  # whether eval_prompts are kept out of the training prompts
     optimizer: torch.optim.Optimizer
     scheduler: Any
     controller: KLController
@@ -62,8 +62,8 @@ class State:
     metrics: MetricsWriter
     tracker: Trackers | None
     budgets: Budgets
-    plan: Plan | None  # None: the shape of the model is not known
-    notes: list[str]  # the memory plan's decisions, in words
+    plan: Plan | None  # None if the shape of the model is unknown
+    notes: list[str]  # the memory plan's decisions, to be printed
     ptx: Demonstrations | None = None
     step: int = 0
     before: Answers | None = None
@@ -71,7 +71,7 @@ class State:
     began: float = field(default_factory=time.monotonic)
     random: dict[str, Any] = field(
         default_factory=random_state
-    )  # state of the generators after `step` steps
+    )  # state of the random number generators after `step` steps
     stop: Stop = field(default_factory=Stop)
     saved_step: int = -1  # the step of the last checkpoint that this run wrote
 
@@ -80,7 +80,7 @@ class State:
         self.prompt_order = prompt_order(self.config, len(self.prompts))
 
     def next_prompts(self) -> list[Prompt]:
-        """The prompts of the next step, each `num_generations` times in a row."""
+        """The prompts of the next step, each repeated `num_generations` times."""
         copies = range(self.config.num_generations)
         return [self.prompts[i] for i in self.prompt_order(self.step) for _ in copies]
 
@@ -95,7 +95,7 @@ class State:
 
 
 def total_steps(config: Config, n_prompts: int) -> int:
-    """PPO steps of the whole run; no prompt is dropped for not filling a batch."""
+    """PPO steps of the whole run; a last batch that is not full is not dropped."""
     if config.max_steps > 0:
         return config.max_steps
     steps = config.num_train_epochs * n_prompts / config.prompts_a_step
@@ -103,9 +103,9 @@ def total_steps(config: Config, n_prompts: int) -> int:
 
 
 def prompt_order(config: Config, n_prompts: int) -> Callable[[int], list[int]]:
-    """A function of the step that returns the indices of its prompts.
+    """A function from the step to the indices of its prompts.
 
-    They are an endless stream over all prompts, which is shuffled anew in every pass.
+    Steps read all prompts pass after pass; each pass is shuffled in another order.
     """
     return partial(
         shuffled_batch,
@@ -125,8 +125,8 @@ def init_state(
 
     Args:
         config: a configuration, the path of a YAML file, or None for the built-in toy.
-        records: the data, if they are read already.
-        resumed: the checkpoint that the run goes on from; trackers then continue its curves.
+        records: the data, if they have been read already.
+        resumed: the checkpoint that the run resumes from; trackers then continue its curves.
     """
     if config is None:
         from fastppo import toy
@@ -140,7 +140,7 @@ def init_state(
     set_seed(config.seed)
     if config.eval_judge is not None:
         load_function(config.eval_judge, "eval_judge")
-    for spec in config.rewards:  # loading the base takes a while; first what may be wrong
+    for spec in config.rewards:  # before loading the base, which takes a while
         if spec.kind == "function":
             load_function(spec.target, "reward_model")
     tokenizer = load_tokenizer(config)
@@ -158,7 +158,8 @@ def init_state(
         if held_out
         else prompts
     )[: config.eval_max_samples]
-    config, plan, notes = resolve_auto(config, device)  # the shape is in the hub's cache by now
+    # After the tokenizer was loaded: the hub's cache now has the model's config.json.
+    config, plan, notes = resolve_auto(config, device)
     budgets = Budgets.of(config)
     with advice_on_failure(plan, config, budgets, device):
         roles = build(config, device)

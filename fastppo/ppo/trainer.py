@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from fastppo.config import Config
     from fastppo.data import Records
 
-DRAWING_SHARE = 0.05  # of a run's time may go into drawing its curves along the way
+DRAWING_SHARE = 0.05  # the largest share of a run's time that may be spent on drawing curves
 
 
 def step_update(state: State) -> State:
-    """One PPO step: sample, score, estimate advantages, update; returns `state`, one step on.
+    """One PPO step: sample, score, estimate advantages, update; returns the changed `state`.
 
-    A signal may interrupt it anywhere: then the state is that of the step before.
+    If a signal interrupts the step, the state is that of the step before.
     """
     config, roles, budgets, clock = state.config, state.roles, state.budgets, console.Clock()
     seed = seed_of(config.seed, "step", state.step + 1)
@@ -52,7 +52,7 @@ def step_update(state: State) -> State:
                     plan=state.plan,
                 )
             with clock("score"):
-                rewards = state.reward(rollout)  # asked once, also where scoring is tried again
+                rewards = state.reward(rollout)  # called once, even if scoring is retried
                 used = partial(largest_micro_batch, rollout, budgets.scoring)
                 scored = retry("score", budgets, used=used)(score)(
                     roles,
@@ -82,7 +82,7 @@ def step_update(state: State) -> State:
     state.step += 1
     row = step_row(state, experience, learned, clock)
     row |= guards.flags(rows, row, config, roles.product_precision)
-    if train_actor:  # before, the KL is 0 whatever beta is
+    if train_actor:  # during critic_warmup the KL is 0 for any beta
         state.controller.update(row["kl_controlled"], len(prompts))
     state.scheduler.step()
     state.metrics.add(row)
@@ -94,10 +94,10 @@ def step_update(state: State) -> State:
 
 
 def train(state: State, steps: int, output_dir: Path) -> None:
-    """Run all steps that are left, with the evaluations and checkpoints between them."""
+    """Run all remaining steps, with the evaluations and checkpoints between them."""
     config, epoch = state.config, len(state.prompts) / state.config.prompts_a_step
     if evaluation.is_due(state, steps, epoch):
-        evaluation.between_steps(state)
+        evaluation.evaluate_between_steps(state)
     with console.progress(config, steps, state.step) as bar:
         while state.step < steps:
             state = step_update(state)
@@ -110,9 +110,9 @@ def train(state: State, steps: int, output_dir: Path) -> None:
                 console.console.print(f"[yellow]warning:[/yellow] {line}")
             if state.step == 1:
                 lines.memory_line(state)
-            # The last one is evaluated below.
+            # The last step is evaluated below.
             if config.acts("eval", state.step, steps, epoch) and state.step < steps:
-                evaluation.between_steps(state)
+                evaluation.evaluate_between_steps(state)
             if config.acts("save", state.step, steps, epoch) and state.step < steps:
                 checkpoint.save_to_resume(state, output_dir)
                 evaluation.draw_all(state, output_dir)
@@ -134,7 +134,7 @@ def run(config: Config, records: Records) -> None:
     with durable.stop_on_full_disk(output_dir), state.stop, advice:
         for line in [*notes, *checkpoint.start(state, folder, output_dir)]:
             console.console.print(f"  {line}")
-        with evaluation.curves_of_the_run(state, output_dir):
+        with evaluation.draw_at_end(state, output_dir):
             try:
                 train(state, steps, output_dir)
                 summary = evaluation.evaluate(state)

@@ -1,4 +1,4 @@
-"""Experience -> metrics: PPO's epochs over mini-batches, and their micro-batches."""
+"""Experience -> metrics: PPO's epochs over mini-batches, each split into micro-batches."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ class MiniBatch:
 
 
 def token_weights(lengths: Sequence[int], mode: str, max_new_tokens: int, /) -> list[float]:
-    """Weight of a token of each sequence in the loss of an optimiser step (verl's `loss_agg_mode`).
+    """Loss weight of each sequence's tokens in an optimiser step, by verl's `loss_agg_mode`.
 
-    Counted before any micro-batch runs, so that splitting the step changes only rounding.
+    The weights depend on the whole optimiser step, so that splitting it into micro-batches changes
+    only rounding.
     """
     n = len(lengths)
     return {
@@ -53,7 +54,7 @@ def token_weights(lengths: Sequence[int], mode: str, max_new_tokens: int, /) -> 
 
 
 def mini_batches(experience: Experience, config: Config, seed: int) -> list[MiniBatch]:
-    """Split all rows of the rollout, shuffled by `seed`, into one epoch's optimiser steps."""
+    """One epoch's mini-batches: all rows of the rollout, shuffled by `seed`."""
     generator = torch.Generator().manual_seed(seed)
     lengths = experience.scored.rollout.response_lengths
     order = torch.randperm(len(lengths), generator=generator).tolist()
@@ -68,7 +69,7 @@ def mini_batches(experience: Experience, config: Config, seed: int) -> list[Mini
 
 
 def policy_loss_config(config: Config) -> PolicyLossConfig:
-    """The operator's configuration, from the YAML's keys."""
+    """The configuration of `linear_policy_loss`, from the YAML's keys."""
     return PolicyLossConfig(
         clip_low=config.clip_low,
         clip_high=config.clip_high,
@@ -88,7 +89,7 @@ class Tokens:
 
     @classmethod
     def of(cls, experience: Experience, batch: Batch, mini: MiniBatch) -> Tokens:
-        """Compute both on the host, from lengths that are known there."""
+        """Compute both on the host, where the lengths are known, and copy them to the device."""
         like = experience.scored.logprob_N
         lengths = experience.scored.rollout.response_lengths
         weight_B = torch.tensor([mini.weights[row] for row in batch.rows], dtype=like.dtype)
@@ -139,7 +140,7 @@ def critic_loss(
     config: Config,
     totals: Totals,
 ) -> Tensor:
-    """The clipped value loss, from the critic's hidden states; `totals` are added to."""
+    """The clipped value loss, from the critic's hidden states; adds its metrics to `totals`."""
     old_value_N = experience.scored.value_N
     assert old_value_N is not None
     value = value_loss(
@@ -166,10 +167,10 @@ def forward_backward(
     kept: Kept | None = None,
     chunk_bytes: int | None = None,
 ) -> None:
-    """Forward, loss and backward of one micro-batch; gradients and `totals` are added to.
+    """Forward, loss and backward of one micro-batch; adds to the gradients and to `totals`.
 
     A role's backward ends before the next role's forward. `kept` is the actor's forward that
-    scoring has kept: if it is of these rows, it takes the place of the actor's forward here.
+    scoring has kept: if it has the same rows, it is used in place of a new forward.
     """
     tokens = Tokens.of(experience, batch, mini)
     with roles.use("actor"):
@@ -210,10 +211,12 @@ def accumulate_gradients(
     *,
     train_actor: bool = True,
 ) -> Totals:
-    """Forward, loss and backward of one optimiser step, in micro-batches as the budget is now.
+    """Forward, loss and backward of one optimiser step, in micro-batches within `budgets.update`.
+
+    Gradients are added to the `grad` of the parameters.
 
     Returns:
-        The sums of the step's metrics; the gradients are added to the parameters'.
+        The sums of the step's metrics.
     """
     totals = Totals()
     for batch in batches(experience.scored.rollout, mini.rows, budgets.update):
@@ -232,16 +235,17 @@ def accumulate_gradients(
 
 
 def release(optimizer: torch.optim.Optimizer, kept: Kept | None) -> None:
-    """Release what a failed pass has left: gradients, and the forward that scoring kept."""
+    """Release the gradients of a failed pass, and the forward that scoring kept."""
     optimizer.zero_grad(set_to_none=True)
     if kept is not None:
         kept.hidden_BTD = None
 
 
 def check_first_pass(mean_log_ratio: float, precision: Precision) -> None:
-    """Raise TrainingStopped if scoring and update disagree: before the first step the ratio is 1.
+    """Raise TrainingStopped if scoring and update disagree before the first optimiser step.
 
-    A ratio that is not finite is let through: its step is skipped, and counted.
+    Both run the same weights then, so every ratio should be 1. A ratio that is not finite raises
+    nothing: its optimiser step is skipped and counted.
     """
     limit = 10 * LIMITS[precision].log_ratio
     if limit < mean_log_ratio < math.inf:
@@ -253,9 +257,10 @@ def check_first_pass(mean_log_ratio: float, precision: Precision) -> None:
 
 
 def shares_first_pass(config: Config, budgets: Budgets) -> bool:
-    """Whether scoring's forward can serve as the update's first: both run the same micro-batches.
+    """Whether the update can use scoring's forward as its first one.
 
-    That is so if an epoch is one optimiser step, and both have the same budget.
+    It can if both run the same micro-batches: an epoch is one optimiser step, and scoring and
+    update have the same budget.
     """
     return config.ppo_buffer_size == 1 and budgets.update == budgets.scoring
 
@@ -269,16 +274,16 @@ def losses_finite(totals: Totals) -> Tensor:
 def clip_and_step(
     optimizer: torch.optim.Optimizer, max_grad_norm: float, keep: Tensor
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Clip the gradients of each role by their own norm; then step, unless `keep` is False.
+    """Clip the gradients of each role by the role's own norm; then step, unless `keep` is False.
 
-    Actor and critic are clipped apart: a critic far from its target would shrink the actor's step.
-    If `keep` (0-d bool) is False or a gradient is not finite, weights and Adam's moments stay as
-    they were. PyTorch's fused AdamW decides that on the device, and the host does not wait; for
-    another optimiser the host has to read it.
+    With one norm for both, a critic far from its target would shrink the actor's step. If `keep`
+    (0-d bool) is False or a gradient is not finite, weights and Adam's moments stay unchanged.
+    PyTorch's fused AdamW checks that on the device; for another optimiser the host waits for the
+    result.
 
     Returns:
-        Norms before clipping, by role (0-d, of those that have a gradient), and whether the step
-        was taken (0-d bool).
+        Role -> norm of its gradients before clipping (0-d), and whether the step was taken
+        (0-d bool).
     """
     limit = max_grad_norm if max_grad_norm > 0 else float("inf")
     owned: dict[str, list[nn.Parameter]] = defaultdict(list)
@@ -289,7 +294,7 @@ def clip_and_step(
     for norm in norms.values():
         taken = taken & norm.isfinite()
     if optimizer.defaults.get("fused"):
-        # GradScaler's way to a fused optimiser: where this is 1, its kernels write nothing.
+        # As torch.amp.GradScaler does: if found_inf is 1, the fused kernels write nothing.
         optimizer.found_inf = (~taken).float()  # type: ignore[attr-defined]
         optimizer.step()
     elif taken.item():
@@ -312,24 +317,26 @@ def update(
     """Train on a rollout: `ppo_epochs` passes over it, one optimiser step for each mini-batch.
 
     The host waits for the device once after the first pass, once at the end, and with
-    `early_stopping` once for each optimiser step, to know the KL. An optimiser step that runs out
-    of memory is repeated in smaller micro-batches: no weight has moved yet.
+    `early_stopping` once for each optimiser step, to read the KL. If the forward and backward of an
+    optimiser step run out of memory, they are repeated in smaller micro-batches.
 
-    A step whose loss or gradient is not finite is skipped; after `max_bad_steps` of them in a row,
-    counted on from `nonfinite_run`, no further step is taken.
+    An optimiser step whose loss or gradient is not finite is skipped; after `max_bad_steps` skipped
+    steps in a row, no further step is taken.
 
     Args:
+        seed: of the order of the rows.
         train_actor: False trains the critic alone (`critic_warmup`).
-        ptx: micro-batches of written answers, one for each optimiser step.
-        budgets: sizes of micro-batches; None takes the configuration's.
+        ptx: micro-batches of human answers, one for each optimiser step.
+        budgets: limits of micro-batches; None uses the configuration's.
+        nonfinite_run: number of skipped steps in a row before this update.
 
     Returns:
-        The step's metrics, by their names in docs/metrics.md.
+        The step's metrics, by the names of docs/metrics.md.
     """
     roles.train()
     budgets = budgets or Budgets.of(config)
     scored, lengths = experience.scored, experience.scored.rollout.lengths
-    # One call that may run out of memory: forward, loss and backward of all micro-batches.
+    # Only this call may run out of memory: forward, loss and backward of all micro-batches.
     accumulate = retry(
         "update",
         budgets,
@@ -355,7 +362,7 @@ def update(
             early_stopped = sums["policy_kl"].item() / mini.tokens > 1.5 * config.target_kl
             if early_stopped:
                 break
-        # A step whose mean ratio has run away teaches nothing (TRL's ratio_threshold).
+        # A step with a mean ratio above ratio_threshold is skipped, as in TRL.
         ratio_is_near = sums["ratio"] <= config.ratio_threshold * mini.tokens
         finite, goes_on = losses_finite(sums), bad_run < limit
         norms, taken = clip_and_step(

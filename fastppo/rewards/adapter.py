@@ -1,4 +1,4 @@
-"""Scores by a value head on hidden states, read at the token where the head was trained."""
+"""Scores by a value head on hidden states, at the token at which the head was trained."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 
 
 class HeadReward:
-    """Scores a rollout's own tokens with a value head; returns (B,) float32.
+    """Scores the policy's own tokens with a value head; returns (B,) float32.
 
-    The score is read where the head was trained to be read, which stage rm records in its folder:
-    at EOS, the last token. LLaMA-Factory's templates write a suffix behind EOS ("\\n" for the
-    chatml family) and its reward models, and those trained on from them, are read there: then the
-    suffix is appended first.
+    The score is read at the last token. For a head of stage rm that is EOS; stage rm records that
+    in its folder. LLaMA-Factory's templates write a suffix after EOS ("\\n" in the chatml family),
+    and its reward models are read at the suffix: for those (and heads trained further from them)
+    the suffix is appended first.
 
     Args:
-        hidden: gives the last hidden states (B, T, D) of a micro-batch.
-        head: from a hidden state to the score.
-        folder: where the head was saved, with the record of stage rm.
+        hidden: function from a micro-batch to its last hidden states (B, T, D).
+        head: linear layer from a hidden state to the score.
+        folder: the folder of the head, with the record of stage rm if there is one.
         template: the policy's, for its suffix and padding.
-        budget: how large micro-batches may be.
-        packs: whether `hidden` takes packed micro-batches.
+        budget: limits of a micro-batch.
+        packs: whether `hidden` accepts packed micro-batches.
     """
 
     def __init__(
@@ -82,9 +82,9 @@ class AdapterReward(HeadReward):
 
 
 def read_score_at(folder: Path) -> str | None:
-    """Where the model in `folder` reads its score, `eos` or `suffix`, as stage rm recorded it.
+    """The token at which the model in `folder` is scored, as stage rm recorded it: eos or suffix.
 
-    None without a record, as in LLaMA-Factory's folders.
+    None if there is no record, as in LLaMA-Factory's folders.
     """
     record = folder / RECORD
     if not record.is_file():
@@ -102,7 +102,7 @@ def read_score_at(folder: Path) -> str | None:
 
 
 def append_suffix(rollout: Rollout, suffix_ids: list[int], pad_id: int) -> Rollout:
-    """A copy of the rollout with `suffix_ids` behind each response that is not truncated."""
+    """A copy of the rollout with `suffix_ids` appended to each response that is not truncated."""
     rows = []
     for row, length, ended in zip(
         rollout.input_ids_BT.tolist(), rollout.lengths, rollout.terminated, strict=True

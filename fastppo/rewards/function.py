@@ -22,7 +22,7 @@ GIVEN = ("prompts", "completions", "completion_ids")
 
 
 def load_function(name: str, key: str) -> Function:
-    """Import the function that `name` gives as `module:function`; `key` is its setting."""
+    """Import the function `name`, written `module:function`; `key` is the setting that names it."""
     try:
         check_function_name(name, key)
     except ValueError as error:
@@ -34,7 +34,7 @@ def load_function(name: str, key: str) -> Function:
         raise UserError(
             f"{key}: cannot import '{module_name}' ({error}); it must be importable from here"
         ) from None
-    except (Exception, SystemExit) as error:  # whatever runs when a module is imported
+    except (Exception, SystemExit) as error:  # importing a module can raise anything
         raise UserError(
             f"{key}: importing '{module_name}' {describe_exception(error)}; mend it"
         ) from None
@@ -47,14 +47,14 @@ def load_function(name: str, key: str) -> Function:
 
 
 def describe_exception(error: BaseException) -> str:
-    """What was raised and where, in one line: type, message, file and line of the last frame."""
+    """One line on an exception: type, message, and file and line of the last frame."""
     *_, frame = traceback.extract_tb(error.__traceback__)
     where = f"{frame.filename.rsplit('/', 1)[-1]} line {frame.lineno}"
     return f"raised {type(error).__name__}: {str(error)[:200]} ({where})"
 
 
 def parameters_of(function: Function) -> Mapping[str, inspect.Parameter]:
-    """The function's parameters by name; none where it has no signature, as some builtins."""
+    """The function's parameters by name; empty if it has no signature, like some builtins."""
     try:
         return inspect.signature(function).parameters
     except (TypeError, ValueError):
@@ -62,7 +62,7 @@ def parameters_of(function: Function) -> Mapping[str, inspect.Parameter]:
 
 
 def check_arguments(function: Function, key: str, given: set[str]) -> None:
-    """Refuse a function with a required parameter that is not among the names `given`."""
+    """Raise UserError if the function requires a parameter whose name is not in `given`."""
     for name, parameter in parameters_of(function).items():
         if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
@@ -85,9 +85,9 @@ def call_scores(
 ) -> list[float | None]:
     """Call a reward function as TRL does; returns a finite number or None for each completion.
 
-    All arguments go by keyword: `prompts`, `completions`, `completion_ids`, and the records'
-    columns under their names. A function gets those that it has a parameter for, or all of them
-    where it has `**kwargs`. None: the reward does not apply to that completion.
+    All arguments are passed by keyword: `prompts`, `completions`, `completion_ids`, and the
+    records' columns by their names. A function gets the arguments that it has parameters for, or
+    all of them if it has `**kwargs`. A score of None means that the reward does not apply.
     """
     given: dict[str, Any] = {**(columns or {}), "prompts": prompts, "completions": completions}
     if completion_ids is not None:
@@ -100,13 +100,13 @@ def call_scores(
         answer = function(**taken)
     except UserError:
         raise
-    except (Exception, SystemExit) as error:  # a user's own code: whatever it raises, in one line
+    except (Exception, SystemExit) as error:  # a user's function can raise anything
         raise UserError(f"{key}: {describe_exception(error)}; mend the function") from None
     return check_scores(answer, key, completions)
 
 
 def check_scores(answer: Any, key: str, completions: list[str]) -> list[float | None]:
-    """The function's answer as a list with a finite number or None for each completion."""
+    """Check a function's result; returns a finite number or None for each completion."""
     if inspect.isawaitable(answer):
         getattr(answer, "close", lambda: None)()
         raise UserError(f"{key}: gave an awaitable; give a plain function, not an async one")
@@ -123,7 +123,7 @@ def check_scores(answer: Any, key: str, completions: list[str]) -> list[float | 
             "needed"
         )
     for completion, score in zip(completions, scores, strict=True):
-        if score is not None and not abs(score) <= LARGEST:  # NaN is not
+        if score is not None and not abs(score) <= LARGEST:  # also refuses NaN
             raise UserError(
                 f"{key}: gave {score} for the completion {completion[:80]!r}; give a finite number"
             )
@@ -131,7 +131,7 @@ def check_scores(answer: Any, key: str, completions: list[str]) -> list[float | 
 
 
 def columns_of(prompts: list[Prompt]) -> dict[str, list[Any]]:
-    """The records' columns by name, a value for each prompt; None where its record lacks one."""
+    """The records' columns by name, with a value for each prompt (None if its record has none)."""
     names = {name for prompt in prompts for name in prompt.columns}
     return {
         name: [prompt.columns.get(name) for prompt in prompts]
@@ -141,9 +141,9 @@ def columns_of(prompts: list[Prompt]) -> dict[str, list[Any]]:
 
 
 class FunctionReward:
-    """Scores a rollout with a Python function; returns (B,) float32, NaN where it gave None.
+    """Scores a rollout with a Python function; returns (B,) float32, with NaN for None.
 
-    With `prompts`, the function's parameters are checked against their columns at once.
+    If `prompts` are given, the function's parameters are checked against their columns at once.
     """
 
     def __init__(self, name: str, prompts: list[Prompt] | None = None) -> None:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from fastppo.config import Config
     from fastppo.templates import Template
 
-# Marks the end of a truncated response: what the chat template writes behind it is cut off.
+# Marks the end of a truncated response; everything that the chat template writes after it is cut.
 CUT_HERE = "<<<truncated>>>"
 Placed = TypeVar("Placed", bound=nn.Module)
 
@@ -50,15 +50,15 @@ Placed = TypeVar("Placed", bound=nn.Module)
 class ClassifierReward:
     """Scores a rollout with a sequence classifier of one label; returns (B,) float32.
 
-    Prompt and response are formatted with the classifier's own chat template and tokenizer, and the
-    score is its logit of that conversation. A truncated response gets no end of turn: the policy
-    sampled none, and the other kinds of reward are not shown one either.
+    Prompt and response are formatted with the classifier's own chat template and tokenizer; the
+    score is the classifier's logit for that conversation. A truncated response gets no end of turn,
+    because the policy sampled none; the other kinds of reward see none either.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, name: str, budget: Budget) -> None:
         self.model, self.tokenizer, self.budget = model, tokenizer, budget
         self.key = f"reward_model: {name}"
-        # A head's bias, from fastppo-export: transformers' classifiers have no place for one.
+        # The head's bias, written by fastppo-export: transformers' classifiers have no bias.
         self.bias = float(getattr(model.config, "score_bias", 0.0))
         inner = model.config.get_text_config()
         self.pad_id: int | None = inner.pad_token_id
@@ -71,21 +71,21 @@ class ClassifierReward:
     def encode(self, prompt: Prompt, text: str, *, truncated: bool = False) -> list[int]:
         """Token ids of the prompt's conversation with `text` as its last answer.
 
-        A conversation longer than the classifier takes loses its beginning. With `truncated`,
-        nothing stands behind the text, no end of turn either.
+        If the conversation is longer than the classifier's limit, its beginning is cut off. With
+        `truncated`, the ids end with the text: there is no end of turn.
         """
         answer = text + CUT_HERE if truncated else text
         chat = [*prompt.messages, {"role": "assistant", "content": answer}]
         try:
             conversation = self.tokenizer.apply_chat_template(chat, tokenize=False)
-        except Exception as error:  # a template is a program of its own, and may raise anything
+        except Exception as error:  # a chat template can raise anything
             raise UserError(
                 f"{self.key}: its chat template refuses a conversation of "
                 f"{', '.join(turn['role'] for turn in chat)} ({error}); mend the template or the "
                 "records"
             ) from None
         if truncated:
-            # Not continue_final_message, which refuses a template that writes a thought otherwise.
+            # continue_final_message would fail with templates that rewrite the reasoning.
             if CUT_HERE not in conversation:
                 raise UserError(
                     f"{self.key}: its chat template leaves out the end of an answer, so that a "
@@ -113,11 +113,11 @@ class ClassifierReward:
         return score_B
 
     def logits(self, rows: list[list[int]], device: torch.device) -> Tensor:
-        """The classifier's logits (B,) float32 of the conversations in `rows`."""
+        """The classifier's logits, (B,) float32, for the conversations in `rows`."""
         pad_id = self.pad_id
         if pad_id is None:
-            # Without a padding token a classifier reads the last position, and refuses a batch. So
-            # pad with a token that no row holds: it then reads each row's last token.
+            # Without a padding token a classifier reads the last position and accepts no batch. So
+            # pad with a token that is in no row: then it reads each row's last token.
             used = {token for row in rows for token in row}
             pad_id = next(token for token in range(len(used) + 1) if token not in used)
         width = max(map(len, rows))
@@ -139,7 +139,7 @@ def adapters_of(config: Config) -> list[str]:
 
 
 def head_folder(name: str, config: Config) -> Path | None:
-    """The folder that has a value head, the last adapter's or the model's; None if none has."""
+    """The folder that has a value head: the last adapter's, or the model's; else None."""
     for folder in (*(Path(path) for path in adapters_of(config)[-1:]), Path(name)):
         if any((folder / file).is_file() for file in HEAD_FILES):
             return folder
@@ -153,10 +153,10 @@ def load_full(
     template: Template,
     budget: Budget | None = None,
 ) -> ClassifierReward | HeadReward:
-    """Load the reward model `name` of `reward_model_type: full`: frozen, in the run's dtype.
+    """Load the reward model `name` (`reward_model_type: full`), frozen, in the run's dtype.
 
-    With a value head beside its weights it is a causal LM that scores the policy's own tokens, as
-    LLaMA-Factory saves them. Without one it has to be a sequence classifier with one label.
+    If its folder has a value head, as LLaMA-Factory saves it, it is a causal LM that scores the
+    policy's own tokens. Otherwise it must be a sequence classifier with one label.
     """
     folder = head_folder(name, config)
     budget = budget or Budget.of(config, scoring=True)
@@ -180,7 +180,7 @@ def load_full(
     inner = causal_lm(model)
     cure = "train it on the same base, or name a sequence classifier"
     check_same_tokens(config, "reward_model", name, inner, cure)
-    # Without its output head, which scores nothing.
+    # Only the trunk: its output head is not needed.
     trunk = place_on_device(model_trunk(inner), config, device)
     head = load_value_head(folder, hidden_size(inner), device)
     head.requires_grad_(False)
@@ -190,24 +190,25 @@ def load_full(
         hidden_BTD: Tensor = trunk(**inputs, use_cache=False).last_hidden_state
         return hidden_BTD
 
-    # Always padded: padding_free is checked for the policy's attention, not for this model's.
+    # Always padded: padding_free was checked for the policy's attention, not for this model's.
     return HeadReward(hidden, head, folder, template, budget, packs=False)
 
 
 def load_model(kind: Any, name: str, config: Config, device: torch.device) -> Any:
     """Load a model with `reward_model_adapters` merged into it, frozen and in evaluation mode.
 
-    It is in host memory; a quantised one is on `device`, its adapters not merged.
+    The model is in host memory; if it is quantised, it is on `device` and its adapters are not
+    merged.
 
     Args:
         kind: the transformers class that loads it.
 
     Raises:
-        UserError: it or an adapter cannot be loaded, or no file has one of its weights.
+        UserError: the model or an adapter cannot be loaded, or a weight is in no file.
     """
     dtype = compute_dtype(config, device)
     own: dict[str, Any] = {}
-    if config.flash_attn != "auto":  # auto leaves it to transformers: not all classifiers have sdpa
+    if config.flash_attn != "auto":  # auto: transformers chooses, as not all classifiers have sdpa
         own["attn_implementation"] = attention_implementation(config.flash_attn, device, dtype)
     bits = config.reward_model_quantization_bit
     if bits is not None:
@@ -217,7 +218,7 @@ def load_model(kind: Any, name: str, config: Config, device: torch.device) -> An
                 "pip install 'fastppo[quantization]', or leave it out"
             )
         own["device_map"] = {"": device}
-        make_quantization: Any = BitsAndBytesConfig  # without annotations of its own
+        make_quantization: Any = BitsAndBytesConfig  # its constructor has no annotations
         own["quantization_config"] = make_quantization(
             load_in_4bit=bits == 4,
             load_in_8bit=bits == 8,
@@ -253,7 +254,7 @@ def load_model(kind: Any, name: str, config: Config, device: torch.device) -> An
                 f"reward_model_adapters: {adapter} cannot be loaded on {name} "
                 f"({first_line(error)}); name adapters that were trained on it"
             ) from None
-        if bits is None:  # into 4 or 8 bits nothing merges without loss
+        if bits is None:  # merging into 4 or 8 bits would lose precision
             model = model.merge_and_unload()
     if missing:
         raise UserError(
@@ -264,7 +265,7 @@ def load_model(kind: Any, name: str, config: Config, device: torch.device) -> An
 
 
 def place_on_device(model: Placed, config: Config, device: torch.device) -> Placed:
-    """Move the model to the device, or stream it; a quantised one is there already."""
+    """Move the model to the device, or stream it; a quantised model is on the device already."""
     if config.reward_model_quantization_bit is not None:
         return model
     streamed, folder = config.stream_frozen, config.offload_dir
@@ -272,9 +273,9 @@ def place_on_device(model: Placed, config: Config, device: torch.device) -> Plac
 
 
 def config_with_one_label(name: str, config: Config) -> Any:
-    """The configuration of a base whose classification head is in its adapter, as TRL saves it.
+    """The configuration of a base whose classification head is in an adapter, as TRL saves it.
 
-    Such a base does not say how many labels there are: it gets one, not transformers' default 2.
+    Such a base does not say its number of labels: it gets 1 instead of transformers' default 2.
     """
     found = AutoConfig.from_pretrained(
         name, cache_dir=config.cache_dir, trust_remote_code=config.trust_remote_code

@@ -1,4 +1,4 @@
-"""The score of a response: one reward, or the weighted sum of several."""
+"""The score of a response: one reward, or a weighted sum of several rewards."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fastppo.models.build import Roles
     from fastppo.templates import Template
 
-RewardFunction = Callable[[Rollout], Tensor]  # scores (B,), NaN where it does not apply
+RewardFunction = Callable[[Rollout], Tensor]  # scores (B,), NaN if it does not apply
 
 
 @dataclass
@@ -45,19 +45,19 @@ class Reward:
 
     @property
     def names(self) -> list[str]:
-        """The rewards' names, in the order of the YAML."""
+        """The rewards' names, in the YAML's order."""
         return [spec.name for spec in self.specs]
 
     @property
     def extra_names(self) -> list[str]:
-        """The names of the rewards that have metrics of their own: all, if there are several."""
+        """Names of the rewards with their own metrics: all if there are several, else none."""
         return self.names if len(self.specs) > 1 else []
 
     def __call__(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted score (B,) float32, and each reward's own (B,), NaN where it does not apply.
+        """The weighted score, (B,) float32, and each reward's scores (B,), NaN if not applicable.
 
         Raises:
-            UserError: a reward failed that has never worked, so its setting is wrong.
+            UserError: a reward failed in the first rollout, so its setting is wrong.
             TrainingStopped: a reward failed that has worked before.
         """
         try:
@@ -70,7 +70,7 @@ class Reward:
         return result
 
     def score(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-        """As calling it, but every failure of a reward is a UserError."""
+        """Like calling the object, but every failure of a reward raises UserError."""
         parts: dict[str, Tensor] = {}
         device = rollout.input_ids_BT.device
         score_B = torch.zeros(len(rollout.prompts), device=device)
@@ -95,9 +95,9 @@ class Reward:
         return score_B, parts
 
     def score_part(self, spec: RewardSpec, part: RewardFunction, rollout: Rollout) -> Tensor:
-        """The scores (B,) of one reward; a model that runs out of memory is retried.
+        """The scores (B,) of one reward; a model is called again if it runs out of memory.
 
-        A server or a function is called once: a second call may cost, or give other scores.
+        A server or function is called only once: a second call may cost money or score differently.
         """
         if self.budgets is None or spec.kind not in ("lora", "full"):
             return part(rollout)
@@ -105,7 +105,7 @@ class Reward:
         return retry("score", self.budgets, used=used)(part)(rollout)
 
     def table(self) -> str:
-        """A line for each reward, its weight and what it is, for the first lines of a run."""
+        """A line for each reward with its weight and description, for the first lines of a run."""
         words = {
             "lora": "base + LoRA '{}' + head",
             "full": "model '{}'",
@@ -130,9 +130,9 @@ def make_reward(
     """The rewards that the configuration names; servers and chat templates are tried on a prompt.
 
     Args:
-        roles: holds the rewards that are adapters.
-        prompts: the training prompts, with the columns that functions may take.
-        budgets: the run's micro-batch sizes, read at each call; None takes the configuration's.
+        roles: the run's roles, with the rewards that are adapters.
+        prompts: the training prompts, with the columns that functions may use.
+        budgets: limits of micro-batches, read at each call; None uses the configuration's.
     """
     budgets = budgets or Budgets.of(config)
     budget = budgets.scoring
@@ -165,6 +165,6 @@ def make_reward(
 
 
 def mean_score(part_B: Tensor) -> float | None:
-    """Mean of the scores that are not NaN, which means not applicable; None if all are."""
+    """Mean of the scores without NaN (not applicable); None if all are NaN."""
     mean = part_B.nanmean().item()
     return None if math.isnan(mean) else mean

@@ -2,9 +2,9 @@
 
     POST {"model": "model", "messages": [text, ...]}  ->  {"scores": [number, ...]}
 
-It uses the standard library's client because handlers can be left out of it: this one has http and
-https alone, so it follows no redirect and opens no file. httpx has a time limit for each read but
-none for the whole answer, and no limit on its size.
+It uses the standard library's client with only the http and https handlers, so it follows no
+redirect and opens no file. httpx would have a time limit for each read, but none for the whole
+answer, and no limit on its size.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from fastppo.types import Rollout
 TOKEN = "FASTPPO_REWARD_TOKEN"
 MAX_ANSWER = 1 << 20  # bytes; a score takes about 20
 LARGEST = torch.finfo(torch.float32).max
-FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between attempts: doubled from one to the next
+FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between attempts, doubled each time
 
 
 class TransientError(Exception):
-    """A failure that may be gone at the next attempt: no connection, a timeout, 429, 5xx."""
+    """A failure that is worth another attempt: no connection, a timeout, status 429 or 5xx."""
 
 
 class ApiReward:
@@ -42,11 +42,11 @@ class ApiReward:
     The server gets prompt and response as one text, special tokens included.
 
     Args:
-        url: where to POST.
+        url: the URL to POST to.
         tokenizer: the policy's, which decodes the texts.
-        timeout: seconds until an attempt without a whole answer has failed.
-        retries: attempts after the first.
-        batch_size: most texts in a request.
+        timeout: seconds in which an attempt must have the whole answer.
+        retries: number of attempts after the first.
+        batch_size: largest number of texts in a request.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class ApiReward:
         return torch.tensor(scores, device=rollout.input_ids_BT.device)
 
     def scores(self, messages: list[str]) -> list[float]:
-        """A finite number for each message; transient failures are retried, others UserErrors."""
+        """A finite number for each message; a TransientError is retried, then a UserError."""
         wait = FIRST_WAIT
         for attempt in range(self.retries + 1):
             try:
@@ -91,7 +91,7 @@ class ApiReward:
         raise AssertionError("unreachable")
 
     def post(self, messages: list[str]) -> bytes:
-        """The body of the answer to one request."""
+        """Send one request; returns the body of the answer."""
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if token := os.environ.get(TOKEN):
             headers["Authorization"] = f"Bearer {token}"
@@ -117,13 +117,14 @@ class ApiReward:
             raise TransientError(f"no connection ({error.reason})") from None
         except (http.client.HTTPException, OSError) as error:
             raise TransientError(f"the connection broke ({type(error).__name__})") from None
-        except ValueError:  # http.client on a header it cannot send; the value is not repeated
+        except ValueError:  # http.client cannot send a header; its value may be secret
             raise UserError(f"{self.key}: {TOKEN} has a character no header can have") from None
 
     def read(self, response: Any, deadline: float) -> bytes:
-        """The whole body, refused beyond MAX_ANSWER bytes or after the deadline.
+        """The whole body; an error if it exceeds MAX_ANSWER bytes or is late.
 
-        The deadline is for all reads together: a server that sends a byte now and then misses it.
+        The deadline is for all reads together, so that a server that sends a byte now and then also
+        misses it.
         """
         parts, size = [], 0
         while part := response.read1(1 << 16):
@@ -136,12 +137,12 @@ class ApiReward:
                 )
             if time.monotonic() > deadline:
                 raise TimeoutError
-        if response.length:  # bytes of Content-Length that never came
+        if response.length:  # bytes of Content-Length that did not arrive
             raise TransientError("the connection broke within an answer")
         return b"".join(parts)
 
     def status_error(self, status: int) -> Exception:
-        """The exception for an HTTP status other than 2xx: transient, or the user's to mend."""
+        """The exception for an HTTP status other than 2xx: TransientError or UserError."""
         if status == 429 or status >= 500:
             return TransientError(f"answers HTTP {status}")
         if 300 <= status < 400:
@@ -156,7 +157,7 @@ class ApiReward:
         return UserError(f"{self.key}: HTTP {status}; check the URL")
 
     def quote(self, answer: bytes | str) -> str:
-        """The start of an answer for an error line, without a token or query echoed in it."""
+        """The beginning of an answer, for an error line; tokens and queries in it are removed."""
         for secret in (os.environ.get(TOKEN), urlsplit(self.url).query):
             if secret and isinstance(answer, bytes):
                 answer = answer.replace(secret.encode(), b"***")
@@ -165,7 +166,7 @@ class ApiReward:
         return repr(answer[:60])
 
     def parse_scores(self, body: bytes, count: int) -> list[float]:
-        """The scores in the body of an answer: `count` finite numbers."""
+        """The scores in the body of an answer, which must be `count` finite numbers."""
         wanted = f'it should be {{"scores": [...]}} with {count} finite numbers'
         try:
             answer = json.loads(body)
@@ -181,6 +182,6 @@ class ApiReward:
                 raise UserError(
                     f"{self.key}: answers {self.quote(str(score))} as a score; {wanted}"
                 )
-            if not abs(score) <= LARGEST:  # NaN is not, and integers of any length compare
+            if not abs(score) <= LARGEST:  # also refuses NaN; integers of any size compare
                 raise UserError(f"{self.key}: answers {str(score)[:60]} as a score; {wanted}")
         return [float(score) for score in scores]

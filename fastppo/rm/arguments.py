@@ -1,4 +1,4 @@
-"""The YAML's keys as transformers' Trainer takes them: its arguments, and LoRA+'s optimiser."""
+"""The YAML's keys as arguments of transformers' Trainer, and LoRA+'s optimiser."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fastppo.config import Config
     from fastppo.memory.budgets import Budgets
 
-# Keys that transformers' arguments have by the same name and meaning.
+# Keys with the same name and meaning as transformers' arguments.
 SAME_NAME = (
     "output_dir",
     "per_device_train_batch_size",
@@ -51,7 +51,7 @@ SAME_NAME = (
 
 @hide_launcher_variables()
 def training_arguments(config: Config, train_pairs: int) -> TrainingArguments:
-    """transformers' arguments of a run over `train_pairs` pairs, on one device of those visible."""
+    """transformers' arguments for a run over `train_pairs` pairs, on one device."""
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
     steps = max(1, -(-train_pairs // per_step))
     total = config.max_steps if config.max_steps > 0 else math.ceil(steps * config.num_train_epochs)
@@ -65,14 +65,14 @@ def training_arguments(config: Config, train_pairs: int) -> TrainingArguments:
         eval_steps=config.eval_steps or config.logging_steps or 500,
         metric_for_best_model=config.metric_for_best_model
         or ("loss" if config.early_stopping_steps else None),
-        disable_tqdm=True,  # callbacks.ProgressBar draws it below our own lines
-        report_to="none",  # callbacks.LogToTrackers does that, as stage ppo does
+        disable_tqdm=True,  # callbacks.ProgressBar draws the bar
+        report_to="none",  # callbacks.LogToTrackers reports, as in stage ppo
         remove_unused_columns=False,
         label_names=[],
         dataloader_pin_memory=torch.cuda.is_available() and not config.use_cpu,
     )
-    # With more than one the Trainer takes nn.DataParallel and as many times the batch: another run,
-    # and its replicas would recompute their layers on the first device.
+    # With several GPUs the Trainer would use nn.DataParallel and multiply the batch by their
+    # number, and replicas would recompute their checkpointed layers on the first device.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
 
@@ -80,8 +80,8 @@ def training_arguments(config: Config, train_pairs: int) -> TrainingArguments:
 def fit_micro_batches(config: Config, budgets: Budgets) -> Config:
     """`config` with the largest micro-batches that the budget allows.
 
-    An optimiser step has as many pairs as before: per_device_train_batch_size x
-    gradient_accumulation_steps stays the same.
+    The number of pairs in an optimiser step, per_device_train_batch_size x
+    gradient_accumulation_steps, stays the same.
     """
     step = config.per_device_train_batch_size * config.gradient_accumulation_steps
     most = max(1, (budgets.update.tokens or 0) // (2 * config.cutoff_len))
@@ -96,7 +96,7 @@ def fit_micro_batches(config: Config, budgets: Budgets) -> Config:
 
 
 def lora_plus(config: Config, model: nn.Module) -> torch.optim.Optimizer | None:
-    """LoRA+'s optimiser if `loraplus_lr_ratio` is set, else None: transformers makes its own."""
+    """LoRA+'s optimiser if `loraplus_lr_ratio` is set, else None: transformers then makes one."""
     if config.loraplus_lr_ratio is None:
         return None
 
@@ -108,7 +108,7 @@ def lora_plus(config: Config, model: nn.Module) -> torch.optim.Optimizer | None:
 
     optimizer: torch.optim.Optimizer = create_loraplus_optimizer(
         cast(Any, model),
-        cast(Any, make_optimizer),  # PEFT calls it as it would a class
+        cast(Any, make_optimizer),  # PEFT calls it like a class
         lr=config.learning_rate,
         loraplus_lr_ratio=config.loraplus_lr_ratio,
         loraplus_weight_decay=config.weight_decay,

@@ -1,4 +1,4 @@
-"""Callbacks of stage rm's Trainer: lines, bar, log file, trackers, and what guards its steps."""
+"""Callbacks of stage rm's Trainer: printed lines, bar, log file, trackers, skipped steps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class PrintLogs(TrainerCallback):
-    """Prints a line for each log entry, where transformers prints the dictionary."""
+    """Prints a line for each log entry; transformers would print the dictionary."""
 
     def __init__(self, plan: Plan | None, device: torch.device, longest: int) -> None:
         self.clock = console.Clock()
@@ -54,13 +54,13 @@ class PrintLogs(TrainerCallback):
 
 
 class ProgressBar(TrainerCallback):
-    """With `disable_tqdm: false` draws a bar below the lines, as in stage ppo."""
+    """With `disable_tqdm: false`, draws a progress bar below the lines, as in stage ppo."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start at the step that a resumed run goes on from."""
+        """Start at step 0, or at the step from which a resumed run continues."""
         self.bar = console.progress(self.config, state.max_steps, state.global_step)
         self.bar.start()
 
@@ -80,7 +80,7 @@ class LogToTrackers(TrainerCallback):
         self.trackers = trackers
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Send an entry: eval_loss as eval/loss, loss as train/loss."""
+        """Send an entry, for example eval_loss as eval/loss, and loss as train/loss."""
         named = {
             f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}": x
             for name, x in (logs or {}).items()
@@ -89,17 +89,17 @@ class LogToTrackers(TrainerCallback):
 
 
 class LogFile(TrainerCallback):
-    """Writes LLaMA-Factory's trainer_log.jsonl; an evaluation without training writes none."""
+    """Writes LLaMA-Factory's trainer_log.jsonl; an evaluation without training writes no file."""
 
     began: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start the file, or append to that of the run that is resumed."""
+        """Start the file; a resumed run appends to the existing one."""
         self.began = time.monotonic()
         results.begin_log(Path(args.output_dir), state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Append a line of training or evaluation."""
+        """Append the line of a training or evaluation entry."""
         if self.began is not None:
             results.log_line(
                 Path(args.output_dir),
@@ -111,13 +111,13 @@ class LogFile(TrainerCallback):
 
 
 class RestoreSums(TrainerCallback):
-    """Restores the running sums of the loss that a resumed run goes on with."""
+    """Restores the running sums of the loss in a resumed run."""
 
     def __init__(self, trainer: ResumableTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """transformers has just set them to 0."""
+        """Restore the sums, which transformers has just set to 0."""
         trainer = self.trainer
         if trainer.resumed is not None:
             for name, value in trainer.resumed["sums"].items():
@@ -133,7 +133,7 @@ class SkipNonfiniteSteps(TrainerCallback):
         self.trainer = trainer
 
     def on_pre_optimizer_step(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
-        """Remove gradients that are not finite: without gradients AdamW does nothing."""
+        """Remove all gradients if one is not finite: then the optimiser changes nothing."""
         trainer = self.trainer
         parameters = list(trainer.trainable_parameters().values())
         gradients = [p.grad for p in parameters if p.grad is not None]

@@ -21,7 +21,8 @@ def evaluate(trainer: PairTrainer, config: Config, pairs: Pairs, *, finished: bo
     """Evaluate the model on `pairs`, if there are any, and write the results into output_dir.
 
     Args:
-        finished: a training run has just ended; its state and model card are written too.
+        finished: whether a training run has just ended; then its state and model card are also
+            written.
     """
     folder, count = Path(config.output_dir), len(pairs)
     evaluated: dict[str, Any] = {}
@@ -44,7 +45,7 @@ def evaluate(trainer: PairTrainer, config: Config, pairs: Pairs, *, finished: bo
 
 
 def quality_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Those of an evaluation's metrics that are not about its speed."""
+    """The metrics of an evaluation without those about its speed."""
     clocks = ("runtime", "per_second", "preparation_time")
     return {k: v for k, v in metrics.items() if k.startswith("eval_") and not k.endswith(clocks)}
 

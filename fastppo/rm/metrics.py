@@ -1,4 +1,4 @@
-"""How well scores tell the better answer of a pair: accuracy, margin, calibration."""
+"""How well the scores identify the better answer of a pair: accuracy, margin, calibration."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ def calibration_error(margin_N: Scores, bins: int = BINS) -> float:
         p = sigmoid(|margin|), the probability that the answer with the higher score is the better
         ECE = sum_b n_b / N * |accuracy_b - mean p_b|,   bins b of equal width over [0.5, 1]
 
-    0 where of the pairs given p a share p is right. A tie (p = 0.5) is half right.
+    It is 0 if, among the pairs with probability p, the share p is right. A tie (p = 0.5) counts as
+    half right.
 
     Args:
         margin_N: (N,), chosen score minus rejected score, N >= 1.
-        bins: how many.
+        bins: number of bins.
 
     Source: Guo et al. 2017, On Calibration of Modern Neural Networks, equation 3.
     """

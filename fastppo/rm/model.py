@@ -1,4 +1,4 @@
-"""A reward model, its loss over pairs, and its scale."""
+"""A reward model, its loss on pairs, and the calibration of its scores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastppo.models.load import trunk
 
 
 class RewardModel(nn.Module):
-    """The trunk (under LoRA, or itself trained) and a linear head, read at the last token."""
+    """A trunk (with LoRA, or trained itself) and a linear head, read at the last token."""
 
     def __init__(self, model: Any, head: nn.Linear, *, autocast: bool) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class RewardModel(nn.Module):
 
 
 def pair_loss(score_2B: Tensor) -> Tensor:
-    """mean of -log sigmoid(chosen - rejected); the first half of the scores are the chosen.
+    """Mean of -log sigmoid(chosen - rejected); the first half of the scores are the chosen ones.
 
     Source: Ouyang et al. 2022, Training language models to follow instructions, equation 1.
     """
@@ -41,9 +41,10 @@ def pair_loss(score_2B: Tensor) -> Tensor:
 
 @torch.no_grad()
 def calibrate(head: nn.Linear, score_N: Tensor) -> None:
-    """Fold into the head what makes these scores mean 0 and standard deviation 1.
+    """Shift and scale the head so that these scores have mean 0 and standard deviation 1.
 
-    The order of all answers stays as it is; beta then means the same for every reward model.
+    The order of the scores does not change. With calibrated scores, beta means the same for every
+    reward model.
     Source: Huang et al. 2024, The N+ Implementation Details of RLHF with PPO, detail on normalising
     the reward model's output.
     """

@@ -1,4 +1,4 @@
-"""Encoded pairs as a data set, and a micro-batch of them."""
+"""Encoded pairs as a data set, and their collation into micro-batches."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Pairs(Dataset[Pair]):
 
 
 def collate(pairs: list[Pair], pad_id: int) -> dict[str, Tensor]:
-    """All chosen, then all rejected, padded right to the longest."""
+    """A micro-batch: all chosen answers, then all rejected ones, padded right to the longest."""
     rows = [pair.prompt_ids + pair.chosen_ids for pair in pairs]
     rows += [pair.prompt_ids + pair.rejected_ids for pair in pairs]
     width = max(map(len, rows))

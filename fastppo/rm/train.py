@@ -58,11 +58,11 @@ if TYPE_CHECKING:
     from fastppo.data import Records
     from fastppo.memory.plan import Plan
 
-HEAD_STD = 0.01  # of a new head: all scores start near 0
+HEAD_STD = 0.01  # standard deviation of a new head's weights: all scores start near 0
 
 
-def trained_model(config: Config, device: torch.device) -> nn.Module:
-    """The base model; what `finetuning_type` trains of it is float32, the rest as it was loaded."""
+def load_trainable_model(config: Config, device: torch.device) -> nn.Module:
+    """The base model, with the parameters that `finetuning_type` trains in float32."""
     base = load_base(config, device, bits=config.quantization_bit)
     if config.finetuning_type == "lora":
         model: nn.Module = setup_lora_tuning(config, base)
@@ -76,9 +76,9 @@ def trained_model(config: Config, device: torch.device) -> nn.Module:
 
 
 def folder_of_head(config: Config) -> Path | None:
-    """Folder of the adapter that training continues, if it has a reward head, as in LLaMA-Factory.
+    """Folder of the adapter that training continues, if that folder also has a reward head.
 
-    None for an SFT adapter, which has none: then a new head is made.
+    None for an SFT adapter, which has no head: then a new head is made.
     """
     continued = adapter_to_continue(config)
     folder = None if continued is None else Path(continued)
@@ -88,7 +88,7 @@ def folder_of_head(config: Config) -> Path | None:
 
 
 def load_finished(config: Config, folder: Path, device: torch.device) -> nn.Module:
-    """The model that fastppo or LLaMA-Factory saved in `folder`: base and adapter, or whole."""
+    """Load what fastppo or LLaMA-Factory saved in `folder`: a base's adapter, or a whole model."""
     if config.finetuning_type != "lora":
         return load_base(config, device, str(folder))
     base = load_base(config, device, bits=config.quantization_bit)
@@ -105,7 +105,7 @@ class ParameterCopy:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Copy the values back, and drop the gradients."""
+        """Copy the values back, and delete the gradients."""
         for parameter, value in zip(self.parameters, self.values, strict=True):
             parameter.copy_(value)
             parameter.grad = None
@@ -113,7 +113,7 @@ class ParameterCopy:
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything that a run of stage rm trains or evaluates with."""
+    """Everything that a run of stage rm needs to train or evaluate."""
 
     config: Config
     device: torch.device
@@ -121,29 +121,29 @@ class Setup:
     template: Template
     score_at: str  # the token that is scored: eos, or suffix (what the template writes after it)
     train_pairs: Pairs
-    eval_pairs: Pairs  # held out; may be none
+    eval_pairs: Pairs  # held out; may be empty
     plan: Plan | None
     budgets: Budgets
     model: RewardModel
-    activations: str  # activation_offloading as it was resolved
+    activations: str  # mode of activation_offloading, with auto resolved
     evaluated: Path | None  # the finished model that a run without training evaluates
     resumed: Path | None  # the checkpoint that training continues from
-    notes: list[str]  # on keys
+    notes: list[str]  # about the configuration, to be printed
     resume_notes: list[str]
 
 
 def run(config: Config, records: Records) -> None:
     """Train a reward model on the pairs, evaluate it on those held out, and save it.
 
-    Without training it evaluates a finished model, fastppo's or LLaMA-Factory's. A full disk or a
-    signal ends the run in one line.
+    Without training it evaluates a finished model of fastppo or LLaMA-Factory. If the disk is full
+    or a signal arrives, the run ends with a one-line message.
     """
     output_dir = Path(config.output_dir)
     with durable.stop_on_full_disk(output_dir):
         setup = set_up(config, records)
         print_first_lines(setup)
         save.prepare_output_dir(output_dir)
-        with Stop() as stop:  # before, there is nothing to save
+        with Stop() as stop:  # earlier, there is nothing to save
             if setup.evaluated is None:
                 train(setup, stop)
             else:
@@ -151,7 +151,7 @@ def run(config: Config, records: Records) -> None:
 
 
 def set_up(config: Config, records: Records) -> Setup:
-    """Encode the pairs, choose what is left to `auto`, and load the model."""
+    """Encode the pairs, resolve `auto` keys, and load the model."""
     resumed, resume_notes = durable.checkpoint_to_resume(config)
     if config.resume_from_checkpoint:
         config = save.with_decisions(config, resumed or Path(config.output_dir))
@@ -188,7 +188,7 @@ def set_up(config: Config, records: Records) -> Setup:
     set_seed(config.seed)
     with advice_on_failure(plan, config, budgets, device):
         if evaluated is None:
-            model = trained_model(config, device)
+            model = load_trainable_model(config, device)
         else:
             model = load_finished(config, evaluated, device)
     if start is None:
@@ -218,7 +218,7 @@ def set_up(config: Config, records: Records) -> Setup:
 
 
 def print_first_lines(setup: Setup) -> None:
-    """What runs, on which device, with how many pairs, and what was noted on the way."""
+    """Print what runs, on which device, with how many pairs, and the notes."""
     config, model, echo = setup.config, setup.model, console.console.print
     what = "adapter" if config.finetuning_type == "lora" else f"base ({config.finetuning_type})"
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -242,7 +242,7 @@ def print_first_lines(setup: Setup) -> None:
 
 @hide_launcher_variables()
 def make_trainer(setup: Setup, stop: Stop) -> PairTrainer:
-    """transformers' loop over the pairs, with fastppo's lines, log file and saving."""
+    """The trainer over the pairs, with fastppo's callbacks and checkpoints."""
     config, template = setup.config, setup.template
     trainer = PairTrainer(
         model=setup.model,
@@ -274,7 +274,7 @@ def make_trainer(setup: Setup, stop: Stop) -> PairTrainer:
 
 
 def train(setup: Setup, stop: Stop) -> None:
-    """Train, with half of the micro-batch if memory runs out; then evaluate what was saved."""
+    """Train (again with half of the micro-batch if memory runs out), then evaluate and save."""
     config, budgets = setup.config, setup.budgets
     trackers = Trackers.of(config, setup.resumed)
     with advice_on_failure(setup.plan, config, budgets, setup.device):
@@ -286,7 +286,7 @@ def train(setup: Setup, stop: Stop) -> None:
                 used=lambda: budgets.update.tokens or 0,
                 clean=start.restore,
             )(fit)(setup, stop, trackers)
-        else:  # too large to keep a copy of
+        else:  # the parameters are too large to copy
             trainer = fit(setup, stop, trackers)
         try:
             evaluate(trainer, config, setup.eval_pairs, finished=True)
@@ -300,7 +300,7 @@ def train(setup: Setup, stop: Stop) -> None:
 
 
 def fit(setup: Setup, stop: Stop, trackers: Trackers | None) -> PairTrainer:
-    """Train from the start, or from the checkpoint to resume, and save; the trainer that did."""
+    """Train from the start or from a checkpoint, and save; returns the trainer."""
     config, output_dir = setup.config, Path(setup.config.output_dir)
     trainer = make_trainer(setup, stop)
     trainer.trackers = trackers
@@ -320,7 +320,7 @@ def fit(setup: Setup, stop: Stop, trackers: Trackers | None) -> PairTrainer:
     except Interrupted as interrupted:
         raise save_and_stop(trainer, interrupted) from None
     except Exception:
-        with suppress(Exception):  # what stopped the run is what there is to say
+        with suppress(Exception):  # the error to report is the one that stopped the run
             trainer.draw()
         raise
     head = setup.model.head
@@ -334,8 +334,8 @@ def fit(setup: Setup, stop: Stop, trackers: Trackers | None) -> PairTrainer:
 
 
 def save_and_stop(trainer: PairTrainer, interrupted: Interrupted) -> Interrupted:
-    """Save the last whole step after a signal; the interruption, with how to resume from it."""
-    folder = trainer.save_stopped()
+    """Save the last complete step; returns an interruption that says how to resume."""
+    folder = trainer.save_last_step()
     with suppress(Exception):
         trainer.draw()
     if folder is None:

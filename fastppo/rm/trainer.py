@@ -1,8 +1,8 @@
-"""transformers' training loop for stage rm, with checkpoints that resume to the bit.
+"""transformers' training loop for stage rm, with checkpoints that resume bit for bit.
 
-transformers restores weights, optimiser, schedule, generators and the place in the data. What it
-does not (running sums of the loss, parameters in their own precision) is saved beside that, and a
-checkpoint is there whole or not at all.
+transformers restores weights, optimiser, schedule, generators and the position in the data. These
+checkpoints also have the running sums of the loss and the parameters in their own precision, and
+they are written atomically.
 """
 
 from __future__ import annotations
@@ -30,34 +30,37 @@ if TYPE_CHECKING:
     from fastppo.run.tracking import Trackers
 
 SUMS = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged")
-PLOTTED = ("loss", "eval_loss", "eval_accuracy")  # with plot_loss, a picture each
+PLOTTED = ("loss", "eval_loss", "eval_accuracy")  # the pictures of plot_loss
 
 
 class ResumableTrainer(Trainer):
-    """A Trainer that resumes bit for bit, skips bad steps, and saves and stops at a signal."""
+    """A Trainer that resumes bit for bit, skips nonfinite steps, and saves and stops at a signal.
+
+    Methods whose names begin with an underscore override transformers' own.
+    """
 
     def __init__(
         self, *args: Any, stop: Stop, max_bad_steps: int, decisions: dict[str, Any], **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
         self.stop, self.max_bad_steps, self.decisions = stop, max_bad_steps, decisions
-        self.bad_run = self.bad_steps = 0  # steps that were skipped: in a row, and in all
-        self.place: Path | None = None  # where a checkpoint is being written
+        self.bad_run = self.bad_steps = 0  # skipped steps: in a row, and in total
+        self.place: Path | None = None  # folder into which a checkpoint is being written
         self.resumed: dict[str, Any] | None = None
         self.inputs: dict[str, Tensor] = {}
-        self.saved: Path | None = None  # the checkpoint that a resume would go on from
-        self.saved_at: int | None = None  # its step, where nothing was evaluated since
-        self.step_end: dict[str, Any] | None = None  # what a signal in the next step puts back
+        self.saved: Path | None = None  # the last checkpoint
+        self.saved_at: int | None = None  # its step; None if there was an evaluation after it
+        self.step_end: dict[str, Any] | None = None  # state to restore if a signal interrupts
         self.trackers: Trackers | None = None
         self.add_callback(RestoreSums(self))
         self.add_callback(SkipNonfiniteSteps(self))
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that train, by name."""
+        """The trainable parameters by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
-        """transformers' schedule, except that its warm-up starts above 0."""
+        """transformers' schedule, except that the warm-up starts above 0."""
         first, warmup = self.lr_scheduler is None, self.args.get_warmup_steps(num_training_steps)
         steps = max(num_training_steps, warmup + 1)  # as in make_scheduler
         scheduler = super().create_scheduler(steps, *args, **kwargs)
@@ -66,7 +69,7 @@ class ResumableTrainer(Trainer):
         return scheduler
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """transformers' step, which a signal may interrupt; the batch is kept until the next."""
+        """transformers' step, which a signal may interrupt."""
         self.inputs = inputs
         with self.stop.at_once():
             return super().training_step(model, inputs, *args, **kwargs)
@@ -76,8 +79,8 @@ class ResumableTrainer(Trainer):
         with self.stop.at_once():
             return super().evaluation_loop(*args, **kwargs)
 
-    def note_step_end(self, *, evaluated: bool) -> None:
-        """Keep what the next micro-batch changes: after a signal in it, this is put back."""
+    def record_step_end(self, *, evaluated: bool) -> None:
+        """Copy the state that the next micro-batch changes, to restore it after a signal."""
         sums = {name: getattr(self, name) for name in SUMS}
         self.step_end = {
             "evaluated": evaluated,
@@ -89,34 +92,34 @@ class ResumableTrainer(Trainer):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        self.note_step_end(evaluated=True)
+        self.record_step_end(evaluated=True)
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         if not self.state.global_step or kwargs.get("skip_scheduler"):  # eval_on_start
             return super()._evaluate(*args, **kwargs)
-        self.note_step_end(evaluated=False)
+        self.record_step_end(evaluated=False)
         self.saved_at = None
         metrics = super()._evaluate(*args, **kwargs)
-        self.note_step_end(evaluated=True)
+        self.record_step_end(evaluated=True)
         return metrics
 
-    def evaluate_if_cut_off(self) -> None:
-        """Run the evaluation that a signal cut off after the step that this run resumes from."""
+    def evaluate_if_interrupted(self) -> None:
+        """Run the evaluation after the resumed checkpoint's step, if a signal interrupted it."""
         if self.resumed is not None and not self.resumed.pop("evaluated", True):
             self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
-        self.evaluate_if_cut_off()
+        self.evaluate_if_interrupted()
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        self.evaluate_if_cut_off()  # after the last step no generator is read back
+        self.evaluate_if_interrupted()  # after the last step no generator state is loaded
         return super()._finalize_training(*args, **kwargs)
 
-    def save_stopped(self) -> Path | None:
-        """Save the last whole step after a signal; its checkpoint, or None if there was no step.
+    def save_last_step(self) -> Path | None:
+        """Save the last complete step after a signal; returns its folder, or None without a step.
 
-        Weights and optimiser are as that step left them: only whole steps change them.
+        Weights and optimiser are as after that step, because only a complete step changes them.
         """
         end = self.step_end
         if end is None or not self.state.global_step:
@@ -127,12 +130,12 @@ class ResumableTrainer(Trainer):
         for name, value in end["sums"].items():
             setattr(self, name, value)
         self.current_flos, self.bad_run = end["flos"], end["bad_run"]
-        self.args.save_only_model = False  # or there would be nothing to go on from
+        self.args.save_only_model = False  # otherwise the run could not be resumed
         self._save_checkpoint(self.model, None)
         return self.saved
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """transformers' log, except that the final mean loss is over the whole run."""
+        """transformers' log, but the final mean loss is over the whole run, even after a resume."""
         if "train_loss" in logs:
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, *args, **kwargs)
@@ -145,7 +148,7 @@ class ResumableTrainer(Trainer):
         folder = output_dir / f"checkpoint-{self.state.global_step}"
         self.place = durable.partial_folder(folder)
         super()._save_checkpoint(model, trial)
-        self.state.best_model_checkpoint = None  # it would be the place that is renamed below
+        self.state.best_model_checkpoint = None  # it would name the folder that is renamed below
         written = self.place / folder.name
         save.note_run(written, self.decisions, self.trackers)
         if not self.args.save_only_model:
@@ -177,10 +180,10 @@ class ResumableTrainer(Trainer):
 
 
 class PairTrainer(ResumableTrainer):
-    """The loop over pairs; its folders are those that stage ppo and LLaMA-Factory load."""
+    """The loop over pairs; stage ppo and LLaMA-Factory can load the folders that it saves."""
 
     tokenizer: Any
-    record: dict[str, Any]  # where the scores are read, for whoever loads the folder
+    record: dict[str, Any]  # saved with the model: the token that is scored, among other facts
     in_order = False  # disable_shuffling
     plots = False  # plot_loss
 
@@ -200,7 +203,7 @@ class PairTrainer(ResumableTrainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, and chosen and rejected scores side by side (B, 2)."""
+        """The loss, and the chosen and rejected scores as one tensor (B, 2)."""
         with torch.no_grad():
             scores = model(**self._prepare_inputs(inputs))
         both_B2 = torch.stack(scores.chunk(2), dim=1)
@@ -217,11 +220,11 @@ class PairTrainer(ResumableTrainer):
         self.draw()
 
     def draw(self) -> None:
-        """Draw LLaMA-Factory's pictures of all that was logged so far (`plot_loss`)."""
+        """Draw LLaMA-Factory's pictures of everything logged so far (`plot_loss`)."""
         if self.plots:
             plots.plot_log(self.state.log_history, PLOTTED, Path(self.args.output_dir))
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Accuracy, margin and calibration of the scores of pairs (N, 2)."""
+    """Accuracy, margin and calibration of the scores (N, 2) of pairs."""
     return pair_metrics(prediction.predictions[:, 0], prediction.predictions[:, 1])

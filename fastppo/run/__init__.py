@@ -1,1 +1,1 @@
-"""What any run does to the world: folders, signals, the console, pictures, trackers."""
+"""What both stages share outside their models: folders, signals, console, pictures, trackers."""

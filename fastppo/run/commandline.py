@@ -53,16 +53,16 @@ class Parser(argparse.ArgumentParser):
         return options
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        """Where argparse ends the process, the command returns."""
+        """Return from the command instead of ending the process, as argparse would."""
         raise Answered
 
     def error(self, message: str) -> NoReturn:
-        """argparse's own complaints, without the usage that it prints before them."""
+        """Raise argparse's own errors as a UserError, without the usage text."""
         raise UserError(f"{message}; see --help")
 
 
 def quieten() -> None:
-    """What libraries warn of on every start, and no user of this command can mend."""
+    """Silence warnings that libraries print on every start and that the user cannot avoid."""
     import warnings
 
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\..*")

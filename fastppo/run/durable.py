@@ -1,8 +1,8 @@
-"""Folders that are there whole or not at all, a manifest to tell, and what to say of a full disk.
+"""Write folders atomically, check them by a manifest, and report a full disk.
 
-A checkpoint is written beside its place, each file is flushed to the disk, a manifest with sizes
-and hashes comes last, and one rename puts the folder where it belongs. transformers' Trainer writes
-a checkpoint in place, and takes half a folder for a whole one. No torch here.
+A checkpoint is written to a temporary folder; each file is flushed to the disk, a manifest with
+sizes and hashes is written last, and the folder is renamed. transformers' Trainer writes into the
+checkpoint's folder itself, and accepts an incomplete one. No torch here.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def keep_newest(output_dir: Path, limit: int | None) -> None:
 
 
 def resume_fault(folder: Path, *, hashes: bool) -> str | None:
-    """The same for a checkpoint to resume from, which needs the training state beside the model."""
+    """Return why `folder` cannot be resumed from, or None; it also needs the training state."""
     wrong = checkpoint_fault(folder, hashes=hashes)
     if wrong is None and not (folder / TRAINING_STATE).is_file():
         return f"it has no {TRAINING_STATE} (save_only_model)"
@@ -168,12 +168,13 @@ def resume_fault(folder: Path, *, hashes: bool) -> str | None:
 
 
 def checkpoint_to_resume(config: Config, *, hashes: bool = True) -> tuple[Path | None, list[str]]:
-    """The checkpoint that `resume_from_checkpoint` means, and what to say of those passed over.
+    """The checkpoint that `resume_from_checkpoint` names, and notes on those that were skipped.
 
-    True is the newest whole one in `output_dir`; None where a run was killed before its first.
+    True means the newest complete one in `output_dir`; the result is None if a run was killed
+    before its first checkpoint.
 
     Raises:
-        UserError: a folder that is named is no whole checkpoint, or there is nothing to resume.
+        UserError: a named folder is no complete checkpoint, or there is nothing to resume.
     """
     wanted = config.resume_from_checkpoint
     if not wanted:
@@ -213,10 +214,10 @@ def disk_full_message(error: BaseException) -> str | None:
 
 @contextmanager
 def stop_on_full_disk(output_dir: Path) -> Iterator[None]:
-    """Inside, a full disk stops the run in one line; what was whole stays.
+    """Inside the block a full disk stops the run with a one-line message; complete files stay.
 
     Raises:
-        TrainingStopped: in place of the error, with the last checkpoint that is whole.
+        TrainingStopped: replaces the error, and names the last complete checkpoint.
     """
     try:
         yield

@@ -62,9 +62,9 @@ def clear(folder: Path) -> None:
 
 
 def begin_log(folder: Path, step: int = 0, *, evaluated: bool = True) -> None:
-    """An empty `trainer_log.jsonl`; for a run that goes on after `step`, its lines up to there.
+    """Start `trainer_log.jsonl`: empty, or for a run resumed after `step`, its lines up to there.
 
-    Not `evaluated`: without the evaluation after `step`, which is still to come.
+    If not `evaluated`, the evaluation after `step` is left out, because it will run again.
     """
     path, kept = folder / LOG, []
     if step and path.is_file():

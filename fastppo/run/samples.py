@@ -1,4 +1,4 @@
-"""What a policy said beside what its reference said: for programs a table, for people a page."""
+"""The policy's and the reference's responses: a table for programs, a page for people."""
 
 from __future__ import annotations
 

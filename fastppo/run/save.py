@@ -57,8 +57,8 @@ def save_weights(model: Any, folder: Path, adapter: str = "default") -> None:
 
 
 def note_run(folder: Path, decisions: dict[str, Any], trackers: Trackers | None = None) -> None:
-    """Leave in `folder` that fastppo ran here, what it decides where a file says auto, and what
-    its trackers call the run."""
+    """Write the run's record into `folder`: fastppo's version, the values chosen for `auto` keys,
+    and the run's names in its trackers."""
     record = {"fastppo": __version__, "decisions": decisions}
     if trackers is not None:
         record["trackers"] = trackers.runs

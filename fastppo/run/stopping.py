@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: obeyed at once where a step can be dropped, else when what runs has ended."""
+"""SIGTERM and Ctrl-C: a step that can be discarded ends at once; other work is finished first."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stop:
-    """Inside `with`, the first signal ends what `at_once` holds; a second acts as it always does.
+    """Inside `with`, the first signal ends an `at_once` block; a second signal acts as usual.
 
-    What is not in `at_once` (a checkpoint being written, a step being entered into the metrics) is
-    finished first.
+    Work outside `at_once` (writing a checkpoint, adding a step to the metrics) is finished first.
     """
 
     def __init__(self) -> None:
@@ -49,11 +48,11 @@ class Stop:
         self.before = {}
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        """Handle a signal: remember it, and say so without any lock that print would take.
+        """Handle a signal: remember it, and print a line without a lock (which print would need).
 
         Raises:
-            Interrupted: inside `at_once`, out of whatever runs: a forward, a blocked socket, a
-                sleep. No Exception, so that no reward function takes it for a failure of its own.
+            Interrupted: inside `at_once`, from any code that runs there: a forward, a blocked
+                socket, a sleep. It is no Exception, so that reward functions do not catch it.
         """
         del frame
         self.signal = number
@@ -64,7 +63,7 @@ class Stop:
             self.check()
 
     def check(self) -> None:
-        """A safe point.
+        """Raise Interrupted if there was a signal; called where it is safe to stop.
 
         Raises:
             Interrupted: a signal came since the run began.
@@ -74,10 +73,10 @@ class Stop:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """The block may be left at any point by Interrupted: whoever opens it puts things right.
+        """Inside the block a signal raises Interrupted at any point; the caller restores the state.
 
-        At its ends a signal counts as well that came before it, or whose exception was lost (in a
-        destructor, in a function that catches everything).
+        The block also checks at its beginning and end for a signal that came before, or whose
+        exception was lost (in a destructor, or in a function that catches everything).
         """
         outer, self.raises = self.raises, True
         try:

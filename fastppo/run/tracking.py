@@ -76,10 +76,10 @@ class Trackers:
 
     @classmethod
     def of(cls, config: Config, resumed: Path | None = None) -> Trackers | None:
-        """The trackers of a run; None where there is nothing to report to.
+        """The trackers of a run; None if `report_to` names none.
 
-        One that goes on from the checkpoint `resumed` (or, killed before its first, begins again in
-        its folder) goes on in the trackers' own runs.
+        A run that resumes from the checkpoint `resumed` (or starts again in the folder of a run
+        that was killed before its first checkpoint) continues the trackers' own runs.
         """
         if not config.trackers:
             return None

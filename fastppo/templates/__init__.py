@@ -1,6 +1,6 @@
-"""Chat templates by LLaMA-Factory's names: the text around messages, and where a response ends.
+"""Chat templates by LLaMA-Factory's names: the text around messages, and the tokens that end one.
 
-transformers' apply_chat_template knows the tokenizer's own template only, and no name of another.
+transformers' apply_chat_template has only the tokenizer's own template, and no templates by name.
 """
 
 from fastppo.templates.formats import TEMPLATES, check_name

@@ -1,8 +1,8 @@
 """The text of each template, in LLaMA-Factory's slots.
 
-Read in LLaMA-Factory 0.9.5 (`data/template.py`) and held against the formats that the models'
-authors publish; docs/data.md says where the two differ. Where they do, LLaMA-Factory's is written:
-a model that was tuned there has seen that.
+The slots are those of LLaMA-Factory 0.9.5 (`data/template.py`), compared with the formats that the
+models' authors publish; docs/data.md lists the differences. If the two differ, LLaMA-Factory's text
+is used, because models that were tuned with LLaMA-Factory have seen it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fastppo.errors import UserError
 
 
 class Mark(Enum):
-    """Stands for a special token of the tokenizer in a slot, apart from any text."""
+    """Represents a special token of the tokenizer in a slot, in contrast to text."""
 
     BOS = "bos"
     EOS = "eos"
@@ -27,14 +27,15 @@ Slot = tuple[str | Mark, ...]
 
 @dataclass(frozen=True)
 class Slots:
-    """A template. `{}` stands for the message; the pieces of a slot are tokenized one by one.
+    """A template: the text of each kind of message, in slots.
 
-    `stop` are the tokens that end a response, the template's own first; with `replace_eos` that one
-    becomes the tokenizer's EOS. With `efficient_eos` the assistant's slot has no end, and an answer
-    that is learned from is given the tokenizer's EOS. With `fuse_system` the system prompt is the
-    beginning of the first question. `reasoning` templates write an empty thought where there is
-    none. With `replace_jinja` the tokenizer's own chat template gives way to this one. `needs` are
-    special tokens without which the text would fall apart into letters.
+    In a slot `{}` is replaced by the message; the pieces of a slot are tokenized separately.
+    `stop` are the tokens that end a response, the template's own first; with `replace_eos` the
+    first becomes the tokenizer's EOS. With `efficient_eos` the assistant's slot has no end, and
+    the tokenizer's EOS is appended to answers in training. With `fuse_system` the system prompt is
+    the beginning of the first question. `reasoning` templates write an empty thought if an answer
+    has none. With `replace_jinja` this template replaces the tokenizer's own chat template. `needs`
+    are special tokens that the tokenizer must have.
     """
 
     user: Slot
@@ -130,8 +131,8 @@ TEMPLATES: dict[str, Slots] = {
         system=("System: {}", EOS, "\n"),
         replace_jinja=True,
     ),
-    # Today's LLaMA-Factory gives `empty` no EOS at all; its older versions did, and a response that
-    # nothing ends could not be scored where it ends.
+    # LLaMA-Factory 0.9.5 gives `empty` no EOS; its older versions did. It has one here, because the
+    # score of a response is read at its end.
     "empty": Slots(user=("{}",), assistant=("{}",), efficient_eos=True),
     "alpaca": Slots(
         user=("### Instruction:\n{}\n\n### Response:\n",),
@@ -215,7 +216,7 @@ TEMPLATES: dict[str, Slots] = {
 
 
 def check_name(name: str | None) -> None:
-    """Raise UserError if there is no template of that name."""
+    """Raise UserError if no template has this name."""
     if name is not None and name not in TEMPLATES:
         near = difflib.get_close_matches(name, TEMPLATES, n=1, cutoff=0.5)
         cure = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(TEMPLATES)}"

@@ -1,4 +1,4 @@
-"""A template in Jinja, for the tokenizer that is saved with the model."""
+"""A template as Jinja text, for the tokenizer that is saved with the model."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from fastppo.templates.formats import EOS, Mark, Slot, Slots
 
 
 def chat_template(slots: Slots, tokenizer: Any) -> str:
-    """A Jinja template that gives the same text as `slots`, for all who load the model.
+    """A Jinja template that gives the same text as `slots`, for other programs that load the model.
 
-    As in LLaMA-Factory's, the assistant's header follows every question, asked for or not.
+    As in LLaMA-Factory, the assistant's header follows every question, even without
+    add_generation_prompt.
     """
 
     def expression(slot: Slot, content: str = "content") -> str:
@@ -49,7 +50,7 @@ def quote(text: str) -> str:
 def without_suffix(jinja: str, suffix: str) -> str:
     """The template without `suffix` at the end of a conversation whose last turn is an answer.
 
-    For a reward model that is scored at EOS: the last token is then EOS.
+    A reward model that is scored at EOS needs it: EOS is then the last token.
     """
     ends = f"messages[-1]['role'] == 'assistant' and chat.endswith({quote(suffix)})"
     return (

@@ -1,4 +1,4 @@
-"""A template and the tokenizer that it writes for: conversations to token ids."""
+"""A template with its tokenizer: converts conversations to token ids."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Message = dict[str, str]
 THOUGHT = ("<think>\n", "\n</think>\n\n")
 NO_THOUGHT = "".join(THOUGHT)
 _A_THOUGHT = re.compile(re.escape(THOUGHT[0]) + "(.*?)" + re.escape(THOUGHT[1]), re.DOTALL)
-_PROBE = "0fastppo0"  # an answer that no chat template would change
+_PROBE = "0fastppo0"  # an answer that no chat template changes
 
 
 def without_thought(text: str) -> str:
@@ -24,16 +24,16 @@ def without_thought(text: str) -> str:
 
 
 def has_thought(text: str) -> bool:
-    """Whether the answer has reasoning, complete or cut."""
+    """Whether the answer has reasoning, complete or truncated."""
     return THOUGHT[0].strip() in text or THOUGHT[1].strip() in text
 
 
 class Template:
     """A chat template and its tokenizer; `slots` None is the tokenizer's own Jinja template.
 
-    `eos_id` ends an answer, `stop_ids` are all tokens that end a sampled one (`eos_id` first),
-    `stop_strings` those of the template's stops that are no token of this tokenizer, and
-    `suffix_ids` is what LLaMA-Factory writes behind `eos_id`: where its reward models are scored.
+    `eos_id` ends an answer. `stop_ids` are all tokens that end a sampled response (`eos_id` first);
+    `stop_strings` are the template's stops that are no single token of this tokenizer. `suffix_ids`
+    are the tokens that LLaMA-Factory writes after `eos_id`; its reward models are scored there.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Template:
         return list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
 
     def _fill(self, slot: Slot, content: str = "") -> list[int]:
-        """Token ids of a slot; its pieces are encoded apart, so that no token spans two of them."""
+        """Token ids of a slot; its pieces are encoded separately, so that no token spans two."""
         ids: list[int | None] = []
         for piece in slot:
             if isinstance(piece, Mark):
@@ -92,7 +92,7 @@ class Template:
         return [i for i in ids if i is not None]
 
     def _answer(self, text: str) -> list[int]:
-        """Token ids of an answer, with everything that LLaMA-Factory writes behind the text."""
+        """Token ids of an answer, with everything that LLaMA-Factory writes after the text."""
         assert self.slots is not None
         ids = self._fill(self.slots.assistant, text)
         if self.slots.efficient_eos and self.tokenizer.eos_token_id is not None:
@@ -100,7 +100,7 @@ class Template:
         return ids
 
     def _end(self) -> tuple[int | None, tuple[int, ...]]:
-        """The id that ends an answer, and the ids that the template writes behind it."""
+        """The id that ends an answer, and the ids that the template writes after it."""
         end = self.tokenizer.eos_token_id
         if self.slots is not None:
             written = "".join(piece for piece in self.slots.assistant if isinstance(piece, str))
@@ -130,11 +130,11 @@ class Template:
             ) from None
 
     def encode_prompt(self, messages: Sequence[Message], system: str | None = None) -> list[int]:
-        """Ids of a conversation that ends with a user's turn, up to the assistant's header.
+        """Ids of a conversation that ends with a user's turn, including the assistant's header.
 
-        `system` None is the template's default, "" is none. With `enable_thinking` false a
-        reasoning template has an empty thought behind the header, so that the policy does not
-        think.
+        `system` None is the template's default system prompt, "" is no system prompt. With
+        `enable_thinking` false a reasoning template writes an empty thought after the header, so
+        that the policy does not think.
         """
         messages = [self._as_history(message) for message in messages]
         slots = self.slots
@@ -160,17 +160,18 @@ class Template:
         )
 
     def _as_history(self, message: Message) -> Message:
-        """An earlier turn as the prompt shows it: answers without their reasoning."""
+        """An earlier turn as it is in the prompt: an answer without its reasoning."""
         reasoning = self.slots is not None and self.slots.reasoning and not self.preserve_thinking
         if not reasoning or message["role"] == "user":
             return message
         return {**message, "content": without_thought(message["content"])}
 
     def encode_response(self, text: str) -> list[int]:
-        """Ids of an answer, `eos_id` at its end.
+        """Ids of an answer with `eos_id` at its end.
 
-        A reasoning template writes an empty thought before an answer that has none (with
-        `enable_thinking` false, it is the prompt's, and the answer's own is taken out).
+        A reasoning template writes an empty thought before an answer that has no thought. With
+        `enable_thinking` false the empty thought is in the prompt instead, and the answer's own
+        thought is removed.
         """
         if self.slots is None:
             return [*self._encode(text), self.eos_id]
@@ -185,11 +186,11 @@ class Template:
     def fit_prompt(
         self, messages: Sequence[Message], system: str | None, limit: int
     ) -> list[int] | None:
-        """`encode_prompt` in at most `limit` tokens; None where even an empty question is too long.
+        """`encode_prompt` in at most `limit` tokens; None if even an empty question is too long.
 
-        The oldest exchanges go first, then the end of the last question. The system prompt stays,
-        and so does the assistant's header at the end: without that, the model would go on writing
-        the user's text.
+        First the oldest exchanges are dropped, then the last question is cut at its end. The system
+        prompt stays, and so does the assistant's header at the end: without it, the model would
+        continue the user's text.
         """
         ids = self.encode_prompt(messages, system)
         while len(ids) > limit and len(messages) > 2:
@@ -200,7 +201,7 @@ class Template:
             if not kept:
                 return None
             kept = kept[: max(0, len(kept) - (len(ids) - limit))]
-            # Half a character at the end would come back as a replacement character.
+            # An incomplete character at the end would decode to a replacement character.
             text = self.tokenizer.decode(kept, clean_up_tokenization_spaces=False)
             shorter = {"role": "user", "content": text.rstrip("\ufffd")}
             ids = self.encode_prompt([*messages[:-1], shorter], system)
@@ -214,11 +215,11 @@ def get_template(
     enable_thinking: bool = True,
     preserve_thinking: bool = False,
 ) -> Template:
-    """The template of that name; None is the tokenizer's own, or `empty` if it has none.
+    """The template with this name; None is the tokenizer's own, or `empty` if it has none.
 
-    As in LLaMA-Factory the tokenizer is changed to fit, and saved so: its EOS becomes the
-    template's if `replace_eos`, a missing padding token becomes EOS, and a missing chat template
-    (or one that is not the one in training) becomes this one.
+    As in LLaMA-Factory the tokenizer is changed to fit, and saved with the changes: with
+    `replace_eos` its EOS becomes the template's, a missing padding token becomes EOS, and a missing
+    chat template (with `replace_jinja` also an existing one) becomes this template.
     """
     check_name(name)
     own = getattr(tokenizer, "chat_template", None)

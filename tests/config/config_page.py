@@ -14,11 +14,12 @@ from fastppo.run.commandline import WIDTH
 
 INTRODUCTION = """# Keys
 
-A run is one YAML (or JSON) file with LLaMA-Factory's keys; what TRL 0.9.6 has a name for has that
-name, other settings are called as in the trainer that made them known, and what none has is
-fastppo's own. Any key can be overridden on the command line as `key=value`. A key that is not on
-this page is an error that suggests the nearest one; `ALLOW_EXTRA_ARGS=1` ignores it. Relative paths
-are relative to the working directory. *needed* marks keys without a default.
+A run is described by one YAML (or JSON) file with LLaMA-Factory's keys. Settings that
+LLaMA-Factory does not have are named as in TRL 0.9.6, or as in the trainer that introduced them;
+the remaining ones are fastppo's own. Any key can be overridden on the command line as
+`key=value`. A key that is not on this page is an error that suggests the nearest one;
+`ALLOW_EXTRA_ARGS=1` ignores it. Relative paths are relative to the working directory. *needed*
+marks keys without a default.
 """
 
 
@@ -60,14 +61,14 @@ def page() -> str:
     text = INTRODUCTION + table("The dozen that matter", FIRST)
     for group in GROUPS:
         text += table(group.title, group.model_fields)
-    text += "\n## By another name elsewhere\n\n| there | here |\n|---|---|\n"
+    text += "\n## Names in other trainers\n\n| name there | key here |\n|---|---|\n"
     for name, ours in sorted({**ALIASES, **OLD_NAMES, **ELSEWHERE}.items()):
         also = "; accepted" if name in ALIASES or name in OLD_NAMES else ""
         text += f"| `{name}` | {ours}{also} |\n"
-    text += "\n## Accepted, and without meaning here\n\n| key | because |\n|---|---|\n"
+    text += "\n## Accepted keys without effect\n\n| key | because |\n|---|---|\n"
     text += "".join(f"| `{name}` | {why} |\n" for name, why in IGNORED.items())
     text += (
-        "\n## Refused, and what to do instead\n\n| key | unless it is | instead |\n|---|---|---|\n"
+        "\n## Refused keys\n\n| key | unless its value is | what to do instead |\n|---|---|---|\n"
     )
     for name, (harmless, cure) in REFUSED.items():
         allowed = ", ".join(value(x) for x in harmless)

@@ -15,58 +15,58 @@ KEYS = Path(__file__).parents[1] / "fixtures" / "llamafactory" / "keys.yaml"
 
 INTRODUCTION = """# From LLaMA-Factory
 
-Change nothing: the YAML or JSON file of a `stage: rm` or `stage: ppo` run, its `dataset_info.json`
-and data, and reward models that LLaMA-Factory trained work as they are.
+You need not change anything: the YAML or JSON file of a `stage: rm` or `stage: ppo` run, its
+`dataset_info.json` and data, and reward models that LLaMA-Factory trained work as they are.
 
-| there | here |
+| LLaMA-Factory | fastppo |
 |---|---|
 | `llamafactory-cli train ppo.yaml` | `fastppo-train ppo.yaml` |
 | `llamafactory-cli train ppo.yaml seed=1` | `fastppo-train ppo.yaml seed=1` |
-| | `fastppo-train ppo.yaml --explain`: each key, its value, whence, and what it does |
-| | `fastppo-train ppo.yaml --plan --gpu 24GiB`: the memory it needs, before it needs it |
+| | `fastppo-train ppo.yaml --explain`: the value, source and meaning of each key |
+| | `fastppo-train ppo.yaml --plan --gpu 24GiB`: how much memory the run will need |
 
-`1e-5` and `1.0e-5` are numbers. A key nobody knows is an error that suggests the nearest one;
+`1e-5` and `1.0e-5` are both numbers. An unknown key is an error that suggests the nearest one;
 `ALLOW_EXTRA_ARGS=1` ignores it. A key inside a mapping is overridden as
 `lr_scheduler_kwargs.min_lr=1e-6`.
 
-## What differs
+## Differences
 
-- **Sampling** is the policy itself unless the file says otherwise: temperature 1, no top-p, no
-  top-k, where LLaMA-Factory has 0.95, 0.7 and 50 by default. `lf_sampling: true` brings them back.
-  What the file names is honoured, and announced where it truncates.
-- **The critic** has an adapter and head of its own, started from the reward model.
-  `critic: shared` is LLaMA-Factory's: a head on the policy's trunk.
-- **Dropout** is off in stage ppo, `lora_dropout` too: log-probs are the policy's own.
+- **Sampling** is from the policy itself unless the file says otherwise: temperature 1, no top-p, no
+  top-k. LLaMA-Factory's defaults are 0.95, 0.7 and 50; `lf_sampling: true` restores them.
+  Settings in the file are used; if they truncate the distribution, the run prints a note.
+- **The critic** has its own adapter and head, which start from the reward model.
+  `critic: shared` is LLaMA-Factory's critic: a head on the policy's trunk.
+- **Dropout** is off in stage ppo, including `lora_dropout`: log-probs are those of the policy.
 - **A rollout** is sampled as one batch, not `per_device_train_batch_size` rows at a time; prompts
   that do not fill a batch are not dropped.
-- **An over-long prompt** keeps its generation header. `lf_truncation: true` cuts as LLaMA-Factory
-  does.
-- **A token weighs the same** over the whole optimiser step, whatever its micro-batch; there each
-  micro-batch is a mean of its own. `loss_agg_mode` has other ways.
-- **A batch whose ratio ran away** (`ratio_threshold`) takes no step and is counted; there Adam's
-  momentum steps all the same.
+- **A prompt that is too long** keeps its generation header. `lf_truncation: true` truncates as
+  LLaMA-Factory does.
+- **All tokens of an optimiser step have the same weight**, in any micro-batch; in LLaMA-Factory the
+  loss is a mean over each micro-batch. `loss_agg_mode` has other aggregations.
+- **An optimiser step with too large a ratio** (`ratio_threshold`) is skipped and counted; in
+  LLaMA-Factory Adam's momentum still changes the weights.
 - **In stage ppo** `resume_from_checkpoint`, `val_size`, `eval_dataset`, `save_total_limit` and
-  `disable_shuffling` act.
+  `disable_shuffling` have an effect.
 - **A warm-up begins above 0**, in both stages: its steps have 1/w, 2/w, ... 1 of the learning
-  rate, where transformers' have 0, 1/w, ... and the first learns nothing. From the peak on the
-  schedule is transformers'.
-- **The last prompts of a run** are in a PPO step, rounded up.
-- **A `horizon` shorter than a PPO step** acts as one step ([ppo.md](ppo.md)): beta never goes
-  below 0.
-- **One process on one device**, the first that is visible, where LLaMA-Factory takes all of them:
-  `CUDA_VISIBLE_DEVICES` picks another. `torchrun`, `accelerate launch`, `mpirun` and `srun` with
+  rate; in transformers they have 0, 1/w, ..., so that the first step learns nothing. After the peak
+  the schedule is the same as in transformers.
+- **The last prompts of a run** are not dropped: the number of PPO steps is rounded up.
+- **A `horizon` shorter than a PPO step** acts like one step ([ppo.md](ppo.md)), so beta is never
+  negative.
+- **A run is one process on one device**, the first visible one; LLaMA-Factory uses all devices.
+  `CUDA_VISIBLE_DEVICES` selects another. `torchrun`, `accelerate launch`, `mpirun` and `srun` with
   more than one process are refused, for training and for `fastppo-export`: every process would
-  write the same folder. `--explain` and `--plan` write nothing and always answer.
-- **Each PPO step** is a line on the terminal unless `logging_steps` is set, and always a row of
+  write the same folder. `--explain` and `--plan` write nothing and always run.
+- **Each PPO step** is a line on the terminal unless `logging_steps` is set, and always a row in
   `training_metrics.csv`.
 
-Keys mean what they meant to transformers 4.52; that goes for `warmup_ratio`,
-`overwrite_output_dir`, `logging_dir` and what else transformers 5 dropped.
+Keys have their meaning in transformers 4.52, including `warmup_ratio`, `overwrite_output_dir`,
+`logging_dir` and other keys that transformers 5 has dropped.
 """
 
 
 def status(name: str) -> tuple[str, str]:
-    """honoured, accepted or refused, and what is to be said of it."""
+    """honoured, accepted or refused, and the explanation."""
     if name in OLD_NAMES:
         return "honoured", f"An older name of `{OLD_NAMES[name]}`."
     if name in IGNORED:
@@ -103,17 +103,20 @@ def differing(sections: dict[str, dict[str, Any]]) -> list[tuple[str, Any, Any]]
 def page() -> str:
     """The whole page."""
     sections = read_file(KEYS)
-    text = INTRODUCTION + "\n## Defaults that differ\n\n| key | there | here |\n|---|---|---|\n"
+    text = INTRODUCTION + (
+        "\n## Different defaults\n\n| key | LLaMA-Factory | fastppo |\n|---|---|---|\n"
+    )
     for name, there, here in differing(sections):
         text += f"| `{name}` | {value(there)} | {value(here)} |\n"
     text += """
 ## Every key
 
-*honoured*: it acts, in (rm) or (ppo) alone where that is said. *accepted*: a line of the run says
-that it means nothing. *refused*: an error that says what to use, unless it has the value named.
+*honoured*: the key has an effect, with (rm) or (ppo) only in that stage. *accepted*: the key has no
+effect, and a line of the run says so. *refused*: the key is an error that says what to use instead,
+unless it has one of the named values.
 """
     for section, keys in sections.items():
-        text += f"\n### {section}\n\n| key | default there | here | |\n|---|---|---|---|\n"
+        text += f"\n### {section}\n\n| key | its default | fastppo | |\n|---|---|---|---|\n"
         for name, there in keys.items():
             what, words = status(name)
             words = words.replace("|", "\\|")

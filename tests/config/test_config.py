@@ -88,14 +88,14 @@ def test_yamls_no_is_a_word_here(tmp_path):
     assert load(tmp_path, "eval_strategy: no\nreport_to: [none]\n").eval_strategy == "no"
 
 
-def test_llamafactorys_hidden_sampling_is_there_for_who_asks(tmp_path):
+def test_lf_sampling_restores_llamafactorys_hidden_sampling(tmp_path):
     plain = load(tmp_path, "")
     assert (plain.temperature, plain.top_p, plain.top_k) == (1.0, 1.0, 0)
     hidden = load(tmp_path, "lf_sampling: true\ntop_k: 5\n")
     assert (hidden.temperature, hidden.top_p, hidden.top_k) == (0.95, 0.7, 5)
 
 
-def test_trl_names_of_what_llamafactory_names_too(tmp_path):
+def test_trls_names_are_accepted_for_llamafactorys_keys(tmp_path):
     config = load(tmp_path, "target: 3\nwhiten_rewards: true\n")
     assert (config.ppo_target, config.ppo_whiten_rewards) == (3.0, True)
     with pytest.raises(UserError, match="target: is TRL's name for ppo_target; keep one"):

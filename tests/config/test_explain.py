@@ -88,7 +88,7 @@ def test_values_are_written_as_yaml_has_them():
     assert shown == ["null", "true", "1e-06", "1.0,2.0", "{min_lr: 1e-07}", "''"]
 
 
-def test_it_fits_a_hundred_columns(run_yaml, capsys):
+def test_explain_fits_into_a_hundred_columns(run_yaml, capsys):
     assert main(["--explain", "run.yaml", "output_dir=" + "a/long/folder" * 12]) == 0
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 100

@@ -72,7 +72,7 @@ def test_any_keys_and_values_give_a_configuration_or_one_clean_error(values):
 
 @settings(max_examples=3 * HUNDRED // 2, **QUICK)
 @given(st.sampled_from(KNOWN), VALUES)
-def test_any_value_of_one_key_gets_as_far_as_the_disk(project, name, value):
+def test_any_value_of_one_key_passes_preflight_or_is_an_error(project, name, value):
     """What the YAML lets through is opened, and what is no path is no crash."""
     from fastppo.run.preflight import check
 

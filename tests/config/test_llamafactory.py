@@ -74,7 +74,7 @@ def test_a_value_that_is_not_done_says_what_to_use(name, wrong):
 
 
 @pytest.mark.parametrize("name", sorted(IGNORED))
-def test_what_means_nothing_is_one_line(name):
+def test_a_key_without_effect_prints_one_line(name):
     (line,) = config_from_dict({**PPO, name: 1}).ignored
     assert line == f"'{name}' means nothing here and is ignored: {IGNORED[name]}"
     assert config_from_dict({**PPO, name: None}).ignored == ()

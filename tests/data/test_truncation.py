@@ -52,7 +52,7 @@ def test_the_oldest_exchanges_go_first_and_the_system_prompt_stays(project, chat
     )
 
 
-def test_no_half_a_character_is_left_of_a_cut(project, chatml):
+def test_truncation_leaves_no_incomplete_character(project, chatml):
     (text,) = prompts(project, chatml, 60, {"instruction": "雨天" * 40})
     assert "\ufffd" not in text
     assert text.startswith("<|im_start|>user\n雨天")

@@ -48,7 +48,7 @@ def sft(project):  # noqa: F811
     config = Config(**{**PPO, "additional_target": "norm,lm_head", "critic": "shared"})
     made = roles.build(config, torch.device("cpu"))
     with torch.no_grad():
-        for parameter in made.trained_parameters("actor"):
+        for parameter in made.trainable_parameters("actor"):
             parameter.add_(0.05)
     save.save_weights(made.model, project / "sft")
     return project

@@ -39,7 +39,7 @@ def test_the_toy_learns_to_write_vowels(tmp_path, monkeypatch, critic, seed):
     ],
     ids=lambda changes: str(next(iter(changes.values()))),
 )
-def test_so_it_does_without_a_critic_and_with_another_objective(tmp_path, monkeypatch, changes):
+def test_the_toy_learns_without_a_critic_and_with_other_objectives(tmp_path, monkeypatch, changes):
     monkeypatch.chdir(tmp_path)
     state = init_state(toy.config(seed=1, **changes))
     for _ in range(40):

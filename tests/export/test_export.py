@@ -31,7 +31,7 @@ ANSWERS = ["aeiou", "Yes, of course it is.", "x", "That is what it was then."]
 def policy_dir(state, tmp_path):
     """What stage ppo leaves, the adapter far from 0."""
     made = state(critic="shared")
-    stir(made.roles.trained_parameters("actor"), 3)
+    stir(made.roles.trainable_parameters("actor"), 3)
     trainer.checkpoint.save(made, tmp_path / "policy")
     return tmp_path / "policy"
 
@@ -76,7 +76,7 @@ def test_adapters_that_were_merged_below_come_along(state, sft_dirs, tmp_path, r
     """An adapter on a merged base is wrong on the base alone, and nothing would say so."""
     below = ",".join(sft_dirs[:1])
     made = state(critic="shared", adapter_name_or_path=below, create_new_adapter=True)
-    stir(made.roles.trained_parameters("actor"), 3)
+    stir(made.roles.trainable_parameters("actor"), 3)
     trainer.checkpoint.save(made, tmp_path / "policy")
     assert main([str(tmp_path / "policy"), str(tmp_path / "out")]) == 0
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -136,7 +136,7 @@ def test_a_config_json_gives_the_shape_of_the_table():
     assert from_config(CONFIG_JSON, "config.json") == SEVEN_B
 
 
-def test_folder_then_cache_then_table(tmp_path):
+def test_a_shape_is_found_in_the_folder_then_the_cache_then_the_table(tmp_path):
     found = find_shape_and_source("Qwen/Qwen2.5-7B", cache_dir=str(tmp_path))
     assert found == (SEVEN_B, "fastppo's table, Qwen/Qwen2.5-7B")
     smaller = {**CONFIG_JSON, "num_hidden_layers": 2}
@@ -231,7 +231,7 @@ def test_the_whole_by_hand():
     assert (four.columns["update"].total - RESERVE) / GIB == pytest.approx(9.0, abs=0.1)
 
 
-def test_aim_of_a_separate_critic_at_2048_tokens_in_22_and_a_half():
+def test_a_separate_critic_at_2048_tokens_fits_22_and_a_half_gib():
     assert make_plan(inputs(), Shapes(SEVEN_B)).fits(int(22.5 * GIB))
 
 
@@ -269,7 +269,7 @@ def test_frozen_layers_keep_nothing_for_the_backward():
 
 
 @pytest.mark.parametrize("kind", ["function", "api"])
-def test_a_reward_from_elsewhere_takes_nothing(kind):
+def test_a_server_or_function_reward_takes_no_memory(kind):
     rows = make_plan(inputs(rewards=(kind,)), Shapes(SEVEN_B)).peak.rows
     assert not [row for row in rows if row.startswith("reward")]
 
@@ -315,7 +315,7 @@ def test_the_examples_on_four_cards(file, card, code, capsys):
 
 
 @pytest.mark.parametrize(("file", "card"), [(PPO, "22.2GiB"), (REWARD, "24GiB")])
-def test_what_is_proposed_makes_it_fit(file, card, capsys):
+def test_the_advised_changes_make_the_run_fit(file, card, capsys):
     assert main([str(file), "--plan", "--gpu", card]) == 3
     out = capsys.readouterr().out
     proposed = out[out.index("the smallest changes") :].splitlines()[1:]
@@ -372,7 +372,7 @@ def test_without_a_gpu_there_is_nothing_to_fit_into(monkeypatch, capsys):
     assert "no GPU here" in capsys.readouterr().out
 
 
-def test_the_gpu_that_is_there_is_what_it_has_to_fit(monkeypatch, capsys):
+def test_without_a_size_the_plan_is_compared_with_the_machines_gpu(monkeypatch, capsys):
     monkeypatch.setattr(command, "find_gpu", lambda: (22 * GIB, "RTX 2080 Ti"))
     assert main([str(PPO), "--plan"]) == 3
     assert "does not fit the RTX 2080 Ti here, 22.0 GiB" in capsys.readouterr().out

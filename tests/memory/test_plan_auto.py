@@ -39,7 +39,7 @@ def test_auto_settings_fit_and_use_what_is_there():
     assert not large.with_changes(**more).fits(80 * GIB)
 
 
-def test_auto_is_the_leanest_where_nothing_fits_and_leaves_other_keys_alone():
+def test_auto_takes_least_memory_if_nothing_fits_and_changes_no_other_key():
     lean, chosen = resolve_auto(4, activation_offloading="none")
     assert chosen["generation_batch"] == 1
     assert lean.inputs.config.chunk_bytes == 16 << 20

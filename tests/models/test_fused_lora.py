@@ -110,7 +110,7 @@ def test_a_new_adapter_changes_no_bit(layer):
 @pytest.mark.parametrize(
     "settings", [{"use_dora": True}, {"lora_dropout": 0.5}, {"lora_bias": True}]
 )
-def test_what_is_not_plain_lora_stays_pefts(layer, settings):
+def test_layers_that_are_not_plain_lora_run_by_peft(layer, settings):
     model, made = layer(**settings)
     fuse_lora_layers(model)
     x = torch.randn(2, 6, dtype=torch.float64)
@@ -119,7 +119,7 @@ def test_what_is_not_plain_lora_stays_pefts(layer, settings):
     torch.testing.assert_close(made(x), type(made).forward(made, x))
 
 
-def test_other_states_of_a_layer_stay_pefts(layer):
+def test_layers_in_other_states_run_by_peft(layer):
     model, made = layer()
     fuse_lora_layers(model)
     x = torch.randn(2, 6, dtype=torch.float64)
@@ -137,7 +137,7 @@ def test_other_states_of_a_layer_stay_pefts(layer):
     assert fusable_adapter(made, x) is None  # its weight would want a gradient
 
 
-def test_the_trainers_layers_are_fused(tiny_roles):
+def test_the_trainers_lora_layers_are_fused(tiny_roles):
     made = tiny_roles()
     x = torch.zeros(1, 1)
     layers = [m for m in made.model.modules() if hasattr(m, "lora_A")]
@@ -146,7 +146,7 @@ def test_the_trainers_layers_are_fused(tiny_roles):
     assert all(layer.forward.__func__.__module__ == "fastppo.models.fused_lora" for layer in layers)
 
 
-def test_a_block_that_runs_again_leaves_out_its_last_product(layer, monkeypatch):
+def test_recomputing_a_block_skips_its_last_product(layer, monkeypatch):
     """Nothing behind it is saved: the base's GEMM runs once under checkpointing, PEFT's twice."""
     calls = []
 

@@ -63,7 +63,7 @@ def test_a_config_json_that_is_none_is_one_line(config, tmp_path):
         compute_dtype(config(model_name_or_path=str(tmp_path)), GPU)
 
 
-def test_half_a_checkpoint_is_whole_on_a_cpu(tiny_roles, folder, tmp_path):
+def test_a_16_bit_checkpoint_is_float32_on_a_cpu(tiny_roles, folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "half")
     (tmp_path / "half" / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())

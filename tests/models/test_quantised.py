@@ -117,7 +117,7 @@ def test_a_quantised_reference_model_and_a_quantised_critic_model(
 
 
 @needs_bitsandbytes
-def test_what_is_quantised_cannot_be_an_additional_target(tiny_roles, wide_dir):
+def test_a_quantised_module_cannot_be_an_additional_target(tiny_roles, wide_dir):
     with pytest.raises(UserError, match="additional_target: up_proj: its weights are quantised"):
         tiny_roles(
             model_name_or_path=str(wide_dir), quantization_bit=4, additional_target="up_proj"

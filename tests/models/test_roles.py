@@ -36,7 +36,7 @@ def test_10_reference_is_the_base_with_no_adapter_at_all(tiny_roles, model_dir, 
     assert not torch.equal(hidden_as(made, "actor", batch), expected.detach())
 
 
-def test_10_a_fresh_adapter_says_what_the_reference_says(tiny_roles, rollout):
+def test_10_a_new_adapter_gives_the_references_log_probs(tiny_roles, rollout):
     made = tiny_roles(stirred=False)
     batch = make_batch(rollout, range(4))
     assert torch.equal(hidden_as(made, "reference", batch), hidden_as(made, "actor", batch))
@@ -153,7 +153,7 @@ def test_34_the_critic_starts_from_the_reward_model(tiny_roles, reward_dir, roll
     assert torch.equal(made.critic_head.weight, made.reward_heads["reward"].weight)
 
 
-def test_34_or_from_zero_where_asked(tiny_roles, reward_dir):
+def test_34_the_critic_starts_from_zero_if_asked(tiny_roles, reward_dir):
     made = tiny_roles(
         stirred=False,
         reward_model_type="lora",

@@ -53,7 +53,7 @@ def gradients(made, batch, role):
 )
 def test_09_checkpointing_changes_no_gradient_of_any_role(made, rollout, order):
     for seed, role in enumerate(("actor", "critic")):
-        stir(made.trained_parameters(role), seed)
+        stir(made.trainable_parameters(role), seed)
     batch = make_batch(rollout, range(4))
     calls = []
     made.model.get_submodule(
@@ -84,9 +84,9 @@ def test_09_the_update_ends_a_roles_backward_before_it_enters_the_next(
 ):
     """Else layers would be recomputed with the other role's adapter."""
     settings = config(vf_coef=1.0)
-    trained = [p for role in ("actor", "critic") for p in made.trained_parameters(role)]
+    trained = [p for role in ("actor", "critic") for p in made.trainable_parameters(role)]
     for seed, role in enumerate(("actor", "critic")):
-        stir(made.trained_parameters(role), seed)
+        stir(made.trainable_parameters(role), seed)
     experience = experience_of(made, rollout, settings)
     (mini,) = mini_batches(experience, settings, seed=0)
     made.train()
@@ -108,17 +108,17 @@ def test_09_the_update_ends_a_roles_backward_before_it_enters_the_next(
 def test_one_update_moves_both_trained_roles_and_nothing_else(made, config, rollout, experience_of):
     settings = config(vf_coef=1.0)
     for seed, role in enumerate(("actor", "critic")):
-        stir(made.trained_parameters(role), seed)
+        stir(made.trainable_parameters(role), seed)
     everything = {
         p: p.detach().clone() for place in made.places.values() for p in parameters_of(place)
     }
     experience = experience_of(made, rollout, settings)
     update(made, experience, settings, make_optimizer(settings, made), seed=0)
     moved = {p for p, before in everything.items() if not torch.equal(p, before)}
-    trained = {p for role in ("actor", "critic") for p in made.trained_parameters(role)}
+    trained = {p for role in ("actor", "critic") for p in made.trainable_parameters(role)}
     assert moved <= trained
     for role in ("actor", "critic"):
-        own = [p for p in made.trained_parameters(role) if p in everything]
+        own = [p for p in made.trainable_parameters(role) if p in everything]
         assert not own or sum(p in moved for p in own) > 0.9 * len(own)
 
 
@@ -316,12 +316,12 @@ def test_loraplus_gives_b_matrices_a_rate_of_their_own_and_clips_by_role(tiny_ro
                 factor = 16.0 if "lora_B" in name else 1.0
                 assert rates[parameter] == pytest.approx(rate * factor), name
     assert rates[made.critic_head.weight] == 1e-3
-    assert len(rates) == sum(len(made.trained_parameters(r)) for r in ("actor", "critic"))
+    assert len(rates) == sum(len(made.trainable_parameters(r)) for r in ("actor", "critic"))
     for parameter in rates:
         parameter.grad = torch.ones_like(parameter)
     norms, _ = clip_and_step(optimizer, settings.max_grad_norm, torch.tensor(True))
     for role in ("actor", "critic"):
-        own = made.trained_parameters(role)
+        own = made.trainable_parameters(role)
         count = sum(p.numel() for p in own)
         assert norms[role].item() == pytest.approx(count**0.5, rel=1e-4)
         assert torch.cat([p.grad.flatten() for p in own]).norm().item() == pytest.approx(
@@ -341,7 +341,7 @@ def test_loraplus_has_no_group_of_nothing(tiny_roles, config, advantage):
 def test_loraplus_in_stage_rm_is_the_optimiser_and_weight_decay_asked_for(config):
     rm = {"stage": "rm", "loraplus_lr_ratio": 4.0, "weight_decay": 0.1, "learning_rate": 1e-3}
     settings = config(**rm, optim="adamw_torch_fused", adam_epsilon=1e-7)
-    model = reward_model.trained_model(settings, torch.device("cpu"))
+    model = reward_model.load_trainable_model(settings, torch.device("cpu"))
     optimizer = reward_model.lora_plus(settings, model)
     assert optimizer.defaults["fused"]
     names = {p: name for name, p in model.named_parameters()}

@@ -64,7 +64,7 @@ def test_47_actor_and_critic_load_without_fastppo(
     state = trainer.init_state(named(kind))
     made = state.roles
     for seed, role in enumerate(("actor", "critic")):
-        stir(made.trained_parameters(role), seed)
+        stir(made.trainable_parameters(role), seed)
     folder = tmp_path / "saved"
     checkpoint.save(state, folder)
     batch = make_batch(rollout, range(4))
@@ -100,10 +100,11 @@ def test_without_a_critic_none_is_built_trained_or_saved(named, kind, whole, tmp
     assert "critic" not in made.places
     assert made.critic_head is None
     assert made.table("one")[-1] == ("critic", "none", 0)
-    before = [p.detach().clone() for p in made.trained_parameters("actor")]
+    before = [p.detach().clone() for p in made.trainable_parameters("actor")]
     state = trainer.step_update(state)
     moved = [
-        not torch.equal(a, b) for a, b in zip(made.trained_parameters("actor"), before, strict=True)
+        not torch.equal(a, b)
+        for a, b in zip(made.trainable_parameters("actor"), before, strict=True)
     ]
     assert any(moved)
     assert "value_loss" not in state.metrics.rows[0]
@@ -134,7 +135,7 @@ def test_a_bf16_run_saves_bf16_whatever_trains_in_float32(named, kind, tmp_path)
     assert saved.get("use_cache", True) is True
     assert saved["attention_dropout"] == 0.0
     assert saved["architectures"] == ["LlamaForCausalLM"]
-    assert next(iter(state.roles.trained_parameters("actor"))).dtype == torch.float32
+    assert next(iter(state.roles.trainable_parameters("actor"))).dtype == torch.float32
 
 
 def test_a_full_folder_of_tied_embeddings_stays_tied_and_keeps_its_dropout(config, tmp_path):

@@ -41,7 +41,7 @@ def test_10_kl_is_0_before_the_first_update(request, made, scored):
     assert table["reference"] == table["reward"] == 0
     assert table["actor"] > 0
     assert table["critic"] >= made.critic_head.in_features + 1
-    trained = {p for role in ("actor", "critic") for p in made.trained_parameters(role)}
+    trained = {p for role in ("actor", "critic") for p in made.trainable_parameters(role)}
     everything = [p for place in made.places.values() for p in place.model.parameters()]
     for role in made.places:
         with made.use(role):
@@ -57,7 +57,7 @@ def test_10_in_bf16_too_where_what_trains_is_float32_and_the_reference_is_not(
     _, limit = MERGED_APART.get(request.node.callspec.id, (0.0, 0.0))
     assert (result.logprob_N - result.ref_logprob_N).abs().max().item() <= limit
     for role in ("actor", "critic"):
-        assert all(p.dtype == torch.float32 for p in made.trained_parameters(role))
+        assert all(p.dtype == torch.float32 for p in made.trainable_parameters(role))
     reference = made.places["reference"].model
     frozen = [p for n, p in reference.named_parameters() if "lora_" not in n and "_save" not in n]
     assert {p.dtype for p in frozen} == {torch.bfloat16}
@@ -71,7 +71,7 @@ def test_training_the_actor_leaves_reference_and_critic_where_they_were(made, ro
     with made.use("reference"):
         before_head = made.lm_head.weight_VD.clone()
     actor = hidden_as(made, "actor", batch)
-    stir(made.trained_parameters("actor"), 9)
+    stir(made.trainable_parameters("actor"), 9)
     assert not torch.equal(hidden_as(made, "actor", batch), actor)
     for role in others:
         assert torch.equal(hidden_as(made, role, batch), before[role])

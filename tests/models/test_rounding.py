@@ -62,7 +62,7 @@ def test_a_healthy_run_in_tf32_is_neither_stopped_nor_warned(state):
     assert [guards.warnings(rows[: i + 1]) for i in range(3)] == [[]] * 3
 
 
-def test_the_same_without_tf32_stops_the_run(state):
+def test_differences_as_large_as_tf32s_stop_a_float32_run(state):
     run = state(**APART)
     round_where(run.roles, torch.is_grad_enabled)
     with pytest.raises(TrainingStopped, match="before the first update"):

@@ -49,7 +49,7 @@ def test_a_copy_is_what_building_anew_gives(config, tmp_path, changes):
             assert torch.equal(other, parameter), name
             assert other.requires_grad == parameter.requires_grad, name
         for role in ("actor", "critic"):
-            ours, theirs = copied.trained_parameters(role), anew.trained_parameters(role)
+            ours, theirs = copied.trainable_parameters(role), anew.trainable_parameters(role)
             assert [p.shape for p in ours] == [p.shape for p in theirs]
         assert copied.table("r") == anew.table("r")
     memory = [{p.data_ptr() for p in weights(copied).values()} for copied in copies]

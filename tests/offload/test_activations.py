@@ -113,7 +113,7 @@ def test_a_ppo_update_has_the_same_gradients(
         with offload(made.base, chosen, keep_last=0) as context:
             for batch in batches(rollout, mini.rows, Budget(rows=3)):
                 forward_backward(made, experience, batch, mini, settings, Totals())
-        trained = [*made.trained_parameters("actor"), *made.trained_parameters("critic")]
+        trained = [*made.trainable_parameters("actor"), *made.trainable_parameters("critic")]
         found.append(torch.cat([p.grad.flatten() for p in trained if p.grad is not None]))
     assert found[0].any()
     assert torch.equal(*found)
@@ -258,7 +258,7 @@ def test_a_forward_without_a_backward_leaves_nothing(model, plain, mode):
     assert same(plain, step(model, context))
 
 
-def test_what_moves_is_every_layers_input_once(model):
+def test_every_layers_input_is_moved_once(model):
     """layers x tokens x hidden x itemsize, out; back without what is still leaving."""
     for keep_last, in_flight in ((0, 2), (1, 2), (2, 0)):
         context = offload(model, "checkpoint+offload", keep_last=keep_last, in_flight=in_flight)

@@ -91,7 +91,7 @@ def test_weights_are_in_host_memory_between_the_layers():
     assert not any(on_device(layer) for layer in layers)
 
 
-def test_the_next_layer_is_asked_for_before_this_one_runs_and_after_the_one_before():
+def test_the_next_layer_is_fetched_before_this_one_runs_and_after_the_previous_one():
     model = llama(LAYERS)
     streams = LateStreams()
     for i, layer in enumerate(model.get_base_model().model.layers):
@@ -148,7 +148,7 @@ def test_a_gradient_is_refused():
     output(model)
 
 
-def test_close_takes_the_hooks_off():
+def test_close_removes_the_hooks():
     model = llama(2)
     expected = output(model)
     streamed = stream(model, CPU)

@@ -15,7 +15,7 @@ def model() -> nn.Module:
     return llama()
 
 
-def test_bad_uses_say_what_to_do(model):
+def test_wrong_arguments_raise_errors_that_name_the_cure(model):
     with pytest.raises(ValueError, match="one of none, checkpoint"):
         ActivationOffload(model, "auto")
     with pytest.raises(ValueError, match="layers="):
@@ -28,7 +28,7 @@ def test_bad_uses_say_what_to_do(model):
         ActivationOffload(own, "offload").__enter__()
 
 
-def test_wrap_stays_on_comes_once_and_changes_over():
+def test_wrap_sets_the_mode_until_it_is_called_again():
     wrapped = llama(2)
     context = wrap(wrapped, "checkpoint")
     assert wrap(wrapped, "checkpoint") is context

@@ -41,7 +41,7 @@ def step(model, context):
 
 @pytest.mark.parametrize("mode", MOVING)
 @pytest.mark.parametrize("in_flight", [0, 1, 2, 100])
-def test_copies_may_be_as_late_as_the_events_allow(model, plain, mode, in_flight):
+def test_results_are_the_same_if_copies_run_as_late_as_events_allow(model, plain, mode, in_flight):
     streams = LateStreams()
     context = offload(model, mode, streams, in_flight=in_flight)
     for _ in range(3):
@@ -52,7 +52,7 @@ def test_copies_may_be_as_late_as_the_events_allow(model, plain, mode, in_flight
 
 
 @pytest.mark.parametrize("mode", MOVING)
-def test_a_graph_thrown_away_waits_for_the_copies_of_its_memory(model, plain, mode):
+def test_a_graph_that_is_freed_waits_for_the_copies_of_its_memory(model, plain, mode):
     streams = LateStreams()
     context = offload(model, mode, streams)
     with context:
@@ -70,7 +70,7 @@ class Hasty(LateStreams):
 
 
 @pytest.mark.parametrize("mode", MOVING)
-def test_these_streams_notice_a_missing_wait(model, plain, mode):
+def test_the_recorder_detects_a_missing_wait(model, plain, mode):
     assert not same(plain, step(model, offload(model, mode, Hasty())))
 
 
@@ -93,7 +93,7 @@ def logged(model, streams, mode="checkpoint+offload", **settings):
     return streams.log
 
 
-def test_a_layers_input_leaves_before_the_layer_runs_and_after_what_made_it(model):
+def test_a_layers_input_is_offloaded_after_it_is_computed_and_before_the_layer_runs(model):
     log = logged(model, LateStreams())
     forward = log[: log.index(("backward", None))]
     kinds = [kind for kind, _ in forward if kind != "wait"]
@@ -127,7 +127,7 @@ def test_the_next_layer_is_on_its_way_before_this_one_runs_again(model):
     assert [i for kind, i in backward if kind == "run"] == list(range(LAYERS - 1, -1, -1))
 
 
-def test_kept_layers_ask_for_those_before_them(model):
+def test_layers_that_stay_prefetch_the_previous_layer(model):
     log = logged(model, LateStreams(), in_flight=0, keep_last=1)
     backward = log[log.index(("backward", None)) + 1 :]
     assert [kind for kind, _ in backward][:3] == ["record", "copy", "run"]

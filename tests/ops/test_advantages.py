@@ -75,7 +75,7 @@ def test_25_returns_are_unwhitened_advantages_plus_values(inputs):
     assert torch.equal(got.advantage_N, whiten(advantage))
 
 
-def test_a_response_without_tokens_gives_its_score_to_nobody(inputs):
+def test_the_score_of_a_response_without_tokens_is_ignored(inputs):
     at = torch.tensor([0, 1, 4, 4, 9], dtype=torch.int32)
     score = torch.tensor([1.0, -2.0, 100.0, 0.5], dtype=torch.float64)
     with_it = advantages(**{**inputs, "offsets": at, "score_B": score})

@@ -84,7 +84,7 @@ def test_what_it_does_not_compute_is_left_to_the_library():
     assert not runs_native(weight.to("meta"))
 
 
-def test_a_number_that_is_none_stays_none():
+def test_nan_stays_in_its_row():
     x, weight, bias = operands(4, 16, 8, torch.float32)
     x[1, 3] = torch.nan
     found = few_rows_linear(x, weight, bias)

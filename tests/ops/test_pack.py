@@ -10,7 +10,7 @@ from fastppo.ops import pack
 MASK = torch.tensor([[0, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 1]])
 
 
-def test_places_and_offsets_by_hand():
+def test_indices_and_offsets_by_hand():
     packing = pack(MASK)
     assert packing.index_N.tolist() == [1, 2, 8, 11]
     assert packing.offsets.tolist() == [0, 2, 2, 4]

@@ -65,7 +65,7 @@ def test_logits_are_the_float32_product_whatever_torch_can(mm, monkeypatch):
     assert calls == ([(16, 16), (7, 2500), (7, 2500)] if mm is cuda else [])
 
 
-def test_a_full_gpu_is_no_answer(monkeypatch):
+def test_out_of_memory_is_not_taken_for_an_unsupported_gemm(monkeypatch):
     def full(*_: Any, **__: Any) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 

@@ -24,7 +24,7 @@ def fresh(size=SIZE, dtype=torch.float32):
     return workspace.fresh(size, dtype, CPU)
 
 
-def test_what_nobody_has_any_more_is_written_over():
+def test_freed_memory_is_reused():
     first = fresh()
     address = first.data_ptr()
     del first
@@ -45,7 +45,7 @@ def test_what_nobody_has_any_more_is_written_over():
     ],
     ids=["itself", "a slice", "detached", "numpy", "dlpack"],
 )
-def test_what_somebody_has_in_any_form_is_left_alone(hold):
+def test_memory_in_use_is_never_reused(hold):
     first = fresh()
     address, held = first.data_ptr(), hold(first)
     del first
@@ -60,7 +60,7 @@ def test_no_tensor_has_much_more_memory_than_it_shows():
     assert fresh((64, 8192)).untyped_storage().nbytes() == 64 * 8192 * 4
 
 
-def test_so_many_buffers_are_kept_and_no_more():
+def test_at_most_a_few_buffers_are_kept():
     kept = workspace.BUFFERS
     addresses = [x.data_ptr() for x in [fresh() for _ in range(2 * kept)]]
     found = {x.data_ptr() for x in [fresh() for _ in range(kept)]}
@@ -112,7 +112,7 @@ def test_a_gradient_that_is_still_there_is_not_written_over():
     torch.testing.assert_close(leaf.grad, 3 * want)
 
 
-def test_inside_nothing_kept_memory_is_new_and_afterwards_it_is_there_again():
+def test_nothing_kept_gives_new_memory_and_restores_the_buffers():
     address = fresh().data_ptr()
     with workspace.nothing_kept():
         inside = fresh()

@@ -219,7 +219,7 @@ def test_kl_names_by_hand(scored, config, name, kind):
     torch.testing.assert_close(got.double(), by_hand, atol=1e-6, rtol=1e-6)
 
 
-def test_15_or_it_gets_a_fixed_score_and_so_does_one_that_is_too_short(scored, config):
+def test_15_truncated_and_too_short_responses_may_get_a_fixed_score(scored, config):
     # Responses of 1, 3 (cut off), 5 and 2 tokens.
     settings = config(penalise_no_eos=True, min_response_length=2, reward_penalty=-4.0)
     shaped = shape_score(scored, settings, RunningScore()).tolist()

@@ -84,7 +84,7 @@ def test_a_torn_checkpoint_is_passed_over_for_the_one_before(tmp_path, config, t
         durable.checkpoint_to_resume(config(resume_from_checkpoint=str(bad)))
 
 
-def test_nothing_whole_to_resume_from_is_an_error_and_nothing_yet_a_beginning(tmp_path, config):
+def test_only_incomplete_checkpoints_are_an_error_and_none_yet_is_a_new_start(tmp_path, config):
     resuming = config(resume_from_checkpoint=True)
     with pytest.raises(UserError, match="has no checkpoint-N; leave it out"):
         durable.checkpoint_to_resume(resuming)
@@ -110,7 +110,7 @@ def test_save_total_limit_keeps_the_newest(tmp_path):
     assert len(durable.checkpoints(tmp_path)) == 2
 
 
-def test_what_a_killed_run_left_is_swept_away(tmp_path):
+def test_temporary_files_of_a_killed_run_are_deleted(tmp_path):
     write(tmp_path, 1)
     for name in (".checkpoint-2.partial", ".checkpoint-0.deleted"):
         (tmp_path / name).mkdir()

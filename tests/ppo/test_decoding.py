@@ -14,7 +14,13 @@ from fastppo.models.decoding import (
     merged_weight_bytes,
 )
 from fastppo.ops.native_library import OBSTACLE
-from fastppo.ppo.rollout import cache_budget, cache_bytes, merges, sample, split
+from fastppo.ppo.rollout import (
+    cache_budget,
+    cache_bytes,
+    sample,
+    should_merge_adapter,
+    split_prompts,
+)
 from fastppo.ppo.sampling import Sampling, StopStrings
 from fastppo.templates import get_template
 from fastppo.types import Prompt
@@ -101,13 +107,13 @@ def test_a_small_cache_splits_the_prompts_and_changes_no_greedy_answer(tiny_role
 
 def test_prompts_are_split_by_bytes_similar_lengths_together():
     prompts = [Prompt([1] * n, "") for n in (50, 10, 40, 12)]
-    assert split(prompts, 10, 2, float("inf")) == [[0, 1, 2, 3]]
-    assert split(prompts, 10, 2, 100.0) == [
+    assert split_prompts(prompts, 10, 2, float("inf")) == [[0, 1, 2, 3]]
+    assert split_prompts(prompts, 10, 2, 100.0) == [
         [1, 3],
         [2],
         [0],
     ]  # 2 x 22 x 2 is within, 3 x 50 x 2 not
-    assert split(prompts, 10, 2, 1.0) == [[1], [3], [2], [0]]
+    assert split_prompts(prompts, 10, 2, 1.0) == [[1], [3], [2], [0]]
 
 
 def test_the_cache_is_counted_as_it_is(tiny_roles):
@@ -126,7 +132,7 @@ def test_a_cpu_has_no_limit_and_a_gpu_what_weights_and_optimiser_leave(tiny_role
     properties = type("Properties", (), {"total_memory": 24 * 2**30})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     assert 0.79 < cache_budget(made, Sampling(8)) / (22.75 * 2**30) < 0.8
-    assert merges(made, Sampling(8))  # float32, and the copies are small
+    assert should_merge_adapter(made, Sampling(8))  # float32, and the copies are small
 
 
 @pytest.mark.parametrize("changes", [{}, {"use_dora": True}, {"use_rslora": True}])
@@ -177,18 +183,18 @@ def test_weights_are_merged_where_nothing_is_lost_and_the_copies_fit(tiny_roles,
     made = tiny_roles()
     weights = sum(layer.get_base_layer().weight.nbytes for layer in active_layers(made.base))
     assert merged_weight_bytes(made.base) == weights > 0
-    assert merges(made, Sampling(8))
-    assert not merges(made, Sampling(8, merge_adapter=False))
+    assert should_merge_adapter(made, Sampling(8))
+    assert not should_merge_adapter(made, Sampling(8, merge_adapter=False))
     memory = type("Memory", (), {"total": 4 * weights - 1})
     monkeypatch.setattr("fastppo.ppo.rollout.psutil.virtual_memory", lambda: memory)
-    assert not merges(made, Sampling(8))
+    assert not should_merge_adapter(made, Sampling(8))
     monkeypatch.undo()
     with made.use("reference"):
-        assert not merges(made, Sampling(8))  # there is nothing to merge
+        assert not should_merge_adapter(made, Sampling(8))  # there is nothing to merge
     made.model.to(torch.bfloat16)
     assert not merge_is_exact(made.base)
-    assert not merges(made, Sampling(8))
-    assert merges(made, Sampling(8, merge_adapter=True))  # asked for
+    assert not should_merge_adapter(made, Sampling(8))
+    assert should_merge_adapter(made, Sampling(8, merge_adapter=True))  # asked for
 
 
 @pytest.mark.parametrize(
@@ -203,7 +209,7 @@ def test_a_merge_that_cannot_be_is_refused(config, changes, said):
         config(rollout_merge_adapter=True, critic="shared", **changes)
 
 
-def test_bf16_rounds_a_young_adapter_away():
+def test_bf16_rounds_away_the_small_changes_of_a_new_adapter():
     """Why merging is not the default there: an addition of 1/1000 is gone."""
     weight = torch.full((4, 4), 1.0, dtype=torch.bfloat16)
     assert torch.equal(weight + torch.full_like(weight, 1e-3), weight)

@@ -25,11 +25,11 @@ CRITICLESS = ["grpo", "rloo", "reinforce++"]
 
 
 def adapter_of(run):
-    return torch.cat([p.detach().flatten() for p in run.roles.trained_parameters("actor")])
+    return torch.cat([p.detach().flatten() for p in run.roles.trainable_parameters("actor")])
 
 
 def critic_of(run):
-    return torch.cat([p.detach().flatten() for p in run.roles.trained_parameters("critic")])
+    return torch.cat([p.detach().flatten() for p in run.roles.trainable_parameters("critic")])
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_without_a_critic_none_is_built_trained_saved_or_logged(state, tmp_path,
     run = state(metrics_dir=str(tmp_path / "straight"), **changes)
     names = {name for name, _ in run.roles.model.named_parameters()}
     assert not any(".critic." in name for name in names)
-    assert run.roles.trained_parameters("critic") == []
+    assert run.roles.trainable_parameters("critic") == []
     assert [group["role"] for group in run.optimizer.param_groups] == ["actor"]
     before = adapter_of(run)
     trainer.step_update(run)
@@ -155,7 +155,7 @@ def test_num_generations_repeats_prompts_side_by_side_and_counts_epochs_by_promp
     assert row["epoch"] == 0.5
 
 
-def test_keys_of_the_critic_are_said_to_have_no_effect(config):
+def test_keys_of_the_critic_get_a_note_that_they_have_no_effect(config):
     settings = config(advantage="rloo", num_generations=2, critic="shared", lam=0.9)
     assert any(line.startswith("critic, lam: nothing to") for line in notices(settings, 1000))
     assert not any("nothing to" in line for line in notices(config(critic="shared"), 1000))

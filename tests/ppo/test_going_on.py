@@ -202,7 +202,7 @@ def test_a_resumed_run_goes_on_in_the_trackers_own_runs(config, services, monkey
     assert steps == [1, 2, 3, 4]
 
 
-def test_a_new_run_is_a_new_run_to_the_trackers(config, services):
+def test_a_new_run_gets_new_runs_in_the_trackers(config, services):
     settings = config(max_steps=1, ppo_epochs=1, report_to="wandb,trackio")
     trainer.run(settings, check(settings))
     again = settings.model_copy(update={"overwrite_output_dir": True})

@@ -53,7 +53,7 @@ def test_every_guard_has_its_column_and_says_what_to_try():
         assert "{" not in line
 
 
-def test_a_healthy_run_hears_nothing(tmp_path):
+def test_a_healthy_run_gets_no_warning(tmp_path):
     """The toy over 15 steps: it learns, and no guard fires at any of them."""
     run = init_state(toy.config(tmp_path, metrics_dir=str(tmp_path / "metrics")))
     for _ in range(15):

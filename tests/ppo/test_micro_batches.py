@@ -103,7 +103,7 @@ def doubled(tiny_roles, rollout, experience_of, config):
 
 def gradient(made, experience, settings, budget):
     """Of one optimiser step over all rows."""
-    both = [*made.trained_parameters("actor"), *made.trained_parameters("critic")]
+    both = [*made.trainable_parameters("actor"), *made.trainable_parameters("critic")]
     for parameter in both:
         parameter.grad = None
     (mini,) = mini_batches(experience, settings, seed=0)
@@ -211,7 +211,7 @@ def test_the_first_pass_that_scoring_kept_is_the_update_to_the_bit(
         handle = made.trunk.norm.register_forward_hook(lambda *_, count=count: count.append(1))
         learned = update(made, experience, settings, make_optimizer(settings, made), seed=0)
         handle.remove()
-        both = [*made.trained_parameters("actor"), *made.trained_parameters("critic")]
+        both = [*made.trainable_parameters("actor"), *made.trainable_parameters("critic")]
         results.append(torch.cat([p.detach().flatten() for p in both]))
         forwards.append(len(count))
         assert learned["ratio_first_pass"] == 0.0
@@ -229,7 +229,7 @@ def test_nothing_is_kept_that_the_update_would_not_take(config, tiny_roles, roll
     )
 
 
-def test_names_of_other_trainers_lead_to_these_keys():
+def test_names_of_other_trainers_are_errors_that_name_the_key():
     base = {"stage": "ppo", "model_name_or_path": "x", "dataset": "x", "output_dir": "x"}
     for name, ours in (
         ("use_dynamic_bsz", "ppo_max_token_len_per_gpu"),

@@ -56,7 +56,7 @@ def moved(tiny_roles, rollout, experience_of, config):
 
 def gradient(made, experience, settings, budget):
     """Of one optimiser step over all four rows, in micro-batches of `budget`."""
-    both = [*made.trained_parameters("actor"), *made.trained_parameters("critic")]
+    both = [*made.trainable_parameters("actor"), *made.trainable_parameters("critic")]
     for parameter in both:
         parameter.grad = None
     (mini,) = mini_batches(experience, settings, seed=0)
@@ -132,7 +132,7 @@ def test_48_the_fused_loss_has_the_gradient_of_plain_pytorch(moved, level):
         loss_agg_mode="seq-mean-token-mean", importance_sampling_level=level, **EVERYTHING
     )
     gradient(made, experience, settings, Budget(rows=2))
-    actor = made.trained_parameters("actor")
+    actor = made.trainable_parameters("actor")
     fused = torch.cat([p.grad.flatten() for p in actor])
     with made.use("actor"):
         grads = torch.autograd.grad(plain_loss(made, experience, settings), actor)

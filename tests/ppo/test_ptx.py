@@ -38,7 +38,7 @@ def demonstrations(config, ptx_file, template):
 
 
 def flat_grad(made):
-    return torch.cat([p.grad.flatten() for p in made.trained_parameters("actor")])
+    return torch.cat([p.grad.flatten() for p in made.trainable_parameters("actor")])
 
 
 def test_its_gradient_is_the_cross_entropy_of_the_answers_alone(
@@ -78,7 +78,7 @@ def test_the_stream_takes_every_record_once_an_epoch_and_goes_on_where_it_was(de
         assert torch.equal(a.input_ids_BT, b.input_ids_BT)
 
 
-def test_it_is_added_to_every_optimiser_step(
+def test_ptx_is_added_to_every_optimiser_step(
     tiny_roles, config, rollout, experience_of, demonstrations
 ):
     """With advantages of 0 PPO itself teaches the actor nothing: what is left is PTX."""

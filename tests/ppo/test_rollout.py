@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from fastppo.models.batch import make_batch
-from fastppo.ppo.rollout import cut, lay_out, response_length, sample
+from fastppo.ppo.rollout import make_rollout, response_length, sample, truncate_at_stop
 from fastppo.ppo.sampling import RecordLogprobs, Sampling
 from fastppo.ppo.score import token_scores
 from fastppo.types import Prompt
@@ -61,8 +61,8 @@ def test_41_nothing_behind_any_stop_token_is_scored_or_learned(tokenizer, stop):
     template = SimpleNamespace(stop_ids=(11, 12), pad_id=0)
     response_BR = torch.tensor([[70, 71, stop, 80, 81], [70, 71, 72, 73, stop]])
     prompts = [Prompt([9], ""), Prompt([9, 9], "")]
-    answers = cut(response_BR, torch.zeros(2, 5), template.stop_ids)
-    rollout = lay_out(prompts, answers, template, tokenizer, response_BR.device)
+    answers = truncate_at_stop(response_BR, torch.zeros(2, 5), template.stop_ids)
+    rollout = make_rollout(prompts, answers, template, tokenizer, response_BR.device)
     assert rollout.response_lengths == [3, 5]
     assert rollout.terminated == [True, True]
     assert rollout.texts[0] == tokenizer.decode([70, 71, stop], skip_special_tokens=True).strip()
@@ -167,7 +167,7 @@ def test_the_recorder_keeps_log_probs_of_the_tokens_chosen():
     second = torch.tensor([[3.0, 0.0, 0.0]])
     record(torch.tensor([[9]]), first)
     record(torch.tensor([[9, 2]]), second)
-    record.take(torch.tensor([0]))
-    (answer,) = cut(torch.tensor([[4, 0]]), torch.stack(record.columns, 1), (7,))
+    record.record_sampled(torch.tensor([0]))
+    (answer,) = truncate_at_stop(torch.tensor([[4, 0]]), torch.stack(record.columns, 1), (7,))
     expected = [first.log_softmax(1)[0, 2], second.log_softmax(1)[0, 0]]
     torch.testing.assert_close(answer.logprob_N, torch.stack(expected))

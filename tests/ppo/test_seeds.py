@@ -90,7 +90,7 @@ def test_no_generator_of_a_run_is_one_of_the_next_run(state, tmp_path, monkeypat
     assert len({seed for _, seed in together}) == len(together)
 
 
-def test_a_generator_tells_seeds_apart_that_this_gives():
+def test_different_seeds_give_different_random_numbers():
     """PyTorch's CPU generator reads 32 bits of a seed: those of a hash are enough."""
     first = {
         tuple(torch.randperm(24, generator=torch.Generator().manual_seed(seed_of(s, "x"))).tolist())

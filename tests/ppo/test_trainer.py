@@ -103,7 +103,7 @@ def test_prompts_that_are_left_over_have_a_step_of_their_own(config):
     assert trainer.total_steps(tenth, 30) == 1, "0.1 * 30 / 3 is above 1 by rounding alone"
 
 
-def test_settings_that_do_nothing_are_said_before_the_run(config):
+def test_settings_without_effect_are_noted_before_the_run(config):
     def said(**changes):
         return [line for line in notices(config(**changes), 1000) if "effect" in line]
 
@@ -183,7 +183,7 @@ def test_an_earlier_runs_files_are_moved_aside_and_never_mixed(state, tmp_path):
     assert len((tmp_path / "metrics" / "training_metrics.csv").read_text().splitlines()) == 2
 
 
-def test_the_classic_sketch_runs_as_printed(tmp_path, monkeypatch):
+def test_the_loop_of_the_readme_runs_as_printed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     from fastppo import evaluate, init_state, step_update
 

@@ -22,7 +22,7 @@ from fastppo.ppo.update import check_first_pass, clip_and_step, mini_batches, up
 
 def flat(made):
     """Every trained weight, in one vector."""
-    both = [*made.trained_parameters("actor"), *made.trained_parameters("critic")]
+    both = [*made.trainable_parameters("actor"), *made.trainable_parameters("critic")]
     return torch.cat([p.detach().flatten() for p in both])
 
 
@@ -92,10 +92,10 @@ def test_31_gradients_start_from_zero_in_every_optimiser_step(
     for dirty in (False, True):
         made = tiny_roles()
         experience = experience_of(made, rollout, settings)
-        for parameter in made.trained_parameters("actor") if dirty else []:
+        for parameter in made.trainable_parameters("actor") if dirty else []:
             parameter.grad = torch.full_like(parameter, 100.0)
         update(made, experience, settings, make_optimizer(settings, made), seed=0)
-        results.append(torch.cat([p.flatten() for p in made.trained_parameters("actor")]))
+        results.append(torch.cat([p.flatten() for p in made.trainable_parameters("actor")]))
     assert torch.equal(*results)
 
 
@@ -104,15 +104,15 @@ def test_32_each_role_is_clipped_once_by_its_own_norm(tiny_roles, config):
     made = tiny_roles(critic="adapter")
     optimizer = make_optimizer(settings, made)
     for role, size in (("actor", 3.0), ("critic", 0.001)):
-        for parameter in made.trained_parameters(role):
+        for parameter in made.trainable_parameters(role):
             parameter.grad = torch.full_like(parameter, size)
-    critic_before = [p.grad.clone() for p in made.trained_parameters("critic")]
+    critic_before = [p.grad.clone() for p in made.trainable_parameters("critic")]
     norms, taken = clip_and_step(optimizer, settings.max_grad_norm, torch.tensor(True))
     assert taken
-    actor = torch.cat([p.grad.flatten() for p in made.trained_parameters("actor")])
+    actor = torch.cat([p.grad.flatten() for p in made.trainable_parameters("actor")])
     assert actor.norm().item() == pytest.approx(0.5, rel=1e-3)
     assert norms["actor"].item() == pytest.approx(3.0 * actor.numel() ** 0.5, rel=1e-4)
-    after = [p.grad for p in made.trained_parameters("critic")]
+    after = [p.grad for p in made.trainable_parameters("critic")]
     assert all(torch.equal(a, b) for a, b in zip(critic_before, after, strict=True))
 
 
@@ -166,7 +166,7 @@ def test_44_a_gradient_that_is_not_finite_skips_the_step(tiny_roles, config, bad
         parameter.grad = torch.ones_like(parameter)
     clip_and_step(optimizer, 1.0, torch.tensor(True))
     before, moments = flat(made), copy.deepcopy(optimizer.state_dict()["state"])
-    made.trained_parameters("actor")[0].grad[0, 0] = bad
+    made.trainable_parameters("actor")[0].grad[0, 0] = bad
     norms, taken = clip_and_step(optimizer, 1.0, torch.tensor(True))
     assert not taken
     assert not norms["actor"].isfinite()

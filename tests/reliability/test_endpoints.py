@@ -81,7 +81,7 @@ def test_a_fault_that_passes_changes_nothing(endpoint, server, healthy, fault):
 
 
 @pytest.mark.parametrize("fault", STAYING)
-def test_a_fault_that_stays_stops_the_run_and_it_goes_on_later(endpoint, server, healthy, fault):
+def test_a_permanent_fault_stops_the_run_which_can_be_resumed(endpoint, server, healthy, fault):
     wanted = expected(healthy, endpoint)
     server.script = [*[Reply()] * 6, STAYING[fault]]  # within step 3
     mine = endpoint()

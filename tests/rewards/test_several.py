@@ -99,7 +99,7 @@ def test_two_reward_models_on_one_base_each_score_as_if_alone(
     other = roles.build(config(), torch.device("cpu"))
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
-        for parameter in [*other.trained_parameters("actor"), *other.critic_head.parameters()]:
+        for parameter in [*other.trainable_parameters("actor"), *other.critic_head.parameters()]:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
     save.save_model(other.model, other.critic_head, toy.byte_tokenizer(), tmp_path / "b")
     folders = [str(reward_dir), str(tmp_path / "b")]
@@ -179,7 +179,7 @@ def test_one_weight_may_be_a_number_and_one_type_is_all_types():
 
 
 @pytest.mark.pictures
-def test_each_is_a_column_and_in_summary_samples_and_terminal(
+def test_each_reward_is_a_column_and_in_summary_samples_and_terminal(
     several, config, tmp_path, capsys, reward_dir
 ):
     settings = config(**several, max_steps=2, save_steps=1, critic="shared", eval_max_samples=2)

@@ -58,7 +58,7 @@ def test_stage_rm_predicts_llamafactorys_own_scores(tmp_path):
     torch.testing.assert_close(predicted_here(FOLDER, tmp_path), scores(FOLDER), **NEAR)
 
 
-def test_read_at_eos_they_would_be_others(tmp_path):
+def test_scores_read_at_eos_differ_from_llamafactorys(tmp_path):
     """The place is part of it: one token earlier the scores are not those."""
     folder = tmp_path / "marked"
     shutil.copytree(FOLDER, folder)
@@ -67,7 +67,7 @@ def test_read_at_eos_they_would_be_others(tmp_path):
     assert gap > 0.01
 
 
-def test_so_does_the_reward_of_stage_ppo(tiny_roles, template):
+def test_stage_ppo_gives_llamafactorys_own_scores(tiny_roles, template):
     from fastppo.models.value_head import load_value_head
 
     held_out = json.loads((FOLDER / "held_out.json").read_text())
@@ -101,7 +101,7 @@ def test_so_does_the_reward_of_stage_ppo(tiny_roles, template):
     torch.testing.assert_close(reward(rollout), scores(FOLDER)[:, 0], **NEAR)
 
 
-def test_its_adapter_is_a_plain_one_and_exports(tmp_path):
+def test_llamafactorys_adapter_loads_in_peft_and_exports(tmp_path):
     base = AutoModelForCausalLM.from_pretrained(FOLDER / "base")
     assert PeftModel.from_pretrained(base, str(FOLDER)).active_adapter == "default"
     arguments = [str(FOLDER), str(tmp_path / "out"), f"model_name_or_path={FOLDER / 'base'}"]

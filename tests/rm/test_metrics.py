@@ -29,7 +29,7 @@ def test_a_tie_is_half_right_and_calibrated():
     assert calibration_error(np.zeros(5)) == 0.0
 
 
-def test_sure_and_wrong_is_the_worst():
+def test_confident_and_wrong_has_calibration_error_1():
     assert calibration_error(np.array([-1000.0, -800.0])) == pytest.approx(1.0)
 
 

@@ -114,7 +114,7 @@ def test_an_export_by_several_processes_is_refused(files: Path, monkeypatch, cap
     assert written(files) == before
 
 
-def test_what_writes_nothing_answers_everybody(files: Path, monkeypatch, capsys):
+def test_explain_and_plan_run_in_every_process_of_a_launcher(files: Path, monkeypatch, capsys):
     """--explain is of the file, and --plan of the memory that the one process would take."""
     set_environment(monkeypatch, TORCHRUN)
     before = written(files)

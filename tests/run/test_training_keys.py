@@ -87,9 +87,9 @@ def test_lion_is_bitsandbytes(monkeypatch):
 def test_every_name_of_optim_makes_an_optimiser_that_ppo_steps_with(state):
     for name in ("sgd", "adagrad", "rmsprop", "adafactor"):
         run = state(optim=name, ppo_epochs=1)
-        before = [p.detach().clone() for p in run.roles.trained_parameters("actor")]
+        before = [p.detach().clone() for p in run.roles.trainable_parameters("actor")]
         row = trainer.step_update(run).metrics.rows[0]
-        after = run.roles.trained_parameters("actor")
+        after = run.roles.trainable_parameters("actor")
         assert row["optimizer_steps"] == 1
         assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)), name
 

@@ -51,7 +51,7 @@ def test_what_calls_cost_the_host_is_measured_of_right_answers(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["linear", "ops", "seven_b_head"])
-def test_a_quick_walk_leaves_a_result_and_its_table(name, tmp_path, monkeypatch, capsys):
+def test_a_quick_benchmark_writes_a_result_and_its_table(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(peers, "SITE", tmp_path / "nothing")
     out = tmp_path / "found.json"
     extra = ["--only", "policy_loss", "gae"] if name == "ops" else []

@@ -89,7 +89,7 @@ def test_logits_are_read_and_written_16_bytes_at_a_time(target: str) -> None:
 
 
 @EVERY
-def test_the_caches_are_told_what_is_wanted_again(target: str) -> None:
+def test_every_load_of_logits_has_an_eviction_hint(target: str) -> None:
     assert [name(r) for r in of(target) if r.bytes_a_logit and not r.hints] == []
 
 

@@ -124,7 +124,7 @@ def test_modules_of_a_room_import_each_other_one_way(room):
 
 
 @pytest.mark.parametrize("room", READ_IN_ORDER)
-def test_a_room_is_read_in_the_order_of_its_page(room):
+def test_a_package_lists_its_modules_in_the_order_of_their_imports(room):
     """`__init__` says in which order a room is read, and that is the order of its imports."""
     order = READ_IN_ORDER[room]
     assert {path.stem for path in (PACKAGE / room).glob("*.py")} == {*order, "__init__"}

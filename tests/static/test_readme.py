@@ -117,7 +117,7 @@ def test_only_a_lead_outside_the_spread_is_called_one():
     }
     words = " ".join(README.split())
     assert "ties with the bare GEMMs, cut-cross-entropy and `torch.compile` in every row" in words
-    assert "With eager too, but in the first." in words
+    assert "It also ties with eager, except in the first row." in words
 
 
 def test_the_operators_in_which_pytorch_is_ahead_are_named():
