@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from fastppo.config.file import override, parse_value, read_file
 from fastppo.config.key import Keys
 from fastppo.config.memory import MemoryKeys, StepKeys, check_offload, check_step
 from fastppo.config.model import ModelKeys
+from fastppo.config.old_names import meant, with_todays_names
 from fastppo.config.ppo import ALIASES, ELSEWHERE, PPOKeys
 from fastppo.config.rewards import RewardKeys, RewardSpec, reward_specs, split
 from fastppo.config.rm import RMKeys
@@ -50,6 +52,12 @@ class Config(
 
     source: str = Field("<python>", exclude=True)
     ignored: tuple[str, ...] = Field((), exclude=True)
+    former: tuple[str, ...] = Field((), exclude=True)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a run says of its file: former names that were read, and keys without meaning."""
+        return (*self.former, *self.ignored)
 
     @property
     def rollout_batch_size(self) -> int:
@@ -127,6 +135,9 @@ class Config(
         return self
 
 
+# Fields that are no keys.
+INTERNAL = frozenset({"source", "ignored", "former"})
+SLIP = 0.85  # similarity from which a name is a key that was mistyped, not another
 # LLaMA-Factory's comma strings, which may be YAML lists too.
 COMMA_LISTS = (
     *DATA_LISTS,
@@ -167,8 +178,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return config_from_dict(data, source=str(path))
 
 
-def renamed(data: Mapping[Any, Any], source: str) -> dict[str, Any]:
-    """`data` under the names used here, where a key goes by two."""
+def renamed(data: Mapping[Any, Any], source: str) -> tuple[dict[str, Any], list[str]]:
+    """`data` under the names used here, and a line for each of LLaMA-Factory's former names."""
     given = {str(name): value for name, value in data.items()}
     for alias, name in ALIASES.items():
         if alias in given and name in given:
@@ -179,12 +190,12 @@ def renamed(data: Mapping[Any, Any], source: str) -> dict[str, Any]:
         value = given.pop(alias, None)
         if value is not None and given.setdefault(name, value) != value:
             raise UserError(f"{source}: {alias}: is an older name of {name}; keep one of the two")
-    return given
+    return with_todays_names(given, source)
 
 
 def config_from_dict(data: Mapping[Any, Any], source: str = "<python>") -> Config:
     """Check a mapping of keys."""
-    given = renamed(data, source)
+    given, former = renamed(data, source)
     ignored = []
     for name in list(given):
         value, reason = given[name], IGNORED.get(name)
@@ -194,16 +205,18 @@ def config_from_dict(data: Mapping[Any, Any], source: str = "<python>") -> Confi
                 ignored.append(f"'{name}' means nothing here and is ignored: {reason}")
         elif name in REFUSED:
             harmless, cure = REFUSED[name]
-            if given.pop(name) not in harmless:
+            if meant(given.pop(name)) not in harmless:
                 raise UserError(f"{source}: {name}: not supported; {cure}")
         elif (name, value) in ((k, v) for k, v in NOT_HERE):
             raise UserError(f"{source}: {name}: {value}: {NOT_HERE[name, value]}")
-        elif name in ("source", "ignored") or name not in Config.model_fields:
+        elif name in INTERNAL or name not in Config.model_fields:
             if os.environ.get("ALLOW_EXTRA_ARGS", "0").lower() in ("1", "true", "y"):
                 ignored.append(f"'{name}' is unknown and ignored (ALLOW_EXTRA_ARGS)")
                 del given[name]
                 continue
-            raise UserError(f"{source}: unknown key '{name}'; {suggest_key(name)}")
+            raise UserError(
+                f"{source}: unknown key '{name}'; {suggest_key(name, given.get('stage'))}"
+            )
         elif value is None and Config.model_fields[name].default is not None:
             # `key:` with nothing behind it, as tutorials leave them: the default.
             if Config.model_fields[name].is_required():
@@ -214,13 +227,11 @@ def config_from_dict(data: Mapping[Any, Any], source: str = "<python>") -> Confi
         if isinstance(value, str) and unwritable(value):
             raise UserError(f"{source}: {name}: {shown(value)} holds a null or half a character")
         if isinstance(value, bool) and "bool" not in str(Config.model_fields[name].annotation):
-            raise UserError(
-                f"{source}: {name}: {str(value).lower()} is wrong; it should be a value"
-            )
+            raise UserError(f"{source}: {name}: {str(value).lower()} is wrong; {instead(name)}")
     for name in of_other_stage(given):
         ignored.append(f"'{name}' means nothing to stage {given['stage']} and is ignored")
     try:
-        return Config(**given, source=source, ignored=tuple(ignored))
+        return Config(**given, source=source, ignored=tuple(ignored), former=tuple(former))
     except ValidationError as error:
         raise UserError(f"{source}: {explain(error)}") from None
 
@@ -249,19 +260,43 @@ def _listed(name: str, value: Any) -> Any:
     return "no" if name.endswith("_strategy") and value is False else value
 
 
-def suggest_key(name: str) -> str:
-    """The cure for an unknown key."""
+def instead(name: str) -> str:
+    """What a key takes in place of true or false."""
+    annotation = str(Config.model_fields[name].annotation)
+    words = re.findall(r"Literal\[([^\]]*)\]", annotation)
+    if words and "'" in words[0]:
+        wanted = f"one of {words[0].replace(chr(39), '')}"
+    elif words:
+        wanted = f"one of {words[0]}, or null"
+    else:
+        number = "int" in annotation or "float" in annotation
+        wanted = "a number" if number else "a mapping" if "dict" in annotation else "text"
+    return f"it should be {wanted}"
+
+
+def suggest_key(name: str, stage: Any = None) -> str:
+    """The cure for an unknown key: never a key that does nothing in this stage."""
     if name in ELSEWHERE:
         return f"here that is {ELSEWHERE[name]}"
-    return suggest(name, [*(set(Config.model_fields) - {"source", "ignored"}), *IGNORED, *REFUSED])
+    other = STAGE_KEYS.get({"rm": "ppo", "ppo": "rm"}.get(str(stage), ""), frozenset())
+    idle = [*IGNORED, *REFUSED, *other]
+    near = difflib.get_close_matches(name, [*set(Config.model_fields) - INTERNAL, *idle], n=1)
+    # As near as a slip of the hand: what was meant is a key that does nothing.
+    if near and near[0] in idle and difflib.SequenceMatcher(None, near[0], name).ratio() >= SLIP:
+        where = f"to stage {stage}" if near[0] in other else "here"
+        return f"it is close to '{near[0]}', which does nothing {where}; take it out"
+    return suggest(name, sorted(set(Config.model_fields) - INTERNAL - other))
 
 
-def suggest(name: str, known: Sequence[str]) -> str:
-    """The nearest of `known`, or where all of them are listed."""
+LISTED = "docs/config.md lists the keys; take it out, or set ALLOW_EXTRA_ARGS=1 to ignore it"
+
+
+def suggest(name: str, known: Sequence[str], otherwise: str = LISTED) -> str:
+    """The nearest of `known`; where none is near, `otherwise`."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if near:
         return f"did you mean '{near[0]}'?"
-    return "docs/config.md lists the keys; take it out, or set ALLOW_EXTRA_ARGS=1 to ignore it"
+    return otherwise
 
 
 def explain(error: ValidationError) -> str:

@@ -31,7 +31,7 @@ def beta_room(config: Config, steps: int) -> float:
 
 def notices(config: Config, steps: int) -> list[str]:
     """Notes on settings that have no effect, or another one than a user may expect."""
-    lines = list(config.ignored)
+    lines = list(config.notes)
     truncating = Sampling.of(config).truncates
     if truncating:
         lines.append(
