@@ -100,10 +100,7 @@ class Config(
         kinds = [spec.kind for spec in self.rewards]
         for name in ("reward_model_adapters", "reward_model_quantization_bit"):
             if getattr(self, name) is not None and kinds.count("full") != 1:
-                raise ValueError(
-                    f"{name}: is for the one reward of reward_model_type: full, and there are "
-                    f"{kinds.count('full')}; leave it out"
-                )
+                raise ValueError(f"{name}: {only_with_full(self, name, kinds)}")
         if self.early_stopping_steps and self.stage == "ppo":
             raise ValueError(
                 "early_stopping_steps: is stage rm's, whose evaluations have a best; use max_steps"
@@ -133,6 +130,19 @@ class Config(
         check_offload(self)
         check_step(self)
         return self
+
+
+def only_with_full(config: Config, name: str, kinds: list[str]) -> str:
+    """Why a key of a `full` reward is refused in a run without one, and the ways out."""
+    why = f"is for the one reward of reward_model_type: full, and there are {kinds.count('full')}; "
+    adapters = config.reward_model_adapters or ""
+    if kinds != ["lora"] or name != "reward_model_adapters" or "," in adapters:
+        return f"{why}leave it out"
+    return (
+        f"{why}either set reward_model_type: full, which loads {config.reward_model} with it, or "
+        f"name the adapter in reward_model ({adapters}) and leave reward_model_adapters out, where "
+        "it was trained on model_name_or_path"
+    )
 
 
 # Fields that are no keys.

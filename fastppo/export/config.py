@@ -174,10 +174,13 @@ def check_folders(config: ExportConfig, source: str) -> ExportConfig:
     for name in config.adapters:
         folder = Path(name)
         if folder.is_dir() and not (folder / ADAPTER).is_file():
-            raise UserError(
-                f"{source}: adapter_name_or_path: {name} has no {ADAPTER}; name a folder that PEFT "
-                "wrote"
+            whole = (folder / "config.json").is_file()
+            cure = (
+                "it is a whole model: name it in model_name_or_path"
+                if whole
+                else ("name a folder that PEFT wrote")
             )
+            raise UserError(f"{source}: adapter_name_or_path: {name} has no {ADAPTER}; {cure}")
         if not folder.is_dir() and (name.count("/") != 1 or folder.parent.is_dir()):
             raise UserError(f"{source}: adapter_name_or_path: no folder {name}; check the path")
     base = config.model_name_or_path
@@ -190,7 +193,10 @@ def check_folders(config: ExportConfig, source: str) -> ExportConfig:
                 "name the base or a whole model"
             )
     if Path(base).is_dir() and not (Path(base) / "config.json").is_file():
-        raise UserError(f"{source}: model_name_or_path: {base} has no config.json; check the path")
+        cure = "check the path"
+        if (Path(base) / ADAPTER).is_file():
+            cure = "it is an adapter: name it in adapter_name_or_path, and its base here"
+        raise UserError(f"{source}: model_name_or_path: {base} has no config.json; {cure}")
     if not Path(base).is_dir() and (base.startswith(("/", ".")) or base.count("/") > 1):
         raise UserError(f"{source}: model_name_or_path: no folder {base}; check the path")
     target = Path(config.export_dir)
