@@ -132,11 +132,11 @@ class Config(
         return self
 
 
-def only_with_full(config: Config, name: str, kinds: list[str]) -> str:
+def only_with_full(config: Config, name: str, kinds: Sequence[str]) -> str:
     """Why a key of a `full` reward is refused in a run without one, and the ways out."""
     why = f"is for the one reward of reward_model_type: full, and there are {kinds.count('full')}; "
     adapters = config.reward_model_adapters or ""
-    if kinds != ["lora"] or name != "reward_model_adapters" or "," in adapters:
+    if list(kinds) != ["lora"] or name != "reward_model_adapters" or "," in adapters:
         return f"{why}leave it out"
     return (
         f"{why}either set reward_model_type: full, which loads {config.reward_model} with it, or "
@@ -220,7 +220,7 @@ def config_from_dict(data: Mapping[Any, Any], source: str = "<python>") -> Confi
         elif (name, value) in ((k, v) for k, v in NOT_HERE):
             raise UserError(f"{source}: {name}: {value}: {NOT_HERE[name, value]}")
         elif name in INTERNAL or name not in Config.model_fields:
-            if os.environ.get("ALLOW_EXTRA_ARGS", "0").lower() in ("1", "true", "y"):
+            if extra_allowed():
                 ignored.append(f"'{name}' is unknown and ignored (ALLOW_EXTRA_ARGS)")
                 del given[name]
                 continue
@@ -244,6 +244,11 @@ def config_from_dict(data: Mapping[Any, Any], source: str = "<python>") -> Confi
         return Config(**given, source=source, ignored=tuple(ignored), former=tuple(former))
     except ValidationError as error:
         raise UserError(f"{source}: {explain(error)}") from None
+
+
+def extra_allowed() -> bool:
+    """Whether unknown keys are let through, by LLaMA-Factory's variable of the environment."""
+    return os.environ.get("ALLOW_EXTRA_ARGS", "0").lower() in ("1", "true", "y")
 
 
 def of_other_stage(given: Mapping[str, Any]) -> list[str]:
