@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastppo.config.old_names import GONE, NEEDLESS
 from fastppo.config.ppo import TRL_IGNORED
 
-# Older names of keys.
+# transformers' older names of keys; LLaMA-Factory's older names are in old_names.py.
 OLD_NAMES = {
     "evaluation_strategy": "eval_strategy",
     "no_cuda": "use_cpu",
@@ -102,7 +103,12 @@ _NOTES: dict[str, str] = {
 }
 IGNORED: dict[str, str] = {
     **TRL_IGNORED,
-    **{name: why for why, names in _NOTES.items() for name in names.split()},
+    **{
+        name: why
+        for notes in (_NOTES, NEEDLESS)
+        for why, names in notes.items()
+        for name in names.split()
+    },
 }
 
 _OPTIMISER = "use optim: adamw_8bit or paged_adamw_8bit to save memory"
@@ -167,6 +173,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_muon": (_OFF, "use optim: adamw_torch, or leave it out"),
     "use_swanlab": (_OFF, "use report_to: tensorboard, wandb or trackio"),
     "use_unsloth": (_OFF, "leave it out"),
+    **GONE,
 }
 
 
@@ -181,7 +188,8 @@ NOT_HERE: dict[tuple[str, str], str] = {
         "sft pt dpo kto",
         "fastppo trains stage rm and stage ppo; use another trainer for it",
     ),
-    ("finetuning_type", "oft"): "not supported; use finetuning_type: lora",
+    **_values("finetuning_type", "oft none p_tuning", "not supported; use finetuning_type: lora"),
+    ("flash_attn", "fa3"): "not supported; use fa2, or auto",
     ("kl_loss_type", "kl"): "its gradient is 0 on average; use low_var_kl or mse",
     ("kl_loss_type", "full"): "exact KL is for the reward (kl_penalty); use low_var_kl or mse",
     ("lr_scheduler_type", "greedy"): "it follows the loss, which PPO's does not tell; use cosine",

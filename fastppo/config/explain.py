@@ -14,8 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from fastppo.config.effect import without_effect
-from fastppo.config.elsewhere import IGNORED, REFUSED
+from fastppo.config.elsewhere import IGNORED, OLD_NAMES, REFUSED
 from fastppo.config.file import override, read_file
+from fastppo.config.old_names import RENAMED
+from fastppo.config.ppo import ALIASES
 from fastppo.config.schema import STAGE_KEYS, Config, load_config, renamed
 
 WIDTH = 100  # columns, if the output is no terminal
@@ -55,7 +57,9 @@ def lines(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, list
     touched = {override(data, text) for text in overrides}
     source = {name: "command line" if name in touched else "file" for name in data}
     # A key with two names is explained under the name that is used here.
-    given, origins = renamed(data, config.source), renamed(source, config.source)
+    given, _ = renamed(data, config.source)
+    today = {**ALIASES, **OLD_NAMES, **RENAMED}
+    origins = {today.get(name, name): where for name, where in source.items()}
     set_lines = [
         explained(config, name, given[name], origins[name])
         for name in sorted(given, key=lambda name: origins[name])
@@ -100,6 +104,7 @@ def page(config: Config, explained_lines: Sequence[Line]) -> Iterator[Table | st
         f"{config.source}: stage {config.stage}, {len(given)} keys set, {left} at their default, "
         f"{len(config.ignored)} without effect"
     )
+    yield from config.former
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
     table.add_column("key", no_wrap=True)
     table.add_column("value", overflow="fold", max_width=20)

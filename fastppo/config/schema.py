@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from fastppo.config.file import override, parse_value, read_file
 from fastppo.config.key import Keys
 from fastppo.config.memory import MemoryKeys, StepKeys, check_offload, check_step
 from fastppo.config.model import ModelKeys
+from fastppo.config.old_names import meant, with_todays_names
 from fastppo.config.ppo import ALIASES, ELSEWHERE, PPOKeys
 from fastppo.config.rewards import RewardKeys, RewardSpec, reward_specs, split
 from fastppo.config.rm import RMKeys
@@ -50,6 +52,12 @@ class Config(
 
     source: str = Field("<python>", exclude=True)
     ignored: tuple[str, ...] = Field((), exclude=True)
+    former: tuple[str, ...] = Field((), exclude=True)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a run says of its file: former names that were read, and keys without meaning."""
+        return (*self.former, *self.ignored)
 
     @property
     def rollout_batch_size(self) -> int:
@@ -92,10 +100,7 @@ class Config(
         kinds = [spec.kind for spec in self.rewards]
         for name in ("reward_model_adapters", "reward_model_quantization_bit"):
             if getattr(self, name) is not None and kinds.count("full") != 1:
-                raise ValueError(
-                    f"{name}: is for the one reward of reward_model_type: full, and there are "
-                    f"{kinds.count('full')}; leave it out"
-                )
+                raise ValueError(f"{name}: {only_with_full(self, name, kinds)}")
         if self.early_stopping_steps and self.stage == "ppo":
             raise ValueError(
                 "early_stopping_steps: is stage rm's, whose evaluations have a best; use max_steps"
@@ -127,6 +132,22 @@ class Config(
         return self
 
 
+def only_with_full(config: Config, name: str, kinds: Sequence[str]) -> str:
+    """Why a key of a `full` reward is refused in a run without one, and the ways out."""
+    why = f"is for the one reward of reward_model_type: full, and there are {kinds.count('full')}; "
+    adapters = config.reward_model_adapters or ""
+    if list(kinds) != ["lora"] or name != "reward_model_adapters" or "," in adapters:
+        return f"{why}leave it out"
+    return (
+        f"{why}either set reward_model_type: full, which loads {config.reward_model} with it, or "
+        f"name the adapter in reward_model ({adapters}) and leave reward_model_adapters out, where "
+        "it was trained on model_name_or_path"
+    )
+
+
+# Fields that are no keys.
+INTERNAL = frozenset({"source", "ignored", "former"})
+SLIP = 0.85  # similarity from which a name is a key that was mistyped, not another
 # Keys that are comma-separated strings in LLaMA-Factory; here they may also be YAML lists.
 COMMA_LISTS = (
     *DATA_LISTS,
@@ -167,8 +188,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return config_from_dict(data, source=str(path))
 
 
-def renamed(data: Mapping[Any, Any], source: str) -> dict[str, Any]:
-    """`data` with the names that are used here, for keys that have a second name."""
+def renamed(data: Mapping[Any, Any], source: str) -> tuple[dict[str, Any], list[str]]:
+    """`data` with the names used here, and a line for each of LLaMA-Factory's former names."""
     given = {str(name): value for name, value in data.items()}
     for alias, name in ALIASES.items():
         if alias in given and name in given:
@@ -179,12 +200,12 @@ def renamed(data: Mapping[Any, Any], source: str) -> dict[str, Any]:
         value = given.pop(alias, None)
         if value is not None and given.setdefault(name, value) != value:
             raise UserError(f"{source}: {alias}: is an older name of {name}; keep one of the two")
-    return given
+    return with_todays_names(given, source)
 
 
 def config_from_dict(data: Mapping[Any, Any], source: str = "<python>") -> Config:
     """Make a configuration from a mapping of keys; `source` is its name in errors."""
-    given = renamed(data, source)
+    given, former = renamed(data, source)
     ignored = []
     for name in list(given):
         value, reason = given[name], IGNORED.get(name)
@@ -194,16 +215,18 @@ def config_from_dict(data: Mapping[Any, Any], source: str = "<python>") -> Confi
                 ignored.append(f"'{name}' means nothing here and is ignored: {reason}")
         elif name in REFUSED:
             harmless, cure = REFUSED[name]
-            if given.pop(name) not in harmless:
+            if meant(given.pop(name)) not in harmless:
                 raise UserError(f"{source}: {name}: not supported; {cure}")
         elif (name, value) in ((k, v) for k, v in NOT_HERE):
             raise UserError(f"{source}: {name}: {value}: {NOT_HERE[name, value]}")
-        elif name in ("source", "ignored") or name not in Config.model_fields:
-            if os.environ.get("ALLOW_EXTRA_ARGS", "0").lower() in ("1", "true", "y"):
+        elif name in INTERNAL or name not in Config.model_fields:
+            if extra_allowed():
                 ignored.append(f"'{name}' is unknown and ignored (ALLOW_EXTRA_ARGS)")
                 del given[name]
                 continue
-            raise UserError(f"{source}: unknown key '{name}'; {suggest_key(name)}")
+            raise UserError(
+                f"{source}: unknown key '{name}'; {suggest_key(name, given.get('stage'))}"
+            )
         elif value is None and Config.model_fields[name].default is not None:
             # `key:` without a value, as in tutorials, means the default.
             if Config.model_fields[name].is_required():
@@ -214,15 +237,18 @@ def config_from_dict(data: Mapping[Any, Any], source: str = "<python>") -> Confi
         if isinstance(value, str) and unwritable(value):
             raise UserError(f"{source}: {name}: {shown(value)} holds a null or half a character")
         if isinstance(value, bool) and "bool" not in str(Config.model_fields[name].annotation):
-            raise UserError(
-                f"{source}: {name}: {str(value).lower()} is wrong; it should be a value"
-            )
+            raise UserError(f"{source}: {name}: {str(value).lower()} is wrong; {instead(name)}")
     for name in of_other_stage(given):
         ignored.append(f"'{name}' means nothing to stage {given['stage']} and is ignored")
     try:
-        return Config(**given, source=source, ignored=tuple(ignored))
+        return Config(**given, source=source, ignored=tuple(ignored), former=tuple(former))
     except ValidationError as error:
         raise UserError(f"{source}: {explain(error)}") from None
+
+
+def extra_allowed() -> bool:
+    """Whether unknown keys are let through, by LLaMA-Factory's variable of the environment."""
+    return os.environ.get("ALLOW_EXTRA_ARGS", "0").lower() in ("1", "true", "y")
 
 
 def of_other_stage(given: Mapping[str, Any]) -> list[str]:
@@ -249,19 +275,43 @@ def _listed(name: str, value: Any) -> Any:
     return "no" if name.endswith("_strategy") and value is False else value
 
 
-def suggest_key(name: str) -> str:
-    """The cure in the error for an unknown key."""
+def instead(name: str) -> str:
+    """What a key takes in place of true or false."""
+    annotation = str(Config.model_fields[name].annotation)
+    words = re.findall(r"Literal\[([^\]]*)\]", annotation)
+    if words and "'" in words[0]:
+        wanted = f"one of {words[0].replace(chr(39), '')}"
+    elif words:
+        wanted = f"one of {words[0]}, or null"
+    else:
+        number = "int" in annotation or "float" in annotation
+        wanted = "a number" if number else "a mapping" if "dict" in annotation else "text"
+    return f"it should be {wanted}"
+
+
+def suggest_key(name: str, stage: Any = None) -> str:
+    """The cure in the error for an unknown key; a key without effect in `stage` is never named."""
     if name in ELSEWHERE:
         return f"here that is {ELSEWHERE[name]}"
-    return suggest(name, [*(set(Config.model_fields) - {"source", "ignored"}), *IGNORED, *REFUSED])
+    other = STAGE_KEYS.get({"rm": "ppo", "ppo": "rm"}.get(str(stage), ""), frozenset())
+    idle = [*IGNORED, *REFUSED, *other]
+    near = difflib.get_close_matches(name, [*set(Config.model_fields) - INTERNAL, *idle], n=1)
+    # As near as a slip of the hand: what was meant is a key that does nothing.
+    if near and near[0] in idle and difflib.SequenceMatcher(None, near[0], name).ratio() >= SLIP:
+        where = f"to stage {stage}" if near[0] in other else "here"
+        return f"it is close to '{near[0]}', which does nothing {where}; take it out"
+    return suggest(name, sorted(set(Config.model_fields) - INTERNAL - other))
 
 
-def suggest(name: str, known: Sequence[str]) -> str:
-    """The name in `known` that is nearest to `name`, or the page that lists them all."""
+LISTED = "docs/config.md lists the keys; take it out, or set ALLOW_EXTRA_ARGS=1 to ignore it"
+
+
+def suggest(name: str, known: Sequence[str], otherwise: str = LISTED) -> str:
+    """The name in `known` that is nearest to `name`; `otherwise` if none is near."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if near:
         return f"did you mean '{near[0]}'?"
-    return "docs/config.md lists the keys; take it out, or set ALLOW_EXTRA_ARGS=1 to ignore it"
+    return otherwise
 
 
 def explain(error: ValidationError) -> str:

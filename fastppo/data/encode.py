@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fastppo.data.records import BadRow, DroppedRows, Record
-from fastppo.errors import note
+from fastppo.errors import UserError, note
 from fastppo.types import Pair, Prompt
 
 if TYPE_CHECKING:
@@ -122,6 +122,7 @@ def encode_pairs(
     header and EOS can be cut off, as in LLaMA-Factory.
     """
     pairs, dropped = [], DroppedRows("dataset", seen=len(records))
+    equal, equal_before = [], 0
     suffix_ids = list(template.suffix_ids) if suffix else []
     for record in records:
         prompt = template.encode_prompt(record.messages, system_of(record, default_system))
@@ -131,6 +132,7 @@ def encode_pairs(
         end = 1 + len(suffix_ids)
         target = max(map(len, answers)) + len(suffix_ids)
         source, target = share_length(len(prompt), target, cutoff_len)
+        same = answers[0] == answers[1]
         try:
             if lf_truncation:
                 prompt = prompt[:source]
@@ -143,6 +145,37 @@ def encode_pairs(
         except BadRow as why:
             dropped.add(record.where, why)
             continue
+        if answers[0] == answers[1]:
+            equal.append(record.where)
+            equal_before += same
         pairs.append(Pair(prompt, *answers))
     report(dropped)
+    report_equal(equal, equal_before, len(pairs))
     return pairs
+
+
+def report_equal(equal: Sequence[str], equal_before: int, count: int) -> None:
+    """Print a note on pairs of two equal answers, which teach nothing.
+
+    Args:
+        equal: where each of them is from.
+        equal_before: how many of them were equal before they were cut to `cutoff_len`.
+        count: all pairs.
+
+    Raises:
+        UserError: all pairs are such.
+    """
+    if not equal:
+        return
+    parts = []
+    if equal_before:
+        parts.append(f"{equal_before} as they stand")
+    if cut := len(equal) - equal_before:
+        parts.append(f"{cut} after the cut, so raise cutoff_len")
+    line = (
+        f"dataset: {len(equal)} of {count} pairs have two equal answers ({', '.join(parts)}; the "
+        f"first is {equal[0]})"
+    )
+    if len(equal) == count:
+        raise UserError(f"{line}, and there is nothing to learn from them; give pairs that differ")
+    note(f"{line}: they teach nothing")

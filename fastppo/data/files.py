@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastppo.data.info import READERS, Source
+from fastppo.data.info import PACKED, READERS, Source, unread
 from fastppo.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,6 +37,9 @@ def read_rows(source: Source, config: Config) -> Iterator[Row]:
     if path is None:
         return load_with_datasets(str(source.hub), None, source, config)
     files = list_files(path)
+    for file in files:
+        if file.suffix.lower() in PACKED:
+            raise UserError(f"{file} {unread(file)}")
     kinds = {file.suffix.lower().removeprefix(".") for file in files}
     if not kinds <= set(READERS) or not kinds:
         raise UserError(
@@ -67,18 +70,51 @@ def read_json(path: Path) -> Iterator[Row]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     if not text.lstrip().startswith("["):
+        check_lines(text, path)
         yield from read_lines(text, path)
         return
     try:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}: not JSON, line {error.lineno}: {error.msg}; mend the line"
-        ) from None
+        raise UserError(f"{path}: not JSON, line {error.lineno}: {why_not(error)}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); mend it") from None
     for number, row in enumerate(rows, 1):
         yield Row(f"{path} row {number}", row)
+
+
+def why_not(error: json.JSONDecodeError) -> str:
+    """The parser's message and the cure; in plainer words for a comma with nothing behind it."""
+    before = error.doc[: error.pos].rstrip()
+    if before.endswith(",") and error.doc[error.pos :].lstrip()[:1] in ("]", "}"):
+        return "a comma with nothing behind it; take it out"
+    return f"{error.msg}; mend the line"
+
+
+def check_lines(text: str, path: Path) -> None:
+    """Refuse JSON that is neither a list nor a value a line: an object over several lines."""
+    start = text.lstrip()
+    if not start.startswith("{"):
+        return
+    try:
+        first, end = json.JSONDecoder().raw_decode(start)
+    except (ValueError, RecursionError):
+        return  # a torn line, which costs its row alone
+    if "\n" not in start[:end]:
+        return
+    inner = [name for name, value in first.items() if isinstance(value, list)]
+    if start[end:].strip():
+        cure = (
+            "put all of them into one list: [ before the first, ] behind the last, commas between"
+        )
+    elif inner:
+        cure = f"write the list of rows alone, which may be what is in '{inner[0]}'"
+    else:
+        cure = "put [ before it and ] behind it where it is a row"
+    raise UserError(
+        f"{path}: neither a list nor an object a line: it begins with an object over several "
+        f"lines; {cure}"
+    )
 
 
 def read_lines(text: str, path: Path) -> Iterator[Row]:
@@ -112,6 +148,8 @@ def load_with_datasets(
     elif reader in ("csv", "text"):
         settings["encoding"] = "utf-8-sig"  # with or without a byte order mark
     try:
+        if files and reader == "csv":
+            settings |= as_text(files)
         table = datasets.load_dataset(
             reader, split=source.split, cache_dir=config.cache_dir, **settings
         )
@@ -122,3 +160,16 @@ def load_with_datasets(
         raise UserError(f"{place}: cannot be read ({why}); {cure}") from None
     name = source.path or reader
     return (Row(f"{name} row {number}", dict(row)) for number, row in enumerate(table, 1))
+
+
+def as_text(files: list[str]) -> dict[str, Any]:
+    """Settings with which every column of these CSV files is text: a CSV knows no types.
+
+    Left to itself, pandas makes numbers of some columns, and nothing of "NA" or "None".
+    """
+    import datasets
+    import pandas
+
+    names = pandas.read_csv(files[0], nrows=0, encoding="utf-8-sig").columns
+    features = datasets.Features({str(name): datasets.Value("string") for name in names})
+    return {"features": features, "keep_default_na": False}

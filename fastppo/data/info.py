@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastppo.config.schema import extra_allowed
 from fastppo.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,6 +30,59 @@ ELSEWHERE = {
     "om_hub_url": "on openMind",
     "script_url": "a script to run",
     "cloud_file_name": "in a cloud's storage",
+}
+PACKED = (".gz", ".zip", ".bz2", ".xz", ".zst", ".tar", ".tgz", ".7z")
+# LLaMA-Factory's keys of an entry, of its columns and of its tags.
+ENTRY_KEYS = (
+    "file_name",
+    "formatting",
+    "ranking",
+    "columns",
+    "tags",
+    "num_samples",
+    "hf_hub_url",
+    "subset",
+    "split",
+    "folder",
+    "ms_hub_url",
+    "om_hub_url",
+    "script_url",
+    "cloud_file_name",
+    "file_sha1",  # which LLaMA-Factory has ceased to look at, too
+)
+COLUMNS = (
+    "prompt",
+    "query",
+    "response",
+    "history",
+    "messages",
+    "system",
+    "tools",
+    "images",
+    "videos",
+    "audios",
+    "chosen",
+    "rejected",
+    "kto_tag",
+)
+TAG_KEYS = (
+    "role_tag",
+    "content_tag",
+    "user_tag",
+    "assistant_tag",
+    "observation_tag",
+    "function_tag",
+    "system_tag",
+)
+# What LLaMA-Factory had in 2023, and what other words are used for.
+MISPLACED = {
+    "stage": '"ranking": true marks pairs, for stage rm; take it out',
+    "columns: role": "today that is role_tag in tags",
+    "columns: content": "today that is content_tag in tags",
+    "load_from": "hf_hub_url, file_name or another key says it; take it out",
+    "dataset_name": "name the set by this entry's own name, and its file by file_name",
+    "dataset_sha1": "today that is file_sha1, at which nobody looks; take it out",
+    "max_samples": "here that is num_samples, or max_samples in the run's file",
 }
 NOT_TEXT = {
     "images": "pictures",
@@ -81,7 +135,7 @@ def find_source(config: Config, name: str, key: str) -> Source:
     if not name:
         raise UserError(f"{config.source}: {key}: names nothing between two commas; take one out")
     direct = Path(name)
-    if direct.suffix.removeprefix(".") in READERS:
+    if direct.suffix.removeprefix(".").lower() in READERS:
         if not direct.is_file():
             raise UserError(f"{config.source}: {key}: no file {name}; check the path")
         return Source(name, {"ranking": config.stage == "rm"}, direct, plain=True)
@@ -94,10 +148,13 @@ def find_source(config: Config, name: str, key: str) -> Source:
         )
     infos, path = read_info(config)
     if name not in infos:
+        if direct.is_file():
+            raise UserError(f"{config.source}: {key}: {name} {unread(direct)}")
         near = difflib.get_close_matches(name, infos, n=1, cutoff=0.5)
         cure = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(list(infos)[:8])}"
         raise UserError(f"{config.source}: {key}: {path} names no '{name}'; {cure}")
     what = f"{path}: '{name}'"
+    check_keys(infos[name], what)
     check_entry(infos[name], what)
     return locate(name, infos[name], path.parent, what)
 
@@ -124,7 +181,7 @@ def locate(name: str, info: dict[str, Any], folder: Path, what: str) -> Source:
         check_hub_name(info, what)
         return Source(name, info, hub=info["hf_hub_url"])
     for key, where in ELSEWHERE.items():
-        if key in info:
+        if info.get(key):
             raise UserError(
                 f"{what} is {where} ({key}), which is not read; download it and give a file_name"
             )
@@ -155,6 +212,45 @@ def check_hub_name(info: dict[str, Any], what: str) -> None:
         raise UserError(f"{what}: folder {inner!r} leads out of the data set; mend it")
 
 
+def unread(path: Path) -> str:
+    """Why a file of a type that is not read is refused, and the cure; after the file's name."""
+    if path.suffix.lower() in PACKED:
+        return "is packed; unpack it, and name the file that was in it"
+    return (
+        f"is a file of type {path.suffix or 'none'}; a data set is json, jsonl, csv, parquet, "
+        "arrow or txt: save it as one of them"
+    )
+
+
+def check_keys(info: Any, what: str) -> None:
+    """Refuse a key that LLaMA-Factory does not know either: it would be read by nobody.
+
+    What begins with an underscore is a comment, and ALLOW_EXTRA_ARGS=1 lets everything pass.
+    """
+    if not isinstance(info, dict) or extra_allowed():
+        return
+    for known, found, where in (
+        (ENTRY_KEYS, info, ""),
+        (COLUMNS, info.get("columns"), "columns: "),
+        (TAG_KEYS, info.get("tags"), "tags: "),
+    ):
+        for name in found if isinstance(found, dict) else ():
+            if name in known or name.startswith("_"):
+                continue
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+            if cure := MISPLACED.get(f"{where}{name}"):
+                pass
+            elif name in COLUMNS and not where:
+                cure = "it belongs into columns"
+            elif name in TAG_KEYS and where != "tags: ":
+                cure = "it belongs into tags"
+            elif near:
+                cure = f"did you mean '{near[0]}'?"
+            else:
+                cure = f"the keys are {', '.join(known)}; take it out"
+            raise UserError(f"{what}: {where}unknown key '{name}'; {cure}")
+
+
 def check_entry(info: Any, what: str) -> None:
     """Raise UserError for an entry of dataset_info.json with values that are not supported."""
     if not isinstance(info, dict):
@@ -169,8 +265,13 @@ def check_entry(info: Any, what: str) -> None:
         raise UserError(f"{what}: num_samples is {count!r}; it should be a count of rows")
     for key in ("columns", "tags"):
         names = info.get(key) or {}
-        if not isinstance(names, dict) or not all(isinstance(x, str) for x in names.values()):
+        if not isinstance(names, dict):
             raise UserError(f"{what}: {key} is not an object of names; mend it")
+        for inner, value in names.items():
+            if not isinstance(value, str) and (value is not None or key == "tags"):
+                raise UserError(
+                    f"{what}: {key}: {inner} is {json.dumps(value)}, not a name; mend it"
+                )
     if info.get("formatting", "alpaca") not in FORMATS:
         raise UserError(
             f"{what}: formatting {info['formatting']!r} is not supported; "

@@ -97,7 +97,7 @@ def to_records(
             if isinstance(row.content, NotJson):
                 raise BadRow(f"not JSON ({row.content})")
             if not isinstance(row.content, dict):
-                raise BadRow(f"is a {type(row.content).__name__}, not an object")
+                raise BadRow(f"is {kind_of(row.content)}, not an object")
             records.append(read(row, source))
         except BadRow as why:
             dropped.add(row.where, why)
@@ -107,6 +107,20 @@ def to_records(
 def reader_of(source: Source) -> Callable[[Row, Source], Record]:
     """The function that converts a row of the source's format."""
     return read_alpaca if source.info.get("formatting", "alpaca") == "alpaca" else read_turns
+
+
+def kind_of(value: Any) -> str:
+    """What a value of JSON is, in words."""
+    words = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "text",
+        list: "a list",
+        dict: "an object",
+        type(None): "null",
+    }
+    return words.get(type(value), f"a {type(value).__name__}")
 
 
 def text_of(row: dict[str, Any], column: str | None, *, needed: bool = False) -> str | None:
@@ -121,7 +135,7 @@ def text_of(row: dict[str, Any], column: str | None, *, needed: bool = False) ->
             raise BadRow(f"has no '{column}'")
         return None
     if not isinstance(value, str):
-        raise BadRow(f"'{column}' is a {type(value).__name__}, not text")
+        raise BadRow(f"'{column}' is {kind_of(value)}, not text")
     if value.encode("utf-8", "ignore").decode() != value:
         raise BadRow(f"'{column}' holds half a character")
     if needed and not value.strip():
@@ -154,7 +168,7 @@ def read_alpaca(row: Row, source: Source) -> Record:
     answers: dict[str, str | None] = {}
     if source.ranking:
         for name in ("chosen", "rejected"):
-            answers[name] = text_of(content, columns.get(name, name), needed=True)
+            answers[name] = text_of(content, columns.get(name) or name, needed=True)
     elif isinstance(content.get(columns.get("response", "")), str):
         # An output that is not text is for reward functions, which get all columns, not an answer.
         answers["response"] = text_of(content, columns.get("response"))
@@ -194,7 +208,7 @@ def read_turns(row: Row, source: Source) -> Record:
     messages = [read_turn(turn, tags) for turn in turns]
     system = text_of(content, columns.get("system"))
     if messages[0]["role"] == "system":
-        system = messages.pop(0)["content"]
+        system = messages.pop(0)["content"] or None
     response = None
     if messages and messages[-1]["role"] == "assistant" and not source.ranking:
         response = messages.pop()["content"]
@@ -207,12 +221,12 @@ def read_turns(row: Row, source: Source) -> Record:
     answers: dict[str, str | None] = {}
     if source.ranking:
         for name in ("chosen", "rejected"):
-            turn = content.get(columns.get(name, name))
+            turn = content.get(columns.get(name) or name)
             if not isinstance(turn, dict):
-                raise BadRow(f"has no '{columns.get(name, name)}' with a role and a text")
+                raise BadRow(f"has no '{columns.get(name) or name}' with a role and a text")
             answer = read_turn({tags["role_tag"]: tags["assistant_tag"], **turn}, tags)
             if answer["role"] != "assistant":
-                raise BadRow(f"'{columns.get(name, name)}' is the {answer['role']}'s")
+                raise BadRow(f"'{columns.get(name) or name}' is the {answer['role']}'s")
             answers[name] = answer["content"]
     return Record(messages, row.where, system=system, response=response, columns=content, **answers)
 
@@ -226,5 +240,7 @@ def read_turn(turn: Any, tags: dict[str, str]) -> Message:
         raise BadRow(f"has a turn by '{speaker}', and {NO_TOOLS}")
     if speaker not in roles:
         raise BadRow(f"a turn by nobody known ({turn!r:.60}); it needs {list(roles)}")
-    text = text_of(turn, tags["content_tag"], needed=True)
-    return {"role": roles[speaker], "content": str(text)}
+    # Sets with a system turn in every row leave it empty where there is no system prompt.
+    needed = roles[speaker] != "system"
+    text = text_of(turn, tags["content_tag"], needed=needed)
+    return {"role": roles[speaker], "content": text or ""}

@@ -13,6 +13,7 @@ from fastppo.config import Config
 from fastppo.config.elsewhere import IGNORED
 from fastppo.config.file import override, read_file
 from fastppo.config.key import HF, LF, Positive, key
+from fastppo.config.old_names import GONE, meant, with_todays_names
 from fastppo.config.rewards import BASE_RECORD, RECORD, split
 from fastppo.config.schema import explain_in, suggest
 from fastppo.errors import UserError
@@ -73,6 +74,8 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "export_quantization_bit": ((None,), "quantise what was exported with the quantiser's tool"),
     "quantization_bit": ((None,), "adapters merge into whole weights only; leave it out"),
 }
+# What LLaMA-Factory's export called its keys until 2023.
+EXPORT_NAMES = {"max_shard_size": "here that is export_size, a number of gigabytes"}
 MEANINGLESS = {
     "do_train",
     "export_quantization_dataset",
@@ -109,21 +112,23 @@ def parse_export(data: Mapping[str, Any], source: str) -> tuple[ExportConfig, li
 
     The base is filled in if no key names it. `source` is the file's name, for errors.
     """
-    given, notes = dict(data), []
-    for name in data:
+    given, notes = with_todays_names(dict(data), source)
+    for name in list(given):
         if name in REFUSED:
             accepted, cure = REFUSED[name]
-            if given.pop(name) not in accepted:
+            if meant(given.pop(name)) not in accepted:
                 raise UserError(f"{source}: {name}: not supported; {cure}")
         elif name in ExportConfig.model_fields:
             if given[name] is None and not ExportConfig.model_fields[name].is_required():
                 del given[name]
-        elif name in Config.model_fields or name in IGNORED or name in MEANINGLESS:
+        elif name in {*Config.model_fields, *IGNORED, *GONE, *MEANINGLESS}:
             notes.append(f"'{name}' means nothing to an export and is ignored")
             del given[name]
         else:
-            known = [*ExportConfig.model_fields, *REFUSED]
-            raise UserError(f"{source}: unknown key '{name}'; {suggest(name, known)}")
+            listed = "docs/export.md lists the keys; take it out"
+            known = list(ExportConfig.model_fields)
+            cure = EXPORT_NAMES.get(name) or suggest(name, known, listed)
+            raise UserError(f"{source}: unknown key '{name}'; {cure}")
     if isinstance(given.get("adapter_name_or_path"), list):
         given["adapter_name_or_path"] = ",".join(map(str, given["adapter_name_or_path"]))
     try:
@@ -169,10 +174,13 @@ def check_folders(config: ExportConfig, source: str) -> ExportConfig:
     for name in config.adapters:
         folder = Path(name)
         if folder.is_dir() and not (folder / ADAPTER).is_file():
-            raise UserError(
-                f"{source}: adapter_name_or_path: {name} has no {ADAPTER}; name a folder that PEFT "
-                "wrote"
+            whole = (folder / "config.json").is_file()
+            cure = (
+                "it is a whole model: name it in model_name_or_path"
+                if whole
+                else ("name a folder that PEFT wrote")
             )
+            raise UserError(f"{source}: adapter_name_or_path: {name} has no {ADAPTER}; {cure}")
         if not folder.is_dir() and (name.count("/") != 1 or folder.parent.is_dir()):
             raise UserError(f"{source}: adapter_name_or_path: no folder {name}; check the path")
     base = config.model_name_or_path
@@ -185,7 +193,10 @@ def check_folders(config: ExportConfig, source: str) -> ExportConfig:
                 "name the base or a whole model"
             )
     if Path(base).is_dir() and not (Path(base) / "config.json").is_file():
-        raise UserError(f"{source}: model_name_or_path: {base} has no config.json; check the path")
+        cure = "check the path"
+        if (Path(base) / ADAPTER).is_file():
+            cure = "it is an adapter: name it in adapter_name_or_path, and its base here"
+        raise UserError(f"{source}: model_name_or_path: {base} has no config.json; {cure}")
     if not Path(base).is_dir() and (base.startswith(("/", ".")) or base.count("/") > 1):
         raise UserError(f"{source}: model_name_or_path: no folder {base}; check the path")
     target = Path(config.export_dir)

@@ -20,7 +20,7 @@ from fastppo.config.rewards import HEAD_FILES, RECORD
 from fastppo.errors import UserError
 from fastppo.export.config import read_json
 from fastppo.models.adapters import merge_adapters
-from fastppo.models.load import LOAD_ERRORS, causal_lm, first_line, hidden_size, trunk
+from fastppo.models.load import LOAD_ERRORS, causal_lm, first_line, hidden_size, not_loaded, trunk
 from fastppo.models.value_head import load_value_head
 from fastppo.rewards.adapter import read_score_at
 from fastppo.templates import get_template
@@ -95,10 +95,7 @@ def load_pretrained(kind: Any, name: str, config: ExportConfig, **settings: Any)
             **settings,
         )
     except LOAD_ERRORS as error:
-        raise UserError(
-            f"model_name_or_path: {name} cannot be loaded ({first_line(error)}); check the folder "
-            "or the hub name"
-        ) from None
+        raise UserError(f"model_name_or_path: {not_loaded(name, error)}") from None
 
 
 def set_stop_tokens(model: PreTrainedModel, template: Template) -> None:

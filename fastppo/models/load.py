@@ -9,6 +9,7 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
+import transformers
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -116,6 +117,12 @@ def load_base(
     except LOAD_ERRORS as error:
         # There is no such model, it lacks this kind of attention, or a package is missing.
         raise load_error(config, name, error) from None
+    if getattr(base, "peft_config", None):
+        # transformers has loaded the base that the adapter names, and has not merged the two.
+        raise UserError(
+            f"{config.source}: {name} is an adapter; name it in adapter_name_or_path, and its base "
+            "as the model"
+        )
     # transformers fills weights that are missing or of another shape with random numbers.
     wrong = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     if wrong:
@@ -147,10 +154,34 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
 
 def load_error(config: Config, name: str, error: Exception) -> UserError:
     """The error for a model that cannot be loaded: it is missing, broken, or lacks a package."""
-    return UserError(
-        f"{config.source}: {name} cannot be loaded ({first_line(error)}); check the folder or the "
-        "hub name"
-    )
+    return UserError(f"{config.source}: {not_loaded(name, error, config.flash_attn)}")
+
+
+def not_loaded(name: str, error: Exception, flash_attn: str = "auto") -> str:
+    """What kept transformers from loading `name`, and the cure for that very thing."""
+    text = str(error)
+    if "attention implementation" in text or "Attention 2" in text:
+        kind = text.split()[0]
+        return (
+            f"flash_attn: {flash_attn}: {name} is a {kind}, for which transformers has no such "
+            "attention; use flash_attn: disabled, or auto"
+        )
+    if found := re.search(r"Unrecognized configuration class <class '[\w.]*?(\w+)Config'>", text):
+        return (
+            f"{name} is a {found[1]}, for which transformers has no language model of text alone; "
+            "name one (pictures and sound, encoders with a decoder, and encoders are not supported)"
+        )
+    if found := re.search(r"model type `(\w+)` but Transformers does not recognize", text):
+        return (
+            f"{name} is of model_type {found[1]}, which transformers {transformers.__version__} "
+            "does not know; install a newer one, or mend model_type in its config.json"
+        )
+    cure = "check the folder or the hub name"
+    if "custom code" in text:
+        cure = "set that if you trust it, or name another"
+    elif isinstance(error, ImportError):
+        cure = "install what it needs"
+    return f"{name} cannot be loaded ({first_line(error)}); {cure}"
 
 
 def _hub_settings(config: Config, name: str | None) -> dict[str, Any]:

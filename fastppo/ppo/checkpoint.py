@@ -90,6 +90,7 @@ def trainable_parameters(state: State) -> list[nn.Parameter]:
 MAY_CHANGE = {
     "source",
     "ignored",
+    "former",
     "output_dir",
     "metrics_dir",
     "overwrite_output_dir",

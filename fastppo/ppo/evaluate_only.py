@@ -41,7 +41,7 @@ def run(config: Config, records: Records) -> None:
     print_line(f"[bold]fastppo {__version__}[/bold], stage ppo, {config.model_name_or_path}")
     print_line(f"  policy: {folder}, reference: {state.roles.places['reference'].words}")
     print_line(f"  {len(records.eval)} prompts held out; writes {config.output_dir}")
-    for line in config.ignored:
+    for line in config.notes:
         print_line(f"  [yellow]note:[/yellow] {line}")
     if config.do_eval:
         compared = compare(state)

@@ -31,7 +31,7 @@ def largest_beta_change(config: Config, steps: int) -> float:
 
 def notices(config: Config, steps: int) -> list[str]:
     """Notes on settings that have no effect, or not the effect that a user may expect."""
-    lines = list(config.ignored)
+    lines = list(config.notes)
     truncating = Sampling.of(config).truncates
     if truncating:
         lines.append(

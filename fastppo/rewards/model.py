@@ -31,6 +31,7 @@ from fastppo.models.load import (
     compute_dtype,
     first_line,
     hidden_size,
+    not_loaded,
 )
 from fastppo.models.load import trunk as model_trunk
 from fastppo.models.value_head import load_value_head
@@ -239,10 +240,12 @@ def load_model(kind: Any, name: str, config: Config, device: torch.device) -> An
             **own,
         )
     except LOAD_ERRORS as error:
+        raise UserError(f"reward_model: {not_loaded(name, error, config.flash_attn)}") from None
+    if getattr(model, "peft_config", None):
         raise UserError(
-            f"reward_model: {name} cannot be loaded ({first_line(error)}); check the folder or the "
-            "hub name"
-        ) from None
+            f"reward_model: {name} is an adapter; name its base here, and the adapter in "
+            "reward_model_adapters"
+        )
     missing = set(info["missing_keys"])
     for adapter in adapters:
         try:
@@ -259,7 +262,7 @@ def load_model(kind: Any, name: str, config: Config, device: torch.device) -> An
     if missing:
         raise UserError(
             f"reward_model: {name} has no weights for {min(missing)}; name a finished reward "
-            "model: a classifier, or a causal LM with value_head.safetensors"
+            "model: a classifier, or a folder of a causal LM with value_head.safetensors"
         )
     return model.requires_grad_(False).eval()
 

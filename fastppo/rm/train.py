@@ -212,7 +212,7 @@ def set_up(config: Config, records: Records) -> Setup:
         offload.mode,
         evaluated,
         resumed,
-        notes=[*auto_notes, *config.ignored],
+        notes=[*auto_notes, *config.notes],
         resume_notes=resume_notes,
     )
 

@@ -76,6 +76,15 @@ def check_packages(config: Config) -> None:
             )
 
 
+ADAPTER = "adapter_config.json"
+# Where the folder of an adapter belongs that stands where a model should.
+ADAPTER_CURES = {
+    "model_name_or_path": "name it in adapter_name_or_path, and its base here",
+    "ref_model": "name it in ref_model_adapters, and its base here",
+    "critic_model": "merge it with fastppo-export, and name the model that it writes",
+}
+
+
 def looks_local(name: str) -> bool:
     """Whether a name is a local path and not a repository on the hub."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
@@ -107,9 +116,10 @@ def check_model(config: Config, key: str) -> None:
     if gguf and not (folder / gguf).is_file():
         raise UserError(f"{config.source}: model_gguf_file: no {gguf} in {name}; check its name")
     if not (folder / "config.json").is_file() and not gguf:
-        adapter = " (it holds an adapter)" if (folder / "adapter_config.json").is_file() else ""
+        if (folder / ADAPTER).is_file():
+            raise UserError(f"{config.source}: {key}: {name} is an adapter; {ADAPTER_CURES[key]}")
         raise UserError(
-            f"{config.source}: {key}: {name} has no config.json{adapter}; name a folder that "
+            f"{config.source}: {key}: {name} has no config.json; name a folder that "
             "save_pretrained wrote"
         )
 
@@ -125,6 +135,12 @@ def check_adapters(config: Config, key: str) -> None:
             continue
         read = folder / "adapter_config.json"
         weights = [folder / f"adapter_model.{end}" for end in ("safetensors", "bin")]
+        if not read.is_file() and (folder / "config.json").is_file():
+            model = "ref_model" if key == "ref_model_adapters" else "model_name_or_path"
+            raise UserError(
+                f"{config.source}: {key}: {folder} is a whole model, not an adapter; name it in "
+                f"{model}, and leave {key} out"
+            )
         if not read.is_file() or not any(path.is_file() for path in weights):
             raise UserError(
                 f"{config.source}: {key}: {folder} has no adapter (adapter_config.json and "
@@ -146,11 +162,10 @@ def check_reward_full(config: Config, name: str) -> None:
     """Check that a local `full` reward is an LM with a value head or a one-label classifier."""
     adapters = split(config.reward_model_adapters) if config.reward_model_adapters else []
     for key, folder in [("reward_model", name), *(("reward_model_adapters", x) for x in adapters)]:
-        file = "config.json" if key == "reward_model" else "adapter_config.json"
+        file = "config.json" if key == "reward_model" else ADAPTER
         if looks_local(folder) and not (Path(folder) / file).is_file():
             raise UserError(
-                f"{config.source}: {key}: {folder} has no {file}; check the path, or name "
-                "one on the hub as owner/name"
+                f"{config.source}: {key}: {folder} has no {file}; {cure_of_full(folder, key)}"
             )
     path = Path(name) / "config.json"
     if not path.is_file():
@@ -177,21 +192,41 @@ def check_reward_full(config: Config, name: str) -> None:
         )
 
 
+def cure_of_full(folder: str, key: str) -> str:
+    """What to do about a folder that is no model, or no adapter, under reward_model_type: full."""
+    if key == "reward_model" and (Path(folder) / ADAPTER).is_file():
+        if any((Path(folder) / head).is_file() for head in HEAD_FILES):
+            return "it is an adapter with a value head, which is reward_model_type: lora"
+        return "it is an adapter: name its base here, and the adapter in reward_model_adapters"
+    if key == "reward_model_adapters" and (Path(folder) / "config.json").is_file():
+        return "it is a whole model: name it in reward_model, and leave reward_model_adapters out"
+    return "check the path, or name one on the hub as owner/name"
+
+
 def check_reward_adapter(config: Config, folder: Path) -> None:
     """Check that a `lora` reward has an adapter and a head of the base's hidden size."""
-    cure = "train one with stage: rm and name its output_dir"
+    where = f"{config.source}: reward_model"
     if not folder.is_dir():
-        raise UserError(f"{config.source}: reward_model: no folder {folder}; {cure}")
+        raise UserError(f"{where}: no folder {folder}; {cure_of_lora(folder)}")
     for names, what in (
-        (("adapter_config.json",), "adapter"),
+        ((ADAPTER,), "adapter"),
         (("adapter_model.safetensors", "adapter_model.bin"), "adapter"),
-        (HEAD_FILES, "value head"),
     ):
         if not any((folder / name).is_file() for name in names):
+            raise UserError(f"{where}: {folder} has no {what} ({names[0]}); {cure_of_lora(folder)}")
+    settings = read_json_file(folder / ADAPTER, where)
+    if not any((folder / name).is_file() for name in HEAD_FILES):
+        if settings.get("task_type") == "SEQ_CLS":
+            base = settings.get("base_model_name_or_path") or "its base"
             raise UserError(
-                f"{config.source}: reward_model: {folder} has no {what} ({names[0]}); {cure}"
+                f"{where}: {folder} is an adapter of a sequence classifier (SEQ_CLS), whose head "
+                f"is within it; use reward_model_type: full, with reward_model: {base} and "
+                f"reward_model_adapters: {folder}"
             )
-    read_json_file(folder / "adapter_config.json", f"{config.source}: reward_model")
+        raise UserError(
+            f"{where}: {folder} has no value head ({HEAD_FILES[0]}), so it scores nothing; train a "
+            "reward model with stage: rm and name its output_dir"
+        )
     if not (folder / HEAD_FILES[0]).is_file():
         return  # a .bin is read by torch, which is not here yet
     head = head_size(folder / HEAD_FILES[0], config.source)
@@ -201,6 +236,22 @@ def check_reward_adapter(config: Config, folder: Path) -> None:
             f"{config.source}: reward_model: the head in {folder} is for hidden size {head}, and "
             f"{config.model_name_or_path} has {base}; train the reward model on the same base"
         )
+
+
+def cure_of_lora(folder: Path) -> str:
+    """What to do about a folder that is no adapter, under reward_model_type: lora."""
+    if (folder / "config.json").is_file():
+        return (
+            "it is a whole model: use reward_model_type: full, or name the adapter that was "
+            "trained on model_name_or_path"
+        )
+    name = str(folder)
+    if not folder.exists() and name.count("/") == 1 and not looks_local(name):
+        return (
+            "check the path; where it is a name on the hub, `hf download "
+            f"{name} --local-dir DIR` fetches it, and reward_model: DIR names it"
+        )
+    return "train one with stage: rm and name its output_dir"
 
 
 def head_size(path: Path, source: str) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from fastppo.config import Config
 from fastppo.config.elsewhere import IGNORED, NOT_HERE, OLD_NAMES, REFUSED
+from fastppo.config.old_names import RENAMED
 from fastppo.config.ppo import ALIASES, ELSEWHERE
 from fastppo.config.schema import FIRST, GROUPS
 from fastppo.run.commandline import WIDTH
@@ -62,8 +63,9 @@ def page() -> str:
     for group in GROUPS:
         text += table(group.title, group.model_fields)
     text += "\n## Names in other trainers\n\n| name there | key here |\n|---|---|\n"
-    for name, ours in sorted({**ALIASES, **OLD_NAMES, **ELSEWHERE}.items()):
-        also = "; accepted" if name in ALIASES or name in OLD_NAMES else ""
+    for name, ours in sorted({**ALIASES, **OLD_NAMES, **RENAMED, **ELSEWHERE}.items()):
+        also = "" if name in ELSEWHERE else "; accepted"
+        also = "; accepted, the opposite" if name == "resume_lora_training" else also
         text += f"| `{name}` | {ours}{also} |\n"
     text += "\n## Accepted keys without effect\n\n| key | because |\n|---|---|\n"
     text += "".join(f"| `{name}` | {why} |\n" for name, why in IGNORED.items())

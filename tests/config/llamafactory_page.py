@@ -8,6 +8,7 @@ from typing import Any
 from fastppo.config import Config
 from fastppo.config.elsewhere import IGNORED, NOT_HERE, OLD_NAMES, REFUSED
 from fastppo.config.file import read_file
+from fastppo.config.old_names import FORMER_VALUES, GONE, NEEDLESS, RENAMED
 from fastppo.config.schema import STAGE_KEYS
 from tests.config.config_page import value
 
@@ -115,13 +116,44 @@ def page() -> str:
 effect, and a line of the run says so. *refused*: the key is an error that says what to use instead,
 unless it has one of the named values.
 """
-    for section, keys in sections.items():
-        text += f"\n### {section}\n\n| key | its default | fastppo | |\n|---|---|---|---|\n"
-        for name, there in keys.items():
-            what, words = status(name)
-            words = words.replace("|", "\\|")
-            text += f"| `{name}` | {value(there)} | {what} | {words} |\n"
+    return text + "".join(map(section_of_keys, sections.items())) + former_names()
+
+
+def section_of_keys(found: tuple[str, dict[str, Any]]) -> str:
+    """One table of LLaMA-Factory's keys."""
+    section, keys = found
+    text = f"\n### {section}\n\n| key | its default | fastppo | |\n|---|---|---|---|\n"
+    for name, there in keys.items():
+        what, words = status(name)
+        words = words.replace("|", "\\|")
+        text += f"| `{name}` | {value(there)} | {what} | {words} |\n"
     return text
+
+
+def former_names() -> str:
+    """The tables of old_names.py."""
+    text = """
+## Names that LLaMA-Factory has given up
+
+A file of 2023 or 2024 has keys that are none any more. One with a successor of the same meaning is
+read as that, and a line of the run says so; one that asks for nothing is accepted with a line; any
+other is an error that says what to write.
+
+| then | today |
+|---|---|
+"""
+    rows = {name: f"`{today}`, read as that" for name, today in RENAMED.items()}
+    rows["resume_lora_training"] = "`create_new_adapter`, the opposite: read as that"
+    for name, (harmless, cure) in GONE.items():
+        allowed = ", ".join(value(x) for x in harmless if x != "")
+        rows[name] = f"refused unless {allowed}: {cure}"
+    for why, names in NEEDLESS.items():
+        rows |= dict.fromkeys(names.split(), f"means nothing here: {why}")
+    for name, values in FORMER_VALUES.items():
+        for then, today in values.items():
+            shown = str(then).lower() if isinstance(then, bool) else then
+            rows[f"{name}: {shown}"] = f"`{name}: {today}`, read as that"
+    return text + "".join(f"| `{name}` | {words} |\n" for name, words in sorted(rows.items()))
 
 
 if __name__ == "__main__":

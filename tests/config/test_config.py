@@ -12,7 +12,7 @@ from fastppo import cli
 from fastppo.config import Config, load_config
 from fastppo.config.elsewhere import IGNORED
 from fastppo.config.ppo import ALIASES, ELSEWHERE
-from fastppo.config.schema import FIRST, GROUPS, STAGE_KEYS
+from fastppo.config.schema import FIRST, GROUPS, INTERNAL, STAGE_KEYS
 from fastppo.errors import UserError
 from tests.config.config_page import keys_in_help, page
 from tests.project import PPO
@@ -176,7 +176,7 @@ def test_the_examples_load(path):
 
 def test_every_key_says_what_it_means_and_whose_it_is():
     for name, field in Config.model_fields.items():
-        if name in ("source", "ignored"):
+        if name in INTERNAL:
             continue
         assert field.description, name
         assert field.description.endswith("."), name
@@ -200,7 +200,7 @@ def test_docs_config_md_is_what_the_code_says():
 def test_every_key_is_in_one_group_and_is_a_stages_own_by_it():
     in_groups = [name for group in GROUPS for name in group.model_fields]
     assert len(in_groups) == len(set(in_groups))
-    assert set(in_groups) == set(Config.model_fields) - {"source", "ignored"}
+    assert set(in_groups) == set(Config.model_fields) - INTERNAL
     assert in_groups == [name for name in Config.model_fields if name in in_groups]
     assert STAGE_KEYS["rm"] == {"calibrate_reward", "lora_dropout", "save_only_model"}
     own = {"ppo_epochs", "lam", "temperature", "reward_model", "ref_model", "critic", "metrics_dir"}

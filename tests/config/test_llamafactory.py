@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from fastppo.config import Config, config_from_dict, load_config
+from fastppo.config import Config, load_config
 from fastppo.config.elsewhere import IGNORED, NOT_HERE, OLD_NAMES, REFUSED
 from fastppo.config.file import read_file
+from fastppo.config.old_names import RENAMED
 from fastppo.config.ppo import ALIASES, ELSEWHERE
-from fastppo.config.schema import COMMA_LISTS, STAGE_KEYS
+from fastppo.config.schema import COMMA_LISTS, INTERNAL, STAGE_KEYS, config_from_dict, suggest_key
 from fastppo.config.training import TRACKERS, due
 from fastppo.errors import UserError
 from tests.config.llamafactory_page import KEYS, page
@@ -20,6 +21,7 @@ from tests.project import PPO, RM
 
 ROOT = Path(__file__).resolve().parents[2]
 SECTIONS = read_file(KEYS)
+FORMER = read_file(KEYS.with_name("former_keys.yaml"))
 DEFAULTS = {name: value for keys in SECTIONS.values() for name, value in keys.items()}
 
 
@@ -28,8 +30,8 @@ def test_docs_llamafactory_md_is_what_the_code_says():
 
 
 def test_every_key_of_llamafactory_is_known_and_in_one_table_only():
-    tables = (set(Config.model_fields), set(IGNORED), set(REFUSED), set(OLD_NAMES))
-    for name in DEFAULTS:
+    tables = (set(Config.model_fields), *map(set, (IGNORED, REFUSED, OLD_NAMES, RENAMED)))
+    for name in [*DEFAULTS, *FORMER]:
         assert sum(name in table for table in tables) == 1, name
     assert sum(map(len, tables)) == len(set().union(*tables))
 
@@ -93,6 +95,69 @@ def test_older_names_mean_what_they_meant():
     assert (config.eval_strategy, config.use_cpu) == ("epoch", True)
     with pytest.raises(UserError, match="evaluation_strategy: is an older name of eval_strategy"):
         config_from_dict({**PPO, "evaluation_strategy": "epoch", "eval_strategy": "no"})
+
+
+@pytest.mark.parametrize("name", sorted(FORMER))
+def test_a_default_of_2023_is_no_error_but_for_what_cutoff_len_took_over(name):
+    default = FORMER[name][0]
+    keys = {k: v for k, v in PPO.items() if k != RENAMED.get(name)} | {name: default}
+    if name in ("max_source_length", "max_target_length"):
+        with pytest.raises(UserError, match="here that is cutoff_len"):
+            config_from_dict(keys)
+    else:
+        config_from_dict(keys)
+
+
+def test_a_file_of_2023_starts_from_its_sft_adapter_and_trains_another():
+    """The file of an issue of then: the adapter was lost, and rank 8 trained on the bare base."""
+    old = {"checkpoint_dir": "sft", "resume_lora_training": False, "neft_alpha": 0}
+    config = config_from_dict({**PPO, **old, "flash_attn": False, "shift_attn": False})
+    assert (config.adapter_name_or_path, config.create_new_adapter) == ("sft", True)
+    assert config.flash_attn == "sdpa"
+    assert config.notes == (
+        "'checkpoint_dir' is LLaMA-Factory's former name, and read as adapter_name_or_path",
+        "'resume_lora_training' is LLaMA-Factory's former name, and read as create_new_adapter: "
+        "true",
+        "'flash_attn: false' is LLaMA-Factory's former value, and read as sdpa",
+    )
+    assert not config_from_dict({**PPO, "resume_lora_training": "true"}).create_new_adapter
+    with pytest.raises(UserError, match="reward_model_checkpoint: is a former name of reward_mod"):
+        config_from_dict({**PPO, "reward_model_checkpoint": "a", "reward_model_adapters": "b"})
+
+
+def test_checkpoint_dir_of_a_whole_model_is_not_taken_for_an_adapter():
+    with pytest.raises(UserError, match="which is model_name_or_path today; put it there"):
+        config_from_dict({**PPO, "finetuning_type": "full", "checkpoint_dir": "sft"})
+
+
+def test_a_quoted_value_is_the_value_meant():
+    keys = {"fp16": "false", "deepspeed": "null", "num_beams": "1", "bf16": "False"}
+    assert config_from_dict({**PPO, **keys}).ignored == ()
+    with pytest.raises(UserError, match="fp16: not supported"):
+        config_from_dict({**PPO, "fp16": "true"})
+    assert config_from_dict({**PPO, "flash_attn": "true"}).flash_attn == "fa2"
+
+
+@pytest.mark.parametrize("stage", ["rm", "ppo"])
+def test_no_suggestion_names_a_key_that_does_nothing_in_this_stage(stage):
+    """Every key of any table without its last letters, and every former one."""
+    other = STAGE_KEYS["ppo" if stage == "rm" else "rm"]
+    names = [*Config.model_fields, *IGNORED, *REFUSED, *RENAMED]
+    for name in {form for full in names for form in (full[:-1], full[:-4], f"my_{full}")}:
+        if name in names or name in ELSEWHERE:
+            continue
+        found = re.search(r"did you mean '(\w+)'", suggest_key(name, stage))
+        assert found is None or found[1] in set(Config.model_fields) - other - INTERNAL, name
+
+
+def test_a_slip_in_a_key_that_does_nothing_is_not_taken_for_another_key():
+    assert suggest_key("preprocessing_num_worker", "ppo") == (
+        "it is close to 'preprocessing_num_workers', which does nothing here; take it out"
+    )
+    assert suggest_key("ppo_epoch", "rm") == (
+        "it is close to 'ppo_epochs', which does nothing to stage rm; take it out"
+    )
+    assert suggest_key("ppo_epoch", "ppo") == "did you mean 'ppo_epochs'?"
 
 
 def test_keys_of_the_other_stage_say_so_in_a_line_each():

@@ -184,8 +184,8 @@ def test_a_few_bad_rows_are_counted_shown_and_dropped(project, capsys):
     assert len(got.train) == 8
     assert capsys.readouterr().err == (
         "fastppo-train: note: data/rows.json: 4 of 12 rows are bad and dropped (row 5: has no "
-        "'instruction'; row 6: is a int, not an object; row 7: 'instruction' is a int, not text; "
-        "...)\n"
+        "'instruction'; row 6: is a number, not an object; row 7: 'instruction' is a number, not "
+        "text; ...)\n"
     )
 
 
@@ -279,3 +279,31 @@ def test_pairs_and_prompts_are_told_apart_by_stage(project):
 def test_a_file_named_by_its_path_shows_its_format(project, row, question):
     write_json(project / "mine.json", [row])
     assert asked(records(project, dataset="mine.json").train) == [question]
+
+
+@pytest.mark.parametrize("empty", ["", None])
+@pytest.mark.parametrize("formatting", ["openai", "sharegpt"])
+def test_an_empty_system_turn_is_no_system_prompt(project, chatml, formatting, empty):
+    """Sets with a system turn in every row leave it empty where there is none."""
+    turn = {"openai": ("messages", "role", "content", "user")}.get(
+        formatting, ("conversations", "from", "value", "human")
+    )
+    column, role, content, user = turn
+    rows = [
+        {column: [{role: "system", content: empty}, {role: user, content: "q"}]},
+        {column: [{role: "system", content: "Be brief."}, {role: user, content: "q"}]},
+    ]
+    got = records(project, rows, {"formatting": formatting}).train
+    assert [record.system for record in got] == [None, "Be brief."]
+    (bare, _) = encode_prompts(got, chatml, 99)
+    assert bare.messages == [{"role": "user", "content": "q"}]
+    (ours, theirs) = encode_prompts(got, chatml, 99, default_system="Ours.")
+    assert [m.messages[0]["content"] for m in (ours, theirs)] == ["Ours.", "Be brief."]
+
+
+@pytest.mark.parametrize("nothing", ["", None, [], 0])
+def test_columns_that_are_empty_are_absent(project, nothing):
+    columns = {"prompt": "instruction", "query": "input", "history": "past", "tools": "tools"}
+    row = {"instruction": "q", "past": nothing, "input": nothing or None, "tools": nothing or ""}
+    (record,) = records(project, [row], {"columns": columns}).train
+    assert record.messages == [{"role": "user", "content": "q"}]

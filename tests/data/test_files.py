@@ -137,3 +137,50 @@ def test_a_link_to_another_place_in_the_folder_is_followed(project):
     (project / "data" / "link.json").symlink_to("prompts.json")
     describe(project, linked={"file_name": "link.json"})
     assert len(records(project, dataset="linked").train) == 4
+
+
+def test_the_numbers_of_a_csv_are_text_as_they_stand(project, cache):
+    """pandas would make 12 of 007, 3.1 of 3.10, and nothing of NA and None."""
+    lines = ["instruction,input,output", "12,,24", "007,3.10,NA", "None,true,"]
+    (project / "data" / "num.csv").write_text("\r\n".join(lines), encoding="utf-8")
+    got = records(project, dataset="data/num.csv", cache_dir=cache).train
+    assert asked(got) == ["12", "007\n3.10", "None\ntrue"]
+    assert [record.response for record in got] == ["24", "NA", None]
+    assert got[0].columns == {"instruction": "12", "input": "", "output": "24"}
+
+
+def test_pairs_of_numbers_in_a_csv(project, cache):
+    text = "prompt,chosen,rejected\nWhat is 3+4?,7,8\nWhat is 1+1?,2,3\n"
+    (project / "data" / "num2.csv").write_text(text)
+    columns = {name: name for name in ("prompt", "chosen", "rejected")}
+    describe(project, num2={"file_name": "num2.csv", "ranking": True, "columns": columns})
+    config = config_from_dict({**RM, "dataset": "num2", "cache_dir": cache})
+    got = read_records(config).train
+    assert [(record.chosen, record.rejected) for record in got] == [("7", "8"), ("2", "3")]
+
+
+def test_windows_line_ends_and_a_byte_order_mark_in_jsonl(project):
+    path = project / "data" / "windows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"instruction": "a"}\r\n{"instruction": "b"}\r\n\r\n')
+    assert asked(records(project, dataset="data/windows.jsonl").train) == ["a", "b"]
+
+
+def test_an_extension_in_capitals_is_one(project):
+    (project / "data" / "P.JSONL").write_text('{"instruction": "a"}')
+    assert asked(records(project, dataset="data/P.JSONL").train) == ["a"]
+
+
+def test_a_comment_in_an_entry_and_extra_keys_where_they_are_allowed(project, monkeypatch):
+    describe(project, d={"file_name": "prompts.json", "_comment": "ours"})
+    assert len(records(project, dataset="d").train) == 4
+    describe(project, d={"file_name": "prompts.json", "licence": "mit", "columns": None})
+    with pytest.raises(UserError, match="unknown key 'licence'"):
+        records(project, dataset="d")
+    monkeypatch.setenv("ALLOW_EXTRA_ARGS", "1")
+    assert len(records(project, dataset="d").train) == 4
+
+
+def test_a_column_that_is_null_is_not_listed(project):
+    columns = {"prompt": "instruction", "query": None, "history": None, "system": None}
+    describe(project, d={"file_name": "prompts.json", "columns": columns})
+    assert asked(records(project, dataset="d").train)[0] == "Say 0"

@@ -128,3 +128,29 @@ def test_llamafactorys_cut_of_a_pair_loses_header_and_eos(project, chatml):
     assert LONG.startswith(chatml.tokenizer.decode(pair.chosen_ids))
     assert not chatml.tokenizer.decode(pair.prompt_ids).endswith(HEADER)
     assert chatml.tokenizer.decode(pair.rejected_ids) == "short<|im_end|>\n"
+
+
+def test_pairs_of_equal_answers_are_counted_and_said(project, chatml, capsys):
+    """A pair of two equal answers has a gradient of 0: nobody would see why nothing is learned."""
+    rows = [
+        {"instruction": "a", "chosen": "yes", "rejected": "no"},
+        {"instruction": "b", "chosen": "same", "rejected": "same"},
+        {"instruction": "c", "chosen": LONG + "x", "rejected": LONG + "y"},
+    ]
+    got = records(project, rows, {"ranking": True}).train
+    assert len(encode_pairs(got, chatml, 99)) == 3
+    assert capsys.readouterr().err == (
+        "fastppo-train: note: dataset: 2 of 3 pairs have two equal answers (1 as they stand, 1 "
+        "after the cut, so raise cutoff_len; the first is data/rows.json row 2): they teach "
+        "nothing\n"
+    )
+    encode_pairs(got, chatml, 999)
+    assert "1 of 3 pairs have two equal answers (1 as they stand; the" in capsys.readouterr().err
+    encode_pairs(got[:1], chatml, 99)
+    assert capsys.readouterr().err == ""
+
+
+def test_pairs_that_are_all_equal_are_refused(project, chatml):
+    row = {"instruction": "c", "chosen": LONG + "x", "rejected": LONG + "y"}
+    with pytest.raises(UserError, match=r"1 of 1 pairs have two equal answers .* nothing to learn"):
+        pairs(project, chatml, 60, row)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from transformers import AutoModelForCausalLM
 from fastppo import toy
 from fastppo.errors import UserError
 from fastppo.models.batch import Budget, make_batch
+from fastppo.models.load import load_base
 from fastppo.ppo.score import score
-from tests.tiny import NAMES, hidden_as, named, stir
+from tests.tiny import NAMES, hidden_as, make_config, named, stir
 
 
 @pytest.fixture
@@ -250,3 +252,10 @@ def test_a_second_model_with_other_tokens_is_refused(tiny_roles, tmp_path):
     for changes in ({"ref_model": str(folder)}, {"critic": "model", "critic_model": str(folder)}):
         with pytest.raises(UserError, match="has another tokenizer"):
             tiny_roles(**changes)
+
+
+def test_an_adapter_by_its_hub_name_is_not_taken_for_a_model(tmp_path, sft_dirs):
+    """transformers loads the base that it names and puts it there, where nothing merges it."""
+    config = make_config(Path(sft_dirs[0]), tmp_path)
+    with pytest.raises(UserError, match="is an adapter; name it in adapter_name_or_path"):
+        load_base(config, torch.device("cpu"))
