@@ -16,6 +16,7 @@ import yaml
 
 from fastppo.cli import main
 from tests.bad import AREAS, LIGHT, Case, cases
+from tests.bad.cure import cured, written_cures
 from tests.bad.page import ALWAYS, page
 from tests.project import PPO, RM, write_head, write_json
 
@@ -48,6 +49,33 @@ def test_bad_input(project, capsys, monkeypatch, tmp_path_factory, case: Case):
     assert "Traceback" not in out
     assert not case.secret or case.secret not in out + err
     assert tree(project) == before
+
+
+WRITTEN = written_cures()
+CURED = [(case, found) for case in cases(*LIGHT) if (found := cured(case, WRITTEN)) is not None]
+
+
+@pytest.mark.parametrize(
+    ("case", "found"), CURED, ids=[f"{case.area}-{case.wrong}" for case, _ in CURED]
+)
+def test_the_cure_of_a_line_cures(project, monkeypatch, tmp_path_factory, case: Case, found: Case):
+    """Followed once, as a user would: the same run is refused for nothing any more."""
+    from fastppo.config import load_config
+    from fastppo.run.preflight import check
+
+    if case.without_packages:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    good = RM if case.stage == "rm" else PPO
+    found.spoil(project, {**good, "cache_dir": str(tmp_path_factory.mktemp("cache"))})
+    for folder, size in found.heads.items():
+        write_head(project / folder, size)
+    assert check(load_config("run.yaml")).train
+
+
+def test_cures_are_followed_for_a_good_part_of_the_table():
+    everything = {(case.area, case.wrong) for case in cases(*LIGHT)}
+    assert set(WRITTEN) <= everything
+    assert len(CURED) >= 100
 
 
 def test_the_table_is_whole():
