@@ -232,9 +232,10 @@ def sweep(
 
 def empty_loss_rows(like: Tensor, backend: str) -> LossRows:
     """Uninitialised LossRows for the rows of `like`; results of a registered op share no memory."""
-    n, made = like.shape[0], {"dtype": stat_dtype(like), "device": like.device}
-    a, b, c = torch.empty(n, **made), torch.empty(n, **made), torch.empty(n, **made)
-    return LossRows(a, b, c, torch.empty(TERMS, 0 if backend == "torch" else n, **made))
+    n, dtype, device = like.shape[0], stat_dtype(like), like.device
+    a, b, c = [torch.empty(n, dtype=dtype, device=device) for _ in range(3)]
+    terms = torch.empty(TERMS, 0 if backend == "torch" else n, dtype=dtype, device=device)
+    return LossRows(a, b, c, terms)
 
 
 def fake_outputs(like: Tensor) -> LossOutputs:
