@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastppo.config.model import own_dtype
+from fastppo.config.published import text_part
 from fastppo.errors import UserError
 
 
@@ -185,8 +186,7 @@ def from_table(name: str) -> tuple[ModelShape, str] | None:
 
 def from_config(data: dict[str, Any], where: str) -> ModelShape:
     """The shape that a config.json describes, in transformers' names."""
-    inner = data.get("text_config")
-    own = {**data, **(inner if isinstance(inner, dict) else {})}
+    own = text_part(data)
     kind = str(own.get("model_type", ""))
     try:
         hidden, heads = int(own["hidden_size"]), int(own["num_attention_heads"])

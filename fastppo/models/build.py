@@ -216,7 +216,7 @@ def place_on_weights(builder: RolesBuilder, base: nn.Module) -> None:
 def place_reference_model(builder: RolesBuilder, name: str) -> None:
     """`ref_model`: assign the reference to a frozen model of its own, with `ref_model_adapters`."""
     config, bits = builder.config, builder.config.ref_model_quantization_bit
-    model: nn.Module = load_base(config, builder.device, name, bits, on_host=True)
+    model: nn.Module = load_base(config, builder.device, name, bits, key="ref_model", on_host=True)
     check_same_tokens(config, "ref_model", name, model)
     folders = comma_list(config.ref_model_adapters)
     adapter = None
@@ -274,7 +274,7 @@ def place_critic_model(builder: RolesBuilder) -> nn.Linear:
     config, name = builder.config, builder.config.critic_model
     kind = config.critic_finetuning_type or config.finetuning_type
     bits = config.quantization_bit if kind == "lora" else None
-    model: nn.Module = load_base(config, builder.device, name, bits)
+    model: nn.Module = load_base(config, builder.device, name, bits, key=name and "critic_model")
     head = new_value_head(hidden_size(model), builder.device)
     words = name or "a second copy of the base"
     if name is not None:

@@ -233,9 +233,16 @@ class ActivationOffload:
 
 
 def wrap(
-    model: nn.Module, mode: str, *, offload_dir: str | Path | None = None
+    model: nn.Module,
+    mode: str,
+    *,
+    layers: Sequence[nn.Module] | None = None,
+    offload_dir: str | Path | None = None,
 ) -> ActivationOffload:
     """Set the mode of a model until the next call; it is stored as `model.activation_offload`.
+
+    Args:
+        layers: its layers, where finding them is not enough.
 
     Returns:
         The entered ActivationOffload.
@@ -245,7 +252,9 @@ def wrap(
         return cast(ActivationOffload, known)
     if known is not None:
         known.__exit__()
-    entered = ActivationOffload(model, cast(Mode, mode), offload_dir=offload_dir).__enter__()
+    entered = ActivationOffload(
+        model, cast(Mode, mode), layers=layers, offload_dir=offload_dir
+    ).__enter__()
     cast(Any, model).activation_offload = entered
     return entered
 

@@ -23,6 +23,7 @@ from fastppo.config.rewards import HEAD_FILES, split
 from fastppo.errors import UserError
 from fastppo.memory.budgets import Budget
 from fastppo.models.batch import Batch, partition
+from fastppo.models.limits import check_rows
 from fastppo.models.load import (
     LOAD_ERRORS,
     attention_implementation,
@@ -61,7 +62,11 @@ class ClassifierReward:
         # A head's bias, from fastppo-export: transformers' classifiers have no place for one.
         self.bias = float(getattr(model.config, "score_bias", 0.0))
         inner = model.config.get_text_config()
-        self.pad_id: int | None = inner.pad_token_id
+        rows = model.get_input_embeddings().weight.shape[0]
+        pad_id = inner.pad_token_id
+        # -1 and a token that was added without a row mean the same as none.
+        self.pad_id: int | None = pad_id if pad_id is not None and 0 <= pad_id < rows else None
+        self.rows = int(rows)
         self.max_length = min(
             getattr(inner, "max_position_embeddings", None) or 1 << 30,
             getattr(tokenizer, "model_max_length", None) or 1 << 30,
@@ -93,6 +98,7 @@ class ClassifierReward:
                 )
             conversation = conversation[: conversation.rindex(CUT_HERE)]
         ids = self.tokenizer(conversation, add_special_tokens=False)["input_ids"]
+        check_rows(self.tokenizer, self.rows, [ids], self.key, "a conversation")
         if len(ids) > self.max_length and not self.warned_of_length:
             self.warned_of_length = True
             warnings.warn(
