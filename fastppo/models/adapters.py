@@ -130,9 +130,9 @@ def additional_modules(config: Config, base: nn.Module) -> list[str] | None:
     tied = embeddings.weight is head.weight
     text = {*text_model(base).modules(), *head.modules()}
     for name in comma_list(config.additional_target):
-        named = {f: m for f, m in base.named_modules() if f".{f}".endswith(f".{name}")}
-        inside = {full: module for full, module in named.items() if module in text}
-        found = list(inside.values())
+        ending = {full: m for full, m in base.named_modules() if full.endswith(name)}
+        inside = {full: module for full, module in ending.items() if module in text}
+        found = [module for full, module in inside.items() if f".{full}".endswith(f".{name}")]
         if not found:
             raise UserError(
                 f"{config.source}: additional_target: this model has no module '{name}'; name "
@@ -149,7 +149,8 @@ def additional_modules(config: Config, base: nn.Module) -> list[str] | None:
                 f"{config.source}: additional_target: {name}: its weights are quantised and "
                 "cannot train; leave it out, or quantization_bit"
             )
-        names += [name] if len(inside) == len(named) else list(inside)
+        # PEFT takes a name for the end of a module's name, a tower's too: then they are full ones.
+        names += [name] if len(inside) == len(ending) else list(inside)
     return names or None
 
 

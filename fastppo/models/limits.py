@@ -7,10 +7,11 @@ resize the embeddings. Looking its row up fails, on a GPU without a word that sa
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastppo.errors import UserError
-from fastppo.models.load import load_config
+from fastppo.models.load import load_config, load_tokenizer
 
 if TYPE_CHECKING:
     from fastppo.config import Config
@@ -81,3 +82,26 @@ def check_rows(
             f"{highest}), and the model's embeddings have {rows} rows, none for it; {CURE}, or "
             "take the token out"
         )
+
+
+def check_reward_tokens(config: Config, tokenizer: Any) -> None:
+    """Refuse a LoRA reward whose folder has another tokenizer than the policy's, if it has one.
+
+    It is given the policy's token ids. Tokens that only one of the two has are no fault: a token
+    for padding may have been added.
+    """
+    own = tokenizer.get_vocab()
+    for folder in config.reward_adapters.values():
+        if not (Path(folder) / "tokenizer_config.json").is_file():
+            continue
+        try:
+            theirs = load_tokenizer(config, folder).get_vocab()
+        except UserError:  # only its weights are needed
+            continue
+        other = next((t for t, i in theirs.items() if own.get(t, i) != i), None)
+        if other is not None:
+            raise UserError(
+                f"reward_model: {folder} was trained with another tokenizer than "
+                f"{config.model_name_or_path} has: {other} is token {theirs[other]} there and "
+                f"{own[other]} here; train it on the same base"
+            )

@@ -66,8 +66,8 @@ def cache_bytes(roles: Roles) -> int:
     ids_BT = torch.zeros(1, 1, dtype=torch.long, device=roles.device)
     with roles.precision():
         cache = roles.trunk(input_ids=ids_BT, use_cache=True).past_key_values
-    tensors = (x for layer in cache.layers for x in vars(layer).values() if isinstance(x, Tensor))
-    return sum(x.nbytes for x in tensors)
+    held = (x for layer in cache.layers for x in vars(layer).values() if isinstance(x, Tensor))
+    return sum(x.nbytes for x in held if x.is_floating_point())
 
 
 def cache_budget(roles: Roles, sampling: Sampling, plan: Plan | None = None) -> float:

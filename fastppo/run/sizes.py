@@ -94,15 +94,15 @@ def check_adapters_fit(config: Config) -> None:
             pairs.append(("ref_model_adapters", config.ref_model, config.ref_model_adapters))
     for key, name, adapters in pairs:
         for adapter in split(adapters) if adapters else []:
-            check_adapter_fits(config.source, key, Path(adapter), Path(name))
+            check_adapter_fits(config.source, key, adapter, name)
 
 
-def check_adapter_fits(source: str, key: str, adapter: Path, base: Path) -> None:
+def check_adapter_fits(source: str, key: str, adapter: str, base: str) -> None:
     """Refuse an adapter one of whose matrices is of another size than the base's weight."""
-    found = weight_shapes(adapter)
+    found = weight_shapes(Path(adapter))
     if not found:
         return
-    ends = weight_shapes(base)
+    ends = weight_shapes(Path(base))
     for name, shape in found.items():
         module, _, part = name.removeprefix("base_model.model.").rpartition(".lora_A.")
         if part:  # (rank, in); its twin is (out, rank)
