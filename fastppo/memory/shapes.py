@@ -190,8 +190,8 @@ def from_table(name: str) -> tuple[ModelShape, str] | None:
     return None
 
 
-# Families whose layers the plan knows: gated MLPs, and projections of their own for queries, keys and
-# values. Their parameters are held against transformers' own models by a test.
+# Families whose layers the plan knows: gated MLPs, and queries, keys and values projected apart.
+# A test holds their parameters against transformers' own models.
 FAMILIES = (
     *("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "olmo2", "stablelm"),
     *("gemma", "gemma2", "gemma3", "gemma3_text", "cohere", "cohere2"),
@@ -303,7 +303,9 @@ def find_shape_and_source(
         if not isinstance(data, dict):
             raise UserError(f"model_name_or_path: {path} is not a JSON object; replace it")
         if "text_config" in data:
-            source += " (its text model; what else there is, such as a vision tower, is not counted)"
+            source += (
+                " (its text model; what else there is, such as a vision tower, is not counted)"
+            )
         return from_config(data, str(path)), source
     found = from_table(name)
     if found is None:

@@ -31,6 +31,7 @@ from fastppo.models.load import (
     check_same_tokens,
     compute_dtype,
     first_line,
+    forget_pad_token,
     hidden_size,
 )
 from fastppo.models.load import trunk as model_trunk
@@ -98,7 +99,6 @@ class ClassifierReward:
                 )
             conversation = conversation[: conversation.rindex(CUT_HERE)]
         ids = self.tokenizer(conversation, add_special_tokens=False)["input_ids"]
-        check_rows(self.tokenizer, self.rows, [ids], self.key, "a conversation")
         if len(ids) > self.max_length and not self.warned_of_length:
             self.warned_of_length = True
             warnings.warn(
@@ -108,11 +108,16 @@ class ClassifierReward:
             )
         return list(ids[-self.max_length :])
 
+    def check(self, rows: list[list[int]]) -> None:
+        """Refuse conversations with a token that the classifier's embeddings have no row for."""
+        check_rows(self.tokenizer, self.rows, rows, self.key, "a conversation")
+
     @torch.no_grad()
     def __call__(self, rollout: Rollout) -> Tensor:
         device = rollout.input_ids_BT.device
         found = zip(rollout.prompts, rollout.texts, rollout.terminated, strict=True)
         rows = [self.encode(prompt, text, truncated=not ended) for prompt, text, ended in found]
+        self.check(rows)
         score_B = torch.empty(len(rows), device=device)
         for chosen in partition([len(row) for row in rows], range(len(rows)), self.budget.padded):
             score_B[chosen] = self.logits([rows[i] for i in chosen], device)
@@ -234,7 +239,13 @@ def load_model(kind: Any, name: str, config: Config, device: torch.device) -> An
     adapters = adapters_of(config)
     try:
         if adapters and kind is AutoModelForSequenceClassification:
-            own["config"] = config_with_one_label(name, config)
+            found = config_with_one_label(name, config)
+        else:
+            found = AutoConfig.from_pretrained(
+                name, cache_dir=config.cache_dir, trust_remote_code=config.trust_remote_code
+            )
+        forget_pad_token(found)
+        own["config"] = found
         model, info = kind.from_pretrained(
             name,
             cache_dir=config.cache_dir,

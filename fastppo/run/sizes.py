@@ -104,16 +104,15 @@ def check_adapter_fits(source: str, key: str, adapter: str, base: str) -> None:
         return
     ends = weight_shapes(Path(base))
     for name, shape in found.items():
-        module, _, part = name.removeprefix("base_model.model.").rpartition(".lora_A.")
-        if part:  # (rank, in); its twin is (out, rank)
+        weight = name.removeprefix("base_model.model.")  # as of embeddings that were resized
+        wanted = shape
+        if ".lora_A." in name:  # (rank, in); its twin is (out, rank)
             twin = found.get(name.replace(".lora_A.", ".lora_B."), ())
             if len(shape) != 2 or len(twin) != 2:
                 continue
-            wanted, weight = (twin[0], shape[1]), f"{module}.weight"
+            wanted, weight = (twin[0], shape[1]), weight.partition(".lora_A.")[0] + ".weight"
         elif ".lora_" in name:
             continue
-        else:  # trained whole and saved with the adapter, such as resized embeddings
-            wanted, weight = shape, name.removeprefix("base_model.model.")
         own = shape_of(weight, ends)
         # GPT-2's Conv1D has its weight transposed.
         if own is not None and sorted(own) != sorted(wanted):
