@@ -25,13 +25,14 @@ transformers' own forward, one sequence at a time, to 2e-4. Another family of tr
 language models works where its logits are its head's, scaled or softcapped, of its last hidden
 state; a run looks before it trains, and stops in one line where they are not.
 
-- LoRA: what `lora_target: all` adapts. Experts of a mixture lie in one tensor and take no adapter.
+- LoRA: what `lora_target: all` adapts. Experts of a mixture lie in one tensor and take no adapter;
+  a run says how much of the model that is.
 - Reward export: whether `fastppo-export` makes a classifier of a reward model; where transformers
   has no classifier of the family it says so, and the adapter and its head are used as they are.
 - Plan: whether `--plan` and keys that are `auto` know the layers. Where not, a line says so, and
   such a key needs a value.
 - Positions: the config's key, where they end. A `cutoff_len` and `max_new_tokens` past them are
-  refused before anything is loaded; other families go on, with a note past what they were trained for.
+  refused before anything is loaded; other families go on, with a note past their training.
 
 | `model_type` | trait | LoRA | reward export | plan | positions |
 |---|---|---|---|---|---|

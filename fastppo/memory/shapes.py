@@ -237,7 +237,7 @@ def from_config(data: dict[str, Any], where: str) -> ModelShape:
     if unknown and "model_type" in own:
         raise UserError(
             f"model_name_or_path: {where} is of the family {kind}, and the memory plan knows the "
-            f"layers of {', '.join(FAMILIES)}; where a key is auto, give it a value"
+            f"layers of {', '.join(FAMILIES)}"
         )
     try:
         hidden, heads = int(own["hidden_size"]), int(own["num_attention_heads"])

@@ -80,6 +80,19 @@ def lora_targets(config: Config, base: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def experts_note(base: nn.Module, finetuning_type: str) -> list[str]:
+    """A note where a mixture's experts are left out of `finetuning_type: lora`; else none.
+
+    They are tensors of three dimensions, and not linear layers.
+    """
+    found = text_parameters(base).values()
+    experts = sum(p.numel() for p in found if p.dim() == 3)
+    if finetuning_type != "lora" or not experts:
+        return []
+    share = experts / sum(p.numel() for p in found)
+    return [f"the experts, {share:.0%} of all parameters, take no adapter and stay as they are"]
+
+
 def shortest_names(wanted: Iterable[str], base: nn.Module) -> list[str]:
     """Names that PEFT matches to the modules `wanted` and to no others of `base`, sorted.
 

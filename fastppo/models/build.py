@@ -28,6 +28,7 @@ from fastppo.models.adapters import (
     comma_list,
     create_peft_model,
     disable_input_cast,
+    experts_note,
     frozen_copy,
     load_adapter,
     load_peft_model,
@@ -97,6 +98,7 @@ def build(config: Config, device: torch.device) -> Roles:
     """Load the models that the configuration names, each once, and assign the roles to them."""
     builder = RolesBuilder(config, device)
     base = load_base(config, device, bits=config.quantization_bit)
+    builder.notes += experts_note(base, config.finetuning_type)
     if config.quantization_bit == 8:
         builder.notes.append(
             "quantization_bit: 8 picks outlier columns by batch on a GPU, so log-probs change with "

@@ -105,3 +105,20 @@ def check_reward_tokens(config: Config, tokenizer: Any) -> None:
                 f"{config.model_name_or_path} has: {other} is token {theirs[other]} there and "
                 f"{own[other]} here; train it on the same base"
             )
+
+
+def check_reference_vocabulary(config: Config) -> None:
+    """Refuse the KL over the whole vocabulary with a `ref_model` that has more or fewer logits.
+
+    Models of one family and tokenizer can differ in that: their embeddings are padded.
+    """
+    if config.kl_penalty != "full" or config.ref_model is None:
+        return
+    own = embedding_rows(config)
+    theirs = load_config(config, config.ref_model).get_text_config().vocab_size
+    if theirs != own:
+        raise UserError(
+            f"kl_penalty: full: ref_model {config.ref_model} has {theirs} logits and "
+            f"{config.model_name_or_path} {own}, and a KL over the whole vocabulary needs the "
+            "same; use kl_penalty: kl"
+        )

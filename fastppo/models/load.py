@@ -136,6 +136,11 @@ def load_base(
             f"{config.source}: {name} has no {min(wrong)} of the shape that its config.json asks "
             "for; its files are not one model's: fetch or save it again"
         )
+    if getattr(base.get_output_embeddings(), "weight", None) is None:
+        raise UserError(
+            f"{config.source}: {name} ({type(base).__name__}) does not say which of its layers is "
+            "the output head, so it cannot be trained here; name a model of another family"
+        )
     base.requires_grad_(False)
     disable_dropout(base)
     if bits is not None:

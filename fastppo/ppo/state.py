@@ -20,6 +20,7 @@ from fastppo.memory.budgets import Budgets
 from fastppo.models.batch import check_packing, shuffled_batch
 from fastppo.models.build import Roles, build
 from fastppo.models.limits import (
+    check_reference_vocabulary,
     check_reward_tokens,
     check_rows,
     drop_pad_without_row,
@@ -152,6 +153,7 @@ def init_state(
             load_function(spec.target, "reward_model")
     tokenizer, rows = load_tokenizer(config), embedding_rows(config)
     check_reward_tokens(config, tokenizer)
+    check_reference_vocabulary(config)
     pad_note = drop_pad_without_row(tokenizer, rows)
     template = get_template(
         config.template,

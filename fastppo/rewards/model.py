@@ -63,11 +63,12 @@ class ClassifierReward:
         # A head's bias, from fastppo-export: transformers' classifiers have no place for one.
         self.bias = float(getattr(model.config, "score_bias", 0.0))
         inner = model.config.get_text_config()
-        rows = model.get_input_embeddings().weight.shape[0]
+        embeddings: Any = model.get_input_embeddings()
+        rows = int(embeddings.weight.shape[0])
         pad_id = inner.pad_token_id
         # -1 and a token that was added without a row mean the same as none.
         self.pad_id: int | None = pad_id if pad_id is not None and 0 <= pad_id < rows else None
-        self.rows = int(rows)
+        self.rows = rows
         self.max_length = min(
             getattr(inner, "max_position_embeddings", None) or 1 << 30,
             getattr(tokenizer, "model_max_length", None) or 1 << 30,

@@ -24,6 +24,7 @@ from fastppo.models.adapters import (
     adapter_to_continue,
     adapters_to_merge,
     disable_input_cast,
+    experts_note,
     load_peft_model,
     merge_adapters,
     round_outputs_to_bfloat16,
@@ -226,7 +227,11 @@ def set_up(config: Config, records: Records) -> Setup:
         offload.mode,
         evaluated,
         resumed,
-        notes=[*auto_notes, *config.ignored],
+        notes=[
+            *auto_notes,
+            *experts_note(causal_lm(model), config.finetuning_type),
+            *config.ignored,
+        ],
         resume_notes=resume_notes,
     )
 

@@ -159,6 +159,21 @@ def test_a_model_without_a_linear_layer_is_refused_with_the_way_out(tmp_path):
         lora_targets(config, base)
 
 
+@pytest.mark.parametrize(("kind", "said"), [("lora", True), ("full", False)])
+def test_experts_that_take_no_adapter_are_said(built, kind, said):
+    """Two layers of four experts, each 3 x 32 x 64, are 49152 of Mixtral's 72288 parameters."""
+    notes = built("mixtral", finetuning_type=kind, critic="shared").notes
+    assert sum(p.numel() for p in on_meta("mixtral").parameters()) == 72288
+    line = "the experts, 68% of all parameters, take no adapter and stay as they are"
+    assert (line in notes) is said
+
+
+def test_a_model_that_does_not_name_its_head_is_refused(built, monkeypatch):
+    monkeypatch.setattr("transformers.PhiForCausalLM.get_output_embeddings", lambda self: None)
+    with pytest.raises(UserError, match=r"\(PhiForCausalLM\) does not say which of its layers"):
+        built("phi")
+
+
 def on_meta(family: str, **changes: Any) -> Any:
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(zoo.config_of(family, **changes))
