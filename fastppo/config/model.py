@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from fastppo.config.key import LF, OWN, Keys, key
+from fastppo.config.published import text_part
 
 
 class ModelKeys(Keys):
@@ -48,8 +49,7 @@ class ModelKeys(Keys):
 
 def own_dtype(data: dict[str, Any]) -> str:
     """The dtype of published weights that their config.json names; float32 if it names none."""
-    inner = data.get("text_config")
-    own = {**data, **(inner if isinstance(inner, dict) else {})}
+    own = text_part(data)
     named = own.get("dtype") or own.get("torch_dtype") or "float32"
     return str(named).removeprefix("torch.")
 

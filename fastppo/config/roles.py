@@ -37,7 +37,10 @@ class TuningKeys(Keys):
     lora_rank: Positive = key(8, LF, "Rank of the adapters.")
     lora_alpha: Positive | None = key(None, LF, "Scale of the adapters; null is twice the rank.")
     lora_target: str = key(
-        "all", LF, "Names of the adapted linear layers, comma separated; all adapts all of them."
+        "all",
+        LF,
+        "Names of the adapted linear layers, comma separated; all adapts all that process text, "
+        "except the output head.",
     )
     lora_layers: Positive | None = key(
         None, OWN, "Adapt only this number of upper layers; null is all."

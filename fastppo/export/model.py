@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -20,6 +21,7 @@ from fastppo.config.rewards import HEAD_FILES, RECORD
 from fastppo.errors import UserError
 from fastppo.export.config import read_json
 from fastppo.models.adapters import merge_adapters
+from fastppo.models.limits import drop_pad_without_row
 from fastppo.models.load import LOAD_ERRORS, causal_lm, first_line, hidden_size, not_loaded, trunk
 from fastppo.models.value_head import load_value_head
 from fastppo.rewards.adapter import read_score_at
@@ -40,6 +42,9 @@ def export(config: ExportConfig) -> Iterator[str]:
     name, last = str(config.model_name_or_path), config.trained_folder
     source = last if (last / "tokenizer_config.json").is_file() else Path(name)
     tokenizer = load_pretrained(AutoTokenizer, str(source), config)
+    rows = load_pretrained(AutoConfig, name, config).get_text_config().vocab_size
+    if (line := drop_pad_without_row(tokenizer, rows)) is not None:
+        yield line
     template = get_template(config.template or recorded_template(last), tokenizer)
     reward = config.stage == "rm" or (config.stage is None and (last / RECORD).is_file())
     device = "cuda" if config.export_device == "auto" and torch.cuda.is_available() else "cpu"
@@ -120,7 +125,8 @@ def make_classifier(
     config = model.config
     config.num_labels = 1
     config.id2label, config.label2id = {0: "reward"}, {"reward": 0}
-    pad_id = choose_pad_token(tokenizer, template)
+    rows = model.get_input_embeddings().weight.shape[0]
+    pad_id = choose_pad_token(tokenizer, template, rows)
     config.get_text_config().pad_token_id = config.pad_token_id = pad_id
     setattr(config, SCORE_BIAS, head.bias.item())
     try:
@@ -143,14 +149,17 @@ def make_classifier(
     return cast(PreTrainedModel, made.eval())
 
 
-def choose_pad_token(tokenizer: Any, template: Template) -> int:
-    """Id of the padding token; if it can end a conversation, another special token is chosen."""
+def choose_pad_token(tokenizer: Any, template: Template, rows: int) -> int:
+    """Id of the padding token, below `rows`, the number of rows in the embeddings.
+
+    If the tokenizer's own can end a conversation, another special token is chosen.
+    """
     ends = {*template.stop_ids, *template.suffix_ids[-1:]}
     if tokenizer.pad_token_id not in ends:
         return int(tokenizer.pad_token_id)
     special = [tokenizer.unk_token_id, *sorted(tokenizer.added_tokens_decoder)]
     for token_id in special:
-        if token_id is not None and token_id not in ends:
+        if token_id is not None and token_id not in ends and token_id < rows:
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(token_id)
             return int(token_id)
     raise UserError(

@@ -45,8 +45,10 @@ def resolve_auto(config: Config, device: torch.device) -> tuple[Config, Plan | N
     try:
         plan, _ = plan_config(config, "gpu" if device.type == "cuda" else "cpu")
     except UserError as error:
-        if auto_keys(config):
-            raise
+        if auto := auto_keys(config):
+            raise UserError(
+                f"{error}; or give {', '.join(auto)} a value in place of auto"
+            ) from None
         return config, None, [f"no memory plan: {error}"]
     notes = []
     if plan.inputs.auto:

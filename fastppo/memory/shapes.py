@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastppo.config.model import own_dtype
+from fastppo.config.published import text_part
 from fastppo.errors import UserError
 
 
@@ -25,10 +26,13 @@ class ModelShape:
     vocab: int
     tied: bool  # embedding and head are one matrix
     qkv_bias: bool = False
-    qk_norm: bool = False  # whether query and key heads have a norm
-    norms: int = 2  # norms over the hidden size per layer; Gemma has 4
-    softcapped: bool = False  # attention logits have a softcap, so attention has no fused kernel
-    sliding_layers: int = 0  # number of layers that attend to, and cache, only `window` tokens
+    bias: int = 0  # a layer's further biases: elements
+    qk_norm: bool = False  # a norm over each query and key head
+    qk_norm_whole: bool = False  # a norm over all query heads, and one over all key heads
+    norms: int = 2  # a layer's norms over the hidden size; Gemma has 4
+    norm_bias: bool = False
+    softcapped: bool = False  # attention logits have a softcap, and so no fused kernel
+    sliding_layers: int = 0  # layers that attend to `window` tokens and cache no more
     window: int = 0
     dtype: str = "bfloat16"  # dtype of the published weights
 
@@ -53,9 +57,11 @@ class ModelShape:
 
     @property
     def layer_parameters(self) -> int:
-        """Number of parameters of one decoder layer."""
-        bias = (self.heads + 2 * self.kv_heads) * self.head_dim * self.qkv_bias
-        norms = self.norms * self.hidden + 2 * self.head_dim * self.qk_norm
+        """One decoder layer."""
+        heads = self.heads + self.kv_heads
+        bias = (heads + self.kv_heads) * self.head_dim * self.qkv_bias + self.bias
+        norms = self.norms * self.hidden * (1 + self.norm_bias)
+        norms += 2 * self.head_dim * self.qk_norm + heads * self.head_dim * self.qk_norm_whole
         return self.linear_parameters // self.layers + bias + norms
 
     @property
@@ -67,7 +73,8 @@ class ModelShape:
     def parameters(self) -> int:
         """Number of parameters of the whole model; tied weights are counted once."""
         embeddings = self.embedding_parameters * (1 if self.tied else 2)
-        return embeddings + self.layers * self.layer_parameters + self.hidden
+        last_norm = self.hidden * (1 + self.norm_bias)
+        return embeddings + self.layers * self.layer_parameters + last_norm
 
     def cached_tokens(self, length: int) -> int:
         """Cached tokens, summed over all layers, of a sequence of `length` tokens."""
@@ -183,28 +190,79 @@ def from_table(name: str) -> tuple[ModelShape, str] | None:
     return None
 
 
+# Families whose layers the plan knows: gated MLPs, and queries, keys and values projected apart.
+# A test holds their parameters against transformers' own models.
+FAMILIES = (
+    *("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "olmo2", "stablelm"),
+    *("gemma", "gemma2", "gemma3", "gemma3_text", "cohere", "cohere2"),
+)
+# What a config.json of these may leave out, and is not what it is elsewhere.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "gemma": {"head_dim": 256, "num_key_value_heads": 16},
+    "gemma2": {"head_dim": 256, "num_key_value_heads": 4, "sliding_window": 4096},
+    "gemma3_text": {
+        "head_dim": 256,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "sliding_window": 4096,
+        "vocab_size": 262208,
+    },
+    "qwen3": {"head_dim": 128},
+}
+TIED = ("gemma", "gemma2", "gemma3", "gemma3_text", "cohere", "cohere2", "smollm3")
+# Every so many layers attends to all tokens, the others to a window: where no layer_types says so.
+FULL_EVERY = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4}
+
+
+def sliding_layers(kind: str, own: dict[str, Any], layers: int) -> int:
+    """Layers that attend to a window, of the text model with this config.json."""
+    if own.get("layer_types"):
+        return sum(name == "sliding_attention" for name in own["layer_types"])
+    if kind == "mistral":
+        return layers if own.get("sliding_window") else 0
+    every = int(own.get("sliding_window_pattern") or FULL_EVERY.get(kind, 1))
+    return layers - layers // every if kind in FULL_EVERY else 0
+
+
 def from_config(data: dict[str, Any], where: str) -> ModelShape:
-    """The shape that a config.json describes by transformers' names."""
-    inner = data.get("text_config")
-    own = {**data, **(inner if isinstance(inner, dict) else {})}
+    """The shape that a config.json describes, in transformers' names.
+
+    Raises:
+        UserError: it says too little, or is of a family that the plan does not know.
+    """
+    own = text_part(data)
     kind = str(own.get("model_type", ""))
+    own = {**DEFAULTS.get(kind, {}), **{key: x for key, x in own.items() if x is not None}}
+    unknown = kind not in FAMILIES or own.get("qk_layernorm") or own.get("use_parallel_residual")
+    if unknown and "model_type" in own:
+        raise UserError(
+            f"model_name_or_path: {where} is of the family {kind}, and the memory plan knows the "
+            f"layers of {', '.join(FAMILIES)}"
+        )
     try:
         hidden, heads = int(own["hidden_size"]), int(own["num_attention_heads"])
-        layers = int(own["num_hidden_layers"])
-        kinds = own.get("layer_types") or []
-        sliding = sum(name == "sliding_attention" for name in kinds)
+        layers, wide = int(own["num_hidden_layers"]), int(own["intermediate_size"])
+        sliding = sliding_layers(kind, own, layers)
+        biased = bool(own.get("attention_bias", False))
+        named = bool(own.get("use_qkv_bias", kind == "qwen2"))
+        bias = hidden * biased + (2 * wide + hidden) * bool(own.get("mlp_bias", False))
         return ModelShape(
             hidden=hidden,
             layers=layers,
             heads=heads,
             kv_heads=int(own.get("num_key_value_heads") or heads),
             head_dim=int(own.get("head_dim") or hidden // heads),
-            intermediate=int(own["intermediate_size"]),
+            intermediate=wide,
             vocab=int(own["vocab_size"]),
-            tied=bool(own.get("tie_word_embeddings", kind.startswith("gemma"))),
-            qkv_bias=bool(own.get("attention_bias", kind == "qwen2")),
+            tied=bool(own.get("tie_word_embeddings", kind in TIED)),
+            qkv_bias=biased or named,
+            bias=bias,
             qk_norm=kind in ("qwen3", "gemma3", "gemma3_text"),
-            norms=4 if kind.startswith(("gemma2", "gemma3")) else 2,
+            qk_norm_whole=kind == "olmo2",
+            norms={"gemma2": 4, "gemma3": 4, "gemma3_text": 4, "cohere": 1, "cohere2": 1}.get(
+                kind, 2
+            ),
+            norm_bias=kind == "stablelm",
             softcapped=own.get("attn_logit_softcapping") is not None,
             sliding_layers=sliding,
             window=int(own.get("sliding_window") or 0) if sliding else 0,
@@ -229,6 +287,8 @@ def find_shape_and_source(
 
     Nothing is downloaded.
 
+    Of a multimodal model it is the text model's.
+
     Raises:
         UserError: the model is in none of them, or its config.json lacks a size.
     """
@@ -244,6 +304,10 @@ def find_shape_and_source(
             raise UserError(f"model_name_or_path: {path} cannot be read ({error})") from None
         if not isinstance(data, dict):
             raise UserError(f"model_name_or_path: {path} is not a JSON object; replace it")
+        if "text_config" in data:
+            source += (
+                " (its text model; what else there is, such as a vision tower, is not counted)"
+            )
         return from_config(data, str(path)), source
     found = from_table(name)
     if found is None:

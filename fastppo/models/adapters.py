@@ -16,15 +16,17 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from fastppo.config.rewards import split
 from fastppo.errors import UserError
-from fastppo.models.load import LOAD_ERRORS, causal_lm, first_line
+from fastppo.models.load import LOAD_ERRORS, causal_lm, first_line, text_model
 
 if TYPE_CHECKING:
     from fastppo.config import Config
 
-LAYER = re.compile(r"\.(\d+)\.([^.]+)")  # in a parameter's name: number and module of its layer
+LINEAR = (nn.Linear, Conv1D)  # GPT-2's layers are Conv1D, a linear layer with a transposed weight
+LAYER = re.compile(r"\.(\d+)\.([^.]+)")  # in a parameter's name: layer, and the module in it
 
 
 def comma_list(text: str | None) -> list[str]:
@@ -32,51 +34,97 @@ def comma_list(text: str | None) -> list[str]:
     return [] if text is None else split(text)
 
 
-def linear_names(base: nn.Module) -> list[str]:
-    """Names of the layers that `lora_target: all` adapts: all linear layers but the output head.
+def linear_layers(base: nn.Module) -> dict[str, nn.Module]:
+    """Full name -> module of all linear layers that text passes, the output head excepted.
 
-    They are the last parts of the modules' names, sorted. The linear layers of adapters that `base`
-    already has are not among them.
+    GPT-2's Conv1D is one, with its weight transposed. Where `base` has adapters already, their own
+    linear layers are not among them.
     """
-    heads = set(base.get_output_embeddings().modules())
-    return sorted(
-        {
-            name.removesuffix(".base_layer").rsplit(".", 1)[-1]
-            for name, module in base.named_modules()
-            if isinstance(module, nn.Linear) and module not in heads and ".lora_" not in name
-        }
-    )
+    text = set(text_model(base).modules()) - set(base.get_output_embeddings().modules())
+    return {
+        name.removesuffix(".base_layer"): module
+        for name, module in base.named_modules()
+        if isinstance(module, LINEAR) and module in text and ".lora_" not in name
+    }
 
 
-def lora_config(config: Config, base: nn.Module, *, extras: bool = True) -> LoraConfig:
-    """PEFT's configuration of a new adapter; with `extras` it also trains `additional_target`."""
-    known = linear_names(base)
-    if config.lora_target == "all":
-        targets = known
-    else:
-        targets = [name.strip() for name in config.lora_target.split(",")]
-        for name in targets:
+def lora_targets(config: Config, base: nn.Module) -> dict[str, nn.Module]:
+    """Full name -> module of the linear layers that `lora_target` names.
+
+    Raises:
+        UserError: a name that no linear layer has.
+    """
+    layers = linear_layers(base)
+    known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+    if not layers:
+        raise UserError(
+            f"{config.source}: lora_target: this model ({base.config.model_type}) has no linear "
+            "layer that takes an adapter; use finetuning_type: full"
+        )
+    found = layers
+    if config.lora_target != "all":
+        found = {}
+        for name in (name.strip() for name in config.lora_target.split(",")):
             if base.get_output_embeddings() is dict(base.named_modules()).get(name):
                 raise UserError(
                     f"{config.source}: lora_target: {name}: the output head takes no adapter; "
                     "use additional_target for it, which trains it whole"
                 )
-            if not any(module == name or module.endswith(f".{name}") for module in known):
+            named = {full: m for full, m in layers.items() if f".{full}".endswith(f".{name}")}
+            if not named:
                 raise UserError(
                     f"{config.source}: lora_target: this model has no linear layer '{name}'; "
-                    f"it has {', '.join(known)}"
+                    f"it has {known}"
                 )
-    layers = None
+            found |= named
+    return found
+
+
+def experts_note(base: nn.Module, finetuning_type: str) -> list[str]:
+    """A note where a mixture's experts are left out of `finetuning_type: lora`; else none.
+
+    They are tensors of three dimensions, and not linear layers.
+    """
+    found = text_parameters(base).values()
+    experts = sum(p.numel() for p in found if p.dim() == 3)
+    if finetuning_type != "lora" or not experts:
+        return []
+    share = experts / sum(p.numel() for p in found)
+    return [f"the experts, {share:.0%} of all parameters, take no adapter and stay as they are"]
+
+
+def shortest_names(wanted: Iterable[str], base: nn.Module) -> list[str]:
+    """Names that PEFT matches to the modules `wanted` and to no others of `base`, sorted.
+
+    PEFT takes a name for the end of a module's name, so q_proj alone would also be a vision
+    tower's: then the names are full ones.
+    """
+    wanted = {name.removesuffix(".base_layer") for name in wanted}
+    every = {name.removesuffix(".base_layer") for name, _ in base.named_modules()}
+    ends = {name.rpartition(".")[2] for name in wanted}
+    others = (name for name in every - wanted if ".lora_" not in name)
+    return sorted(wanted if any(name.rpartition(".")[2] in ends for name in others) else ends)
+
+
+def lora_config(config: Config, base: nn.Module, *, extras: bool = True) -> LoraConfig:
+    """PEFT's configuration of a new adapter; with `extras` it trains `additional_target` too."""
+    targets = lora_targets(config, base)
+    names, layers = shortest_names(targets, base), None
     if config.lora_layers is not None:
-        depth = base.config.num_hidden_layers
+        depth = base.config.get_text_config().num_hidden_layers
         layers = list(range(max(0, depth - config.lora_layers), depth))
+        if names[0] in targets and "." in names[0]:  # PEFT asks a full name for no layer's number
+            numbers = {name: LAYER.search(name) for name in names}
+            names = [name for name, n in numbers.items() if n is not None and int(n[1]) in layers]
+            layers = None
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_rank,
         lora_alpha=config.resolved_lora_alpha,
         lora_dropout=config.lora_dropout if config.stage == "rm" else 0.0,
-        target_modules=targets,
+        target_modules=names,
         layers_to_transform=layers,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in targets.values()),
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         modules_to_save=additional_modules(config, base) if extras else None,
@@ -89,15 +137,15 @@ def additional_modules(config: Config, base: nn.Module) -> list[str] | None:
     Raises:
         UserError: the model has no such module, or its weights are tied or quantised.
     """
-    names = comma_list(config.additional_target)
-    ends = {id(base.get_input_embeddings()), id(base.get_output_embeddings())}
-    tied = base.get_input_embeddings().weight is base.get_output_embeddings().weight
-    for name in names:
-        found = [
-            module
-            for full, module in base.named_modules()
-            if full == name or full.endswith(f".{name}")
-        ]
+    names: list[str] = []
+    embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
+    ends = {id(embeddings), id(head)}
+    tied = embeddings.weight is head.weight
+    text = {*text_model(base).modules(), *head.modules()}
+    for name in comma_list(config.additional_target):
+        ending = {full: m for full, m in base.named_modules() if full.endswith(name)}
+        inside = {full: module for full, module in ending.items() if module in text}
+        found = [module for full, module in inside.items() if f".{full}".endswith(f".{name}")]
         if not found:
             raise UserError(
                 f"{config.source}: additional_target: this model has no module '{name}'; name "
@@ -114,6 +162,8 @@ def additional_modules(config: Config, base: nn.Module) -> list[str] | None:
                 f"{config.source}: additional_target: {name}: its weights are quantised and "
                 "cannot train; leave it out, or quantization_bit"
             )
+        # PEFT takes a name for the end of a module's name, a tower's too: then they are full ones.
+        names += [name] if len(inside) == len(ending) else list(inside)
     return names or None
 
 
@@ -143,7 +193,8 @@ def set_dora_magnitudes(model: nn.Module, adapter: str) -> None:
         vectors = getattr(module, "lora_magnitude_vector", None)
         if vectors is not None and adapter in vectors:
             weight = dequantize_module_weight(module.base_layer).float()
-            vectors[adapter].weight.data = torch.linalg.norm(weight, dim=1)
+            inputs = 0 if module.fan_in_fan_out else 1
+            vectors[adapter].weight.data = torch.linalg.norm(weight, dim=inputs)
 
 
 def load_adapter(model: PeftModel, folder: str, name: str, key: str, **settings: Any) -> None:
@@ -227,18 +278,25 @@ def adapter_parameters(model: nn.Module, adapter: str) -> list[nn.Parameter]:
 def setup_weight_tuning(config: Config, base: nn.Module, kind: str) -> list[nn.Parameter]:
     """Make exactly the parameters that `kind` (`freeze` or `full`) trains require gradients.
 
-    Returns these parameters in the dtype of the base; `upcast_trainable` makes them float32 after a
-    frozen copy of the model has been taken.
+    Towers that text never passes are frozen: they would get no gradient. Returns those that train,
+    still in the dtype of the base: a frozen copy of the model is taken before `upcast_trainable`
+    makes them float32.
     """
-    names = None if kind == "full" else names_to_train(config, base)
-    trainable = [
-        parameter for name, parameter in base.named_parameters() if names is None or name in names
-    ]
+    own = text_parameters(base)
+    names = own.keys() if kind == "full" else names_to_train(config, base)
+    trainable = [parameter for name, parameter in own.items() if name in names]
     base.requires_grad_(False)
     for parameter in trainable:
         parameter.requires_grad_(True)
     round_outputs_to_bfloat16(base, trainable)
     return trainable
+
+
+def text_parameters(base: nn.Module) -> dict[str, nn.Parameter]:
+    """Full name -> parameter of the text model and the output head, in the model's order."""
+    parts = (text_model(base), base.get_output_embeddings())
+    inside = {id(parameter) for part in parts for parameter in part.parameters()}
+    return {name: p for name, p in base.named_parameters() if id(p) in inside}
 
 
 def names_to_train(config: Config, base: nn.Module) -> set[str]:
@@ -270,7 +328,7 @@ def parameters_by_module(base: nn.Module) -> tuple[dict[str, tuple[int, str]], d
     second maps the names of all other parameters to their module.
     """
     inside, outside = {}, {}
-    for name, _ in base.named_parameters():
+    for name in text_parameters(base):
         match = LAYER.search(name)
         if match is not None:
             inside[name] = (int(match[1]), match[2])

@@ -28,6 +28,7 @@ from fastppo.models.adapters import (
     comma_list,
     create_peft_model,
     disable_input_cast,
+    experts_note,
     frozen_copy,
     load_adapter,
     load_peft_model,
@@ -97,6 +98,7 @@ def build(config: Config, device: torch.device) -> Roles:
     """Load each model that the configuration names once, and assign the roles to the models."""
     builder = RolesBuilder(config, device)
     base = load_base(config, device, bits=config.quantization_bit)
+    builder.notes += experts_note(base, config.finetuning_type)
     if config.quantization_bit == 8:
         builder.notes.append(
             "quantization_bit: 8 picks outlier columns by batch on a GPU, so log-probs change with "
@@ -217,7 +219,7 @@ def place_on_weights(builder: RolesBuilder, base: nn.Module) -> None:
 def place_reference_model(builder: RolesBuilder, name: str) -> None:
     """`ref_model`: assign the reference to a separate frozen model, with `ref_model_adapters`."""
     config, bits = builder.config, builder.config.ref_model_quantization_bit
-    model: nn.Module = load_base(config, builder.device, name, bits, on_host=True)
+    model: nn.Module = load_base(config, builder.device, name, bits, key="ref_model", on_host=True)
     check_same_tokens(config, "ref_model", name, model)
     folders = comma_list(config.ref_model_adapters)
     adapter = None
@@ -279,7 +281,7 @@ def place_critic_model(builder: RolesBuilder) -> nn.Linear:
     config, name = builder.config, builder.config.critic_model
     kind = config.critic_finetuning_type or config.finetuning_type
     bits = config.quantization_bit if kind == "lora" else None
-    model: nn.Module = load_base(config, builder.device, name, bits)
+    model: nn.Module = load_base(config, builder.device, name, bits, key=name and "critic_model")
     head = new_value_head(hidden_size(model), builder.device)
     words = name or "a second copy of the base"
     if name is not None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from fastppo.ops.few_rows import few_rows_linear, runs_native, suits
 
@@ -25,7 +26,7 @@ def active_layers(model: nn.Module) -> list[LoraLayer]:
         for module in model.modules()
         if isinstance(module, LoraLayer)
         and not module.disable_adapters
-        and isinstance(module.get_base_layer(), nn.Linear)
+        and isinstance(module.get_base_layer(), nn.Linear | Conv1D)
         and module.get_base_layer().weight.is_floating_point()
         and any(name in module.lora_A for name in module.active_adapters)
     ]
@@ -65,9 +66,10 @@ def merge_layer(layer: LoraLayer) -> None:
     lora_a: Any = layer.lora_A[names[0]]
     lora_b: Any = layer.lora_B[names[0]]
     a_RD, b_VR = lora_a.weight.data, lora_b.weight.data
-    weight_VD = base.weight.data.to(a_RD.dtype)
-    merged_VD = torch.addmm(weight_VD, b_VR, a_RD, alpha=layer.scaling[names[0]])
-    base.weight.data = merged_VD.to(base.weight.dtype)
+    weight = base.weight.data.to(a_RD.dtype)  # (V, D), Conv1D's (D, V)
+    factors = (a_RD.T, b_VR.T) if isinstance(base, Conv1D) else (b_VR, a_RD)
+    merged = torch.addmm(weight, *factors, alpha=layer.scaling[names[0]])
+    base.weight.data = merged.to(base.weight.dtype)
     layer.merged_adapters.append(names[0])
 
 

@@ -18,14 +18,16 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils.logging import disable_progress_bar
 
 from fastppo.config.memory import offload_mode
 from fastppo.config.model import own_dtype, run_dtype
+from fastppo.config.published import check_last_position
 from fastppo.errors import UserError
-from fastppo.offload.activations import ActivationOffload, wrap
+from fastppo.offload.activations import ActivationOffload, find_layers, wrap
 
 if TYPE_CHECKING:
     from fastppo.config import Config
@@ -47,11 +49,15 @@ LOAD_ERRORS = (
 
 
 class LMHead(NamedTuple):
-    """The output head: logits = softcap(hidden W^T + b)."""
+    """The output head: logits = softcap(scale (hidden W^T + b)).
+
+    The `linear_*` ops have no scale: they are given temperature / scale, which is the same.
+    """
 
     weight_VD: Tensor
     bias_V: Tensor | None
     softcap: float | None
+    scale: float = 1.0
 
 
 def first_line(error: Exception) -> str:
@@ -85,12 +91,14 @@ def load_base(
     name: str | None = None,
     bits: int | None = None,
     *,
+    key: str | None = None,
     on_host: bool = False,
 ) -> PreTrainedModel:
     """Load `model_name_or_path`, or the model `name`: frozen, without dropout, in the run's dtype.
 
-    `bits` quantises its linear layers, except the output head, to 4 or 8 bits. The model is moved
-    to `device`; with `on_host` it stays in host memory, unless it is quantised.
+    `bits` quantises its linear layers to 4 or 8 bits, the output head excepted. It is moved to
+    `device`; with `on_host` it stays in host memory, unless it is quantised. `key` is the setting
+    that gave `name`, for errors.
 
     Raises:
         UserError: the model cannot be loaded, or its files lack some of its weights.
@@ -108,7 +116,12 @@ def load_base(
             "quantization_config": quantization_config(config, bits, dtype),
             "device_map": {"": device},
         }
+    own = load_config(config, name)
+    key = key or "model_name_or_path"
     name = name or config.model_name_or_path
+    check_last_position(config, key, name, own.to_dict())
+    if forget_pad_token(own):
+        settings["config"] = own
     try:
         # Weights of another shape are reported below, by name.
         base, info = AutoModelForCausalLM.from_pretrained(
@@ -130,6 +143,11 @@ def load_base(
             f"{config.source}: {name} has no {min(wrong)} of the shape that its config.json asks "
             "for; its files are not one model's: fetch or save it again"
         )
+    if getattr(base.get_output_embeddings(), "weight", None) is None:
+        raise UserError(
+            f"{config.source}: {name} ({type(base).__name__}) does not say which of its layers is "
+            "the output head, so it cannot be trained here; name a model of another family"
+        )
     base.requires_grad_(False)
     disable_dropout(base)
     if bits is not None:
@@ -141,15 +159,32 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     """The dtype of all models of the run and of their matrix products: bfloat16 or float32."""
     own, on_gpu = "float32", device.type == "cuda"
     if on_gpu and not config.bf16:
-        name = config.model_name_or_path
-        try:
-            own = own_dtype(
-                AutoConfig.from_pretrained(name, **_hub_settings(config, None)).to_dict()
-            )
-        except LOAD_ERRORS as error:
-            raise load_error(config, name, error) from None
+        own = own_dtype(load_config(config).to_dict())
     named = run_dtype(bf16=config.bf16, own=own, on_gpu=on_gpu)
     return torch.bfloat16 if named == "bfloat16" else torch.float32
+
+
+def load_config(config: Config, name: str | None = None) -> PretrainedConfig:
+    """The config.json of `model_name_or_path`, or of the model `name`."""
+    named = name or config.model_name_or_path
+    try:
+        return AutoConfig.from_pretrained(named, **_hub_settings(config, name))
+    except LOAD_ERRORS as error:
+        raise load_error(config, named, error) from None
+
+
+def forget_pad_token(own: PretrainedConfig) -> bool:
+    """Take a padding token out of a model's config that has no row in its embeddings.
+
+    Such as is left where a tokenizer got a token and its model no row for it: PyTorch then refuses
+    to make the embeddings. Returns whether there was one.
+    """
+    text = own.get_text_config()
+    pad, rows = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
+    if not isinstance(pad, int) or not isinstance(rows, int) or pad < rows:
+        return False
+    own.pad_token_id = text.pad_token_id = None
+    return True
 
 
 def load_error(config: Config, name: str, error: Exception) -> UserError:
@@ -264,9 +299,11 @@ def disable_dropout(model: nn.Module) -> None:
 def wrap_activations(config: Config, base: nn.Module) -> ActivationOffload:
     """Checkpoint or offload the activations of `base` as `activation_offloading` says.
 
-    Layers below the lowest one that trains are not changed: they save no activations.
+    Layers below the lowest one that trains are left alone: they save no activations. The layers are
+    the text model's, which beside a large vision tower are not those with the most parameters.
     """
-    return wrap(base, offload_mode(config), offload_dir=config.offload_dir)
+    layers = find_layers(text_model(base))
+    return wrap(base, offload_mode(config), layers=layers, offload_dir=config.offload_dir)
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -281,9 +318,38 @@ def trunk(model: nn.Module) -> nn.Module:
     return cast(nn.Module, getattr(base, base.base_model_prefix))
 
 
+def text_model(model: nn.Module) -> nn.Module:
+    """The part that text passes below the output head: the trunk, or the language model in it.
+
+    Only a multimodal model has more in its trunk: towers for images or sound, which text never
+    passes.
+    """
+    base: Any = causal_lm(model)
+    if base.config.get_text_config() is base.config:
+        return trunk(base)
+    return cast(nn.Module, base.get_decoder())
+
+
 def hidden_size(model: nn.Module) -> int:
-    """Width of the last hidden state."""
-    return int(causal_lm(model).config.get_text_config().hidden_size)
+    """Width of the last hidden state, which is what the output head takes.
+
+    It is not always `config.hidden_size`: OPT-350m has 1024, and projects to 512 for its head.
+    """
+    head: Any = causal_lm(model).get_output_embeddings()
+    return int(head.weight.shape[-1])
+
+
+def logit_scale(model: nn.Module) -> float:
+    """What logits are multiplied by behind the output head: Cohere's and Granite's models, others.
+
+    A model that does it under a name unknown here is refused by `Roles.check_head`.
+    """
+    config = causal_lm(model).config.get_text_config()
+    scale = 1.0
+    for name in ("logit_scale", "lm_head_multiplier"):
+        scale *= getattr(config, name, None) or 1.0
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+    return float(scale * divisor if config.model_type == "hyperclovax" else scale / divisor)
 
 
 def lm_head(model: nn.Module, dtype: torch.dtype | None = None) -> LMHead:
@@ -295,7 +361,7 @@ def lm_head(model: nn.Module, dtype: torch.dtype | None = None) -> LMHead:
         weight_VD = weight_VD.to(dtype)
         bias_V = None if bias_V is None else bias_V.to(dtype)
     softcap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
-    return LMHead(weight_VD, bias_V, softcap)
+    return LMHead(weight_VD, bias_V, softcap, logit_scale(base))
 
 
 def check_same_tokens(
@@ -313,13 +379,14 @@ def check_same_tokens(
         model: the model itself.
         cure: the error's advice.
     """
-    tokenizer = load_tokenizer(config)
+    tokenizer, own = load_tokenizer(config), load_config(config).get_text_config().vocab_size
     rows = causal_lm(model).get_input_embeddings().weight.shape[0]
     try:
         theirs = load_tokenizer(config, name).get_vocab()
     except UserError:  # a folder without tokenizer: only the number of tokens can be checked
         theirs = None
-    if len(tokenizer) > rows or (theirs is not None and theirs != tokenizer.get_vocab()):
+    # A token that the policy itself has no row for never comes.
+    if min(len(tokenizer), own) > rows or (theirs is not None and theirs != tokenizer.get_vocab()):
         raise UserError(
             f"{key}: {name} has another tokenizer than {config.model_name_or_path}; {cure}"
         )

@@ -235,9 +235,16 @@ class ActivationOffload:
 
 
 def wrap(
-    model: nn.Module, mode: str, *, offload_dir: str | Path | None = None
+    model: nn.Module,
+    mode: str,
+    *,
+    layers: Sequence[nn.Module] | None = None,
+    offload_dir: str | Path | None = None,
 ) -> ActivationOffload:
     """Set a model's mode until the next call of `wrap`.
+
+    Args:
+        layers: its layers, where finding them is not enough.
 
     Returns:
         The ActivationOffload, already entered; it is also stored as `model.activation_offload`.
@@ -247,7 +254,9 @@ def wrap(
         return cast(ActivationOffload, known)
     if known is not None:
         known.__exit__()
-    entered = ActivationOffload(model, cast(Mode, mode), offload_dir=offload_dir).__enter__()
+    entered = ActivationOffload(
+        model, cast(Mode, mode), layers=layers, offload_dir=offload_dir
+    ).__enter__()
     cast(Any, model).activation_offload = entered
     return entered
 

@@ -85,6 +85,7 @@ def ptx_backward(roles: Roles, batch: Batch, coef: float) -> Tensor:
             batch.token_N,
             bias_V=head.bias_V,
             softcap=head.softcap,
+            temperature=1 / head.scale,
         ).logprob_N
         loss = -logprob_N.mean()
         (coef * loss).backward()  # type: ignore[no-untyped-call]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -55,13 +56,18 @@ def response_length(
     return len(token_row), False
 
 
-def cache_bytes(model: Any) -> int:
-    """Bytes of one token's keys and values in all layers, as if no layer had a sliding window."""
-    config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return int(2 * config.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize)
+@torch.no_grad()
+def cache_bytes(roles: Roles) -> int:
+    """Bytes of one token's keys and values in all layers, as if no layer had a sliding window.
+
+    They are measured in a forward of one token, because the keys of config.json that give number
+    and width of the cached heads differ between families.
+    """
+    ids_BT = torch.zeros(1, 1, dtype=torch.long, device=roles.device)
+    with roles.precision():
+        cache = roles.trunk(input_ids=ids_BT, use_cache=True).past_key_values
+    held = (x for layer in cache.layers for x in vars(layer).values() if isinstance(x, Tensor))
+    return sum(x.nbytes for x in held if x.is_floating_point())
 
 
 def cache_budget(roles: Roles, sampling: Sampling, plan: Plan | None = None) -> float:
@@ -156,11 +162,12 @@ def sample(
         Rows of prompt and response, padded on the right.
     """
     roles.eval()
+    budget = cache_budget(roles, sampling, plan)
     groups = split_prompts(
         prompts,
         sampling.max_new_tokens,
-        cache_bytes(roles.base),
-        cache_budget(roles, sampling, plan),
+        cache_bytes(roles) if math.isfinite(budget) else 0,
+        budget,
         None if budgets is None else budgets.generation_batch,
     )
     answers: dict[int, Answer] = {}
@@ -264,12 +271,13 @@ def generation_config_of(model: Any, generation: GenerationConfig) -> Iterator[N
     own (Qwen2.5-Instruct has repetition_penalty 1.05 and top_k 20 there), so that responses would
     be sampled from another distribution than the policy's.
     """
-    before, use_cache = model.generation_config, model.config.use_cache
-    model.generation_config, model.config.use_cache = generation, True
+    config = model.config.get_text_config()  # a multimodal model's own config has no cache
+    before, use_cache = model.generation_config, config.use_cache
+    model.generation_config, config.use_cache = generation, True
     try:
         yield
     finally:
-        model.generation_config, model.config.use_cache = before, use_cache
+        model.generation_config, config.use_cache = before, use_cache
 
 
 def make_rollout(

@@ -26,15 +26,15 @@ def token_scores(
     chunk_bytes: int | None = None,
 ) -> TokenLogprobs:
     """Log-probs and entropies of the response tokens; the output head runs on no other tokens."""
-    weight_VD, bias_V, softcap = roles.lm_head
+    head = roles.lm_head
     hidden_ND = batch.packing.gather(hidden_BTD)
     return linear_token_logprobs(
-        hidden_ND.to(weight_VD.dtype),
-        weight_VD,
+        hidden_ND.to(head.weight_VD.dtype),
+        head.weight_VD,
         batch.token_N,
-        bias_V=bias_V,
-        softcap=softcap,
-        temperature=temperature,
+        bias_V=head.bias_V,
+        softcap=head.softcap,
+        temperature=temperature / head.scale,
         chunk_bytes=chunk_bytes,
     )
 
@@ -52,9 +52,11 @@ def exact_scores(
         head = roles.lm_head
     with roles.use("reference"):
         ref_head = roles.lm_head
-    if ref_head.softcap != head.softcap or ref_head.bias_V is not head.bias_V:
+    alike = (head.softcap, head.scale) == (ref_head.softcap, ref_head.scale)
+    if not alike or ref_head.bias_V is not head.bias_V:
         raise UserError(
-            "kl_penalty: full: the reference has an output bias or softcap of its own; use kl"
+            "kl_penalty: full: the reference has an output bias, scale or softcap of its own; use "
+            "kl"
         )
     return linear_score_tokens(
         batch.packing.gather(actor_BTD).to(head.weight_VD.dtype),
@@ -64,7 +66,7 @@ def exact_scores(
         ref_weight_VD=ref_head.weight_VD,
         bias_V=head.bias_V,
         softcap=head.softcap,
-        temperature=temperature,
+        temperature=temperature / head.scale,
         chunk_bytes=chunk_bytes,
     )
 

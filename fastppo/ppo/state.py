@@ -19,6 +19,14 @@ from fastppo.memory.auto import advice_on_failure, resolve_auto
 from fastppo.memory.budgets import Budgets
 from fastppo.models.batch import check_packing, shuffled_batch
 from fastppo.models.build import Roles, build
+from fastppo.models.limits import (
+    check_reference_vocabulary,
+    check_reward_tokens,
+    check_rows,
+    drop_pad_without_row,
+    embedding_rows,
+    note_beyond_training,
+)
 from fastppo.models.load import load_tokenizer
 from fastppo.ppo.advantage import KLController, RunningScore
 from fastppo.ppo.columns import absent_columns
@@ -63,7 +71,7 @@ class State:
     tracker: Trackers | None
     budgets: Budgets
     plan: Plan | None  # None if the shape of the model is unknown
-    notes: list[str]  # the memory plan's decisions, to be printed
+    notes: list[str]  # to be printed: decisions of the memory plan, tokens, positions
     ptx: Demonstrations | None = None
     step: int = 0
     before: Answers | None = None
@@ -143,7 +151,10 @@ def init_state(
     for spec in config.rewards:  # before loading the base, which takes a while
         if spec.kind == "function":
             load_function(spec.target, "reward_model")
-    tokenizer = load_tokenizer(config)
+    tokenizer, rows = load_tokenizer(config), embedding_rows(config)
+    check_reward_tokens(config, tokenizer)
+    check_reference_vocabulary(config)
+    pad_note = drop_pad_without_row(tokenizer, rows)
     template = get_template(
         config.template,
         tokenizer,
@@ -158,8 +169,16 @@ def init_state(
         if held_out
         else prompts
     )[: config.eval_max_samples]
-    # After the tokenizer was loaded: the hub's cache now has the model's config.json.
-    config, plan, notes = resolve_auto(config, device)
+    ptx = Demonstrations.of(records.ptx, template, config)
+    check_rows(tokenizer, rows, [[template.eos_id]], "template", "the end of an answer")
+    every = [prompt.ids for prompt in [*prompts, *eval_prompts]]
+    check_rows(tokenizer, rows, every, "dataset", "a prompt")
+    if ptx is not None:
+        check_rows(tokenizer, rows, (p + a for p, a in ptx.pairs), "ptx_dataset", "an answer")
+    longest = max(map(len, every)) + config.max_new_tokens
+    found = (pad_note, note_beyond_training(config, longest))
+    config, plan, notes = resolve_auto(config, device)  # the shape is in the hub's cache by now
+    notes += [line for line in found if line is not None]
     budgets = Budgets.of(config)
     with advice_on_failure(plan, config, budgets, device):
         roles = build(config, device)
@@ -190,5 +209,5 @@ def init_state(
         budgets=budgets,
         plan=plan,
         notes=notes,
-        ptx=Demonstrations.of(records.ptx, template, config),
+        ptx=ptx,
     )

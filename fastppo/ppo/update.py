@@ -122,7 +122,7 @@ def actor_loss(
         tokens.weight_N,
         bias_V=head.bias_V,
         softcap=head.softcap,
-        temperature=config.temperature,
+        temperature=config.temperature / head.scale,
         ref_logprob_N=scored.ref_logprob_N[at] if config.use_kl_loss else None,
         kl_coef=experience.kl_coef if config.use_kl_loss else None,
         importance_weight_N=None if importance_N is None else importance_N[at],

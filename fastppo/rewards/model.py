@@ -23,6 +23,7 @@ from fastppo.config.rewards import HEAD_FILES, split
 from fastppo.errors import UserError
 from fastppo.memory.budgets import Budget
 from fastppo.models.batch import Batch, partition
+from fastppo.models.limits import check_rows
 from fastppo.models.load import (
     LOAD_ERRORS,
     attention_implementation,
@@ -30,6 +31,7 @@ from fastppo.models.load import (
     check_same_tokens,
     compute_dtype,
     first_line,
+    forget_pad_token,
     hidden_size,
     not_loaded,
 )
@@ -62,7 +64,12 @@ class ClassifierReward:
         # The head's bias, written by fastppo-export: transformers' classifiers have no bias.
         self.bias = float(getattr(model.config, "score_bias", 0.0))
         inner = model.config.get_text_config()
-        self.pad_id: int | None = inner.pad_token_id
+        embeddings: Any = model.get_input_embeddings()
+        rows = int(embeddings.weight.shape[0])
+        pad_id = inner.pad_token_id
+        # -1 and a token that was added without a row mean the same as none.
+        self.pad_id: int | None = pad_id if pad_id is not None and 0 <= pad_id < rows else None
+        self.rows = rows
         self.max_length = min(
             getattr(inner, "max_position_embeddings", None) or 1 << 30,
             getattr(tokenizer, "model_max_length", None) or 1 << 30,
@@ -103,11 +110,16 @@ class ClassifierReward:
             )
         return list(ids[-self.max_length :])
 
+    def check(self, rows: list[list[int]]) -> None:
+        """Refuse conversations with a token that the classifier's embeddings have no row for."""
+        check_rows(self.tokenizer, self.rows, rows, self.key, "a conversation")
+
     @torch.no_grad()
     def __call__(self, rollout: Rollout) -> Tensor:
         device = rollout.input_ids_BT.device
         found = zip(rollout.prompts, rollout.texts, rollout.terminated, strict=True)
         rows = [self.encode(prompt, text, truncated=not ended) for prompt, text, ended in found]
+        self.check(rows)
         score_B = torch.empty(len(rows), device=device)
         for chosen in partition([len(row) for row in rows], range(len(rows)), self.budget.padded):
             score_B[chosen] = self.logits([rows[i] for i in chosen], device)
@@ -230,7 +242,13 @@ def load_model(kind: Any, name: str, config: Config, device: torch.device) -> An
     adapters = adapters_of(config)
     try:
         if adapters and kind is AutoModelForSequenceClassification:
-            own["config"] = config_with_one_label(name, config)
+            found = config_with_one_label(name, config)
+        else:
+            found = AutoConfig.from_pretrained(
+                name, cache_dir=config.cache_dir, trust_remote_code=config.trust_remote_code
+            )
+        forget_pad_token(found)
+        own["config"] = found
         model, info = kind.from_pretrained(
             name,
             cache_dir=config.cache_dir,

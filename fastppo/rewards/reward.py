@@ -146,8 +146,7 @@ def make_reward(
         elif spec.kind == "full":
             full = load_full(spec.target, config, roles.device, template, budget)
             if isinstance(full, ClassifierReward):
-                for truncated in (False, True):
-                    full.encode(prompts[0], "", truncated=truncated)
+                full.check([full.encode(prompts[0], "", truncated=x) for x in (False, True)])
             parts.append(full)
         elif spec.kind == "api":
             api = ApiReward(

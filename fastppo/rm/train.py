@@ -24,12 +24,19 @@ from fastppo.models.adapters import (
     adapter_to_continue,
     adapters_to_merge,
     disable_input_cast,
+    experts_note,
     load_peft_model,
     merge_adapters,
     round_outputs_to_bfloat16,
     setup_lora_tuning,
     setup_weight_tuning,
     upcast_trainable,
+)
+from fastppo.models.limits import (
+    check_rows,
+    drop_pad_without_row,
+    embedding_rows,
+    note_beyond_training,
 )
 from fastppo.models.load import (
     causal_lm,
@@ -159,7 +166,8 @@ def set_up(config: Config, records: Records) -> Setup:
     evaluated = None
     if not config.trains:
         evaluated, config = folder_to_evaluate(config)
-    tokenizer = load_tokenizer(config)
+    tokenizer, rows = load_tokenizer(config), embedding_rows(config)
+    pad_note = drop_pad_without_row(tokenizer, rows)
     template = get_template(
         config.template,
         tokenizer,
@@ -173,7 +181,7 @@ def set_up(config: Config, records: Records) -> Setup:
     train_pairs, eval_pairs = (
         Pairs(
             encode_pairs(
-                rows,
+                part,
                 template,
                 config.cutoff_len,
                 config.default_system,
@@ -181,9 +189,16 @@ def set_up(config: Config, records: Records) -> Setup:
                 suffix=score_at == "suffix",
             )
         )
-        for rows in (records.train, records.eval)
+        for part in (records.train, records.eval)
     )
+    check_rows(tokenizer, rows, [[template.eos_id]], "template", "the end of an answer")
+    for pair in (*train_pairs.pairs, *eval_pairs.pairs):
+        texts = (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
+        check_rows(tokenizer, rows, texts, "dataset", "a pair")
+    longest = max(train_pairs.longest, eval_pairs.longest)
+    found = (pad_note, note_beyond_training(config, longest))
     config, plan, auto_notes = resolve_auto(config, device)
+    auto_notes += [line for line in found if line is not None]
     budgets = Budgets.of(config)
     set_seed(config.seed)
     with advice_on_failure(plan, config, budgets, device):
@@ -212,7 +227,11 @@ def set_up(config: Config, records: Records) -> Setup:
         offload.mode,
         evaluated,
         resumed,
-        notes=[*auto_notes, *config.notes],
+        notes=[
+            *auto_notes,
+            *experts_note(causal_lm(model), config.finetuning_type),
+            *config.ignored,
+        ],
         resume_notes=resume_notes,
     )
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastppo.config.published import hidden_width
 from fastppo.config.rewards import HEAD_FILES, split
 from fastppo.config.training import BITSANDBYTES
 from fastppo.data import Records, read_records
 from fastppo.errors import UserError
 from fastppo.run import durable
 from fastppo.run.launch import check_one_process
+from fastppo.run.sizes import check_sizes, read_header
 from fastppo.templates import check_name
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def check_files(config: Config) -> Records:
     for key in ("adapter_name_or_path", "ref_model_adapters"):
         check_adapters(config, key)
     check_rewards(config)
+    check_sizes(config)
     check_output_dir(config)
     return read_records(config)
 
@@ -257,24 +259,20 @@ def cure_of_lora(folder: Path) -> str:
 def head_size(path: Path, source: str) -> int:
     """Hidden size that a value head was made for, from the safetensors header alone."""
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length)) if length < 1 << 20 else {}
-        return int(header["v_head.summary.weight"]["shape"][-1])
-    except (OSError, ValueError, KeyError, IndexError, TypeError, struct.error):
+        return int(read_header(path)["v_head.summary.weight"]["shape"][-1])
+    except (OSError, ValueError, LookupError, TypeError):
         raise UserError(
             f"{source}: reward_model: {path} has no v_head.summary.weight; train one with stage: rm"
         ) from None
 
 
 def hidden_size(config: Config) -> int | None:
-    """The base's hidden size, or None if its config.json is not local."""
+    """Width of the base's last hidden state, or None if its config.json is not local."""
     path = Path(config.model_name_or_path) / "config.json"
     if not path.is_file():
         return None
     data = read_json_file(path, f"{config.source}: model_name_or_path")
-    inner = data.get("text_config")
-    size = data.get("hidden_size", inner.get("hidden_size") if isinstance(inner, dict) else None)
+    size = hidden_width(data)
     if size is not None and not isinstance(size, int):
         raise UserError(
             f"{config.source}: model_name_or_path: hidden_size in {path} is {size!r}; mend it"

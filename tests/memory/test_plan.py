@@ -410,7 +410,7 @@ def test_bad_plans_are_one_line_and_code_2(arguments, words, capsys):
 
 
 def test_a_config_json_without_sizes_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match="does not say how large"):
         find_shape_and_source(str(tmp_path))
 

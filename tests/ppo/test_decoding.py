@@ -90,7 +90,7 @@ def test_a_small_cache_splits_the_prompts_and_changes_no_greedy_answer(tiny_role
     made = tiny_roles()
     whole, logprobs, found = answer(made)
     longest = max(found.prompt_lengths) + 8
-    room = rows * longest * cache_bytes(made.base) / 2**30
+    room = rows * longest * cache_bytes(made) / 2**30
     calls = []
     original = made.base.generate
     made.base.generate = lambda **kwargs: (
@@ -121,7 +121,7 @@ def test_the_cache_is_counted_as_it_is(tiny_roles):
     made = tiny_roles()
     cache = made.base(torch.ones(2, 5, dtype=torch.long), use_cache=True).past_key_values
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert held == 2 * 5 * cache_bytes(made.base)
+    assert held == 2 * 5 * cache_bytes(made)
 
 
 def test_a_cpu_has_no_limit_and_a_gpu_what_weights_and_optimiser_leave(tiny_roles, monkeypatch):
