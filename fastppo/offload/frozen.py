@@ -143,13 +143,21 @@ class StreamedModel:
 
 
 def place_frozen(
-    model: nn.Module, device: torch.device, *, streamed: bool, offload_dir: str | Path | None = None
+    model: nn.Module,
+    device: torch.device,
+    *,
+    streamed: bool,
+    layers: Sequence[nn.Module] | None = None,
+    offload_dir: str | Path | None = None,
 ) -> nn.Module:
-    """Move a frozen model to the device or, with `streamed`, stream its layers; returns it."""
+    """Move a frozen model to the device or, with `streamed`, stream its layers; returns it.
+
+    `layers` are they, where finding them is not enough.
+    """
     if not streamed:
         return model.requires_grad_(False).eval().to(device)
     # Kept on the model: nobody else needs it, and it has to live as long.
-    cast(Any, model).streamed = stream(model, device, offload_dir=offload_dir)
+    cast(Any, model).streamed = stream(model, device, layers=layers, offload_dir=offload_dir)
     return model
 
 
