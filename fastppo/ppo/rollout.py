@@ -63,7 +63,8 @@ def cache_bytes(roles: Roles) -> int:
     Measured with a forward of one token: where a config.json says how many heads are cached, and of
     what width, differs between families.
     """
-    ids_BT = torch.zeros(1, 1, dtype=torch.long, device=roles.device)
+    embeddings: Any = causal_lm(roles.base).get_input_embeddings()
+    ids_BT = torch.zeros(1, 1, dtype=torch.long, device=embeddings.weight.device)
     with roles.precision():
         cache = roles.trunk(input_ids=ids_BT, use_cache=True).past_key_values
     held = (x for layer in cache.layers for x in vars(layer).values() if isinstance(x, Tensor))
