@@ -22,7 +22,15 @@ from fastppo.errors import UserError
 from fastppo.export.config import read_json
 from fastppo.models.adapters import merge_adapters
 from fastppo.models.limits import drop_pad_without_row
-from fastppo.models.load import LOAD_ERRORS, causal_lm, first_line, hidden_size, not_loaded, trunk
+from fastppo.models.load import (
+    LOAD_ERRORS,
+    causal_lm,
+    first_line,
+    hidden_size,
+    not_loaded,
+    trunk,
+    vocabulary_size,
+)
 from fastppo.models.value_head import load_value_head
 from fastppo.rewards.adapter import read_score_at
 from fastppo.templates import get_template
@@ -42,7 +50,7 @@ def export(config: ExportConfig) -> Iterator[str]:
     name, last = str(config.model_name_or_path), config.trained_folder
     source = last if (last / "tokenizer_config.json").is_file() else Path(name)
     tokenizer = load_pretrained(AutoTokenizer, str(source), config)
-    rows = load_pretrained(AutoConfig, name, config).get_text_config().vocab_size
+    rows = vocabulary_size(load_pretrained(AutoConfig, name, config))
     if (line := drop_pad_without_row(tokenizer, rows)) is not None:
         yield line
     template = get_template(config.template or recorded_template(last), tokenizer)

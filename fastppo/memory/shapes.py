@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,9 @@ TABLE: dict[str, ModelShape] = {
     "meta-llama/Llama-3.2-1B": _llama(2048, 16, 32, 8, 8192, tied=True),
     "meta-llama/Llama-3.2-3B": _llama(3072, 28, 24, 8, 8192, tied=True),
     "meta-llama/Llama-3.3-70B": _llama(8192, 80, 64, 8, 28672),
-    "mistralai/Mistral-7B-v0.1": _llama(4096, 32, 32, 8, 14336, 32000),
+    "mistralai/Mistral-7B-v0.1": replace(
+        _llama(4096, 32, 32, 8, 14336, 32000), sliding_layers=32, window=4096
+    ),
     "mistralai/Mistral-7B-v0.2": _llama(4096, 32, 32, 8, 14336, 32000),
     "mistralai/Mistral-7B-v0.3": _llama(4096, 32, 32, 8, 14336, 32768),
     "google/gemma-2-2b": _gemma2(2304, 26, 8, 4, 256, 9216),

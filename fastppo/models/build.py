@@ -45,10 +45,12 @@ from fastppo.models.load import (
     disable_dropout,
     hidden_size,
     load_base,
+    text_model,
     wrap_activations,
 )
 from fastppo.models.roles import Place, Role, Roles
 from fastppo.models.value_head import load_value_head, new_value_head
+from fastppo.offload.activations import find_layers
 from fastppo.offload.frozen import place_frozen
 
 if TYPE_CHECKING:
@@ -226,7 +228,10 @@ def place_reference_model(builder: RolesBuilder, name: str) -> None:
     if bits is None:
         model = merge_adapters(model, folders, "ref_model_adapters")
         streamed, folder = reference_streams(config), config.offload_dir
-        model = place_frozen(model, builder.device, streamed=streamed, offload_dir=folder)
+        layers = find_layers(text_model(model)) if streamed else None
+        model = place_frozen(
+            model, builder.device, streamed=streamed, layers=layers, offload_dir=folder
+        )
     elif folders:  # adapters cannot be merged into quantised weights
         model = load_peft_model(model, folders[0], "ref_model_adapters", train=False)
         adapter = "default"

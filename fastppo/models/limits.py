@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastppo.errors import UserError
-from fastppo.models.load import load_config, load_tokenizer
+from fastppo.models.load import load_config, load_tokenizer, vocabulary_size
 
 if TYPE_CHECKING:
     from fastppo.config import Config
@@ -21,7 +21,7 @@ CURE = "give the model a row for it (resize_token_embeddings) and save it"
 
 def embedding_rows(config: Config) -> int:
     """Rows of the base's embeddings, from its config.json: tokens that it can take."""
-    return int(load_config(config).get_text_config().vocab_size)
+    return vocabulary_size(load_config(config))
 
 
 def drop_pad_without_row(tokenizer: Any, rows: int) -> str | None:
@@ -115,7 +115,7 @@ def check_reference_vocabulary(config: Config) -> None:
     if config.kl_penalty != "full" or config.ref_model is None:
         return
     own = embedding_rows(config)
-    theirs = load_config(config, config.ref_model).get_text_config().vocab_size
+    theirs = vocabulary_size(load_config(config, config.ref_model))
     if theirs != own:
         raise UserError(
             f"kl_penalty: full: ref_model {config.ref_model} has {theirs} logits and "

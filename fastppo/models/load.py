@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 from pickle import UnpicklingError
 from types import MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -173,6 +174,12 @@ def load_config(config: Config, name: str | None = None) -> PretrainedConfig:
         raise load_error(config, named, error) from None
 
 
+def vocabulary_size(own: PretrainedConfig) -> int:
+    """Rows of the embeddings of a model with this config; no limit where it does not say."""
+    rows = getattr(own.get_text_config(), "vocab_size", None)
+    return rows if isinstance(rows, int) else sys.maxsize
+
+
 def forget_pad_token(own: PretrainedConfig) -> bool:
     """Take a padding token out of a model's config that has no row in its embeddings.
 
@@ -180,8 +187,8 @@ def forget_pad_token(own: PretrainedConfig) -> bool:
     to make the embeddings. Returns whether there was one.
     """
     text = own.get_text_config()
-    pad, rows = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
-    if not isinstance(pad, int) or not isinstance(rows, int) or pad < rows:
+    pad = getattr(text, "pad_token_id", None)
+    if not isinstance(pad, int) or pad < vocabulary_size(own):
         return False
     own.pad_token_id = text.pad_token_id = None
     return True
@@ -379,7 +386,7 @@ def check_same_tokens(
         model: the model itself.
         cure: the error's advice.
     """
-    tokenizer, own = load_tokenizer(config), load_config(config).get_text_config().vocab_size
+    tokenizer, own = load_tokenizer(config), vocabulary_size(load_config(config))
     rows = causal_lm(model).get_input_embeddings().weight.shape[0]
     try:
         theirs = load_tokenizer(config, name).get_vocab()

@@ -142,13 +142,21 @@ class StreamedModel:
 
 
 def place_frozen(
-    model: nn.Module, device: torch.device, *, streamed: bool, offload_dir: str | Path | None = None
+    model: nn.Module,
+    device: torch.device,
+    *,
+    streamed: bool,
+    layers: Sequence[nn.Module] | None = None,
+    offload_dir: str | Path | None = None,
 ) -> nn.Module:
-    """Move a frozen model to the device or, with `streamed`, stream its layers; returns it."""
+    """Move a frozen model to the device or, with `streamed`, stream its layers; returns it.
+
+    `layers` are those to stream; None is the layers that `find_layers` finds.
+    """
     if not streamed:
         return model.requires_grad_(False).eval().to(device)
     # Stored on the model, because it must live as long as the model.
-    cast(Any, model).streamed = stream(model, device, offload_dir=offload_dir)
+    cast(Any, model).streamed = stream(model, device, layers=layers, offload_dir=offload_dir)
     return model
 
 

@@ -63,7 +63,8 @@ def cache_bytes(roles: Roles) -> int:
     They are measured in a forward of one token, because the keys of config.json that give number
     and width of the cached heads differ between families.
     """
-    ids_BT = torch.zeros(1, 1, dtype=torch.long, device=roles.device)
+    embeddings: Any = causal_lm(roles.base).get_input_embeddings()
+    ids_BT = torch.zeros(1, 1, dtype=torch.long, device=embeddings.weight.device)
     with roles.precision():
         cache = roles.trunk(input_ids=ids_BT, use_cache=True).past_key_values
     held = (x for layer in cache.layers for x in vars(layer).values() if isinstance(x, Tensor))

@@ -34,9 +34,11 @@ from fastppo.models.load import (
     forget_pad_token,
     hidden_size,
     not_loaded,
+    text_model,
 )
 from fastppo.models.load import trunk as model_trunk
 from fastppo.models.value_head import load_value_head
+from fastppo.offload.activations import find_layers
 from fastppo.offload.frozen import place_frozen
 from fastppo.rewards.adapter import HeadReward
 from fastppo.types import Prompt, Rollout
@@ -188,13 +190,13 @@ def load_full(
                 f"reward_model: the tokenizer of {name} has no chat template to write the "
                 "conversation with; put a chat_template.jinja beside it"
             )
-        return ClassifierReward(place_on_device(model, config, device), own, name, budget)
+        return ClassifierReward(place_on_device(model, config, device, model), own, name, budget)
     model = load_model(AutoModelForCausalLM, name, config, device)
     inner = causal_lm(model)
     cure = "train it on the same base, or name a sequence classifier"
     check_same_tokens(config, "reward_model", name, inner, cure)
     # Only the trunk: its output head is not needed.
-    trunk = place_on_device(model_trunk(inner), config, device)
+    trunk = place_on_device(model_trunk(inner), config, device, inner)
     head = load_value_head(folder, hidden_size(inner), device)
     head.requires_grad_(False)
 
@@ -285,12 +287,19 @@ def load_model(kind: Any, name: str, config: Config, device: torch.device) -> An
     return model.requires_grad_(False).eval()
 
 
-def place_on_device(model: Placed, config: Config, device: torch.device) -> Placed:
-    """Move the model to the device, or stream it; a quantised model is on the device already."""
+def place_on_device(
+    model: Placed, config: Config, device: torch.device, whole: nn.Module
+) -> Placed:
+    """Move the model to the device, or stream it; a quantised model is on the device already.
+
+    `whole` is the model with its head, which knows the text model's layers.
+    """
     if config.reward_model_quantization_bit is not None:
         return model
     streamed, folder = config.stream_frozen, config.offload_dir
-    return cast(Placed, place_frozen(model, device, streamed=streamed, offload_dir=folder))
+    layers = list(find_layers(text_model(whole))) if streamed else None
+    placed = place_frozen(model, device, streamed=streamed, layers=layers, offload_dir=folder)
+    return cast(Placed, placed)
 
 
 def config_with_one_label(name: str, config: Config) -> Any:

@@ -122,6 +122,14 @@ def test_activations_are_those_of_the_text_models_layers(built):
     assert list(layers) == list(made.base.model.language_model.layers)
 
 
+def test_a_streamed_reference_streams_the_text_models_layers(built, tmp_path):
+    zoo.write("gemma3", tmp_path / "gemma3")
+    made = built("gemma3", ref_model=str(tmp_path / "gemma3"), stream_frozen=True)
+    with made.use("reference"):
+        streamed = made.base.streamed.layers
+        assert streamed == list(made.base.model.language_model.layers)
+
+
 # Keys and values of one token in float32: 2 x layers x key heads x head size x 4 bytes.
 CACHES = {"llama": 2 * 2 * 2 * 8 * 4, "falcon": 2 * 2 * 1 * 8 * 4, "gemma3": 2 * 2 * 2 * 8 * 4}
 

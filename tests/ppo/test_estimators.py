@@ -207,7 +207,9 @@ def test_an_exact_kl_between_heads_of_two_kinds_is_refused(
         return own(roles)._replace(softcap=30.0 if roles._active == "reference" else None)
 
     monkeypatch.setattr(type(made), "lm_head", property(capped))
-    with pytest.raises(UserError, match="kl_penalty: full: the reference has an output bias or"):
+    with pytest.raises(
+        UserError, match="kl_penalty: full: the reference has an output bias, scale or"
+    ):
         experience_of(made, rollout, config(kl_penalty="full"))
 
 
