@@ -97,11 +97,6 @@ def build(config: Config, device: torch.device) -> Roles:
     """Load the models that the configuration names, each once, and assign the roles to them."""
     builder = RolesBuilder(config, device)
     base = load_base(config, device, bits=config.quantization_bit)
-    if config.quantization_bit == 8:
-        builder.notes.append(
-            "quantization_bit: 8 picks outlier columns by batch on a GPU, so log-probs change with "
-            "the micro-batch and the first ratios are not exactly 1; 4 has no such effect"
-        )
     if config.finetuning_type == "lora":
         place_on_adapters(builder, base)
     else:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import re
 from pickle import UnpicklingError
-from types import MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -16,7 +15,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedModel,
 )
 from transformers.utils.logging import disable_progress_bar
@@ -24,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from fastppo.config.memory import offload_mode
 from fastppo.config.model import own_dtype, run_dtype
 from fastppo.errors import UserError
+from fastppo.models.quantised import quantization_config, use_training_kernels
 from fastppo.offload.activations import ActivationOffload, wrap
 
 if TYPE_CHECKING:
@@ -164,38 +163,6 @@ def _hub_settings(config: Config, name: str | None) -> dict[str, Any]:
         if config.model_gguf_file:
             found["gguf_file"] = config.model_gguf_file
     return found
-
-
-def quantization_config(config: Config, bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """bitsandbytes' settings for 4 or 8 bits, with LLaMA-Factory's defaults."""
-    if bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=config.quantization_type,
-        bnb_4bit_use_double_quant=config.double_quantization,
-        bnb_4bit_compute_dtype=dtype,
-    )
-
-
-def use_training_kernels(base: nn.Module) -> None:
-    """Make quantised layers compute in evaluation mode as they do in training mode.
-
-    On CPUs bitsandbytes repacks 4-bit weights in the first forward in evaluation mode, for good,
-    and that form has no backward: adapters in the layers below would get no gradient. Its 8-bit
-    layers round activations in evaluation mode only, so that no ratio would start at 1.
-    """
-    for module in base.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-        if hasattr(getattr(module, "state", None), "is_training"):
-            module.train()
-            module.train = MethodType(_keep_mode, module)
-
-
-def _keep_mode(module: nn.Module, mode: bool = True) -> nn.Module:
-    """In place of `train` and `eval`: the mode stays."""
-    return module
 
 
 def attention_implementation(

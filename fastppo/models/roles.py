@@ -134,8 +134,7 @@ class Roles:
     @property
     def product_precision(self) -> Precision:
         """How the actor's matrix products are rounded under PyTorch's present flags."""
-        base = causal_lm(self.places["actor"].model)
-        return product_precision(self.device, base, autocast=self.autocast)
+        return product_precision(self.device, autocast=self.autocast)
 
     def precision(self) -> Any:
         """Context in which forwards run: autocast to bfloat16 for a bfloat16 base, else none."""

@@ -39,15 +39,15 @@ LIMITS: dict[Precision, Limits] = {
 }
 
 
-def product_precision(device: torch.device, base: Any, *, autocast: bool) -> Precision:
-    """The lowest precision in which a layer of `base` multiplies matrices on `device`.
+def product_precision(device: torch.device, *, autocast: bool) -> Precision:
+    """The lowest precision in which a layer multiplies matrices on `device`.
 
     `autocast` is whether the run autocasts to bfloat16. An autocast that is already active counts
     too, and so do PyTorch's flags for float32 (`tf32: true`, `torch.set_float32_matmul_precision`,
-    `allow_tf32`). float16 counts as TF32, whose significand is as long. On a GPU bitsandbytes'
-    8-bit layers round activations to 8 bits; its 4-bit layers multiply in the dtype of the run.
+    `allow_tf32`). float16 counts as TF32, whose significand is as long. Quantised layers multiply
+    in the dtype of the run.
     """
-    if autocast or (device.type == "cuda" and getattr(base, "is_loaded_in_8bit", False)):
+    if autocast:
         return "bfloat16"
     if torch.is_autocast_enabled(device.type):
         half = torch.get_autocast_dtype(device.type)
