@@ -49,11 +49,13 @@ def own_dtype(data: dict[str, Any]) -> str:
     return str(named).removeprefix("torch.")
 
 
-def run_dtype(*, bf16: bool, own: str, on_gpu: bool) -> str:
-    """bfloat16 where `bf16` asks for it; without, on a GPU the checkpoint's own, else float32.
+def run_dtype(*, bf16: bool, fp16: bool, own: str, on_gpu: bool) -> str:
+    """What `bf16` or `fp16` asks for; without, on a GPU the checkpoint's own, else float32.
 
-    LLaMA-Factory's rule for a GPU, but for weights in float16: they run in bfloat16, which is as
-    large and needs no loss scaler.
+    LLaMA-Factory's rule for a GPU, but for weights in float16 without `fp16`: they run in bfloat16,
+    which is as large and needs no loss scaler.
     """
+    if fp16:
+        return "float16"
     half = bf16 or (on_gpu and own in ("bfloat16", "float16"))
     return "bfloat16" if half else "float32"

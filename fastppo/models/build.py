@@ -32,15 +32,15 @@ from fastppo.models.adapters import (
     load_adapter,
     load_peft_model,
     merge_adapters,
-    round_outputs_to_bfloat16,
+    round_outputs,
     setup_lora_tuning,
     setup_weight_tuning,
     upcast_trainable,
 )
 from fastppo.models.load import (
+    autocast_dtype,
     causal_lm,
     check_same_tokens,
-    compute_dtype,
     disable_dropout,
     hidden_size,
     load_base,
@@ -113,13 +113,13 @@ def build(config: Config, device: torch.device) -> Roles:
     places = {role: builder.make_place(role) for role in builder.assigned}
     for place in places.values():
         if place.adapter is not None:
-            round_outputs_to_bfloat16(place.model, place.trainable)
+            round_outputs(place.model, place.trainable)
         upcast_trainable(place.trainable)
     for place in places.values():
         if place.trainable:
             wrap_activations(config, causal_lm(place.model))
-    autocast = compute_dtype(config, device) == torch.bfloat16
-    if autocast and not config.bf16:
+    autocast = autocast_dtype(config, device)
+    if autocast is not None and not (config.bf16 or config.fp16):
         builder.notes.append(
             "bf16 is not set, and on a GPU a base in 16 bits then stays so: this run is in bfloat16"
         )

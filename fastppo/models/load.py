@@ -130,9 +130,9 @@ def load_base(
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """The dtype of every model of the run and of its matrix products: bfloat16 or float32."""
+    """The dtype of every model of the run and of its matrix products."""
     own, on_gpu = "float32", device.type == "cuda"
-    if on_gpu and not config.bf16:
+    if on_gpu and not (config.bf16 or config.fp16):
         name = config.model_name_or_path
         try:
             own = own_dtype(
@@ -140,8 +140,14 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
             )
         except LOAD_ERRORS as error:
             raise load_error(config, name, error) from None
-    named = run_dtype(bf16=config.bf16, own=own, on_gpu=on_gpu)
-    return torch.bfloat16 if named == "bfloat16" else torch.float32
+    named = run_dtype(bf16=config.bf16, fp16=config.fp16, own=own, on_gpu=on_gpu)
+    return cast(torch.dtype, getattr(torch, named))
+
+
+def autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:
+    """What the run autocasts to: its dtype, or None where that is float32."""
+    dtype = compute_dtype(config, device)
+    return None if dtype == torch.float32 else dtype
 
 
 def load_error(config: Config, name: str, error: Exception) -> UserError:
@@ -170,17 +176,25 @@ def attention_implementation(
 ) -> str | None:
     """transformers' name for LLaMA-Factory's `flash_attn`; None leaves the choice to transformers.
 
-    `auto` is flash-attn where it is installed and can run (on CUDA, in bfloat16), else None.
+    `auto` is flash-attn where it is installed and can run (on CUDA, from Ampere on, in 16 bits),
+    else None.
     """
-    runs = device.type == "cuda" and dtype == torch.bfloat16
+    runs = device.type == "cuda" and dtype != torch.float32 and not before_ampere(device)
     if flash_attn == "fa2" and not runs:
         if device.type != "cuda":
             raise UserError("flash_attn: fa2 needs a CUDA device and there is none; use auto")
+        if before_ampere(device):
+            raise UserError("flash_attn: fa2 needs a GPU of Ampere or later; use auto")
         raise UserError("flash_attn: fa2 computes in 16 bits; set bf16: true, or use auto")
     if flash_attn == "auto" and runs and importlib.util.find_spec("flash_attn") is not None:
         return "flash_attention_2"
     names = {"sdpa": "sdpa", "disabled": "eager", "fa2": "flash_attention_2"}
     return names.get(flash_attn)
+
+
+def before_ampere(device: torch.device) -> bool:
+    """Whether this GPU is older than flash-attn supports: V100, T4, RTX 20."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] < 8
 
 
 def disable_dropout(model: nn.Module) -> None:

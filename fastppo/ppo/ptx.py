@@ -70,8 +70,12 @@ class Demonstrations:
             yield make_batch(sequences, range(len(chosen)))
 
 
-def ptx_backward(roles: Roles, batch: Batch, coef: float) -> Tensor:
+def ptx_backward(
+    roles: Roles, batch: Batch, coef: float, *, loss_scale: Tensor | None = None
+) -> Tensor:
     """Add the gradient of coef * mean(-log-prob of an answer's token) to the actor's.
+
+    With fp16 it is `loss_scale` times as large, as theirs is.
 
     Returns:
         The mean before its coefficient, in nats (0-d, detached). At temperature 1: a likelihood.
@@ -87,5 +91,6 @@ def ptx_backward(roles: Roles, batch: Batch, coef: float) -> Tensor:
             softcap=head.softcap,
         ).logprob_N
         loss = -logprob_N.mean()
-        (coef * loss).backward()  # type: ignore[no-untyped-call]
+        factor = coef if loss_scale is None else coef * loss_scale
+        (factor * loss).backward()  # type: ignore[no-untyped-call]
     return loss.detach()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.amp import GradScaler
 from transformers import set_seed
 
 from fastppo.config import Config, load_config
@@ -20,6 +21,7 @@ from fastppo.memory.budgets import Budgets
 from fastppo.models.batch import check_packing, shuffled_batch
 from fastppo.models.build import Roles, build
 from fastppo.models.load import load_tokenizer
+from fastppo.models.scaler import make_scaler
 from fastppo.ppo.advantage import KLController, RunningScore
 from fastppo.ppo.columns import absent_columns
 from fastppo.ppo.metrics import MetricsWriter
@@ -65,6 +67,7 @@ class State:
     plan: Plan | None  # None: the shape of the model is not known
     notes: list[str]  # the memory plan's decisions, in words
     ptx: Demonstrations | None = None
+    scaler: GradScaler | None = None  # of the loss, with fp16
     step: int = 0
     before: Answers | None = None
     evaluations: list[dict[str, Any]] = field(default_factory=list)  # entries of the log
@@ -76,13 +79,18 @@ class State:
     saved_step: int = -1  # the step of the last checkpoint that this run wrote
 
     def __post_init__(self) -> None:
-        self.snapshot = Snapshot(self.optimizer)
+        self.snapshot = Snapshot(self.optimizer, self.scaler)
         self.prompt_order = prompt_order(self.config, len(self.prompts))
 
     def next_prompts(self) -> list[Prompt]:
         """The prompts of the next step, each `num_generations` times in a row."""
         copies = range(self.config.num_generations)
         return [self.prompts[i] for i in self.prompt_order(self.step) for _ in copies]
+
+    def step_schedule(self, row: Mapping[str, float]) -> None:
+        """Advance the learning rate; it waits, as in transformers, where overflows left no step."""
+        if row["optimizer_steps"] or not row.get("overflow_steps"):
+            self.scheduler.step()
 
     def seconds(self) -> float:
         """Wall time since the run began."""
@@ -190,4 +198,5 @@ def init_state(
         plan=plan,
         notes=notes,
         ptx=Demonstrations.of(records.ptx, template, config),
+        scaler=make_scaler(roles.autocast, device),
     )

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from fastppo.config.ppo import KL_KIND
-from fastppo.errors import TrainingStopped
 from fastppo.memory.budgets import Budgets
 from fastppo.memory.retry import retry
 from fastppo.models.batch import Batch, batches, largest_micro_batch, to_device, token_index
-from fastppo.models.rounding import LIMITS, Precision
+from fastppo.models.scaler import current_scale, overflows
 from fastppo.ops import PolicyLoss, PolicyLossConfig, linear_policy_loss, value_loss
+from fastppo.ppo.guards import check_first_pass
 from fastppo.ppo.metrics import Totals, means
 from fastppo.ppo.ptx import ptx_backward
 from fastppo.seeds import seed_of
@@ -108,8 +109,12 @@ def actor_loss(
     hidden_ND: Tensor,
     config: Config,
     chunk_bytes: int | None = None,
+    loss_scale: Tensor | None = None,
 ) -> PolicyLoss:
-    """PPO's clipped loss with its KL and entropy terms, from the actor's hidden states."""
+    """PPO's clipped loss with its KL and entropy terms, from the actor's hidden states.
+
+    Its gradients are made with it, in the logits' dtype: with fp16 `loss_scale` times as large.
+    """
     scored, at = experience.scored, tokens.index_N
     head, importance_N = roles.lm_head, experience.importance_weight_N
     return linear_policy_loss(
@@ -127,6 +132,7 @@ def actor_loss(
         importance_weight_N=None if importance_N is None else importance_N[at],
         offsets=batch.packing.offsets,
         chunk_bytes=chunk_bytes,
+        grad_scale=loss_scale,
         config=policy_loss_config(config),
     )
 
@@ -154,6 +160,11 @@ def critic_loss(
     return value.loss
 
 
+def scaled(loss: Tensor, loss_scale: Tensor | None) -> Tensor:
+    """The loss whose gradients are `loss_scale` times as large; None leaves it as it is."""
+    return loss if loss_scale is None else loss * loss_scale
+
+
 def forward_backward(
     roles: Roles,
     experience: Experience,
@@ -165,11 +176,13 @@ def forward_backward(
     train_actor: bool = True,
     kept: Kept | None = None,
     chunk_bytes: int | None = None,
+    loss_scale: Tensor | None = None,
 ) -> None:
     """Forward, loss and backward of one micro-batch; gradients and `totals` are added to.
 
     A role's backward ends before the next role's forward. `kept` is the actor's forward that
     scoring has kept: if it is of these rows, it takes the place of the actor's forward here.
+    Gradients are `loss_scale` times as large; the losses in `totals` are not.
     """
     tokens = Tokens.of(experience, batch, mini)
     with roles.use("actor"):
@@ -178,19 +191,21 @@ def forward_backward(
             if actor_BTD is None:
                 actor_BTD = roles.hidden(**batch.inputs)
             actor_ND = batch.packing.gather(actor_BTD)
-            policy = actor_loss(roles, experience, batch, tokens, actor_ND, config, chunk_bytes)
+            policy = actor_loss(
+                roles, experience, batch, tokens, actor_ND, config, chunk_bytes, loss_scale
+            )
         loss = policy.loss
         if roles.has_critic and roles.shares_trunk:
             value = critic_loss(roles, experience, tokens, actor_ND, config, totals)
             loss = loss + config.vf_coef * value
         if loss.requires_grad:
-            loss.backward()  # type: ignore[no-untyped-call]
+            scaled(loss, loss_scale).backward()  # type: ignore[no-untyped-call]
     if roles.has_critic and not roles.shares_trunk:
         with roles.use("critic"):
             critic_ND = batch.packing.gather(roles.hidden(**batch.inputs))
             value = critic_loss(roles, experience, tokens, critic_ND, config, totals)
             loss = config.vf_coef * value
-            loss.backward()  # type: ignore[no-untyped-call]
+            scaled(loss, loss_scale).backward()  # type: ignore[no-untyped-call]
     stats = policy.metrics
     totals.add("policy_loss", stats.surrogate)
     if config.use_kl_loss:
@@ -209,6 +224,7 @@ def accumulate_gradients(
     budgets: Budgets,
     *,
     train_actor: bool = True,
+    loss_scale: Tensor | None = None,
 ) -> Totals:
     """Forward, loss and backward of one optimiser step, in micro-batches as the budget is now.
 
@@ -227,6 +243,7 @@ def accumulate_gradients(
             train_actor=train_actor,
             kept=experience.scored.kept,
             chunk_bytes=budgets.chunk_bytes,
+            loss_scale=loss_scale,
         )
     return totals
 
@@ -238,20 +255,6 @@ def release(optimizer: torch.optim.Optimizer, kept: Kept | None) -> None:
         kept.hidden_BTD = None
 
 
-def check_first_pass(mean_log_ratio: float, precision: Precision) -> None:
-    """Raise TrainingStopped if scoring and update disagree: before the first step the ratio is 1.
-
-    A ratio that is not finite is let through: its step is skipped, and counted.
-    """
-    limit = 10 * LIMITS[precision].log_ratio
-    if limit < mean_log_ratio < math.inf:
-        raise TrainingStopped(
-            f"mean |log ratio| is {mean_log_ratio:.2g} before the first update, the limit is "
-            f"{limit:g} with products in {precision}; the likeliest cause: scoring and update run "
-            "different weights, dropout or attention kernels"
-        )
-
-
 def shares_first_pass(config: Config, budgets: Budgets) -> bool:
     """Whether scoring's forward can serve as the update's first: both run the same micro-batches.
 
@@ -260,14 +263,11 @@ def shares_first_pass(config: Config, budgets: Budgets) -> bool:
     return config.ppo_buffer_size == 1 and budgets.update == budgets.scoring
 
 
-def losses_finite(totals: Totals) -> Tensor:
-    """Whether every loss of an optimiser step is finite (0-d bool, on the device)."""
-    names = {"policy_loss", "kl_loss", "value_loss", "ptx_loss"} & totals.sums.keys()
-    return torch.stack([totals.sums[name].isfinite() for name in sorted(names)]).all()
-
-
 def clip_and_step(
-    optimizer: torch.optim.Optimizer, max_grad_norm: float, keep: Tensor
+    optimizer: torch.optim.Optimizer,
+    max_grad_norm: float,
+    keep: Tensor,
+    scaler: GradScaler | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Clip the gradients of each role by their own norm; then step, unless `keep` is False.
 
@@ -276,10 +276,14 @@ def clip_and_step(
     they were. PyTorch's fused AdamW decides that on the device, and the host does not wait; for
     another optimiser the host has to read it.
 
+    With a `scaler` gradients are divided by its scale first, and the scale is updated.
+
     Returns:
         Norms before clipping, by role (0-d, of those that have a gradient), and whether the step
         was taken (0-d bool).
     """
+    if scaler is not None:
+        scaler.unscale_(optimizer)
     limit = max_grad_norm if max_grad_norm > 0 else float("inf")
     owned: dict[str, list[nn.Parameter]] = defaultdict(list)
     for group in optimizer.param_groups:
@@ -294,6 +298,8 @@ def clip_and_step(
         optimizer.step()
     elif taken.item():
         optimizer.step()
+    if scaler is not None:
+        scaler.update()
     return norms, taken
 
 
@@ -308,6 +314,7 @@ def update(
     ptx: Iterator[Batch] | None = None,
     budgets: Budgets | None = None,
     nonfinite_run: float = 0.0,
+    scaler: GradScaler | None = None,
 ) -> dict[str, float]:
     """Train on a rollout: `ppo_epochs` passes over it, one optimiser step for each mini-batch.
 
@@ -316,12 +323,14 @@ def update(
     of memory is repeated in smaller micro-batches: no weight has moved yet.
 
     A step whose loss or gradient is not finite is skipped; after `max_bad_steps` of them in a row,
-    counted on from `nonfinite_run`, no further step is taken.
+    counted on from `nonfinite_run`, no further step is taken. With fp16 a step whose gradient
+    overflows by the loss scale alone is skipped too, and counted apart.
 
     Args:
         train_actor: False trains the critic alone (`critic_warmup`).
         ptx: micro-batches of written answers, one for each optimiser step.
         budgets: sizes of micro-batches; None takes the configuration's.
+        scaler: of the loss, with fp16.
 
     Returns:
         The step's metrics, by their names in docs/metrics.md.
@@ -344,12 +353,16 @@ def update(
     for passes, mini in enumerate(minis, 1):
         tokens += sum(lengths[row] for row in mini.rows)
         optimizer.zero_grad(set_to_none=True)
-        sums = accumulate(roles, experience, mini, config, budgets, train_actor=train_actor)
+        scale = None if scaler is None else current_scale(scaler, bad_run.device)
+        sums = accumulate(
+            roles, experience, mini, config, budgets, train_actor=train_actor, loss_scale=scale
+        )
         if passes == 1:
             first_pass = sums["log_ratio_abs"].item() / mini.tokens
             check_first_pass(first_pass, roles.product_precision)
         if ptx is not None and train_actor:
-            sums.add("ptx_loss", ptx_backward(roles, next(ptx), config.ptx_coef))
+            batch = next(ptx)
+            sums.add("ptx_loss", ptx_backward(roles, batch, config.ptx_coef, loss_scale=scale))
         totals.merge(sums)
         if config.early_stopping:
             early_stopped = sums["policy_kl"].item() / mini.tokens > 1.5 * config.target_kl
@@ -357,19 +370,28 @@ def update(
                 break
         # A step whose mean ratio has run away teaches nothing (TRL's ratio_threshold).
         ratio_is_near = sums["ratio"] <= config.ratio_threshold * mini.tokens
-        finite, goes_on = losses_finite(sums), bad_run < limit
+        finite_loss, goes_on = sums.losses_finite(), bad_run < limit
         norms, taken = clip_and_step(
-            optimizer, config.max_grad_norm, keep=ratio_is_near & finite & goes_on
+            optimizer, config.max_grad_norm, ratio_is_near & finite_loss & goes_on, scaler
         )
         steps += 1
+        finite_gradient = torch.ones_like(finite_loss)
         for role, norm in norms.items():
-            finite = finite & norm.isfinite()
+            finite_gradient = finite_gradient & norm.isfinite()
             totals.add(f"grad_norm_{role}", torch.where(taken, norm, 0))
-        bad_run = torch.where(finite & goes_on, 0.0, bad_run + 1)
+        overflow = torch.zeros_like(finite_loss)
+        if scale is not None:
+            overflow = overflows(finite_loss, finite_gradient, scale)
+        finite = finite_loss & (finite_gradient | overflow)
+        # An overflow is no bad step, and no good one that would end a row of them.
+        bad_run = torch.where(finite & goes_on, torch.where(overflow, bad_run, 0.0), bad_run + 1)
+        totals.add("overflow", overflow.float())
         totals.sums["nonfinite_run"] = bad_run
         totals.add("nonfinite", (~finite).float())
         totals.add("taken", taken.float())
     optimizer.zero_grad(set_to_none=True)
     roles.eval()
+    if scaler is not None:
+        totals.sums["loss_scale"] = current_scale(scaler, bad_run.device)
     row = means(totals, passes=passes, steps=steps, early_stopped=early_stopped)
     return {"ratio_first_pass": first_pass, "update_tokens": tokens, **row}

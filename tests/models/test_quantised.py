@@ -22,6 +22,8 @@ BITS = [
     {"quantization_bit": 4},
     {"quantization_bit": 8},
     {"quantization_bit": 4, "quantization_type": "fp4", "double_quantization": False, "bf16": True},
+    {"quantization_bit": 4, "fp16": True},
+    {"quantization_bit": 8, "fp16": True},
 ]
 
 
@@ -72,7 +74,8 @@ def test_a_quantised_run_starts_at_kl_0_learns_saves_and_resumes(
         mine = hidden_as(state.roles, role, batch)
         assert torch.equal(hidden_as(resumed.roles, role, batch), mine)
     assert not torch.equal(hidden_as(state.roles, "reference", batch), mine)
-    dtype = torch.bfloat16 if "bf16" in bits else torch.float32
+    dtype = state.roles.autocast or torch.float32
+    assert dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}.get(list(bits)[-1], dtype)
     base = AutoModelForCausalLM.from_pretrained(
         wide_dir,
         quantization_config=quantization_config(state.config, bits["quantization_bit"], dtype),
