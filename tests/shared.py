@@ -20,7 +20,7 @@ from fastppo.models import build as roles
 # What decides no weight, nor where a role runs: data, schedule, arithmetic, files.
 ELSEWHERE = {
     *(DataKeys.model_fields | PPOKeys.model_fields | StepKeys.model_fields),
-    *(TrainingKeys.model_fields.keys() - {"bf16"}),
+    *(TrainingKeys.model_fields.keys() - {"bf16", "fp16"}),
     *("output_dir", "metrics_dir", "overwrite_output_dir", "resume_from_checkpoint", "source"),
     *("max_new_tokens", "min_new_tokens", "temperature", "top_p", "top_k", "eval_max_samples"),
 }

@@ -85,8 +85,8 @@ _NOTES: dict[str, str] = {
     "evaluation computes what the metrics name": """batch_eval_metrics eval_accumulation_steps
         eval_do_concat_batches generation_config include_for_metrics include_inputs_for_metrics
         label_names past_index prediction_loss_only""",
-    "bf16 alone says what is computed in bfloat16": """bf16_full_eval fp16_backend fp16_full_eval
-        fp16_opt_level half_precision_backend""",
+    "bf16 and fp16 alone say what is computed in 16 bits": """bf16_full_eval fp16_backend
+        fp16_full_eval fp16_opt_level half_precision_backend""",
     "it belongs to torch_compile, which is refused": "torch_compile_backend torch_compile_mode",
     "profilers are run around the command, not in it": """debug enable_torch_profiler
         profile_modules profiler_active_steps profiler_output_dir profiler_profile_memory
@@ -127,7 +127,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         _OFF,
         "evaluation is over all of eval_dataset together; evaluate one set a run",
     ),
-    "fp16": (_OFF, "use bf16: true, or leave both out"),
     "fp8": (_OFF, "use bf16: true"),
     "fsdp": ((None, "", False), "fastppo trains on one device; leave it out"),
     "full_determinism": (_OFF, "seed fixes everything random; leave it out"),
@@ -160,7 +159,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "torch_compile": (_OFF, "leave it out"),
     "train_from_scratch": (_OFF, "PPO and reward models start from a trained model"),
     "train_on_prompt": (_OFF, "the loss is on responses; leave it out"),
-    "upcast_layernorm": (_OFF, "leave bf16 out to compute in float32"),
+    "upcast_layernorm": (_OFF, "leave bf16 and fp16 out to compute in float32"),
     "use_adam_mini": (_OFF, _OPTIMISER),
     "use_apollo": (_OFF, _OPTIMISER),
     "use_badam": (_OFF, _OPTIMISER),

@@ -54,11 +54,13 @@ def own_dtype(data: dict[str, Any]) -> str:
     return str(named).removeprefix("torch.")
 
 
-def run_dtype(*, bf16: bool, own: str, on_gpu: bool) -> str:
-    """The run's dtype: bfloat16 with `bf16`; else on a GPU the weights' own, on a CPU float32.
+def run_dtype(*, bf16: bool, fp16: bool, own: str, on_gpu: bool) -> str:
+    """The run's dtype: by `bf16` or `fp16`; else on a GPU the weights' own, on a CPU float32.
 
-    On a GPU this is LLaMA-Factory's rule, except that weights in float16 run in bfloat16, which has
-    the same size and needs no loss scaler.
+    On a GPU this is LLaMA-Factory's rule, except that without `fp16` weights in float16 run in
+    bfloat16, which has the same size and needs no loss scaler.
     """
+    if fp16:
+        return "float16"
     half = bf16 or (on_gpu and own in ("bfloat16", "float16"))
     return "bfloat16" if half else "float32"

@@ -165,6 +165,13 @@ class OptimiserKeys(Keys):
         "Models in bfloat16, with autocast; what trains stays float32. If false: on a GPU the "
         "checkpoint's own 16 bits, else float32.",
     )
+    fp16: bool = key(
+        False,
+        HF,
+        "Models in float16, with autocast and a loss scaler, for GPUs without bfloat16 "
+        "(T4, V100, RTX 20); if a gradient overflows, its step is skipped and the scale halved. "
+        "What trains stays float32.",
+    )
     tf32: bool | None = key(
         None, HF, "float32 products in TF32 on a GPU that has it; null is PyTorch's default."
     )
@@ -282,6 +289,10 @@ class TrainingKeys(LoggingKeys, OptimiserKeys):
 
     @model_validator(mode="after")
     def _training_belongs_together(self) -> TrainingKeys:
+        if self.fp16 and self.bf16:
+            raise ValueError(
+                "fp16: and bf16 are both true; keep bf16 where the GPU has it, else fp16"
+            )
         for name in self.report_to.split(","):
             if name.strip() not in (*TRACKERS, "none", "all", ""):
                 raise ValueError(

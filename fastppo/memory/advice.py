@@ -124,6 +124,11 @@ def quantize(bits: int) -> Reduction:
     return reduction
 
 
+def halve_weights(plan: Plan) -> Settings:
+    """Models in 16 bits if they are not yet."""
+    return {} if plan.inputs.itemsize < 4 else {"bf16": True}
+
+
 # The first reductions change only the speed, the last ones the training itself.
 REDUCTIONS: tuple[Reduction, ...] = (
     halve("per_device_eval_batch_size", 1),
@@ -132,7 +137,7 @@ REDUCTIONS: tuple[Reduction, ...] = (
     halve_generation_batch,
     set_to("disable_gradient_checkpointing", False),
     set_to("activation_offloading", "checkpoint+offload"),
-    set_to("bf16", True),
+    halve_weights,
     halve("lora_rank", 8),
     set_to("critic", "shared"),
     quantize(8),

@@ -90,8 +90,9 @@ class PlanInputs:
     @property
     def dtype(self) -> str:
         """The name of the base's dtype."""
-        on_gpu = self.device == "gpu"
-        return run_dtype(bf16=self.config.bf16, own=self.checkpoint_dtype, on_gpu=on_gpu)
+        config, on_gpu = self.config, self.device == "gpu"
+        own = self.checkpoint_dtype
+        return run_dtype(bf16=config.bf16, fp16=config.fp16, own=own, on_gpu=on_gpu)
 
     @property
     def itemsize(self) -> int:

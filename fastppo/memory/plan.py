@@ -111,7 +111,8 @@ def plan_config(config: Config, device: Literal["gpu", "cpu"]) -> tuple[Plan, li
         where = inputs.reward_source
         notes.append(f"reward adapter of rank {inputs.reward_rank} ({where})")
     own = "the checkpoint's own on a GPU" if device == "gpu" else "float32 on a CPU"
-    why = "bf16: true" if config.bf16 else f"bf16 is not set: {own}"
+    asked = [f"{key}: true" for key in ("bf16", "fp16") if getattr(config, key)]
+    why = asked[0] if asked else f"bf16 is not set: {own}"
     notes.append(f"base in {inputs.dtype} ({why})")
     if config.stage == "ppo":
         notes.append(

@@ -11,23 +11,34 @@ from fastppo.memory.tape import FLOAT32
 
 # Optimiser -> how many numbers it stores per parameter; optimisers that are not listed store two.
 OPTIMIZER_STATES: Final = {"sgd": 0, "adagrad": 1, "rmsprop": 1, "lion": 1}
-BYTES_8BIT: Final = 1 + FLOAT32 / 256  # bitsandbytes' blocks of 256 have a float32 scale
+# bitsandbytes' blocks: numbers that share a scale; and a layer's tables of codes, in bytes.
+BLOCK_4BIT, BLOCK_8BIT = 64, 256
+CODES_4BIT: Final = FLOAT32 * 16
+CODES_8BIT: Final = FLOAT32 * (256 + 1)  # and the mean that is taken off the scales
+BYTES_8BIT: Final = 1 + FLOAT32 / BLOCK_8BIT
 
 
-def weight_bytes(shape: ModelShape, item: int, bits: int | None) -> int:
+def weight_bytes(shape: ModelShape, item: int, bits: int | None, *, double: bool = True) -> int:
     """Bytes of a frozen model: `bits` per weight of linear layers, `item` bytes per other weight.
 
-    With 4 bits, a block of 64 weights has a scale of one byte, and 256 scales share a float32. With
-    8 bits each output has a float32 scale. `bits` None is not quantised.
+    With 4 bits, a block of 64 weights has a float32 scale; with `double` (double quantisation) one
+    of one byte, and 256 scales share a float32. Each layer also has the tables of its codes. With 8
+    bits each output has a float32 scale. `bits` None is not quantised.
     """
     if bits is None:
         return shape.parameters * item
     linear = shape.linear_parameters
     rest = (shape.parameters - linear) * item
-    if bits == 4:
-        return rest + linear // 2 + linear // 64 + FLOAT32 * (linear // (64 * 256))
-    outputs = shape.layers * sum(out for _, out in shape.linears.values())
-    return rest + linear + FLOAT32 * outputs
+    if bits == 8:
+        outputs = shape.layers * sum(out for _, out in shape.linears.values())
+        return rest + linear + FLOAT32 * outputs
+    blocks = [-(-wide * out // BLOCK_4BIT) for wide, out in shape.linears.values()]
+    each = CODES_4BIT * len(blocks)
+    if double:
+        each += CODES_8BIT * len(blocks) + sum(n + FLOAT32 * -(-n // BLOCK_8BIT) for n in blocks)
+    else:
+        each += FLOAT32 * sum(blocks)
+    return rest + linear // 2 + shape.layers * each
 
 
 def streamed_bytes(shape: ModelShape, item: int) -> tuple[int, int]:
@@ -95,7 +106,8 @@ class StaticBytes:
         self.shape = self.shapes.base
         own = (inputs.actor_rank, inputs.actor_target)
         self.actor = self.trainable(self.shape, config.finetuning_type, *own)
-        base = weight_bytes(self.shape, item, config.quantization_bit)
+        self.double = config.double_quantization
+        base = weight_bytes(self.shape, item, config.quantization_bit, double=self.double)
         if self.actor.trains_base:  # trainable weights are float32 instead of the base's dtype
             base += self.actor.parameters * (FLOAT32 - item)
         self.rows["base weights"] = base
@@ -148,7 +160,8 @@ class StaticBytes:
 
         With `stays` it is never streamed.
         """
-        size = weight_bytes(shape, self.inputs.itemsize, bits)
+        double = self.double or row == "reward weights"
+        size = weight_bytes(shape, self.inputs.itemsize, bits, double=double)
         if self.inputs.config.stream_frozen and bits is None and not stays:
             size, away = streamed_bytes(shape, self.inputs.itemsize)
             self.host[row] = self.host.get(row, 0) + away
@@ -193,7 +206,7 @@ class StaticBytes:
             kind = config.critic_finetuning_type or config.finetuning_type
             bits = config.quantization_bit if kind == "lora" else None
             critic = self.trainable(shape, kind, config.lora_rank, config.lora_target)
-            weights = weight_bytes(shape, inputs.itemsize, bits)
+            weights = weight_bytes(shape, inputs.itemsize, bits, double=self.double)
             if critic.trains_base:
                 weights += critic.parameters * (FLOAT32 - inputs.itemsize)
             self.rows["critic weights"] = weights

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from fastppo.config import Config
 
 LINEAR = (nn.Linear, Conv1D)  # GPT-2's layers are Conv1D, a linear layer with a transposed weight
-LAYER = re.compile(r"\.(\d+)\.([^.]+)")  # in a parameter's name: layer, and the module in it
+HALVES = (torch.bfloat16, torch.float16)
+LAYER = re.compile(r"\.(\d+)\.([^.]+)")  # in a parameter's name: number and module of its layer
 
 
 def comma_list(text: str | None) -> list[str]:
@@ -288,7 +290,7 @@ def setup_weight_tuning(config: Config, base: nn.Module, kind: str) -> list[nn.P
     base.requires_grad_(False)
     for parameter in trainable:
         parameter.requires_grad_(True)
-    round_outputs_to_bfloat16(base, trainable)
+    round_outputs(base, trainable)
     return trainable
 
 
@@ -354,28 +356,27 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     return other.requires_grad_(False)
 
 
-def round_outputs_to_bfloat16(model: nn.Module, trainable: Iterable[nn.Parameter]) -> None:
-    """Make norms and embeddings with trainable bfloat16 parameters round their output to bfloat16.
+def round_outputs(model: nn.Module, trainable: Iterable[nn.Parameter]) -> None:
+    """Make norms and embeddings with trainable 16-bit parameters round their output to that dtype.
 
     Call it before `upcast_trainable`. Autocast does not change these modules: with float32 weights
     their output, and then the residual stream, would be float32, and the policy would differ from
-    the reference, which runs in bfloat16.
+    the reference, which runs in 16 bits.
     """
     chosen = set(trainable)
     for module in causal_lm(model).modules():
-        trains = any(
-            p in chosen for p in module.parameters(recurse=False) if p.dtype == torch.bfloat16
-        )
-        if trains and not isinstance(module, nn.Linear):
-            module.register_forward_hook(_to_bfloat16)
+        own = [p.dtype for p in module.parameters(recurse=False) if p in chosen]
+        halves = [dtype for dtype in own if dtype in HALVES]
+        if halves and not isinstance(module, nn.Linear):
+            module.register_forward_hook(partial(_round_output, halves[0]))
 
 
-def _to_bfloat16(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-    return output.to(torch.bfloat16) if isinstance(output, Tensor) else output
+def _round_output(dtype: torch.dtype, _module: nn.Module, _inputs: Any, output: Any) -> Any:
+    return output.to(dtype) if isinstance(output, Tensor) else output
 
 
 def upcast_trainable(trainable: Iterable[nn.Parameter]) -> None:
-    """Cast bfloat16 parameters to float32: bfloat16 would round away an update of 1/1000."""
+    """Cast 16-bit parameters to float32: bfloat16 would round away an update of 1/1000."""
     for parameter in trainable:
-        if parameter.dtype == torch.bfloat16:
+        if parameter.dtype in HALVES:
             parameter.data = parameter.data.float()

@@ -33,15 +33,15 @@ from fastppo.models.adapters import (
     load_adapter,
     load_peft_model,
     merge_adapters,
-    round_outputs_to_bfloat16,
+    round_outputs,
     setup_lora_tuning,
     setup_weight_tuning,
     upcast_trainable,
 )
 from fastppo.models.load import (
+    autocast_dtype,
     causal_lm,
     check_same_tokens,
-    compute_dtype,
     disable_dropout,
     hidden_size,
     load_base,
@@ -101,11 +101,6 @@ def build(config: Config, device: torch.device) -> Roles:
     builder = RolesBuilder(config, device)
     base = load_base(config, device, bits=config.quantization_bit)
     builder.notes += experts_note(base, config.finetuning_type)
-    if config.quantization_bit == 8:
-        builder.notes.append(
-            "quantization_bit: 8 picks outlier columns by batch on a GPU, so log-probs change with "
-            "the micro-batch and the first ratios are not exactly 1; 4 has no such effect"
-        )
     if config.finetuning_type == "lora":
         place_on_adapters(builder, base)
     else:
@@ -122,13 +117,13 @@ def build(config: Config, device: torch.device) -> Roles:
     places = {role: builder.make_place(role) for role in builder.assigned}
     for place in places.values():
         if place.adapter is not None:
-            round_outputs_to_bfloat16(place.model, place.trainable)
+            round_outputs(place.model, place.trainable)
         upcast_trainable(place.trainable)
     for place in places.values():
         if place.trainable:
             wrap_activations(config, causal_lm(place.model))
-    autocast = compute_dtype(config, device) == torch.bfloat16
-    if autocast and not config.bf16:
+    autocast = autocast_dtype(config, device)
+    if autocast is not None and not (config.bf16 or config.fp16):
         builder.notes.append(
             "bf16 is not set, and on a GPU a base in 16 bits then stays so: this run is in bfloat16"
         )

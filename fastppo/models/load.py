@@ -6,7 +6,6 @@ import importlib.util
 import re
 import sys
 from pickle import UnpicklingError
-from types import MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -18,7 +17,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -28,6 +26,7 @@ from fastppo.config.memory import offload_mode
 from fastppo.config.model import own_dtype, run_dtype
 from fastppo.config.published import check_last_position
 from fastppo.errors import UserError
+from fastppo.models.quantised import quantization_config, use_training_kernels
 from fastppo.offload.activations import ActivationOffload, find_layers, wrap
 
 if TYPE_CHECKING:
@@ -157,12 +156,18 @@ def load_base(
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """The dtype of all models of the run and of their matrix products: bfloat16 or float32."""
+    """The dtype of all models of the run and of their matrix products."""
     own, on_gpu = "float32", device.type == "cuda"
-    if on_gpu and not config.bf16:
+    if on_gpu and not (config.bf16 or config.fp16):
         own = own_dtype(load_config(config).to_dict())
-    named = run_dtype(bf16=config.bf16, own=own, on_gpu=on_gpu)
-    return torch.bfloat16 if named == "bfloat16" else torch.float32
+    named = run_dtype(bf16=config.bf16, fp16=config.fp16, own=own, on_gpu=on_gpu)
+    return cast(torch.dtype, getattr(torch, named))
+
+
+def autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:
+    """The dtype to which the run autocasts: its own, or None if that is float32."""
+    dtype = compute_dtype(config, device)
+    return None if dtype == torch.float32 else dtype
 
 
 def load_config(config: Config, name: str | None = None) -> PretrainedConfig:
@@ -239,54 +244,30 @@ def _hub_settings(config: Config, name: str | None) -> dict[str, Any]:
     return found
 
 
-def quantization_config(config: Config, bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """bitsandbytes' settings for 4 or 8 bits, with LLaMA-Factory's defaults."""
-    if bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=config.quantization_type,
-        bnb_4bit_use_double_quant=config.double_quantization,
-        bnb_4bit_compute_dtype=dtype,
-    )
-
-
-def use_training_kernels(base: nn.Module) -> None:
-    """Make quantised layers compute in evaluation mode as they do in training mode.
-
-    On CPUs bitsandbytes repacks 4-bit weights permanently in the first forward in evaluation mode,
-    and repacked weights have no backward: adapters in the layers below would get no gradient. Its
-    8-bit layers round activations in evaluation mode only, so that ratios would not start at 1.
-    """
-    for module in base.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-        if hasattr(getattr(module, "state", None), "is_training"):
-            module.train()
-            module.train = MethodType(_keep_mode, module)
-
-
-def _keep_mode(module: nn.Module, mode: bool = True) -> nn.Module:
-    """Replaces `train` and `eval` of a module, so that its mode stays."""
-    return module
-
-
 def attention_implementation(
     flash_attn: str, device: torch.device, dtype: torch.dtype
 ) -> str | None:
     """transformers' name for LLaMA-Factory's `flash_attn`; None leaves the choice to transformers.
 
-    `auto` is flash-attn if it is installed and can run (on CUDA, in bfloat16), else None.
+    `auto` is flash-attn if it is installed and can run (on CUDA, from Ampere on, in 16 bits), else
+    None.
     """
-    runs = device.type == "cuda" and dtype == torch.bfloat16
+    runs = device.type == "cuda" and dtype != torch.float32 and not before_ampere(device)
     if flash_attn == "fa2" and not runs:
         if device.type != "cuda":
             raise UserError("flash_attn: fa2 needs a CUDA device and there is none; use auto")
+        if before_ampere(device):
+            raise UserError("flash_attn: fa2 needs a GPU of Ampere or later; use auto")
         raise UserError("flash_attn: fa2 computes in 16 bits; set bf16: true, or use auto")
     if flash_attn == "auto" and runs and importlib.util.find_spec("flash_attn") is not None:
         return "flash_attention_2"
     names = {"sdpa": "sdpa", "disabled": "eager", "fa2": "flash_attention_2"}
     return names.get(flash_attn)
+
+
+def before_ampere(device: torch.device) -> bool:
+    """Whether this GPU is older than flash-attn supports: V100, T4, RTX 20."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] < 8
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -42,7 +43,7 @@ class Roles:
     reward_heads: dict[str, nn.Linear]  # by the reward's role, as in places
     critic_head: nn.Linear | None  # None if there is no critic
     device: torch.device
-    autocast: bool
+    autocast: torch.dtype | None  # of the base and of products; None: float32
     notes: list[str] = field(default_factory=list)  # for the first lines of a run
 
     def __post_init__(self) -> None:
@@ -134,14 +135,13 @@ class Roles:
     @property
     def product_precision(self) -> Precision:
         """The precision of the actor's matrix products under PyTorch's present flags."""
-        base = causal_lm(self.places["actor"].model)
-        return product_precision(self.device, base, autocast=self.autocast)
+        return product_precision(self.device, autocast=self.autocast)
 
     def precision(self) -> Any:
-        """Context in which forwards run: autocast to bfloat16 for a bfloat16 base, else none."""
-        if not self.autocast:
+        """Context in which forwards run: autocast to the base's 16 bits, or none in float32."""
+        if self.autocast is None:
             return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return torch.autocast(self.device.type, dtype=self.autocast)
 
     @property
     def base(self) -> nn.Module:
@@ -156,7 +156,7 @@ class Roles:
     @property
     def lm_head(self) -> LMHead:
         """The active role's output head for the `linear_*` ops, in the dtype of its product."""
-        return lm_head(self.base, torch.bfloat16 if self.autocast else None)
+        return lm_head(self.base, self.autocast)
 
     def value(self, hidden_ND: Tensor) -> Tensor:
         """The critic's values (N,) of hidden states, computed in the head's dtype, float32."""
@@ -192,6 +192,11 @@ class Roles:
             with self.use(role):
                 error = self._head_error(ids)
                 kind = self.base.config.model_type
+            if self.autocast == torch.float16 and not math.isfinite(error):
+                raise UserError(
+                    f"fp16: the hidden states of this model ({kind}) overflow float16, which ends "
+                    "at 65504; use bf16: true, or leave both out"
+                )
             if not error < LIMITS[self.product_precision].head:
                 raise UserError(
                     f"model {kind}: its logits are not head(hidden) (log-prob off by {error:.3g}); "

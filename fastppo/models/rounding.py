@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-Precision = Literal["float32", "tf32", "bfloat16"]
+Precision = Literal["float32", "tf32", "float16", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -31,29 +31,28 @@ class Limits:
     head: float
 
 
-# TF32 has 11 significant bits where bfloat16 has 8: an eighth of its rounding.
+# TF32 and float16 have 11 significant bits where bfloat16 has 8: an eighth of its rounding.
 LIMITS: dict[Precision, Limits] = {
     "float32": Limits(log_ratio=1e-5, sampler_gap=1e-3, head=1e-3),
     "tf32": Limits(log_ratio=2.5e-3, sampler_gap=1.25e-2, head=6.25e-3),
+    "float16": Limits(log_ratio=2.5e-3, sampler_gap=1.25e-2, head=6.25e-3),
     "bfloat16": Limits(log_ratio=2e-2, sampler_gap=0.1, head=0.05),
 }
 
 
-def product_precision(device: torch.device, base: Any, *, autocast: bool) -> Precision:
-    """The lowest precision in which a layer of `base` multiplies matrices on `device`.
+def product_precision(device: torch.device, *, autocast: torch.dtype | None) -> Precision:
+    """The lowest precision in which a layer multiplies matrices on `device`.
 
-    `autocast` says whether the run autocasts to bfloat16. An autocast that is already active also
-    counts, and so do PyTorch's flags for float32 (`tf32: true`,
-    `torch.set_float32_matmul_precision`, `allow_tf32`). float16 counts as TF32, which has the same
-    number of significant bits. On a GPU bitsandbytes' 8-bit layers round activations to 8 bits,
-    which counts as bfloat16; its 4-bit layers multiply in the dtype of the run.
+    `autocast` is the dtype to which the run autocasts, None for float32. An autocast that is
+    already active also counts, and so do PyTorch's flags for float32 (`tf32: true`,
+    `torch.set_float32_matmul_precision`, `allow_tf32`). Quantised layers multiply in the dtype of
+    the run.
     """
-    if autocast or (device.type == "cuda" and getattr(base, "is_loaded_in_8bit", False)):
-        return "bfloat16"
-    if torch.is_autocast_enabled(device.type):
-        half = torch.get_autocast_dtype(device.type)
-        return "bfloat16" if half == torch.bfloat16 else "tf32"
-    return float32_precision(device)
+    if autocast is None and torch.is_autocast_enabled(device.type):
+        autocast = torch.get_autocast_dtype(device.type)
+    if autocast is None:
+        return float32_precision(device)
+    return "bfloat16" if autocast == torch.bfloat16 else "float16"
 
 
 def float32_precision(device: torch.device) -> Precision:

@@ -57,6 +57,7 @@ def save_to_resume(state: State, output_dir: Path) -> Path:
         "seconds": state.seconds(),
         "optimizer": state.optimizer.state_dict(),
         "scheduler": state.scheduler.state_dict(),
+        "scaler": None if state.scaler is None else state.scaler.state_dict(),
         "kl_coef": state.controller.kl_coef,
         "running_score": asdict(state.running_score),
         "trained": [p.detach() for p in trainable_parameters(state)],
@@ -206,6 +207,8 @@ def resume(state: State, folder: Path) -> list[str]:
         parameter.copy_(value)
     state.optimizer.load_state_dict(saved["optimizer"])
     state.scheduler.load_state_dict(saved["scheduler"])
+    if state.scaler is not None and saved.get("scaler") is not None:
+        state.scaler.load_state_dict(saved["scaler"])
     state.controller.kl_coef = saved["kl_coef"]
     state.running_score = RunningScore(**saved["running_score"])
     state.step = saved["step"]

@@ -54,19 +54,23 @@ COLUMNS = {
     "nonfinite_steps": "those of them whose loss or gradient was not finite",
     "nonfinite_run": "such steps in a row, up to this step's last; max_bad_steps of them stop the "
     "run",
+    "overflow_steps": "optimiser steps skipped for a gradient beyond float16's range, by the loss "
+    "scale alone (with fp16)",
+    "loss_scale": "what the loss is multiplied by, after the step (with fp16)",
     "early_stopped": "1 where the step's epochs were cut short by target_kl",
     "response_tokens": "response tokens in the rollout",
     "update_tokens": "tokens that the update ran over in all its passes, prompts included",
     "guard_nonfinite": "1 where a loss or gradient was not finite",
-    "guard_ratio": "1 where ratio_first_pass is above rounding: 1e-5, with tf32 2.5e-3, "
+    "guard_overflow": "1 where overflow_steps is above 0 (with fp16)",
+    "guard_ratio": "1 where ratio_first_pass is above rounding: 1e-5, with tf32 or fp16 2.5e-3, "
     "with bf16 2e-2",
     "guard_kl": "1 where kl is above 5 times ppo_target",
     "guard_entropy": "1 where entropy is below a tenth of the first step's",
     "guard_eos": "1 where eos_share was above a tenth, and has fallen to a tenth of that",
     "guard_length": "1 where score_length_corr was past 0.6 over the last 10 steps (80 responses)",
     "guard_value_clip": "1 where value_clipfrac was above a quarter over the last 3 steps",
-    "guard_sampler": "1 where sampler_gap_abs is above 1e-3, with tf32 1.25e-2, with bf16 0.1, "
-    "and nothing truncates",
+    "guard_sampler": "1 where sampler_gap_abs is above 1e-3, with tf32 or fp16 1.25e-2, with "
+    "bf16 0.1, and nothing truncates",
     "seconds_rollout": "sampling (a clock)",
     "seconds_score": "log-probs, reference, values, reward (a clock)",
     "seconds_advantage": "KL reward, GAE, whitening (a clock)",
@@ -98,6 +102,8 @@ def absent_columns(config: Config) -> set[str]:
         absent.add("kl_loss")
     if config.ptx_dataset is None:
         absent.add("ptx_loss")
+    if not config.fp16:
+        absent |= {"overflow_steps", "loss_scale", "guard_overflow"}
     if config.rollout_is_threshold is None:
         absent |= {"rollout_is_mean", "rollout_is_capped"}
     return absent

@@ -110,12 +110,19 @@ GUARDS = {
         "now and then it is a spike; in many steps lower learning_rate, or look for huge scores "
         "(score_clip)",
     ),
+    "guard_overflow": Guard(
+        lambda rows, config, precision: rows[-1]["overflow_steps"] > 0,
+        "{overflow_steps:.0f} optimiser steps were skipped, their gradient beyond float16's range; "
+        "the loss scale is {loss_scale:g} now",
+        "in a run's first steps, and now and then, that is how the scale is found; where it falls "
+        "on and on use bf16: true, or leave fp16 out",
+    ),
     "guard_ratio": Guard(
         ratio_not_one,
         "mean |log ratio| is {ratio_first_pass:.2g} before the step's first update, and should be "
         "0 but for rounding",
-        "scoring and update run different kernels: try flash_attn: disabled, bf16: false or "
-        "tf32: false",
+        "scoring and update run different kernels: try flash_attn: disabled, bf16: false, "
+        "fp16: false or tf32: false",
     ),
     "guard_kl": Guard(
         kl_too_large,
@@ -157,8 +164,10 @@ GUARDS = {
 
 def flags(rows: Sequence[Row], row: Row, config: Config, precision: Precision) -> dict[str, float]:
     """The guards' columns for the step of `row`, which comes after `rows`."""
-    so_far = [*rows, row]
-    return {name: float(guard.fires(so_far, config, precision)) for name, guard in GUARDS.items()}
+    so_far, guards = [*rows, row], dict(GUARDS)
+    if "overflow_steps" not in row:  # no fp16
+        del guards["guard_overflow"]
+    return {name: float(guard.fires(so_far, config, precision)) for name, guard in guards.items()}
 
 
 def warnings(rows: Sequence[Row]) -> list[str]:
@@ -166,7 +175,7 @@ def warnings(rows: Sequence[Row]) -> list[str]:
     return [
         guard.line(name, rows[-1])
         for name, guard in GUARDS.items()
-        if rows[-1][name] and not any(row[name] for row in rows[:-1])
+        if rows[-1].get(name) and not any(row[name] for row in rows[:-1])
     ]
 
 
@@ -198,6 +207,21 @@ def save_batch(experience: Experience, path: Path) -> None:
     )
 
 
+def check_first_pass(mean_log_ratio: float, precision: Precision) -> None:
+    """Raise TrainingStopped if scoring and update disagree before the first optimiser step.
+
+    Both run the same weights then, so every ratio should be 1. A ratio that is not finite raises
+    nothing: its optimiser step is skipped and counted.
+    """
+    limit = 10 * LIMITS[precision].log_ratio
+    if limit < mean_log_ratio < math.inf:
+        raise TrainingStopped(
+            f"mean |log ratio| is {mean_log_ratio:.2g} before the first update, the limit is "
+            f"{limit:g} with products in {precision}; the likeliest cause: scoring and update run "
+            "different weights, dropout or attention kernels"
+        )
+
+
 def check_finite(row: Row, experience: Experience, config: Config) -> None:
     """Stop a run after `max_bad_steps` bad optimiser steps in a row, and save their batch.
 
@@ -209,8 +233,11 @@ def check_finite(row: Row, experience: Experience, config: Config) -> None:
     path = Path(config.output_dir) / f"bad_batch_step_{row['step']:.0f}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     save_batch(experience, path)
+    cause = "learning_rate, or scores that are huge"
+    if config.fp16:
+        cause += "; or this model overflows float16, and bf16: true would not"
     raise TrainingStopped(
         f"{config.max_bad_steps} optimiser steps in a row had a loss or gradient that is not "
         f"finite (max_bad_steps); their batch is in {path}, weights and moments are as they were "
-        "before them; the likeliest cause: learning_rate, or scores that are huge"
+        f"before them; the likeliest cause: {cause}"
     )

@@ -75,7 +75,7 @@ def first_lines(state: State, steps: int) -> None:
     ops = choose("linear_policy_loss", None, torch.empty(0, device=state.roles.device))
     console.print(f"[bold]fastppo {__version__}[/bold], stage ppo, {config.model_name_or_path}")
     console.print(
-        f"  device {state.roles.device}, {'bf16' if state.roles.autocast else 'float32'}, "
+        f"  device {state.roles.device}, {terminal.precision_name(state.roles.autocast)}, "
         f"attention {model_config._attn_implementation}, ops: {ops}, "
         f"activations: {offload.mode}"
     )

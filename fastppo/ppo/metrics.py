@@ -55,6 +55,11 @@ class Totals:
         for name, value in other.sums.items():
             self.add(name, value)
 
+    def losses_finite(self) -> Tensor:
+        """Whether every loss of an optimiser step is finite (0-d bool, on the device)."""
+        names = {"policy_loss", "kl_loss", "value_loss", "ptx_loss"} & self.sums.keys()
+        return torch.stack([self.sums[name].isfinite() for name in sorted(names)]).all()
+
     def __getitem__(self, name: str) -> Tensor:
         """One sum, as a tensor on the device."""
         return self.sums[name]
@@ -86,6 +91,8 @@ def means(totals: Totals, *, passes: int, steps: int, early_stopped: bool) -> di
     for name in ("policy_loss", "kl_loss", "value_loss", "ptx_loss"):
         if name in sums:
             row[name] = sums[name] / passes
+    if "loss_scale" in sums:
+        row |= {"overflow_steps": sums.get("overflow", 0.0), "loss_scale": sums["loss_scale"]}
     if "value_clipped" in sums:
         row["value_clipfrac"] = sums["value_clipped"] / tokens
     for name in ("grad_norm_actor", "grad_norm_critic"):

@@ -70,8 +70,12 @@ class Demonstrations:
             yield make_batch(sequences, range(len(chosen)))
 
 
-def ptx_backward(roles: Roles, batch: Batch, coef: float) -> Tensor:
+def ptx_backward(
+    roles: Roles, batch: Batch, coef: float, *, loss_scale: Tensor | None = None
+) -> Tensor:
     """Add the gradient of coef * mean(-log-prob of the answers' tokens) to the actor's gradients.
+
+    With fp16 it is `loss_scale` times as large, as the other gradients are.
 
     Returns:
         The mean without the coefficient, in nats, at temperature 1 (0-d, detached).
@@ -88,5 +92,6 @@ def ptx_backward(roles: Roles, batch: Batch, coef: float) -> Tensor:
             temperature=1 / head.scale,
         ).logprob_N
         loss = -logprob_N.mean()
-        (coef * loss).backward()  # type: ignore[no-untyped-call]
+        factor = coef if loss_scale is None else coef * loss_scale
+        (factor * loss).backward()  # type: ignore[no-untyped-call]
     return loss.detach()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from fastppo.errors import Interrupted
 
@@ -23,11 +24,13 @@ SHARE = 0.25  # a copy larger than this share of the host's free memory is not m
 class Snapshot:
     """A host copy of an optimiser's parameters and state, in buffers that every step reuses.
 
-    With AdamW it has three float32 numbers for each trainable parameter.
+    With AdamW it has three float32 numbers for each trainable parameter. The state of the loss
+    scaler, if there is one, is copied too.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer = optimizer
+    def __init__(self, optimizer: torch.optim.Optimizer, scaler: GradScaler | None = None) -> None:
+        self.optimizer, self.scaler = optimizer, scaler
+        self.scale: dict[str, Any] = {}
         self.copies: dict[tuple[int, str], Tensor] = {}
         self.others: dict[tuple[int, str], Any] = {}  # state that is not a tensor (step counts)
         self.taken = False
@@ -60,6 +63,8 @@ class Snapshot:
         self.taken = False
         if not self.fits():
             return False
+        if self.scaler is not None:
+            self.scale = self.scaler.state_dict()
         found = dict(self.items())
         self.others = {key: x for key, x in found.items() if not isinstance(x, Tensor)}
         tensors = {key: x for key, x in found.items() if isinstance(x, Tensor)}
@@ -75,6 +80,8 @@ class Snapshot:
     @torch.no_grad()
     def restore(self) -> None:
         """Restore the copied values; optimiser state that was created later is deleted."""
+        if self.scaler is not None:
+            self.scaler.load_state_dict(self.scale)
         for place, parameter in enumerate(self.parameters()):
             parameter.copy_(self.copies[place, ""])
             state = self.optimizer.state.get(parameter, {})

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.amp import GradScaler
 from transformers import set_seed
 
 from fastppo.config import Config, load_config
@@ -28,6 +29,7 @@ from fastppo.models.limits import (
     note_beyond_training,
 )
 from fastppo.models.load import load_tokenizer
+from fastppo.models.scaler import make_scaler
 from fastppo.ppo.advantage import KLController, RunningScore
 from fastppo.ppo.columns import absent_columns
 from fastppo.ppo.metrics import MetricsWriter
@@ -73,6 +75,7 @@ class State:
     plan: Plan | None  # None if the shape of the model is unknown
     notes: list[str]  # to be printed: decisions of the memory plan, tokens, positions
     ptx: Demonstrations | None = None
+    scaler: GradScaler | None = None  # of the loss, with fp16
     step: int = 0
     before: Answers | None = None
     evaluations: list[dict[str, Any]] = field(default_factory=list)  # entries of the log
@@ -84,13 +87,18 @@ class State:
     saved_step: int = -1  # the step of the last checkpoint that this run wrote
 
     def __post_init__(self) -> None:
-        self.snapshot = Snapshot(self.optimizer)
+        self.snapshot = Snapshot(self.optimizer, self.scaler)
         self.prompt_order = prompt_order(self.config, len(self.prompts))
 
     def next_prompts(self) -> list[Prompt]:
         """The prompts of the next step, each repeated `num_generations` times."""
         copies = range(self.config.num_generations)
         return [self.prompts[i] for i in self.prompt_order(self.step) for _ in copies]
+
+    def step_schedule(self, row: Mapping[str, float]) -> None:
+        """Advance the learning rate, except if overflows skipped every step, as in transformers."""
+        if row["optimizer_steps"] or not row.get("overflow_steps"):
+            self.scheduler.step()
 
     def seconds(self) -> float:
         """Wall time since the run began."""
@@ -210,4 +218,5 @@ def init_state(
         plan=plan,
         notes=notes,
         ptx=ptx,
+        scaler=make_scaler(roles.autocast, device),
     )

@@ -78,13 +78,14 @@ def step_update(state: State) -> State:
                 ptx=None if state.ptx is None else state.ptx.stream(first, roles.device),
                 budgets=budgets,
                 nonfinite_run=rows[-1]["nonfinite_run"] if rows else 0.0,
+                scaler=state.scaler,
             )
     state.step += 1
     row = step_row(state, experience, learned, clock)
     row |= guards.flags(rows, row, config, roles.product_precision)
     if train_actor:  # during critic_warmup the KL is 0 for any beta
         state.controller.update(row["kl_controlled"], len(prompts))
-    state.scheduler.step()
+    state.step_schedule(row)
     state.metrics.add(row)
     if state.tracker is not None:
         state.tracker.log(row, state.step)

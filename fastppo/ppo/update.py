@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from fastppo.config.ppo import KL_KIND
-from fastppo.errors import TrainingStopped
 from fastppo.memory.budgets import Budgets
 from fastppo.memory.retry import retry
 from fastppo.models.batch import Batch, batches, largest_micro_batch, to_device, token_index
-from fastppo.models.rounding import LIMITS, Precision
+from fastppo.models.scaler import current_scale, overflows, scaled
 from fastppo.ops import PolicyLoss, PolicyLossConfig, linear_policy_loss, value_loss
+from fastppo.ppo.guards import check_first_pass
 from fastppo.ppo.metrics import Totals, means
 from fastppo.ppo.ptx import ptx_backward
 from fastppo.seeds import seed_of
@@ -109,8 +110,13 @@ def actor_loss(
     hidden_ND: Tensor,
     config: Config,
     chunk_bytes: int | None = None,
+    loss_scale: Tensor | None = None,
 ) -> PolicyLoss:
-    """PPO's clipped loss with its KL and entropy terms, from the actor's hidden states."""
+    """PPO's clipped loss with its KL and entropy terms, from the actor's hidden states.
+
+    Its gradients are computed together with it, in the logits' dtype; with fp16 they are
+    `loss_scale` times as large.
+    """
     scored, at = experience.scored, tokens.index_N
     head, importance_N = roles.lm_head, experience.importance_weight_N
     return linear_policy_loss(
@@ -128,6 +134,7 @@ def actor_loss(
         importance_weight_N=None if importance_N is None else importance_N[at],
         offsets=batch.packing.offsets,
         chunk_bytes=chunk_bytes,
+        grad_scale=loss_scale,
         config=policy_loss_config(config),
     )
 
@@ -166,11 +173,13 @@ def forward_backward(
     train_actor: bool = True,
     kept: Kept | None = None,
     chunk_bytes: int | None = None,
+    loss_scale: Tensor | None = None,
 ) -> None:
     """Forward, loss and backward of one micro-batch; adds to the gradients and to `totals`.
 
     A role's backward ends before the next role's forward. `kept` is the actor's forward that
     scoring has kept: if it has the same rows, it is used in place of a new forward.
+    Gradients are `loss_scale` times as large; the losses in `totals` are not.
     """
     tokens = Tokens.of(experience, batch, mini)
     with roles.use("actor"):
@@ -179,19 +188,21 @@ def forward_backward(
             if actor_BTD is None:
                 actor_BTD = roles.hidden(**batch.inputs)
             actor_ND = batch.packing.gather(actor_BTD)
-            policy = actor_loss(roles, experience, batch, tokens, actor_ND, config, chunk_bytes)
+            policy = actor_loss(
+                roles, experience, batch, tokens, actor_ND, config, chunk_bytes, loss_scale
+            )
         loss = policy.loss
         if roles.has_critic and roles.shares_trunk:
             value = critic_loss(roles, experience, tokens, actor_ND, config, totals)
             loss = loss + config.vf_coef * value
         if loss.requires_grad:
-            loss.backward()  # type: ignore[no-untyped-call]
+            scaled(loss, loss_scale).backward()  # type: ignore[no-untyped-call]
     if roles.has_critic and not roles.shares_trunk:
         with roles.use("critic"):
             critic_ND = batch.packing.gather(roles.hidden(**batch.inputs))
             value = critic_loss(roles, experience, tokens, critic_ND, config, totals)
             loss = config.vf_coef * value
-            loss.backward()  # type: ignore[no-untyped-call]
+            scaled(loss, loss_scale).backward()  # type: ignore[no-untyped-call]
     stats = policy.metrics
     totals.add("policy_loss", stats.surrogate)
     if config.use_kl_loss:
@@ -210,6 +221,7 @@ def accumulate_gradients(
     budgets: Budgets,
     *,
     train_actor: bool = True,
+    loss_scale: Tensor | None = None,
 ) -> Totals:
     """Forward, loss and backward of one optimiser step, in micro-batches within `budgets.update`.
 
@@ -230,6 +242,7 @@ def accumulate_gradients(
             train_actor=train_actor,
             kept=experience.scored.kept,
             chunk_bytes=budgets.chunk_bytes,
+            loss_scale=loss_scale,
         )
     return totals
 
@@ -241,21 +254,6 @@ def release(optimizer: torch.optim.Optimizer, kept: Kept | None) -> None:
         kept.hidden_BTD = None
 
 
-def check_first_pass(mean_log_ratio: float, precision: Precision) -> None:
-    """Raise TrainingStopped if scoring and update disagree before the first optimiser step.
-
-    Both run the same weights then, so every ratio should be 1. A ratio that is not finite raises
-    nothing: its optimiser step is skipped and counted.
-    """
-    limit = 10 * LIMITS[precision].log_ratio
-    if limit < mean_log_ratio < math.inf:
-        raise TrainingStopped(
-            f"mean |log ratio| is {mean_log_ratio:.2g} before the first update, the limit is "
-            f"{limit:g} with products in {precision}; the likeliest cause: scoring and update run "
-            "different weights, dropout or attention kernels"
-        )
-
-
 def shares_first_pass(config: Config, budgets: Budgets) -> bool:
     """Whether the update can use scoring's forward as its first one.
 
@@ -265,14 +263,11 @@ def shares_first_pass(config: Config, budgets: Budgets) -> bool:
     return config.ppo_buffer_size == 1 and budgets.update == budgets.scoring
 
 
-def losses_finite(totals: Totals) -> Tensor:
-    """Whether every loss of an optimiser step is finite (0-d bool, on the device)."""
-    names = {"policy_loss", "kl_loss", "value_loss", "ptx_loss"} & totals.sums.keys()
-    return torch.stack([totals.sums[name].isfinite() for name in sorted(names)]).all()
-
-
 def clip_and_step(
-    optimizer: torch.optim.Optimizer, max_grad_norm: float, keep: Tensor
+    optimizer: torch.optim.Optimizer,
+    max_grad_norm: float,
+    keep: Tensor,
+    scaler: GradScaler | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Clip the gradients of each role by the role's own norm; then step, unless `keep` is False.
 
@@ -281,10 +276,14 @@ def clip_and_step(
     PyTorch's fused AdamW checks that on the device; for another optimiser the host waits for the
     result.
 
+    With a `scaler`, gradients are divided by its scale first, and the scale is updated.
+
     Returns:
         Role -> norm of its gradients before clipping (0-d), and whether the step was taken
         (0-d bool).
     """
+    if scaler is not None:
+        scaler.unscale_(optimizer)
     limit = max_grad_norm if max_grad_norm > 0 else float("inf")
     owned: dict[str, list[nn.Parameter]] = defaultdict(list)
     for group in optimizer.param_groups:
@@ -299,6 +298,8 @@ def clip_and_step(
         optimizer.step()
     elif taken.item():
         optimizer.step()
+    if scaler is not None:
+        scaler.update()
     return norms, taken
 
 
@@ -313,6 +314,7 @@ def update(
     ptx: Iterator[Batch] | None = None,
     budgets: Budgets | None = None,
     nonfinite_run: float = 0.0,
+    scaler: GradScaler | None = None,
 ) -> dict[str, float]:
     """Train on a rollout: `ppo_epochs` passes over it, one optimiser step for each mini-batch.
 
@@ -321,7 +323,8 @@ def update(
     optimiser step run out of memory, they are repeated in smaller micro-batches.
 
     An optimiser step whose loss or gradient is not finite is skipped; after `max_bad_steps` skipped
-    steps in a row, no further step is taken.
+    steps in a row, no further step is taken. With fp16 a step whose gradient overflows only because
+    of the loss scale is skipped too, and counted separately.
 
     Args:
         seed: of the order of the rows.
@@ -329,6 +332,7 @@ def update(
         ptx: micro-batches of human answers, one for each optimiser step.
         budgets: limits of micro-batches; None uses the configuration's.
         nonfinite_run: number of skipped steps in a row before this update.
+        scaler: the loss scaler, with fp16.
 
     Returns:
         The step's metrics, by the names of docs/metrics.md.
@@ -351,12 +355,16 @@ def update(
     for passes, mini in enumerate(minis, 1):
         tokens += sum(lengths[row] for row in mini.rows)
         optimizer.zero_grad(set_to_none=True)
-        sums = accumulate(roles, experience, mini, config, budgets, train_actor=train_actor)
+        scale = None if scaler is None else current_scale(scaler, bad_run.device)
+        sums = accumulate(
+            roles, experience, mini, config, budgets, train_actor=train_actor, loss_scale=scale
+        )
         if passes == 1:
             first_pass = sums["log_ratio_abs"].item() / mini.tokens
             check_first_pass(first_pass, roles.product_precision)
         if ptx is not None and train_actor:
-            sums.add("ptx_loss", ptx_backward(roles, next(ptx), config.ptx_coef))
+            batch = next(ptx)
+            sums.add("ptx_loss", ptx_backward(roles, batch, config.ptx_coef, loss_scale=scale))
         totals.merge(sums)
         if config.early_stopping:
             early_stopped = sums["policy_kl"].item() / mini.tokens > 1.5 * config.target_kl
@@ -364,19 +372,28 @@ def update(
                 break
         # A step with a mean ratio above ratio_threshold is skipped, as in TRL.
         ratio_is_near = sums["ratio"] <= config.ratio_threshold * mini.tokens
-        finite, goes_on = losses_finite(sums), bad_run < limit
+        finite_loss, goes_on = sums.losses_finite(), bad_run < limit
         norms, taken = clip_and_step(
-            optimizer, config.max_grad_norm, keep=ratio_is_near & finite & goes_on
+            optimizer, config.max_grad_norm, ratio_is_near & finite_loss & goes_on, scaler
         )
         steps += 1
+        finite_gradient = torch.ones_like(finite_loss)
         for role, norm in norms.items():
-            finite = finite & norm.isfinite()
+            finite_gradient = finite_gradient & norm.isfinite()
             totals.add(f"grad_norm_{role}", torch.where(taken, norm, 0))
-        bad_run = torch.where(finite & goes_on, 0.0, bad_run + 1)
+        overflow = torch.zeros_like(finite_loss)
+        if scale is not None:
+            overflow = overflows(finite_loss, finite_gradient, scale)
+        finite = finite_loss & (finite_gradient | overflow)
+        # An overflow neither counts as a bad step nor ends a row of them.
+        bad_run = torch.where(finite & goes_on, torch.where(overflow, bad_run, 0.0), bad_run + 1)
+        totals.add("overflow", overflow.float())
         totals.sums["nonfinite_run"] = bad_run
         totals.add("nonfinite", (~finite).float())
         totals.add("taken", taken.float())
     optimizer.zero_grad(set_to_none=True)
     roles.eval()
+    if scaler is not None:
+        totals.sums["loss_scale"] = current_scale(scaler, bad_run.device)
     row = means(totals, passes=passes, steps=steps, early_stopped=early_stopped)
     return {"ratio_first_pass": first_pass, "update_tokens": tokens, **row}

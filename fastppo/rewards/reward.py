@@ -80,7 +80,7 @@ class Reward:
             if spec.kind != "function" and not part_B.isfinite().all():
                 raise TrainingStopped(
                     f"reward '{spec.name}' gave a score that is not finite; the likeliest cause: "
-                    "its weights are broken, or overflow in bf16"
+                    "its weights are broken, or overflow in 16 bits"
                 )
             known_B = ~part_B.isnan()
             score_B = score_B + spec.weight * part_B.masked_fill(~known_B, 0.0)

@@ -124,6 +124,7 @@ class RestoreSums(TrainerCallback):
                 setattr(trainer, name, value)
             trainer._tr_loss = trainer._tr_loss.to(trainer.args.device)
             trainer.bad_run = trainer.resumed["bad_run"]
+            trainer.overflow_steps = trainer.resumed.get("overflow_steps", 0)
 
 
 class SkipNonfiniteSteps(TrainerCallback):
@@ -131,17 +132,23 @@ class SkipNonfiniteSteps(TrainerCallback):
 
     def __init__(self, trainer: ResumableTrainer) -> None:
         self.trainer = trainer
+        self.overflowed = False  # the current step, only because of the loss scale
 
     def on_pre_optimizer_step(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
         """Remove all gradients if one is not finite: then the optimiser changes nothing."""
         trainer = self.trainer
         parameters = list(trainer.trainable_parameters().values())
         gradients = [p.grad for p in parameters if p.grad is not None]
+        finite_loss, trainer.finite_loss = trainer.finite_loss, True
+        self.overflowed = False
         if nn.utils.get_total_norm(gradients).isfinite():
             trainer.bad_run = 0
             return
         for parameter in parameters:
             parameter.grad = None
+        if finite_loss and trainer.loss_scale > 1:
+            self.note_overflow(state.global_step + 1)
+            return
         trainer.bad_run += 1
         trainer.bad_steps += 1
         step = state.global_step + 1
@@ -156,4 +163,27 @@ class SkipNonfiniteSteps(TrainerCallback):
             raise TrainingStopped(
                 f"{trainer.bad_run} steps in a row had a gradient that is not finite "
                 f"(max_bad_steps); the last batch is in {path}; the likeliest cause: learning_rate"
+                + ("; or this model overflows float16, and bf16: true would not" * self.fp16)
+            )
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Make the schedule wait after an overflow: accelerate misses one of a fused optimiser."""
+        if self.overflowed:
+            optimizer: Any = self.trainer.optimizer
+            optimizer._is_overflow = True
+
+    @property
+    def fp16(self) -> bool:
+        """Whether the loss is scaled."""
+        return self.trainer.accelerator.scaler is not None
+
+    def note_overflow(self, step: int) -> None:
+        """Count a step that is skipped because the loss scale made its gradient infinite."""
+        trainer, self.overflowed = self.trainer, True
+        trainer.overflow_steps += 1
+        if trainer.overflow_steps == 1:
+            console.console.print(
+                f"[yellow]note:[/yellow] fp16: the gradient of step {step} is beyond float16's "
+                f"range at a loss scale of {trainer.loss_scale:g}; the step was skipped, the scale "
+                "is halved: so it is found in a run's first steps, overflow_steps counts them"
             )

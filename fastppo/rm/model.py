@@ -13,14 +13,15 @@ from fastppo.models.load import trunk
 class RewardModel(nn.Module):
     """A trunk (with LoRA, or trained itself) and a linear head, read at the last token."""
 
-    def __init__(self, model: Any, head: nn.Linear, *, autocast: bool) -> None:
+    def __init__(self, model: Any, head: nn.Linear, *, autocast: torch.dtype | None) -> None:
         super().__init__()
         self.model, self.head, self.autocast = model, head, autocast
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Scores (B,) float32 of right-padded sequences."""
         device = input_ids.device.type
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=self.autocast):
+        half = self.autocast
+        with torch.autocast(device, dtype=half, enabled=half is not None):
             hidden_BTD = trunk(self.model)(
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False
             ).last_hidden_state

@@ -27,7 +27,7 @@ from fastppo.models.adapters import (
     experts_note,
     load_peft_model,
     merge_adapters,
-    round_outputs_to_bfloat16,
+    round_outputs,
     setup_lora_tuning,
     setup_weight_tuning,
     upcast_trainable,
@@ -39,13 +39,14 @@ from fastppo.models.limits import (
     note_beyond_training,
 )
 from fastppo.models.load import (
+    autocast_dtype,
     causal_lm,
-    compute_dtype,
     hidden_size,
     load_base,
     load_tokenizer,
     wrap_activations,
 )
+from fastppo.models.scaler import make_scaler
 from fastppo.models.value_head import load_value_head, new_value_head
 from fastppo.rewards.adapter import read_score_at
 from fastppo.rm.arguments import fit_micro_batches, lora_plus, training_arguments
@@ -74,7 +75,7 @@ def load_trainable_model(config: Config, device: torch.device) -> nn.Module:
     if config.finetuning_type == "lora":
         model: nn.Module = setup_lora_tuning(config, base)
         trained = [p for p in model.parameters() if p.requires_grad]
-        round_outputs_to_bfloat16(model, trained)
+        round_outputs(model, trained)
         disable_input_cast(model)
     else:
         model, trained = base, setup_weight_tuning(config, base, config.finetuning_type)
@@ -212,7 +213,6 @@ def set_up(config: Config, records: Records) -> Setup:
     else:
         head = load_value_head(start, hidden_size(model), device, "adapter_name_or_path")
     offload = wrap_activations(config, causal_lm(model))
-    bf16 = compute_dtype(config, device) == torch.bfloat16
     return Setup(
         config,
         device,
@@ -223,7 +223,7 @@ def set_up(config: Config, records: Records) -> Setup:
         eval_pairs,
         plan,
         budgets,
-        RewardModel(model, head, autocast=bf16),
+        RewardModel(model, head, autocast=autocast_dtype(config, device)),
         offload.mode,
         evaluated,
         resumed,
@@ -248,8 +248,8 @@ def print_first_lines(setup: Setup) -> None:
         role = f"{what} and head train {trainable:,}"
     else:
         pairs, role = held_out, f"evaluates {setup.evaluated}, read at {setup.score_at}"
-    dtype = "bf16" if model.autocast else "float32"
-    echo(f"  device {setup.device}, {dtype}, {pairs}; {role}")
+    precision = console.precision_name(model.autocast)
+    echo(f"  device {setup.device}, {precision}, {pairs}; {role}")
     echo(f"  activations: {setup.activations}; writes {Path(config.output_dir)}")
     for line in setup.notes:
         echo(f"  [yellow]note:[/yellow] {line}")
@@ -278,6 +278,7 @@ def make_trainer(setup: Setup, stop: Stop) -> PairTrainer:
         optimizers=(lora_plus(config, setup.model) if setup.evaluated is None else None, None),
         stop=stop,
         max_bad_steps=config.max_bad_steps,
+        scaler=make_scaler(setup.model.autocast, setup.device),
         decisions=setup.budgets.decisions(),
     )
     trainer.tokenizer, trainer.in_order = setup.tokenizer, config.disable_shuffling

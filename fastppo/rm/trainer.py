@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import EvalPrediction, Trainer
 
@@ -40,10 +41,22 @@ class ResumableTrainer(Trainer):
     """
 
     def __init__(
-        self, *args: Any, stop: Stop, max_bad_steps: int, decisions: dict[str, Any], **kwargs: Any
+        self,
+        *args: Any,
+        stop: Stop,
+        max_bad_steps: int,
+        decisions: dict[str, Any],
+        scaler: GradScaler | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        # accelerate creates none on a CPU. With this one accelerate scales the loss in backward and
+        # skips steps that overflow, and transformers stores its state in checkpoints.
+        self.accelerator.scaler = scaler
+        self.overflow_steps = 0  # steps skipped only because of the scale
+        self.finite_loss = True  # of the micro-batches since the last step
         self.stop, self.max_bad_steps, self.decisions = stop, max_bad_steps, decisions
+        self.loss_scale = 1.0  # the scale of the last gradients
         self.bad_run = self.bad_steps = 0  # skipped steps: in a row, and in total
         self.place: Path | None = None  # folder into which a checkpoint is being written
         self.resumed: dict[str, Any] | None = None
@@ -72,7 +85,30 @@ class ResumableTrainer(Trainer):
         """transformers' step, which a signal may interrupt."""
         self.inputs = inputs
         with self.stop.at_once():
-            return super().training_step(model, inputs, *args, **kwargs)
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        self.finite_loss = self.finite_loss and bool(loss.isfinite())
+        return loss
+
+    def unscale_gradients(self) -> float:
+        """Divide the gradients by the loss scale, before clipping; returns the scale, 1 if none."""
+        scaler = self.accelerator.scaler
+        if scaler is None:
+            return 1.0
+        scaler.unscale_(self.optimizer.optimizer)
+        return float(scaler.get_scale())
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if self.accelerator.scaler is not None:  # it is None if only the checkpoint's run had fp16
+            super()._load_scaler(checkpoint)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        self.loss_scale = self.unscale_gradients()
+        return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if grad_norm is None:  # max_grad_norm: 0, nothing was clipped
+            self.loss_scale = self.unscale_gradients()
+        return super()._get_grad_norm(model, grad_norm)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' evaluation or prediction, which a signal may interrupt."""
@@ -136,6 +172,9 @@ class ResumableTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """transformers' log, but the final mean loss is over the whole run, even after a resume."""
+        if self.accelerator.scaler is not None and "loss" in logs:
+            logs["overflow_steps"] = self.overflow_steps
+            logs["loss_scale"] = self.accelerator.scaler.get_scale()
         if "train_loss" in logs:
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, *args, **kwargs)
@@ -157,6 +196,7 @@ class ResumableTrainer(Trainer):
                 "parameters": self.trainable_parameters(),
                 "sums": sums,
                 "bad_run": self.bad_run,
+                "overflow_steps": self.overflow_steps,
             }
             tree["evaluated"] = self.step_end is None or self.step_end["evaluated"]
             training_state.write(tree, written)

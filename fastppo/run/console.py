@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 console = Console(highlight=False, soft_wrap=True)
 
 
+def precision_name(autocast: torch.dtype | None) -> str:
+    """The name that the configuration has for the autocast dtype of a run; None is float32."""
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "float32"}
+    return names[autocast]
+
+
 class Clock:
     """Measures the seconds that each phase of a step takes."""
 

@@ -59,7 +59,7 @@ def sft(project):  # noqa: F811
     [
         ({"finetuning_type": "full"}, True),
         pytest.param({"finetuning_type": "full", "bf16": True}, True, marks=pytest.mark.slow),
-        ({"finetuning_type": "freeze", "freeze_trainable_layers": 1}, True),
+        ({"finetuning_type": "freeze", "freeze_trainable_layers": 1, "fp16": True}, True),
         pytest.param(SFT, False, marks=pytest.mark.slow),
         ({**SFT, "create_new_adapter": True, "additional_target": "norm"}, False),
         pytest.param({"loraplus_lr_ratio": 4, "use_dora": True}, False, marks=pytest.mark.slow),
@@ -82,7 +82,8 @@ def test_a_reward_model_of_every_kind(sft, capsys, settings, whole):
         assert trained.keys() == base.keys()
         assert any(not torch.equal(trained[name].float(), base[name]) for name in base)
         dtypes = {t.dtype for t in load_file(folder / "model.safetensors").values()}
-        assert dtypes == {torch.bfloat16 if "bf16" in settings else torch.float32}
+        half = torch.bfloat16 if "bf16" in settings else torch.float16
+        assert dtypes == {half if {"bf16", "fp16"} & settings.keys() else torch.float32}
     else:
         model = AutoModelForCausalLM.from_pretrained(sft / "model")
         assert PeftModel.from_pretrained(model, str(folder)).active_adapter == "default"

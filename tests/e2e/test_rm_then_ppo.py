@@ -123,7 +123,8 @@ def test_pairs_to_reward_model_to_better_policy(project, capsys):
         steps = list(csv.DictReader(file))
     assert [row["step"] for row in steps] == ["1", "2", "3", "4", "5", "6"]
     assert [name for name in COLUMNS if name not in steps[0]] == [
-        *("kl_loss", "ptx_loss", "rollout_is_mean", "rollout_is_capped")  # of keys left off
+        *("kl_loss", "ptx_loss", "rollout_is_mean", "rollout_is_capped"),  # of keys left off
+        *("overflow_steps", "loss_scale", "guard_overflow"),
     ]
     assert (metrics / "training_curves.png").stat().st_size > 20_000
 
@@ -134,10 +135,18 @@ def test_pairs_to_reward_model_to_better_policy(project, capsys):
     assert AutoTokenizer.from_pretrained(saved).eos_token == "<|im_end|>"
 
 
-@pytest.mark.parametrize("stage", ["reward", "ppo"])
-def test_the_tutorial_files_run_with_only_model_data_and_paths_changed(project, stage):
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [
+        ("reward", []),
+        ("ppo", []),
+        pytest.param("ppo", ["bf16=false", "fp16=true"], marks=pytest.mark.slow),  # for a T4
+    ],
+)
+def test_the_tutorial_files_run_with_only_model_data_and_paths_changed(project, stage, precision):
     """What people copy, Chinese comments included; the first file has no do_train."""
     reward_overrides = [
+        *precision,
         "model_name_or_path=model",
         "template=chatml",
         "output_dir=saves/reward",
@@ -148,6 +157,7 @@ def test_the_tutorial_files_run_with_only_model_data_and_paths_changed(project, 
         assert (project / "saves" / "reward" / "value_head.safetensors").is_file()
         return
     overrides = [
+        *precision,
         "model_name_or_path=model",
         "template=chatml",
         "reward_model=saves/reward",

@@ -366,6 +366,16 @@ def test_which_dtype_is_assumed_is_said(capsys):
     assert plan_inputs(checkpoint_dtype="float32").dtype == "float32"
 
 
+def test_float16_takes_what_bfloat16_does(capsys):
+    """Its gradients are float32 as well, and the loss scaler is two numbers."""
+    assert main([str(REWARD), "--plan", "--gpu", "80GiB", "fp16=true"]) == 0
+    assert "base in float16 (fp16: true)" in capsys.readouterr().out
+    half = inputs(bf16=False, fp16=True, checkpoint_dtype="float32")
+    plans = [make_plan(each, Shapes(SEVEN_B)) for each in (half, inputs())]
+    assert [peak.rows for peak in plans[0].peaks] == [peak.rows for peak in plans[1].peaks]
+    assert all(reduction(plans[0]).get("bf16") is None for reduction in REDUCTIONS)
+
+
 def test_without_a_gpu_there_is_nothing_to_fit_into(monkeypatch, capsys):
     monkeypatch.setattr(command, "find_gpu", lambda: None)
     assert main([str(PPO), "--plan"]) == 0

@@ -148,6 +148,8 @@ TINY = {
         (LlamaConfig, torch.bfloat16, "sdpa", True, "peft"),
         (LlamaConfig, torch.bfloat16, "sdpa", True, "fused"),
         (LlamaConfig, torch.bfloat16, "sdpa", False, "fused"),
+        (LlamaConfig, torch.float16, "sdpa", True, "fused"),
+        (LlamaConfig, torch.float16, "sdpa", False, "peft"),
         (LlamaConfig, torch.float32, "eager", False, "peft"),
         (LlamaConfig, torch.float32, "sdpa", False, "dora"),
         (Qwen2Config, torch.bfloat16, "sdpa", False, "peft"),
@@ -179,7 +181,8 @@ def test_a_trunk_allocates_what_its_layers_are_written_to(
     mask_BT[0, 150:] = 0
 
     def forward() -> torch.Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        half = dtype != torch.float32
+        with torch.autocast("cpu", dtype=dtype if half else None, enabled=half):
             trunk = getattr(base, base.base_model_prefix)
             return trunk(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)[0]
 
@@ -204,7 +207,7 @@ def test_a_trunk_allocates_what_its_layers_are_written_to(
     held = here + (plan.input if checkpointing else plan.saved) + plan.norm_saved
     # Autocast's copies of the adapters: without gradients all of them stay until the pass ends, and
     # fused layers make only their own. A plan has them in a row of theirs, `kept activations`.
-    copies = dtype.itemsize * shape.lora_parameters(8) if dtype == torch.bfloat16 else 0
+    copies = dtype.itemsize * shape.lora_parameters(8) if dtype != torch.float32 else 0
     plain = plan.fixed + plan.forward + (copies // shape.layers if fused else copies)
     assert plain == pytest.approx(blind.peak, rel=0.05)
     tolerance = 0.1 if dora else 0.05
@@ -221,8 +224,13 @@ def test_a_trunk_allocates_what_its_layers_are_written_to(
         ([90] * 4, {"critic": "shared"}),
         ([90, 61, 40, 83], {"critic": "shared", "disable_gradient_checkpointing": False}),
         ([90, 61, 40, 83], {"lora_target": "q_proj,v_proj"}),
+        ([90, 61, 40, 83], {"fp16": True}),
+        ([90, 61, 40, 83], {"fp16": True, "disable_gradient_checkpointing": False}),
     ],
-    ids=["own", "own-recomputed", "shared", "shared-recomputed", "attention-only"],
+    ids=[
+        *("own", "own-recomputed", "shared", "shared-recomputed", "attention-only"),
+        *("fp16", "fp16-recomputed"),
+    ],
 )
 def test_plan_of_a_tiny_llama_is_within_10_percent_of_what_is_allocated(
     prompts, changes, tmp_path, template

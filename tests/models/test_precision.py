@@ -13,7 +13,7 @@ from fastppo.config.model import own_dtype
 from fastppo.errors import UserError
 from fastppo.memory.inputs import PlanInputs
 from fastppo.memory.shapes import find_shape
-from fastppo.models.load import compute_dtype
+from fastppo.models.load import autocast_dtype, compute_dtype
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")  # looked at by name: none has to be there
 
@@ -26,29 +26,34 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("own", "bf16", "on_gpu", "on_cpu"),
+    ("own", "asked", "on_gpu", "on_cpu"),
     [
-        ("bfloat16", False, "bfloat16", "float32"),
-        ("float16", False, "bfloat16", "float32"),  # as large, without a loss scaler
-        ("float32", False, "float32", "float32"),
-        (None, False, "float32", "float32"),
-        ("bfloat16", True, "bfloat16", "bfloat16"),
-        ("float32", True, "bfloat16", "bfloat16"),
-        (None, True, "bfloat16", "bfloat16"),
+        ("bfloat16", None, "bfloat16", "float32"),
+        ("float16", None, "bfloat16", "float32"),  # as large, without a loss scaler
+        ("float32", None, "float32", "float32"),
+        (None, None, "float32", "float32"),
+        ("bfloat16", "bf16", "bfloat16", "bfloat16"),
+        ("float32", "bf16", "bfloat16", "bfloat16"),
+        (None, "bf16", "bfloat16", "bfloat16"),
+        ("bfloat16", "fp16", "float16", "float16"),
+        ("float16", "fp16", "float16", "float16"),
+        ("float32", "fp16", "float16", "float16"),
     ],
 )
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])  # transformers 5 and 4
-def test_trainer_and_plan_agree_on_the_dtype(config, folder, own, bf16, on_gpu, on_cpu, key):
+def test_trainer_and_plan_agree_on_the_dtype(config, folder, own, asked, on_gpu, on_cpu, key):
     path = folder / "config.json"
     data = json.loads(path.read_text(encoding="utf-8"))
     data = {k: v for k, v in data.items() if k not in ("dtype", "torch_dtype")}
     path.write_text(json.dumps({**data, **({} if own is None else {key: own})}), encoding="utf-8")
-    settings = config(model_name_or_path=str(folder), bf16=bf16)
+    settings = config(model_name_or_path=str(folder), **{asked: True} if asked else {})
     for device, name, expected in ((GPU, "gpu", on_gpu), (CPU, "cpu", on_cpu)):
         assert compute_dtype(settings, device) == getattr(torch, expected)
         planned = PlanInputs.of(settings, find_shape(str(folder)), device=name)
         assert planned.dtype == expected
-        assert planned.autocast == (expected == "bfloat16")
+        assert planned.autocast == (expected != "float32")
+        half = None if expected == "float32" else getattr(torch, expected)
+        assert autocast_dtype(settings, device) == half
 
 
 def test_the_dtype_of_a_model_within_a_model():

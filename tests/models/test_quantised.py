@@ -1,11 +1,8 @@
-"""QLoRA: the settings that bitsandbytes gets, and where it is installed a run on its CPU kernels.
-
-The runs are skipped, with that reason, where bitsandbytes is not installed: an optional package.
-"""
+"""QLoRA: the settings that bitsandbytes gets, and steps on its CPU kernels."""
 
 from __future__ import annotations
 
-import importlib.util
+import weakref
 
 import pytest
 import torch
@@ -15,18 +12,18 @@ from transformers import AutoModelForCausalLM
 from fastppo import toy
 from fastppo.errors import UserError
 from fastppo.models.batch import make_batch
-from fastppo.models.load import load_base, quantization_config
+from fastppo.models.load import load_base
+from fastppo.models.quantised import quantization_config
 from fastppo.ppo import checkpoint, trainer
 from fastppo.run import save
 from tests.tiny import hidden_as
 
-needs_bitsandbytes = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
-)
 BITS = [
     {"quantization_bit": 4},
     {"quantization_bit": 8},
     {"quantization_bit": 4, "quantization_type": "fp4", "double_quantization": False, "bf16": True},
+    {"quantization_bit": 4, "fp16": True},
+    {"quantization_bit": 8, "fp16": True},
 ]
 
 
@@ -54,13 +51,12 @@ def wide_dir(tmp_path_factory):
     return folder
 
 
-@needs_bitsandbytes
 @pytest.mark.parametrize("bits", BITS, ids=str)
 def test_a_quantised_run_starts_at_kl_0_learns_saves_and_resumes(
     config, wide_dir, tmp_path, bits, rollout
 ):
     settings = {"model_name_or_path": str(wide_dir), "metrics_dir": str(tmp_path / "metrics")}
-    settings |= {**bits, "disable_gradient_checkpointing": False}
+    settings |= {**bits, "disable_gradient_checkpointing": False, "max_new_tokens": 24}
     state = trainer.init_state(config(**settings))
     up = state.roles.trunk.layers[0].mlp.up_proj.base_layer
     assert up.weight.dtype == (torch.uint8 if bits["quantization_bit"] == 4 else torch.int8)
@@ -68,6 +64,7 @@ def test_a_quantised_run_starts_at_kl_0_learns_saves_and_resumes(
     state = trainer.step_update(state)
     row = state.metrics.rows[0]
     assert row["kl"] == 0.0
+    assert row["score_std"] > 0, "responses all alike would teach nothing"
     assert row["grad_norm_actor"] > 0
     checkpoint.save_to_resume(state, tmp_path)
     resumed = trainer.init_state(config(**settings))
@@ -77,7 +74,8 @@ def test_a_quantised_run_starts_at_kl_0_learns_saves_and_resumes(
         mine = hidden_as(state.roles, role, batch)
         assert torch.equal(hidden_as(resumed.roles, role, batch), mine)
     assert not torch.equal(hidden_as(state.roles, "reference", batch), mine)
-    dtype = torch.bfloat16 if "bf16" in bits else torch.float32
+    dtype = state.roles.autocast or torch.float32
+    assert dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}.get(list(bits)[-1], dtype)
     base = AutoModelForCausalLM.from_pretrained(
         wide_dir,
         quantization_config=quantization_config(state.config, bits["quantization_bit"], dtype),
@@ -87,7 +85,6 @@ def test_a_quantised_run_starts_at_kl_0_learns_saves_and_resumes(
     assert PeftModel.from_pretrained(base, str(tmp_path / "checkpoint-1")).peft_config
 
 
-@needs_bitsandbytes
 @pytest.mark.parametrize("more", [{}, {"use_dora": True}], ids=str)
 def test_a_quantised_reference_model_and_a_quantised_critic_model(
     tiny_roles, wide_dir, tmp_path, more
@@ -116,7 +113,6 @@ def test_a_quantised_reference_model_and_a_quantised_critic_model(
     assert [count > 0 for _, _, count in made.table("one")] == [True, False, False, True]
 
 
-@needs_bitsandbytes
 def test_a_quantised_module_cannot_be_an_additional_target(tiny_roles, wide_dir):
     with pytest.raises(UserError, match="additional_target: up_proj: its weights are quantised"):
         tiny_roles(
@@ -126,3 +122,21 @@ def test_a_quantised_module_cannot_be_an_additional_target(tiny_roles, wide_dir)
 
 def test_the_base_without_quantization_bit_is_not_quantised(config):
     assert not getattr(load_base(config(), torch.device("cpu")), "is_quantized", False)
+
+
+def test_an_8_bit_layer_rounds_its_weights_alone_and_holds_no_input(config, wide_dir):
+    """bitsandbytes' own keeps its input in the graph, where checkpointing cannot free it."""
+    base = load_base(config(model_name_or_path=str(wide_dir)), torch.device("cpu"), bits=8)
+    layer = base.model.layers[0].mlp.up_proj
+    scale_V = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB
+    weight_VD = layer.weight.float() * scale_V[:, None] / 127
+    leaf = torch.randn(3, 5, 64, requires_grad=True)
+    x = leaf * 1.0
+    held = weakref.ref(x)
+    out = layer.eval()(x)
+    expected = torch.nn.functional.linear(x, weight_VD)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    del x, expected
+    assert held() is None
+    out.sum().backward()
+    torch.testing.assert_close(leaf.grad, weight_VD.sum(0).expand(3, 5, 64), atol=1e-5, rtol=1e-5)

@@ -241,9 +241,15 @@ class Products(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "made", named(KINDS, *FEW, bf16=True, disable_gradient_checkpointing=False), indirect=True
+    "made",
+    [
+        *named(KINDS, *FEW, bf16=True, disable_gradient_checkpointing=False),
+        *named(["lora"], fp16=True, disable_gradient_checkpointing=False),
+        *named(["full shared"], "none", fp16=True, disable_gradient_checkpointing=False),
+    ],
+    indirect=True,
 )
-def test_under_bf16_no_layer_multiplies_in_float32(made, rollout):
+def test_in_16_bits_no_layer_multiplies_in_float32(made, rollout):
     """PEFT's adapters, modules_to_save and all that trains are float32; their GEMMs are not."""
     batch = make_batch(rollout, range(4))
     made.train()
@@ -274,23 +280,35 @@ def test_a_reward_adapter_is_frozen_in_the_bases_dtype_and_what_trains_is_not(
 
 
 @pytest.mark.parametrize(
-    ("flash_attn", "device", "bf16", "installed", "expected"),
+    ("flash_attn", "device", "half", "installed", "expected"),
     [
-        ("auto", "cuda", True, True, "flash_attention_2"),
-        ("auto", "cuda", False, True, None),  # flash-attn has no float32
-        ("auto", "cuda", True, False, None),
-        ("auto", "cpu", True, True, None),
-        ("sdpa", "cuda", True, True, "sdpa"),
-        ("disabled", "cuda", True, True, "eager"),
-        ("fa2", "cuda", True, True, "flash_attention_2"),
+        ("auto", "cuda", torch.bfloat16, True, "flash_attention_2"),
+        ("auto", "cuda", torch.float16, True, "flash_attention_2"),
+        ("auto", "cuda", torch.float32, True, None),  # flash-attn has no float32
+        ("auto", "cuda", torch.bfloat16, False, None),
+        ("auto", "cpu", torch.bfloat16, True, None),
+        ("sdpa", "cuda", torch.bfloat16, True, "sdpa"),
+        ("disabled", "cuda", torch.bfloat16, True, "eager"),
+        ("fa2", "cuda", torch.bfloat16, True, "flash_attention_2"),
     ],
 )
 def test_flash_attn_auto_takes_fa2_where_it_can_run(
-    monkeypatch, flash_attn, device, bf16, installed, expected
+    monkeypatch, flash_attn, device, half, installed, expected
 ):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if installed else None)
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    assert attention_implementation(flash_attn, torch.device(device), dtype) == expected
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    assert attention_implementation(flash_attn, torch.device(device), half) == expected
+
+
+def test_flash_attn_is_not_for_gpus_before_ampere(monkeypatch):
+    """Those that need fp16: a T4 with flash-attn installed would fail in its first pass."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert attention_implementation("auto", torch.device("cuda"), torch.float16) is None
+    with pytest.raises(UserError, match="fa2 needs a GPU of Ampere or later; use auto"):
+        attention_implementation("fa2", torch.device("cuda"), torch.float16)
 
 
 def test_flash_attn_fa2_where_it_cannot_run_is_refused():

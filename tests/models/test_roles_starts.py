@@ -51,8 +51,11 @@ def test_10_kl_is_0_before_the_first_update(request, made, scored):
         assert all(p.requires_grad == (p in trained) for p in everything), role
 
 
-@pytest.mark.parametrize("made", named(NAMES, *BF16, bf16=True), indirect=True)
-def test_10_in_bf16_too_where_what_trains_is_float32_and_the_reference_is_not(
+HALF = [*named(NAMES, *BF16, bf16=True), *named(["dora", "full shared"], fp16=True)]
+
+
+@pytest.mark.parametrize("made", HALF, indirect=True)
+def test_10_in_16_bits_too_where_what_trains_is_float32_and_the_reference_is_not(
     request, made, scored
 ):
     result = scored(made)
@@ -62,7 +65,7 @@ def test_10_in_bf16_too_where_what_trains_is_float32_and_the_reference_is_not(
         assert all(p.dtype == torch.float32 for p in made.trainable_parameters(role))
     reference = made.places["reference"].model
     frozen = [p for n, p in reference.named_parameters() if "lora_" not in n and "_save" not in n]
-    assert {p.dtype for p in frozen} == {torch.bfloat16}
+    assert {p.dtype for p in frozen} == {made.autocast}
 
 
 @pytest.mark.parametrize("made", named(NAMES, *BF16, "sft merged", "full"), indirect=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -112,28 +111,24 @@ def test_a_head_in_tf32_is_the_models_own(state, monkeypatch, tf32, refused):
         run.roles.check_head(run.prompts[0].ids)
 
 
-EIGHT, PLAIN = SimpleNamespace(is_loaded_in_8bit=True), SimpleNamespace()
-
-
 @pytest.mark.parametrize(
-    ("flag", "device", "base", "autocast", "expected"),
+    ("flag", "device", "autocast", "expected"),
     [
-        ("highest", CUDA, PLAIN, False, "float32"),
-        ("highest", CPU, PLAIN, False, "float32"),
-        ("high", CUDA, PLAIN, False, "tf32"),
-        ("medium", CUDA, PLAIN, False, "tf32"),  # on a GPU it is the same as high
-        ("medium", CPU, PLAIN, False, "bfloat16"),
-        ("highest", CUDA, PLAIN, True, "bfloat16"),  # bf16: true on weights of any dtype
-        ("high", CUDA, PLAIN, True, "bfloat16"),
-        ("highest", CUDA, EIGHT, False, "bfloat16"),  # quantization_bit: 8 without bf16
-        ("highest", CPU, EIGHT, False, "float32"),  # there they round no activations
+        ("highest", CUDA, None, "float32"),
+        ("highest", CPU, None, "float32"),
+        ("high", CUDA, None, "tf32"),
+        ("medium", CUDA, None, "tf32"),  # on a GPU it is the same as high
+        ("medium", CPU, None, "bfloat16"),
+        ("highest", CUDA, torch.bfloat16, "bfloat16"),  # bf16: true on weights of any dtype
+        ("high", CUDA, torch.bfloat16, "bfloat16"),
+        ("high", CUDA, torch.float16, "float16"),
     ],
 )
-def test_what_products_are_in(flag, device, base, autocast, expected):
+def test_what_products_are_in(flag, device, autocast, expected):
     from fastppo.models.rounding import product_precision
 
     torch.set_float32_matmul_precision(flag)
-    assert product_precision(device, base, autocast=autocast) == expected
+    assert product_precision(device, autocast=autocast) == expected
 
 
 def test_tf32_that_other_code_turned_on_counts():
@@ -146,18 +141,18 @@ def test_tf32_that_other_code_turned_on_counts():
     assert float32_precision(CUDA) == "float32"
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [("bfloat16", "bfloat16"), ("float16", "tf32")])
-def test_an_autocast_around_the_loop_counts(tiny_roles, dtype, expected):
-    """float16 has the 11 bits of TF32."""
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_an_autocast_around_the_loop_counts(tiny_roles, dtype):
     made = tiny_roles()
     with torch.autocast("cpu", dtype=getattr(torch, dtype)):
-        assert made.product_precision == expected
+        assert made.product_precision == dtype
     assert made.product_precision == "float32"
 
 
 def test_every_limit_grows_with_the_rounding():
     from fastppo.models.rounding import LIMITS
 
+    assert LIMITS["float16"] == LIMITS["tf32"], "both have 11 significant bits"
     steps = [LIMITS[name] for name in ("float32", "tf32", "bfloat16")]
     for name in ("log_ratio", "sampler_gap", "head"):
         values = [getattr(step, name) for step in steps]

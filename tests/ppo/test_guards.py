@@ -27,6 +27,8 @@ HEALTHY = {
     "score_length_corr": 0.2,
     "sampler_gap_abs": 1e-6,
     "nonfinite_steps": 0.0,
+    "overflow_steps": 0.0,
+    "loss_scale": 65536.0,
     "value_clipfrac": 0.05,
 }
 

@@ -175,7 +175,6 @@ def test_a_streamed_reward_says_the_same(load, classifier_dir, rollout):
 
 @pytest.mark.parametrize(("bits", "near"), [(8, 0.03), (4, 0.2)])
 def test_a_classifier_in_few_bits_keeps_its_head_whole(load, tmp_path, rollout, bits, near):
-    pytest.importorskip("bitsandbytes", reason="needs pip install 'fastppo[quantization]'")
     write_classifier(tmp_path / "c", hidden_size=64, intermediate_size=128, initializer_range=0.05)
     rollout = replace(rollout, texts=TEXTS)
     exact = load(tmp_path / "c")(rollout)

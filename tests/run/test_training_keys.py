@@ -15,6 +15,7 @@ from accelerate import tracking as accelerate_tracking
 from transformers import Adafactor
 
 from fastppo.config import Config
+from fastppo.config.training import BITSANDBYTES
 from fastppo.errors import UserError
 from fastppo.models import optim
 from fastppo.ppo import log, trainer
@@ -85,7 +86,7 @@ def test_lion_is_bitsandbytes(monkeypatch):
 
 
 def test_every_name_of_optim_makes_an_optimiser_that_ppo_steps_with(state):
-    for name in ("sgd", "adagrad", "rmsprop", "adafactor"):
+    for name in ("sgd", "adagrad", "rmsprop", "adafactor", *sorted(BITSANDBYTES)):
         run = state(optim=name, ppo_epochs=1)
         before = [p.detach().clone() for p in run.roles.trainable_parameters("actor")]
         row = trainer.step_update(run).metrics.rows[0]
