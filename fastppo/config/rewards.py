@@ -20,6 +20,7 @@ from fastppo.config.key import LF, OWN, Finite, Keys, Stage, key
 Kind = Literal["lora", "full", "api", "function"]
 RECORD = "fastppo_reward.json"  # what stage rm notes beside its adapter and head
 BASE_RECORD = "fastppo_base.json"  # which adapters are part of the base that an adapter is for
+TEXT_RECORD = "fastppo_template.json"  # how the text was written that an adapter or model learned
 HEAD_FILES = ("value_head.safetensors", "value_head.bin")  # LLaMA-Factory's names, in its order
 
 
