@@ -16,15 +16,21 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from fastppo.config.rewards import HEAD_FILES, RECORD
+from fastppo.config.rewards import RECORD
 from fastppo.errors import UserError
-from fastppo.export.config import read_json
+from fastppo.export.chat import set_chat_template, trained_template
 from fastppo.models.adapters import merge_adapters
-from fastppo.models.load import LOAD_ERRORS, causal_lm, first_line, hidden_size, not_loaded, trunk
-from fastppo.models.value_head import load_value_head
+from fastppo.models.load import (
+    LOAD_ERRORS,
+    causal_lm,
+    check_weights,
+    first_line,
+    hidden_size,
+    not_loaded,
+    trunk,
+)
+from fastppo.models.value_head import has_value_head, load_value_head
 from fastppo.rewards.adapter import read_score_at
-from fastppo.templates import get_template
-from fastppo.templates.formats import TEMPLATES
 from fastppo.templates.jinja import without_suffix
 
 if TYPE_CHECKING:
@@ -40,19 +46,24 @@ def export(config: ExportConfig) -> Iterator[str]:
     name, last = str(config.model_name_or_path), config.trained_folder
     source = last if (last / "tokenizer_config.json").is_file() else Path(name)
     tokenizer = load_pretrained(AutoTokenizer, str(source), config)
-    template = get_template(config.template or recorded_template(last), tokenizer)
+    template = trained_template(config, last, tokenizer)
     reward = config.stage == "rm" or (config.stage is None and (last / RECORD).is_file())
     device = "cuda" if config.export_device == "auto" and torch.cuda.is_available() else "cpu"
     dtype = config.infer_dtype
     dtype = dtype if dtype == "auto" else getattr(torch, dtype)
-    model = load_pretrained(AutoModelForCausalLM, name, config, dtype=dtype).to(device)
+    how = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = load_pretrained(AutoModelForCausalLM, name, config, **how)
+    left_out = check_weights("model_name_or_path", name, model, info)
+    if left_out is not None:
+        yield left_out
     if getattr(model, "is_quantized", False):
         raise UserError(
             f"model_name_or_path: {name} is quantised, and adapters merge into whole weights only; "
             "name the model that it was quantised from"
         )
-    model = causal_lm(merge_adapters(model, config.adapters, "adapter_name_or_path"))
+    model = causal_lm(merge_adapters(model.to(device), config.adapters, "adapter_name_or_path"))
     tokenizer.padding_side = "right" if reward else "left"
+    yield from set_chat_template(template, answers=reward)
     if reward:
         head = load_value_head(last, hidden_size(model), torch.device("cpu"), "stage: rm")
         score_at = read_score_at(last) or ("suffix" if template.suffix_ids else "eos")
@@ -66,20 +77,13 @@ def export(config: ExportConfig) -> Iterator[str]:
                 "keeps it, and reward_model_type: full adds it"
             )
     else:
-        if any((last / file).is_file() for file in HEAD_FILES) and config.stage is None:
+        if config.stage is None and has_value_head(last):
             yield f"the value head in {last} is left out; stage=rm exports a reward model with it"
-        set_stop_tokens(model, template)
+        yield from set_generation(model, template)
     model.save_pretrained(config.export_dir, max_shard_size=f"{config.export_size}GB")
     tokenizer.save_pretrained(config.export_dir)
     parts = " + ".join([name, *config.adapters])
     yield f"{config.export_dir}: {type(model).__name__}, {model.dtype}, from {parts}"
-
-
-def recorded_template(folder: Path) -> str | None:
-    """The name of the template that stage rm recorded in `folder`; None if it recorded none."""
-    path = folder / RECORD
-    name = read_json(path).get("template") if path.is_file() else None
-    return name if name in TEMPLATES else None
 
 
 def load_pretrained(kind: Any, name: str, config: ExportConfig, **settings: Any) -> Any:
@@ -98,14 +102,35 @@ def load_pretrained(kind: Any, name: str, config: ExportConfig, **settings: Any)
         raise UserError(f"model_name_or_path: {not_loaded(name, error)}") from None
 
 
-def set_stop_tokens(model: PreTrainedModel, template: Template) -> None:
-    """Make `generate` stop at the template's stop tokens, as sampling during training did."""
+def set_generation(model: PreTrainedModel, template: Template) -> Iterator[str]:
+    """Make `generate` stop at the template's stop tokens, as sampling during training did.
+
+    Yields a note on the base's other sampling settings, which servers take as their defaults.
+    """
     generation: Any = model.generation_config
     generation.eos_token_id = list(template.stop_ids)
-    generation.pad_token_id = template.pad_id
+    generation.pad_token_id = pad_with_row(model, template)
     # transformers refuses to save a greedy configuration with a temperature or top_p.
     if generation.temperature not in (None, 1.0) or generation.top_p not in (None, 1.0):
         generation.do_sample = True
+    plain = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0}
+    kept = {
+        name: value
+        for name, usual in plain.items()
+        if (value := getattr(generation, name, None)) not in (None, usual)
+    }
+    if kept:
+        words = ", ".join(f"{name} {value}" for name, value in kept.items())
+        yield (
+            f"generation_config.json keeps the base's {words}, which servers sample with; change "
+            "them there where the policy was trained with others"
+        )
+
+
+def pad_with_row(model: PreTrainedModel, template: Template) -> int:
+    """Id of the padding token, or of EOS where the model's embeddings have no row for it."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    return template.pad_id if template.pad_id < rows else template.eos_id
 
 
 def make_classifier(
@@ -120,7 +145,8 @@ def make_classifier(
     config = model.config
     config.num_labels = 1
     config.id2label, config.label2id = {0: "reward"}, {"reward": 0}
-    pad_id = choose_pad_token(tokenizer, template)
+    rows = model.get_input_embeddings().weight.shape[0]
+    pad_id = choose_pad_token(tokenizer, template, rows)
     config.get_text_config().pad_token_id = config.pad_token_id = pad_id
     setattr(config, SCORE_BIAS, head.bias.item())
     try:
@@ -143,14 +169,18 @@ def make_classifier(
     return cast(PreTrainedModel, made.eval())
 
 
-def choose_pad_token(tokenizer: Any, template: Template) -> int:
-    """Id of the padding token; if it can end a conversation, another special token is chosen."""
+def choose_pad_token(tokenizer: Any, template: Template, rows: int) -> int:
+    """Id of the padding token.
+
+    If it can end a conversation, or has no row among the `rows` of the embeddings, another special
+    token is chosen.
+    """
     ends = {*template.stop_ids, *template.suffix_ids[-1:]}
-    if tokenizer.pad_token_id not in ends:
+    if tokenizer.pad_token_id not in ends and tokenizer.pad_token_id < rows:
         return int(tokenizer.pad_token_id)
     special = [tokenizer.unk_token_id, *sorted(tokenizer.added_tokens_decoder)]
     for token_id in special:
-        if token_id is not None and token_id not in ends:
+        if token_id is not None and token_id not in ends and token_id < rows:
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(token_id)
             return int(token_id)
     raise UserError(
