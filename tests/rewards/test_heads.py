@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +14,21 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from fastppo.config.weights import find_head, folder_shapes
 from fastppo.errors import UserError
 from fastppo.models.adapters import load_peft_model
+from fastppo.models.build import build
 from fastppo.models.load import load_base
+from fastppo.ppo.evaluate_only import load_policy
 from fastppo.rewards.classifier import ClassifierReward
 from fastppo.rewards.model import load_full
+from fastppo.rm.train import folder_of_head
 from fastppo.run.preflight import check_reward_full
-from tests.rewards.matrix import Places, classifier, neox_with_bias, tokenizer_of
+from tests.rewards.matrix import (
+    Places,
+    classifier,
+    llamafactory_whole,
+    neox_with_bias,
+    tokenizer_of,
+    trl_value_head,
+)
 
 DEVICE = torch.device("cpu")
 
@@ -171,3 +182,30 @@ def test_a_head_of_its_adapter_may_have_one_row_on_a_base_with_two(load, places)
     get_peft_model(one, settings).save_pretrained(places.out / "a")
     made = load(places.out / "two", reward_model_adapters=str(places.out / "a"))
     torch.testing.assert_close(made.model.score.weight, one.score.weight, check_device=False)
+
+
+def test_a_critic_starts_from_a_head_among_its_models_own_weights(places, tiny_roles):
+    """As in the files of TRL's models with a value head, and not from 0."""
+    keys, _ = trl_value_head(".bin")(places)
+    made = tiny_roles(stirred=False, critic="model", critic_model=keys["reward_model"])
+    assert made.critic_head.bias.item() == pytest.approx(0.7)
+    assert made.critic_head.weight.abs().max() > 0.1
+
+
+def test_stage_rm_goes_on_with_the_head_of_a_whole_model(places, config):
+    """LLaMA-Factory reads the head from the model's folder where there is no adapter."""
+    keys, _ = llamafactory_whole(".safetensors")(places)
+    settings = config(stage="rm", model_name_or_path=keys["reward_model"])
+    assert folder_of_head(settings) == Path(keys["reward_model"])
+    assert folder_of_head(config(stage="rm")) is None
+
+
+def test_an_evaluated_policy_without_one_of_its_weights_is_refused(config, places):
+    """transformers would fill it with random numbers, and the evaluation would be of those."""
+    folder = places.out / "policy"
+    base_of(places).save_pretrained(folder)
+    made = build(config(finetuning_type="full", critic="shared"), DEVICE)
+    load_policy(made, folder)
+    change(folder, lm_head__weight=None, model__norm__weight=None)
+    with pytest.raises(UserError, match=r"output_dir: .*policy has no .*weight of the shape"):
+        load_policy(made, folder)
