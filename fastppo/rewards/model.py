@@ -83,7 +83,7 @@ def load_full(
         try:
             found = find_weights(name, config)
         except LOAD_ERRORS as error:
-            if find_adapter_config_file(name, cache_dir=config.cache_dir) is not None:
+            if is_adapter(name, config):
                 raise adapter_error(name) from None
             raise load_error(name, error, config) from None
         if found.has_value_head:
@@ -198,6 +198,14 @@ def load_error(name: str, error: Exception, config: Config) -> UserError:
     return UserError(f"reward_model: {not_loaded(name, error, config.flash_attn)}")
 
 
+def is_adapter(name: str, config: Config) -> bool:
+    """Whether the folder or hub name has an adapter."""
+    try:
+        return find_adapter_config_file(name, cache_dir=config.cache_dir) is not None
+    except LOAD_ERRORS:  # the name can be neither
+        return False
+
+
 def adapter_error(name: str) -> UserError:
     """The error for an adapter where a model should be."""
     return UserError(
@@ -228,11 +236,11 @@ def load_model(
 
     Args:
         kind: the transformers class that loads it.
-        settings: its config, where that is not the one beside it.
+        settings: its config, if that is not the one in its folder.
         head: the tensors of its head, for a class that has the head under another name.
 
     Returns:
-        It, and the names of the weights that it had no place for.
+        The model, and the names of the weights that it had no place for.
 
     Raises:
         UserError: the model or an adapter cannot be loaded, or a weight is in no file.
@@ -307,7 +315,7 @@ def quantisation(bits: int, device: torch.device, dtype: torch.dtype) -> dict[st
             f"reward_model_quantization_bit: {bits} needs a package that is not installed; "
             "pip install 'fastppo[quantization]', or leave it out"
         )
-    make_quantization: Any = BitsAndBytesConfig  # without annotations of its own
+    make_quantization: Any = BitsAndBytesConfig  # its constructor has no annotations
     config = make_quantization(
         load_in_4bit=bits == 4,
         load_in_8bit=bits == 8,

@@ -63,7 +63,7 @@ def written_ids(
     how = {"add_generation_prompt": answer is None, "tokenize": True, "return_dict": False}
     try:
         return list(tokenizer.apply_chat_template(chat, chat_template=jinja, **how))
-    except Exception:  # a template is a program of its own, and may raise anything
+    except Exception:  # a chat template can raise anything
         return None
 
 

@@ -209,3 +209,15 @@ def test_an_evaluated_policy_without_one_of_its_weights_is_refused(config, place
     change(folder, lm_head__weight=None, model__norm__weight=None)
     with pytest.raises(UserError, match=r"output_dir: .*policy has no .*weight of the shape"):
         load_policy(made, folder)
+
+
+def test_an_adapter_by_its_hub_name_is_no_reward_model(config, template, adapter):
+    settings = config(reward_model=str(adapter), reward_model_type="full")
+    with pytest.raises(UserError, match="is an adapter; name its base here, and the adapter in"):
+        load_full(str(adapter), settings, DEVICE, template)
+
+
+def test_a_name_that_is_neither_folder_nor_hub_name_is_one_line(config, template):
+    settings = config(reward_model="no/such/model", reward_model_type="full")
+    with pytest.raises(UserError, match="reward_model: no/such/model cannot be loaded"):
+        load_full("no/such/model", settings, DEVICE, template)
