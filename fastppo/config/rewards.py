@@ -20,6 +20,7 @@ from fastppo.config.key import LF, OWN, Finite, Keys, Stage, key
 Kind = Literal["lora", "full", "api", "function"]
 RECORD = "fastppo_reward.json"  # stage rm's record, saved with its adapter and head
 BASE_RECORD = "fastppo_base.json"  # names the adapters that were merged into an adapter's base
+TEXT_RECORD = "fastppo_template.json"  # how conversations were formatted in training
 HEAD_FILES = ("value_head.safetensors", "value_head.bin")  # LLaMA-Factory's names, in its order
 
 

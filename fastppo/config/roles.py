@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from fastppo.config.below import adapters_below
 from fastppo.config.key import LF, OWN, Keys, Positive, Stage, key
 from fastppo.config.rewards import split
 from fastppo.errors import UserError
@@ -197,9 +198,11 @@ def folder_to_evaluate(config: Config) -> tuple[Path, Config]:
     """
     output_dir = Path(config.output_dir)
     file = "adapter_config.json" if config.finetuning_type == "lora" else "config.json"
-    if (output_dir / file).is_file():
-        return output_dir, config
     adapters = split(config.adapter_name_or_path) if config.adapter_name_or_path else []
+    if (output_dir / file).is_file():
+        merged = adapters if config.create_new_adapter else adapters[:-1]
+        check_base_of_run(config, output_dir, merged)
+        return output_dir, config
     if not adapters:
         raise UserError(
             f"{config.source}: do_train: is off, and output_dir {output_dir} has nothing trained "
@@ -208,3 +211,22 @@ def folder_to_evaluate(config: Config) -> tuple[Path, Config]:
     below = ",".join(adapters[:-1]) or None
     update = {"adapter_name_or_path": below, "create_new_adapter": below is not None}
     return Path(adapters[-1]), config.model_copy(update=update)
+
+
+def check_base_of_run(config: Config, folder: Path, merged: list[str]) -> None:
+    """Refuse to evaluate the adapter in `folder` on another base than it was trained on.
+
+    `merged` are the adapters that this configuration merges into the base.
+    """
+    below = adapters_below(folder)
+    if [Path(name).name for name in merged] != [Path(name).name for name in below]:
+        there, here = (", ".join(names) or "nothing" for names in (below, merged))
+        cure = (
+            f"set adapter_name_or_path: {','.join(below)} and create_new_adapter: true"
+            if below
+            else "leave out create_new_adapter, and adapter_name_or_path but for its last"
+        )
+        raise UserError(
+            f"{config.source}: output_dir: {folder} was trained on a base with {there} merged into "
+            f"it, and here it is {here}; {cure}"
+        )

@@ -10,15 +10,14 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fastppo.config import Config
+from fastppo.config.below import ADAPTER, adapters_below, base_of, check_below, is_same
 from fastppo.config.elsewhere import IGNORED
 from fastppo.config.file import override, read_file
 from fastppo.config.key import HF, LF, Positive, key
 from fastppo.config.old_names import GONE, meant, with_todays_names
-from fastppo.config.rewards import BASE_RECORD, RECORD, split
+from fastppo.config.rewards import split
 from fastppo.config.schema import explain_in, suggest
 from fastppo.errors import UserError
-
-ADAPTER = "adapter_config.json"
 
 
 class ExportConfig(BaseModel):
@@ -33,7 +32,16 @@ class ExportConfig(BaseModel):
         None, LF, "Adapters to merge into it, comma separated, in their order."
     )
     template: str | None = key(
-        None, LF, "Chat template by name; null is the one that the tokenizer was saved with."
+        None, LF, "Chat template by name; null is the one that the training recorded."
+    )
+    default_system: str | None = key(
+        None, LF, "Default system prompt of the training; null is the one that it recorded."
+    )
+    enable_thinking: bool | None = key(
+        None, LF, "Whether the policy was trained to think; null is what the training recorded."
+    )
+    preserve_thinking: bool | None = key(
+        None, LF, "Whether earlier answers kept their thoughts; null is what was recorded."
     )
     export_dir: str = key(..., LF, "Where the model goes; empty, or not there yet.")
     export_size: Positive = key(5, LF, "Most gigabytes in a file of weights.")
@@ -135,27 +143,45 @@ def parse_export(data: Mapping[str, Any], source: str) -> tuple[ExportConfig, li
         config = ExportConfig(**given)
     except ValidationError as error:
         raise UserError(f"{source}: {explain_in(ExportConfig, error)}") from None
-    return check_folders(config, source), notes
+    config = check_folders(config, source)
+    return add_adapters_below(config, source, notes), notes
 
 
 def from_folder(folder: Path) -> dict[str, Any]:
-    """The keys that export `folder`: an adapter with the adapters below it, or a whole model."""
+    """The keys that export `folder`: an adapter or a whole model."""
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; name one that a run or PEFT wrote")
     if (folder / ADAPTER).is_file():
-        return {"adapter_name_or_path": ",".join([*adapters_below(folder), str(folder)])}
+        return {"adapter_name_or_path": str(folder)}
     if (folder / "config.json").is_file():
         return {"model_name_or_path": str(folder)}
     raise UserError(f"{folder} has neither {ADAPTER} nor config.json; name a run's output_dir")
 
 
-def adapters_below(folder: Path) -> list[str]:
-    """The adapters that were merged into the base before the one in `folder` was trained."""
-    for name in (RECORD, BASE_RECORD):
-        if (folder / name).is_file():
-            found = read_json(folder / name).get("merged", [])
-            return [str(item) for item in found] if isinstance(found, list) else []
-    return []
+def add_adapters_below(config: ExportConfig, source: str, notes: list[str]) -> ExportConfig:
+    """`config` with the adapters that its first one was trained on top of, which a file may omit.
+
+    They are merged too where the base is the one that the adapter names; on another model nobody
+    knows whether it has them already, and that is refused.
+    """
+    names, base = config.adapters, str(config.model_name_or_path)
+    below = adapters_below(Path(names[0])) if names else []
+    if below and is_same(base_of(Path(names[0])) or "", base):
+        missing = [name for name in below if is_absent(name)]
+        if missing:
+            raise UserError(
+                f"{source}: adapter_name_or_path: {names[0]} was trained on {base} with "
+                f"{missing[0]} merged into it, and there is no folder {missing[0]} here; write "
+                f"where it lies, as adapter_name_or_path: SFT_FOLDER,{names[0]}"
+            )
+        notes.append(
+            f"{names[0]} was trained on {base} with {', '.join(below)} merged into it, so that "
+            "is merged first"
+        )
+        joined = ",".join([*below, *names])
+        config = config.model_copy(update={"adapter_name_or_path": joined})
+    check_below(source, "adapter_name_or_path", base, config.adapters)
+    return config
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -167,6 +193,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"{path} is not a JSON object; replace it")
     return data
+
+
+def is_absent(name: str) -> bool:
+    """Whether an adapter's name is that of a folder, and there is none; else it may be a hub's."""
+    folder = Path(name)
+    return not folder.is_dir() and (name.count("/") != 1 or folder.parent.is_dir())
 
 
 def check_folders(config: ExportConfig, source: str) -> ExportConfig:
@@ -181,7 +213,7 @@ def check_folders(config: ExportConfig, source: str) -> ExportConfig:
                 else ("name a folder that PEFT wrote")
             )
             raise UserError(f"{source}: adapter_name_or_path: {name} has no {ADAPTER}; {cure}")
-        if not folder.is_dir() and (name.count("/") != 1 or folder.parent.is_dir()):
+        if is_absent(name):
             raise UserError(f"{source}: adapter_name_or_path: no folder {name}; check the path")
     base = config.model_name_or_path
     if base is None:

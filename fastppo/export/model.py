@@ -17,24 +17,23 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from fastppo.config.rewards import HEAD_FILES, RECORD
+from fastppo.config.rewards import RECORD
 from fastppo.errors import UserError
-from fastppo.export.config import read_json
+from fastppo.export.chat import set_chat_template, trained_template
 from fastppo.models.adapters import merge_adapters
 from fastppo.models.limits import drop_pad_without_row
 from fastppo.models.load import (
     LOAD_ERRORS,
     causal_lm,
+    check_weights,
     first_line,
     hidden_size,
     not_loaded,
     trunk,
     vocabulary_size,
 )
-from fastppo.models.value_head import load_value_head
+from fastppo.models.value_head import has_value_head, load_value_head
 from fastppo.rewards.adapter import read_score_at
-from fastppo.templates import get_template
-from fastppo.templates.formats import TEMPLATES
 from fastppo.templates.jinja import without_suffix
 
 if TYPE_CHECKING:
@@ -53,19 +52,24 @@ def export(config: ExportConfig) -> Iterator[str]:
     rows = vocabulary_size(load_pretrained(AutoConfig, name, config))
     if (line := drop_pad_without_row(tokenizer, rows)) is not None:
         yield line
-    template = get_template(config.template or recorded_template(last), tokenizer)
+    template = trained_template(config, last, tokenizer)
     reward = config.stage == "rm" or (config.stage is None and (last / RECORD).is_file())
     device = "cuda" if config.export_device == "auto" and torch.cuda.is_available() else "cpu"
     dtype = config.infer_dtype
     dtype = dtype if dtype == "auto" else getattr(torch, dtype)
-    model = load_pretrained(AutoModelForCausalLM, name, config, dtype=dtype).to(device)
+    how = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = load_pretrained(AutoModelForCausalLM, name, config, **how)
+    left_out = check_weights("model_name_or_path", name, model, info)
+    if left_out is not None:
+        yield left_out
     if getattr(model, "is_quantized", False):
         raise UserError(
             f"model_name_or_path: {name} is quantised, and adapters merge into whole weights only; "
             "name the model that it was quantised from"
         )
-    model = causal_lm(merge_adapters(model, config.adapters, "adapter_name_or_path"))
+    model = causal_lm(merge_adapters(model.to(device), config.adapters, "adapter_name_or_path"))
     tokenizer.padding_side = "right" if reward else "left"
+    yield from set_chat_template(template, answers=reward)
     if reward:
         head = load_value_head(last, hidden_size(model), torch.device("cpu"), "stage: rm")
         score_at = read_score_at(last) or ("suffix" if template.suffix_ids else "eos")
@@ -79,20 +83,13 @@ def export(config: ExportConfig) -> Iterator[str]:
                 "keeps it, and reward_model_type: full adds it"
             )
     else:
-        if any((last / file).is_file() for file in HEAD_FILES) and config.stage is None:
+        if config.stage is None and has_value_head(last):
             yield f"the value head in {last} is left out; stage=rm exports a reward model with it"
-        set_stop_tokens(model, template)
+        yield from set_generation(model, template)
     model.save_pretrained(config.export_dir, max_shard_size=f"{config.export_size}GB")
     tokenizer.save_pretrained(config.export_dir)
     parts = " + ".join([name, *config.adapters])
     yield f"{config.export_dir}: {type(model).__name__}, {model.dtype}, from {parts}"
-
-
-def recorded_template(folder: Path) -> str | None:
-    """The name of the template that stage rm recorded in `folder`; None if it recorded none."""
-    path = folder / RECORD
-    name = read_json(path).get("template") if path.is_file() else None
-    return name if name in TEMPLATES else None
 
 
 def load_pretrained(kind: Any, name: str, config: ExportConfig, **settings: Any) -> Any:
@@ -111,14 +108,35 @@ def load_pretrained(kind: Any, name: str, config: ExportConfig, **settings: Any)
         raise UserError(f"model_name_or_path: {not_loaded(name, error)}") from None
 
 
-def set_stop_tokens(model: PreTrainedModel, template: Template) -> None:
-    """Make `generate` stop at the template's stop tokens, as sampling during training did."""
+def set_generation(model: PreTrainedModel, template: Template) -> Iterator[str]:
+    """Make `generate` stop at the template's stop tokens, as sampling during training did.
+
+    Yields a note on the base's other sampling settings, which servers take as their defaults.
+    """
     generation: Any = model.generation_config
     generation.eos_token_id = list(template.stop_ids)
-    generation.pad_token_id = template.pad_id
+    generation.pad_token_id = pad_with_row(model, template)
     # transformers refuses to save a greedy configuration with a temperature or top_p.
     if generation.temperature not in (None, 1.0) or generation.top_p not in (None, 1.0):
         generation.do_sample = True
+    plain = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0}
+    kept = {
+        name: value
+        for name, usual in plain.items()
+        if (value := getattr(generation, name, None)) not in (None, usual)
+    }
+    if kept:
+        words = ", ".join(f"{name} {value}" for name, value in kept.items())
+        yield (
+            f"generation_config.json keeps the base's {words}, which servers sample with; change "
+            "them there where the policy was trained with others"
+        )
+
+
+def pad_with_row(model: PreTrainedModel, template: Template) -> int:
+    """Id of the padding token, or of EOS where the model's embeddings have no row for it."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    return template.pad_id if template.pad_id < rows else template.eos_id
 
 
 def make_classifier(
@@ -158,12 +176,13 @@ def make_classifier(
 
 
 def choose_pad_token(tokenizer: Any, template: Template, rows: int) -> int:
-    """Id of the padding token, below `rows`, the number of rows in the embeddings.
+    """Id of the padding token.
 
-    If the tokenizer's own can end a conversation, another special token is chosen.
+    If it can end a conversation, or has no row among the `rows` of the embeddings, another special
+    token is chosen.
     """
     ends = {*template.stop_ids, *template.suffix_ids[-1:]}
-    if tokenizer.pad_token_id not in ends:
+    if tokenizer.pad_token_id not in ends and tokenizer.pad_token_id < rows:
         return int(tokenizer.pad_token_id)
     special = [tokenizer.unk_token_id, *sorted(tokenizer.added_tokens_decoder)]
     for token_id in special:

@@ -13,13 +13,20 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    load_peft_weights,
+)
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fastppo.config.rewards import split
+from fastppo.config.weights import few, find_head
 from fastppo.errors import UserError
 from fastppo.models.load import LOAD_ERRORS, causal_lm, first_line, text_model
 
@@ -205,14 +212,54 @@ def load_adapter(model: PeftModel, folder: str, name: str, key: str, **settings:
         model.load_adapter(folder, adapter_name=name, **settings)
     except LOAD_ERRORS as error:
         raise adapter_error(key, folder, error) from None
+    check_adapter_weights(model, folder, name, key)
 
 
 def load_peft_model(base: nn.Module, folder: str, key: str, *, train: bool) -> PeftModel:
     """Wrap `base` in a PEFT model with the adapter in `folder`, under the name `default`."""
     try:
-        return PeftModel.from_pretrained(base, folder, is_trainable=train)
+        model = PeftModel.from_pretrained(base, folder, is_trainable=train)
     except LOAD_ERRORS as error:
         raise adapter_error(key, folder, error) from None
+    check_adapter_weights(model, folder, "default", key)
+    return model
+
+
+def check_adapter_weights(model: PeftModel, folder: str, name: str, key: str) -> None:
+    """Refuse an adapter whose file has other weights than its place in `model`: PEFT would go on.
+
+    What the file lacks would keep its start, and what the model has no place for, such as the head
+    of a classifier's adapter on a language model, would be dropped.
+    """
+    try:
+        saved = {bare(each) for each in load_peft_weights(folder, device="cpu")}
+    except LOAD_ERRORS as error:
+        raise adapter_error(key, folder, error) from None
+    state = model.state_dict()
+    places = get_peft_model_state_dict(
+        model, state_dict=state, adapter_name=name, save_embedding_layers=False
+    )
+    wanted = {bare(each) for each in places}
+    if wanted - saved:
+        raise UserError(
+            f"{key}: the adapter in {folder} has no weights for {few(wanted - saved)}; its files "
+            "are not one adapter's: fetch or save it again"
+        )
+    strange = saved - wanted - {bare(each) for each in state}
+    if not strange:
+        return
+    head = find_head(dict.fromkeys(strange, (1, 1)))
+    why = "it is a reward model's: name it in reward_model_adapters, with reward_model_type: full"
+    cure = why if head is not None else "name one that was trained on the same base"
+    raise UserError(
+        f"{key}: the adapter in {folder} has weights for {few(strange)}, which this model has no "
+        f"place for; {cure}"
+    )
+
+
+def bare(name: str) -> str:
+    """An adapter's weight by the name that all versions of PEFT know it by."""
+    return name.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
 
 
 def adapter_error(key: str, folder: str, error: Exception) -> UserError:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from fastppo.config.memory import reference_streams
-from fastppo.config.rewards import HEAD_FILES, RECORD
+from fastppo.config.rewards import RECORD
 from fastppo.models.adapters import (
     adapter_parameters,
     adapter_to_continue,
@@ -49,7 +49,7 @@ from fastppo.models.load import (
     wrap_activations,
 )
 from fastppo.models.roles import Place, Role, Roles
-from fastppo.models.value_head import load_value_head, new_value_head
+from fastppo.models.value_head import has_value_head, load_value_head, new_value_head
 from fastppo.offload.activations import find_layers
 from fastppo.offload.frozen import place_frozen
 
@@ -286,7 +286,7 @@ def place_critic_model(builder: RolesBuilder) -> nn.Linear:
     words = name or "a second copy of the base"
     if name is not None:
         check_same_tokens(config, "critic_model", name, model)
-        if any((Path(name) / file).is_file() for file in HEAD_FILES):
+        if has_value_head(Path(name)):
             head = load_value_head(Path(name), hidden_size(model), builder.device, "critic_model")
     else:
         model = merge_adapters(model, adapters_to_merge(config), "adapter_name_or_path")

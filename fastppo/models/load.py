@@ -25,8 +25,10 @@ from transformers.utils.logging import disable_progress_bar
 from fastppo.config.memory import offload_mode
 from fastppo.config.model import own_dtype, run_dtype
 from fastppo.config.published import check_last_position
-from fastppo.errors import UserError
+from fastppo.config.weights import few, find_head
+from fastppo.errors import UserError, note
 from fastppo.models.quantised import quantization_config, use_training_kernels
+from fastppo.models.weights import left_out_line
 from fastppo.offload.activations import ActivationOffload, find_layers, wrap
 
 if TYPE_CHECKING:
@@ -136,13 +138,9 @@ def load_base(
             f"{config.source}: {name} is an adapter; name it in adapter_name_or_path, and its base "
             "as the model"
         )
-    # transformers fills weights that are missing or of another shape with random numbers.
-    wrong = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
-    if wrong:
-        raise UserError(
-            f"{config.source}: {name} has no {min(wrong)} of the shape that its config.json asks "
-            "for; its files are not one model's: fetch or save it again"
-        )
+    line = check_weights(config.source, name, base, info)
+    if line is not None:
+        note(line)
     if getattr(base.get_output_embeddings(), "weight", None) is None:
         raise UserError(
             f"{config.source}: {name} ({type(base).__name__}) does not say which of its layers is "
@@ -153,6 +151,28 @@ def load_base(
     if bits is not None:
         use_training_kernels(base)
     return base if on_host or bits is not None else base.to(device)
+
+
+def check_weights(source: str, name: str, base: nn.Module, info: dict[str, Any]) -> str | None:
+    """Refuse a model whose files lack some of its weights; a line on those that it did not take.
+
+    `source` is the file that named it, for the error, and `info` the loading info of transformers.
+    """
+    unexpected = [key for key in info["unexpected_keys"] if not key.startswith("v_head.")]
+    # What is missing or of another shape, transformers fills with random numbers.
+    wrong = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    head = find_head(dict.fromkeys(unexpected, (1, 1)))
+    if wrong and head is not None:
+        raise UserError(
+            f"{source}: {name} is a classifier ({head.weight}) without {few(wrong)}, which "
+            "a language model needs; name the model that it was made from"
+        )
+    if wrong:
+        raise UserError(
+            f"{source}: {name} has no {min(wrong)} of the shape that its config.json asks "
+            "for; its files are not one model's: fetch or save it again"
+        )
+    return left_out_line(name, unexpected, type(base).__name__)
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:

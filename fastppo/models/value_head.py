@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastppo.config.rewards import HEAD_FILES
+from fastppo.config.weights import few, find_head, weight_files
 from fastppo.errors import UserError
 from fastppo.models.load import LOAD_ERRORS, first_line
+from fastppo.models.weights import model_shapes, read_tensor, shapes_of
 
 VALUE_HEAD_FILE = HEAD_FILES[0]
 
@@ -23,28 +24,46 @@ def new_value_head(hidden_size: int, device: torch.device) -> nn.Linear:
     return head
 
 
+def has_value_head(folder: Path) -> bool:
+    """Whether `folder` has a value head: in a file of its own, or `v_head` among its weights."""
+    if any((folder / name).is_file() for name in HEAD_FILES):
+        return True
+    try:
+        head = find_head(model_shapes(folder if folder.is_dir() else None))
+    except LOAD_ERRORS:  # whoever loads the model says what is wrong with it
+        return False
+    return head is not None and head.module.startswith("v_head")
+
+
 def read_value_head(folder: Path, key: str) -> tuple[Tensor, Tensor]:
     """Weight (1, D) and bias (1,) of the value head in `folder`; a .bin is the second choice.
 
-    `key` is the setting that named the folder, for the error.
+    It is in a file of its own, as LLaMA-Factory and stage rm write it, or among the weights of the
+    model, as TRL's AutoModelForCausalLMWithValueHead does. `key` is the setting that named the
+    folder, for the error.
     """
     path = next((folder / name for name in HEAD_FILES if (folder / name).is_file()), None)
+    files = [path] if path is not None else weight_files(folder)
     cure = "train one with stage: rm and name its output_dir"
-    if path is None:
+    if not files:
         raise UserError(f"{key}: {folder} has no value head ({HEAD_FILES[0]}); {cure}")
+    where = files[0] if len(files) == 1 else folder
     try:
-        if path.suffix == ".safetensors":
-            tensors = load_file(path)
-        else:  # weights_only: a pickle cannot run code
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-        weight, bias = tensors["v_head.summary.weight"], tensors["v_head.summary.bias"]
-        shapes = weight.dim(), tuple(bias.shape)
+        shapes = shapes_of(files)
+        head = find_head(shapes)
+        if head is None or (head.bias is None and path is not None):
+            raise UserError(f"{key}: {where} has no v_head.summary.weight and .bias; {cure}")
+        weight = read_tensor(files, head.weight)
+        bias = torch.zeros(1) if head.bias is None else read_tensor(files, head.bias)
     except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{key}: {path} has no v_head.summary.weight and .bias; {cure}") from None
+        raise UserError(f"{key}: {where} has no v_head.summary.weight and .bias; {cure}") from None
     except LOAD_ERRORS as error:
-        raise UserError(f"{key}: {path} cannot be read ({first_line(error)}); {cure}") from None
-    if shapes != (2, (1,)):
-        raise UserError(f"{key}: {path} holds no head with one score; {cure}")
+        raise UserError(f"{key}: {where} cannot be read ({first_line(error)}); {cure}") from None
+    if weight.shape[0] != 1 or tuple(bias.shape) != (1,):
+        raise UserError(f"{key}: {where} holds no head with one score; {cure}")
+    others = set(shapes) - {head.weight, head.bias} if path is not None else set()
+    if others:
+        raise UserError(f"{key}: {where} holds {few(others)} besides a head; {cure}")
     return weight, bias
 
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 def save(state: State, folder: Path) -> None:
     """Save the actor in `folder`, where PEFT looks, and a separate critic in `folder`/critic."""
     roles = state.roles
-    save_model(roles.model, roles.critic_head, state.tokenizer, folder)
+    save_model(roles.model, roles.critic_head, state.tokenizer, folder, template=state.template)
     if roles.critic_head is not None and not roles.shares_trunk:
         critic, below = roles.places["critic"], folder / "critic"
         below.mkdir(exist_ok=True)

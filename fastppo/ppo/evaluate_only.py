@@ -12,7 +12,7 @@ from fastppo import __version__
 from fastppo.config.roles import folder_to_evaluate
 from fastppo.errors import UserError
 from fastppo.models.adapters import load_adapter
-from fastppo.models.load import LOAD_ERRORS, disable_dropout, first_line
+from fastppo.models.load import LOAD_ERRORS, check_weights, disable_dropout, first_line
 from fastppo.ppo import lines
 from fastppo.ppo.evaluation import compare, held_out_prompts, predict, report, summarise
 from fastppo.ppo.state import init_state
@@ -63,12 +63,15 @@ def load_policy(roles: Roles, folder: Path) -> None:
     else:
         try:
             model_class: Any = type(model)
-            trained = model_class.from_pretrained(folder, dtype=model.dtype)
-            model.load_state_dict(trained.state_dict())
+            finished, info = model_class.from_pretrained(
+                folder, dtype=model.dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            )
         except LOAD_ERRORS as error:
             raise UserError(
                 f"output_dir: the policy in {folder} cannot be loaded ({first_line(error)}); name "
                 "one that was trained on the same base"
             ) from None
+        check_weights("output_dir", str(folder), finished, info)
+        model.load_state_dict(finished.state_dict())
     disable_dropout(model)
     model.to(roles.device).eval()

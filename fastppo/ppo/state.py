@@ -168,6 +168,7 @@ def init_state(
         tokenizer,
         enable_thinking=config.enable_thinking,
         preserve_thinking=config.preserve_thinking,
+        default_system=config.default_system,
     )
     room = (config.cutoff_len, config.default_system)
     prompts = encode_prompts(records.train, template, *room, lf_truncation=config.lf_truncation)

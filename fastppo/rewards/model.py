@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -18,12 +19,14 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
 )
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from fastppo.config.rewards import HEAD_FILES, split
-from fastppo.errors import UserError
+from fastppo.config.weights import Head, find_head, weight_files
+from fastppo.errors import UserError, note
 from fastppo.memory.budgets import Budget
-from fastppo.models.batch import Batch, partition
-from fastppo.models.limits import check_rows
+from fastppo.models.adapters import check_adapter_weights
+from fastppo.models.batch import Batch
 from fastppo.models.load import (
     LOAD_ERRORS,
     attention_implementation,
@@ -38,114 +41,17 @@ from fastppo.models.load import (
 )
 from fastppo.models.load import trunk as model_trunk
 from fastppo.models.value_head import load_value_head
+from fastppo.models.weights import left_out_line, model_folder, read_tensor, shapes_of
 from fastppo.offload.activations import find_layers
 from fastppo.offload.frozen import place_frozen
 from fastppo.rewards.adapter import HeadReward
-from fastppo.types import Prompt, Rollout
+from fastppo.rewards.classifier import ClassifierReward, is_openrlhf
 
 if TYPE_CHECKING:
     from fastppo.config import Config
     from fastppo.templates import Template
 
-# Marks the end of a truncated response; everything that the chat template writes after it is cut.
-CUT_HERE = "<<<truncated>>>"
 Placed = TypeVar("Placed", bound=nn.Module)
-
-
-class ClassifierReward:
-    """Scores a rollout with a sequence classifier of one label; returns (B,) float32.
-
-    Prompt and response are formatted with the classifier's own chat template and tokenizer; the
-    score is the classifier's logit for that conversation. A truncated response gets no end of turn,
-    because the policy sampled none; the other kinds of reward see none either.
-    """
-
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, name: str, budget: Budget) -> None:
-        self.model, self.tokenizer, self.budget = model, tokenizer, budget
-        self.key = f"reward_model: {name}"
-        # The head's bias, written by fastppo-export: transformers' classifiers have no bias.
-        self.bias = float(getattr(model.config, "score_bias", 0.0))
-        inner = model.config.get_text_config()
-        embeddings: Any = model.get_input_embeddings()
-        rows = int(embeddings.weight.shape[0])
-        pad_id = inner.pad_token_id
-        # -1 and a token that was added without a row mean the same as none.
-        self.pad_id: int | None = pad_id if pad_id is not None and 0 <= pad_id < rows else None
-        self.rows = rows
-        self.max_length = min(
-            getattr(inner, "max_position_embeddings", None) or 1 << 30,
-            getattr(tokenizer, "model_max_length", None) or 1 << 30,
-        )
-        self.warned_of_length = False
-
-    def encode(self, prompt: Prompt, text: str, *, truncated: bool = False) -> list[int]:
-        """Token ids of the prompt's conversation with `text` as its last answer.
-
-        If the conversation is longer than the classifier's limit, its beginning is cut off. With
-        `truncated`, the ids end with the text: there is no end of turn.
-        """
-        answer = text + CUT_HERE if truncated else text
-        chat = [*prompt.messages, {"role": "assistant", "content": answer}]
-        try:
-            conversation = self.tokenizer.apply_chat_template(chat, tokenize=False)
-        except Exception as error:  # a chat template can raise anything
-            raise UserError(
-                f"{self.key}: its chat template refuses a conversation of "
-                f"{', '.join(turn['role'] for turn in chat)} ({error}); mend the template or the "
-                "records"
-            ) from None
-        if truncated:
-            # continue_final_message would fail with templates that rewrite the reasoning.
-            if CUT_HERE not in conversation:
-                raise UserError(
-                    f"{self.key}: its chat template leaves out the end of an answer, so that a "
-                    "truncated one cannot be told from a finished one; mend the template"
-                )
-            conversation = conversation[: conversation.rindex(CUT_HERE)]
-        ids = self.tokenizer(conversation, add_special_tokens=False)["input_ids"]
-        if len(ids) > self.max_length and not self.warned_of_length:
-            self.warned_of_length = True
-            warnings.warn(
-                f"{self.key}: a conversation has {len(ids)} tokens and it takes "
-                f"{self.max_length}; it sees the last of them. Lower max_new_tokens or cutoff_len",
-                stacklevel=2,
-            )
-        return list(ids[-self.max_length :])
-
-    def check(self, rows: list[list[int]]) -> None:
-        """Refuse conversations with a token that the classifier's embeddings have no row for."""
-        check_rows(self.tokenizer, self.rows, rows, self.key, "a conversation")
-
-    @torch.no_grad()
-    def __call__(self, rollout: Rollout) -> Tensor:
-        device = rollout.input_ids_BT.device
-        found = zip(rollout.prompts, rollout.texts, rollout.terminated, strict=True)
-        rows = [self.encode(prompt, text, truncated=not ended) for prompt, text, ended in found]
-        self.check(rows)
-        score_B = torch.empty(len(rows), device=device)
-        for chosen in partition([len(row) for row in rows], range(len(rows)), self.budget.padded):
-            score_B[chosen] = self.logits([rows[i] for i in chosen], device)
-        return score_B
-
-    def logits(self, rows: list[list[int]], device: torch.device) -> Tensor:
-        """The classifier's logits, (B,) float32, for the conversations in `rows`."""
-        pad_id = self.pad_id
-        if pad_id is None:
-            # Without a padding token a classifier reads the last position and accepts no batch. So
-            # pad with a token that is in no row: then it reads each row's last token.
-            used = {token for row in rows for token in row}
-            pad_id = next(token for token in range(len(used) + 1) if token not in used)
-        width = max(map(len, rows))
-        ids_BT = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows], device=device)
-        lengths_B = torch.tensor([len(row) for row in rows], device=device)
-        mask_BT = (torch.arange(width, device=device) < lengths_B[:, None]).long()
-        inner = self.model.config.get_text_config()
-        inner.pad_token_id = pad_id
-        try:
-            logits_B1: Tensor = self.model(input_ids=ids_BT, attention_mask=mask_BT).logits
-            return logits_B1[:, 0].float() + self.bias
-        finally:
-            inner.pad_token_id = self.pad_id
 
 
 def adapters_of(config: Config) -> list[str]:
@@ -175,23 +81,29 @@ def load_full(
     """
     folder = head_folder(name, config)
     budget = budget or Budget.of(config, scoring=True)
+    found = None
     if folder is None:
-        model = load_model(AutoModelForSequenceClassification, name, config, device)
+        try:
+            found = find_weights(name, config)
+        except LOAD_ERRORS as error:
+            if is_adapter(name, config):
+                raise adapter_error(name) from None
+            raise load_error(name, error, config) from None
+        if found.has_value_head:
+            folder = found.files[0].parent
+    if folder is None:
+        assert found is not None
+        model, bias = load_classifier(name, config, device, found)
         model.config.use_cache = False
-        labels = model.config.num_labels
-        if labels != 1:
-            raise UserError(
-                f"reward_model: {name} has {labels} labels, and a score is one number; name a "
-                "classifier with num_labels 1"
-            )
         own = load_own_tokenizer(name, config)
         if not getattr(own, "chat_template", None):
             raise UserError(
                 f"reward_model: the tokenizer of {name} has no chat template to write the "
                 "conversation with; put a chat_template.jinja beside it"
             )
-        return ClassifierReward(place_on_device(model, config, device, model), own, name, budget)
-    model = load_model(AutoModelForCausalLM, name, config, device)
+        placed = place_on_device(model, config, device, model)
+        return ClassifierReward(placed, own, name, budget, bias=bias)
+    model, unexpected = load_model(AutoModelForCausalLM, name, config, device)
     inner = causal_lm(model)
     cure = "train it on the same base, or name a sequence classifier"
     check_same_tokens(config, "reward_model", name, inner, cure)
@@ -199,6 +111,7 @@ def load_full(
     trunk = place_on_device(model_trunk(inner), config, device, inner)
     head = load_value_head(folder, hidden_size(inner), device)
     head.requires_grad_(False)
+    note_left_out(name, {x for x in unexpected if not x.startswith("v_head.")}, inner)
 
     def hidden(batch: Batch) -> Tensor:
         inputs = {"input_ids": batch.input_ids_BT, "attention_mask": batch.mask_BT}
@@ -209,7 +122,116 @@ def load_full(
     return HeadReward(hidden, head, folder, template, budget, packs=False)
 
 
-def load_model(kind: Any, name: str, config: Config, device: torch.device) -> Any:
+@dataclass(frozen=True)
+class RewardWeights:
+    """What the files of a reward model hold, whatever its config says or leaves out."""
+
+    config: Any  # transformers'
+    files: tuple[Path, ...]
+    head: Head | None  # in the model's own files
+    adapter_head: Head | None  # in those of its last adapter that has one
+
+    @property
+    def has_value_head(self) -> bool:
+        """Whether it is a causal LM with a value head among its weights, as TRL saves them."""
+        head = self.head
+        if head is None or self.adapter_head is not None or is_openrlhf(self.config):
+            return False
+        return head.module in ("v_head.summary", "v_head")
+
+    @property
+    def labels(self) -> int:
+        """How many scores it gives: the weights say so, and the config of a classifier without."""
+        head = self.adapter_head or self.head
+        if head is not None:
+            return head.rows
+        classes = self.config.architectures or ()
+        is_classifier = any("SequenceClassification" in kind for kind in classes)
+        return int(self.config.num_labels) if is_classifier else 1  # refused for want of a head
+
+
+def find_weights(name: str, config: Config) -> RewardWeights:
+    """Look into the files of the reward model `name` and of its adapters for a head."""
+    settings = AutoConfig.from_pretrained(
+        name, cache_dir=config.cache_dir, trust_remote_code=config.trust_remote_code
+    )
+    folder = model_folder(name, config.cache_dir)
+    files = () if folder is None else tuple(weight_files(folder))
+    prefix = getattr(settings, "value_head_prefix", None)
+    found = None
+    for adapter in adapters_of(config):
+        tensors = load_peft_weights(adapter, device="cpu")
+        found = find_head({k: tuple(x.shape) for k, x in tensors.items()}) or found
+    return RewardWeights(settings, files, find_head(shapes_of(files), prefix), found)
+
+
+def load_classifier(
+    name: str, config: Config, device: torch.device, found: RewardWeights
+) -> tuple[PreTrainedModel, float]:
+    """The classifier `name` with one label, and the bias of its head where its class takes none.
+
+    A head that its class has under another name is put in its place.
+    """
+    if found.labels != 1:
+        raise UserError(
+            f"reward_model: {name} has {found.labels} labels, and a score is one number; name a "
+            "classifier with num_labels 1"
+        )
+    settings, bias = found.config, 0.0
+    settings.num_labels = 1
+    kind = AutoModelForSequenceClassification
+    head = found.head
+    taken: dict[str, Tensor] = {}
+    if head is not None and found.adapter_head is None:
+        names = [head.weight, *([head.bias] if head.bias else [])]
+        taken = {each: read_tensor(found.files, each) for each in names}
+    model, unexpected = load_model(kind, name, config, device, settings, taken)
+    left = set(unexpected)
+    if head is not None and head.bias in left and found.adapter_head is None:
+        bias = float(taken[str(head.bias)].item())
+        left.discard(str(head.bias))
+    if head is not None:
+        left.discard(head.weight)
+    note_left_out(name, left, causal_lm(model))
+    return model, bias
+
+
+def load_error(name: str, error: Exception, config: Config) -> UserError:
+    """The error for a reward model that cannot be loaded."""
+    return UserError(f"reward_model: {not_loaded(name, error, config.flash_attn)}")
+
+
+def is_adapter(name: str, config: Config) -> bool:
+    """Whether the folder or hub name has an adapter."""
+    try:
+        return find_adapter_config_file(name, cache_dir=config.cache_dir) is not None
+    except LOAD_ERRORS:  # the name can be neither
+        return False
+
+
+def adapter_error(name: str) -> UserError:
+    """The error for an adapter where a model should be."""
+    return UserError(
+        f"reward_model: {name} is an adapter; name its base here, and the adapter in "
+        "reward_model_adapters"
+    )
+
+
+def note_left_out(name: str, unexpected: Iterable[str], model: nn.Module) -> None:
+    """Print a note on weights that the model had no place for."""
+    line = left_out_line(name, unexpected, type(model).__name__)
+    if line is not None:
+        note(f"reward_model: {line}")
+
+
+def load_model(
+    kind: Any,
+    name: str,
+    config: Config,
+    device: torch.device,
+    settings: Any = None,
+    head: Mapping[str, Tensor] | None = None,
+) -> tuple[Any, set[str]]:
     """Load a model with `reward_model_adapters` merged into it, frozen and in evaluation mode.
 
     The model is in host memory; if it is quantised, it is on `device` and its adapters are not
@@ -217,6 +239,11 @@ def load_model(kind: Any, name: str, config: Config, device: torch.device) -> An
 
     Args:
         kind: the transformers class that loads it.
+        settings: its config, if that is not the one in its folder.
+        head: the tensors of its head, for a class that has the head under another name.
+
+    Returns:
+        The model, and the names of the weights that it had no place for.
 
     Raises:
         UserError: the model or an adapter cannot be loaded, or a weight is in no file.
@@ -227,47 +254,33 @@ def load_model(kind: Any, name: str, config: Config, device: torch.device) -> An
         own["attn_implementation"] = attention_implementation(config.flash_attn, device, dtype)
     bits = config.reward_model_quantization_bit
     if bits is not None:
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise UserError(
-                f"reward_model_quantization_bit: {bits} needs a package that is not installed; "
-                "pip install 'fastppo[quantization]', or leave it out"
-            )
-        own["device_map"] = {"": device}
-        make_quantization: Any = BitsAndBytesConfig  # its constructor has no annotations
-        own["quantization_config"] = make_quantization(
-            load_in_4bit=bits == 4,
-            load_in_8bit=bits == 8,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    adapters = adapters_of(config)
+        own |= quantisation(bits, device, dtype)
     try:
-        if adapters and kind is AutoModelForSequenceClassification:
-            found = config_with_one_label(name, config)
-        else:
-            found = AutoConfig.from_pretrained(
+        if settings is None:
+            settings = AutoConfig.from_pretrained(
                 name, cache_dir=config.cache_dir, trust_remote_code=config.trust_remote_code
             )
-        forget_pad_token(found)
-        own["config"] = found
+        forget_pad_token(settings)
+        # Weights of another shape are refused below, by name.
         model, info = kind.from_pretrained(
             name,
+            config=settings,
             cache_dir=config.cache_dir,
             trust_remote_code=config.trust_remote_code,
             dtype=dtype,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,
             **own,
         )
     except LOAD_ERRORS as error:
-        raise UserError(f"reward_model: {not_loaded(name, error, config.flash_attn)}") from None
+        if is_adapter(name, config):
+            raise adapter_error(name) from None
+        raise load_error(name, error, config) from None
     if getattr(model, "peft_config", None):
-        raise UserError(
-            f"reward_model: {name} is an adapter; name its base here, and the adapter in "
-            "reward_model_adapters"
-        )
-    missing = set(info["missing_keys"])
-    for adapter in adapters:
+        raise adapter_error(name)
+    missing = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    missing -= set_head(model, missing, head or {})
+    for adapter in adapters_of(config):
         try:
             saved = load_peft_weights(adapter, device="cpu")
             missing = {key for key in missing if not any(k.endswith(f".{key}") for k in saved)}
@@ -277,6 +290,7 @@ def load_model(kind: Any, name: str, config: Config, device: torch.device) -> An
                 f"reward_model_adapters: {adapter} cannot be loaded on {name} "
                 f"({first_line(error)}); name adapters that were trained on it"
             ) from None
+        check_adapter_weights(model, adapter, "default", "reward_model_adapters")
         if bits is None:  # merging into 4 or 8 bits would lose precision
             model = model.merge_and_unload()
     if missing:
@@ -284,7 +298,43 @@ def load_model(kind: Any, name: str, config: Config, device: torch.device) -> An
             f"reward_model: {name} has no weights for {min(missing)}; name a finished reward "
             "model: a classifier, or a folder of a causal LM with value_head.safetensors"
         )
-    return model.requires_grad_(False).eval()
+    return model.requires_grad_(False).eval(), set(info["unexpected_keys"])
+
+
+@torch.no_grad()
+def set_head(model: nn.Module, missing: set[str], head: Mapping[str, Tensor]) -> set[str]:
+    """Copy a head that the files have under another name; the names of the weights that it gave.
+
+    OpenRLHF's value_head is the classifier's score, for one.
+    """
+    parameters = dict(model.named_parameters())
+    place = find_head({key: tuple(parameters[key].shape) for key in missing & parameters.keys()})
+    weight = next((x for key, x in head.items() if key.endswith(".weight")), None)
+    if place is None or weight is None:
+        return set()
+    given = parameters[place.weight]
+    if given.shape != weight.shape:
+        return set()
+    given.copy_(weight)
+    return {place.weight}
+
+
+def quantisation(bits: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for weights in 4 or 8 bits, which are made on `device`."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"reward_model_quantization_bit: {bits} needs a package that is not installed; "
+            "pip install 'fastppo[quantization]', or leave it out"
+        )
+    make_quantization: Any = BitsAndBytesConfig  # its constructor has no annotations
+    config = make_quantization(
+        load_in_4bit=bits == 4,
+        load_in_8bit=bits == 8,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"device_map": {"": device}, "quantization_config": config}
 
 
 def place_on_device(
@@ -300,19 +350,6 @@ def place_on_device(
     layers = list(find_layers(text_model(whole))) if streamed else None
     placed = place_frozen(model, device, streamed=streamed, layers=layers, offload_dir=folder)
     return cast(Placed, placed)
-
-
-def config_with_one_label(name: str, config: Config) -> Any:
-    """The configuration of a base whose classification head is in an adapter, as TRL saves it.
-
-    Such a base does not say its number of labels: it gets 1 instead of transformers' default 2.
-    """
-    found = AutoConfig.from_pretrained(
-        name, cache_dir=config.cache_dir, trust_remote_code=config.trust_remote_code
-    )
-    if not any("SequenceClassification" in kind for kind in found.architectures or ()):
-        found.num_labels = 1
-    return found
 
 
 def load_own_tokenizer(name: str, config: Config) -> Any:

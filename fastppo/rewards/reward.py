@@ -18,8 +18,9 @@ from fastppo.memory.budgets import Budgets
 from fastppo.memory.retry import retry
 from fastppo.models.batch import largest_micro_batch
 from fastppo.rewards.adapter import AdapterReward
+from fastppo.rewards.classifier import ClassifierReward
 from fastppo.rewards.function import FunctionReward
-from fastppo.rewards.model import ClassifierReward, load_full
+from fastppo.rewards.model import load_full
 from fastppo.rewards.server import ApiReward
 from fastppo.types import Prompt, Rollout
 

@@ -27,7 +27,10 @@ class RewardModel(nn.Module):
             ).last_hidden_state
         rows = torch.arange(len(input_ids), device=input_ids.device)
         last_BD = hidden_BTD[rows, attention_mask.sum(1) - 1]
-        score_B: Tensor = self.head(last_BD.float()).squeeze(-1)
+        # The loss is of differences, so a bias has no gradient but rounding, which Adam would make
+        # a step of learning_rate: a score that a classifier without a bias could not give.
+        weight, bias = self.head.weight, self.head.bias.detach()
+        score_B: Tensor = nn.functional.linear(last_BD.float(), weight, bias).squeeze(-1)
         return score_B
 
 

@@ -13,7 +13,6 @@ from transformers import EarlyStoppingCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from fastppo import __version__
-from fastppo.config.rewards import HEAD_FILES
 from fastppo.config.roles import folder_to_evaluate
 from fastppo.data import encode_pairs
 from fastppo.errors import Interrupted, TrainingStopped
@@ -47,7 +46,7 @@ from fastppo.models.load import (
     wrap_activations,
 )
 from fastppo.models.scaler import make_scaler
-from fastppo.models.value_head import load_value_head, new_value_head
+from fastppo.models.value_head import has_value_head, load_value_head, new_value_head
 from fastppo.rewards.adapter import read_score_at
 from fastppo.rm.arguments import fit_micro_batches, lora_plus, training_arguments
 from fastppo.rm.callbacks import LogFile, LogToTrackers, PrintLogs, ProgressBar
@@ -84,15 +83,15 @@ def load_trainable_model(config: Config, device: torch.device) -> nn.Module:
 
 
 def folder_of_head(config: Config) -> Path | None:
-    """Folder of the adapter that training continues, if that folder also has a reward head.
+    """Folder with the reward head that training continues, as in LLaMA-Factory; or None.
 
-    None for an SFT adapter, which has no head: then a new head is made.
+    It is that of the adapter that training continues, or without adapters that of the model. An SFT
+    adapter or a language model has no head: then a new head is made.
     """
     continued = adapter_to_continue(config)
-    folder = None if continued is None else Path(continued)
-    if folder is None or not any((folder / name).is_file() for name in HEAD_FILES):
-        return None
-    return folder
+    if continued is None and config.adapter_name_or_path is None:
+        continued = config.model_name_or_path
+    return Path(continued) if continued is not None and has_value_head(Path(continued)) else None
 
 
 def load_finished(config: Config, folder: Path, device: torch.device) -> nn.Module:
@@ -174,6 +173,7 @@ def set_up(config: Config, records: Records) -> Setup:
         tokenizer,
         enable_thinking=config.enable_thinking,
         preserve_thinking=config.preserve_thinking,
+        default_system=config.default_system,
     )
     start = evaluated or folder_of_head(config)
     score_at = "eos"
@@ -211,7 +211,8 @@ def set_up(config: Config, records: Records) -> Setup:
         head = new_value_head(hidden_size(model), device)
         nn.init.normal_(head.weight, std=HEAD_STD)
     else:
-        head = load_value_head(start, hidden_size(model), device, "adapter_name_or_path")
+        key = "adapter_name_or_path" if config.adapter_name_or_path else "model_name_or_path"
+        head = load_value_head(start, hidden_size(model), device, key)
     offload = wrap_activations(config, causal_lm(model))
     return Setup(
         config,
@@ -230,10 +231,18 @@ def set_up(config: Config, records: Records) -> Setup:
         notes=[
             *auto_notes,
             *experts_note(causal_lm(model), config.finetuning_type),
-            *config.ignored,
+            *config.notes,
+            *head_notes(config, start, evaluated),
         ],
         resume_notes=resume_notes,
     )
+
+
+def head_notes(config: Config, start: Path | None, evaluated: Path | None) -> list[str]:
+    """A line where training goes on with the head of the base, which is not named as one."""
+    if start is None or evaluated is not None or str(start) != config.model_name_or_path:
+        return []
+    return [f"{start} has a value head, and training goes on with it"]
 
 
 def print_first_lines(setup: Setup) -> None:
@@ -281,7 +290,8 @@ def make_trainer(setup: Setup, stop: Stop) -> PairTrainer:
         scaler=make_scaler(setup.model.autocast, setup.device),
         decisions=setup.budgets.decisions(),
     )
-    trainer.tokenizer, trainer.in_order = setup.tokenizer, config.disable_shuffling
+    trainer.tokenizer, trainer.template = setup.tokenizer, template
+    trainer.in_order = config.disable_shuffling
     trainer.plots = config.plot_loss
     trainer.record = {
         "score_at": setup.score_at,

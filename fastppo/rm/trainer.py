@@ -29,6 +29,7 @@ from fastppo.run.stopping import Stop
 
 if TYPE_CHECKING:
     from fastppo.run.tracking import Trackers
+    from fastppo.templates import Template
 
 SUMS = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged")
 PLOTTED = ("loss", "eval_loss", "eval_accuracy")  # the pictures of plot_loss
@@ -223,6 +224,7 @@ class PairTrainer(ResumableTrainer):
     """The loop over pairs; stage ppo and LLaMA-Factory can load the folders that it saves."""
 
     tokenizer: Any
+    template: Template
     record: dict[str, Any]  # saved with the model: the token that is scored, among other facts
     in_order = False  # disable_shuffling
     plots = False  # plot_loss
@@ -251,7 +253,8 @@ class PairTrainer(ResumableTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
-        save.save_model(self.model.model, self.model.head, self.tokenizer, folder)
+        model, head = self.model.model, self.model.head
+        save.save_model(model, head, self.tokenizer, folder, template=self.template, answers=True)
         text = json.dumps(self.record, indent=2) + "\n"
         (folder / RECORD).write_text(text, encoding="utf-8")
 

@@ -8,9 +8,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastppo.config.below import ADAPTER, check_below
 from fastppo.config.published import hidden_width
 from fastppo.config.rewards import HEAD_FILES, split
 from fastppo.config.training import BITSANDBYTES
+from fastppo.config.weights import BIN, SAFETENSORS, find_head, folder_shapes, weight_files
 from fastppo.data import Records, read_records
 from fastppo.errors import UserError
 from fastppo.run import durable
@@ -78,7 +80,6 @@ def check_packages(config: Config) -> None:
             )
 
 
-ADAPTER = "adapter_config.json"
 # Where the folder of an adapter belongs that stands where a model should.
 ADAPTER_CURES = {
     "model_name_or_path": "name it in adapter_name_or_path, and its base here",
@@ -149,6 +150,9 @@ def check_adapters(config: Config, key: str) -> None:
                 "adapter_model.safetensors); name a folder that PEFT wrote"
             )
         read_json_file(read, f"{config.source}: {key}")
+    if names is not None:
+        base = config.model_name_or_path if key != "ref_model_adapters" else config.ref_model
+        check_below(config.source, key, str(base), split(names))
 
 
 def check_rewards(config: Config) -> None:
@@ -169,24 +173,33 @@ def check_reward_full(config: Config, name: str) -> None:
             raise UserError(
                 f"{config.source}: {key}: {folder} has no {file}; {cure_of_full(folder, key)}"
             )
+    check_below(config.source, "reward_model_adapters", name, adapters)
     path = Path(name) / "config.json"
     if not path.is_file():
         return
     data = read_json_file(path, f"{config.source}: reward_model")
     if any((Path(f) / head).is_file() for f in (name, *adapters[-1:]) for head in HEAD_FILES):
         return
-    classes = data.get("architectures")
     if adapters:
         return  # the head may be theirs
-    if isinstance(classes, list) and classes and "SequenceClassification" not in str(classes[0]):
-        raise UserError(
-            f"{config.source}: reward_model: {name} is a {classes[0]} without "
-            f"{' or '.join(HEAD_FILES)}; name a sequence classifier with one label, or a model "
-            "with its value head"
-        )
-    labels = data.get("id2label")
-    # What a classifier's file does not say is 2 in transformers.
-    count = len(labels) if isinstance(labels, dict) else data.get("num_labels", 2)
+    shapes = folder_shapes(Path(name))
+    head = None if shapes is None else find_head(shapes, data.get("value_head_prefix"))
+    if head is not None:  # the weights know better than the config
+        count = head.rows
+    elif shapes is None and weight_files(Path(name)):
+        return  # a .bin is read by torch, which is not here yet
+    else:
+        classes = data.get("architectures")
+        first = str(classes[0]) if isinstance(classes, list) and classes else None
+        if first is not None and "SequenceClassification" not in first:
+            raise UserError(
+                f"{config.source}: reward_model: {name} is a {first} without "
+                f"{' or '.join(HEAD_FILES)}; name a sequence classifier with one label, or a model "
+                "with its value head"
+            )
+        labels = data.get("id2label")
+        # What a classifier's file does not say is 2 in transformers.
+        count = len(labels) if isinstance(labels, dict) else data.get("num_labels", 2)
     if count != 1:
         raise UserError(
             f"{config.source}: reward_model: {name} has {count} labels, and a score is one number; "
@@ -217,7 +230,7 @@ def check_reward_adapter(config: Config, folder: Path) -> None:
         if not any((folder / name).is_file() for name in names):
             raise UserError(f"{where}: {folder} has no {what} ({names[0]}); {cure_of_lora(folder)}")
     settings = read_json_file(folder / ADAPTER, where)
-    if not any((folder / name).is_file() for name in HEAD_FILES):
+    if not any((folder / name).is_file() for name in (*HEAD_FILES, SAFETENSORS, BIN)):
         if settings.get("task_type") == "SEQ_CLS":
             base = settings.get("base_model_name_or_path") or "its base"
             raise UserError(

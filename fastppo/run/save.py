@@ -11,13 +11,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastppo import __version__
+from fastppo.config.rewards import TEXT_RECORD
 from fastppo.errors import UserError
 from fastppo.models.value_head import VALUE_HEAD_FILE, value_head_state
 from fastppo.run import durable
+from fastppo.templates.exported import as_trained
 
 if TYPE_CHECKING:
     from fastppo.config import Config
     from fastppo.run.tracking import Trackers
+    from fastppo.templates import Template
 
 
 def save_model(
@@ -26,12 +29,31 @@ def save_model(
     tokenizer: Any,
     folder: Path,
     adapter: str = "default",
+    template: Template | None = None,
+    *,
+    answers: bool = False,
 ) -> None:
-    """Save the trained adapter (without one the whole model), the value head and the tokenizer."""
+    """Save the trained adapter (without one the whole model), the value head and the tokenizer.
+
+    With the `template` of the training the tokenizer's chat template writes what was trained, and
+    a record says how that was written. `answers`: what was trained reads answers, as rewards do.
+    """
     save_weights(model, folder, adapter)
     if head is not None:
         save_file(value_head_state(head), folder / VALUE_HEAD_FILE)
-    tokenizer.save_pretrained(str(folder))
+    if template is None:
+        tokenizer.save_pretrained(str(folder))
+        return
+    with as_trained(template, answers=answers):
+        tokenizer.save_pretrained(str(folder))
+    record = {
+        "template": template.name,
+        "default_system": template.default_system,
+        "enable_thinking": template.enable_thinking,
+        "preserve_thinking": template.preserve_thinking,
+    }
+    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    (folder / TEXT_RECORD).write_text(text, encoding="utf-8")
 
 
 def save_weights(model: Any, folder: Path, adapter: str = "default") -> None:

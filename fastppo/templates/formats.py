@@ -23,6 +23,8 @@ class Mark(Enum):
 
 BOS, EOS = Mark.BOS, Mark.EOS
 Slot = tuple[str | Mark, ...]
+THOUGHT = ("<think>\n", "\n</think>\n\n")  # around a thought
+NO_THOUGHT = "".join(THOUGHT)
 
 
 @dataclass(frozen=True)

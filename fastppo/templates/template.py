@@ -7,13 +7,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastppo.errors import UserError
-from fastppo.templates.formats import EOS, TEMPLATES, Mark, Slot, Slots, check_name
+from fastppo.templates.formats import (
+    EOS,
+    NO_THOUGHT,
+    TEMPLATES,
+    THOUGHT,
+    Mark,
+    Slot,
+    Slots,
+    check_name,
+)
 from fastppo.templates.jinja import chat_template
 
 Message = dict[str, str]
 
-THOUGHT = ("<think>\n", "\n</think>\n\n")
-NO_THOUGHT = "".join(THOUGHT)
 _A_THOUGHT = re.compile(re.escape(THOUGHT[0]) + "(.*?)" + re.escape(THOUGHT[1]), re.DOTALL)
 _PROBE = "0fastppo0"  # an answer that no chat template changes
 
@@ -34,6 +41,7 @@ class Template:
     `eos_id` ends an answer. `stop_ids` are all tokens that end a sampled response (`eos_id` first);
     `stop_strings` are the template's stops that are no single token of this tokenizer. `suffix_ids`
     are the tokens that LLaMA-Factory writes after `eos_id`; its reward models are scored there.
+    `default_system` is the run's own, for records without a system prompt; None is the template's.
     """
 
     def __init__(
@@ -44,8 +52,10 @@ class Template:
         *,
         enable_thinking: bool = True,
         preserve_thinking: bool = False,
+        default_system: str | None = None,
     ) -> None:
         self.name, self.slots, self.tokenizer = name, slots, tokenizer
+        self.default_system = default_system
         self.enable_thinking, self.preserve_thinking = enable_thinking, preserve_thinking
         missing = [t for t in (slots.needs if slots else ()) if self._id(t) is None]
         if missing:
@@ -214,6 +224,7 @@ def get_template(
     *,
     enable_thinking: bool = True,
     preserve_thinking: bool = False,
+    default_system: str | None = None,
 ) -> Template:
     """The template with this name; None is the tokenizer's own, or `empty` if it has none.
 
@@ -232,6 +243,7 @@ def get_template(
         tokenizer,
         enable_thinking=enable_thinking,
         preserve_thinking=preserve_thinking,
+        default_system=default_system,
     )
     if slots and (not own or slots.replace_jinja) and not slots.reasoning and name != "empty":
         tokenizer.chat_template = chat_template(slots, tokenizer)

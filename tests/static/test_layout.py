@@ -33,7 +33,7 @@ ROOMS = [
 # Rooms that say in which order they are read.
 READ_IN_ORDER = {
     "data": ["info", "files", "records", "mixing", "encode"],
-    "templates": ["formats", "jinja", "template"],
+    "templates": ["formats", "jinja", "template", "exported"],
 }
 PACKAGES = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
 INFRASTRUCTURE = {
