@@ -25,18 +25,13 @@ from fastppo.models.adapters import (
     adapter_to_continue,
     adapters_to_merge,
     add_adapter,
-    comma_list,
     create_peft_model,
     disable_input_cast,
     experts_note,
-    frozen_copy,
     load_adapter,
     load_peft_model,
     merge_adapters,
-    round_outputs,
     setup_lora_tuning,
-    setup_weight_tuning,
-    upcast_trainable,
 )
 from fastppo.models.load import (
     autocast_dtype,
@@ -50,6 +45,13 @@ from fastppo.models.load import (
 )
 from fastppo.models.roles import Place, Role, Roles
 from fastppo.models.value_head import has_value_head, load_value_head, new_value_head
+from fastppo.models.weight_tuning import (
+    comma_list,
+    frozen_copy,
+    round_outputs,
+    setup_weight_tuning,
+    upcast_trainable,
+)
 from fastppo.offload.activations import find_layers
 from fastppo.offload.frozen import place_frozen
 

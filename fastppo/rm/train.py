@@ -26,10 +26,7 @@ from fastppo.models.adapters import (
     experts_note,
     load_peft_model,
     merge_adapters,
-    round_outputs,
     setup_lora_tuning,
-    setup_weight_tuning,
-    upcast_trainable,
 )
 from fastppo.models.limits import (
     check_rows,
@@ -47,6 +44,11 @@ from fastppo.models.load import (
 )
 from fastppo.models.scaler import make_scaler
 from fastppo.models.value_head import has_value_head, load_value_head, new_value_head
+from fastppo.models.weight_tuning import (
+    round_outputs,
+    setup_weight_tuning,
+    upcast_trainable,
+)
 from fastppo.rewards.adapter import read_score_at
 from fastppo.rm.arguments import fit_micro_batches, lora_plus, training_arguments
 from fastppo.rm.callbacks import LogFile, LogToTrackers, PrintLogs, ProgressBar

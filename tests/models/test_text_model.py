@@ -14,9 +14,15 @@ from fastppo.errors import UserError
 from fastppo.memory.shapes import FAMILIES as PLANNED
 from fastppo.memory.shapes import from_config
 from fastppo.models import build as roles
-from fastppo.models.adapters import linear_layers, lora_targets, text_parameters
+from fastppo.models.adapters import (
+    linear_layers,
+    lora_targets,
+)
 from fastppo.models.decoding import merge_active_adapters
 from fastppo.models.load import hidden_size
+from fastppo.models.weight_tuning import (
+    text_parameters,
+)
 from fastppo.ppo.rollout import cache_bytes
 from tests import zoo
 from tests.tiny import make_config, stir
