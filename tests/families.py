@@ -17,29 +17,35 @@ NO_CLASSIFIER = ("cohere2", "granite")
 
 INTRODUCTION = """# Models
 
-Each of these {count} families goes all the way in a test, as a tiny random model of its own
-(`tests/models/test_families.py`): stage rm; stage ppo with LoRA and that reward model, and with
-`finetuning_type: full` and a shared critic; resume, which ends in the same bits; export, and
-transformers loading it. Log-probs of sampler, policy and reference, values and scores are those of
-transformers' own forward, one sequence at a time, to 2e-4. Another family of transformers' causal
-language models works where its logits are its head's, scaled or softcapped, of its last hidden
-state; a run looks before it trains, and stops in one line where they are not.
+The test `tests/models/test_families.py` takes these {count} model families through a whole run,
+each as a tiny model with random weights: stage rm; stage ppo with LoRA and that reward model; stage
+ppo with `finetuning_type: full` and a shared critic; a resumed run, which must end with the same
+bits; export; and loading the export with transformers. The log-probs of sampler, policy and
+reference, the values and the scores must equal those of transformers' own forward, run one sequence
+at a time, to 2e-4.
 
-- LoRA: what `lora_target: all` adapts. Experts of a mixture lie in one tensor and take no adapter;
-  a run says how much of the model that is.
-- Reward export: whether `fastppo-export` makes a classifier of a reward model; where transformers
-  has no classifier of the family it says so, and the adapter and its head are used as they are.
-- Plan: whether `--plan` and keys that are `auto` know the layers. Where not, a line says so, and
-  such a key needs a value.
-- Positions: the config's key, where they end. A `cutoff_len` and `max_new_tokens` past them are
-  refused before anything is loaded; other families go on, with a note past their training.
+Other families of causal language models in transformers work if their logits are those of the
+output head on the last hidden state, possibly scaled or softcapped. A run checks this before it
+trains, and otherwise stops with one line.
+
+The columns of the table:
+
+- LoRA: the layers that `lora_target: all` adapts. The experts of a mixture are one tensor and get no
+  adapter; a run prints their share of the parameters.
+- Reward export: whether `fastppo-export` can make a classifier of a reward model. If transformers
+  has no classifier for the family, the export says so; the adapter and its head can still be used.
+- Plan: whether `--plan` and keys that are `auto` know the family's layers. If not, a line says so,
+  and a key that is `auto` needs a value.
+- Positions: the key of config.json that limits the length of a sequence, if one does. If
+  `cutoff_len` and `max_new_tokens` exceed it, the run is refused before anything is loaded. In the
+  other families a run prints a note if sequences can be longer than those the model was trained on.
 
 | `model_type` | trait | LoRA | reward export | plan | positions |
 |---|---|---|---|---|---|
 """
 END = """
-A multimodal model trains on text: adapters, `freeze` and `full` are of its text model, and towers
-for images stay as they are. The width of a value head is that of what the output head takes.
+A multimodal model is trained on text: adapters, `freeze` and `full` apply to its text model, and its
+image towers do not change. A value head is as wide as the input of the output head.
 """
 
 
@@ -56,7 +62,7 @@ def row(family: str) -> str:
         ", ".join(names),
         "no" if family in NO_CLASSIFIER else "yes",
         "yes" if config.model_type in PLANNED else "no",
-        f"end: `{last[0]}`" if last else "go on",
+        f"`{last[0]}`" if last else "no limit",
     ]
     return "| " + " | ".join(cells) + " |\n"
 

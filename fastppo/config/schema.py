@@ -134,7 +134,9 @@ class Config(
 
 def only_with_full(config: Config, name: str, kinds: Sequence[str]) -> str:
     """Why a key of a `full` reward is refused in a run without one, and the ways out."""
-    why = f"is for the one reward of reward_model_type: full, and there are {kinds.count('full')}; "
+    count = kinds.count("full")
+    there = f"there are {count}" if count else "there is none"
+    why = f"is for the one reward of reward_model_type: full, and {there}; "
     adapters = config.reward_model_adapters or ""
     if list(kinds) != ["lora"] or name != "reward_model_adapters" or "," in adapters:
         return f"{why}leave it out"
