@@ -30,8 +30,8 @@ trains, and otherwise stops with one line.
 
 The columns of the table:
 
-- LoRA: the layers that `lora_target: all` adapts. The experts of a mixture are one tensor and get no
-  adapter; a run prints their share of the parameters.
+- LoRA: the layers that `lora_target: all` adapts. The experts of a mixture are one tensor and get
+  no adapter; a run prints their share of the parameters.
 - Reward export: whether `fastppo-export` can make a classifier of a reward model. If transformers
   has no classifier for the family, the export says so; the adapter and its head can still be used.
 - Plan: whether `--plan` and keys that are `auto` know the family's layers. If not, a line says so,
@@ -44,8 +44,8 @@ The columns of the table:
 |---|---|---|---|---|---|
 """
 END = """
-A multimodal model is trained on text: adapters, `freeze` and `full` apply to its text model, and its
-image towers do not change. A value head is as wide as the input of the output head.
+A multimodal model is trained on text: adapters, `freeze` and `full` apply to its text model, and
+its image towers do not change. A value head is as wide as the input of the output head.
 """
 
 
