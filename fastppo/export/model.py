@@ -30,9 +30,9 @@ from fastppo.models.load import (
     hidden_size,
     not_loaded,
     trunk,
-    vocabulary_size,
 )
 from fastppo.models.value_head import has_value_head, load_value_head
+from fastppo.models.weights import vocabulary_size
 from fastppo.rewards.adapter import read_score_at
 from fastppo.templates.jinja import without_suffix
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastppo.errors import UserError
-from fastppo.models.load import load_config, load_tokenizer, vocabulary_size
+from fastppo.models.load import load_config, load_tokenizer
+from fastppo.models.weights import vocabulary_size
 
 if TYPE_CHECKING:
     from fastppo.config import Config

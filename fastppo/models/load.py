@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import sys
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -28,7 +27,7 @@ from fastppo.config.published import check_last_position
 from fastppo.config.weights import few, find_head
 from fastppo.errors import UserError, note
 from fastppo.models.quantised import quantization_config, use_training_kernels
-from fastppo.models.weights import left_out_line
+from fastppo.models.weights import forget_pad_token, is_adapter, left_out_line, vocabulary_size
 from fastppo.offload.activations import ActivationOffload, find_layers, wrap
 
 if TYPE_CHECKING:
@@ -134,10 +133,7 @@ def load_base(
         raise load_error(config, name, error) from None
     if getattr(base, "peft_config", None):
         # transformers has loaded the base that the adapter names, and has not merged the two.
-        raise UserError(
-            f"{config.source}: {name} is an adapter; name it in adapter_name_or_path, and its base "
-            "as the model"
-        )
+        raise adapter_error(config, name)
     line = check_weights(config.source, name, base, info)
     if line is not None:
         note(line)
@@ -199,29 +195,17 @@ def load_config(config: Config, name: str | None = None) -> PretrainedConfig:
         raise load_error(config, named, error) from None
 
 
-def vocabulary_size(own: PretrainedConfig) -> int:
-    """Rows of the embeddings of a model with this config; no limit where it does not say."""
-    rows = getattr(own.get_text_config(), "vocab_size", None)
-    return rows if isinstance(rows, int) else sys.maxsize
-
-
-def forget_pad_token(own: PretrainedConfig) -> bool:
-    """Take a padding token out of a model's config that has no row in its embeddings.
-
-    Such as is left where a tokenizer got a token and its model no row for it: PyTorch then refuses
-    to make the embeddings. Returns whether there was one.
-    """
-    text = own.get_text_config()
-    pad = getattr(text, "pad_token_id", None)
-    if not isinstance(pad, int) or pad < vocabulary_size(own):
-        return False
-    own.pad_token_id = text.pad_token_id = None
-    return True
-
-
 def load_error(config: Config, name: str, error: Exception) -> UserError:
     """The error for a model that cannot be loaded: it is missing, broken, or lacks a package."""
+    if is_adapter(name, config.cache_dir):
+        return adapter_error(config, name)
     return UserError(f"{config.source}: {not_loaded(name, error, config.flash_attn)}")
+
+
+def adapter_error(config: Config, name: str) -> UserError:
+    """The error for an adapter where a model should be."""
+    cure = "name it in adapter_name_or_path, and its base as the model"
+    return UserError(f"{config.source}: {name} is an adapter; {cure}")
 
 
 def not_loaded(name: str, error: Exception, flash_attn: str = "auto") -> str:

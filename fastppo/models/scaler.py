@@ -23,11 +23,6 @@ def current_scale(scaler: GradScaler, device: torch.device) -> Tensor:
     return scale
 
 
-def scaled(loss: Tensor, loss_scale: Tensor | None) -> Tensor:
-    """The loss times `loss_scale`; None leaves it unchanged."""
-    return loss if loss_scale is None else loss * loss_scale
-
-
 def overflows(finite_loss: Tensor, finite_gradient: Tensor, scale: Tensor) -> Tensor:
     """Whether a gradient is infinite only because of the scale (0-d bool).
 

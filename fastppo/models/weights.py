@@ -1,7 +1,8 @@
-"""The weights in a model's files: their shapes, single tensors of them, and what no model took."""
+"""What a model's files hold: shapes of weights, single tensors, an adapter, rows of embeddings."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from zipfile import is_zipfile
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers import PretrainedConfig
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from fastppo.config.weights import (
     BIN,
@@ -94,3 +97,31 @@ def left_out_line(name: str, unexpected: Iterable[str], kind: str) -> str | None
     if not found:
         return None
     return f"{name} has weights for {few(found)}, which a {kind} has no place for: left out"
+
+
+def is_adapter(name: str, cache_dir: str | None = None) -> bool:
+    """Whether the folder or hub name has an adapter."""
+    try:
+        return find_adapter_config_file(name, cache_dir=cache_dir) is not None
+    except (OSError, ValueError):  # the name can be neither
+        return False
+
+
+def vocabulary_size(own: PretrainedConfig) -> int:
+    """Rows of the embeddings of a model with this config; no limit where it does not say."""
+    rows = getattr(own.get_text_config(), "vocab_size", None)
+    return rows if isinstance(rows, int) else sys.maxsize
+
+
+def forget_pad_token(own: PretrainedConfig) -> bool:
+    """Take a padding token out of a model's config that has no row in its embeddings.
+
+    Such as is left where a tokenizer got a token and its model no row for it: PyTorch then refuses
+    to make the embeddings. Returns whether there was one.
+    """
+    text = own.get_text_config()
+    pad = getattr(text, "pad_token_id", None)
+    if not isinstance(pad, int) or pad < vocabulary_size(own):
+        return False
+    own.pad_token_id = text.pad_token_id = None
+    return True

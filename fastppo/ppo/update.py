@@ -17,7 +17,7 @@ from fastppo.config.ppo import KL_KIND
 from fastppo.memory.budgets import Budgets
 from fastppo.memory.retry import retry
 from fastppo.models.batch import Batch, batches, largest_micro_batch, to_device, token_index
-from fastppo.models.scaler import current_scale, overflows, scaled
+from fastppo.models.scaler import current_scale, overflows
 from fastppo.ops import PolicyLoss, PolicyLossConfig, linear_policy_loss, value_loss
 from fastppo.ppo.guards import check_first_pass
 from fastppo.ppo.metrics import Totals, means
@@ -196,13 +196,13 @@ def forward_backward(
             value = critic_loss(roles, experience, tokens, actor_ND, config, totals)
             loss = loss + config.vf_coef * value
         if loss.requires_grad:
-            scaled(loss, loss_scale).backward()  # type: ignore[no-untyped-call]
+            (loss if loss_scale is None else loss * loss_scale).backward()  # type: ignore[no-untyped-call]
     if roles.has_critic and not roles.shares_trunk:
         with roles.use("critic"):
             critic_ND = batch.packing.gather(roles.hidden(**batch.inputs))
             value = critic_loss(roles, experience, tokens, critic_ND, config, totals)
             loss = config.vf_coef * value
-            scaled(loss, loss_scale).backward()  # type: ignore[no-untyped-call]
+            (loss if loss_scale is None else loss * loss_scale).backward()  # type: ignore[no-untyped-call]
     stats = policy.metrics
     totals.add("policy_loss", stats.surrogate)
     if config.use_kl_loss:

@@ -19,7 +19,6 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
 )
-from transformers.utils.peft_utils import find_adapter_config_file
 
 from fastppo.config.rewards import HEAD_FILES, split
 from fastppo.config.weights import Head, find_head, weight_files
@@ -34,14 +33,20 @@ from fastppo.models.load import (
     check_same_tokens,
     compute_dtype,
     first_line,
-    forget_pad_token,
     hidden_size,
     not_loaded,
     text_model,
 )
 from fastppo.models.load import trunk as model_trunk
 from fastppo.models.value_head import load_value_head
-from fastppo.models.weights import left_out_line, model_folder, read_tensor, shapes_of
+from fastppo.models.weights import (
+    forget_pad_token,
+    is_adapter,
+    left_out_line,
+    model_folder,
+    read_tensor,
+    shapes_of,
+)
 from fastppo.offload.activations import find_layers
 from fastppo.offload.frozen import place_frozen
 from fastppo.rewards.adapter import HeadReward
@@ -86,7 +91,7 @@ def load_full(
         try:
             found = find_weights(name, config)
         except LOAD_ERRORS as error:
-            if is_adapter(name, config):
+            if is_adapter(name, config.cache_dir):
                 raise adapter_error(name) from None
             raise load_error(name, error, config) from None
         if found.has_value_head:
@@ -201,14 +206,6 @@ def load_error(name: str, error: Exception, config: Config) -> UserError:
     return UserError(f"reward_model: {not_loaded(name, error, config.flash_attn)}")
 
 
-def is_adapter(name: str, config: Config) -> bool:
-    """Whether the folder or hub name has an adapter."""
-    try:
-        return find_adapter_config_file(name, cache_dir=config.cache_dir) is not None
-    except LOAD_ERRORS:  # the name can be neither
-        return False
-
-
 def adapter_error(name: str) -> UserError:
     """The error for an adapter where a model should be."""
     return UserError(
@@ -273,7 +270,7 @@ def load_model(
             **own,
         )
     except LOAD_ERRORS as error:
-        if is_adapter(name, config):
+        if is_adapter(name, config.cache_dir):
             raise adapter_error(name) from None
         raise load_error(name, error, config) from None
     if getattr(model, "peft_config", None):
