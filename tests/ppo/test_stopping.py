@@ -108,7 +108,7 @@ def test_a_signal_within_a_step_saves_the_step_before_it(
 
 
 PLACES = {
-    "a token": (sampling.RecordLogprobs, "take"),
+    "a token": (sampling.RecordLogprobs, "record_sampled"),
     "scoring": (score, "token_scores"),
     "the reward": (toy, "vowels"),
     "an optimiser step": (update, "clip_and_step"),

@@ -258,7 +258,7 @@ def slow_pairs(seconds: float) -> None:
 
 
 PLACES = {
-    "a token": (sampling.RecordLogprobs, "take"),
+    "a token": (sampling.RecordLogprobs, "record_sampled"),
     "scoring": (score, "token_scores"),
     "a reward function": (reward_function, "call_scores"),
     "the update": (update, "clip_and_step"),
