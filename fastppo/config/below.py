@@ -6,10 +6,10 @@ saved is right on that base alone. Both stages record the earlier ones beside th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastppo.config.file import read_json
 from fastppo.config.rewards import BASE_RECORD, RECORD
 from fastppo.errors import UserError
 
@@ -21,7 +21,7 @@ def adapters_below(folder: Path) -> list[str]:
     for name in (RECORD, BASE_RECORD):
         path = folder / name
         if path.is_file():
-            found = _read(path).get("merged", [])
+            found = read_json(path).get("merged", [])
             return [str(item) for item in found] if isinstance(found, list) else []
     return []
 
@@ -29,18 +29,8 @@ def adapters_below(folder: Path) -> list[str]:
 def base_of(folder: Path) -> str | None:
     """The base that the adapter in `folder` names, or None."""
     path = folder / ADAPTER
-    name = _read(path).get("base_model_name_or_path") if path.is_file() else None
+    name = read_json(path).get("base_model_name_or_path") if path.is_file() else None
     return str(name) if name else None
-
-
-def _read(path: Path) -> dict[str, object]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); mend or replace it") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path} is not a JSON object; replace it")
-    return data
 
 
 def is_same(one: str, other: str) -> bool:

@@ -118,3 +118,15 @@ def override(data: dict[str, Any], text: str) -> str:
         mapping[part], mapping = deeper, deeper
     mapping[inner[-1]] = parse_value(value)
     return key
+
+
+def read_json(path: Path, what: str | None = None) -> dict[str, Any]:
+    """Read the JSON object in a small file of a model folder; `what` begins its error lines."""
+    where = str(path) if what is None else f"{what}: {path}"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where} cannot be read ({error}); mend or replace it") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{where} is not a JSON object; replace it")
+    return data

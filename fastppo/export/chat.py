@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastppo.config.file import read_json
 from fastppo.config.rewards import RECORD, TEXT_RECORD
-from fastppo.export.config import read_json
 from fastppo.templates import TEMPLATES, get_template
 from fastppo.templates.exported import differences, matching_chat_template
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from fastppo.config import Config
 from fastppo.config.below import ADAPTER, adapters_below, base_of, check_below, is_same
 from fastppo.config.elsewhere import IGNORED
-from fastppo.config.file import override, read_file
+from fastppo.config.file import override, read_file, read_json
 from fastppo.config.key import HF, LF, Positive, key
 from fastppo.config.old_names import GONE, meant, with_todays_names
 from fastppo.config.rewards import split
@@ -182,17 +181,6 @@ def add_adapters_below(config: ExportConfig, source: str, notes: list[str]) -> E
         config = config.model_copy(update={"adapter_name_or_path": joined})
     check_below(source, "adapter_name_or_path", base, config.adapters)
     return config
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read the JSON object in a small file of a model folder."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); mend or replace it") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path} is not a JSON object; replace it")
-    return data
 
 
 def is_absent(name: str) -> bool:

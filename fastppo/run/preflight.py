@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastppo.config.below import ADAPTER, check_below
+from fastppo.config.file import read_json
 from fastppo.config.published import hidden_width
 from fastppo.config.rewards import HEAD_FILES, split
 from fastppo.config.training import BITSANDBYTES
@@ -93,17 +93,6 @@ def looks_local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
 
 
-def read_json_file(path: Path, what: str) -> dict[str, Any]:
-    """Read a small JSON file of a model folder."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{what}: {path} cannot be read ({error}); mend or replace it") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{what}: {path} is not a JSON object; replace it")
-    return data
-
-
 def check_model(config: Config, key: str) -> None:
     """Check that a local model folder holds a model."""
     name = getattr(config, key)
@@ -149,7 +138,7 @@ def check_adapters(config: Config, key: str) -> None:
                 f"{config.source}: {key}: {folder} has no adapter (adapter_config.json and "
                 "adapter_model.safetensors); name a folder that PEFT wrote"
             )
-        read_json_file(read, f"{config.source}: {key}")
+        read_json(read, f"{config.source}: {key}")
     if names is not None:
         base = config.model_name_or_path if key != "ref_model_adapters" else config.ref_model
         check_below(config.source, key, str(base), split(names))
@@ -177,7 +166,7 @@ def check_reward_full(config: Config, name: str) -> None:
     path = Path(name) / "config.json"
     if not path.is_file():
         return
-    data = read_json_file(path, f"{config.source}: reward_model")
+    data = read_json(path, f"{config.source}: reward_model")
     if any((Path(f) / head).is_file() for f in (name, *adapters[-1:]) for head in HEAD_FILES):
         return
     if adapters:
@@ -229,7 +218,7 @@ def check_reward_adapter(config: Config, folder: Path) -> None:
     ):
         if not any((folder / name).is_file() for name in names):
             raise UserError(f"{where}: {folder} has no {what} ({names[0]}); {cure_of_lora(folder)}")
-    settings = read_json_file(folder / ADAPTER, where)
+    settings = read_json(folder / ADAPTER, where)
     if not any((folder / name).is_file() for name in (*HEAD_FILES, SAFETENSORS, BIN)):
         if settings.get("task_type") == "SEQ_CLS":
             base = settings.get("base_model_name_or_path") or "its base"
@@ -284,7 +273,7 @@ def hidden_size(config: Config) -> int | None:
     path = Path(config.model_name_or_path) / "config.json"
     if not path.is_file():
         return None
-    data = read_json_file(path, f"{config.source}: model_name_or_path")
+    data = read_json(path, f"{config.source}: model_name_or_path")
     size = hidden_width(data)
     if size is not None and not isinstance(size, int):
         raise UserError(
