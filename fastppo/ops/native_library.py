@@ -178,10 +178,9 @@ _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
     "score_tokens": (None, [_ROWS, c_void_p, c_int64, _SCORES]),
     "sum_rows": (None, [c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p]),
     "token_kl": (None, [*[c_void_p] * 4, c_int64, c_float, c_int]),
-    "value_loss_parts": (c_int64, [c_int64]),
+    "token_kl_backward": (None, [c_void_p, c_void_p, c_int64, c_int64, c_void_p]),
     "value_loss": (None, [*[c_void_p] * 4, c_float, c_int64, *[c_void_p] * 3]),
-    "moments_parts": (c_int64, [c_int64]),
-    "moments": (None, [c_void_p, c_void_p, c_int64, c_void_p, c_void_p]),
+    "moments": (None, [c_void_p, c_void_p, c_int64, c_void_p]),
     "whiten": (None, [*[c_void_p] * 3, c_int64, c_int, c_void_p]),
     "gae": (
         None,

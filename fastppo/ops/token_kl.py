@@ -98,7 +98,7 @@ def _fake(a: Arguments) -> Outputs:
 
 
 def _save(ctx: Any, a: Arguments, outputs: Outputs) -> None:
-    ctx.dtype = a.logprob_N.dtype
+    ctx.dtype, ctx.backend = a.logprob_N.dtype, a.backend
     ctx.save_for_backward(outputs.slope_N)
 
 
@@ -106,8 +106,8 @@ def _gradients(ctx: Any, grad_N: Tensor | None) -> tuple[Tensor | None]:
     if grad_N is None:
         return (None,)
     (slope_N,) = ctx.saved_tensors
-    # where before the product: for masked vocabulary the result is 0 even if grad_N is inf or NaN.
-    return (torch.where(slope_N == 0, 0, grad_N * slope_N).to(ctx.dtype),)
+    backend = "torch" if is_traced(grad_N) else ctx.backend
+    return (BACKENDS[backend].token_kl_backward(slope_N, grad_N).to(ctx.dtype),)
 
 
 class _TokenKl(torch.autograd.Function):

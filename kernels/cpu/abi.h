@@ -109,4 +109,17 @@ constexpr int FASTPPO_TERMS = 14;
 // Logits below which starting threads costs more than they save.
 constexpr int64_t FASTPPO_ALONE = 1 << 15;
 
+
+// Tokens go through in blocks, whose sums are merged in their order: never more blocks than this,
+// so that their sums fit on the stack.
+constexpr int64_t FASTPPO_BLOCKS = 256;
+struct FastppoBlocks {
+  int64_t size, count;
+  explicit FastppoBlocks(int64_t n) {
+    size = (n + FASTPPO_BLOCKS - 1) / FASTPPO_BLOCKS;
+    size = size < 4096 ? 4096 : size;
+    count = (n + size - 1) / size;
+  }
+};
+
 extern "C" int fastppo_isa();

@@ -34,7 +34,7 @@ extern "C" void fastppo_advantages(const FastppoAdvantages* given) {
 #pragma omp for schedule(static)
       for (int64_t b = 0; b < a.batch; b++) {
         rewards(a, b);
-        part[b] = moments_of(a.reward, nullptr, a.offsets[b], a.offsets[b + 1]);
+        part[b] = moments_of(a.reward + a.offsets[b], nullptr, a.offsets[b + 1] - a.offsets[b]);
       }
       of_rewards = merged(part, a.batch);  // by every thread alike
       scale = of_rewards.scale();
@@ -52,7 +52,7 @@ extern "C" void fastppo_advantages(const FastppoAdvantages* given) {
       gae_sequence(
           [&](int64_t t) { return (double)a.reward[t]; }, a.value, start, end,
           a.bootstrap ? a.bootstrap[b] : 0.0f, a.gamma, a.lam, a.advantage, a.returns);
-      if (a.whiten_advantages) part[b] = moments_of(a.advantage, nullptr, start, end);
+      if (a.whiten_advantages) part[b] = moments_of(a.advantage + start, nullptr, end - start);
     }
     if (a.whiten_advantages) {
       const FastppoMoments all = merged(part, a.batch);

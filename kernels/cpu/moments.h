@@ -22,22 +22,5 @@ struct FastppoMoments {
   inline double scale() const { return 1.0 / std::sqrt(variance() + FASTPPO_EPS); }
 };
 
-// Moments of x[from, to): two passes, since a block stays in the cache; a division a token would
-// cost more.
-static inline FastppoMoments moments_of(
-    const float* x, const float* weight, int64_t from, int64_t to) {
-  FastppoMoments found;
-  double total = 0;
-  for (int64_t i = from; i < to; i++) {
-    const bool live = !weight || weight[i] != 0;
-    found.count += live;
-    total += live ? x[i] : 0.0f;
-  }
-  if (found.count == 0) return found;
-  found.mean = total / found.count;
-  for (int64_t i = from; i < to; i++) {
-    const double d = !weight || weight[i] != 0 ? x[i] - found.mean : 0.0;
-    found.m2 += d * d;
-  }
-  return found;
-}
+// Of the n values whose weight is not 0 (whiten.cpp); a null weight counts all.
+FastppoMoments moments_of(const float* x, const float* weight, int64_t n);

@@ -1,47 +1,101 @@
 // The critic's clipped loss, its gradient and its sums.
-#include <cmath>
+#define FASTPPO_FILE "value_loss.cpp"
+#include "every_isa.h"
 
-#include "abi.h"
+#include "vector.h"
 
-// The sums of ValueMetrics in their order, the loss last, of a block of tokens each: (parts, 7).
+#ifndef FASTPPO_VALUE_LOSS
+#define FASTPPO_VALUE_LOSS
+// The sums of ValueMetrics in their order, the loss last.
 constexpr int SUMS = 7;
-constexpr int64_t TOKENS = 4096;
 
-extern "C" int64_t fastppo_value_loss_parts(int64_t n) { return (n + TOKENS - 1) / TOKENS; }
+struct FastppoValues {
+  const float *value, *old, *target, *weight;
+  float clip;  // 0: none
+  float* grad;
+};
+#endif
 
+namespace FASTPPO_ISA {
+
+// What a register of tokens adds to the sums; counts of at most a block's tokens are exact floats.
+struct ValueSums {
+  Floats count = {}, clipped = {};
+  Doubles error, value, target, target_square, loss;
+};
+
+// A lane of weight 0 is not read: whatever stands there counts as 0.
+__attribute__((always_inline)) static inline Floats value_loss_some(
+    const float* value, const float* old, const float* target, const float* weight, float clip,
+    ValueSums& sums) {
+  const Floats w = load(weight);
+  const Ints live = w != 0.0f;
+  const Floats v = live ? load(value) : Floats{}, r = live ? load(target) : Floats{};
+  const Floats away = v - r, error = away * away;
+  Floats larger_error = error;
+  Ints clipped = {};
+  if (clip > 0) {
+    const Floats center = live ? load(old) : Floats{}, low = center - clip, high = center + clip;
+    Floats held = v < low ? low : v;
+    held = held > high ? high : held;
+    const Floats clipped_error = (held - r) * (held - r);
+    // Where the clipped error is the larger one, the value was clipped: no gradient.
+    clipped = clipped_error > error;
+    larger_error = clipped ? clipped_error : error;
+  }
+  sums.count += live ? all(1.0f) : Floats{};
+  sums.clipped += clipped ? all(1.0f) : Floats{};
+  sums.error = sums.error + doubles(error);
+  sums.value = sums.value + doubles(v);
+  sums.target = sums.target + doubles(r);
+  sums.target_square = sums.target_square + doubles(r) * doubles(r);
+  sums.loss = sums.loss + doubles(w) * doubles(larger_error) * 0.5;
+  return clipped ? Floats{} : w * away;
+}
+
+// The gradient of a block of tokens, and their sums.
+static void value_loss_block(const FastppoValues& a, int64_t n, double* out) {
+  ValueSums sums;
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES)
+    store(a.grad + i, value_loss_some(
+        a.value + i, a.old + i, a.target + i, a.weight + i, a.clip, sums));
+  if (i < n) {
+    float in[4][LANES] = {}, grad[LANES];
+    const float* from[] = {a.value, a.old, a.target, a.weight};
+    for (int k = 0; k < 4; k++) std::memcpy(in[k], from[k] + i, (n - i) * sizeof(float));
+    store(grad, value_loss_some(in[0], in[1], in[2], in[3], a.clip, sums));
+    std::memcpy(a.grad + i, grad, (n - i) * sizeof(float));
+  }
+  out[0] = sum(sums.count);
+  out[1] = sum(sums.clipped);
+  out[2] = sum(sums.error);
+  out[3] = sum(sums.value);
+  out[4] = sum(sums.target);
+  out[5] = sum(sums.target_square);
+  out[6] = sum(sums.loss);
+}
+
+}  // namespace FASTPPO_ISA
+
+#ifdef FASTPPO_LAST_ISA
+// The loss into `loss`, the other sums into `metrics`. Blocks do not depend on the number of threads.
 extern "C" void fastppo_value_loss(
     const float* value, const float* old, const float* target, const float* weight, float clip,
-    int64_t n, float* grad, double* part, float* out) {
-  const int64_t parts = fastppo_value_loss_parts(n);
+    int64_t n, float* grad, float* metrics, float* loss) {
+  const auto block = FASTPPO_PICK(value_loss_block);
+  const FastppoBlocks blocks(n);
+  double part[FASTPPO_BLOCKS][SUMS];
 #pragma omp parallel for schedule(static) if (n > FASTPPO_ALONE)
-  for (int64_t p = 0; p < parts; p++) {
-    double sums[SUMS] = {};
-    const int64_t end = (p + 1) * TOKENS < n ? (p + 1) * TOKENS : n;
-    for (int64_t i = p * TOKENS; i < end; i++) {
-      const float w = weight[i];
-      grad[i] = 0;
-      if (w == 0) continue;
-      const float v = value[i], r = target[i];
-      const float error = (v - r) * (v - r);
-      float larger_error = error;
-      bool clipped = false;
-      if (clip > 0) {
-        float clipped_value = v < old[i] - clip ? old[i] - clip : v;
-        clipped_value = clipped_value > old[i] + clip ? old[i] + clip : clipped_value;
-        const float clipped_error = (clipped_value - r) * (clipped_value - r);
-        // Where the clipped error is the larger one, the value was clipped: no gradient.
-        clipped = clipped_error > error;
-        larger_error = clipped ? clipped_error : error;
-      }
-      grad[i] = clipped ? 0.0f : w * (v - r);
-      const double terms[SUMS] = {
-          1, clipped ? 1.0 : 0.0, error, v, r, (double)r * r, 0.5 * w * larger_error};
-      for (int k = 0; k < SUMS; k++) sums[k] += terms[k];
-    }
-    for (int k = 0; k < SUMS; k++) part[p * SUMS + k] = sums[k];
+  for (int64_t p = 0; p < blocks.count; p++) {
+    const int64_t i = p * blocks.size;
+    const FastppoValues own{value + i, old + i, target + i, weight + i, clip, grad + i};
+    block(own, std::min(blocks.size, n - i), part[p]);
   }
   double sums[SUMS] = {};
-  for (int64_t p = 0; p < parts; p++)
-    for (int k = 0; k < SUMS; k++) sums[k] += part[p * SUMS + k];
-  for (int k = 0; k < SUMS; k++) out[k] = (float)sums[k];
+  for (int64_t p = 0; p < blocks.count; p++)
+    for (int k = 0; k < SUMS; k++) sums[k] += part[p][k];
+  for (int k = 0; k < SUMS - 1; k++) metrics[k] = (float)sums[k];
+  *loss = (float)sums[SUMS - 1];
 }
+#endif

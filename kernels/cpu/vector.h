@@ -5,6 +5,8 @@ namespace FASTPPO_ISA {
 
 constexpr int LANES = FASTPPO_LANES;
 typedef float Floats __attribute__((vector_size(4 * FASTPPO_LANES)));
+typedef double HalfDoubles __attribute__((vector_size(4 * FASTPPO_LANES)));
+typedef float HalfFloats __attribute__((vector_size(2 * FASTPPO_LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * FASTPPO_LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * FASTPPO_LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * FASTPPO_LANES)));
@@ -24,6 +26,43 @@ static inline Floats larger(Floats a, Floats b) {
 #endif
 }
 static inline Floats at_least(Floats a, float least) { return larger(all(least), a); }
+
+// A register of floats as doubles takes two.
+struct Doubles {
+  HalfDoubles a = {}, b = {};
+  Doubles operator+(const Doubles& o) const { return {a + o.a, b + o.b}; }
+  Doubles operator-(const Doubles& o) const { return {a - o.a, b - o.b}; }
+  Doubles operator*(const Doubles& o) const { return {a * o.a, b * o.b}; }
+  Doubles operator-(double o) const { return {a - o, b - o}; }
+  Doubles operator+(double o) const { return {a + o, b + o}; }
+  Doubles operator*(double o) const { return {a * o, b * o}; }
+};
+// (GCC 12 warns of its own header at the forms without a mask.)
+static inline Doubles doubles(const Floats& v) {
+#if FASTPPO_LANES == 16
+  const __mmask8 every = (__mmask8)-1;
+  const __m256 a = _mm512_maskz_extractf32x8_ps(every, (__m512)v, 0);
+  const __m256 b = _mm512_maskz_extractf32x8_ps(every, (__m512)v, 1);
+  return {(HalfDoubles)_mm512_maskz_cvtps_pd(every, a), (HalfDoubles)_mm512_maskz_cvtps_pd(every, b)};
+#elif FASTPPO_LANES == 8
+  return {
+      (HalfDoubles)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v)),
+      (HalfDoubles)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1))};
+#else
+  HalfFloats a, b;
+  std::memcpy(&a, &v, sizeof a);
+  std::memcpy(&b, (const char*)&v + sizeof a, sizeof b);
+  return {__builtin_convertvector(a, HalfDoubles), __builtin_convertvector(b, HalfDoubles)};
+#endif
+}
+static inline Floats floats(const Doubles& v) {
+  const HalfFloats a = __builtin_convertvector(v.a, HalfFloats);
+  const HalfFloats b = __builtin_convertvector(v.b, HalfFloats);
+  Floats both;
+  std::memcpy(&both, &a, sizeof a);
+  std::memcpy((char*)&both + sizeof a, &b, sizeof b);
+  return both;
+}
 
 static inline Floats load(const float* p) {
   Floats v;
@@ -200,6 +239,12 @@ static inline Floats tanh_slope_of(Floats y) {
 static inline double sum(Floats v) {
   double total = 0;
   for (int i = 0; i < LANES; i++) total += v[i];
+  return total;
+}
+static inline double sum(const Doubles& v) {
+  double total = 0;
+  for (int i = 0; i < LANES / 2; i++) total += v.a[i];
+  for (int i = 0; i < LANES / 2; i++) total += v.b[i];
   return total;
 }
 static inline float max_of(Floats v) {

@@ -16,11 +16,10 @@ void fastppo_token_logprobs_backward(
 void fastppo_score_tokens(const FastppoRows*, const void*, int64_t, const FastppoScores*);
 void fastppo_sum_rows(const float*, int64_t, int64_t, int64_t, int64_t, float*);
 void fastppo_token_kl(const float*, const float*, float*, float*, int64_t, float, int);
-int64_t fastppo_value_loss_parts(int64_t);
+void fastppo_token_kl_backward(const float*, const float*, int64_t, int64_t, float*);
 void fastppo_value_loss(
-    const float*, const float*, const float*, const float*, float, int64_t, float*, double*, float*);
-int64_t fastppo_moments_parts(int64_t);
-void fastppo_moments(const float*, const float*, int64_t, FastppoMoments*, float*);
+    const float*, const float*, const float*, const float*, float, int64_t, float*, float*, float*);
+void fastppo_moments(const float*, const float*, int64_t, float*);
 void fastppo_whiten(const float*, const float*, const float*, int64_t, int, float*);
 void fastppo_gae(
     const float*, const float*, const int64_t*, int64_t, const float*, double, double, float*, float*);
@@ -89,11 +88,17 @@ static void tokens(int64_t n, int64_t batch) {
   std::vector<float> e(n), f(n), g(n), h(n), out(7);
   for (int kind = 0; kind < 4; kind++)
     fastppo_token_kl(a.data(), b.data(), e.data(), f.data(), n, 20, kind);
-  std::vector<double> part(fastppo_value_loss_parts(n) * 7);
-  fastppo_value_loss(a.data(), b.data(), c.data(), d.data(), 0.2f, n, e.data(), part.data(), out.data());
-  std::vector<FastppoMoments> moments(fastppo_moments_parts(n) + batch);
-  fastppo_moments(a.data(), nullptr, n, moments.data(), out.data());
-  fastppo_whiten(a.data(), b.data(), out.data(), n, 0, e.data());
+  for (int64_t step = 0; step < 2; step++)
+    fastppo_token_kl_backward(a.data(), step ? b.data() : out.data(), step, n, e.data());
+  for (const float clip : {0.0f, 0.2f})
+    fastppo_value_loss(
+        a.data(), b.data(), c.data(), d.data(), clip, n, e.data(), out.data(), out.data() + 6);
+  for (const float* weight : {(const float*)nullptr, (const float*)b.data()}) {
+    fastppo_moments(a.data(), weight, n, out.data());
+    fastppo_whiten(a.data(), weight, out.data(), n, 0, e.data());
+    fastppo_whiten(a.data(), weight, nullptr, n, 1, e.data());
+  }
+  std::vector<FastppoMoments> moments(batch);
   std::vector<int64_t> offsets(batch + 1);
   for (int64_t i = 0; i <= batch; i++) offsets[i] = i * n / batch;
   auto score = floats(batch);

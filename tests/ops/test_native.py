@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -11,7 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastppo.ops import arguments, backend, gae, native_library, policy_loss, token_logprobs, whiten
+from fastppo.ops import (
+    arguments,
+    backend,
+    gae,
+    native_library,
+    policy_loss,
+    token_kl,
+    token_logprobs,
+    value_loss,
+    whiten,
+)
 from fastppo.ops.backends import native
 from tests.ops.oracle import run
 from tests.ops.registry import OPS, Shape
@@ -83,6 +94,51 @@ def test_the_exponential_keeps_its_stated_error(tau):
     relative = (tau * leaf.grad[:, 1].double() + p[:, 1]).abs() / p[:, 1]
     # three roundings more: the quotient by the total, by tau, and the product here
     assert (relative <= 3.3e-7 + 6e-8 * d.double() / tau + 2e-7).all()
+
+
+def test_k3_and_its_slope_lose_nothing_near_0_and_hold_far_out():
+    """exp(-d) - 1 + d cancels near 0 and leaves float32 beyond 88."""
+    near = torch.logspace(-6, 1.9, 20001, dtype=torch.float64)
+    d = torch.cat([-near, near, torch.zeros(1, dtype=torch.float64)]).float()
+    leaf = d.clone().requires_grad_()
+    kl = token_kl(leaf, torch.zeros_like(d), kind="k3", log_ratio_limit=200.0, backend="native")
+    kl.sum().backward()
+    exact = torch.expm1(-d.double())
+    # By its series where the difference cancels even in float64.
+    small = d.double().abs() < 1e-3
+    square = d.double().square()
+    want = torch.where(small, square / 2 - d.double() * square / 6, exact + d.double())
+    assert ((kl.double() - want).abs() <= 5e-7 * want).all()
+    assert ((leaf.grad.double() + exact).abs() <= 5e-7 * exact.abs()).all()
+    for far, value, slope in ((-100.0, math.inf, -math.inf), (150.0, 149.0, 1.0)):
+        leaf = torch.tensor([far], requires_grad=True)
+        kl = token_kl(leaf, torch.zeros(1), kind="k3", log_ratio_limit=200.0, backend="native")
+        kl.backward()
+        assert (kl.item(), leaf.grad.item()) == (value, slope)
+
+
+@pytest.mark.parametrize("n", [1, 15, 4097, 1_200_003])
+def test_sums_over_any_number_of_tokens_are_right(n):
+    """Blocks, the rest of a register, and more tokens than 256 blocks of 4096."""
+    generator = torch.Generator().manual_seed(n)
+    value, old, target = (torch.randn(n, generator=generator) for _ in range(3))
+    weight = torch.rand(n, generator=generator) * (torch.rand(n, generator=generator) > 0.3)
+    # What weighs nothing is not read.
+    value, target = (torch.where(weight == 0, torch.nan, x) for x in (value, target))
+    leaf = value.clone().requires_grad_()
+    found = value_loss(leaf, old, target, weight, clip=0.2, backend="native")
+    found.loss.backward()
+    wide = value.double().requires_grad_()
+    want = value_loss(wide, old.double(), target.double(), weight.double(), backend="torch")
+    want.loss.backward()
+    for mine, right in zip((found.loss, *found.metrics), (want.loss, *want.metrics), strict=True):
+        torch.testing.assert_close(mine.double(), right, rtol=1e-6, atol=1e-4)
+    torch.testing.assert_close(leaf.grad.double(), wide.grad, rtol=1e-6, atol=1e-6)
+    for mask in (None, weight):
+        x = old if mask is None else value
+        mine = whiten(x, weight_N=mask, backend="native")
+        right = whiten(x.double(), weight_N=mask)
+        torch.testing.assert_close(mine.double(), right, rtol=1e-6, atol=1e-6)
 
 
 def test_there_is_one_openmp_runtime():

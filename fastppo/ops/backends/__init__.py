@@ -100,6 +100,9 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """k and dk/dlogprob of each token."""
 
+    def token_kl_backward(self, slope_N: Tensor, grad_N: Tensor) -> Tensor:
+        """slope * grad; 0 where the slope is 0, even if the gradient is infinite or NaN."""
+
     def value_loss(
         self,
         value_N: Tensor,

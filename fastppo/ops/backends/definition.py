@@ -169,6 +169,11 @@ def token_kl(
     return kl_N.clone(), slope_N.clone()  # a registered op hands out neither inputs nor twins
 
 
+def token_kl_backward(slope_N: Tensor, grad_N: Tensor) -> Tensor:
+    """slope * grad; 0 where the slope is 0, even if the gradient is infinite or NaN."""
+    return torch.where(slope_N == 0, 0, grad_N * slope_N)
+
+
 def value_loss(
     value_N: Tensor,
     old_value_N: Tensor,

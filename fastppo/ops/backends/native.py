@@ -57,6 +57,13 @@ class Call:
             return self.pointer(x)
         return self.pointer(x.detach().to(torch.float32).contiguous())
 
+    def over(self, x: Tensor) -> tuple[int | None, Tensor]:
+        """`floats` of a vector, and a result of its size: the copy itself, where one was made."""
+        if x.dtype is torch.float32 and x.is_contiguous():
+            return self.pointer(x), _empty(x.numel())
+        made = x.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        return self.pointer(made), made
+
     def integers(self, x: Tensor) -> int | None:
         """Of a vector as int64, side by side."""
         if x.dtype is torch.int64 and x.is_contiguous():
@@ -212,10 +219,10 @@ def token_kl(
 ) -> tuple[Tensor, Tensor]:
     """k and dk/dlogprob of each token."""
     n, call = logprob_N.numel(), Call()
-    kl_N, slope_N = _empty(n), _empty(n)
+    (logprob, kl_N), (ref, slope_N) = call.over(logprob_N), call.over(ref_logprob_N)
     LIBRARY.fastppo_token_kl(
-        call.floats(logprob_N),
-        call.floats(ref_logprob_N),
+        logprob,
+        ref,
         kl_N.data_ptr(),
         slope_N.data_ptr(),
         n,
@@ -225,13 +232,22 @@ def token_kl(
     return kl_N, slope_N
 
 
+def token_kl_backward(slope_N: Tensor, grad_N: Tensor) -> Tensor:
+    """slope * grad; 0 where the slope is 0, even if the gradient is infinite or NaN."""
+    n, call = slope_N.numel(), Call()
+    out_N = _empty(n)
+    one = grad_N.dtype is torch.float32 and grad_N.stride(0) == 0  # of a sum: the same for all
+    grad = call.pointer(grad_N) if one else call.floats(grad_N)
+    LIBRARY.fastppo_token_kl_backward(slope_N.data_ptr(), grad, not one, n, out_N.data_ptr())
+    return out_N
+
+
 def value_loss(
     value_N: Tensor, old_value_N: Tensor, return_N: Tensor, weight_N: Tensor, clip: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, the vector of ValueMetrics, and dloss/dvalue."""
     n, call = value_N.numel(), Call()
-    grad_N, sums = _empty(n), _empty(7)
-    part = torch.empty(LIBRARY.fastppo_value_loss_parts(n), 7, dtype=torch.float64)
+    loss, metrics, grad_N = _empty(), _empty(6), _empty(n)
     LIBRARY.fastppo_value_loss(
         call.floats(value_N),
         call.floats(old_value_N),
@@ -240,20 +256,16 @@ def value_loss(
         clip or 0.0,
         n,
         grad_N.data_ptr(),
-        part.data_ptr(),
-        sums.data_ptr(),
+        metrics.data_ptr(),
+        loss.data_ptr(),
     )
-    return sums[-1].clone(), sums[:-1].clone(), grad_N
+    return loss, metrics, grad_N
 
 
 def moments(x_N: Tensor, weight_N: Tensor | None) -> Tensor:
     """(3,): count, mean and m2."""
-    n, call = x_N.numel(), Call()
-    part = torch.empty(LIBRARY.fastppo_moments_parts(n), 3, dtype=torch.float64)
-    out = _empty(3)
-    LIBRARY.fastppo_moments(
-        call.floats(x_N), call.floats(weight_N), n, part.data_ptr(), out.data_ptr()
-    )
+    call, out = Call(), _empty(3)
+    LIBRARY.fastppo_moments(call.floats(x_N), call.floats(weight_N), x_N.numel(), out.data_ptr())
     return out
 
 
@@ -261,16 +273,11 @@ def whiten(
     x_N: Tensor, weight_N: Tensor | None, moments: Tensor | None, shift_mean: bool
 ) -> Tensor:
     """Values shifted and scaled by the moments (3,), or by their own."""
-    n, call = x_N.numel(), Call()
-    y_N = _empty(n)
-    found = _own_moments(x_N, weight_N) if moments is None else moments
-    LIBRARY.fastppo_whiten(
-        call.floats(x_N), call.floats(weight_N), call.floats(found), n, shift_mean, y_N.data_ptr()
-    )
+    call = Call()
+    x, y_N = call.over(x_N)
+    weight, moments_3 = call.floats(weight_N), call.floats(moments)
+    LIBRARY.fastppo_whiten(x, weight, moments_3, x_N.numel(), shift_mean, y_N.data_ptr())
     return y_N
-
-
-_own_moments = moments
 
 
 def gae(a: GaeArguments) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ from fastppo.ops.arguments import (
     rows_of,
 )
 from fastppo.ops.backends import LossRows, Scores, Statistics
+from fastppo.ops.backends.definition import token_kl_backward as token_kl_backward
 from fastppo.ops.backends.sizes import (
     ADVANTAGES_SCAN,
     AUTOTUNE,
