@@ -6,15 +6,17 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from fastppo.errors import UserError
 from fastppo.models.fused_lora import fuse_lora_layers
-from fastppo.models.load import LMHead, causal_lm, lm_head, trunk
+from fastppo.models.load import causal_lm, logit_scale, trunk
 from fastppo.models.rounding import LIMITS, Precision, product_precision
 from fastppo.ops import token_logprobs
 
@@ -29,6 +31,33 @@ class Place:
     adapter: str | None  # the active one; None: the model has no adapters, or they are off
     words: str  # description, for the first lines of a run
     trainable: tuple[nn.Parameter, ...] = ()
+
+    @cached_property
+    def base(self) -> PreTrainedModel:
+        """The causal language model, inside its PEFT wrapper if it has one."""
+        return causal_lm(self.model)
+
+    @cached_property
+    def trunk(self) -> nn.Module:
+        """The base without its output head."""
+        return trunk(self.base)
+
+    @cached_property
+    def logit_scale(self) -> float:
+        """What the base multiplies its logits by."""
+        return logit_scale(self.base)
+
+
+class LMHead(NamedTuple):
+    """The output head: logits = softcap(scale (hidden W^T + b)).
+
+    The `linear_*` ops have no scale: they are given temperature / scale, which is the same.
+    """
+
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    softcap: float | None
+    scale: float = 1.0
 
 
 @dataclass
@@ -144,19 +173,29 @@ class Roles:
         return torch.autocast(self.device.type, dtype=self.autocast)
 
     @property
-    def base(self) -> nn.Module:
+    def base(self) -> PreTrainedModel:
         """The causal language model of the active role, inside its PEFT wrapper."""
-        return causal_lm(self.places[self._active].model)
+        return self.places[self._active].base
 
     @property
     def trunk(self) -> nn.Module:
         """The active role's base without its output head."""
-        return trunk(self.base)
+        return self.places[self._active].trunk
 
     @property
     def lm_head(self) -> LMHead:
-        """The active role's output head for the `linear_*` ops, in the dtype of its product."""
-        return lm_head(self.base, self.autocast)
+        """The active role's output head for the `linear_*` ops, in the dtype of its product.
+
+        Its weight is looked up each time: an adapter may have a trainable copy of the head.
+        """
+        place = self.places[self._active]
+        head: Any = place.base.get_output_embeddings()
+        weight_VD, bias_V = head.weight, getattr(head, "bias", None)
+        if self.autocast is not None:
+            weight_VD = weight_VD.to(self.autocast)
+            bias_V = None if bias_V is None else bias_V.to(self.autocast)
+        softcap = getattr(place.base.config.get_text_config(), "final_logit_softcapping", None)
+        return LMHead(weight_VD, bias_V, softcap, place.logit_scale)
 
     def value(self, hidden_ND: Tensor) -> Tensor:
         """The critic's values (N,) of hidden states, computed in the head's dtype, float32."""
