@@ -71,7 +71,7 @@ def cache_bytes(roles: Roles) -> int:
     They are measured in a forward of one token, because the keys of config.json that give number
     and width of the cached heads differ between families.
     """
-    embeddings: Any = roles.base.get_input_embeddings()  # type: ignore[no-untyped-call]
+    embeddings: Any = roles.base.get_input_embeddings()
     ids_BT = torch.zeros(1, 1, dtype=torch.long, device=embeddings.weight.device)
     with roles.precision():
         cache = roles.trunk(input_ids=ids_BT, use_cache=True).past_key_values

@@ -139,20 +139,31 @@ class StopStrings(StoppingCriteria):
 
 def active_layers(model: nn.Module) -> list[LoraLayer]:
     """LoRA layers of `model` with an active adapter that can be merged into the layer's weight."""
-    return [
-        module
-        for module in model.modules()
-        if isinstance(module, LoraLayer)
-        and not module.disable_adapters
-        and isinstance(module.get_base_layer(), nn.Linear | Conv1D)
-        and module.get_base_layer().weight.is_floating_point()
-        and any(name in module.lora_A for name in module.active_adapters)
-    ]
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    return [layer for layer in layers if can_be_merged(layer)]
+
+
+def can_be_merged(layer: LoraLayer) -> bool:
+    """Whether the layer has an active adapter, and a weight that it can be merged into."""
+    base: Any = layer.get_base_layer()
+    return (
+        not layer.disable_adapters
+        and isinstance(base, nn.Linear | Conv1D)
+        and base.weight.is_floating_point()
+        and any(name in layer.lora_A for name in layer.active_adapters)
+    )
+
+
+def base_weight(layer: LoraLayer) -> Tensor:
+    """The weight of the linear layer that the adapter is on."""
+    base: Any = layer.get_base_layer()
+    weight: Tensor = base.weight
+    return weight
 
 
 def merged_weight_bytes(model: nn.Module) -> int:
     """Bytes of the merged copies, which are in memory in addition to the original weights."""
-    return sum(layer.get_base_layer().weight.nbytes for layer in active_layers(model))
+    return sum(base_weight(layer).nbytes for layer in active_layers(model))
 
 
 def merge_is_exact(model: nn.Module) -> bool:
@@ -162,7 +173,7 @@ def merge_is_exact(model: nn.Module) -> bool:
     the first hundred steps an adapter makes no larger ones.
     """
     layers = active_layers(model)
-    dtypes = {layer.get_base_layer().weight.dtype for layer in layers}
+    dtypes = {base_weight(layer).dtype for layer in layers}
     return bool(layers) and dtypes <= {torch.float32, torch.float64}
 
 
@@ -239,7 +250,7 @@ def use_few_rows_kernels(model: nn.Module) -> Iterator[None]:
             if type(module) is nn.Linear and "forward" not in vars(module):
                 if not runs_native(module.weight):
                     continue
-                module.forward = MethodType(few_rows_forward, module)
+                module.forward = MethodType(few_rows_forward, module)  # type: ignore[method-assign]
                 changed.append(module)
         yield
     finally:
