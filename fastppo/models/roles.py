@@ -76,10 +76,11 @@ class Roles:
     notes: list[str] = field(default_factory=list)  # for the first lines of a run
 
     def __post_init__(self) -> None:
-        # PEFT changes requires_grad when it switches adapters; _activate restores it from this set.
+        # PEFT changes requires_grad when it switches adapters; _switch restores it from this set.
         self._trainable = {p for place in self.places.values() for p in place.trainable}
-        for place in self.places.values():
-            fuse_lora_layers(place.model)
+        self._adapters: dict[nn.Module, str | None] = {}  # the one that is on in each model
+        for model in self.models:
+            fuse_lora_layers(model)
         if self.critic_head is not None:
             self.critic_head.requires_grad_(True)
         for head in self.reward_heads.values():
@@ -92,6 +93,11 @@ class Roles:
     def model(self) -> nn.Module:
         """The actor's model: a PEFT model, or the base if `finetuning_type` is freeze or full."""
         return self.places["actor"].model
+
+    @property
+    def models(self) -> set[nn.Module]:
+        """The models that the roles run on; several roles may share one."""
+        return {place.model for place in self.places.values()}
 
     @property
     def has_critic(self) -> bool:
@@ -121,6 +127,12 @@ class Roles:
 
     def _activate(self, role: str) -> None:
         place = self.places[role]
+        # PEFT walks over all modules to switch: not for an adapter that is on already.
+        if place.model not in self._adapters or self._adapters[place.model] != place.adapter:
+            self._switch(place)
+        self._active = role
+
+    def _switch(self, place: Place) -> None:
         if isinstance(place.model, PeftModel):
             if place.adapter is None:
                 place.model.base_model.disable_adapter_layers()
@@ -129,18 +141,17 @@ class Roles:
                 place.model.set_adapter(place.adapter)
         for parameter in place.model.parameters():
             parameter.requires_grad_(parameter in self._trainable)
-        self._active = role
+        self._adapters[place.model] = place.adapter
 
     def train(self) -> None:
         """Set models with trainable parameters to training mode: activations are checkpointed."""
-        for place in self.places.values():
-            if place.trainable:
-                place.model.train()
+        for model in {place.model for place in self.places.values() if place.trainable}:
+            model.train()
 
     def eval(self) -> None:
         """Set all models to evaluation mode: no checkpointing, so generation can use a KV cache."""
-        for place in self.places.values():
-            place.model.eval()
+        for model in self.models:
+            model.eval()
 
     def hidden(
         self,
