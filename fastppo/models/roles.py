@@ -133,6 +133,7 @@ class Roles:
         self._active = role
 
     def _switch(self, place: Place) -> None:
+        self._adapters.pop(place.model, None)  # unknown, if a signal interrupts the switch
         if isinstance(place.model, PeftModel):
             if place.adapter is None:
                 place.model.base_model.disable_adapter_layers()
