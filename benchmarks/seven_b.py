@@ -42,11 +42,11 @@ from fastppo.models.load import disable_dropout
 from fastppo.offload.activations import wrap
 from fastppo.ppo import trainer
 from fastppo.ppo.advantage import estimate
+from fastppo.ppo.metrics import Clock
 from fastppo.ppo.rollout import sample
 from fastppo.ppo.sampling import Sampling
 from fastppo.ppo.score import score
 from fastppo.rm import train as reward_model
-from fastppo.run import console
 from fastppo.run.preflight import check
 from fastppo.types import Experience, Rollout
 
@@ -168,7 +168,7 @@ def random_weights(size: Size) -> Iterator[None]:
         yield
 
 
-class Phases(console.Clock):
+class Phases(Clock):
     """Seconds and peak memory of each phase, the device waited for at both ends."""
 
     def __init__(self, size: Size) -> None:
@@ -204,7 +204,7 @@ def ppo(size: Size, state: trainer.State, mode: str) -> dict[str, Any]:
     """A step of stage ppo."""
     clock = Phases(size)
     wrap(state.roles.base, mode)
-    with patch.object(console, "Clock", lambda: clock):
+    with patch.object(trainer, "Clock", lambda: clock):
         trainer.step_update(state)
     return {"phases": clock.found, "planned_gib": planned(state, mode)}
 

@@ -1,7 +1,8 @@
-"""Adapters that are part of the base that another adapter was trained on. No torch here.
+"""Adapters that were merged into the base of another adapter. This module imports no torch.
 
-With `create_new_adapter` earlier adapters are merged into the base before training, and what is
-saved is right on that base alone. Both stages record the earlier ones beside the new adapter.
+With `create_new_adapter`, earlier adapters are merged into the base before training. The new
+adapter is correct only on that merged base, so both stages record the earlier adapters in a file
+beside it.
 """
 
 from __future__ import annotations
@@ -27,21 +28,22 @@ def adapters_below(folder: Path) -> list[str]:
 
 
 def base_of(folder: Path) -> str | None:
-    """The base that the adapter in `folder` names, or None."""
+    """The base model that is named in the adapter's own config, or None."""
     path = folder / ADAPTER
     name = read_json(path).get("base_model_name_or_path") if path.is_file() else None
     return str(name) if name else None
 
 
 def is_same(one: str, other: str) -> bool:
-    """Whether two names mean one folder, or one repository on the hub."""
+    """Whether two names mean the same folder, or the same repository on the hub."""
     return one == other or Path(one).resolve() == Path(other).resolve()
 
 
 def missing_below(adapters: Sequence[str]) -> tuple[str, list[str]] | None:
-    """The first of `adapters` that lacks those it was trained on top of, and these; else None.
+    """The first of `adapters` that does not follow the adapters it was trained on, and those.
 
-    An earlier adapter that was moved is known by its folder's name.
+    None if there is no such adapter. Adapters are compared by the names of their folders, because
+    they may have been moved.
     """
     for place, name in enumerate(adapters):
         below = adapters_below(Path(name))
@@ -52,12 +54,12 @@ def missing_below(adapters: Sequence[str]) -> tuple[str, list[str]] | None:
 
 
 def check_below(source: str, key: str, base: str, adapters: Sequence[str]) -> None:
-    """Refuse adapters on another base than they were trained on, as far as that is recorded.
+    """Raise UserError if an adapter's record says that it was trained on another base.
 
     Args:
-        source: the file, for the error.
+        source: the configuration file, for the error.
         key: the setting that names the adapters.
-        base: the model they go on.
+        base: the model that the adapters are put on.
         adapters: in the order in which they are merged.
     """
     found = missing_below(adapters)

@@ -1,6 +1,6 @@
-"""Names and shapes of the weights in a folder's files, and the head among them. No torch here.
+"""Names and shapes of the weights in a model's folder, and the scoring head among them.
 
-A config.json may be silent about a head; the weights are not, so they are believed.
+A config.json may not mention a head, so the weights decide. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 SAFETENSORS = "model.safetensors"
 BIN = "pytorch_model.bin"
 INDEX = ".index.json"
-# Modules that give the score, by the name that each library saves them under: transformers' and
-# TRL's classifiers, OpenRLHF's value_head_prefix, TRL's and LLaMA-Factory's models with a value
-# head, and names that people chose.
+# Names under which the module that computes the score is saved: by the classifiers of transformers
+# and TRL, by OpenRLHF (value_head_prefix), by the models with a value head of TRL and
+# LLaMA-Factory; and other common names.
 HEAD_MODULES = (
     "score",
     "classifier.out_proj",
@@ -35,7 +35,7 @@ HEAD_MODULES = (
 
 
 class Head(NamedTuple):
-    """A linear layer that gives scores: the names of its tensors, and how many scores it gives."""
+    """A linear layer that computes scores: the names of its tensors, and the number of scores."""
 
     module: str
     weight: str
@@ -44,7 +44,7 @@ class Head(NamedTuple):
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files with a model's weights, safetensors before .bin as transformers chooses them."""
+    """The files with a model's weights; as in transformers, safetensors are preferred to .bin."""
     for name in (SAFETENSORS, BIN):
         if (folder / name).is_file():
             return [folder / name]
@@ -59,10 +59,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of each tensor of a safetensors file, from its header alone.
+    """Name and shape of each tensor of a safetensors file, read from its header.
 
     Raises:
-        ValueError: it is no such file.
+        ValueError: the file is not a safetensors file.
     """
     try:
         with path.open("rb") as file:
@@ -80,22 +80,22 @@ def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def folder_shapes(folder: Path) -> dict[str, tuple[int, ...]] | None:
-    """Names and shapes of a local model's weights; None where only torch could read them."""
+    """Name and shape of each weight of a local model; None if only torch can read its files."""
     files = weight_files(folder)
     if not files or any(path.suffix != ".safetensors" for path in files):
         return None
     try:
         return {name: shape for path in files for name, shape in safetensors_shapes(path).items()}
     except ValueError:
-        return None  # transformers says what is wrong with it
+        return None  # whoever loads the model reports what is wrong with it
 
 
 def find_head(shapes: Shapes, prefix: str | None = None) -> Head | None:
-    """The head among these weights, or None.
+    """The scoring head among these weights, or None.
 
     Args:
-        shapes: of every tensor; names may have a wrapper's prefix, as in an adapter's file.
-        prefix: what the config calls its module (OpenRLHF's value_head_prefix).
+        shapes: name -> shape; names may begin with the name of a wrapper, as in an adapter's file.
+        prefix: the name that the config gives the head's module (OpenRLHF's value_head_prefix).
     """
     for module in ([prefix] if prefix else []) + list(HEAD_MODULES):
         for name, shape in shapes.items():
@@ -108,13 +108,13 @@ def find_head(shapes: Shapes, prefix: str | None = None) -> Head | None:
 
 
 def is_module(full: str, module: str) -> bool:
-    """Whether `full` is the head `module`, alone or in a wrapper, and not a part of a layer."""
+    """Whether `full` is the head `module`, perhaps in a wrapper, and not a part of a layer."""
     if full == module:
         return True
     return full.endswith(f".{module}") and not any(part.isdigit() for part in full.split("."))
 
 
 def few(names: Iterable[str]) -> str:
-    """Some names for a message: the first, and how many more."""
+    """Names as text for a message: the first one, and the number of the others."""
     found = sorted(names)
     return found[0] if len(found) == 1 else f"{found[0]} and {len(found) - 1} more"

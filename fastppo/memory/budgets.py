@@ -38,12 +38,6 @@ class Budget:
             tokens = config.log_prob_max_token_len_per_gpu or tokens
         return cls(as_count(tokens), config.ppo_micro_batch_size_per_gpu, config.padding_free)
 
-    def allows(self, rows: int, tokens: int) -> bool:
-        """Whether a micro-batch of `rows` sequences and `tokens` tokens is within the budget."""
-        return (self.rows is None or rows <= self.rows) and (
-            self.tokens is None or tokens <= self.tokens
-        )
-
     @property
     def padded(self) -> Budget:
         """The same budget for padded micro-batches."""

@@ -1,4 +1,4 @@
-"""LoRA adapters: those that are trained, and those that `adapter_name_or_path` starts from."""
+"""LoRA adapters: create a new one, load those in `adapter_name_or_path`, merge them."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ LINEAR = (nn.Linear, Conv1D)  # GPT-2's layers are Conv1D, a linear layer with a
 
 
 def linear_layers(base: nn.Module) -> dict[str, nn.Module]:
-    """Full name -> module of all linear layers that text passes, the output head excepted.
+    """All linear layers that text passes, except the output head: full name -> module.
 
-    GPT-2's Conv1D is one, with its weight transposed. Where `base` has adapters already, their own
-    linear layers are not among them.
+    GPT-2's Conv1D is a linear layer whose weight is transposed. If `base` has adapters already,
+    their own linear layers are left out.
     """
     text = set(text_model(base).modules()) - set(base.get_output_embeddings().modules())
     return {
@@ -44,10 +44,10 @@ def linear_layers(base: nn.Module) -> dict[str, nn.Module]:
 
 
 def lora_targets(config: Config, base: nn.Module) -> dict[str, nn.Module]:
-    """Full name -> module of the linear layers that `lora_target` names.
+    """The linear layers that `lora_target` names: full name -> module.
 
     Raises:
-        UserError: a name that no linear layer has.
+        UserError: no linear layer has one of the names, or the name is that of the output head.
     """
     layers = linear_layers(base)
     known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
@@ -76,9 +76,9 @@ def lora_targets(config: Config, base: nn.Module) -> dict[str, nn.Module]:
 
 
 def experts_note(base: nn.Module, finetuning_type: str) -> list[str]:
-    """A note where a mixture's experts are left out of `finetuning_type: lora`; else none.
+    """A note if `finetuning_type: lora` leaves out the experts of a mixture; else an empty list.
 
-    They are tensors of three dimensions, and not linear layers.
+    Experts get no adapter, because they are tensors of three dimensions and not linear layers.
     """
     found = text_parameters(base).values()
     experts = sum(p.numel() for p in found if p.dim() == 3)
@@ -91,8 +91,8 @@ def experts_note(base: nn.Module, finetuning_type: str) -> list[str]:
 def shortest_names(wanted: Iterable[str], base: nn.Module) -> list[str]:
     """Names that PEFT matches to the modules `wanted` and to no others of `base`, sorted.
 
-    PEFT takes a name for the end of a module's name, so q_proj alone would also be a vision
-    tower's: then the names are full ones.
+    PEFT compares a name with the end of each module's full name, so `q_proj` may also match layers
+    of a vision tower. In that case the result has full names.
     """
     wanted = {name.removesuffix(".base_layer") for name in wanted}
     every = {name.removesuffix(".base_layer") for name, _ in base.named_modules()}
@@ -108,7 +108,7 @@ def lora_config(config: Config, base: nn.Module, *, extras: bool = True) -> Lora
     if config.lora_layers is not None:
         depth = base.config.get_text_config().num_hidden_layers
         layers = list(range(max(0, depth - config.lora_layers), depth))
-        if names[0] in targets and "." in names[0]:  # PEFT asks a full name for no layer's number
+        if names[0] in targets and "." in names[0]:  # PEFT ignores `layers` for full names
             numbers = {name: LAYER.search(name) for name in names}
             names = [name for name, n in numbers.items() if n is not None and int(n[1]) in layers]
             layers = None
@@ -157,7 +157,7 @@ def additional_modules(config: Config, base: nn.Module) -> list[str] | None:
                 f"{config.source}: additional_target: {name}: its weights are quantised and "
                 "cannot train; leave it out, or quantization_bit"
             )
-        # PEFT takes a name for the end of a module's name, a tower's too: then they are full ones.
+        # PEFT would also train modules of a tower whose names end in this one: give full names.
         names += [name] if len(inside) == len(ending) else list(inside)
     return names or None
 
@@ -212,10 +212,11 @@ def load_peft_model(base: nn.Module, folder: str, key: str, *, train: bool) -> P
 
 
 def check_adapter_weights(model: PeftModel, folder: str, name: str, key: str) -> None:
-    """Refuse an adapter whose file has other weights than its place in `model`: PEFT would go on.
+    """Raise UserError if the weights in an adapter's file are not those of the adapter in `model`.
 
-    What the file lacks would keep its start, and what the model has no place for, such as the head
-    of a classifier's adapter on a language model, would be dropped.
+    PEFT would go on: weights that the file lacks would keep their initial values, and weights that
+    the model has no place for would be dropped, such as the head of a classifier's adapter on a
+    language model.
     """
     try:
         saved = {bare(each) for each in load_peft_weights(folder, device="cpu")}
@@ -244,7 +245,7 @@ def check_adapter_weights(model: PeftModel, folder: str, name: str, key: str) ->
 
 
 def bare(name: str) -> str:
-    """An adapter's weight by the name that all versions of PEFT know it by."""
+    """The name of an adapter's weight without the ending that only some versions of PEFT use."""
     return name.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
 
 

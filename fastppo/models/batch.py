@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -41,13 +42,15 @@ def partition(lengths: Sequence[int], rows: Sequence[int], budget: Budget) -> li
     """
     ordered = sorted(rows, key=lambda row: (lengths[row], row))
     before = [0, *accumulate(lengths[row] for row in ordered)]
+    most_rows = math.inf if budget.rows is None else budget.rows
+    most_tokens = math.inf if budget.tokens is None else budget.tokens
     costs, cuts = [0], [0]
     for stop in range(1, len(ordered) + 1):
         longest, best = lengths[ordered[stop - 1]], (0, 0)
         for start in range(stop - 1, -1, -1):
             count = stop - start
             tokens = before[stop] - before[start] if budget.packed else count * longest
-            if count > 1 and not budget.allows(count, tokens):
+            if count > 1 and (count > most_rows or tokens > most_tokens):
                 break
             cost = costs[start] + tokens + PASS_TOKENS
             if count == 1 or cost <= best[0]:

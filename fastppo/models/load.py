@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 import re
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
 from peft import PeftModel
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -47,18 +47,6 @@ LOAD_ERRORS = (
     SafetensorError,
     UnpicklingError,
 )
-
-
-class LMHead(NamedTuple):
-    """The output head: logits = softcap(scale (hidden W^T + b)).
-
-    The `linear_*` ops have no scale: they are given temperature / scale, which is the same.
-    """
-
-    weight_VD: Tensor
-    bias_V: Tensor | None
-    softcap: float | None
-    scale: float = 1.0
 
 
 def first_line(error: Exception) -> str:
@@ -342,18 +330,6 @@ def logit_scale(model: nn.Module) -> float:
         scale *= getattr(config, name, None) or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0
     return float(scale * divisor if config.model_type == "hyperclovax" else scale / divisor)
-
-
-def lm_head(model: nn.Module, dtype: torch.dtype | None = None) -> LMHead:
-    """The output head for the `linear_*` ops, cast to `dtype` if one is given."""
-    base = causal_lm(model)
-    head: Any = base.get_output_embeddings()
-    weight_VD, bias_V = head.weight, getattr(head, "bias", None)
-    if dtype is not None:
-        weight_VD = weight_VD.to(dtype)
-        bias_V = None if bias_V is None else bias_V.to(dtype)
-    softcap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
-    return LMHead(weight_VD, bias_V, softcap, logit_scale(base))
 
 
 def check_same_tokens(

@@ -6,15 +6,17 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from fastppo.errors import UserError
 from fastppo.models.fused_lora import fuse_lora_layers
-from fastppo.models.load import LMHead, causal_lm, lm_head, trunk
+from fastppo.models.load import causal_lm, logit_scale, trunk
 from fastppo.models.rounding import LIMITS, Precision, product_precision
 from fastppo.ops import token_logprobs
 
@@ -29,6 +31,33 @@ class Place:
     adapter: str | None  # the active one; None: the model has no adapters, or they are off
     words: str  # description, for the first lines of a run
     trainable: tuple[nn.Parameter, ...] = ()
+
+    @cached_property
+    def base(self) -> PreTrainedModel:
+        """The causal language model, inside its PEFT wrapper if it has one."""
+        return causal_lm(self.model)
+
+    @cached_property
+    def trunk(self) -> nn.Module:
+        """The base without its output head."""
+        return trunk(self.base)
+
+    @cached_property
+    def logit_scale(self) -> float:
+        """What the base multiplies its logits by."""
+        return logit_scale(self.base)
+
+
+class LMHead(NamedTuple):
+    """The output head: logits = softcap(scale (hidden W^T + b)).
+
+    The `linear_*` ops have no scale: they are given temperature / scale, which is the same.
+    """
+
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    softcap: float | None
+    scale: float = 1.0
 
 
 @dataclass
@@ -47,10 +76,11 @@ class Roles:
     notes: list[str] = field(default_factory=list)  # for the first lines of a run
 
     def __post_init__(self) -> None:
-        # PEFT changes requires_grad when it switches adapters; _activate restores it from this set.
+        # PEFT changes requires_grad when it switches adapters; _switch restores it from this set.
         self._trainable = {p for place in self.places.values() for p in place.trainable}
-        for place in self.places.values():
-            fuse_lora_layers(place.model)
+        self._adapters: dict[nn.Module, str | None] = {}  # the one that is on in each model
+        for model in self.models:
+            fuse_lora_layers(model)
         if self.critic_head is not None:
             self.critic_head.requires_grad_(True)
         for head in self.reward_heads.values():
@@ -63,6 +93,11 @@ class Roles:
     def model(self) -> nn.Module:
         """The actor's model: a PEFT model, or the base if `finetuning_type` is freeze or full."""
         return self.places["actor"].model
+
+    @property
+    def models(self) -> set[nn.Module]:
+        """The models that the roles run on; several roles may share one."""
+        return {place.model for place in self.places.values()}
 
     @property
     def has_critic(self) -> bool:
@@ -92,6 +127,13 @@ class Roles:
 
     def _activate(self, role: str) -> None:
         place = self.places[role]
+        # PEFT walks over all modules to switch: not for an adapter that is on already.
+        if place.model not in self._adapters or self._adapters[place.model] != place.adapter:
+            self._switch(place)
+        self._active = role
+
+    def _switch(self, place: Place) -> None:
+        self._adapters.pop(place.model, None)  # unknown, if a signal interrupts the switch
         if isinstance(place.model, PeftModel):
             if place.adapter is None:
                 place.model.base_model.disable_adapter_layers()
@@ -100,18 +142,17 @@ class Roles:
                 place.model.set_adapter(place.adapter)
         for parameter in place.model.parameters():
             parameter.requires_grad_(parameter in self._trainable)
-        self._active = role
+        self._adapters[place.model] = place.adapter
 
     def train(self) -> None:
         """Set models with trainable parameters to training mode: activations are checkpointed."""
-        for place in self.places.values():
-            if place.trainable:
-                place.model.train()
+        for model in {place.model for place in self.places.values() if place.trainable}:
+            model.train()
 
     def eval(self) -> None:
         """Set all models to evaluation mode: no checkpointing, so generation can use a KV cache."""
-        for place in self.places.values():
-            place.model.eval()
+        for model in self.models:
+            model.eval()
 
     def hidden(
         self,
@@ -144,19 +185,29 @@ class Roles:
         return torch.autocast(self.device.type, dtype=self.autocast)
 
     @property
-    def base(self) -> nn.Module:
+    def base(self) -> PreTrainedModel:
         """The causal language model of the active role, inside its PEFT wrapper."""
-        return causal_lm(self.places[self._active].model)
+        return self.places[self._active].base
 
     @property
     def trunk(self) -> nn.Module:
         """The active role's base without its output head."""
-        return trunk(self.base)
+        return self.places[self._active].trunk
 
     @property
     def lm_head(self) -> LMHead:
-        """The active role's output head for the `linear_*` ops, in the dtype of its product."""
-        return lm_head(self.base, self.autocast)
+        """The active role's output head for the `linear_*` ops, in the dtype of its product.
+
+        Its weight is looked up each time: an adapter may have a trainable copy of the head.
+        """
+        place = self.places[self._active]
+        head: Any = place.base.get_output_embeddings()
+        weight_VD, bias_V = head.weight, getattr(head, "bias", None)
+        if self.autocast is not None:
+            weight_VD = weight_VD.to(self.autocast)
+            bias_V = None if bias_V is None else bias_V.to(self.autocast)
+        softcap = getattr(place.base.config.get_text_config(), "final_logit_softcapping", None)
+        return LMHead(weight_VD, bias_V, softcap, place.logit_scale)
 
     def value(self, hidden_ND: Tensor) -> Tensor:
         """The critic's values (N,) of hidden states, computed in the head's dtype, float32."""

@@ -1,8 +1,8 @@
-"""The C++ kernels for CPUs as a library with a plain C interface, loaded once.
+"""Loads the library of C++ kernels for CPUs, which has a plain C interface.
 
-`setup.py` builds it where there is a compiler. It is compiled with OpenMP and linked without: its
-symbols resolve to the runtime that torch has loaded, since two pools of threads in a process spin
-against each other. So torch comes first.
+`setup.py` builds the library if there is a compiler. It is compiled with OpenMP but not linked to
+it, so that it uses the OpenMP runtime that torch has loaded: two thread pools in one process would
+slow each other down. Therefore torch is imported first.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ INSTALL: Final = "install fastppo where there is a C++ compiler: pip install ."
 
 
 class _Struct(ctypes.Structure):
-    """As kernels/cpu/abi.h has it."""
+    """Base of the structs that kernels/cpu/abi.h declares."""
 
     _fields_: ClassVar[Any]
 
 
 class RowsStruct(_Struct):
-    """FastppoRows: rows of logits, and what a row needs besides."""
+    """FastppoRows: rows of logits, with their tokens, weights and temperatures."""
 
     _fields_: ClassVar = [
         ("x", c_void_p),
@@ -46,7 +46,7 @@ class RowsStruct(_Struct):
 
 
 class GradientStruct(_Struct):
-    """FastppoGradient: where a gradient goes."""
+    """FastppoGradient: where a gradient is written."""
 
     _fields_: ClassVar = [
         ("out", c_void_p),
@@ -57,7 +57,7 @@ class GradientStruct(_Struct):
 
 
 class LossStruct(_Struct):
-    """FastppoLoss: what a row needs to become PPO's loss, and what it leaves."""
+    """FastppoLoss: inputs of PPO's loss for each row, and where its results are written."""
 
     _fields_: ClassVar = [
         *(
@@ -92,19 +92,19 @@ class LossStruct(_Struct):
 
 
 class StatisticsStruct(_Struct):
-    """FastppoStatistics: (N,) each."""
+    """FastppoStatistics: pointers to vectors (N,)."""
 
     _fields_: ClassVar = [(name, c_void_p) for name in ("logprob", "entropy", "row_max", "sum_exp")]
 
 
 class ScoresStruct(_Struct):
-    """FastppoScores: (N,) each."""
+    """FastppoScores: pointers to vectors (N,)."""
 
     _fields_: ClassVar = [(name, c_void_p) for name in ("logprob", "ref_logprob", "entropy", "kl")]
 
 
 class AdvantagesStruct(_Struct):
-    """FastppoAdvantages."""
+    """FastppoAdvantages: inputs and results of `advantages`."""
 
     _fields_: ClassVar = [
         *(
@@ -138,7 +138,7 @@ class AdvantagesStruct(_Struct):
 
 
 class FewRowsStruct(_Struct):
-    """FastppoFewRows."""
+    """FastppoFewRows: inputs and result of a linear layer for few rows."""
 
     _fields_: ClassVar = [
         ("x", c_void_p),
@@ -154,7 +154,7 @@ class FewRowsStruct(_Struct):
     ]
 
 
-# What fastppo_sizeof counts, in its order.
+# The structs in the order of fastppo_sizeof, which gives the size that the library expects.
 STRUCTS: Final = (
     RowsStruct,
     GradientStruct,
@@ -193,7 +193,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
 
 
 def _load() -> tuple[Any, str | None]:
-    """The library, or why it is not there."""
+    """The library and None; or None and the reason why there is no library."""
     found = sorted(Path(__file__).parents[1].glob("_native*.so"))
     if not found:
         return None, f"the C++ kernels were not built; {INSTALL}"
@@ -216,10 +216,10 @@ def _load() -> tuple[Any, str | None]:
     return library, None
 
 
-assert torch  # its OpenMP is loaded by now
+assert torch  # importing it has loaded OpenMP
 LIBRARY, OBSTACLE = _load()
 
 
 def isa() -> str:
-    """The vector width that runs: portable, avx2 or avx512."""
+    """The instruction set that the kernels use: portable, avx2 or avx512."""
     return ISAS[LIBRARY.fastppo_isa()]

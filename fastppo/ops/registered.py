@@ -1,8 +1,8 @@
-"""Operators as torch.library knows them: `fastppo::<name>`, taken while something traces.
+"""Registers the operators with torch.library as `fastppo::<name>`, for tracers.
 
-A schema of torch.library holds tensors and scalars alone. An operator's arguments are a NamedTuple,
-whose fields are tensors, scalars, a float or tensor, or NamedTuples again: the schema is made of
-its fields, and so are the values of a call. Eager calls do not come here.
+A schema of torch.library can have only tensors and scalars. The arguments of an operator here are a
+NamedTuple; its fields are tensors, scalars, `float | Tensor`, or further NamedTuples. The schema
+and the values of a call are made from these fields. Eager calls do not use this module.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _SCALARS: Final[dict[Any, str]] = {
     str: "str",
     torch.dtype: "ScalarType",
 }
-# A field is one entry of the schema; or, a float or tensor, two (the tensor or None, and the
-# float); or a tuple of entries, whose class is its kind.
+# The kind of a field says how many entries of the schema it has. _ONE: one entry. _EITHER, for
+# `float | Tensor`: two entries, the tensor (or None) and the float. A NamedTuple: its own fields.
 _ONE: Final = "one"
 _EITHER: Final = "either"
 _KINDS: Final[dict[type, tuple[Any, ...]]] = {}
 
 
 def _schema(arguments: type, prefix: str = "") -> list[str]:
-    """`type name` of every entry, the fields of inner tuples under their field's name."""
+    """The schema's entries as `type name`; names of inner fields begin with their tuple's name."""
     entries: list[str] = []
     kinds: list[Any] = []
     for name, kind in get_type_hints(arguments).items():
@@ -55,7 +55,7 @@ def _schema(arguments: type, prefix: str = "") -> list[str]:
 
 
 def flatten(arguments: tuple[Any, ...]) -> list[Any]:
-    """The values of a schema's entries."""
+    """The values of `arguments` in the order of the schema's entries."""
     flat: list[Any] = []
     for value, kind in zip(arguments, _KINDS[type(arguments)], strict=True):
         if kind is _ONE:
@@ -68,7 +68,7 @@ def flatten(arguments: tuple[Any, ...]) -> list[Any]:
 
 
 def build(arguments: type[A], values: Iterator[Any]) -> A:
-    """The inverse of `flatten`."""
+    """The arguments from the values of the schema's entries; the inverse of `flatten`."""
     fields: list[Any] = []
     for kind in _KINDS[arguments]:
         if kind is _ONE:
@@ -92,16 +92,16 @@ def register(
     save: Callable[[Any, A, R], None] | None = None,
     backward: Callable[..., tuple[Tensor | None, ...]] | None = None,
 ) -> Callable[[A], R]:
-    """Register `fastppo::<name>`, and give the function that calls it.
+    """Register `fastppo::<name>`, and return the function that calls it.
 
     Args:
-        arguments, outputs: NamedTuples; the outputs' fields are tensors.
-        forward: the operator; its results share no memory, with each other or the arguments.
-        fake: results of the same shapes and dtypes.
-        results: how many of the outputs, the first ones, are differentiable.
-        save: keeps on autograd's context what the backward needs.
+        arguments, outputs: NamedTuples; all fields of the outputs are tensors.
+        forward: computes the outputs; they share no memory with each other or with the arguments.
+        fake: gives empty outputs with the same shapes and dtypes.
+        results: number of differentiable outputs, which are the first ones.
+        save: stores what the backward needs in autograd's context.
         backward: (context, *gradients of the differentiable outputs) -> gradients of the schema's
-            first entries; the others have none.
+            first entries; the other entries have no gradient.
     """
     entries = _schema(arguments)
     made = ", ".join(["Tensor"] * len(get_type_hints(outputs)))

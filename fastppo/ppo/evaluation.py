@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fastppo.types import Prompt
 
 SAMPLES_KEPT = 64
+DRAWING_SHARE = 0.05  # the largest share of a run's time that may be spent on drawing curves
 
 
 def answer(state: State, role: Role, prompts: list[Prompt]) -> Answers:
@@ -181,6 +182,11 @@ def is_due(state: State, steps: int, steps_an_epoch: float) -> bool:
 def eval_metrics(summary: dict[str, Any]) -> dict[str, Any]:
     """The summary's numbers, renamed so that trackers show them in a panel of their own."""
     return {f"eval/{name}": value for name, value in summary.items()}
+
+
+def draw_between_steps(state: State) -> None:
+    """Draw training_curves.png, unless drawing would take over DRAWING_SHARE of the run's time."""
+    draw(state, share=DRAWING_SHARE)
 
 
 def draw(state: State, *, share: float = math.inf) -> None:

@@ -7,7 +7,8 @@ import io
 import json
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,6 @@ from fastppo.types import Experience
 if TYPE_CHECKING:
     from fastppo.config import Config
     from fastppo.ppo.state import State
-    from fastppo.run.console import Clock
 
 CSV, CURVES, SUMMARY, SAMPLES = (
     "training_metrics.csv",
@@ -32,6 +32,33 @@ CSV, CURVES, SUMMARY, SAMPLES = (
     "summary.json",
     "samples.json",
 )
+
+
+class Clock:
+    """Measures the seconds that each phase of a step takes."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.began = time.monotonic()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize()  # what was queued belongs to the phase that queued it
+        self.seconds[phase] = time.monotonic() - began
+
+    def columns(self, response_tokens: float, update_tokens: float) -> dict[str, float]:
+        """The seconds of each phase and of the step, and the tokens per second, by column."""
+        seconds, whole = self.seconds, time.monotonic() - self.began
+        return {
+            **{f"seconds_{phase}": taken for phase, taken in seconds.items()},
+            "seconds": whole,
+            "rollout_tokens_per_second": response_tokens / seconds["rollout"],
+            "update_tokens_per_second": update_tokens / seconds["update"],
+            "tokens_per_second": response_tokens / whole,
+        }
 
 
 @dataclass
@@ -185,7 +212,7 @@ def step_row(
         **sampler_columns(experience, config),
         **({"ptx_loss": 0.0} if state.ptx is not None else {}),
         **learned,
-        **clock.step_columns(sum(rollout.response_lengths), learned["update_tokens"]),
+        **clock.columns(sum(rollout.response_lengths), learned["update_tokens"]),
     }
 
 

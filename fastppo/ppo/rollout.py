@@ -14,14 +14,15 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from fastppo.memory.units import RESERVE
-from fastppo.models.decoding import (
+from fastppo.ppo.sampling import (
+    RecordLogprobs,
+    Sampling,
+    StopStrings,
     merge_active_adapters,
     merge_is_exact,
     merged_weight_bytes,
     use_few_rows_kernels,
 )
-from fastppo.models.load import causal_lm
-from fastppo.ppo.sampling import RecordLogprobs, Sampling, StopStrings
 from fastppo.seeds import seed_of
 from fastppo.types import Prompt, Rollout
 
@@ -29,7 +30,14 @@ if TYPE_CHECKING:
     from fastppo.memory.budgets import Budgets
     from fastppo.memory.plan import Plan
     from fastppo.models.build import Roles
+    from fastppo.ppo.state import State
     from fastppo.templates import Template
+
+
+def next_prompts(state: State) -> list[Prompt]:
+    """The prompts of the next step, each repeated `num_generations` times."""
+    copies = range(state.config.num_generations)
+    return [state.prompts[i] for i in state.prompt_order(state.step) for _ in copies]
 
 
 def left_pad(prompts: list[Prompt], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -63,7 +71,7 @@ def cache_bytes(roles: Roles) -> int:
     They are measured in a forward of one token, because the keys of config.json that give number
     and width of the cached heads differ between families.
     """
-    embeddings: Any = causal_lm(roles.base).get_input_embeddings()
+    embeddings: Any = roles.base.get_input_embeddings()
     ids_BT = torch.zeros(1, 1, dtype=torch.long, device=embeddings.weight.device)
     with roles.precision():
         cache = roles.trunk(input_ids=ids_BT, use_cache=True).past_key_values
@@ -89,7 +97,7 @@ def cache_budget(roles: Roles, sampling: Sampling, plan: Plan | None = None) -> 
     streamed = {
         id(x)
         for place in roles.places.values()
-        if (streams := getattr(causal_lm(place.model), "streamed", None)) is not None
+        if (streams := getattr(place.base, "streamed", None)) is not None
         for packed in streams.packed
         for x in packed.tensors
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -89,16 +89,6 @@ class State:
     def __post_init__(self) -> None:
         self.snapshot = Snapshot(self.optimizer, self.scaler)
         self.prompt_order = prompt_order(self.config, len(self.prompts))
-
-    def next_prompts(self) -> list[Prompt]:
-        """The prompts of the next step, each repeated `num_generations` times."""
-        copies = range(self.config.num_generations)
-        return [self.prompts[i] for i in self.prompt_order(self.step) for _ in copies]
-
-    def step_schedule(self, row: Mapping[str, float]) -> None:
-        """Advance the learning rate, except if overflows skipped every step, as in transformers."""
-        if row["optimizer_steps"] or not row.get("overflow_steps"):
-            self.scheduler.step()
 
     def seconds(self) -> float:
         """Wall time since the run began."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,8 +13,8 @@ from fastppo.memory.retry import retry
 from fastppo.models.batch import largest_micro_batch
 from fastppo.ppo import checkpoint, evaluation, guards, lines, log
 from fastppo.ppo.advantage import estimate
-from fastppo.ppo.metrics import step_row
-from fastppo.ppo.rollout import sample
+from fastppo.ppo.metrics import Clock, step_row
+from fastppo.ppo.rollout import next_prompts, sample
 from fastppo.ppo.sampling import Sampling
 from fastppo.ppo.score import score
 from fastppo.ppo.snapshot import interruptible_update, undo_if_interrupted
@@ -26,20 +27,18 @@ if TYPE_CHECKING:
     from fastppo.config import Config
     from fastppo.data import Records
 
-DRAWING_SHARE = 0.05  # the largest share of a run's time that may be spent on drawing curves
-
 
 def step_update(state: State) -> State:
     """One PPO step: sample, score, estimate advantages, update; returns the changed `state`.
 
     If a signal interrupts the step, the state is that of the step before.
     """
-    config, roles, budgets, clock = state.config, state.roles, state.budgets, console.Clock()
+    config, roles, budgets, clock = state.config, state.roles, state.budgets, Clock()
+    rows, signals = state.metrics.rows, state.stop.active  # can a signal interrupt the step?
     seed = seed_of(config.seed, "step", state.step + 1)
-    prompts, train_actor = state.next_prompts(), state.step >= config.critic_warmup
-    rows = state.metrics.rows
-    with undo_if_interrupted(state):
-        with state.stop.at_once():
+    prompts, train_actor = next_prompts(state), state.step >= config.critic_warmup
+    with undo_if_interrupted(state) if signals else nullcontext():
+        with state.stop.at_once() if signals else nullcontext():
             with clock("rollout"), roles.use("actor"):
                 rollout = retry("rollout", budgets, used=lambda: len(prompts))(sample)(
                     roles,
@@ -66,7 +65,7 @@ def step_update(state: State) -> State:
                 )
             with clock("advantage"):
                 experience = estimate(scored, config, state.controller, state.running_score)
-        with clock("update"), interruptible_update(state):
+        with clock("update"), interruptible_update(state) if signals else nullcontext():
             first = state.step * config.ppo_epochs * config.ppo_buffer_size
             learned = update(
                 roles,
@@ -85,7 +84,8 @@ def step_update(state: State) -> State:
     row |= guards.flags(rows, row, config, roles.product_precision)
     if train_actor:  # during critic_warmup the KL is 0 for any beta
         state.controller.update(row["kl_controlled"], len(prompts))
-    state.step_schedule(row)
+    if row["optimizer_steps"] or not row.get("overflow_steps"):  # as in transformers
+        state.scheduler.step()
     state.metrics.add(row)
     if state.tracker is not None:
         state.tracker.log(row, state.step)
@@ -106,7 +106,7 @@ def train(state: State, steps: int, output_dir: Path) -> None:
             log.log_step(state)
             if config.acts("logging", state.step, steps, epoch):
                 lines.step_line(state, steps)
-                evaluation.draw(state, share=DRAWING_SHARE)
+                evaluation.draw_between_steps(state)
             for line in guards.warnings(state.metrics.rows):
                 console.console.print(f"[yellow]warning:[/yellow] {line}")
             if state.step == 1:

@@ -26,7 +26,7 @@ class PrintLogs(TrainerCallback):
     """Prints a line for each log entry; transformers would print the dictionary."""
 
     def __init__(self, plan: Plan | None, device: torch.device, longest: int) -> None:
-        self.clock = console.Clock()
+        self.began = time.monotonic()
         self.plan, self.device, self.longest = plan, device, longest
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -39,7 +39,7 @@ class PrintLogs(TrainerCallback):
         if not logs:
             return
         if "loss" in logs:
-            elapsed = self.clock.columns()["seconds"]
+            elapsed = time.monotonic() - self.began
             left = elapsed / state.global_step * (state.max_steps - state.global_step)
             console.console.print(
                 f"step {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.4f}  "

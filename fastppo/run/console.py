@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,37 +22,6 @@ def precision_name(autocast: torch.dtype | None) -> str:
     """The name that the configuration has for the autocast dtype of a run; None is float32."""
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "float32"}
     return names[autocast]
-
-
-class Clock:
-    """Measures the seconds that each phase of a step takes."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.began = time.monotonic()
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        began = time.monotonic()
-        yield
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.synchronize()  # what was queued belongs to the phase that queued it
-        self.seconds[phase] = time.monotonic() - began
-
-    def columns(self) -> dict[str, float]:
-        """The seconds of each phase and of the whole step, by the names of the metrics columns."""
-        columns = {f"seconds_{phase}": seconds for phase, seconds in self.seconds.items()}
-        return {**columns, "seconds": time.monotonic() - self.began}
-
-    def step_columns(self, response_tokens: float, update_tokens: float) -> dict[str, float]:
-        """The same of a PPO step, and its tokens per second by phase and as a whole."""
-        columns, seconds = self.columns(), self.seconds
-        return {
-            **columns,
-            "rollout_tokens_per_second": response_tokens / seconds["rollout"],
-            "update_tokens_per_second": update_tokens / seconds["update"],
-            "tokens_per_second": response_tokens / columns["seconds"],
-        }
 
 
 def progress(config: Config, steps: int, done: int) -> Progress:

@@ -24,6 +24,7 @@ class Stop:
     def __init__(self) -> None:
         self.signal: int | None = None
         self.raises = False
+        self.active = False  # whether the first signal is, or was, handled here
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
@@ -31,10 +32,12 @@ class Stop:
             # A shell's background job is started with Ctrl-C ignored, and goes on ignoring it.
             heard = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
             self.before = {number: signal.signal(number, self.note) for number in heard}
+            self.active = True
         return self
 
     def __exit__(self, *_: object) -> None:
         self.restore()
+        self.active = False
 
     @property
     def listens(self) -> bool:

@@ -1,4 +1,4 @@
-"""The chat template that is saved with what was trained: it writes what training wrote."""
+"""Which chat template is saved with a model: one that gives the token ids of its training."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ CONVERSATIONS: tuple[tuple[str | None, list[Message], str], ...] = (
 
 
 class Difference(NamedTuple):
-    """Where training and a chat template write a conversation otherwise, as text."""
+    """Where a chat template writes a conversation differently from training, as text."""
 
     training: str
     chat_template: str
-    tokens_only: bool  # the whole text is the same, split into other tokens
+    tokens_only: bool  # the text is the same, but is split into other tokens
 
 
 def trained_ids(
     template: Template, system: str | None, messages: list[Message], answer: str | None
 ) -> list[int]:
-    """Ids that training makes of a conversation; `answer` None is its prompt alone."""
+    """Token ids of a conversation in training; with `answer` None, those of the prompt alone."""
     ids = template.encode_prompt(messages, template.default_system if system is None else system)
     if answer is None:
         return ids
@@ -54,7 +54,7 @@ def written_ids(
     messages: list[Message],
     answer: str | None,
 ) -> list[int] | None:
-    """Ids that a chat template makes of the same; None where it refuses, or there is none."""
+    """Token ids of a conversation by the chat template `jinja`; None if it raises an error."""
     chat = [dict(message) for message in messages]
     if system is not None:
         chat.insert(0, {"role": "system", "content": system})
@@ -70,12 +70,12 @@ def written_ids(
 def differences(
     template: Template, jinja: str | None, *, answers: bool, own: str | None
 ) -> Iterator[Difference]:
-    """Where the chat template `jinja` does not give the ids that training made.
+    """Yield a Difference for each conversation to which `jinja` gives other ids than training.
 
     Args:
-        answers: whether whole conversations are compared, as a reward model reads them; else
-            prompts, as a policy does.
-        own: the tokenizer's template that a training with `template: null` used.
+        answers: True compares whole conversations, which a reward model reads; False compares
+            prompts, which a policy reads.
+        own: the tokenizer's own chat template, which is used in training with `template: null`.
     """
     tokenizer = template.tokenizer
     for system, messages, answer in CONVERSATIONS:
@@ -83,7 +83,7 @@ def differences(
         with _chat_template(tokenizer, own):
             try:
                 wanted = trained_ids(template, system, messages, said)
-            except UserError:  # it refuses a system prompt: no record with one was trained on
+            except UserError:  # it takes no system prompt, so no record in training had one
                 continue
         found = written_ids(tokenizer, jinja, system, messages, said) if jinja else None
         if found == wanted:
@@ -101,7 +101,7 @@ def differences(
 
 
 def shared_length(first: list[int], second: list[int]) -> int:
-    """How many ids two lists have in common from their start."""
+    """The number of ids that are equal at the start of both lists."""
     length = 0
     for one, other in zip(first, second, strict=False):
         if one != other:
@@ -112,7 +112,7 @@ def shared_length(first: list[int], second: list[int]) -> int:
 
 @contextmanager
 def _chat_template(tokenizer: Any, jinja: str | None) -> Iterator[None]:
-    """Give the tokenizer another chat template for a while."""
+    """Inside the block the tokenizer has the chat template `jinja`."""
     before = tokenizer.chat_template
     tokenizer.chat_template = jinja
     try:
@@ -122,10 +122,10 @@ def _chat_template(tokenizer: Any, jinja: str | None) -> Iterator[None]:
 
 
 def candidates(template: Template, own: str | None) -> Iterator[str]:
-    """Chat templates that may write what was trained, nearest to the tokenizer's `own` first.
+    """Chat templates that may give the ids of training; those closest to `own` come first.
 
-    The tokenizer's own knows more than a conversation's turns (tools, for one), so it is changed as
-    little as will do.
+    `own` is the tokenizer's chat template. It can do more than write turns (it formats tools, for
+    example), so it is changed as little as possible.
     """
     tokenizer, slots = template.tokenizer, template.slots
     if own is not None:
@@ -155,9 +155,12 @@ def candidates(template: Template, own: str | None) -> Iterator[str]:
 def matching_chat_template(
     template: Template, *, answers: bool
 ) -> tuple[str | None, list[Difference]]:
-    """The chat template that gives the ids of training, and where the best one does not.
+    """The chat template that gives the ids of training, or else the closest one.
 
-    `answers` as in `differences`. A tokenizer that has several templates by name keeps them.
+    A tokenizer that has several named templates keeps them. `answers` is that of `differences`.
+
+    Returns:
+        The chat template, and its differences from training; none if it gives the same ids.
     """
     own = template.tokenizer.chat_template
     if own is not None and not isinstance(own, str):
@@ -176,7 +179,7 @@ def matching_chat_template(
 
 @contextmanager
 def as_trained(template: Template, *, answers: bool) -> Iterator[None]:
-    """Let the template's tokenizer be saved with the chat template that writes what was trained."""
+    """Inside the block the tokenizer has the chat template to save: the one that fits training."""
     jinja, _ = matching_chat_template(template, answers=answers)
     with _chat_template(template.tokenizer, jinja):
         yield

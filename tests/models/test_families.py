@@ -22,6 +22,7 @@ from fastppo.cli import main
 from fastppo.config import load_config
 from fastppo.export.cli import main as export
 from fastppo.models.load import causal_lm
+from fastppo.ppo import trainer
 from fastppo.ppo.rollout import Sampling, sample
 from fastppo.ppo.score import score
 from fastppo.ppo.state import init_state
@@ -103,7 +104,7 @@ def check_scoring(settings: str) -> None:
         if head is not None:
             stir([head.weight], 1, 1.0)
     how = {"sampling": Sampling.of(state.config), "template": state.template}
-    prompts = state.next_prompts()
+    prompts = trainer.next_prompts(state)
     rollout = sample(roles, prompts, tokenizer=state.tokenizer, seed=0, **how)
     scored = score(
         roles, rollout, state.reward(rollout), temperature=1.0, budget=state.budgets.scoring

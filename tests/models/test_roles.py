@@ -54,6 +54,39 @@ def test_11_switching_roles_stops_nothing_from_training(tiny_roles, reward_dir, 
     assert trains(made) == before
 
 
+def test_11_a_role_that_is_on_is_not_switched_on_again(tiny_roles, monkeypatch):
+    """PEFT goes over all modules for it."""
+    made, switched = tiny_roles(critic="shared"), []
+    inner = type(made)._switch
+
+    def switch(self, place):
+        switched.append(place.adapter)
+        inner(self, place)
+
+    monkeypatch.setattr(type(made), "_switch", switch)
+    with made.use("actor"), made.use("critic"), made.use("actor"):
+        pass
+    assert switched == []
+    with made.use("reference"):
+        pass
+    assert switched == [None, "default"]
+
+
+def test_11_a_switch_that_a_signal_interrupted_is_made_anew(tiny_roles, rollout, monkeypatch):
+    made = tiny_roles()
+    batch = make_batch(rollout, [1])
+    actor = hidden_as(made, "actor", batch)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Parameter, "requires_grad_", interrupt)  # adapters are off by then
+        with pytest.raises(KeyboardInterrupt), made.use("reference"):
+            pass
+    assert torch.equal(hidden_as(made, "actor", batch), actor)
+
+
 def test_11_roles_nest_and_come_back_after_an_error(tiny_roles, rollout):
     made = tiny_roles()
     batch = make_batch(rollout, [1])

@@ -18,12 +18,12 @@ from fastppo.models.adapters import (
     linear_layers,
     lora_targets,
 )
-from fastppo.models.decoding import merge_active_adapters
 from fastppo.models.load import hidden_size
 from fastppo.models.weight_tuning import (
     text_parameters,
 )
 from fastppo.ppo.rollout import cache_bytes
+from fastppo.ppo.sampling import merge_active_adapters
 from tests import zoo
 from tests.tiny import make_config, stir
 

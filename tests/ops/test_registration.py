@@ -106,7 +106,10 @@ def test_compiled_whole_it_gives_the_same_numbers(op, backend):
 
 @pytest.mark.parametrize("name", ["policy_loss", "token_logprobs"])
 def test_50_changing_steps_recompile_once(name, backend):
-    """N, beta, epsilon and temperature change as in training; the one is N's turning dynamic."""
+    """N, beta, epsilon and temperature change as in training; the one is N's turning dynamic.
+
+    Triton's interpreter takes 12 of the steps: all of N's values have come by then, several times.
+    """
     torch._dynamo.reset()
     compilations = 0
 
@@ -126,7 +129,7 @@ def test_50_changing_steps_recompile_once(name, backend):
         ).loss
 
     compiled = torch.compile(step, fullgraph=True, backend=count)
-    for i in range(50):
+    for i in range(few(50, backend, 12)):
         shape = Shape(n=3 + i % few(7, backend, 2), vocab=19)
         inputs = place(OPS["policy_loss"].make_inputs(shape, torch.float32, i), backend)
         device = inputs["logits_NV"].device

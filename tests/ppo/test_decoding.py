@@ -6,14 +6,8 @@ import pytest
 import torch
 
 from fastppo.errors import UserError
-from fastppo.models import decoding
-from fastppo.models.decoding import (
-    active_layers,
-    merge_active_adapters,
-    merge_is_exact,
-    merged_weight_bytes,
-)
 from fastppo.ops.native_library import OBSTACLE
+from fastppo.ppo import sampling
 from fastppo.ppo.rollout import (
     cache_budget,
     cache_bytes,
@@ -21,7 +15,14 @@ from fastppo.ppo.rollout import (
     should_merge_adapter,
     split_prompts,
 )
-from fastppo.ppo.sampling import Sampling, StopStrings
+from fastppo.ppo.sampling import (
+    Sampling,
+    StopStrings,
+    active_layers,
+    merge_active_adapters,
+    merge_is_exact,
+    merged_weight_bytes,
+)
 from fastppo.templates import get_template
 from fastppo.types import Prompt
 
@@ -37,10 +38,10 @@ def answer(template, tokenizer):
             Prompt(own.encode_prompt([{"role": "user", "content": text}], ""), text)
             for text in texts
         ]
-        sampling = Sampling(**{"max_new_tokens": 8, "do_sample": False, **settings})
+        chosen = Sampling(**{"max_new_tokens": 8, "do_sample": False, **settings})
         with made.use(role):
             found = sample(
-                made, prompts, sampling=sampling, template=own, tokenizer=tokenizer, seed=seed
+                made, prompts, sampling=chosen, template=own, tokenizer=tokenizer, seed=seed
             )
         rows = zip(found.input_ids_BT, found.prompt_lengths, found.lengths, strict=True)
         ids = [row[p:n].tolist() for row, p, n in rows]
@@ -65,20 +66,20 @@ def test_greedy_generation_is_the_same_alone_and_in_a_batch(tiny_roles, answer, 
 @pytest.mark.skipif(OBSTACLE is not None, reason=f"no native kernels: {OBSTACLE}")
 def test_every_layer_of_a_step_of_decoding_reads_its_weight_once(tiny_roles, answer, monkeypatch):
     """Merged, so that adapters are no layers of their own; a prompt of many rows is a GEMM."""
-    made, rows, linear = tiny_roles(), [], decoding.few_rows_linear
+    made, rows, linear = tiny_roles(), [], sampling.few_rows_linear
 
     def counted(x, *operands):
         rows.append(x.numel() // x.shape[-1])
         return linear(x, *operands)
 
-    monkeypatch.setattr(decoding, "few_rows_linear", counted)
+    monkeypatch.setattr(sampling, "few_rows_linear", counted)
     ids, logprobs, _ = answer(made, merge_adapter=True)
     # Seven of a layer, and the head.
     layers = 7 * made.base.config.num_hidden_layers + 1
     steps = max(map(len, ids)) - 1
     assert rows == [4] * (layers * steps + 1)  # and the head after the prompt
     assert not any("forward" in vars(m) for m in made.base.modules() if type(m) is torch.nn.Linear)
-    monkeypatch.setattr(decoding, "suits", lambda *_: False)
+    monkeypatch.setattr(sampling, "suits", lambda *_: False)
     plain, plain_logprobs, _ = answer(made, merge_adapter=True)
     assert ids == plain
     for a, b in zip(logprobs, plain_logprobs, strict=True):

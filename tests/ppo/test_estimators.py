@@ -147,7 +147,7 @@ def test_a_whole_run_without_a_critic_says_so(config, capsys):
 
 def test_num_generations_repeats_prompts_side_by_side_and_counts_epochs_by_prompts(state):
     run = state(advantage="grpo", num_generations=2)
-    texts = [prompt.text for prompt in run.next_prompts()]
+    texts = [prompt.text for prompt in trainer.next_prompts(run)]
     assert texts[0] == texts[1] != texts[2] == texts[3]
     # Two prompts a step: four prompts are an epoch in two.
     assert trainer.total_steps(run.config.model_copy(update={"max_steps": -1}), 4) == 6

@@ -60,7 +60,8 @@ def test_no_other_cut_in_order_of_length_costs_less(tokens, packed):
         parts = [ordered[a:b] for a, b in pairwise(cuts)]
         sizes = [[lengths[row] for row in part] for part in parts]
         took = [sum(s) if packed else len(s) * max(s) for s in sizes]
-        if all(len(s) == 1 or budget.allows(len(s), t) for s, t in zip(sizes, took, strict=True)):
+        most = math.inf if tokens is None else tokens
+        if all(len(s) == 1 or t <= most for s, t in zip(sizes, took, strict=True)):
             best = min(best, cost(lengths, parts, packed))
     found = partition(lengths, range(8), budget)
     assert sorted(row for part in found for row in part) == list(range(8))

@@ -32,7 +32,7 @@ def orders_of(run: trainer.State, seed: int, epochs: int) -> list[tuple[str, ...
     for epoch in range(epochs):
         order: list[str] = []
         for run.step in range(epoch * size, (epoch + 1) * size):
-            order += [prompt.text for prompt in run.next_prompts()]
+            order += [prompt.text for prompt in trainer.next_prompts(run)]
         orders.append(tuple(order))
     return orders
 
@@ -83,7 +83,7 @@ def test_no_generator_of_a_run_is_one_of_the_next_run(state, tmp_path, monkeypat
         "overwrite_output_dir": True,
         "max_new_tokens": 2,
     }
-    runs = [set(seeds_drawn_with(state(seed=seed, **changes), monkeypatch)) for seed in range(1, 4)]
+    runs = [set(seeds_drawn_with(state(seed=seed, **changes), monkeypatch)) for seed in (1, 2)]
     together = set().union(*runs)
     assert len(together) == sum(map(len, runs))
     # Nor do two purposes of one run draw the same numbers.

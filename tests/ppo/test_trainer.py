@@ -82,7 +82,7 @@ def test_36_every_prompt_is_seen_once_an_epoch_and_none_is_dropped(state):
     seen = []
     for step in range(4):
         run.step = step
-        seen += [prompt.text for prompt in run.next_prompts()]
+        seen += [prompt.text for prompt in trainer.next_prompts(run)]
     epochs = [seen[start : start + 4] for start in range(0, 12, 4)]
     assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
@@ -91,7 +91,7 @@ def test_36_every_prompt_is_seen_once_an_epoch_and_none_is_dropped(state):
 def test_a_data_set_smaller_than_the_batch_still_trains(state):
     run = state(per_device_train_batch_size=6)
     assert trainer.total_steps(run.config.model_copy(update={"max_steps": -1}), 4) == 2
-    assert len(run.next_prompts()) == 6
+    assert len(trainer.next_prompts(run)) == 6
 
 
 def test_prompts_that_are_left_over_have_a_step_of_their_own(config):

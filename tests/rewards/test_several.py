@@ -182,7 +182,7 @@ def test_one_weight_may_be_a_number_and_one_type_is_all_types():
 def test_each_reward_is_a_column_and_in_summary_samples_and_terminal(
     several, config, tmp_path, capsys, reward_dir
 ):
-    settings = config(**several, max_steps=2, save_steps=1, critic="shared", eval_max_samples=2)
+    settings = config(**several, max_steps=2, critic="shared", eval_max_samples=2)
     data = settings.model_dump(exclude_none=True)
     (tmp_path / "run.json").write_text(json.dumps(data))
     assert main([str(tmp_path / "run.json")]) == 0

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +19,8 @@ from benchmarks import report, step
 from benchmarks.peers import watch
 from benchmarks.peers.environments import ENVIRONMENTS, LLAMAFACTORY
 from fastppo import toy
+from fastppo.ppo import trainer
+from fastppo.rewards.reward import Reward
 
 
 def test_llamafactory_meets_a_shared_critic_and_trl_one_of_its_own():
@@ -145,12 +149,13 @@ def test_the_command_runs_what_was_asked_for_and_adds_to_what_is_there(
     assert out.with_suffix(".md").is_file()
 
 
-def test_our_own_contender_runs_to_its_end_with_time_in_every_phase(tmp_path):
-    """As the benchmark starts it, on a toy model: its script names functions of the trainer."""
+@pytest.fixture
+def toy_settings(tmp_path):
+    """Settings of our own contender's script: two steps of a toy model."""
     toy.write_model(tmp_path / "model")
     (tmp_path / "dataset_info.json").write_text('{"prompts": {"file_name": "prompts.json"}}')
     (tmp_path / "prompts.json").write_text(json.dumps([{"instruction": "x"}] * 2))
-    settings = {
+    return {
         "model": str(tmp_path / "model"),
         "reward": "fastppo.toy:vowels",
         "dataset": "prompts",
@@ -162,7 +167,33 @@ def test_our_own_contender_runs_to_its_end_with_time_in_every_phase(tmp_path):
         **{"batch": 1, "accumulation": 2, "rank": 2, "critic": "shared", "checkpointing": True},
         **{"epochs": 2, "new_tokens": 4, "steps": 2, "learning_rate": 1e-5, "seed": 1},
     }
-    (tmp_path / "settings.json").write_text(json.dumps(settings))
+
+
+def check_timed(found):
+    """Every token was sampled, and the second step has time in every phase."""
+    assert found["response_tokens"] == 8
+    assert len(found["steps"]) == 2
+    assert all(found["steps"][1][phase] > 0 for phase in ("total", *step.PHASES))
+
+
+def test_our_own_contender_runs_to_its_end_with_time_in_every_phase(toy_settings, monkeypatch):
+    """Its script names functions of the trainer; here in this process, which has imported them."""
+    monkeypatch.setitem(sys.modules, "watch", watch)
+    script = runpy.run_path(str(step.PEERS / "run_fastppo.py"))
+    # What `Watch.phase` replaces is put back after the test.
+    for owner, name in ((trainer, "sample"), (trainer, "score"), (Reward, "__call__")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    monkeypatch.setattr(torch.Tensor, "backward", torch.Tensor.backward)
+    settings = Path(toy_settings["folder"]) / "settings.json"
+    settings.write_text(json.dumps(toy_settings))
+    monkeypatch.setattr(sys, "argv", ["run_fastppo.py", str(settings)])
+    watch.main(script["run"])
+    check_timed(json.loads(Path(toy_settings["result"]).read_text()))
+
+
+@pytest.mark.slow  # imports everything again
+def test_so_it_does_as_the_benchmark_starts_it(toy_settings, tmp_path):
+    (tmp_path / "settings.json").write_text(json.dumps(toy_settings))
     done = subprocess.run(
         [sys.executable, step.PEERS / "run_fastppo.py", tmp_path / "settings.json"],
         env={**os.environ, "PYTHONPATH": str(step.PEERS.parents[1])},
@@ -171,7 +202,4 @@ def test_our_own_contender_runs_to_its_end_with_time_in_every_phase(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads((tmp_path / "result.json").read_text())
-    assert found["response_tokens"] == 8
-    assert len(found["steps"]) == 2
-    assert all(found["steps"][1][phase] > 0 for phase in ("total", *step.PHASES))
+    check_timed(json.loads((tmp_path / "result.json").read_text()))

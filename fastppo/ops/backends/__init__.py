@@ -1,7 +1,7 @@
-"""The three implementations behind the operators, one interface: `triton`, `native`, `definition`.
+"""The operators' three implementations, with one interface: `triton`, `native`, `definition`.
 
-Which one runs is decided in `fastppo.ops.backend`. Over logits they are called a chunk of rows at a
-time: `x_NV` are the logits of the rows `at`, vectors are whole.
+`fastppo.ops.backend` decides which one runs. Functions of logits are called for one chunk of rows
+at a time: `x_NV` has the logits of the rows `at` only, but vectors have an entry for every row.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastppo.ops.arguments import (
 
 
 class Statistics(NamedTuple):
-    """Of each row, (N,); what the backward needs again is empty for the definition."""
+    """Results of each row (N,); the definition leaves row_max and sum_exp empty."""
 
     logprob_N: Tensor
     entropy_N: Tensor
@@ -28,7 +28,7 @@ class Statistics(NamedTuple):
 
 
 class LossRows(NamedTuple):
-    """What the loss leaves of each row: (N,), and the terms of the metrics, (TERMS, N)."""
+    """Results of the loss for each row (N,), and its terms of the metrics (TERMS, N)."""
 
     logprob_N: Tensor
     entropy_N: Tensor
@@ -37,7 +37,7 @@ class LossRows(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """All (N,), in nats, without gradient; 0 on ignored rows."""
+    """Results of each row (N,), in nats, without gradient; 0 for ignored rows."""
 
     logprob_N: Tensor
     ref_logprob_N: Tensor
@@ -46,7 +46,7 @@ class Scores(NamedTuple):
 
 
 class Backend(Protocol):
-    """What each of the three modules has."""
+    """The functions that each of the three modules has."""
 
     def token_logprobs(
         self,
@@ -56,7 +56,7 @@ class Backend(Protocol):
         into: Statistics,
         weight_N: Tensor | None = None,
     ) -> None:
-        """Statistics of the rows `at`; rows of weight 0 are not read."""
+        """Write the statistics of the rows `at` into `into`; rows of weight 0 are not read."""
 
     def token_logprobs_backward(
         self,
@@ -69,7 +69,7 @@ class Backend(Protocol):
         h_N: Tensor | None,
         weight_N: Tensor | None = None,
     ) -> None:
-        """The gradient of the rows `at` into `out_NV`, which may be `x_NV`."""
+        """Write the gradient of the rows `at` into `out_NV`, which may be `x_NV` itself."""
 
     def policy_loss(
         self,
@@ -85,20 +85,20 @@ class Backend(Protocol):
     def loss_totals(
         self, rows: RowArguments, loss: LossArguments, into: LossRows
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, KL of each token and the vector of PolicyMetrics, of rows that are all done."""
+        """Loss, KL of each token and the vector of PolicyMetrics, once all rows are computed."""
 
     def score_tokens(
         self, x_NV: Tensor, ref_NV: Tensor, rows: RowArguments, at: slice, into: Scores
     ) -> None:
-        """Log-probs of both, entropy and exact KL of the rows `at`."""
+        """Write both log-probs, entropy and exact KL of the rows `at` into `into`."""
 
     def scale_unless_one(self, x: Tensor, factor: Tensor, divisor: float | Tensor) -> None:
-        """x *= factor / divisor, in place; nothing is read where that is 1."""
+        """Multiply x by factor / divisor in place; x is not read if that is 1."""
 
     def token_kl(
         self, logprob_N: Tensor, ref_logprob_N: Tensor, kind: str, limit: float
     ) -> tuple[Tensor, Tensor]:
-        """k and dk/dlogprob of each token."""
+        """The KL estimate k of each token, and dk/dlogprob."""
 
     def token_kl_backward(self, slope_N: Tensor, grad_N: Tensor) -> Tensor:
         """slope * grad; 0 where the slope is 0, even if the gradient is infinite or NaN."""
@@ -111,15 +111,15 @@ class Backend(Protocol):
         weight_N: Tensor,
         clip: float | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, the vector of ValueMetrics, and dloss/dvalue."""
+        """The loss, the vector of ValueMetrics, and dloss/dvalue."""
 
     def moments(self, x_N: Tensor, weight_N: Tensor | None) -> Tensor:
-        """(3,): count, mean and m2."""
+        """Count, mean and sum of squared deviations (m2), as a tensor (3,)."""
 
     def whiten(
         self, x_N: Tensor, weight_N: Tensor | None, moments: Tensor | None, shift_mean: bool
     ) -> Tensor:
-        """Values shifted and scaled by the moments (3,), or by their own."""
+        """The values, whitened by the moments (3,) if they are given, else by their own."""
 
     def gae(self, a: GaeArguments) -> tuple[Tensor, Tensor]:
         """Advantages and returns."""
@@ -129,7 +129,7 @@ class Backend(Protocol):
 
 
 class _Backends(dict[str, Backend]):
-    """By name; each is imported when it is first asked for."""
+    """The backends by name; each is imported when it is first used."""
 
     def __missing__(self, name: str) -> Backend:
         if name == "triton":

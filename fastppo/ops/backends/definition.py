@@ -1,4 +1,4 @@
-"""The definition in PyTorch: any device, float64 too, block by block; see `Backend`."""
+"""The operators in plain PyTorch, for any device and for float64 too; see `Backend`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _rows_at(rows: RowArguments, at: slice) -> RowArguments:
 def _spec(
     rows: RowArguments, at: slice, dtype: torch.dtype, weight_N: Tensor | None = None
 ) -> RowSpec:
-    """What the rows `at` need besides their logits; rows that are not live hold finite filler."""
+    """What the rows `at` need besides their logits; if they are not live, finite values."""
     own = _rows_at(rows, at)
     return row_spec(own, live_rows(own, None if weight_N is None else weight_N[at]), dtype)
 
@@ -63,7 +63,7 @@ def token_logprobs(
     into: Statistics,
     weight_N: Tensor | None = None,
 ) -> None:
-    """Statistics of the rows `at`; rows of weight 0 are not read."""
+    """Write the statistics of the rows `at` into `into`; rows of weight 0 are not read."""
     dtype = into.logprob_N.dtype
     spec, logprob_N, entropy_N = _spec(rows, at, dtype, weight_N), into.logprob_N[at], into[1][at]
     for block in block_slices(x_NV, dtype):
@@ -81,7 +81,7 @@ def token_logprobs_backward(
     h_N: Tensor | None,
     weight_N: Tensor | None = None,
 ) -> None:
-    """The gradient of the rows `at` into `out_NV`, which may be `x_NV`."""
+    """Write the gradient of the rows `at` into `out_NV`, which may be `x_NV` itself."""
     dtype = stats.logprob_N.dtype
     spec = _spec(rows, at, dtype, weight_N)
     own_g = None if g_N is None else g_N[at]
@@ -122,14 +122,14 @@ def policy_loss(
 def loss_totals(
     rows: RowArguments, loss: LossArguments, into: LossRows
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, KL of each token and the vector of PolicyMetrics, of rows that are all done."""
+    """Loss, KL of each token and the vector of PolicyMetrics, once all rows are computed."""
     live_N = live_rows(rows, loss.weight_N)
     whole = filled(loss, live_N, into.logprob_N.dtype)
     return totals(whole, live_N, into.logprob_N, into.entropy_N)
 
 
 def score_tokens(x_NV: Tensor, ref_NV: Tensor, rows: RowArguments, at: slice, into: Scores) -> None:
-    """Log-probs of both, entropy and exact KL of the rows `at`."""
+    """Write both log-probs, entropy and exact KL of the rows `at` into `into`."""
     dtype = into.logprob_N.dtype
     spec, own = _spec(rows, at, dtype), Scores(*(x_N[at] for x_N in into))
     for block in block_slices(x_NV, dtype):
@@ -154,7 +154,7 @@ def _exact_kl(
 
 
 def scale_unless_one(x: Tensor, factor: Tensor, divisor: float | Tensor) -> None:
-    """x *= factor / divisor, in place; on the CPU nothing is read where that is 1."""
+    """Multiply x by factor / divisor in place; on a CPU, x is not read if that is 1."""
     ratio = factor / divisor
     if ratio.device.type != "cpu" or ratio.item() != 1.0:
         x.mul_(ratio)
@@ -163,7 +163,7 @@ def scale_unless_one(x: Tensor, factor: Tensor, divisor: float | Tensor) -> None
 def token_kl(
     logprob_N: Tensor, ref_logprob_N: Tensor, kind: str, limit: float
 ) -> tuple[Tensor, Tensor]:
-    """k and dk/dlogprob of each token."""
+    """The KL estimate k of each token, and dk/dlogprob."""
     dtype = stat_dtype(logprob_N, ref_logprob_N)
     kl_N, slope_N = kl_and_slope(logprob_N.to(dtype), ref_logprob_N.to(dtype), kind, limit)
     return kl_N.clone(), slope_N.clone()  # a registered op hands out neither inputs nor twins
@@ -181,7 +181,7 @@ def value_loss(
     weight_N: Tensor,
     clip: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, the vector of ValueMetrics, and dloss/dvalue."""
+    """The loss, the vector of ValueMetrics, and dloss/dvalue."""
     dtype = stat_dtype(value_N, old_value_N, return_N, weight_N)
     live_N = weight_N != 0
     # where before the arithmetic: a NaN behind weight 0 would come back through 0 * NaN.
@@ -215,7 +215,7 @@ def _live(x_N: Tensor, weight_N: Tensor | None) -> Tensor:
 
 
 def moments(x_N: Tensor, weight_N: Tensor | None) -> Tensor:
-    """(3,): count, mean and m2."""
+    """Count, mean and sum of squared deviations (m2), as a tensor (3,)."""
     live_N = _live(x_N, weight_N)
     x_N = torch.where(live_N, x_N, 0).to(stat_dtype(x_N))
     count = live_N.sum().to(x_N.dtype)
@@ -231,7 +231,7 @@ _own_moments = moments
 def whiten(
     x_N: Tensor, weight_N: Tensor | None, moments: Tensor | None, shift_mean: bool
 ) -> Tensor:
-    """Values shifted and scaled by the moments (3,), or by their own."""
+    """The values, whitened by the moments (3,) if they are given, else by their own."""
     live_N = _live(x_N, weight_N)
     count, mean, m2 = (_own_moments(x_N, weight_N) if moments is None else moments).unbind(0)
     variance = torch.where(count > 1, m2 / (count - 1).clamp(min=1), 0)

@@ -1,4 +1,4 @@
-"""How the C++ kernels are called: pointers and sizes into structs; see `Backend`."""
+"""Calls of the C++ kernels, which get pointers and sizes in structs; see `Backend`."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ from fastppo.ops.native_library import (
 
 DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 KL_KINDS: Final = {"k1": 0, "abs": 1, "k2": 2, "k3": 3}
-# A gradient that the last cache cannot hold is written past it.
+# A gradient larger than this does not fit into the last cache, and is written around it.
 _STREAM_BYTES: Final = 32 << 20
 
 
 def number(value: float | Tensor) -> float:
-    """A coefficient; on the CPU nobody waits for a tensor's."""
+    """A coefficient as a float; reading it from a tensor on a CPU waits for no device."""
     return value.item() if isinstance(value, Tensor) else value
 
 
 class Call:
-    """Pointers of one call into the library, and the tensors behind them, kept alive as long."""
+    """Pointers for one call of the library; it keeps their tensors alive until the call is over."""
 
     def __init__(self) -> None:
         self.kept: list[Tensor] = []
 
     def pointer(self, x: Tensor | None) -> int | None:
-        """Of a tensor as it is."""
+        """Pointer to a tensor as it is; None for None."""
         if x is None:
             return None
         self.kept.append(x)
         return x.data_ptr()
 
     def floats(self, x: Tensor | None) -> int | None:
-        """Of a vector as the kernels read it: float32, side by side."""
+        """Pointer to a vector in contiguous float32, which is a copy if it is not."""
         if x is None or (x.dtype is torch.float32 and x.is_contiguous()):
             return self.pointer(x)
         return self.pointer(x.detach().to(torch.float32).contiguous())
@@ -65,7 +65,7 @@ class Call:
         return self.pointer(made), made
 
     def integers(self, x: Tensor) -> int | None:
-        """Of a vector as int64, side by side."""
+        """Pointer to a vector in contiguous int64, which is a copy if it is not."""
         if x.dtype is torch.int64 and x.is_contiguous():
             return self.pointer(x)
         return self.pointer(x.long().contiguous())
@@ -93,7 +93,7 @@ class Call:
     def gradient(self, out_NV: Tensor | None, x_NV: Tensor) -> GradientStruct:
         if out_NV is None:
             return GradientStruct(dtype=DTYPES[x_NV.dtype])
-        # One of another dtype is a chunk's, and a GEMM reads it next.
+        # A gradient of another dtype belongs to a chunk: a GEMM reads it next, so it stays cached.
         apart = out_NV.data_ptr() != x_NV.data_ptr() and out_NV.dtype == x_NV.dtype
         return GradientStruct(
             out=self.pointer(out_NV),
@@ -114,7 +114,7 @@ def token_logprobs(
     into: Statistics,
     weight_N: Tensor | None = None,
 ) -> None:
-    """Statistics of the rows `at`; rows of weight 0 are not read."""
+    """Write the statistics of the rows `at` into `into`; rows of weight 0 are not read."""
     call = Call()
     given = call.rows(rows_of(x_NV), rows, at, weight_N)
     LIBRARY.fastppo_token_logprobs(byref(given), byref(_statistics(into)))
@@ -130,7 +130,7 @@ def token_logprobs_backward(
     h_N: Tensor | None,
     weight_N: Tensor | None = None,
 ) -> None:
-    """The gradient of the rows `at` into `out_NV`, which may be `x_NV`."""
+    """Write the gradient of the rows `at` into `out_NV`, which may be `x_NV` itself."""
     x_NV, call = rows_of(x_NV), Call()
     LIBRARY.fastppo_token_logprobs_backward(
         byref(call.rows(x_NV, rows, at, weight_N)),
@@ -178,7 +178,7 @@ def policy_loss(
 def loss_totals(
     rows: RowArguments, loss: LossArguments, into: LossRows
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, KL of each token and the vector of PolicyMetrics, of rows that are all done."""
+    """Loss, KL of each token and the vector of PolicyMetrics, once all rows are computed."""
     terms, n = into.term_MN.shape
     start, stride = into.term_MN.data_ptr(), into.term_MN.stride(0)
     # Tensors of their own: a registered op's results share no memory.
@@ -190,7 +190,7 @@ def loss_totals(
 
 
 def score_tokens(x_NV: Tensor, ref_NV: Tensor, rows: RowArguments, at: slice, into: Scores) -> None:
-    """Log-probs of both, entropy and exact KL of the rows `at`."""
+    """Write both log-probs, entropy and exact KL of the rows `at` into `into`."""
     if x_NV.dtype != ref_NV.dtype:
         x_NV, ref_NV = x_NV.float(), ref_NV.float()
     x_NV, ref_NV, call = rows_of(x_NV), rows_of(ref_NV), Call()
@@ -203,7 +203,7 @@ def score_tokens(x_NV: Tensor, ref_NV: Tensor, rows: RowArguments, at: slice, in
 
 
 def scale_unless_one(x: Tensor, factor: Tensor, divisor: float | Tensor) -> None:
-    """x *= factor / divisor, in place."""
+    """Multiply x by factor / divisor in place."""
     plain = isinstance(divisor, float) and divisor == 1.0
     ratio = factor.item() if plain else (factor / divisor).item()
     if ratio != 1.0:
@@ -217,7 +217,7 @@ def _empty(*shape: int) -> Tensor:
 def token_kl(
     logprob_N: Tensor, ref_logprob_N: Tensor, kind: str, limit: float
 ) -> tuple[Tensor, Tensor]:
-    """k and dk/dlogprob of each token."""
+    """The KL estimate k of each token, and dk/dlogprob."""
     n, call = logprob_N.numel(), Call()
     (logprob, kl_N), (ref, slope_N) = call.over(logprob_N), call.over(ref_logprob_N)
     LIBRARY.fastppo_token_kl(
@@ -245,7 +245,7 @@ def token_kl_backward(slope_N: Tensor, grad_N: Tensor) -> Tensor:
 def value_loss(
     value_N: Tensor, old_value_N: Tensor, return_N: Tensor, weight_N: Tensor, clip: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, the vector of ValueMetrics, and dloss/dvalue."""
+    """The loss, the vector of ValueMetrics, and dloss/dvalue."""
     n, call = value_N.numel(), Call()
     loss, metrics, grad_N = _empty(), _empty(6), _empty(n)
     LIBRARY.fastppo_value_loss(
@@ -263,7 +263,7 @@ def value_loss(
 
 
 def moments(x_N: Tensor, weight_N: Tensor | None) -> Tensor:
-    """(3,): count, mean and m2."""
+    """Count, mean and sum of squared deviations (m2), as a tensor (3,)."""
     call, out = Call(), _empty(3)
     LIBRARY.fastppo_moments(call.floats(x_N), call.floats(weight_N), x_N.numel(), out.data_ptr())
     return out
@@ -272,7 +272,7 @@ def moments(x_N: Tensor, weight_N: Tensor | None) -> Tensor:
 def whiten(
     x_N: Tensor, weight_N: Tensor | None, moments: Tensor | None, shift_mean: bool
 ) -> Tensor:
-    """Values shifted and scaled by the moments (3,), or by their own."""
+    """The values, whitened by the moments (3,) if they are given, else by their own."""
     call = Call()
     x, y_N = call.over(x_N)
     weight, moments_3 = call.floats(weight_N), call.floats(moments)

@@ -1,4 +1,4 @@
-"""How the Triton kernels are launched: grids, sizes, pointers; see `Backend`."""
+"""Launches of the Triton kernels: their grids, sizes and arguments; see `Backend`."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def start(
     arguments: tuple[Any, ...],
     **meta: Any,
 ) -> None:
-    """Launch a kernel on the device of its tensors; the only way in.
+    """Launch a kernel on the device of its tensors; every launch goes through here.
 
-    Kernels read entry i of a vector at `ptr + i`. Arguments may have any stride, so a vector whose
-    entries do not lie side by side is copied first. What a kernel writes lies side by side.
+    Kernels read entry i of a vector at `ptr + i`, so a vector that is not contiguous is copied
+    first. Results are contiguous.
     """
     packed = (x.contiguous() if isinstance(x, Tensor) and x.ndim == 1 else x for x in arguments)
     # Launches go to the current device, which may be another than the tensors'.
@@ -60,7 +60,7 @@ def start(
 def _launch(
     kernel: Any, x_NV: Tensor, arguments: tuple[Any, ...], config: RowConfig | None, **meta: Any
 ) -> None:
-    """One program a row of `x_NV`."""
+    """Launch a kernel with one program for each row of `x_NV`."""
     n, vocab = x_NV.shape
     if n == 0:
         return
@@ -74,13 +74,13 @@ def _launch(
 
 
 def _common(rows: RowArguments, at: slice, x_NV: Tensor) -> tuple[Any, ...]:
-    """What the kernels without a loss take last, of rows and logits."""
+    """The last arguments of the kernels that compute no loss."""
     softcap, vocab = rows.softcap or 1.0, x_NV.shape[1]
     return (rows.temperature, softcap, rows.ignore_index, at.start, vocab, x_NV.stride(0))
 
 
 def _kinds(rows: RowArguments) -> dict[str, Any]:
-    """The temperature's kind: a float, a pointer to one, a pointer to one a row."""
+    """Compile-time flags: is there a softcap, and is the temperature a float, 0-d, or one a row?"""
     tau = rows.temperature
     kind = 1 + tau.ndim if isinstance(tau, Tensor) else 0
     return {"HAS_SOFTCAP": rows.softcap is not None, "TEMPERATURE_KIND": kind}
@@ -94,7 +94,7 @@ def token_logprobs(
     weight_N: Tensor | None = None,
     config: RowConfig | None = None,
 ) -> None:
-    """Statistics of the rows `at`; rows of weight 0 are not read."""
+    """Write the statistics of the rows `at` into `into`; rows of weight 0 are not read."""
     x_NV = rows_of(x_NV)
     arguments = (
         x_NV,
@@ -117,7 +117,7 @@ def token_logprobs_backward(
     weight_N: Tensor | None = None,
     config: RowConfig | None = None,
 ) -> None:
-    """The gradient of the rows `at` into `out_NV`, which may be `x_NV`."""
+    """Write the gradient of the rows `at` into `out_NV`, which may be `x_NV` itself."""
     x_NV = rows_of(x_NV)
     arguments = (
         x_NV,
@@ -190,7 +190,7 @@ def policy_loss(
 def loss_totals(
     rows: RowArguments, loss: LossArguments, into: LossRows
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, KL of each token and the vector of PolicyMetrics, of rows that are all done."""
+    """Loss, KL of each token and the vector of PolicyMetrics, once all rows are computed."""
     total, vector = _sum_rows(into.term_MN, maximum=RATIO_MAX)
     return total, into.kl_N, vector
 
@@ -203,7 +203,7 @@ def score_tokens(
     into: Scores,
     config: RowConfig | None = None,
 ) -> None:
-    """Log-probs of both, entropy and exact KL of the rows `at`."""
+    """Write both log-probs, entropy and exact KL of the rows `at` into `into`."""
     x_NV, ref_NV = rows_of(x_NV), rows_of(ref_NV)
     arguments = (
         x_NV,
@@ -217,7 +217,7 @@ def score_tokens(
 
 
 def _sum_rows(x_MN: Tensor, *, maximum: int = -1) -> tuple[Tensor, Tensor]:
-    """The sum of the last row, and those of the others; of row `maximum` the largest."""
+    """The sum of the last row, and those of the others (of row `maximum` the largest entry)."""
     rows, n = x_MN.shape
     vector = torch.empty(rows - 1, dtype=torch.float32, device=x_MN.device)
     last = torch.empty((), dtype=torch.float32, device=x_MN.device)
@@ -228,10 +228,10 @@ def _sum_rows(x_MN: Tensor, *, maximum: int = -1) -> tuple[Tensor, Tensor]:
 
 
 def scale_unless_one(x: Tensor, factor: Tensor, divisor: float | Tensor) -> None:
-    """x *= factor / divisor, in place, decided on the device; `x` may have any strides."""
+    """Multiply x by factor / divisor in place, without waiting; x may have any strides."""
     if not x.numel():
         return
-    # Without gaps it is one long row.
+    # A contiguous tensor is treated as one long row.
     x_MN = x.view(1, -1) if x.is_contiguous() else x
     rows, columns = x_MN.shape
     block = 4096
@@ -252,7 +252,7 @@ def _like(x_N: Tensor, *shape: int) -> Tensor:
 def token_kl(
     logprob_N: Tensor, ref_logprob_N: Tensor, kind: str, limit: float
 ) -> tuple[Tensor, Tensor]:
-    """k and dk/dlogprob of each token."""
+    """The KL estimate k of each token, and dk/dlogprob."""
     n = logprob_N.numel()
     kl_N, slope_N = _like(logprob_N, n), _like(logprob_N, n)
     if n:
@@ -265,7 +265,7 @@ def token_kl(
 def value_loss(
     value_N: Tensor, old_value_N: Tensor, return_N: Tensor, weight_N: Tensor, clip: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, the vector of ValueMetrics, and dloss/dvalue."""
+    """The loss, the vector of ValueMetrics, and dloss/dvalue."""
     n = value_N.numel()
     parts = _blocks(n)
     grad_N, part_MP = _like(value_N, n), _like(value_N, 7, parts)
@@ -286,7 +286,7 @@ def _mask(weight_N: Tensor | None) -> Tensor | None:
 
 
 def _moment_parts(x_N: Tensor, weight_N: Tensor | None) -> Tensor:
-    """(3, P): count, mean and m2 of each of the P blocks of tokens."""
+    """Count, mean and m2 of each of the P blocks of tokens, as a tensor (3, P)."""
     n = x_N.numel()
     parts = _blocks(n)
     part_3P = _like(x_N, 3, parts)
@@ -297,7 +297,7 @@ def _moment_parts(x_N: Tensor, weight_N: Tensor | None) -> Tensor:
 
 
 def moments(x_N: Tensor, weight_N: Tensor | None) -> Tensor:
-    """(3,): count, mean and m2."""
+    """Count, mean and sum of squared deviations (m2), as a tensor (3,)."""
     part_3P, out = _moment_parts(x_N, weight_N), _like(x_N, 3)
     arguments = (part_3P, out, part_3P.shape[1])
     start(whiten_kernels.merge_moments_kernel, (1,), x_N.device, arguments, BLOCK=BLOCK)
@@ -307,8 +307,8 @@ def moments(x_N: Tensor, weight_N: Tensor | None) -> Tensor:
 def whiten(
     x_N: Tensor, weight_N: Tensor | None, moments: Tensor | None, shift_mean: bool
 ) -> Tensor:
-    """Values shifted and scaled by the moments (3,), or by their own."""
-    # Of the parts too, (3, P): that is what `advantages` has.
+    """The values, whitened by the moments (3,) if they are given, else by their own."""
+    # `moments` may also be those of all blocks (3, P), which `advantages` passes.
     parts = _moment_parts(x_N, weight_N) if moments is None else moments
     n, part_3P = x_N.numel(), parts.reshape(3, -1).contiguous()
     y_N = _like(x_N, n)
@@ -334,7 +334,7 @@ def _gae(
     return_N: Tensor,
     part_3B: Tensor | None,
 ) -> None:
-    """One program a sequence; rewards are scaled by the moments of all parts, if given."""
+    """Launch one program for each sequence; if moments are given, they scale the rewards."""
     batch = a.offsets.numel() - 1
     if batch == 0 or a.reward_N.numel() == 0:
         return
