@@ -146,8 +146,9 @@ def own_gradient(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The caller's loss of the tokens `at`, detached, and g and h, None if not needed."""
     with torch.set_grad_enabled(need_grad):
-        leaves = tuple(x_N.detach().requires_grad_(need_grad) for x_N in (logprob_N, entropy_N))
-        loss_N = own(*leaves, at)
+        leaf_N = logprob_N.detach().requires_grad_(need_grad)
+        entropy_leaf_N = entropy_N.detach().requires_grad_(need_grad)
+        loss_N = own(leaf_N, entropy_leaf_N, at)
         came = show(tuple(loss_N.shape)) if isinstance(loss_N, Tensor) else type(loss_N).__name__
         if not isinstance(loss_N, Tensor) or loss_N.shape != logprob_N.shape:
             raise ValueError(
@@ -163,7 +164,7 @@ def own_gradient(
                 "entropies that it is given, came one without gradient"
             )
         total = (_surrogate_weight(loss) * loss_N).sum()
-        found = torch.autograd.grad(total, leaves, allow_unused=True)
+        found = torch.autograd.grad(total, (leaf_N, entropy_leaf_N), allow_unused=True)
     # Where a token is not live, 0 times what the caller made of it may be NaN.
     own_g, own_h = (None if x is None else x.masked_fill(~live_N, 0) for x in found)
     own_g = torch.zeros_like(logprob_N) if own_g is None else own_g
