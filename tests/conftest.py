@@ -139,10 +139,11 @@ def _nothing_is_left_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterato
     before = process_state()
     yield
     sys.path[:] = path
-    own = str(tmp_path_factory.getbasetemp())
-    for name in sys.modules.keys() - modules:
-        if str(getattr(sys.modules[name], "__dict__", {}).get("__file__")).startswith(own):
-            del sys.modules[name]
+    if sys.modules.keys() != modules:  # which is quicker to see than what is new
+        own = str(tmp_path_factory.getbasetemp())
+        for name in sys.modules.keys() - modules:
+            if str(getattr(sys.modules[name], "__dict__", {}).get("__file__")).startswith(own):
+                del sys.modules[name]
     for name in os.environ.keys() - environment.keys() - NOTES:
         del os.environ[name]
     os.environ.update({k: v for k, v in environment.items() if k not in NOTES})

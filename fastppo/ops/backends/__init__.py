@@ -80,7 +80,7 @@ class Backend(Protocol):
         at: slice,
         into: LossRows,
     ) -> None:
-        """What the loss leaves of the rows `at`; their gradient into `out_NV`, perhaps `x_NV`."""
+        """Write the loss's results for the rows `at`, and their gradient into `out_NV` if given."""
 
     def loss_totals(
         self, rows: RowArguments, loss: LossArguments, into: LossRows

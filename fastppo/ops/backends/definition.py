@@ -39,7 +39,7 @@ def _rows_at(rows: RowArguments, at: slice) -> RowArguments:
 def _spec(
     rows: RowArguments, at: slice, dtype: torch.dtype, weight_N: Tensor | None = None
 ) -> RowSpec:
-    """What the rows `at` need besides their logits; if they are not live, finite values."""
+    """What the rows `at` need besides their logits; rows that are not live get finite values."""
     own = _rows_at(rows, at)
     return row_spec(own, live_rows(own, None if weight_N is None else weight_N[at]), dtype)
 
@@ -89,7 +89,7 @@ def policy_loss(
     at: slice,
     into: LossRows,
 ) -> None:
-    """Log-prob and entropy of the rows `at`; their gradient into `out_NV`, perhaps `x_NV`."""
+    """Write log-prob and entropy of the rows `at`, and their gradient into `out_NV`, if given."""
     dtype, scale = into.logprob_N.dtype, loss.grad_scale
     spec, logprob_N, entropy_N = (
         _spec(rows, at, dtype, loss.weight_N),
@@ -243,7 +243,7 @@ def _gae(
     lam: float,
     bootstrap_value_B: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """A loop over time, all sequences side by side.
+    """A loop over time, which handles all sequences at once.
 
     Sequences lie right-aligned in a (T, B) table, so that step t of the loop is the t-th last token
     of each; where a shorter one has ended, the table holds zeros that lead nowhere.

@@ -149,7 +149,7 @@ def policy_loss(
     at: slice,
     into: LossRows,
 ) -> None:
-    """What the loss leaves of the rows `at`; their gradient into `out_NV`, perhaps `x_NV`."""
+    """Write the loss's results for the rows `at`, and their gradient into `out_NV` if given."""
     x_NV, call = rows_of(x_NV), Call()
     struct = LossStruct(
         behaviour=call.floats(loss.behaviour_logprob_N),

@@ -143,7 +143,7 @@ def policy_loss(
     into: LossRows,
     config: RowConfig | None = None,
 ) -> None:
-    """What the loss leaves of the rows `at`; their gradient into `out_NV`, perhaps `x_NV`."""
+    """Write the loss's results for the rows `at`, and their gradient into `out_NV` if given."""
     x_NV = rows_of(x_NV)
     arguments = (
         x_NV,
