@@ -19,25 +19,16 @@ from fastppo.ops.arguments import (
     stat_dtype,
 )
 from fastppo.ops.config import HeadLora, PolicyLossConfig
+from fastppo.ops.gradient_made import GradientMade, LossOutputs, save_settings, scaled
 from fastppo.ops.head import (
     Head,
     HeadArguments,
     LinearRows,
     asked,
-    check_head,
     fake_results,
-    logits_dtype_of,
 )
-from fastppo.ops.policy_loss import (
-    GradientMade,
-    LossOutputs,
-    PolicyLoss,
-    fake_outputs,
-    save_settings,
-    scaled,
-    sweep,
-    unpack,
-)
+from fastppo.ops.operands import check_chunk_bytes, logits_dtype_of, operands
+from fastppo.ops.policy_loss import PolicyLoss, fake_outputs, sweep, unpack
 from fastppo.ops.registered import register
 
 
@@ -51,11 +42,14 @@ def linear_policy_loss(
     *,
     bias_V: Tensor | None = None,
     head_lora: HeadLora | None = None,
+    mask: Tensor | None = None,
     ref_logprob_N: Tensor | None = None,
     importance_weight_N: Tensor | None = None,
     offsets: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    logit_scale: float | None = None,
+    vocab_size: int | None = None,
     kl_coef: float | Tensor | None = None,
     entropy_coef: float | Tensor | None = None,
     config: PolicyLossConfig | None = None,
@@ -70,22 +64,21 @@ def linear_policy_loss(
 
     The gradient is computed in the forward, chunk by chunk: two GEMMs for a frozen head, three for
     a trained one, one under no_grad. A ratio per sequence needs all log-probs first, which costs
-    one more GEMM. Operands are multiplied in their own dtype; autocast has no effect.
+    one more GEMM. Under torch.autocast operands are cast as `nn.Linear` casts them.
 
     Args:
-        hidden_ND: float (N, D); differentiable.
-        weight_VD: float (V, D), of the same dtype; its gradient is computed only if it needs one.
-        token_N: int64 (N,), sampled tokens in [0, V), or `ignore_index`.
-        behaviour_logprob_N: float (N,), their log-probs under the policy that sampled.
-        advantage_N: float (N,).
-        weight_N: float (N,); mask and aggregation in one.
+        hidden_ND: float (..., D); differentiable. N stands for the tokens' shape, whatever it is.
+        weight_VD: float (V, D), of the same dtype unless autocast makes it so; its gradient is
+            computed only if it needs one.
+        token_N: int64 (...), sampled tokens in [0, V), or `ignore_index`.
+        behaviour_logprob_N: float (...), their log-probs under the policy that sampled.
+        advantage_N: float (...).
+        weight_N: float (...); mask and aggregation in one.
         bias_V: float (V,).
         head_lora: an adapter on the head, see HeadLora.
-        chunk_bytes: largest number of bytes of logits at a time; None is the device's default.
-        logits_dtype: dtype of the GEMM's result; None is the operands' dtype, float32 avoids the
-            rounding to bf16.
-        ref_logprob_N, importance_weight_N, offsets, temperature, softcap, kl_coef, entropy_coef,
-            config, grad_scale, check, backend: as in `policy_loss`.
+        chunk_bytes, logits_dtype, vocab_size: as in `linear_token_logprobs`.
+        mask, ref_logprob_N, importance_weight_N, offsets, temperature, softcap, logit_scale,
+            kl_coef, entropy_coef, config, grad_scale, check, backend: as in `policy_loss`.
 
     Returns:
         PolicyLoss(loss, logprob_N, entropy_N, kl_N, metrics), float32 (float64 for float64 input).
@@ -97,18 +90,23 @@ def linear_policy_loss(
     Source: as `policy_loss`.
     """
     op = "linear_policy_loss"
-    head = Head(weight_VD, bias_V, head_lora)
-    check_head(op, hidden_ND, head)
+    hidden_ND, head, lead = operands(
+        op, hidden_ND, Head(weight_VD, bias_V, head_lora), vocab_size=vocab_size
+    )
     chosen = chosen_backend(op, backend, hidden_ND)
+    check_chunk_bytes(op, chunk_bytes)
     rows = row_arguments(
         op,
         token_N,
         hidden_ND,
-        weight_VD.shape[0],
+        head.weight_VD.shape[0],
         temperature=temperature,
         softcap=softcap,
         ignore_index=ignore_index,
         check=check,
+        lead=lead,
+        mask=mask,
+        logit_scale=logit_scale,
     )
     loss = loss_arguments(
         op,
@@ -123,6 +121,7 @@ def linear_policy_loss(
         entropy_coef=entropy_coef,
         config=config,
         grad_scale=grad_scale,
+        lead=lead,
     )
     enabled = torch.is_grad_enabled()
     tensors = (hidden_ND, *head.tensors())
@@ -130,13 +129,13 @@ def linear_policy_loss(
     dtype = logits_dtype_of(op, hidden_ND, logits_dtype)
     given = Arguments(hidden_ND, head.arguments(), rows, loss, dtype, chunk_bytes, wanted, chosen)
     if is_traced(hidden_ND):
-        return unpack(_registered(given).outputs())
+        return unpack(_registered(given).outputs(), lead)
     found = _forward(given)
     outputs = found.outputs()
     if any(wanted):
         grads = asked(wanted, found.gradients())
         outputs = GradientMade.of(op, outputs, grads, loss, chosen, tensors)
-    return unpack(outputs)
+    return unpack(outputs, lead)
 
 
 class Arguments(NamedTuple):

@@ -19,11 +19,11 @@ from fastppo.ops.arguments import (
 
 
 class Statistics(NamedTuple):
-    """Of each row, (N,); what the backward needs again is empty for the definition."""
+    """Of each row, (N,); with several labels a row an operator's log-probs are (N, K)."""
 
     logprob_N: Tensor
     entropy_N: Tensor
-    row_max_N: Tensor  # the largest logit
+    row_max_N: Tensor  # the largest logit, after the softcap and before the temperature
     sum_exp_N: Tensor  # sum of exp((logit - row_max) / temperature)
 
 
@@ -37,7 +37,7 @@ class LossRows(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """All (N,), in nats, without gradient; 0 on ignored rows."""
+    """All in the tokens' shape, in nats, without gradient; 0 on ignored tokens."""
 
     logprob_N: Tensor
     ref_logprob_N: Tensor
