@@ -116,8 +116,7 @@ def stat_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def constant(tensor: Tensor) -> Tensor:
-    """The tensor without gradient; what has one entry a token, as (N,)."""
-    tensor = tensor if tensor.ndim <= 1 else tensor.reshape(-1)
+    """The tensor without gradient."""
     return tensor.detach() if tensor.requires_grad else tensor
 
 
@@ -225,8 +224,9 @@ def row_arguments(
         labels: whether tokens may be (*lead, K): several labels a row.
     """
     lead = like.shape[:1] if lead is None else lead
-    check_flag(op, "check", check)
-    check_integer(op, "ignore_index", ignore_index)
+    if not isinstance(check, bool) or not isinstance(ignore_index, int):
+        check_flag(op, "check", check)
+        check_integer(op, "ignore_index", ignore_index)
     check_tokens(
         op,
         token_N,
@@ -237,7 +237,7 @@ def row_arguments(
         check=check,
         labels=labels,
     )
-    several = token_N.ndim > len(lead)
+    several = labels and token_N.ndim > len(lead)
     if mask is not None:
         live = live_tokens(op, mask, lead, like, check=check)
         token_N = torch.where(live[..., None] if several else live, token_N, ignore_index)
@@ -254,6 +254,8 @@ def row_arguments(
         else:
             check_vector(op, "temperature", temperature, like, n=lead)
         temperature = constant(temperature)
+        if temperature.ndim > 1:
+            temperature = temperature.reshape(-1)
     elif not isinstance(temperature, NUMBERS):
         wrong_kind(op, "temperature", temperature, "a number or a float tensor")
     elif not temperature > 0:
@@ -316,11 +318,11 @@ def loss_arguments(
     elif offsets is not None and not isinstance(offsets, Tensor):
         wrong_kind(op, "offsets", offsets, "a tensor or None")
     return LossArguments(
-        constant(behaviour_logprob_N),
-        constant(advantage_N),
-        constant(weight_N),
-        None if ref_logprob_N is None else constant(ref_logprob_N),
-        None if importance_weight_N is None else constant(importance_weight_N),
+        flat(constant(behaviour_logprob_N)),
+        flat(constant(advantage_N)),
+        flat(constant(weight_N)),
+        None if ref_logprob_N is None else flat(constant(ref_logprob_N)),
+        None if importance_weight_N is None else flat(constant(importance_weight_N)),
         offsets if by_sequence else None,
         constant(beta) if isinstance(beta, Tensor) else beta,
         constant(bonus) if isinstance(bonus, Tensor) else bonus,

@@ -52,6 +52,13 @@ def check_vector(
     optional: bool = False,
 ) -> None:
     """Check that `tensor` is (n,) or of shape n, on the device of `like`; floats unless a mask."""
+    if (
+        isinstance(tensor, Tensor)
+        and tensor.shape == n
+        and (mask or tensor.is_floating_point())
+        and tensor.device == like.device
+    ):
+        return  # what is right takes no longer than it must
     if not isinstance(tensor, Tensor):
         if tensor is None and optional:
             return

@@ -184,7 +184,7 @@ class LinearRows:
     dtype: torch.dtype
     logits_dtype: torch.dtype
     chunk_bytes: int | None
-    live_N: Tensor
+    live_N: Tensor | None  # may be None where nothing of the head trains
     wanted: Sequence[bool] = (False,) * 5
     grads: list[Tensor | None] = field(default_factory=lambda: [None] * 5)
 
@@ -273,6 +273,7 @@ class LinearRows:
         lora, d_low_NR = self.head.lora, None
         d_hidden, d_weight, d_bias, d_a, d_b = self.grads
         if any(self.wanted[1:]):
+            assert self.live_N is not None
             # Their gradient is 0, but 0 times a NaN in the hidden state is NaN.
             hidden = hidden.masked_fill(~self.live_N[chunk, None], 0)
         if lora is not None and (d_a is not None or d_b is not None):

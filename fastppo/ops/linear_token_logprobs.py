@@ -202,7 +202,8 @@ class BackwardArguments(NamedTuple):
 
 
 def _chunks(a: Arguments | BackwardArguments, wanted: tuple[bool, ...]) -> LinearRows:
-    head, live_N = Head.of(a.head).detach(), live_rows(a.rows)
+    head = Head.of(a.head).detach()
+    live_N = live_rows(a.rows) if any(wanted) else None
     hidden_ND, stat = a.hidden_ND.detach(), stat_dtype(a.hidden_ND)
     return LinearRows(hidden_ND, head, stat, a.logits_dtype, a.chunk_bytes, live_N, wanted)
 

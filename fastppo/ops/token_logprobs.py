@@ -89,7 +89,8 @@ def token_logprobs(
     if vocab_size is not None:
         logits_NV = first_words(op, logits_NV, vocab_size)
     chosen = chosen_backend(op, backend, logits_NV)
-    check_flag(op, "return_lse", return_lse)
+    if return_lse is not False:
+        check_flag(op, "return_lse", return_lse)
     rows = row_arguments(
         op,
         token_N,
@@ -111,6 +112,8 @@ def token_logprobs(
         found = _TokenLogprobs.apply(logits_NV, given, return_lse)  # type: ignore[no-untyped-call]
     else:
         found = _forward(given)
+    if len(lead) == 1 and not return_lse:
+        return TokenLogprobs(found[0], found[1])
     return token_results(rows, found, lead, return_lse)
 
 

@@ -80,7 +80,9 @@ def value_loss(
     check_vector(op, "old_value_N", old_value_N, value_N, n=lead)
     check_vector(op, "return_N", return_N, value_N, n=lead)
     check_vector(op, "weight_N", weight_N, value_N, n=lead)
-    check_number(op, "clip", clip)
+    check_number(op, "clip", clip, positive=False)
+    if clip is not None and not clip > 0:
+        raise ValueError(f"{op}: clip must be > 0 or None, came {clip}")
     chosen = chosen_backend(op, backend, value_N, old_value_N, return_N, weight_N)
     if mask is not None:
         live = live_tokens(op, mask, lead, value_N, check=False)
