@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastppo.memory.inputs import REUSED_FROM, REUSED_TO, PlanInputs
+from fastppo.memory.inputs import REUSED_FROM, REUSED_TO, WORDS_CPU, PlanInputs
 from fastppo.memory.layer import LayerSetting, TrunkMemory, trunk_memory
 from fastppo.memory.shapes import ModelShape
 from fastppo.memory.tape import FLOAT32
@@ -90,14 +90,27 @@ class Activations:
         """Bytes of the last hidden states."""
         return tokens * self.shape.hidden * self.inputs.itemsize
 
-    def logits_chunk(self, tokens: int) -> int:
-        """Bytes of the logits that exist at a time, for this number of response tokens."""
+    def logits_chunk(self, tokens: int, *, gradient: bool = False) -> int:
+        """Bytes of the logits that exist at a time, for this number of response tokens.
+
+        They are float32. Their `gradient` overwrites them, unless it has 16 bits as the head has.
+        """
         inputs, vocab = self.inputs, self.shape.vocab
-        most = max(inputs.min_chunk_rows, inputs.chunk_bytes // (vocab * inputs.itemsize))
-        rows = -(-tokens // -(-tokens // most))  # all chunks have nearly the same length
         # The definition uses float32 blocks of 2 MiB: a copy, its exponentials, a product.
         blocks = 0 if inputs.compiled_ops else 3 * min(2 * MIB, tokens * vocab * FLOAT32)
-        return rows * vocab * inputs.itemsize + blocks
+        buffers = self._chunk_buffers(tokens, gradient=gradient)
+        # On a CPU the float32 product is one of upcast hidden states and words.
+        rows = buffers[0] // (vocab * FLOAT32) + min(WORDS_CPU, vocab)
+        upcasts = inputs.device != "gpu" and inputs.itemsize != FLOAT32
+        return sum(buffers) + upcasts * rows * self.shape.hidden * FLOAT32 + blocks
+
+    def _chunk_buffers(self, tokens: int, *, gradient: bool) -> list[int]:
+        """Bytes of the logits of a chunk and, if it needs memory of its own, of their gradient."""
+        inputs, vocab = self.inputs, self.shape.vocab
+        most = max(inputs.min_chunk_rows, inputs.chunk_bytes // (vocab * FLOAT32))
+        rows = -(-tokens // -(-tokens // most))  # all chunks have nearly the same length
+        apart = gradient and inputs.itemsize != FLOAT32
+        return [rows * vocab * FLOAT32] + [rows * vocab * inputs.itemsize] * apart
 
     @property
     def reused_chunk(self) -> int:
@@ -105,8 +118,8 @@ class Activations:
         if self.inputs.config.stage != "ppo":
             return 0
         most = max(self.inputs.score_batch, self.inputs.update_batch, key=lambda b: b[0] * b[1])
-        chunk = self.logits_chunk(self.response_tokens(*most))
-        return chunk if REUSED_FROM <= chunk <= REUSED_TO else 0
+        buffers = self._chunk_buffers(self.response_tokens(*most), gradient=True)
+        return sum(size for size in buffers if REUSED_FROM <= size <= REUSED_TO)
 
     def saved_for_backward(self, trunk: TrunkMemory, layers: int) -> int:
         """Bytes that `layers` layers, except the top one, save on the device for the backward."""

@@ -18,6 +18,7 @@ from fastppo.memory.units import MIB
 CHUNK_BYTES_CPU, CHUNK_BYTES_GPU = 80 * MIB, 512 * MIB
 CHUNK_ROWS_CPU = 128
 CHUNK_ROWS_TRAINED_CPU = 256
+WORDS_CPU = 1024  # rows of a 16-bit head that are upcast at a time
 # From fastppo/ops/workspace.py: on a CPU, buffers for logits are reused if their size is between.
 REUSED_FROM, REUSED_TO = MIB, 256 * MIB
 ADAPTER_FILE = "adapter_config.json"

@@ -226,7 +226,7 @@ class Planner:
                 self.shape,
                 gathered=gathered,
                 loss=gathered,  # the gradient of the hidden states, computed in the forward
-                chunk=memory.logits_chunk(tokens),
+                chunk=memory.logits_chunk(tokens, gradient=True),
                 gradients_before=before,
                 gradients_after=actors_gradients,
             )
@@ -269,7 +269,7 @@ class Planner:
                 self.shape,
                 gathered=hidden,
                 loss=hidden,
-                chunk=memory.logits_chunk(rows * length),
+                chunk=memory.logits_chunk(rows * length, gradient=True),
                 gradients_before=gradients,
                 gradients_after=gradients,
             )

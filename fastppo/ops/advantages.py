@@ -7,18 +7,16 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from fastppo.ops.arguments import (
-    AdvantagesArguments,
+from fastppo.ops.arguments import AdvantagesArguments, chosen_backend, is_traced, stat_dtype
+from fastppo.ops.backends import BACKENDS
+from fastppo.ops.checks import (
+    check_flag,
     check_floating,
     check_offsets,
     check_scalar,
     check_unit_interval,
     check_vector,
-    chosen_backend,
-    is_traced,
-    stat_dtype,
 )
-from fastppo.ops.backends import BACKENDS
 from fastppo.ops.config import KL_KINDS, check_kl_kind
 from fastppo.ops.registered import register
 
@@ -94,12 +92,14 @@ def advantages(
     n = logprob_N.numel()
     check_vector(op, "ref_logprob_N", ref_logprob_N, logprob_N, n=n)
     check_vector(op, "value_N", value_N, logprob_N, n=n)
-    check_vector(op, "kl_N", kl_N, logprob_N, n=n)
-    check_vector(op, "extra_reward_N", extra_reward_N, logprob_N, n=n)
+    check_vector(op, "kl_N", kl_N, logprob_N, n=n, optional=True)
+    check_vector(op, "extra_reward_N", extra_reward_N, logprob_N, n=n, optional=True)
     check_offsets(op, offsets, logprob_N, n=n)
     batch = offsets.numel() - 1
     check_vector(op, "score_B", score_B, logprob_N, n=batch)
-    check_vector(op, "bootstrap_value_B", bootstrap_value_B, logprob_N, n=batch)
+    check_vector(op, "bootstrap_value_B", bootstrap_value_B, logprob_N, n=batch, optional=True)
+    check_flag(op, "whiten_rewards", whiten_rewards)
+    check_flag(op, "whiten_advantages", whiten_advantages)
     check_unit_interval(op, "gamma", gamma)
     check_unit_interval(op, "lam", lam)
     check_scalar(op, "kl_coef", kl_coef, logprob_N)

@@ -1,8 +1,4 @@
-"""Arguments of the operators, and their checks on the host.
-
-An error names the op, the argument, what was expected and what was given. Only what the host knows
-is checked (shapes, dtypes, devices), because reading a value would wait for the device.
-"""
+"""Arguments of the operators, checked, as they go on to registered operators and backends."""
 
 from __future__ import annotations
 
@@ -12,18 +8,35 @@ import torch
 from torch import Tensor
 
 from fastppo.ops import backend as backends
-from fastppo.ops.config import PolicyLossConfig, kl_kind_of
+from fastppo.ops.checks import (
+    NUMBERS,
+    check_device,
+    check_flag,
+    check_integer,
+    check_number,
+    check_offsets,
+    check_scalar,
+    check_vector,
+    show,
+    wrong_kind,
+)
+from fastppo.ops.config import PolicyLossConfig
+from fastppo.ops.shapes import flat, live_tokens
 
 IGNORE_INDEX: Final = -100
 
 
 class RowArguments(NamedTuple):
-    """What is needed to compute log-probs from logits."""
+    """What is needed to compute log-probs from logits.
+
+    With several labels a row, `token_N` has on its live rows what is no word of any vocabulary.
+    """
 
     token_N: Tensor
     temperature: float | Tensor
     softcap: float | None
     ignore_index: int
+    labels_NK: Tensor | None = None
 
 
 class LossArguments(NamedTuple):
@@ -133,6 +146,8 @@ _chosen: dict[tuple[str | None, str, bool], str] = {}
 
 def chosen_backend(op: str, backend: str | None, *tensors: Tensor | None) -> str:
     """The backend that runs `op` on these tensors; see `fastppo.ops.backend.choose`."""
+    if backend is not None and not isinstance(backend, str):
+        wrong_kind(op, "backend", backend, "a name or None")
     given = [t for t in tensors if t is not None]
     if torch.compiler.is_compiling():
         return backends.choose(op, backend, *given)
@@ -159,96 +174,27 @@ def is_traced(x: Tensor) -> bool:
     )
 
 
-def show(shape: tuple[int, ...]) -> str:
-    return "(" + ", ".join(str(n) for n in shape) + ("," if len(shape) == 1 else "") + ")"
-
-
-def check_floating(op: str, name: str, tensor: Tensor, *, ndim: int) -> None:
-    """Check that `tensor` is floating point and has `ndim` dimensions."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, came {type(tensor).__name__}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{op}: {name} must hold floats, came {tensor.dtype}")
-    if tensor.ndim != ndim:
-        letters = {1: "(N,)", 2: "two dimensions"}[ndim]
-        raise ValueError(
-            f"{op}: {name} must have {letters}, came {show(tuple(tensor.shape))}; "
-            "flatten or pack batch and time first"
-        )
-
-
-def check_vector(
-    op: str, name: str, tensor: Tensor | None, like: Tensor, *, n: int, mask: bool = False
-) -> None:
-    """Check that `tensor`, if given, is (n,), on the device of `like`, and floats unless a mask."""
-    if tensor is None:
-        return
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, came {type(tensor).__name__}")
-    if not mask and not tensor.is_floating_point():
-        raise TypeError(f"{op}: {name} must hold floats, came {tensor.dtype}")
-    if tuple(tensor.shape) != (n,):
-        raise ValueError(f"{op}: {name} must have shape ({n},), came {show(tuple(tensor.shape))}")
-    check_device(op, name, tensor, like)
-
-
-def check_device(op: str, name: str, tensor: Tensor, like: Tensor) -> None:
-    if tensor.device != like.device:
-        raise ValueError(f"{op}: {name} must be on {like.device}, came {tensor.device}; move it")
-
-
-def check_scalar(op: str, name: str, value: float | Tensor | None, like: Tensor) -> None:
-    """Check that `value` is a float, or a 0-d floating-point tensor on the device of `like`."""
-    if not isinstance(value, Tensor):
-        return
-    if value.ndim != 0:
-        raise ValueError(
-            f"{op}: {name} must be a float or a 0-d tensor, came {show(tuple(value.shape))}"
-        )
-    if not value.is_floating_point():
-        raise TypeError(f"{op}: {name} must hold a float, came {value.dtype}")
-    check_device(op, name, value, like)
-
-
-def check_unit_interval(op: str, name: str, value: float) -> None:
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{op}: {name} must lie in [0, 1], came {value}")
-
-
-def check_offsets(op: str, value: Tensor, like: Tensor, *, n: int) -> None:
-    """Check offsets: integers (B+1,), ascending from 0 to n; values are read only on the CPU."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: offsets must be a tensor, came {type(value).__name__}")
-    if value.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{op}: offsets must be int32 (or int64), came {value.dtype}")
-    if value.ndim != 1 or value.numel() < 1:
-        raise ValueError(
-            f"{op}: offsets must have shape (B+1,), came {show(tuple(value.shape))}; "
-            "it holds the start of each sequence and, last, N"
-        )
-    check_device(op, "offsets", value, like)
-    if value.device.type == "cpu" and not torch.compiler.is_compiling():
-        if int(value[0]) != 0 or int(value[-1]) != n:
-            raise ValueError(
-                f"{op}: offsets must start at 0 and end at N={n}, "
-                f"came {int(value[0])} and {int(value[-1])}"
-            )
-        if bool((value[1:] < value[:-1]).any()):
-            raise ValueError(f"{op}: offsets must ascend, came {value.tolist()}")
-
-
 def check_tokens(
-    op: str, token_N: Tensor, like: Tensor, *, n: int, vocab: int, ignore_index: int, check: bool
+    op: str,
+    token_N: Tensor,
+    like: Tensor,
+    *,
+    lead: torch.Size,
+    vocab: int,
+    ignore_index: int,
+    check: bool,
+    labels: bool = False,
 ) -> None:
-    """Check that `token_N` is integers (n,); with `check`, also that they are in range."""
+    """Check that tokens are integers of shape `lead`, or with `labels` (*lead, K); see `check`."""
     if not isinstance(token_N, Tensor):
-        raise TypeError(f"{op}: token_N must be a tensor, came {type(token_N).__name__}")
+        wrong_kind(op, "token_N", token_N, "a tensor")
     if token_N.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{op}: token_N must be int64 (or int32), came {token_N.dtype}")
-    if tuple(token_N.shape) != (n,):
+    shape = token_N.shape
+    if shape != lead and not (labels and shape[:-1] == lead):
         raise ValueError(
-            f"{op}: token_N must have shape ({n},), one entry a row, "
-            f"came {show(tuple(token_N.shape))}"
+            f"{op}: token_N must have shape {show(lead)}, one entry a row, "
+            f"came {show(tuple(shape))}"
         )
     check_device(op, "token_N", token_N, like)
     if vocab < 1:
@@ -256,10 +202,10 @@ def check_tokens(
     if check:
         wrong = ((token_N < 0) | (token_N >= vocab)) & (token_N != ignore_index)
         if bool(wrong.any()):
-            at = int(wrong.nonzero()[0])
+            at = int(wrong.flatten().nonzero()[0])
             raise ValueError(
                 f"{op}: token_N must lie in [0, {vocab}) or be {ignore_index} (ignored), "
-                f"came {int(token_N[at])} at {at}"
+                f"came {int(token_N.flatten()[at])} at {at}"
             )
 
 
@@ -273,21 +219,64 @@ def row_arguments(
     softcap: float | None,
     ignore_index: int,
     check: bool,
+    lead: torch.Size | None = None,
+    mask: Tensor | None = None,
+    logit_scale: float | None = None,
+    labels: bool = False,
 ) -> RowArguments:
-    """Check the arguments of the rows of `like` (logits or hidden states), and return them."""
-    n = like.shape[0]
-    check_tokens(op, token_N, like, n=n, vocab=vocab, ignore_index=ignore_index, check=check)
+    """Check the arguments of the rows of `like` (logits or hidden states), and return them as (N,).
+
+    Args:
+        lead: shape of the caller's tokens; None is that of the rows.
+        mask: bool or 0/1, of that shape: a token behind it is an ignored one.
+        logit_scale: the factor on the logits, before their softcap.
+        labels: whether tokens may be (*lead, K): several labels a row.
+    """
+    lead = like.shape[:1] if lead is None else lead
+    if not isinstance(check, bool) or not isinstance(ignore_index, int):
+        check_flag(op, "check", check)
+        check_integer(op, "ignore_index", ignore_index)
+    check_tokens(
+        op,
+        token_N,
+        like,
+        lead=lead,
+        vocab=vocab,
+        ignore_index=ignore_index,
+        check=check,
+        labels=labels,
+    )
+    several = labels and token_N.ndim > len(lead)
+    if mask is not None:
+        live = live_tokens(op, mask, lead, like, check=check)
+        token_N = torch.where(live[..., None] if several else live, token_N, ignore_index)
+    labels_NK = None
+    if several:
+        labels_NK = token_N.reshape(like.shape[0], token_N.shape[-1])
+        live_N = (labels_NK != ignore_index).any(1)
+        token_N = torch.where(live_N, -2 if ignore_index == -1 else -1, ignore_index)
+    elif len(lead) != 1:
+        token_N = flat(token_N)
     if isinstance(temperature, Tensor):
         if temperature.ndim == 0:
             check_scalar(op, "temperature", temperature, like)
         else:
-            check_vector(op, "temperature", temperature, like, n=n)
+            check_vector(op, "temperature", temperature, like, n=lead)
         temperature = constant(temperature)
+        if temperature.ndim > 1:
+            temperature = temperature.reshape(-1)
+    elif not isinstance(temperature, NUMBERS):
+        wrong_kind(op, "temperature", temperature, "a number or a float tensor")
     elif not temperature > 0:
         raise ValueError(f"{op}: temperature must be positive, came {temperature}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"{op}: softcap must be positive or None, came {softcap}")
-    return RowArguments(token_N, temperature, softcap, ignore_index)
+    if softcap is not None:
+        check_number(op, "softcap", softcap)
+    if logit_scale is not None:
+        check_number(op, "logit_scale", logit_scale)
+        # c tanh(s x / c) / tau = (c / s) tanh(x / (c / s)) / (tau / s)
+        temperature = temperature / logit_scale
+        softcap = None if softcap is None else softcap / logit_scale
+    return RowArguments(token_N, temperature, softcap, ignore_index, labels_NK)
 
 
 def loss_arguments(
@@ -305,15 +294,22 @@ def loss_arguments(
     config: PolicyLossConfig | None,
     grad_scale: float | Tensor | None,
     name: str = "ppo_clip",
+    lead: torch.Size | None = None,
 ) -> LossArguments:
-    """Check the loss arguments for the rows of `like` (logits or hidden states); return them."""
-    n = like.shape[0]
-    config = _PPO if config is None else config
+    """Check the loss arguments for the rows of `like` (logits or hidden states); return them.
+
+    Vectors have the shape `lead`, None is (N,); they are returned as (N,).
+    """
+    n = like.shape[:1] if lead is None else lead
+    if config is None:
+        config = _PPO
+    elif not isinstance(config, PolicyLossConfig):
+        wrong_kind(op, "config", config, "a PolicyLossConfig or None")
     check_vector(op, "behaviour_logprob_N", behaviour_logprob_N, like, n=n)
     check_vector(op, "advantage_N", advantage_N, like, n=n)
     check_vector(op, "weight_N", weight_N, like, n=n)
-    check_vector(op, "ref_logprob_N", ref_logprob_N, like, n=n)
-    check_vector(op, "importance_weight_N", importance_weight_N, like, n=n)
+    check_vector(op, "ref_logprob_N", ref_logprob_N, like, n=n, optional=True)
+    check_vector(op, "importance_weight_N", importance_weight_N, like, n=n, optional=True)
     beta = config.kl_coef if kl_coef is None else kl_coef
     bonus = config.entropy_coef if entropy_coef is None else entropy_coef
     scale = 1.0 if grad_scale is None else grad_scale
@@ -330,15 +326,19 @@ def loss_arguments(
         name = "gspo" if name == "ppo_clip" else name
     by_sequence = name in ("gspo", "gspo_token")
     if by_sequence:
+        if offsets is None and len(n) == 2:
+            offsets = torch.arange(n[0] + 1, dtype=torch.int32, device=like.device) * n[1]
         if offsets is None:
             raise ValueError(f"{op}: offsets are needed by {what}, came None")
-        check_offsets(op, offsets, like, n=n)
+        check_offsets(op, offsets, like, n=like.shape[0])
+    elif offsets is not None and not isinstance(offsets, Tensor):
+        wrong_kind(op, "offsets", offsets, "a tensor or None")
     return LossArguments(
-        None if behaviour_logprob_N is None else constant(behaviour_logprob_N),
-        constant(advantage_N),
-        constant(weight_N),
-        None if ref_logprob_N is None else constant(ref_logprob_N),
-        None if importance_weight_N is None else constant(importance_weight_N),
+        None if behaviour_logprob_N is None else flat(constant(behaviour_logprob_N)),
+        flat(constant(advantage_N)),
+        flat(constant(weight_N)),
+        None if ref_logprob_N is None else flat(constant(ref_logprob_N)),
+        None if importance_weight_N is None else flat(constant(importance_weight_N)),
         offsets if by_sequence else None,
         constant(beta) if isinstance(beta, Tensor) else beta,
         constant(bonus) if isinstance(bonus, Tensor) else bonus,
@@ -346,40 +346,13 @@ def loss_arguments(
         config.clip_low,
         config.clip_high,
         config.dual_clip,
-        kl_kind_of(op, config.kl_kind),
+        config.kl_kind,
         config.log_ratio_limit,
         name,
         config.tau_pos,
         config.tau_neg,
         config.ratio_limit,
     )
-
-
-def check_inplace(op: str, logits_NV: Tensor) -> None:
-    """Check that an op may overwrite the logits: no leaf, no expanded or overlapping memory."""
-    base = logits_NV._base
-    if logits_NV.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
-        what = "a leaf" if logits_NV.is_leaf else "a view of a leaf"
-        raise ValueError(
-            f"{op}: inplace=True needs logits that some operation made, came {what}; leave it out"
-        )
-    if _overlaps(logits_NV):
-        raise ValueError(
-            f"{op}: inplace=True needs logits of their own memory, "
-            "came an expanded or overlapping tensor; leave it out"
-        )
-    if torch.compiler.is_compiling():
-        raise ValueError(f"{op}: inplace=True does not go through torch.compile; leave it out")
-
-
-def _overlaps(x_NV: Tensor) -> bool:
-    """Whether two entries of a matrix may share memory."""
-    reach = 0  # largest offset in the dimensions seen so far, the innermost first
-    for stride, size in sorted(zip(x_NV.stride(), x_NV.shape, strict=True)):
-        if size > 1 and stride <= reach:
-            return True
-        reach += stride * (size - 1)
-    return False
 
 
 _PPO: Final = PolicyLossConfig()

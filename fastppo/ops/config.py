@@ -84,7 +84,7 @@ class PolicyLossConfig:
     def __post_init__(self) -> None:
         op = "PolicyLossConfig"
         check_clip(op, self.clip_low, self.clip_high, self.dual_clip)
-        kl_kind_of(op, self.kl_kind)
+        object.__setattr__(self, "kl_kind", kl_kind_of(op, self.kl_kind))
         if self.ratio_level not in RATIO_LEVELS:
             raise ValueError(
                 f"{op}: ratio_level must be one of {', '.join(RATIO_LEVELS)}, "

@@ -7,17 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastppo.ops.arguments import (
-    GaeArguments,
-    check_floating,
-    check_offsets,
-    check_unit_interval,
-    check_vector,
-    chosen_backend,
-    is_traced,
-    stat_dtype,
-)
+from fastppo.ops.arguments import GaeArguments, chosen_backend, is_traced, stat_dtype
 from fastppo.ops.backends import BACKENDS
+from fastppo.ops.checks import check_floating, check_offsets, check_unit_interval, check_vector
 from fastppo.ops.registered import register
 
 
@@ -64,7 +56,8 @@ def gae(
     check_offsets(op, offsets, reward_N, n=reward_N.numel())
     check_unit_interval(op, "gamma", gamma)
     check_unit_interval(op, "lam", lam)
-    check_vector(op, "bootstrap_value_B", bootstrap_value_B, reward_N, n=offsets.numel() - 1)
+    batch = offsets.numel() - 1
+    check_vector(op, "bootstrap_value_B", bootstrap_value_B, reward_N, n=batch, optional=True)
     chosen = chosen_backend(op, backend, reward_N, value_N, bootstrap_value_B)
     given = GaeArguments(reward_N, value_N, offsets, gamma, lam, bootstrap_value_B, chosen)
     with torch.no_grad():

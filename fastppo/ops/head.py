@@ -6,14 +6,13 @@ a second GEMM makes it that of the hidden states. Only a trained head costs a th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastppo.ops.arguments import check_device, check_floating, check_vector, show
 from fastppo.ops.config import HeadLora
 from fastppo.ops.rows import ChunkKernel
 from fastppo.ops.workspace import fresh
@@ -83,11 +82,24 @@ class Head:
 
     def detach(self) -> Head:
         """The same head without gradient."""
+        return self.map(Tensor.detach)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Head:
+        """The same head with each tensor changed."""
         lora = self.lora
         if lora is not None:
-            lora = HeadLora(lora.A_RD.detach(), lora.B_VR.detach(), lora.scaling)
-        bias = None if self.bias_V is None else self.bias_V.detach()
-        return Head(self.weight_VD.detach(), bias, lora)
+            lora = HeadLora(change(lora.A_RD), change(lora.B_VR), lora.scaling)
+        return Head(
+            change(self.weight_VD), None if self.bias_V is None else change(self.bias_V), lora
+        )
+
+    def first_words(self, vocab_size: int) -> Head:
+        """The head of the first words alone: views, nothing is copied."""
+        lora = self.lora
+        if lora is not None:
+            lora = HeadLora(lora.A_RD, lora.B_VR[:vocab_size], lora.scaling)
+        bias = None if self.bias_V is None else self.bias_V[:vocab_size]
+        return Head(self.weight_VD[:vocab_size], bias, lora)
 
     def logits(self, hidden_ND: Tensor, into_NV: Tensor) -> Tensor:
         """Logits of some tokens, in the dtype of `into_NV`, whatever the GEMM's operands are."""
@@ -159,44 +171,6 @@ def _widens(like: Tensor, wide: torch.dtype) -> bool:
     return _widening[key]
 
 
-def logits_dtype_of(op: str, hidden_ND: Tensor, asked: torch.dtype | None) -> torch.dtype:
-    """What the GEMM is to give: the operands' dtype, or float32 from narrower ones."""
-    own = hidden_ND.dtype
-    if asked is None or asked == own:
-        return own
-    if asked != torch.float32 or own == torch.float64:
-        raise ValueError(
-            f"{op}: logits_dtype must be that of hidden_ND, {own}, or a wider torch.float32, "
-            f"came {asked}"
-        )
-    return asked
-
-
-def check_head(op: str, hidden_ND: Tensor, head: Head, name: str = "hidden_ND") -> None:
-    """Shapes and dtypes that fit together; `name` is the argument that hidden_ND came as."""
-    check_floating(op, name, hidden_ND, ndim=2)
-    check_floating(op, "weight_VD", head.weight_VD, ndim=2)
-    check_device(op, "weight_VD", head.weight_VD, hidden_ND)
-    vocab, size = head.weight_VD.shape
-    if hidden_ND.shape[1] != size:
-        raise ValueError(
-            f"{op}: {name} must have {size} columns, as weight_VD has, came {hidden_ND.shape[1]}"
-        )
-    if hidden_ND.dtype != head.weight_VD.dtype:
-        raise TypeError(
-            f"{op}: {name} and weight_VD must have one dtype, came {hidden_ND.dtype} and "
-            f"{head.weight_VD.dtype}; cast one of them"
-        )
-    check_vector(op, "bias_V", head.bias_V, hidden_ND, n=vocab)
-    if head.lora is not None:
-        a, b = tuple(head.lora.A_RD.shape), tuple(head.lora.B_VR.shape)
-        if len(a) != 2 or b != (vocab, a[0]) or a[1] != size:
-            raise ValueError(
-                f"{op}: head_lora must be A (R, {size}) and B ({vocab}, R), "
-                f"came {show(a)} and {show(b)}"
-            )
-
-
 @dataclass
 class LinearRows:
     """Rows of logits that exist a chunk at a time. Gradients of what trains are left in `grads`.
@@ -210,7 +184,7 @@ class LinearRows:
     dtype: torch.dtype
     logits_dtype: torch.dtype
     chunk_bytes: int | None
-    live_N: Tensor
+    live_N: Tensor | None  # may be None where nothing of the head trains
     wanted: Sequence[bool] = (False,) * 5
     grads: list[Tensor | None] = field(default_factory=lambda: [None] * 5)
 
@@ -299,6 +273,7 @@ class LinearRows:
         lora, d_low_NR = self.head.lora, None
         d_hidden, d_weight, d_bias, d_a, d_b = self.grads
         if any(self.wanted[1:]):
+            assert self.live_N is not None
             # Their gradient is 0, but 0 times a NaN in the hidden state is NaN.
             hidden = hidden.masked_fill(~self.live_N[chunk, None], 0)
         if lora is not None and (d_a is not None or d_b is not None):

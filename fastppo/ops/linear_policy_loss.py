@@ -20,26 +20,17 @@ from fastppo.ops.arguments import (
 )
 from fastppo.ops.backends import BACKENDS
 from fastppo.ops.config import HeadLora, PolicyLossConfig
+from fastppo.ops.gradient_made import GradientMade, LossOutputs, save_settings, scaled
 from fastppo.ops.head import (
     Head,
     HeadArguments,
     LinearRows,
     asked,
-    check_head,
     fake_results,
-    logits_dtype_of,
 )
 from fastppo.ops.losses import POLICY_LOSSES
-from fastppo.ops.policy_loss import (
-    GradientMade,
-    LossOutputs,
-    PolicyLoss,
-    fake_outputs,
-    save_settings,
-    scaled,
-    sweep,
-    unpack,
-)
+from fastppo.ops.operands import check_chunk_bytes, logits_dtype_of, operands
+from fastppo.ops.policy_loss import PolicyLoss, fake_outputs, sweep, unpack
 from fastppo.ops.registered import register
 from fastppo.ops.surrogate import OwnLoss, sweep_by_slope, sweep_by_token
 from fastppo.ops.token_logprobs import empty_statistics
@@ -56,11 +47,14 @@ def linear_policy_loss(
     loss: str | OwnLoss = "ppo_clip",
     bias_V: Tensor | None = None,
     head_lora: HeadLora | None = None,
+    mask: Tensor | None = None,
     ref_logprob_N: Tensor | None = None,
     importance_weight_N: Tensor | None = None,
     offsets: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    logit_scale: float | None = None,
+    vocab_size: int | None = None,
     kl_coef: float | Tensor | None = None,
     entropy_coef: float | Tensor | None = None,
     config: PolicyLossConfig | None = None,
@@ -84,16 +78,17 @@ def linear_policy_loss(
         the same with an entropy bonus       3                  3                    4
         without gradient                     1
 
-    Operands are multiplied in their own dtype; autocast has no effect.
+    Under torch.autocast operands are cast as `nn.Linear` casts them.
 
     Args:
-        hidden_ND: float (N, D); differentiable.
-        weight_VD: float (V, D), of the same dtype; its gradient is computed only if it needs one.
-        token_N: int64 (N,), sampled tokens in [0, V), or `ignore_index`.
-        behaviour_logprob_N: float (N,), their log-probs under the policy that sampled; None is
+        hidden_ND: float (..., D); differentiable. N stands for the tokens' shape, whatever it is.
+        weight_VD: float (V, D), of the same dtype unless autocast makes it so; its gradient is
+            computed only if it needs one.
+        token_N: int64 (...), sampled tokens in [0, V), or `ignore_index`.
+        behaviour_logprob_N: float (...), their log-probs under the policy that sampled; None is
             on-policy, where every ratio is 1.
-        advantage_N: float (N,).
-        weight_N: float (N,); mask and aggregation in one, see `fastppo.ops.losses.weights`.
+        advantage_N: float (...).
+        weight_N: float (...); mask and aggregation in one, see `fastppo.ops.losses.weights`.
         loss: a name of `fastppo.ops.losses.POLICY_LOSSES`, whose settings are those of `config`; or
             a function (logprob_n, entropy_n, rows) -> loss_n of the tokens `rows`, a slice of the N
             tokens. It is called chunk by chunk and returns one loss a token, (n,), never reduced,
@@ -101,12 +96,11 @@ def linear_policy_loss(
             torch.compile.
         bias_V: float (V,).
         head_lora: an adapter on the head, see HeadLora.
-        chunk_bytes: largest number of bytes of logits at a time; None is the device's default.
-        logits_dtype: dtype of the GEMM's result; None is the operands' dtype, float32 avoids the
-            rounding to bf16.
-        offsets: int32 (B+1,), where each sequence starts; needed by gspo and gspo_token.
-        ref_logprob_N, importance_weight_N, temperature, softcap, kl_coef, entropy_coef, config,
-            grad_scale, check, backend: as in `policy_loss`.
+        offsets: int32 (B+1,), where each sequence starts; needed by gspo and gspo_token unless the
+            tokens are (B, T).
+        chunk_bytes, logits_dtype, vocab_size: as in `linear_token_logprobs`.
+        mask, ref_logprob_N, importance_weight_N, temperature, softcap, logit_scale, kl_coef,
+            entropy_coef, config, grad_scale, check, backend: as in `policy_loss`.
 
     Returns:
         PolicyLoss(loss, logprob_N, entropy_N, kl_N, metrics), float32 (float64 for float64 input).
@@ -125,18 +119,23 @@ def linear_policy_loss(
         raise ValueError(
             f"{op}: loss must be a function or one of {', '.join(POLICY_LOSSES)}, came {loss!r}"
         )
-    head = Head(weight_VD, bias_V, head_lora)
-    check_head(op, hidden_ND, head)
+    hidden_ND, head, lead = operands(
+        op, hidden_ND, Head(weight_VD, bias_V, head_lora), vocab_size=vocab_size
+    )
     chosen = chosen_backend(op, backend, hidden_ND)
+    check_chunk_bytes(op, chunk_bytes)
     rows = row_arguments(
         op,
         token_N,
         hidden_ND,
-        weight_VD.shape[0],
+        head.weight_VD.shape[0],
         temperature=temperature,
         softcap=softcap,
         ignore_index=ignore_index,
         check=check,
+        lead=lead,
+        mask=mask,
+        logit_scale=logit_scale,
     )
     terms = loss_arguments(
         op,
@@ -152,6 +151,7 @@ def linear_policy_loss(
         config=config,
         grad_scale=grad_scale,
         name=name,
+        lead=lead,
     )
     enabled = torch.is_grad_enabled()
     tensors = (hidden_ND, *head.tensors())
@@ -159,13 +159,13 @@ def linear_policy_loss(
     dtype = logits_dtype_of(op, hidden_ND, logits_dtype)
     given = Arguments(hidden_ND, head.arguments(), rows, terms, dtype, chunk_bytes, wanted, chosen)
     if own is not None:
-        return _eager(given, tensors, own)  # type: ignore[no-any-return]
+        return unpack(_eager(given, tensors, own), lead)
     if is_traced(hidden_ND):
-        return unpack(_registered(given).outputs())
-    return _made(given, tensors, None)
+        return unpack(_registered(given).outputs(), lead)
+    return unpack(_made(given, tensors, None), lead)
 
 
-def _made(given: Arguments, tensors: tuple[Tensor | None, ...], own: OwnLoss | None) -> PolicyLoss:
+def _made(given: Arguments, tensors: tuple[Tensor | None, ...], own: OwnLoss | None) -> LossOutputs:
     """The loss of an eager call, as a function of the tensors that want a gradient."""
     found = _forward(given, own)
     outputs = found.outputs()
@@ -174,11 +174,11 @@ def _made(given: Arguments, tensors: tuple[Tensor | None, ...], own: OwnLoss | N
         outputs = GradientMade.of(
             "linear_policy_loss", outputs, grads, given.loss, given.backend, tensors
         )
-    return unpack(outputs)
+    return outputs
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _eager(given: Arguments, tensors: tuple[Tensor | None, ...], own: OwnLoss) -> PolicyLoss:
+def _eager(given: Arguments, tensors: tuple[Tensor | None, ...], own: OwnLoss) -> LossOutputs:
     """`_made` with the caller's own loss, which a registered operator cannot hold."""
     if is_traced(given.hidden_ND):
         raise ValueError(

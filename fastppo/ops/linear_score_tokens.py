@@ -10,23 +10,18 @@ from torch import Tensor
 from fastppo.ops.arguments import (
     IGNORE_INDEX,
     RowArguments,
-    check_device,
     chosen_backend,
     is_traced,
     row_arguments,
 )
 from fastppo.ops.backends import BACKENDS, Scores
+from fastppo.ops.checks import check_device, show
 from fastppo.ops.config import HeadLora
-from fastppo.ops.head import (
-    Head,
-    HeadArguments,
-    check_head,
-    chunk_slices,
-    full_precision,
-    logits_dtype_of,
-)
+from fastppo.ops.head import Head, HeadArguments, chunk_slices, full_precision
+from fastppo.ops.operands import check_chunk_bytes, logits_dtype_of, operands
 from fastppo.ops.registered import register
 from fastppo.ops.score_tokens import empty_scores
+from fastppo.ops.shapes import in_shape
 from fastppo.ops.workspace import fresh
 
 
@@ -40,8 +35,11 @@ def linear_score_tokens(
     bias_V: Tensor | None = None,
     head_lora: HeadLora | None = None,
     ref_head_lora: HeadLora | None = None,
+    mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    logit_scale: float | None = None,
+    vocab_size: int | None = None,
     chunk_bytes: int | None = None,
     logits_dtype: torch.dtype | None = None,
     ignore_index: int = IGNORE_INDEX,
@@ -51,16 +49,16 @@ def linear_score_tokens(
     r"""`score_tokens` from two policies' hidden states, in nats; one GEMM each, no stored logits.
 
     Args:
-        hidden_ND: float (N, D), the actor's.
-        ref_hidden_ND: float (N, D'), the reference's.
+        hidden_ND: float (..., D), the actor's.
+        ref_hidden_ND: float (..., D'), the reference's.
         weight_VD: float (V, D), the head.
-        token_N: int64 (N,), in [0, V), or `ignore_index`.
+        token_N: int64 (...), in [0, V), or `ignore_index`.
         ref_weight_VD: float (V, D'), the reference's head; None is the same one.
         bias_V: float (V,), for both heads.
         head_lora, ref_head_lora: adapters on the heads, see HeadLora.
-        temperature, softcap, check, backend: as in `score_tokens`.
+        mask, temperature, softcap, logit_scale, vocab_size, check, backend: as in `score_tokens`.
         chunk_bytes: largest number of bytes of one policy's logits at a time.
-        logits_dtype: dtype of the GEMM's result; None is the operands' dtype.
+        logits_dtype: dtype of the GEMM's result; see `linear_token_logprobs`.
 
     Returns:
         Scores(logprob_N, ref_logprob_N, entropy_N, exact_kl_N), float32 (float64 for float64
@@ -73,15 +71,19 @@ def linear_score_tokens(
     op = "linear_score_tokens"
     head = Head(weight_VD, bias_V, head_lora)
     ref_head = Head(weight_VD if ref_weight_VD is None else ref_weight_VD, bias_V, ref_head_lora)
-    check_head(op, hidden_ND, head)
-    check_head(op, ref_hidden_ND, ref_head, "ref_hidden_ND")
-    chosen = chosen_backend(op, backend, hidden_ND, ref_hidden_ND)
-    n, vocab = hidden_ND.shape[0], weight_VD.shape[0]
-    if ref_hidden_ND.shape[0] != n or ref_head.weight_VD.shape[0] != vocab:
+    hidden_ND, head, lead = operands(op, hidden_ND, head, vocab_size=vocab_size)
+    ref_hidden_ND, ref_head, ref_lead = operands(
+        op, ref_hidden_ND, ref_head, vocab_size=vocab_size, prefix="ref_"
+    )
+    check_device(op, "ref_hidden_ND", ref_hidden_ND, hidden_ND)
+    vocab, ref_vocab = head.weight_VD.shape[0], ref_head.weight_VD.shape[0]
+    if ref_lead != lead or ref_vocab != vocab:
         raise ValueError(
-            f"{op}: the reference must have {n} rows and {vocab} words, "
-            f"came {ref_hidden_ND.shape[0]} and {ref_head.weight_VD.shape[0]}"
+            f"{op}: the reference must have hidden states of shape {show((*lead, 'D'))} and "
+            f"{vocab} words, came {show((*ref_lead, 'D'))} and {ref_vocab}"
         )
+    chosen = chosen_backend(op, backend, hidden_ND, ref_hidden_ND)
+    check_chunk_bytes(op, chunk_bytes)
     rows = row_arguments(
         op,
         token_N,
@@ -91,8 +93,10 @@ def linear_score_tokens(
         softcap=softcap,
         ignore_index=ignore_index,
         check=check,
+        lead=lead,
+        mask=mask,
+        logit_scale=logit_scale,
     )
-    check_device(op, "ref_hidden_ND", ref_hidden_ND, hidden_ND)
     given = Arguments(
         hidden_ND,
         head.arguments(),
@@ -105,7 +109,8 @@ def linear_score_tokens(
         chosen,
     )
     with torch.no_grad():
-        return _registered(given) if is_traced(hidden_ND) else _forward(given)
+        scores = _registered(given) if is_traced(hidden_ND) else _forward(given)
+        return scores if len(lead) == 1 else Scores(*(in_shape(x_N, lead) for x_N in scores))
 
 
 class Arguments(NamedTuple):

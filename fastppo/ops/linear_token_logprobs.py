@@ -18,6 +18,7 @@ from fastppo.ops.arguments import (
     stat_dtype,
 )
 from fastppo.ops.backends import BACKENDS, Statistics
+from fastppo.ops.checks import check_flag
 from fastppo.ops.config import HeadLora
 from fastppo.ops.head import (
     Head,
@@ -25,12 +26,18 @@ from fastppo.ops.head import (
     HeadGradients,
     LinearRows,
     asked,
-    check_head,
     fake_results,
-    logits_dtype_of,
 )
+from fastppo.ops.labels import label_logprobs
+from fastppo.ops.operands import check_chunk_bytes, logits_dtype_of, operands
 from fastppo.ops.registered import register
-from fastppo.ops.token_logprobs import TokenLogprobs, empty_statistics
+from fastppo.ops.token_logprobs import (
+    TokenLogprobs,
+    backward_at,
+    empty_statistics,
+    token_results,
+    with_label_logprobs,
+)
 
 
 def linear_token_logprobs(
@@ -40,9 +47,13 @@ def linear_token_logprobs(
     *,
     bias_V: Tensor | None = None,
     head_lora: HeadLora | None = None,
+    mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    logit_scale: float | None = None,
+    vocab_size: int | None = None,
     entropy_grad: bool = False,
+    return_lse: bool = False,
     chunk_bytes: int | None = None,
     logits_dtype: torch.dtype | None = None,
     ignore_index: int = IGNORE_INDEX,
@@ -57,53 +68,76 @@ def linear_token_logprobs(
         J_i = d logprob_i / d hidden_i
             = 1 / tau_i sum_v (1[v = token_i] - p_iv) (1 - tanh^2(x_iv / softcap)) W_v
 
-    So with a frozen weight the forward computes J, (N, D), chunk by chunk, and the backward
-    multiplies it by the gradient of each log-prob. Number of GEMMs of N x V x D:
+    (times the slope of `logit_scale`). So with a frozen weight the forward computes J, (N, D),
+    chunk by chunk, and the backward multiplies it by the gradient of each log-prob, in float32.
+    Number of GEMMs of N x V x D:
 
         frozen weight, any loss of the log-probs      2
         with entropy_grad                             1 more
         with a trained bias or head_lora              1 more, which computes the logits again
+        several labels a row                          1 more, likewise
         trained weight                                4 (`linear_policy_loss` needs 3)
         without gradient                              1
 
-    Operands are multiplied in their own dtype; autocast has no effect.
+    Under torch.autocast hidden states, weight, bias and adapter are cast as `nn.Linear` casts them;
+    gradients come back in the dtypes that were given.
+
+    N stands for the tokens' shape, whatever it is. Give the hidden states of all positions, and
+    shifted tokens whose last is ignored: `token = F.pad(input_ids[:, 1:], (0, 1), value=-100)`.
 
     Args:
-        hidden_ND: float (N, D).
-        weight_VD: float (V, D), of the same dtype.
-        token_N: int64 (N,), in [0, V), or `ignore_index`: that row gives 0 and no gradient.
+        hidden_ND: float (..., D).
+        weight_VD: float (V, D), of the same dtype unless autocast makes it so.
+        token_N: int64 (...), in [0, V), or `ignore_index`: that row gives 0 and no gradient. Or
+            (..., K), several labels a row: log-probs are (..., K) then.
         bias_V: float (V,).
         head_lora: an adapter on the head, see HeadLora.
-        temperature: > 0, a float or a float tensor () or (N,).
+        mask: bool, or integers 0 and 1, (...): tokens behind it are ignored ones.
+        temperature: > 0, a float or a float tensor () or (...).
         softcap: > 0, or None for none.
+        logit_scale: > 0, the factor on the logits before their softcap (Cohere's `logit_scale`, 1 /
+            Granite's `logits_scaling`); None for none.
+        vocab_size: number of words of a padded head: rows of the weight past it are no tokens, and
+            their gradient is 0. The weight is not copied. None is V.
         entropy_grad: whether the entropy is differentiable; if not, it is detached.
-        chunk_bytes: largest number of bytes of logits at a time, and with entropy_grad as many for
-            their gradient; None is the device's default.
-        logits_dtype: dtype of the GEMM's result; None is the operands' dtype, float32 avoids the
-            rounding to bf16.
+        return_lse: whether to give log sum exp of the scaled, capped and tempered logits too.
+        chunk_bytes: largest number of bytes of logits at a time; their gradient takes as many with
+            entropy_grad, and half as many if float32 logits are those of 16-bit operands. None is
+            the device's default.
+        logits_dtype: dtype of the GEMM's result. None is float32 for 16-bit operands, and otherwise
+            their dtype. The operands' own 16 bits are faster where the memory of the logits counts,
+            and round them: of bfloat16 a log-prob is off by 5e-3 to 1e-2, and a ratio by as much.
         check: whether to check the range of tokens, which waits for the device.
         backend: "triton", "native" or "torch"; None chooses by device.
 
     Returns:
-        TokenLogprobs(logprob_N, entropy_N), float32 (float64 for float64 hidden states).
+        TokenLogprobs(logprob_N, entropy_N, lse_N), float32 (float64 for float64 hidden states).
 
     Raises:
         ValueError: shapes that disagree, a setting out of range, a backend that cannot run.
         TypeError: inputs of the wrong kind, hidden states and weight of different dtypes.
     """
     op = "linear_token_logprobs"
-    head = Head(weight_VD, bias_V, head_lora)
-    check_head(op, hidden_ND, head)
+    hidden_ND, head, lead = operands(
+        op, hidden_ND, Head(weight_VD, bias_V, head_lora), vocab_size=vocab_size
+    )
     chosen = chosen_backend(op, backend, hidden_ND)
+    check_flag(op, "entropy_grad", entropy_grad)
+    check_flag(op, "return_lse", return_lse)
+    check_chunk_bytes(op, chunk_bytes)
     rows = row_arguments(
         op,
         token_N,
         hidden_ND,
-        weight_VD.shape[0],
+        head.weight_VD.shape[0],
         temperature=temperature,
         softcap=softcap,
         ignore_index=ignore_index,
         check=check,
+        lead=lead,
+        mask=mask,
+        logit_scale=logit_scale,
+        labels=True,
     )
     dtype, enabled = logits_dtype_of(op, hidden_ND, logits_dtype), torch.is_grad_enabled()
     tensors = (hidden_ND, *head.tensors())
@@ -112,12 +146,14 @@ def linear_token_logprobs(
         hidden_ND, head.arguments(), rows, dtype, chunk_bytes, entropy_grad, wanted, chosen
     )
     if is_traced(hidden_ND):
-        logprob_N, entropy_N, *_ = _registered(given)
+        found = _registered(given)
     elif any(wanted):
-        logprob_N, entropy_N = _LinearTokenLogprobs.apply(*tensors, given)  # type: ignore[no-untyped-call]
+        found = _LinearTokenLogprobs.apply(*tensors, given, return_lse)  # type: ignore[no-untyped-call]
     else:
-        logprob_N, entropy_N, *_ = _forward(given)
-    return TokenLogprobs(logprob_N, entropy_N if entropy_grad else entropy_N.detach())
+        found = _forward(given)
+    logprob_N, entropy_N, *rest = found
+    entropy_N = entropy_N if entropy_grad else entropy_N.detach()
+    return token_results(rows, (logprob_N, entropy_N, *rest), lead, return_lse)
 
 
 class Arguments(NamedTuple):
@@ -136,13 +172,13 @@ class Arguments(NamedTuple):
     def by_slope(self) -> bool:
         """Whether the forward computes the gradient of the hidden states."""
         hidden, weight, *_ = self.wanted
-        return hidden and not weight
+        return hidden and not weight and self.rows.labels_NK is None
 
 
 class Outputs(NamedTuple):
     """Results of the registered operator: statistics, and slopes, which may be empty."""
 
-    logprob_N: Tensor
+    logprob_N: Tensor  # (N, K) with several labels a row
     entropy_N: Tensor
     row_max_N: Tensor
     sum_exp_N: Tensor
@@ -166,7 +202,8 @@ class BackwardArguments(NamedTuple):
 
 
 def _chunks(a: Arguments | BackwardArguments, wanted: tuple[bool, ...]) -> LinearRows:
-    head, live_N = Head.of(a.head).detach(), live_rows(a.rows)
+    head = Head.of(a.head).detach()
+    live_N = live_rows(a.rows) if any(wanted) else None
     hidden_ND, stat = a.hidden_ND.detach(), stat_dtype(a.hidden_ND)
     return LinearRows(hidden_ND, head, stat, a.logits_dtype, a.chunk_bytes, live_N, wanted)
 
@@ -175,10 +212,15 @@ def _forward(a: Arguments) -> Outputs:
     stats, kernels = empty_statistics(a.hidden_ND, a.backend), BACKENDS[a.backend]
     slopes = _empty_slopes(a)
     if not a.by_slope:
-        _chunks(a, (False,) * 5).visit(
-            lambda at, x_NV, _: kernels.token_logprobs(x_NV, a.rows, at, stats), write=False
-        )
-        return Outputs(*stats, *slopes)
+        labelled = with_label_logprobs(stats, a.rows)
+
+        def kernel(at: slice, x_NV: Tensor, _: Tensor | None) -> None:
+            kernels.token_logprobs(x_NV, a.rows, at, stats)
+            if a.rows.labels_NK is not None:
+                labelled.logprob_N[at] = label_logprobs(x_NV, a.rows, at, stats)
+
+        _chunks(a, (False,) * 5).visit(kernel, write=False)
+        return Outputs(*labelled, *slopes)
     one_N = torch.ones_like(stats.logprob_N)
     # Only the last one may overwrite the logits.
     derived: list[tuple[Tensor, Tensor | None, Tensor | None]] = [(slopes[0], one_N, None)]
@@ -209,7 +251,7 @@ def _backward(a: BackwardArguments) -> HeadGradients:
 
     def kernel(at: slice, x_NV: Tensor, out_NV: Tensor | None) -> None:
         assert out_NV is not None
-        kernels.token_logprobs_backward(x_NV, out_NV, a.rows, at, a.stats, a.g_N, a.h_N)
+        backward_at(kernels, x_NV, out_NV, a.rows, at, a.stats, a.g_N, a.h_N)
 
     chunks.visit(kernel, write=True)
     return chunks.results()
@@ -227,6 +269,7 @@ def _save(ctx: Any, a: Arguments, found: Outputs) -> None:
     operands = (a.hidden_ND, head.weight_VD, head.bias_V, head.lora_A_RD, head.lora_B_VR)
     ctx.save_for_backward(
         rows.token_N,
+        rows.labels_NK,
         tau if by_tensor else None,
         *(operands if again else (None,) * len(operands)),
         *found,
@@ -234,9 +277,10 @@ def _save(ctx: Any, a: Arguments, found: Outputs) -> None:
 
 
 def _gradients(ctx: Any, g_N: Tensor | None, h_N: Tensor | None) -> tuple[Tensor | None, ...]:
-    token_N, tau, hidden_ND, weight_VD, bias_V, a_RD, b_VR, *found = ctx.saved_tensors
+    token_N, labels_NK, tau, hidden_ND, weight_VD, bias_V, a_RD, b_VR, *found = ctx.saved_tensors
     tau = ctx.temperature if tau is None else tau
-    rows, outputs = RowArguments(token_N, tau, ctx.softcap, ctx.ignore_index), Outputs(*found)
+    rows = RowArguments(token_N, tau, ctx.softcap, ctx.ignore_index, labels_NK)
+    outputs = Outputs(*found)
     wanted = tuple(bool(needed) for needed in ctx.needs_input_grad[:5])
     grads: tuple[Tensor | None, ...] = (None,) * 5
     h_N = h_N if ctx.entropy_grad else None
@@ -290,16 +334,22 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         lora_A_RD: Tensor | None,
         lora_B_VR: Tensor | None,
         a: Arguments,
-    ) -> tuple[Tensor, Tensor]:
+        with_statistics: bool,
+    ) -> tuple[Tensor, ...]:
         found = _forward(a)
         ctx.set_materialize_grads(False)
         _save(ctx, a, found)
-        return found.logprob_N, found.entropy_N
+        if not with_statistics:
+            return found.logprob_N, found.entropy_N
+        ctx.mark_non_differentiable(found.row_max_N, found.sum_exp_N)
+        return tuple(found[:4])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g_N: Tensor | None, h_N: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (*_gradients(ctx, g_N, h_N), None)
+    def backward(
+        ctx: Any, g_N: Tensor | None, h_N: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
+        return (*_gradients(ctx, g_N, h_N), None, None)
 
 
 _registered = register(
@@ -307,7 +357,9 @@ _registered = register(
     Arguments,
     Outputs,
     _forward,
-    lambda a: Outputs(*empty_statistics(a.hidden_ND, a.backend), *_empty_slopes(a)),
+    lambda a: Outputs(
+        *with_label_logprobs(empty_statistics(a.hidden_ND, a.backend), a.rows), *_empty_slopes(a)
+    ),
     results=2,
     save=_save,
     backward=_gradients,

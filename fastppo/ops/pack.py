@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastppo.ops.arguments import show
+from fastppo.ops.checks import show, wrong_kind
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ def pack(mask_BT: Tensor) -> Packing:
     Raises:
         ValueError: the mask does not have two dimensions.
     """
+    if not isinstance(mask_BT, Tensor):
+        wrong_kind("pack", "mask_BT", mask_BT, "a tensor")
     if mask_BT.ndim != 2:
         raise ValueError(f"pack: mask_BT must have shape (B, T), came {show(tuple(mask_BT.shape))}")
     live = mask_BT != 0

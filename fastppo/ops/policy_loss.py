@@ -12,8 +12,6 @@ from fastppo.ops.arguments import (
     IGNORE_INDEX,
     LossArguments,
     RowArguments,
-    check_floating,
-    check_inplace,
     chosen_backend,
     is_traced,
     loss_arguments,
@@ -21,9 +19,12 @@ from fastppo.ops.arguments import (
     stat_dtype,
 )
 from fastppo.ops.backends import BACKENDS, LossRows
+from fastppo.ops.checks import check_flag, check_inplace
 from fastppo.ops.config import PolicyLossConfig
+from fastppo.ops.gradient_made import GradientMade, LossOutputs, save_settings, scaled
 from fastppo.ops.registered import register
 from fastppo.ops.rows import ChunkKernel, Chunks
+from fastppo.ops.shapes import first_words, in_shape, rows_and_lead
 from fastppo.ops.surrogate import TERMS, PolicyMetrics, sweep_by_sequence, sweep_by_token
 from fastppo.ops.token_logprobs import empty_statistics
 from fastppo.ops.workspace import fresh_like
@@ -46,11 +47,14 @@ def policy_loss(
     advantage_N: Tensor,
     weight_N: Tensor,
     *,
+    mask: Tensor | None = None,
     ref_logprob_N: Tensor | None = None,
     importance_weight_N: Tensor | None = None,
     offsets: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    logit_scale: float | None = None,
+    vocab_size: int | None = None,
     kl_coef: float | Tensor | None = None,
     entropy_coef: float | Tensor | None = None,
     config: PolicyLossConfig | None = None,
@@ -71,17 +75,21 @@ def policy_loss(
     its live tokens), so splitting a batch into micro-batches changes only rounding.
 
     Args:
-        logits_NV: float (N, V), any strides; -inf is masked vocabulary. The only differentiable
-            input.
-        token_N: int64 (N,), sampled tokens in [0, V), or `ignore_index`, which acts as weight 0.
-        behaviour_logprob_N: float (N,), their log-probs under the policy that sampled.
-        advantage_N: float (N,).
-        weight_N: float (N,); rows of weight 0 are neither read nor counted, their gradient is 0.
-        ref_logprob_N: float (N,), needed if kl_coef is not 0.
-        importance_weight_N: float (N,), scales the surrogate alone (truncated importance sampling).
-        offsets: int32 (B+1,), where each sequence starts; needed by ratio_level="sequence".
-        temperature: > 0, a float or a float tensor () or (N,): the sampling temperature.
-        softcap: > 0, or None for none.
+        logits_NV: float (..., V), any strides; -inf is masked vocabulary. The only differentiable
+            input. N stands for the tokens' shape, whatever it is.
+        token_N: int64 (...), sampled tokens in [0, V), or `ignore_index`, which acts as weight 0.
+            Give all logits and shifted tokens, as `token_logprobs` says.
+        behaviour_logprob_N: float (...), their log-probs under the policy that sampled.
+        advantage_N: float (...).
+        weight_N: float (...); rows of weight 0 are neither read nor counted, their gradient is 0.
+        mask: bool, or integers 0 and 1, (...): tokens behind it have weight 0.
+        ref_logprob_N: float (...), needed if kl_coef is not 0.
+        importance_weight_N: float (...), scales the surrogate alone (truncated importance
+            sampling).
+        offsets: int32 (B+1,), where each sequence starts; needed by ratio_level="sequence", unless
+            tokens are (B, T): then each row is a sequence.
+        temperature: > 0, a float or a float tensor () or (...): the sampling temperature.
+        softcap, logit_scale, vocab_size: as in `token_logprobs`.
         kl_coef, entropy_coef: a float or 0-d tensor that replaces the configuration's.
         config: clipping and regularisers; None is PPO's own, PolicyLossConfig().
         inplace: whether to write the gradient over the logits (or the memory that they are a view
@@ -105,7 +113,11 @@ def policy_loss(
         PolicyLossConfig.
     """
     op = "policy_loss"
-    check_floating(op, "logits_NV", logits_NV, ndim=2)
+    given_NV = logits_NV
+    logits_NV, lead = rows_and_lead(op, "logits_NV", logits_NV)
+    if vocab_size is not None:
+        logits_NV = first_words(op, logits_NV, vocab_size)
+    check_flag(op, "inplace", inplace)
     chosen = chosen_backend(op, backend, logits_NV)
     rows = row_arguments(
         op,
@@ -116,6 +128,9 @@ def policy_loss(
         softcap=softcap,
         ignore_index=ignore_index,
         check=check,
+        lead=lead,
+        mask=mask,
+        logit_scale=logit_scale,
     )
     loss = loss_arguments(
         op,
@@ -130,34 +145,28 @@ def policy_loss(
         entropy_coef=entropy_coef,
         config=config,
         grad_scale=grad_scale,
+        lead=lead,
     )
     need_grad = torch.is_grad_enabled() and logits_NV.requires_grad
     given = Arguments(logits_NV, rows, loss, need_grad, chosen)
     if inplace and need_grad:
-        check_inplace(op, logits_NV)
-        return unpack(LossOutputs(*_PolicyLossInPlace.apply(logits_NV, given)[:5]))  # type: ignore[no-untyped-call]
+        check_inplace(op, given_NV, logits_NV)
+        found = _PolicyLossInPlace.apply(logits_NV, given)  # type: ignore[no-untyped-call]
+        return unpack(LossOutputs(*found[:5]), lead)
     if is_traced(logits_NV):
-        return unpack(_registered(given).outputs())
-    found = _forward(given)
-    outputs = found.outputs()
+        return unpack(_registered(given).outputs(), lead)
+    made = _forward(given)
+    outputs = made.outputs()
     if need_grad:
-        outputs = GradientMade.of(op, outputs, (found.grad_NV,), loss, chosen, (logits_NV,))
-    return unpack(outputs)
+        outputs = GradientMade.of(op, outputs, (made.grad_NV,), loss, chosen, (logits_NV,))
+    return unpack(outputs, lead)
 
 
-class LossOutputs(NamedTuple):
-    """The outputs of a loss besides gradients; `metrics` are PolicyMetrics as one vector."""
-
-    loss: Tensor
-    logprob_N: Tensor
-    entropy_N: Tensor
-    kl_N: Tensor
-    metrics: Tensor
-
-
-def unpack(outputs: LossOutputs) -> PolicyLoss:
-    """Convert to the public PolicyLoss; its metrics are slices of the vector."""
+def unpack(outputs: LossOutputs, lead: torch.Size) -> PolicyLoss:
+    """Convert to the public PolicyLoss, whose metrics are slices of the vector."""
     loss, logprob_N, entropy_N, kl_N, vector = outputs
+    if len(lead) != 1:
+        logprob_N, entropy_N, kl_N = (in_shape(x, lead) for x in (logprob_N, entropy_N, kl_N))
     return PolicyLoss(loss, logprob_N, entropy_N, kl_N, PolicyMetrics(*vector.unbind(0)))
 
 
@@ -246,38 +255,6 @@ def fake_outputs(like: Tensor) -> LossOutputs:
     return LossOutputs(loss, into.logprob_N, into.entropy_N, into.kl_N, metrics)
 
 
-def save_settings(ctx: Any, loss: LossArguments, backend: str) -> None:
-    """Save on autograd's context what `scaled` needs."""
-    ctx.scale, ctx.backend, ctx.taken = loss.grad_scale, backend, False
-
-
-def scaled(
-    op: str, ctx: Any, grads: tuple[Tensor | None, ...], grad_loss: Tensor
-) -> tuple[Tensor | None, ...]:
-    """The forward's gradients times grad_loss / grad_scale, which is usually 1.
-
-    They are scaled in place, so a second backward is an error (except with the definition). With
-    factor 1 no pass over memory is made; on a GPU the device decides that, not the host.
-    """
-    made = [grad for grad in grads if grad is not None]
-    if made and is_traced(made[0]):
-        factor = grad_loss / ctx.scale
-        return tuple(None if grad is None else (grad * factor).to(grad.dtype) for grad in grads)
-    if ctx.backend == "torch":
-        factor = grad_loss / ctx.scale
-        if factor.device.type == "cpu" and factor.item() == 1.0:
-            return grads
-        return tuple(None if grad is None else grad * factor for grad in grads)
-    if ctx.taken:
-        raise RuntimeError(
-            f"{op}: a second backward, whose gradient the first one took; call {op} again"
-        )
-    ctx.taken = True
-    for grad in made:
-        BACKENDS[ctx.backend].scale_unless_one(grad.detach(), grad_loss, ctx.scale)
-    return grads
-
-
 def _forward(a: Arguments) -> Outputs:
     logits_NV = a.logits_NV.detach()
     grad_NV = fresh_like(logits_NV) if a.need_grad else logits_NV.new_empty(0)
@@ -299,47 +276,6 @@ def _gradients(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_loss is None or not ctx.needs_input_grad[0]:
         return (None,)
     return scaled("policy_loss", ctx, ctx.saved_tensors, grad_loss)
-
-
-class GradientMade(torch.autograd.Function):
-    """A loss whose gradients for `leaves` were computed in the forward; None if unwanted.
-
-    Eager calls of both losses use it, because torch.library costs more than the kernel.
-    """
-
-    @classmethod
-    def of(
-        cls,
-        op: str,
-        outputs: LossOutputs,
-        grads: tuple[Tensor | None, ...],
-        loss: LossArguments,
-        backend: str,
-        leaves: tuple[Tensor | None, ...],
-    ) -> LossOutputs:
-        """The outputs with a loss that autograd knows as a function of `leaves`."""
-        made = cls.apply(op, outputs, grads, loss, backend, *leaves)  # type: ignore[no-untyped-call]
-        return outputs._replace(loss=made)
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        op: str,
-        outputs: LossOutputs,
-        grads: tuple[Tensor | None, ...],
-        loss: LossArguments,
-        backend: str,
-        *leaves: Tensor | None,
-    ) -> Tensor:
-        ctx.op = op
-        save_settings(ctx, loss, backend)
-        ctx.save_for_backward(*grads)
-        return outputs.loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        return (*(None,) * 5, *scaled(ctx.op, ctx, ctx.saved_tensors, grad_loss))
 
 
 class _PolicyLossInPlace(torch.autograd.Function):

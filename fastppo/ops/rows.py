@@ -32,7 +32,8 @@ _BLOCK_BYTES_DEVICE = 256 << 20
 class RowSpec:
     """What a row needs besides its logits.
 
-    `token_N` is in [0, V) on every row; a row that is not live is computed and thrown away.
+    `token_N` is in [0, V), or below 0 on a row with several labels, which are added elsewhere. A
+    row that is not live is computed and thrown away.
     """
 
     token_N: Tensor
@@ -63,9 +64,11 @@ class RowStats(NamedTuple):
 
     logprob: Tensor  # (n,), 0 on rows that are not live
     entropy: Tensor  # (n,), likewise
+    row_max: Tensor  # (n, 1), max z
     shifted: Tensor  # (n, V), z - max z, no -inf left in it
     exp: Tensor  # (n, V), exp(z - max z)
-    sum_exp: Tensor  # (n, 1), sum exp(z - max z)
+    total: Tensor  # (n, 1), sum exp(z - max z)
+    sum_exp: Tensor  # (n, 1), the same, 1 where that is 0
     log_sum_exp: Tensor  # (n, 1), its logarithm
     row_entropy: Tensor  # (n, 1)
     slope: Tensor | None  # (n, V), 1 - tanh^2, with a softcap
@@ -87,19 +90,21 @@ def statistics(x_NV: Tensor, spec: RowSpec) -> RowStats:
     row_max = x_NV.amax(-1, keepdim=True)
     # A row of nothing but masked vocabulary has no probabilities: lp -inf, entropy 0, no NaN.
     x_NV.sub_(row_max.masked_fill_(row_max == float("-inf"), 0.0))
-    sampled = x_NV.gather(1, spec.token_N[:, None])
+    sampled = x_NV.gather(1, spec.token_N.clamp(min=0)[:, None])
     x_NV.clamp_(min=_FLOOR)
     exp = x_NV.exp()
-    sum_exp = exp.sum(-1, keepdim=True)
-    sum_exp.masked_fill_(sum_exp == 0, 1.0)
+    total = exp.sum(-1, keepdim=True)
+    sum_exp = total.masked_fill(total == 0, 1.0)
     log_sum_exp = sum_exp.log()
     entropy = log_sum_exp - (exp * x_NV).sum(-1, keepdim=True) / sum_exp
     dead = ~spec.live_N
     return RowStats(
         logprob=(sampled - log_sum_exp).squeeze(1).masked_fill_(dead, 0.0),
         entropy=entropy.squeeze(1).masked_fill(dead, 0.0),
+        row_max=row_max,
         shifted=x_NV,
         exp=exp,
+        total=total,
         sum_exp=sum_exp,
         log_sum_exp=log_sum_exp,
         row_entropy=entropy,
@@ -121,7 +126,8 @@ def gradient(stats: RowStats, spec: RowSpec, g_N: Tensor, h_N: Tensor | None) ->
         # -p (g + h (log p + H)), with log p = shifted - log_sum_exp
         inner = stats.shifted.mul_(h).add_(g + h * (stats.row_entropy - stats.log_sum_exp))
         p_or_dx.mul_(inner.neg_())
-    p_or_dx.scatter_add_(1, spec.token_N[:, None], g)
+    own_g = g.masked_fill(spec.token_N[:, None] < 0, 0.0)
+    p_or_dx.scatter_add_(1, spec.token_N.clamp(min=0)[:, None], own_g)
     if stats.slope is not None:
         p_or_dx.mul_(stats.slope)
     return p_or_dx.masked_fill_(~spec.live_N[:, None], 0.0)

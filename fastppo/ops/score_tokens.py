@@ -10,16 +10,15 @@ from torch import Tensor
 from fastppo.ops.arguments import (
     IGNORE_INDEX,
     RowArguments,
-    check_device,
-    check_floating,
     chosen_backend,
     is_traced,
     row_arguments,
-    show,
     stat_dtype,
 )
 from fastppo.ops.backends import BACKENDS, Scores
+from fastppo.ops.checks import check_device, show
 from fastppo.ops.registered import register
+from fastppo.ops.shapes import first_words, in_shape, rows_and_lead
 
 
 def score_tokens(
@@ -27,8 +26,11 @@ def score_tokens(
     ref_logits_NV: Tensor,
     token_N: Tensor,
     *,
+    mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    logit_scale: float | None = None,
+    vocab_size: int | None = None,
     ignore_index: int = IGNORE_INDEX,
     check: bool = False,
     backend: str | None = None,
@@ -38,11 +40,12 @@ def score_tokens(
         exact_kl = sum_v p_v (log p_v - log q_v)
 
     Args:
-        logits_NV: float (N, V), the actor's; -inf is masked vocabulary, whose terms are 0.
-        ref_logits_NV: float (N, V), the reference's.
-        token_N: int64 (N,), in [0, V), or `ignore_index`.
-        temperature: > 0, a float or a float tensor () or (N,), for both.
-        softcap: > 0, or None for none, for both.
+        logits_NV: float (..., V), the actor's; -inf is masked vocabulary, whose terms are 0.
+        ref_logits_NV: float (..., V), the reference's.
+        token_N: int64 (...), in [0, V), or `ignore_index`.
+        mask: bool, or integers 0 and 1, (...): tokens behind it are ignored ones.
+        temperature: > 0, a float or a float tensor () or (...), for both.
+        softcap, logit_scale, vocab_size: as in `token_logprobs`, for both.
         check: whether to check the range of tokens, which waits for the device.
         backend: "triton", "native" or "torch"; None chooses by device.
 
@@ -55,15 +58,19 @@ def score_tokens(
         TypeError: logits that are not floating point, tokens that are not integers.
     """
     op = "score_tokens"
-    check_floating(op, "logits_NV", logits_NV, ndim=2)
-    check_floating(op, "ref_logits_NV", ref_logits_NV, ndim=2)
-    chosen = chosen_backend(op, backend, logits_NV, ref_logits_NV)
-    if ref_logits_NV.shape != logits_NV.shape:
+    shape = logits_NV.shape if isinstance(logits_NV, Tensor) else None
+    logits_NV, lead = rows_and_lead(op, "logits_NV", logits_NV)
+    if isinstance(ref_logits_NV, Tensor) and ref_logits_NV.shape != shape:
         raise ValueError(
             f"{op}: ref_logits_NV must have the shape of logits_NV, "
-            f"{show(tuple(logits_NV.shape))}, came {show(tuple(ref_logits_NV.shape))}"
+            f"{show(tuple(shape or ()))}, came {show(tuple(ref_logits_NV.shape))}"
         )
+    ref_logits_NV, _ = rows_and_lead(op, "ref_logits_NV", ref_logits_NV)
     check_device(op, "ref_logits_NV", ref_logits_NV, logits_NV)
+    if vocab_size is not None:
+        logits_NV = first_words(op, logits_NV, vocab_size)
+        ref_logits_NV = first_words(op, ref_logits_NV, vocab_size)
+    chosen = chosen_backend(op, backend, logits_NV, ref_logits_NV)
     rows = row_arguments(
         op,
         token_N,
@@ -73,10 +80,14 @@ def score_tokens(
         softcap=softcap,
         ignore_index=ignore_index,
         check=check,
+        lead=lead,
+        mask=mask,
+        logit_scale=logit_scale,
     )
     given = Arguments(logits_NV, ref_logits_NV, rows, chosen)
     with torch.no_grad():
-        return _registered(given) if is_traced(logits_NV) else _forward(given)
+        scores = _registered(given) if is_traced(logits_NV) else _forward(given)
+        return scores if len(lead) == 1 else Scores(*(in_shape(x_N, lead) for x_N in scores))
 
 
 class Arguments(NamedTuple):

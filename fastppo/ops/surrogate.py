@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from fastppo.ops.arguments import LossArguments, RowArguments, live_rows, show
+from fastppo.ops.arguments import LossArguments, RowArguments, live_rows
+from fastppo.ops.checks import show
 from fastppo.ops.losses import POLICY_LOSSES, TokenLoss
 from fastppo.ops.losses.kl import kl_and_slope
 from fastppo.ops.losses.tokens import importance_ratio, tokens

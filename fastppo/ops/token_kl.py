@@ -8,23 +8,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastppo.ops.arguments import (
-    check_floating,
-    check_vector,
-    chosen_backend,
-    constant,
-    is_traced,
-    stat_dtype,
-)
+from fastppo.ops.arguments import chosen_backend, constant, is_traced, stat_dtype
 from fastppo.ops.backends import BACKENDS
+from fastppo.ops.checks import NUMBERS, check_floating, check_vector, wrong_kind
 from fastppo.ops.config import KL_KINDS, check_kl_kind
 from fastppo.ops.registered import register
+from fastppo.ops.shapes import flat, in_shape, live_tokens
 
 
 def token_kl(
     logprob_N: Tensor,
     ref_logprob_N: Tensor,
     *,
+    mask: Tensor | None = None,
     kind: str = "k1",
     log_ratio_limit: float = 20.0,
     backend: str | None = None,
@@ -38,9 +34,10 @@ def token_kl(
     clamped.
 
     Args:
-        logprob_N: float (N,), log-prob of the sampled token; differentiable. -inf (masked
+        logprob_N: float (...), log-prob of the sampled token; differentiable. -inf (masked
             vocabulary) gives 0.
-        ref_logprob_N: float (N,), its log-prob under the reference; no gradient.
+        ref_logprob_N: float (...), its log-prob under the reference; no gradient.
+        mask: bool, or integers 0 and 1, (...): tokens behind it are not read, and give 0.
         kind: "k1", "abs", "k2" or "k3".
         log_ratio_limit: k3 clamps d to +-this; > 0.
         backend: "triton", "native" or "torch"; None chooses by device.
@@ -57,17 +54,26 @@ def token_kl(
     op = "token_kl"
     if kind not in KL_KINDS:
         check_kl_kind(op, kind)
-    check_floating(op, "logprob_N", logprob_N, ndim=1)
-    check_vector(op, "ref_logprob_N", ref_logprob_N, logprob_N, n=logprob_N.numel())
+    check_floating(op, "logprob_N", logprob_N)
+    lead = logprob_N.shape
+    check_vector(op, "ref_logprob_N", ref_logprob_N, logprob_N, n=lead)
+    if not isinstance(log_ratio_limit, NUMBERS):
+        wrong_kind(op, "log_ratio_limit", log_ratio_limit, "a number")
     if not log_ratio_limit > 0:
         raise ValueError(f"{op}: log_ratio_limit must be > 0, came {log_ratio_limit}")
     chosen = chosen_backend(op, backend, logprob_N, ref_logprob_N)
-    given = Arguments(logprob_N, constant(ref_logprob_N), kind, log_ratio_limit, chosen)
+    if mask is not None:
+        live = live_tokens(op, mask, lead, logprob_N, check=False)
+        logprob_N = torch.where(live, logprob_N, float("-inf"))
+    logprob_N = flat(logprob_N)
+    given = Arguments(logprob_N, flat(constant(ref_logprob_N)), kind, log_ratio_limit, chosen)
     if is_traced(logprob_N):
-        return _registered(given).kl_N
-    if logprob_N.requires_grad and torch.is_grad_enabled():
-        return cast(Tensor, _TokenKl.apply(logprob_N, given))  # type: ignore[no-untyped-call]
-    return _forward(given).kl_N
+        kl_N = _registered(given).kl_N
+    elif logprob_N.requires_grad and torch.is_grad_enabled():
+        kl_N = cast(Tensor, _TokenKl.apply(logprob_N, given))  # type: ignore[no-untyped-call]
+    else:
+        kl_N = _forward(given).kl_N
+    return in_shape(kl_N, lead)
 
 
 class Arguments(NamedTuple):

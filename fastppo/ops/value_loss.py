@@ -8,16 +8,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastppo.ops.arguments import (
-    check_floating,
-    check_vector,
-    chosen_backend,
-    constant,
-    is_traced,
-    stat_dtype,
-)
+from fastppo.ops.arguments import chosen_backend, constant, is_traced, stat_dtype
 from fastppo.ops.backends import BACKENDS
+from fastppo.ops.checks import check_floating, check_number, check_vector
 from fastppo.ops.registered import register
+from fastppo.ops.shapes import flat, live_tokens
 
 
 class ValueMetrics(NamedTuple):
@@ -53,6 +48,7 @@ def value_loss(
     return_N: Tensor,
     weight_N: Tensor,
     *,
+    mask: Tensor | None = None,
     clip: float | None = 0.2,
     backend: str | None = None,
 ) -> ValueLoss:
@@ -61,10 +57,11 @@ def value_loss(
         1/2 sum_i w_i max((v - R)^2, (clip(v, v_old - c, v_old + c) - R)^2)
 
     Args:
-        value_N: float (N,), V of the state before each token; differentiable.
-        old_value_N: float (N,), the same at rollout.
-        return_N: float (N,).
-        weight_N: float (N,), mask and aggregation in one; tokens of weight 0 are not read.
+        value_N: float (...), V of the state before each token; differentiable.
+        old_value_N: float (...), the same at rollout.
+        return_N: float (...).
+        weight_N: float (...), mask and aggregation in one; tokens of weight 0 are not read.
+        mask: bool, or integers 0 and 1, (...): tokens behind it are not read either.
         clip: c > 0, in the reward's units; None is the plain squared error.
         backend: "triton", "native" or "torch"; None chooses by device.
 
@@ -78,15 +75,20 @@ def value_loss(
     Source: Huang et al. 2022, The 37 Implementation Details of PPO, detail 9.
     """
     op = "value_loss"
-    check_floating(op, "value_N", value_N, ndim=1)
-    n = value_N.numel()
-    check_vector(op, "old_value_N", old_value_N, value_N, n=n)
-    check_vector(op, "return_N", return_N, value_N, n=n)
-    check_vector(op, "weight_N", weight_N, value_N, n=n)
+    check_floating(op, "value_N", value_N)
+    lead = value_N.shape
+    check_vector(op, "old_value_N", old_value_N, value_N, n=lead)
+    check_vector(op, "return_N", return_N, value_N, n=lead)
+    check_vector(op, "weight_N", weight_N, value_N, n=lead)
+    check_number(op, "clip", clip, positive=False)
     if clip is not None and not clip > 0:
         raise ValueError(f"{op}: clip must be > 0 or None, came {clip}")
     chosen = chosen_backend(op, backend, value_N, old_value_N, return_N, weight_N)
-    others = (constant(old_value_N), constant(return_N), constant(weight_N))
+    if mask is not None:
+        live = live_tokens(op, mask, lead, value_N, check=False)
+        weight_N = torch.where(live, weight_N, 0)
+    others = (flat(constant(old_value_N)), flat(constant(return_N)), flat(constant(weight_N)))
+    value_N = flat(value_N)
     given = Arguments(value_N, *others, clip, chosen)
     if is_traced(value_N):
         loss, vector, _ = _registered(given)

@@ -7,14 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastppo.ops.arguments import (
-    check_floating,
-    check_vector,
-    chosen_backend,
-    is_traced,
-    stat_dtype,
-)
+from fastppo.ops.arguments import chosen_backend, is_traced, stat_dtype
 from fastppo.ops.backends import BACKENDS
+from fastppo.ops.checks import check_flag, check_floating, check_vector, wrong_kind
 from fastppo.ops.registered import register
 
 
@@ -64,7 +59,7 @@ def moments(x_N: Tensor, *, weight_N: Tensor | None = None, backend: str | None 
     """
     op = "moments"
     check_floating(op, "x_N", x_N, ndim=1)
-    check_vector(op, "weight_N", weight_N, x_N, n=x_N.numel(), mask=True)
+    check_vector(op, "weight_N", weight_N, x_N, n=x_N.numel(), mask=True, optional=True)
     given = MomentsArguments(x_N, weight_N, chosen_backend(op, backend, x_N))
     with torch.no_grad():
         found = _registered_moments(given) if is_traced(x_N) else _moments(given)
@@ -129,7 +124,10 @@ def whiten(
     """
     op = "whiten"
     check_floating(op, "x_N", x_N, ndim=1)
-    check_vector(op, "weight_N", weight_N, x_N, n=x_N.numel(), mask=True)
+    check_vector(op, "weight_N", weight_N, x_N, n=x_N.numel(), mask=True, optional=True)
+    check_flag(op, "shift_mean", shift_mean)
+    if moments is not None and not isinstance(moments, Moments):
+        wrong_kind(op, "moments", moments, "a Moments or None")
     chosen, dtype = chosen_backend(op, backend, x_N), stat_dtype(x_N)
     vector = None if moments is None else torch.stack([x.to(dtype) for x in moments])
     given = Arguments(x_N, weight_N, vector, shift_mean, chosen)

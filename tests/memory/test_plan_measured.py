@@ -36,6 +36,7 @@ from fastppo.memory.inputs import (
     CHUNK_ROWS_TRAINED_CPU,
     REUSED_FROM,
     REUSED_TO,
+    WORDS_CPU,
     PlanInputs,
 )
 from fastppo.memory.layer import LayerSetting, trunk_memory
@@ -312,11 +313,13 @@ def test_the_head_chunks_of_the_plan_are_those_of_the_operators():
     assert head._CHUNK_BYTES_DEVICE == CHUNK_BYTES_GPU
     assert (workspace.SMALLEST, workspace.LARGEST) == (REUSED_FROM, REUSED_TO)
     shape = TABLE["Qwen/Qwen2.5-7B"]
-    chunks = head.chunk_slices(4096, shape.vocab, torch.bfloat16, torch.device("cuda"), None)
+    assert head._WORDS == WORDS_CPU
+    # Logits are float32, and their gradient has the 16 bits of the head.
+    chunks = head.chunk_slices(4096, shape.vocab, torch.float32, torch.device("cuda"), None)
     rows = max(chunk.stop - chunk.start for chunk in chunks)
     inputs = plan_inputs(per_device_train_batch_size=4, bf16=True)
     (loss,) = [m for m in make_plan(inputs, Shapes(shape)).peaks if m.name == "the actor's loss"]
-    assert loss.rows["head chunk"] == rows * shape.vocab * 2
+    assert loss.rows["head chunk"] == rows * shape.vocab * (4 + 2)
 
 
 def test_the_peak_that_a_run_prints_counts_tensors_and_no_evaluation(config: Callable[..., Any]):

@@ -42,6 +42,8 @@ def optional(name: str, kind: str, seed: int) -> Any:
         return HeadLora(drawn("RD", seed), drawn("VR", seed + 1), 0.5)
     if kind.startswith("Moments"):
         return moments(drawn("N", seed), backend="torch")
+    if name == "mask":  # every second token of an odd number is dead
+        return torch.arange(SHAPE.n) % 2 == 0
     if name == "temperature":
         return drawn("N", seed)
     if name == "offsets":

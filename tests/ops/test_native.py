@@ -205,11 +205,15 @@ def test_without_the_library_it_says_so_once_and_runs(monkeypatch):
         gae(torch.ones(3), torch.ones(3), torch.tensor([0, 3]), backend="native")
 
 
-# Of a call from hidden states besides: the head, and the operator over logits that it shares.
-OVER_LOGITS = {
-    "linear_policy_loss": {"head", "policy_loss"},
-    "linear_token_logprobs": {"head", "token_logprobs"},
-    "linear_score_tokens": {"head", "score_tokens"},
+# Every operator's arguments are checked and flattened.
+ARGUMENTS = {"arguments", "checks", "shapes"}
+# What some calls enter besides: of a loss, autograd's node; from hidden states, the operands of the
+# GEMM, and the operator over logits whose results they share.
+BESIDES = {
+    "policy_loss": {"gradient_made"},
+    "linear_policy_loss": {"gradient_made", "head", "operands", "policy_loss"},
+    "linear_token_logprobs": {"head", "operands", "token_logprobs"},
+    "linear_score_tokens": {"head", "operands", "score_tokens"},
 }
 
 
@@ -231,6 +235,6 @@ def test_a_call_goes_through_its_operator_its_arguments_and_its_backend_alone(op
     finally:
         sys.setprofile(None)
     entered -= {"oracle", Path(__file__).stem}
-    allowed = {op.name, "arguments", "native", *OVER_LOGITS.get(op.name, ())}
+    allowed = {op.name, *ARGUMENTS, "native", *BESIDES.get(op.name, ())}
     assert {op.name, "arguments", "native"} <= entered
     assert entered - {"workspace"} <= allowed

@@ -152,7 +152,7 @@ def test_double_backward_is_refused():
         (
             {"logits_NV": torch.zeros(2, 3, 4)},
             ValueError,
-            r"logits_NV must have two dimensions, came \(2, 3, 4\)",
+            r"token_N must have shape \(2, 3\), one entry a row, came \(2,\)",
         ),
         (
             {"logits_NV": torch.zeros(2, 3).long()},

@@ -19,11 +19,14 @@ from fastppo.ops.arguments import (
 
 
 class Statistics(NamedTuple):
-    """Results of each row (N,); the definition leaves row_max and sum_exp empty."""
+    """Results of each row (N,); several labels of a row make log-probs (N, K).
+
+    The definition leaves row_max and sum_exp empty.
+    """
 
     logprob_N: Tensor
     entropy_N: Tensor
-    row_max_N: Tensor  # the largest logit
+    row_max_N: Tensor  # the largest logit, after the softcap and before the temperature
     sum_exp_N: Tensor  # sum of exp((logit - row_max) / temperature)
 
 
@@ -37,7 +40,7 @@ class LossRows(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Results of each row (N,), in nats, without gradient; 0 for ignored rows."""
+    """Results in the shape of the tokens, in nats, without gradient; 0 for ignored tokens."""
 
     logprob_N: Tensor
     ref_logprob_N: Tensor

@@ -53,10 +53,15 @@ def token_logprobs(
 ) -> None:
     """Write the statistics of the rows `at` into `into`; rows of weight 0 are not read."""
     dtype = into.logprob_N.dtype
-    spec, logprob_N, entropy_N = _spec(rows, at, dtype, weight_N), into.logprob_N[at], into[1][at]
+    spec, own = _spec(rows, at, dtype, weight_N), Statistics(*(x_N[at] for x_N in into))
     for block in block_slices(x_NV, dtype):
-        found = statistics(private(x_NV[block], dtype), spec.at(block))
-        logprob_N[block], entropy_N[block] = found.logprob, found.entropy
+        here = spec.at(block)
+        found = statistics(private(x_NV[block], dtype), here)
+        own.logprob_N[block], own.entropy_N[block] = found.logprob, found.entropy
+        # Of logits as they are before the temperature, as the kernels leave it.
+        row_max, dead = found.row_max.squeeze(1) * here.temperature, ~here.live_N
+        own.row_max_N[block] = row_max.masked_fill(dead, 0.0)
+        own.sum_exp_N[block] = found.total.squeeze(1).masked_fill(dead, 0.0)
 
 
 def token_logprobs_backward(

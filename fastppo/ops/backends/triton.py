@@ -231,8 +231,7 @@ def scale_unless_one(x: Tensor, factor: Tensor, divisor: float | Tensor) -> None
     """Multiply x by factor / divisor in place, without waiting; x may have any strides."""
     if not x.numel():
         return
-    # A contiguous tensor is treated as one long row.
-    x_MN = x.view(1, -1) if x.is_contiguous() else x
+    x_MN = x.view(1, -1) if x.is_contiguous() else x  # without gaps: one long row
     rows, columns = x_MN.shape
     block = 4096
     blocks = -(-columns // block)

@@ -7,7 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from fastppo.ops.arguments import check_device, show
+from fastppo.ops.checks import check_device, show
 from fastppo.ops.losses.tokens import check_form, check_same, check_sequences, sequence_total
 
 AGGREGATIONS: Final = (

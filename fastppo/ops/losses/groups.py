@@ -7,7 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from fastppo.ops.arguments import check_floating
+from fastppo.ops.checks import check_floating
 
 GROUP_ADVANTAGES: Final = ("grpo", "dr_grpo", "rloo", "reinforce++_baseline")
 SCALES: Final = ("group", "batch", "none")

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastppo.ops.arguments import check_device, check_offsets, show, stat_dtype
+from fastppo.ops.arguments import stat_dtype
+from fastppo.ops.checks import check_device, check_offsets, show
 
 
 class Tokens(NamedTuple):

@@ -1,0 +1,487 @@
+"""What callers of other trainers give the operators: batches, masks, padded heads, autocast."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastppo.ops import (
+    HeadLora,
+    PolicyLossConfig,
+    linear_policy_loss,
+    linear_score_tokens,
+    linear_token_logprobs,
+    policy_loss,
+    score_tokens,
+    token_kl,
+    token_logprobs,
+    value_loss,
+)
+from tests.ops.oracle import place, run, tensors
+from tests.ops.registry import OPS, Op, Shape, make_hidden
+
+F64 = torch.float64
+SHAPE = Shape(n=6, vocab=19, hidden=5)
+MASKED = [op for op in OPS.values() if "mask" in inspect.signature(op.function).parameters]
+EVERY_MASKED = pytest.mark.parametrize("op", MASKED, ids=lambda op: op.name)
+ON_LOGITS = ("token_logprobs", "policy_loss", "score_tokens")
+# One entry a token, with whatever follows it.
+BY_TOKEN = ("_N", "_NV", "_ND")
+
+
+def by_token(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    return {k: x for k, x in inputs.items() if isinstance(x, Tensor) and k.endswith(BY_TOKEN)}
+
+
+def in_batches(inputs: dict[str, Any], *lead: int) -> dict[str, Any]:
+    """The inputs with the tokens in that shape."""
+    return inputs | {k: x.reshape(*lead, *x.shape[1:]) for k, x in by_token(inputs).items()}
+
+
+def test_every_operator_over_tokens_takes_a_mask():
+    assert {op.name for op in MASKED} == set(OPS) - {"gae", "whiten", "advantages"}
+
+
+@EVERY_MASKED
+@pytest.mark.parametrize("lead", [(2, 3), (1, 6), (3, 1, 2)])
+def test_a_batch_gives_what_its_rows_give_in_its_own_shape(op, lead, backend):
+    inputs = place(op.make_inputs(SHAPE, torch.float32, 0), backend)
+    values, grads = run(op, op.function, inputs, backend=backend)
+    got, got_grads = run(op, op.function, in_batches(inputs, *lead), backend=backend)
+    for a, b in zip(got, values, strict=True):
+        assert a.shape == (lead if b.ndim else ())
+        assert torch.equal(a.reshape(b.shape), b)
+    for a, b in zip(got_grads, grads, strict=True):
+        assert torch.equal(a.reshape(b.shape), b)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [op.name for op in MASKED if "token_N" in by_token(op.make_inputs(SHAPE, torch.float32, 0))],
+)
+def test_one_token_alone_has_no_shape(name, backend):
+    op = OPS[name]
+    inputs = place(op.make_inputs(Shape(n=1, vocab=19, hidden=5), torch.float32, 0), backend)
+    want = run(op, op.function, inputs, backend=backend)[0]
+    one = inputs | {k: x.squeeze(0) for k, x in by_token(inputs).items()}
+    for a, b in zip(run(op, op.function, one, backend=backend)[0], want, strict=True):
+        assert a.shape == ()
+        assert a == b.squeeze()
+
+
+@EVERY_MASKED
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64])
+def test_a_masked_batch_gives_what_its_packed_tokens_give(op, dtype, backend):
+    """Dead tokens hold NaN in every argument, and tokens that are no words."""
+    inputs = place(op.make_inputs(SHAPE, torch.float32, 0), backend)
+    live = torch.tensor([1, 0, 1, 1, 0, 1], dtype=torch.bool)
+    packed = inputs | {k: x[live.to(x.device)] for k, x in by_token(inputs).items()}
+    values, grads = run(op, op.function, packed, even=True, backend=backend)
+    poisoned = dict(inputs)
+    for name, x in by_token(inputs).items():
+        poisoned[name] = x.clone()
+        poisoned[name][~live.to(x.device)] = float("nan") if x.is_floating_point() else 10**6
+    mask = live.view(2, 3).to(dtype)
+    mask = place({"mask": mask}, backend)["mask"]
+    given = in_batches(poisoned, 2, 3) | {"mask": mask}
+    got, got_grads = run(op, op.function, given, even=True, backend=backend)
+    rounding = {"atol": 2e-6, "rtol": 2e-6}  # of a GEMM of other rows, and of sums
+    for a, b in zip(got, values, strict=True):
+        if b.ndim:
+            torch.testing.assert_close(a.flatten()[live], b, **rounding)
+            assert not a.flatten()[~live].any()
+        else:
+            torch.testing.assert_close(a, b, **rounding)
+    for a, b in zip(got_grads, grads, strict=True):
+        flat = a.reshape(6, *b.shape[1:])
+        torch.testing.assert_close(flat[live], b, **rounding)
+        assert not flat[~live].any()
+
+
+def test_a_mask_holds_in_metrics_and_ratios_by_sequence(backend):
+    inputs = place(OPS["policy_loss"].make_inputs(SHAPE, torch.float32, 1), backend)
+    live = torch.tensor([1, 1, 0, 1, 0, 0], dtype=torch.bool, device=inputs["token_N"].device)
+    config = PolicyLossConfig(ratio_level="sequence")
+    packed = inputs | {k: x[live] for k, x in by_token(inputs).items()}
+    offsets = torch.tensor([0, 2, 3], dtype=torch.int32, device=live.device)
+    want = policy_loss(**packed, config=config, offsets=offsets, backend=backend)
+    # Each row of a batch is a sequence.
+    batch = in_batches(inputs, 2, 3)
+    got = policy_loss(**batch, config=config, mask=live.view(2, 3), backend=backend)
+    torch.testing.assert_close(got.loss, want.loss)
+    assert got.metrics.count == want.metrics.count == 3
+
+
+def test_nothing_is_copied_where_rows_are_a_view():
+    """A (B, T, V) tensor reaches the kernel in its own memory; a part of its positions cannot."""
+    seen: list[Tensor] = []
+    logits, token = torch.randn(2, 3, 7), torch.randint(7, (2, 3))
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            if func is torch.ops.fastppo.token_logprobs.default:
+                seen.append(args[0])
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        token_logprobs(logits, token)
+        token_logprobs(logits[:, :-1], token[:, 1:])
+    assert seen[0].data_ptr() == logits.data_ptr()
+    assert seen[1].data_ptr() != logits.data_ptr()
+
+
+@pytest.mark.parametrize("name", ["token_logprobs", "linear_token_logprobs"])
+def test_shifted_labels_of_all_positions_give_what_a_slice_gives(name, backend):
+    op = OPS[name]
+    inputs = place(op.make_inputs(SHAPE, torch.float32, 2), backend)
+    inputs = in_batches(inputs, 2, 3)
+    (leaf,) = op.differentiable
+    token = inputs.pop("token_N")
+    shifted = F.pad(token[:, 1:], (0, 1), value=-100)
+    found = []
+    for cut, labels in ((slice(None), shifted), (slice(-1), token[:, 1:])):
+        x = inputs[leaf].detach().requires_grad_()
+        given = inputs | {leaf: x[:, cut]}
+        logprob = op.function(**given, token_N=labels, backend=backend).logprob_N
+        logprob.square().sum().backward()
+        found.append((logprob[:, :2], x.grad))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-6, rtol=2e-6)
+    assert not found[0][1][:, -1].any()
+
+
+# Padded heads.
+
+
+@pytest.mark.parametrize("name", ["token_logprobs", "policy_loss", "score_tokens"])
+def test_columns_past_vocab_size_are_no_tokens(name, backend):
+    op = OPS[name]
+    inputs = place(op.make_inputs(SHAPE, torch.float32, 3), backend)
+    values, grads = run(op, op.function, inputs, backend=backend)
+    wide = dict(inputs)
+    for key in ("logits_NV", "ref_logits_NV"):
+        if key in inputs:
+            wide[key] = F.pad(inputs[key], (0, 5), value=50.0)
+    got, got_grads = run(op, op.function, wide, vocab_size=19, backend=backend)
+    for a, b in zip(got, values, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(got_grads, grads, strict=True):
+        assert torch.equal(a[:, :19], b)
+        assert not a[:, 19:].any()
+
+
+@pytest.mark.parametrize("mode", ["frozen", "trained"])
+@pytest.mark.parametrize("function", [linear_token_logprobs, linear_policy_loss])
+def test_rows_of_a_padded_head_are_no_tokens_and_get_no_gradient(function, mode, backend):
+    """Zero rows of a padded head take part in the softmax: five of them changed a loss by 2.5%."""
+    op = OPS[function.__name__]
+    inputs = place(op.make_inputs(SHAPE, torch.float32, 4), backend)
+    device = inputs["token_N"].device
+    bias, low = torch.linspace(-1, 1, 19, device=device), torch.ones(2, 5, device=device)
+    up = torch.linspace(-1, 1, 38, device=device).view(19, 2)
+
+    def grads(padding: int, **keywords: Any) -> list[Tensor]:
+        given = dict(inputs)
+        own = [inputs["hidden_ND"].clone(), F.pad(inputs["weight_VD"], (0, 0, 0, padding))]
+        own += [F.pad(bias, (0, padding)), low.clone(), F.pad(up, (0, 0, 0, padding))]
+        for leaf in own if mode == "trained" else own[:1]:
+            leaf.requires_grad_()
+        given |= {"hidden_ND": own[0], "weight_VD": own[1], "bias_V": own[2]}
+        given["head_lora"] = HeadLora(own[3], own[4], 0.5)
+        found = function(**given, backend=backend, **keywords)
+        (found.loss if op.loss else found.logprob_N.sum()).backward()
+        assert all(leaf.grad.shape == leaf.shape for leaf in own if leaf.requires_grad)
+        return [found[0], *(leaf.grad for leaf in own if leaf.requires_grad)]
+
+    for a, b in zip(grads(5, vocab_size=19), grads(0), strict=True):
+        rows = a.shape[0] - b.shape[0] if a.ndim else 0
+        torch.testing.assert_close(a[: b.shape[0]] if a.ndim else a, b, atol=1e-6, rtol=1e-6)
+        assert not rows or not a[-rows:].any()
+    assert not torch.allclose(grads(5)[0], grads(0)[0])
+
+
+def test_a_padded_weight_is_not_copied():
+    inputs = make_hidden(Shape(n=4, vocab=4096, hidden=256), torch.float32, 0)
+    weight = inputs["weight_VD"]
+    with torch.profiler.profile(profile_memory=True) as profile:
+        linear_token_logprobs(**inputs, vocab_size=4000)
+    made = max(event.self_cpu_memory_usage for event in profile.key_averages())
+    assert made < weight.numel() * 4 / 8
+
+
+def test_scoring_takes_heads_of_two_paddings():
+    inputs = OPS["linear_score_tokens"].make_inputs(SHAPE, F64, 0)
+    want = linear_score_tokens(**inputs)
+    weight = inputs["weight_VD"]
+    padded = inputs | {
+        "weight_VD": F.pad(weight, (0, 0, 0, 3)),
+        "ref_weight_VD": F.pad(weight, (0, 0, 0, 5)),
+    }
+    for a, b in zip(linear_score_tokens(**padded, vocab_size=19), want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# Several labels a row, log-sum-exp, the scale of logits.
+
+
+def top_labels(shape: Shape, k: int) -> Tensor:
+    """(N, K) labels, an ignored one, a row of none but ignored ones, and one word twice."""
+    generator = torch.Generator().manual_seed(7)
+    label = torch.randint(shape.vocab, (shape.n, k), generator=generator)
+    label[0, 1], label[2], label[3, 0] = -100, -100, label[3, 1]
+    return label
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("name", ["token_logprobs", "linear_token_logprobs"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_several_labels_a_row_are_gathered_from_one_softmax(name, softcap, trained, backend):
+    op, label = OPS[name], top_labels(SHAPE, 3)
+    dtype = F64 if backend == "torch" else torch.float32
+    inputs = op.make_inputs(SHAPE, dtype, 5)
+    leaves = [inputs[op.differentiable[0]]]
+    if name.startswith("linear") and trained:
+        leaves.append(inputs["weight_VD"])
+    for leaf in leaves:
+        leaf.requires_grad_()
+    x = inputs["hidden_ND"] @ inputs["weight_VD"].T if "hidden_ND" in inputs else leaves[0]
+    tau = torch.linspace(0.5, 2, SHAPE.n, dtype=dtype)
+    z = (x if softcap is None else softcap * torch.tanh(x / softcap)) / tau[:, None]
+    log_p = z.log_softmax(-1)
+    want = log_p.gather(1, label.clamp(min=0)).masked_fill(label < 0, 0)
+    entropy = -(log_p.exp() * log_p).sum(-1).masked_fill((label < 0).all(1), 0)
+    weight = torch.linspace(-1, 2, want.numel(), dtype=dtype).view_as(want)
+    want_grads = torch.autograd.grad((want * weight).sum() + entropy.square().sum(), leaves)
+
+    device = place({"x": label}, backend)["x"].device
+    given = place(inputs, backend) | {"token_N": label.to(device), "temperature": tau.to(device)}
+    if name.startswith("linear"):
+        given["entropy_grad"] = True
+    got = op.function(**given, softcap=softcap, backend=backend)
+    loss = (got.logprob_N * weight.to(device)).sum() + got.entropy_N.square().sum()
+    got_grads = torch.autograd.grad(loss, leaves)
+    close = {"atol": 1e-11, "rtol": 1e-11} if dtype == F64 else {"atol": 2e-6, "rtol": 2e-5}
+    torch.testing.assert_close(got.logprob_N.cpu(), want, **close)
+    torch.testing.assert_close(got.entropy_N.cpu(), entropy, **close)
+    for a, b in zip(got_grads, want_grads, strict=True):
+        torch.testing.assert_close(a.cpu(), b, **close)
+
+
+def test_one_label_in_a_column_is_the_label_alone(backend):
+    inputs = place(OPS["token_logprobs"].make_inputs(SHAPE, torch.float32, 6), backend)
+    alone = token_logprobs(**inputs, backend=backend)
+    column = inputs | {"token_N": inputs["token_N"][:, None]}
+    got = token_logprobs(**column, backend=backend)
+    torch.testing.assert_close(got.logprob_N[:, 0], alone.logprob_N, atol=1e-6, rtol=1e-6)
+    assert torch.equal(got.entropy_N, alone.entropy_N)
+
+
+def test_a_label_of_masked_vocabulary_is_impossible_and_passes_no_gradient(backend):
+    logits = torch.tensor([[0.0, float("-inf"), 1.0]], requires_grad=True)
+    label = torch.tensor([[0, 1]])
+    given = place({"logits_NV": logits, "token_N": label}, backend)
+    got = token_logprobs(**given, backend=backend).logprob_N
+    assert got[0, 1] == float("-inf")
+    (grad,) = torch.autograd.grad(got.masked_fill(got.isinf(), 0).sum(), logits)
+    p = torch.tensor([0.0, 1.0]).softmax(0)
+    torch.testing.assert_close(grad[0], torch.stack([1 - p[0], torch.tensor(0.0), -p[1]]))
+
+
+@pytest.mark.parametrize("name", ["token_logprobs", "linear_token_logprobs"])
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_lse_is_the_normaliser_of_what_the_softmax_sees(name, labels, grad, backend):
+    op = OPS[name]
+    inputs = place(op.make_inputs(SHAPE, torch.float32, 7), backend)
+    x = (
+        inputs["hidden_ND"] @ inputs["weight_VD"].T
+        if "hidden_ND" in inputs
+        else inputs["logits_NV"]
+    ).double()
+    inputs["token_N"][1] = -100
+    if labels:
+        inputs["token_N"] = torch.stack([inputs["token_N"]] * 2, 1)
+    if grad:
+        inputs[op.differentiable[0]].requires_grad_()
+    got = op.function(
+        **inputs, temperature=0.7, softcap=4.0, logit_scale=0.5, return_lse=True, backend=backend
+    )
+    want = (4 * torch.tanh(0.5 * x / 4) / 0.7).logsumexp(-1).detach()
+    want[1] = 0
+    assert not got.lse_N.requires_grad
+    assert got.logprob_N.requires_grad == grad
+    torch.testing.assert_close(got.lse_N.double(), want, atol=2e-6, rtol=2e-6)
+    assert op.function(**inputs, backend=backend).lse_N is None
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@EVERY_MASKED
+def test_logit_scale_is_a_factor_before_the_softcap(op, softcap, backend):
+    """As in transformers: logits = lm_head(h) * scale, then the cap, then the temperature."""
+    if "logit_scale" not in inspect.signature(op.function).parameters:
+        return
+    inputs = place(op.make_inputs(SHAPE, torch.float32, 8), backend)
+    scaled = dict(inputs)
+    for key in ("logits_NV", "ref_logits_NV", "weight_VD"):
+        if key in inputs:
+            scaled[key] = inputs[key] * 0.25
+    settings = {"softcap": softcap, "temperature": 0.8, "backend": backend}
+    got = run(op, op.function, inputs, logit_scale=0.25, **settings)
+    want = run(op, op.function, scaled, **settings)
+    factor = 0.25 if "logits_NV" in inputs else 1
+    for a, b in zip([*got[0], *got[1]], [*want[0], *(x * factor for x in want[1])], strict=True):
+        torch.testing.assert_close(a, b, atol=2e-6, rtol=2e-5)
+
+
+# Precision.
+
+
+def test_autocast_casts_operands_as_linear_does(backend):
+    """Then log-probs are those of nn.Linear and log_softmax, and nearer to the exact ones."""
+    if backend == "triton":
+        pytest.skip("operands are cast above the kernels")
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(16, 37)
+    hidden = torch.randn(2, 9, 16, generator=generator)
+    token = torch.randint(37, (2, 9), generator=generator)
+    low, up = torch.randn(2, 16, generator=generator), torch.randn(37, 2, generator=generator)
+    for given in (hidden, hidden.bfloat16()):
+        leaves = [
+            given.clone(),
+            layer.weight.detach().clone(),
+            layer.bias.detach().clone(),
+            low,
+            up,
+        ]
+        leaves = [x.detach().clone().requires_grad_() for x in leaves]
+        h, w, b, a, c = leaves
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = F.linear(h, w, b) + 0.5 * F.linear(F.linear(h, a), c)
+            theirs = logits.log_softmax(-1).gather(-1, token[..., None])[..., 0]
+            ours = linear_token_logprobs(
+                h, w, token, bias_V=b, head_lora=HeadLora(a, c, 0.5), backend=backend
+            ).logprob_N
+        exact_h, exact_w, exact_b, exact_a, exact_c = (x.bfloat16().double() for x in leaves)
+        logits = F.linear(exact_h, exact_w, exact_b)
+        logits = logits + 0.5 * F.linear(F.linear(exact_h, exact_a), exact_c)
+        exact = logits.log_softmax(-1).gather(-1, token[..., None])[..., 0].detach()
+        own, other = ((x.detach() - exact).abs().max() for x in (ours, theirs))
+        assert own <= other
+        assert own < 0.05  # the adapter's inner activations are rounded, as theirs are
+        their_grads = torch.autograd.grad(theirs.sum(), leaves)
+        for leaf, mine, x in zip(
+            leaves, torch.autograd.grad(ours.sum(), leaves), their_grads, strict=True
+        ):
+            assert mine.dtype == leaf.dtype
+            torch.testing.assert_close(mine, x, atol=0.02 * float(x.abs().max()), rtol=0.05)
+
+
+def test_without_autocast_two_dtypes_stay_an_error():
+    inputs = make_hidden(SHAPE, torch.float32, 0)
+    inputs["hidden_ND"] = inputs["hidden_ND"].bfloat16()
+    with pytest.raises(TypeError, match=r"must have one dtype, .*torch.autocast"):
+        linear_token_logprobs(**inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear_token_logprobs(**inputs).logprob_N.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_log_probs_of_16_bit_operands_are_within_verls_tolerance(dtype, backend):
+    """1e-3 of float32 arithmetic on the same operands; 16-bit logits are not."""
+    shape = Shape(n=8 if backend == "triton" else 32, vocab=2048, hidden=64)
+    inputs = place(make_hidden(shape, dtype, 0), backend)
+    inputs["weight_VD"] = inputs["weight_VD"] * 4
+    wide = inputs["hidden_ND"].float() @ inputs["weight_VD"].float().T
+    want = wide.log_softmax(-1).gather(1, inputs["token_N"][:, None])[:, 0]
+    got = linear_token_logprobs(**inputs, backend=backend).logprob_N
+    assert (got - want).abs().max() < 1e-3
+    fast = linear_token_logprobs(**inputs, logits_dtype=dtype, backend=backend).logprob_N
+    assert (fast - want).abs().max() > 1e-3
+
+
+def test_a_loss_scale_past_float16_is_multiplied_before_the_cast(backend):
+    """g alone is no float16; g times the slope is one, and comes back to the last place."""
+    inputs = place(make_hidden(SHAPE, torch.float16, 2), backend)
+    inputs["weight_VD"] = inputs["weight_VD"] / 64
+    leaf = inputs["hidden_ND"].requires_grad_()
+    logprob = linear_token_logprobs(**inputs, backend=backend).logprob_N
+    (one,) = torch.autograd.grad(logprob.sum(), leaf, retain_graph=True)
+    (scaled,) = torch.autograd.grad(2.0**17 * logprob.sum(), leaf)
+    fits = one.float().abs() < 65504 / 2**17
+    assert fits.any()
+    assert torch.equal(scaled.float()[fits], one.float()[fits] * 2**17)
+
+
+# Wrong kinds.
+
+KINDS: dict[str, Any] = {
+    "None": None,
+    "a list": [1.0, 2.0],
+    "a string": "1",
+    "a float": 0.5,
+    "integers": torch.tensor([[3]]),
+}
+# What is right all the same.
+FLOATS = ("temperature", "softcap", "logit_scale", "clip", "kl_coef", "entropy_coef", "grad_scale")
+FLOATS = (*FLOATS, "log_ratio_limit", "gamma", "lam")
+
+
+def accepts(op: Op, name: str, kind: str) -> bool:
+    parameter = inspect.signature(op.function).parameters[name]
+    if kind == "None":
+        return "None" in str(parameter.annotation)
+    if (name, kind) == ("offsets", "integers"):
+        return "None" in str(parameter.annotation)  # not read where no ratio is by sequence
+    return kind == "a float" and name in FLOATS
+
+
+ARGUMENTS = [
+    pytest.param(op, name, kind, id=f"{op.name}-{name}-{kind}")
+    for op in OPS.values()
+    for name in inspect.signature(op.function).parameters
+    for kind in KINDS
+    if not accepts(op, name, kind)
+]
+
+
+@pytest.mark.parametrize(("op", "name", "kind"), ARGUMENTS)
+def test_a_wrong_kind_is_refused_in_words(op, name, kind):
+    inputs = op.make_inputs(SHAPE, torch.float32, 0) | {name: KINDS[kind]}
+    with pytest.raises((TypeError, ValueError)) as error:
+        op.function(**inputs)
+    message = str(error.value)
+    said = {"kind": "KL kind", "kl_kind": "KL kind", "backend": "backend"}.get(name, name)
+    assert message.startswith(f"{op.name}: ")
+    assert said in message
+    assert "came" in message or "is no backend" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("part", ["A_RD", "B_VR"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_wrong_kind_in_an_adapter_is_refused_in_words(part, kind):
+    parts = {"A_RD": torch.ones(2, 5), "B_VR": torch.ones(19, 2), part: KINDS[kind]}
+    with pytest.raises(TypeError, match=rf"^linear_token_logprobs: head_lora.{part} must"):
+        linear_token_logprobs(**make_hidden(SHAPE, torch.float32, 0), head_lora=HeadLora(**parts))
+
+
+def test_whatever_a_result_is_it_keeps_its_fields():
+    """Callers name them: the first two of log-probs, and all of a loss."""
+    inputs = OPS["policy_loss"].make_inputs(SHAPE, torch.float32, 0)
+    found = token_logprobs(inputs["logits_NV"], inputs["token_N"])
+    assert found._fields == ("logprob_N", "entropy_N", "lse_N")
+    assert len(tensors(found)) == 2
+    assert (
+        score_tokens(inputs["logits_NV"], inputs["logits_NV"], inputs["token_N"])
+        .exact_kl_N.eq(0)
+        .all()
+    )
+    kl = token_kl(torch.zeros(2, 2), torch.zeros(2, 2), mask=torch.ones(2, 2, dtype=torch.bool))
+    assert kl.shape == (2, 2)
+    value = torch.zeros(2, 2)
+    assert value_loss(value, value, value, value).loss.shape == ()
