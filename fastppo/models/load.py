@@ -50,10 +50,7 @@ LOAD_ERRORS = (
 
 
 class LMHead(NamedTuple):
-    """The output head: logits = softcap(scale (hidden W^T + b)).
-
-    The `linear_*` ops have no scale: they are given temperature / scale, which is the same.
-    """
+    """The output head: logits = softcap(scale (hidden W^T + b)); `scale` is the ops' logit_scale."""
 
     weight_VD: Tensor
     bias_V: Tensor | None

@@ -149,11 +149,15 @@ def test_without_the_library_it_says_so_once_and_runs(monkeypatch):
         gae(torch.ones(3), torch.ones(3), torch.tensor([0, 3]), backend="native")
 
 
-# Of a call from hidden states besides: the head, and the operator over logits that it shares.
-OVER_LOGITS = {
-    "linear_policy_loss": {"head", "policy_loss"},
-    "linear_token_logprobs": {"head", "token_logprobs"},
-    "linear_score_tokens": {"head", "score_tokens"},
+# The arguments, with the kinds and shapes that they are checked for.
+ARGUMENTS = {"arguments", "checks", "shapes"}
+# Of a loss besides: the gradient that its forward made. Of a call from hidden states: the head, its
+# operands, and the operator over logits that it shares.
+BESIDES = {
+    "policy_loss": {"gradient_made"},
+    "linear_policy_loss": {"operands", "head", "policy_loss", "gradient_made"},
+    "linear_token_logprobs": {"operands", "head", "token_logprobs"},
+    "linear_score_tokens": {"operands", "head", "score_tokens"},
 }
 
 
@@ -175,6 +179,6 @@ def test_a_call_goes_through_its_operator_its_arguments_and_its_backend_alone(op
     finally:
         sys.setprofile(None)
     entered -= {"oracle", Path(__file__).stem}
-    allowed = {op.name, "arguments", "native", *OVER_LOGITS.get(op.name, ())}
+    allowed = {op.name, *ARGUMENTS, "native", *BESIDES.get(op.name, ())}
     assert {op.name, "arguments", "native"} <= entered
     assert entered - {"workspace"} <= allowed
