@@ -50,7 +50,7 @@ LOAD_ERRORS = (
 
 
 class LMHead(NamedTuple):
-    """The output head: logits = softcap(scale (hidden W^T + b)); `scale` is the ops' logit_scale."""
+    """The output head: logits = softcap(scale (hidden W^T + b)), scale being `logit_scale`."""
 
     weight_VD: Tensor
     bias_V: Tensor | None

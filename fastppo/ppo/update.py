@@ -114,7 +114,7 @@ def actor_loss(
 ) -> PolicyLoss:
     """PPO's clipped loss with its KL and entropy terms, from the actor's hidden states.
 
-    Its gradients are computed together with it, in the logits' dtype; with fp16 they are
+    Its gradients are computed together with it, in the head's dtype; with fp16 they are
     `loss_scale` times as large.
     """
     scored, at = experience.scored, tokens.index_N

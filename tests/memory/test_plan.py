@@ -212,8 +212,8 @@ def test_head_chunk_by_hand():
         (loss,) = [m for m in plan.peaks if m.name == "the actor's loss"]
         return loss.rows["head chunk"] / GIB
 
-    # 512 MiB hold 882 rows of 152,064 float32 logits: 1024 response tokens go in 2 chunks of 512, and
-    # the gradient of the logits in bf16 is half as much again: 512 x 152,064 x 6 bytes. With 4
+    # 512 MiB hold 882 rows of 152,064 float32 logits: 1024 response tokens go in 2 chunks of 512,
+    # and the gradient of the logits in bf16 is half as much again: 512 x 152,064 x 6 bytes. With 4
     # sequences 4096 tokens go in 5 chunks of 820.
     assert chunk() == pytest.approx(0.435, abs=0.001)
     assert chunk(per_device_train_batch_size=4) == pytest.approx(0.697, abs=0.001)
