@@ -49,10 +49,7 @@ class Place:
 
 
 class LMHead(NamedTuple):
-    """The output head: logits = softcap(scale (hidden W^T + b)).
-
-    The `linear_*` ops have no scale: they are given temperature / scale, which is the same.
-    """
+    """The output head: logits = softcap(scale (hidden W^T + b)), scale being `logit_scale`."""
 
     weight_VD: Tensor
     bias_V: Tensor | None
@@ -263,6 +260,6 @@ class Roles:
         token = logits.argmax(-1)
         by_head = nn.functional.linear(hidden.to(head.weight_VD.dtype), head.weight_VD, head.bias_V)
         head_logprob = token_logprobs(
-            by_head.float(), token, softcap=head.softcap, temperature=1 / head.scale
+            by_head.float(), token, softcap=head.softcap, logit_scale=head.scale
         ).logprob_N
         return (head_logprob - token_logprobs(logits, token).logprob_N).abs().item()

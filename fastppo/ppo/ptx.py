@@ -89,7 +89,7 @@ def ptx_backward(
             batch.token_N,
             bias_V=head.bias_V,
             softcap=head.softcap,
-            temperature=1 / head.scale,
+            logit_scale=head.scale,
         ).logprob_N
         loss = -logprob_N.mean()
         factor = coef if loss_scale is None else coef * loss_scale

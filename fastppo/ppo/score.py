@@ -34,7 +34,8 @@ def token_scores(
         batch.token_N,
         bias_V=head.bias_V,
         softcap=head.softcap,
-        temperature=temperature / head.scale,
+        temperature=temperature,
+        logit_scale=head.scale,
         chunk_bytes=chunk_bytes,
     )
 
@@ -66,7 +67,8 @@ def exact_scores(
         ref_weight_VD=ref_head.weight_VD,
         bias_V=head.bias_V,
         softcap=head.softcap,
-        temperature=temperature / head.scale,
+        temperature=temperature,
+        logit_scale=head.scale,
         chunk_bytes=chunk_bytes,
     )
 

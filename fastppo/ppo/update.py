@@ -115,7 +115,8 @@ def actor_loss(
 ) -> PolicyLoss:
     """The policy loss with its KL and entropy terms, from the actor's hidden states.
 
-    Its gradients are computed together with it; with fp16 they are `loss_scale` times as large.
+    Its gradients are computed together with it, in the head's dtype; with fp16 they are
+    `loss_scale` times as large.
     """
     scored, at = experience.scored, tokens.index_N
     head, importance_N = roles.lm_head, experience.importance_weight_N
@@ -129,7 +130,8 @@ def actor_loss(
         loss=config.token_loss,
         bias_V=head.bias_V,
         softcap=head.softcap,
-        temperature=config.temperature / head.scale,
+        temperature=config.temperature,
+        logit_scale=head.scale,
         ref_logprob_N=scored.ref_logprob_N[at] if config.use_kl_loss else None,
         kl_coef=experience.kl_coef if config.use_kl_loss else None,
         importance_weight_N=None if importance_N is None else importance_N[at],

@@ -107,9 +107,8 @@ def check(op: Op, inputs: dict[str, Any], backend: str, slack: float = 1.0) -> N
     """The op on `backend` obeys the rule on these inputs; `slack` is for fuzz.py's bad luck."""
     exact, exact_grads = run(op, op.reference, cast(inputs, torch.float64))
     plain, plain_grads = run(op, op.reference, cast(inputs, torch.float32))
-    # The yardstick's GEMM gives float32 logits, so the op is asked for the same.
-    wide = {"logits_dtype": torch.float32} if op.name.startswith("linear") else {}
-    got, got_grads = run(op, op.function, place(inputs, backend), backend=backend, **wide)
+    # The yardstick's GEMM gives float32 logits, as the op's does by default.
+    got, got_grads = run(op, op.function, place(inputs, backend), backend=backend)
     floor = 4 * EPS * largest(inputs)
     for a, b, truth in zip(got, plain, exact, strict=True):
         assert a.dtype == torch.float32

@@ -10,6 +10,7 @@ import torch
 from benchmarks.harness import allocations, peak_bytes
 from fastppo.ops import rows
 from fastppo.ops.backend import available
+from fastppo.ops.losses import POLICY_LOSSES
 from tests.ops.oracle import place, run
 from tests.ops.registry import OPS, Shape, even_offsets
 
@@ -45,6 +46,8 @@ GEMMS = {
         "entropy": 3,
         "bias": 3,
         "bias alone": 2,
+        "labels": 3,
+        "labels, trained": 4,
         "trained": 4,
     },
     "linear_score_tokens": {"no_grad": 2},
@@ -63,14 +66,15 @@ MODES = [(name, mode) for name, modes in GEMMS.items() for mode in modes]
 ONE_CHUNK = [(op, mode) for op, mode in MODES if op != "linear_score_tokens" and mode != "entropy"]
 
 
-def step_of(name, mode, shape, backend, **keywords):
+def step_of(name, mode, shape, backend, dtype=torch.float32, **keywords):
     """A call of the op in which that much trains, its inputs made outside.
 
     A mode may begin with a loss: its name, or "own" for a function.
     """
     op = OPS[name]
-    inputs = place(op.make_inputs(shape, torch.float32, 0), backend)
-    if " " in mode and mode != "bias alone":
+    inputs = place(op.make_inputs(shape, dtype, 0), backend)
+    first = mode.split()[0]
+    if first == "own" or first in POLICY_LOSSES:
         loss, mode = mode.split()
         own = -inputs["advantage_N"]
         inputs["loss"] = (lambda lp, h, at: own[at] * lp.exp() - h) if loss == "own" else loss
@@ -78,7 +82,9 @@ def step_of(name, mode, shape, backend, **keywords):
         inputs["entropy_coef"] = 0.01 if mode == "entropy" else 0.0
     for leaf in op.differentiable:
         inputs[leaf] = inputs[leaf].requires_grad_(mode != "bias alone")
-    inputs["weight_VD"].requires_grad_(mode == "trained")
+    inputs["weight_VD"].requires_grad_("trained" in mode)
+    if mode.startswith("labels"):
+        inputs["token_N"] = torch.stack([inputs["token_N"]] * 3, 1)
     if mode.startswith("bias"):
         inputs["bias_V"] = torch.zeros_like(inputs["weight_VD"][:, 0]).requires_grad_()
     if mode == "entropy" and not op.loss:
@@ -136,6 +142,15 @@ def test_memory_above_inputs_and_outputs_is_one_chunk(name, mode, on, monkeypatc
 
 
 @pytest.mark.parametrize("on", ON_CPU)
+@pytest.mark.parametrize("name", ["linear_policy_loss", "linear_token_logprobs"])
+def test_a_16_bit_gradient_of_float32_logits_is_half_a_chunk_more(name, on, monkeypatch):
+    """What the memory plan counts; and blocks of the upcast weight."""
+    upcast = (1024 + 16) * 8 * 4
+    peak = above(name, "frozen", on, 128, monkeypatch, torch.bfloat16)
+    assert BUDGET * 3 // 2 <= peak <= BUDGET * 3 // 2 + SMALL + upcast
+
+
+@pytest.mark.parametrize("on", ON_CPU)
 def test_memory_with_the_entropys_gradient_is_two_chunks(on, monkeypatch):
     peak = above("linear_token_logprobs", "entropy", on, 128, monkeypatch)
     assert 2 * BUDGET <= peak <= 2 * (BUDGET + SMALL)
@@ -147,13 +162,14 @@ def test_memory_of_scoring_is_one_chunk_a_policy(on, monkeypatch):
     assert 2 * BUDGET <= peak <= 2 * (BUDGET + SMALL)
 
 
-def above(name, mode, on, n, monkeypatch):
+def above(name, mode, on, n, monkeypatch, dtype=torch.float32):
     """Peak of the tensors above inputs and outputs, in bytes, with chunks of 16 tokens."""
     # The definition goes over a chunk in blocks of a constant size: here of one row.
     monkeypatch.setattr(rows, "_BLOCK_BYTES_CPU", ROW)
-    step = step_of(name, mode, Shape(n=n, vocab=VOCAB, hidden=8), on, chunk_bytes=BUDGET)
+    step = step_of(name, mode, Shape(n=n, vocab=VOCAB, hidden=8), on, dtype, chunk_bytes=BUDGET)
     step()
-    outputs = ("trained" in mode) * VOCAB * 8 * 4 + ("no_grad" not in mode) * n * 8 * 4
+    outputs = ("trained" in mode) * VOCAB * 8 * 4
+    outputs += ("no_grad" not in mode) * n * 8 * dtype.itemsize
     return peak_bytes(allocations(step)) - outputs
 
 

@@ -100,8 +100,8 @@ def test_nans_behind_weight_0_do_not_leak_into_a_trained_head():
         assert torch.equal(clean, poisoned)
 
 
-def test_autocast_does_not_round_what_was_asked_for_in_float32():
-    inputs = make(torch.float32)
+def test_autocast_does_not_round_the_float32_logits_of_its_operands():
+    inputs = make(torch.bfloat16)
     results = []
     for enabled in (False, True):
         hidden = inputs["hidden_ND"].detach().clone().requires_grad_()
@@ -131,8 +131,8 @@ def test_float32_logits_of_bf16_operands_lose_nothing_to_rounding():
             for k, x in inputs.items()
         }
     ).logprob_N
-    kept = linear_policy_loss(**inputs, logits_dtype=torch.float32).logprob_N
-    rounded = linear_policy_loss(**inputs).logprob_N
+    kept = linear_policy_loss(**inputs).logprob_N
+    rounded = linear_policy_loss(**inputs, logits_dtype=torch.bfloat16).logprob_N
     assert (kept - exact).abs().max() < 1e-5
     assert (rounded - exact).abs().max() > 1e-3
 

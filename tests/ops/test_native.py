@@ -205,15 +205,15 @@ def test_without_the_library_it_says_so_once_and_runs(monkeypatch):
         gae(torch.ones(3), torch.ones(3), torch.tensor([0, 3]), backend="native")
 
 
-# Every operator's arguments are checked and flattened.
+# The arguments, with the kinds and shapes that they are checked for.
 ARGUMENTS = {"arguments", "checks", "shapes"}
-# What some calls enter besides: of a loss, autograd's node; from hidden states, the operands of the
-# GEMM, and the operator over logits whose results they share.
+# Of a loss besides: the gradient that its forward made. Of a call from hidden states: the head, its
+# operands, and the operator over logits that it shares.
 BESIDES = {
     "policy_loss": {"gradient_made"},
-    "linear_policy_loss": {"gradient_made", "head", "operands", "policy_loss"},
-    "linear_token_logprobs": {"head", "operands", "token_logprobs"},
-    "linear_score_tokens": {"head", "operands", "score_tokens"},
+    "linear_policy_loss": {"operands", "head", "policy_loss", "gradient_made"},
+    "linear_token_logprobs": {"operands", "head", "token_logprobs"},
+    "linear_score_tokens": {"operands", "head", "score_tokens"},
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastppo.ops import (
     HeadLora,
@@ -23,7 +23,7 @@ from fastppo.ops import (
     value_loss,
 )
 from tests.ops.oracle import place, run, tensors
-from tests.ops.registry import OPS, Op, Shape, make_hidden
+from tests.ops.registry import OPS, Shape, make_hidden
 
 F64 = torch.float64
 SHAPE = Shape(n=6, vocab=19, hidden=5)
@@ -41,6 +41,31 @@ def by_token(inputs: dict[str, Any]) -> dict[str, Tensor]:
 def in_batches(inputs: dict[str, Any], *lead: int) -> dict[str, Any]:
     """The inputs with the tokens in that shape."""
     return inputs | {k: x.reshape(*lead, *x.shape[1:]) for k, x in by_token(inputs).items()}
+
+
+def time_first(x: Tensor) -> Tensor:
+    """(B, T, ...) as time-major trainers keep it: no view of it is rows."""
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def part(x: Tensor) -> Tensor:
+    """Cut out of a batch with more of everything, full of what must not be read."""
+    wide = x.new_full([size + 2 for size in x.shape], float("nan") if x.is_floating_point() else 0)
+    return wide[tuple(slice(1, size + 1) for size in x.shape)].copy_(x)
+
+
+@EVERY_MASKED
+@pytest.mark.parametrize("layout", [time_first, part], ids=lambda f: f.__name__)
+def test_where_a_batch_lies_changes_no_number(op, layout, backend):
+    inputs = in_batches(place(op.make_inputs(SHAPE, torch.float32, 9), backend), 2, 3)
+    inputs["mask"] = torch.arange(6, device=next(iter(by_token(inputs).values())).device) % 3 > 0
+    inputs["mask"] = inputs["mask"].view(2, 3)
+    moved = inputs | {k: layout(x) for k, x in by_token(inputs).items()}
+    moved["mask"] = layout(inputs["mask"])
+    want = run(op, op.function, inputs, backend=backend)
+    got = run(op, op.function, moved, backend=backend)
+    for a, b in zip([*got[0], *got[1]], [*want[0], *want[1]], strict=True):
+        assert torch.equal(a, b)
 
 
 def test_every_operator_over_tokens_takes_a_mask():
@@ -336,138 +361,6 @@ def test_logit_scale_is_a_factor_before_the_softcap(op, softcap, backend):
     factor = 0.25 if "logits_NV" in inputs else 1
     for a, b in zip([*got[0], *got[1]], [*want[0], *(x * factor for x in want[1])], strict=True):
         torch.testing.assert_close(a, b, atol=2e-6, rtol=2e-5)
-
-
-# Precision.
-
-
-def test_autocast_casts_operands_as_linear_does(backend):
-    """Then log-probs are those of nn.Linear and log_softmax, and nearer to the exact ones."""
-    if backend == "triton":
-        pytest.skip("operands are cast above the kernels")
-    generator = torch.Generator().manual_seed(0)
-    layer = nn.Linear(16, 37)
-    hidden = torch.randn(2, 9, 16, generator=generator)
-    token = torch.randint(37, (2, 9), generator=generator)
-    low, up = torch.randn(2, 16, generator=generator), torch.randn(37, 2, generator=generator)
-    for given in (hidden, hidden.bfloat16()):
-        leaves = [
-            given.clone(),
-            layer.weight.detach().clone(),
-            layer.bias.detach().clone(),
-            low,
-            up,
-        ]
-        leaves = [x.detach().clone().requires_grad_() for x in leaves]
-        h, w, b, a, c = leaves
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = F.linear(h, w, b) + 0.5 * F.linear(F.linear(h, a), c)
-            theirs = logits.log_softmax(-1).gather(-1, token[..., None])[..., 0]
-            ours = linear_token_logprobs(
-                h, w, token, bias_V=b, head_lora=HeadLora(a, c, 0.5), backend=backend
-            ).logprob_N
-        exact_h, exact_w, exact_b, exact_a, exact_c = (x.bfloat16().double() for x in leaves)
-        logits = F.linear(exact_h, exact_w, exact_b)
-        logits = logits + 0.5 * F.linear(F.linear(exact_h, exact_a), exact_c)
-        exact = logits.log_softmax(-1).gather(-1, token[..., None])[..., 0].detach()
-        own, other = ((x.detach() - exact).abs().max() for x in (ours, theirs))
-        assert own <= other
-        assert own < 0.05  # the adapter's inner activations are rounded, as theirs are
-        their_grads = torch.autograd.grad(theirs.sum(), leaves)
-        for leaf, mine, x in zip(
-            leaves, torch.autograd.grad(ours.sum(), leaves), their_grads, strict=True
-        ):
-            assert mine.dtype == leaf.dtype
-            torch.testing.assert_close(mine, x, atol=0.02 * float(x.abs().max()), rtol=0.05)
-
-
-def test_without_autocast_two_dtypes_stay_an_error():
-    inputs = make_hidden(SHAPE, torch.float32, 0)
-    inputs["hidden_ND"] = inputs["hidden_ND"].bfloat16()
-    with pytest.raises(TypeError, match=r"must have one dtype, .*torch.autocast"):
-        linear_token_logprobs(**inputs)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert linear_token_logprobs(**inputs).logprob_N.isfinite().all()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_log_probs_of_16_bit_operands_are_within_verls_tolerance(dtype, backend):
-    """1e-3 of float32 arithmetic on the same operands; 16-bit logits are not."""
-    shape = Shape(n=8 if backend == "triton" else 32, vocab=2048, hidden=64)
-    inputs = place(make_hidden(shape, dtype, 0), backend)
-    inputs["weight_VD"] = inputs["weight_VD"] * 4
-    wide = inputs["hidden_ND"].float() @ inputs["weight_VD"].float().T
-    want = wide.log_softmax(-1).gather(1, inputs["token_N"][:, None])[:, 0]
-    got = linear_token_logprobs(**inputs, backend=backend).logprob_N
-    assert (got - want).abs().max() < 1e-3
-    fast = linear_token_logprobs(**inputs, logits_dtype=dtype, backend=backend).logprob_N
-    assert (fast - want).abs().max() > 1e-3
-
-
-def test_a_loss_scale_past_float16_is_multiplied_before_the_cast(backend):
-    """g alone is no float16; g times the slope is one, and comes back to the last place."""
-    inputs = place(make_hidden(SHAPE, torch.float16, 2), backend)
-    inputs["weight_VD"] = inputs["weight_VD"] / 64
-    leaf = inputs["hidden_ND"].requires_grad_()
-    logprob = linear_token_logprobs(**inputs, backend=backend).logprob_N
-    (one,) = torch.autograd.grad(logprob.sum(), leaf, retain_graph=True)
-    (scaled,) = torch.autograd.grad(2.0**17 * logprob.sum(), leaf)
-    fits = one.float().abs() < 65504 / 2**17
-    assert fits.any()
-    assert torch.equal(scaled.float()[fits], one.float()[fits] * 2**17)
-
-
-# Wrong kinds.
-
-KINDS: dict[str, Any] = {
-    "None": None,
-    "a list": [1.0, 2.0],
-    "a string": "1",
-    "a float": 0.5,
-    "integers": torch.tensor([[3]]),
-}
-# What is right all the same.
-FLOATS = ("temperature", "softcap", "logit_scale", "clip", "kl_coef", "entropy_coef", "grad_scale")
-FLOATS = (*FLOATS, "log_ratio_limit", "gamma", "lam")
-
-
-def accepts(op: Op, name: str, kind: str) -> bool:
-    parameter = inspect.signature(op.function).parameters[name]
-    if kind == "None":
-        return "None" in str(parameter.annotation)
-    if (name, kind) == ("offsets", "integers"):
-        return "None" in str(parameter.annotation)  # not read where no ratio is by sequence
-    return kind == "a float" and name in FLOATS
-
-
-ARGUMENTS = [
-    pytest.param(op, name, kind, id=f"{op.name}-{name}-{kind}")
-    for op in OPS.values()
-    for name in inspect.signature(op.function).parameters
-    for kind in KINDS
-    if not accepts(op, name, kind)
-]
-
-
-@pytest.mark.parametrize(("op", "name", "kind"), ARGUMENTS)
-def test_a_wrong_kind_is_refused_in_words(op, name, kind):
-    inputs = op.make_inputs(SHAPE, torch.float32, 0) | {name: KINDS[kind]}
-    with pytest.raises((TypeError, ValueError)) as error:
-        op.function(**inputs)
-    message = str(error.value)
-    said = {"kind": "KL kind", "kl_kind": "KL kind", "backend": "backend"}.get(name, name)
-    assert message.startswith(f"{op.name}: ")
-    assert said in message
-    assert "came" in message or "is no backend" in message
-    assert "\n" not in message
-
-
-@pytest.mark.parametrize("part", ["A_RD", "B_VR"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_wrong_kind_in_an_adapter_is_refused_in_words(part, kind):
-    parts = {"A_RD": torch.ones(2, 5), "B_VR": torch.ones(19, 2), part: KINDS[kind]}
-    with pytest.raises(TypeError, match=rf"^linear_token_logprobs: head_lora.{part} must"):
-        linear_token_logprobs(**make_hidden(SHAPE, torch.float32, 0), head_lora=HeadLora(**parts))
 
 
 def test_whatever_a_result_is_it_keeps_its_fields():

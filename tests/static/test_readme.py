@@ -16,10 +16,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def code_of(page: str) -> str:
-    (code,) = re.findall(
-        r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL
-    )
-    return code
+    """The page's blocks of code, one after the other as they are read."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
 
 
 def test_the_table_of_seeds_is_the_committed_result():
