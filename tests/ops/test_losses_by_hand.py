@@ -400,3 +400,23 @@ def test_what_does_not_fit_is_refused_in_one_line(wrong, message):
 def test_integers_are_refused():
     with pytest.raises(TypeError, match="ppo_clip: logprob must hold floats, came "):
         losses.ppo_clip(torch.zeros(2, 3, dtype=torch.long), *GIVEN[1:])
+
+
+@pytest.mark.parametrize("name", POLICY_LOSSES)
+def test_compiled_whole_it_gives_the_same(name):
+    torch._dynamo.reset()
+    packing = pack(batch()["mask"])
+    packed = {key: packing.gather(x) for key, x in batch().items()}
+    offsets = {"offsets": packing.offsets} if name in SEQUENCE_LOSSES else {}
+
+    def total(lp: Tensor) -> Tensor:
+        found = call(name, {**packed, "lp": lp}, **offsets)
+        kl = losses.kl(lp, packed["old"], packed["mask"])
+        return losses.aggregate(found.loss + 0.1 * kl, packed["mask"])
+
+    grads = []
+    for function in (total, torch.compile(total, fullgraph=True, backend="aot_eager")):
+        leaf = packed["lp"].clone().requires_grad_()
+        function(leaf).backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(*grads)

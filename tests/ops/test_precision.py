@@ -1,4 +1,4 @@
-"""Log-probs of 16-bit operands: within tolerance of float32, under autocast as nn.Linear, under a scaler."""
+"""Log-probs of 16-bit operands: near float32's, under autocast as nn.Linear, under a scaler."""
 
 from __future__ import annotations
 
