@@ -1,5 +1,6 @@
 """Operators for PPO on language models: log-probs, losses, advantages; needs only torch."""
 
+from fastppo.ops import losses
 from fastppo.ops.advantages import Advantages, advantages
 from fastppo.ops.backends import Scores
 from fastppo.ops.config import HeadLora, PolicyLossConfig
@@ -7,10 +8,10 @@ from fastppo.ops.gae import gae
 from fastppo.ops.linear_policy_loss import linear_policy_loss
 from fastppo.ops.linear_score_tokens import linear_score_tokens
 from fastppo.ops.linear_token_logprobs import linear_token_logprobs
-from fastppo.ops.losses import PolicyMetrics
 from fastppo.ops.pack import Packing, pack
 from fastppo.ops.policy_loss import PolicyLoss, policy_loss
 from fastppo.ops.score_tokens import score_tokens
+from fastppo.ops.surrogate import PolicyMetrics
 from fastppo.ops.token_kl import token_kl
 from fastppo.ops.token_logprobs import TokenLogprobs, token_logprobs
 from fastppo.ops.value_loss import ValueLoss, ValueMetrics, value_loss
@@ -33,6 +34,7 @@ __all__ = [
     "linear_policy_loss",
     "linear_score_tokens",
     "linear_token_logprobs",
+    "losses",
     "moments",
     "pack",
     "policy_loss",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastppo.ops import backend as backends
-from fastppo.ops.config import PolicyLossConfig
+from fastppo.ops.config import PolicyLossConfig, kl_kind_of
 
 IGNORE_INDEX: Final = -100
 
@@ -27,9 +27,9 @@ class RowArguments(NamedTuple):
 
 
 class LossArguments(NamedTuple):
-    """What is needed to compute PPO's loss from log-probs."""
+    """What is needed to compute a policy loss from log-probs; `name` is that of the loss."""
 
-    behaviour_logprob_N: Tensor
+    behaviour_logprob_N: Tensor | None
     advantage_N: Tensor
     weight_N: Tensor
     ref_logprob_N: Tensor | None
@@ -42,12 +42,21 @@ class LossArguments(NamedTuple):
     clip_high: float
     dual_clip: float | None
     kl_kind: str
-    ratio_level: str
     log_ratio_limit: float
+    name: str = "ppo_clip"
+    tau_pos: float = 1.0
+    tau_neg: float = 1.05
+    ratio_limit: float = 20.0
 
     @property
     def by_sequence(self) -> bool:
-        return self.ratio_level == "sequence"
+        """Whether the loss of a token depends on its whole sequence."""
+        return self.name in ("gspo", "gspo_token")
+
+    @property
+    def fused(self) -> bool:
+        """Whether the kernels over logits have this loss."""
+        return self.name == "ppo_clip" and self.behaviour_logprob_N is not None
 
     @property
     def has_kl(self) -> bool:
@@ -285,7 +294,7 @@ def loss_arguments(
     op: str,
     like: Tensor,
     *,
-    behaviour_logprob_N: Tensor,
+    behaviour_logprob_N: Tensor | None,
     advantage_N: Tensor,
     weight_N: Tensor,
     ref_logprob_N: Tensor | None,
@@ -295,6 +304,7 @@ def loss_arguments(
     entropy_coef: float | Tensor | None,
     config: PolicyLossConfig | None,
     grad_scale: float | Tensor | None,
+    name: str = "ppo_clip",
 ) -> LossArguments:
     """Check the loss arguments for the rows of `like` (logits or hidden states); return them."""
     n = like.shape[0]
@@ -312,13 +322,19 @@ def loss_arguments(
     check_scalar(op, "grad_scale", scale, like)
     if ref_logprob_N is None and not _is_zero(beta):
         raise ValueError(f"{op}: ref_logprob_N is needed where kl_coef is not 0, came None")
-    by_sequence = config.ratio_level == "sequence"
+    what = f"loss={name!r}"
+    if config.ratio_level == "sequence":
+        what = "ratio_level='sequence'"
+        if name not in ("ppo_clip", "gspo", "gspo_token"):
+            raise ValueError(f"{op}: {what} is loss='gspo'; leave it out with loss={name!r}")
+        name = "gspo" if name == "ppo_clip" else name
+    by_sequence = name in ("gspo", "gspo_token")
     if by_sequence:
         if offsets is None:
-            raise ValueError(f"{op}: offsets are needed by ratio_level='sequence', came None")
+            raise ValueError(f"{op}: offsets are needed by {what}, came None")
         check_offsets(op, offsets, like, n=n)
     return LossArguments(
-        constant(behaviour_logprob_N),
+        None if behaviour_logprob_N is None else constant(behaviour_logprob_N),
         constant(advantage_N),
         constant(weight_N),
         None if ref_logprob_N is None else constant(ref_logprob_N),
@@ -330,9 +346,12 @@ def loss_arguments(
         config.clip_low,
         config.clip_high,
         config.dual_clip,
-        config.kl_kind,
-        config.ratio_level,
+        kl_kind_of(op, config.kl_kind),
         config.log_ratio_limit,
+        name,
+        config.tau_pos,
+        config.tau_neg,
+        config.ratio_limit,
     )
 
 

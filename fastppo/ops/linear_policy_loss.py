@@ -1,4 +1,4 @@
-"""PPO's clipped loss directly from hidden states: two GEMMs for a frozen head, and no logits."""
+"""A policy loss directly from hidden states: two GEMMs for a frozen head, and no logits."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from fastppo.ops.arguments import (
     row_arguments,
     stat_dtype,
 )
+from fastppo.ops.backends import BACKENDS
 from fastppo.ops.config import HeadLora, PolicyLossConfig
 from fastppo.ops.head import (
     Head,
@@ -28,6 +29,7 @@ from fastppo.ops.head import (
     fake_results,
     logits_dtype_of,
 )
+from fastppo.ops.losses import POLICY_LOSSES
 from fastppo.ops.policy_loss import (
     GradientMade,
     LossOutputs,
@@ -39,16 +41,19 @@ from fastppo.ops.policy_loss import (
     unpack,
 )
 from fastppo.ops.registered import register
+from fastppo.ops.surrogate import OwnLoss, sweep_by_slope, sweep_by_token
+from fastppo.ops.token_logprobs import empty_statistics
 
 
 def linear_policy_loss(
     hidden_ND: Tensor,
     weight_VD: Tensor,
     token_N: Tensor,
-    behaviour_logprob_N: Tensor,
+    behaviour_logprob_N: Tensor | None,
     advantage_N: Tensor,
     weight_N: Tensor,
     *,
+    loss: str | OwnLoss = "ppo_clip",
     bias_V: Tensor | None = None,
     head_lora: HeadLora | None = None,
     ref_logprob_N: Tensor | None = None,
@@ -66,37 +71,60 @@ def linear_policy_loss(
     check: bool = False,
     backend: str | None = None,
 ) -> PolicyLoss:
-    r"""`policy_loss` of the logits h W^T + bias, in units of the advantage, without storing them.
+    r"""A policy loss of the logits h W^T + bias, in units of the advantage, without storing them.
 
-    The gradient is computed in the forward, chunk by chunk: two GEMMs for a frozen head, three for
-    a trained one, one under no_grad. A ratio per sequence needs all log-probs first, which costs
-    one more GEMM. Operands are multiplied in their own dtype; autocast has no effect.
+        loss = sum_i w_i (u_i L_i + kl_coef k_i - entropy_coef H_i)
+
+    L is one of `fastppo.ops.losses`, or the caller's own function of log-probs and entropies. The
+    gradient is computed in the forward, chunk by chunk. Number of GEMMs of N x V x D:
+
+                                        frozen head   bias or adapter trains   weight trains
+        a loss by token, or the caller's     2                  2                    3
+        gspo, gspo_token                     2                  3                    4
+        the same with an entropy bonus       3                  3                    4
+        without gradient                     1
+
+    Operands are multiplied in their own dtype; autocast has no effect.
 
     Args:
         hidden_ND: float (N, D); differentiable.
         weight_VD: float (V, D), of the same dtype; its gradient is computed only if it needs one.
         token_N: int64 (N,), sampled tokens in [0, V), or `ignore_index`.
-        behaviour_logprob_N: float (N,), their log-probs under the policy that sampled.
+        behaviour_logprob_N: float (N,), their log-probs under the policy that sampled; None is
+            on-policy, where every ratio is 1.
         advantage_N: float (N,).
-        weight_N: float (N,); mask and aggregation in one.
+        weight_N: float (N,); mask and aggregation in one, see `fastppo.ops.losses.weights`.
+        loss: a name of `fastppo.ops.losses.POLICY_LOSSES`, whose settings are those of `config`; or
+            a function (logprob_n, entropy_n, rows) -> loss_n of the tokens `rows`, a slice of the N
+            tokens. It is called chunk by chunk and returns one loss a token, (n,), never reduced,
+            which is differentiated in its first two arguments. Such a call breaks the graph of
+            torch.compile.
         bias_V: float (V,).
         head_lora: an adapter on the head, see HeadLora.
         chunk_bytes: largest number of bytes of logits at a time; None is the device's default.
         logits_dtype: dtype of the GEMM's result; None is the operands' dtype, float32 avoids the
             rounding to bf16.
-        ref_logprob_N, importance_weight_N, offsets, temperature, softcap, kl_coef, entropy_coef,
-            config, grad_scale, check, backend: as in `policy_loss`.
+        offsets: int32 (B+1,), where each sequence starts; needed by gspo and gspo_token.
+        ref_logprob_N, importance_weight_N, temperature, softcap, kl_coef, entropy_coef, config,
+            grad_scale, check, backend: as in `policy_loss`.
 
     Returns:
         PolicyLoss(loss, logprob_N, entropy_N, kl_N, metrics), float32 (float64 for float64 input).
 
     Raises:
-        ValueError: shapes that disagree, a setting out of range, a missing reference or offsets.
+        ValueError: an unknown loss, shapes that disagree, a setting out of range, a missing
+            reference or offsets, a function whose result is not one loss a token.
         TypeError: inputs of the wrong kind, hidden states and weight of different dtypes.
 
-    Source: as `policy_loss`.
+    Source: as `policy_loss`, and each loss's own.
     """
     op = "linear_policy_loss"
+    own = None if isinstance(loss, str) else loss
+    name = loss if isinstance(loss, str) else "ppo_clip"
+    if name not in POLICY_LOSSES or not (own is None or callable(own)):
+        raise ValueError(
+            f"{op}: loss must be a function or one of {', '.join(POLICY_LOSSES)}, came {loss!r}"
+        )
     head = Head(weight_VD, bias_V, head_lora)
     check_head(op, hidden_ND, head)
     chosen = chosen_backend(op, backend, hidden_ND)
@@ -110,7 +138,7 @@ def linear_policy_loss(
         ignore_index=ignore_index,
         check=check,
     )
-    loss = loss_arguments(
+    terms = loss_arguments(
         op,
         hidden_ND,
         behaviour_logprob_N=behaviour_logprob_N,
@@ -123,20 +151,41 @@ def linear_policy_loss(
         entropy_coef=entropy_coef,
         config=config,
         grad_scale=grad_scale,
+        name=name,
     )
     enabled = torch.is_grad_enabled()
     tensors = (hidden_ND, *head.tensors())
     wanted = tuple(enabled and tensor is not None and tensor.requires_grad for tensor in tensors)
     dtype = logits_dtype_of(op, hidden_ND, logits_dtype)
-    given = Arguments(hidden_ND, head.arguments(), rows, loss, dtype, chunk_bytes, wanted, chosen)
+    given = Arguments(hidden_ND, head.arguments(), rows, terms, dtype, chunk_bytes, wanted, chosen)
+    if own is not None:
+        return _eager(given, tensors, own)  # type: ignore[no-any-return]
     if is_traced(hidden_ND):
         return unpack(_registered(given).outputs())
-    found = _forward(given)
+    return _made(given, tensors, None)
+
+
+def _made(given: Arguments, tensors: tuple[Tensor | None, ...], own: OwnLoss | None) -> PolicyLoss:
+    """The loss of an eager call, as a function of the tensors that want a gradient."""
+    found = _forward(given, own)
     outputs = found.outputs()
-    if any(wanted):
-        grads = asked(wanted, found.gradients())
-        outputs = GradientMade.of(op, outputs, grads, loss, chosen, tensors)
+    if any(given.wanted):
+        grads = asked(given.wanted, found.gradients())
+        outputs = GradientMade.of(
+            "linear_policy_loss", outputs, grads, given.loss, given.backend, tensors
+        )
     return unpack(outputs)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _eager(given: Arguments, tensors: tuple[Tensor | None, ...], own: OwnLoss) -> PolicyLoss:
+    """`_made` with the caller's own loss, which a registered operator cannot hold."""
+    if is_traced(given.hidden_ND):
+        raise ValueError(
+            "linear_policy_loss: loss=callable needs tensors with values; give a loss's name, or "
+            "apply the function to linear_token_logprobs"
+        )
+    return _made(given, tensors, own)
 
 
 class Arguments(NamedTuple):
@@ -178,11 +227,24 @@ class Outputs(NamedTuple):
         return (self.d_hidden_ND, *head)
 
 
-def _forward(a: Arguments) -> Outputs:
+def _forward(a: Arguments, own: OwnLoss | None = None) -> Outputs:
     head, live_N = Head.of(a.head).detach(), live_rows(a.rows, a.loss.weight_N)
     hidden_ND, stat = a.hidden_ND.detach(), stat_dtype(a.hidden_ND)
     chunks = LinearRows(hidden_ND, head, stat, a.logits_dtype, a.chunk_bytes, live_N, a.wanted)
-    outputs = sweep(chunks, a.rows, a.loss, hidden_ND, any(a.wanted), a.backend)
+    hidden_alone = a.wanted[0] and not any(a.wanted[1:])
+    kernels, need_grad = BACKENDS[a.backend], any(a.wanted)
+    if own is not None:
+        stats = empty_statistics(hidden_ND, a.backend)
+        total, kl_N, metrics = sweep_by_token(
+            kernels, chunks, a.rows, a.loss, stats, need_grad, own
+        )
+        outputs = LossOutputs(total, stats.logprob_N, stats.entropy_N, kl_N, metrics)
+    elif a.loss.by_sequence and hidden_alone and not a.loss.has_entropy:
+        stats = empty_statistics(hidden_ND, a.backend)
+        total, kl_N, metrics = sweep_by_slope(kernels, chunks, a.rows, a.loss, stats)
+        outputs = LossOutputs(total, stats.logprob_N, stats.entropy_N, kl_N, metrics)
+    else:
+        outputs = sweep(chunks, a.rows, a.loss, hidden_ND, need_grad, a.backend)
     return Outputs(*outputs, *chunks.results())
 
 

@@ -22,9 +22,9 @@ from fastppo.ops.arguments import (
 )
 from fastppo.ops.backends import BACKENDS, LossRows
 from fastppo.ops.config import PolicyLossConfig
-from fastppo.ops.losses import TERMS, PolicyMetrics, sweep_by_sequence
 from fastppo.ops.registered import register
 from fastppo.ops.rows import ChunkKernel, Chunks
+from fastppo.ops.surrogate import TERMS, PolicyMetrics, sweep_by_sequence, sweep_by_token
 from fastppo.ops.token_logprobs import empty_statistics
 from fastppo.ops.workspace import fresh_like
 
@@ -213,13 +213,14 @@ def sweep(
 ) -> LossOutputs:
     """Compute the loss over all rows; the gradient, if needed, is written to where `chunks` says.
 
-    With a ratio per token one pass over the rows gives statistics and gradient. A ratio per
-    sequence needs all log-probs of the sequence first, so there is a second pass.
+    With a loss by token one pass over the rows gives statistics and gradient. A loss by sequence
+    needs all log-probs of the sequence first, so there is a second pass.
     """
     kernels = BACKENDS[backend]
-    if loss.by_sequence:
+    if not loss.fused:
         stats = empty_statistics(like, backend)
-        found = sweep_by_sequence(kernels, chunks, rows, loss, stats, need_grad)
+        go = sweep_by_sequence if loss.by_sequence else sweep_by_token
+        found = go(kernels, chunks, rows, loss, stats, need_grad)
         return LossOutputs(found[0], stats.logprob_N, stats.entropy_N, *found[1:])
     into = empty_loss_rows(like, backend)
     chunks.visit(

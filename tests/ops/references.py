@@ -22,7 +22,6 @@ from fastppo.ops import (
     ValueLoss,
     ValueMetrics,
 )
-from fastppo.ops.losses import ppo_clip
 
 IGNORE_INDEX = -100
 EPS = 1e-8  # of whitening, inside the root
@@ -229,13 +228,11 @@ def policy_loss_reference(
     # torch's clamp passes the gradient at the limit itself, as `slope` does.
     ratio = torch.where(masked, 0, torch.where(masked, 0, used).clamp(-limit, limit).exp())
     advantage = advantage_N[index]
-    surrogate, _ = ppo_clip(
-        ratio,
-        advantage,
-        clip_low=config.clip_low,
-        clip_high=config.clip_high,
-        dual_clip=config.dual_clip,
-    )
+    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    surrogate = torch.maximum(-advantage * ratio, -advantage * clipped)
+    if config.dual_clip is not None:
+        bound = -config.dual_clip * advantage
+        surrogate = torch.where((advantage < 0) & (surrogate > bound), bound, surrogate)
     if importance_weight_N is not None:
         surrogate = surrogate * importance_weight_N[index]
     weight = weight_N[index]

@@ -11,14 +11,34 @@ from benchmarks.harness import allocations, peak_bytes
 from fastppo.ops import rows
 from fastppo.ops.backend import available
 from tests.ops.oracle import place, run
-from tests.ops.registry import OPS, Shape
+from tests.ops.registry import OPS, Shape, even_offsets
 
 LINEAR = [op for op in OPS.values() if op.name.startswith("linear")]
 # GEMMs of N x V x D. A frozen head needs the logits and d hidden, and of log-probs d hidden does
 # not depend on the loss; the entropy's is one more. A trained bias or adapter takes its gradient
-# from logits that are made again; a trained weight adds its own gradient.
+# from logits that are made again; a trained weight adds its own gradient. A loss by sequence is
+# known after all log-probs only: with a frozen head the slope is made beside them.
 GEMMS = {
-    "linear_policy_loss": {"no_grad": 1, "frozen": 2, "trained": 3},
+    "linear_policy_loss": {
+        "no_grad": 1,
+        "frozen": 2,
+        "trained": 3,
+        "cispo no_grad": 1,
+        "cispo frozen": 2,
+        "cispo entropy": 2,
+        "cispo bias": 2,
+        "cispo trained": 3,
+        "gspo no_grad": 1,
+        "gspo frozen": 2,
+        "gspo entropy": 3,
+        "gspo bias": 3,
+        "gspo trained": 4,
+        "gspo_token frozen": 2,
+        "gspo_token trained": 4,
+        "own no_grad": 1,
+        "own frozen": 2,
+        "own trained": 3,
+    },
     "linear_token_logprobs": {
         "no_grad": 1,
         "frozen": 2,
@@ -44,15 +64,24 @@ ONE_CHUNK = [(op, mode) for op, mode in MODES if op != "linear_score_tokens" and
 
 
 def step_of(name, mode, shape, backend, **keywords):
-    """A call of the op in which that much trains, its inputs made outside."""
+    """A call of the op in which that much trains, its inputs made outside.
+
+    A mode may begin with a loss: its name, or "own" for a function.
+    """
     op = OPS[name]
     inputs = place(op.make_inputs(shape, torch.float32, 0), backend)
+    if " " in mode and mode != "bias alone":
+        loss, mode = mode.split()
+        own = -inputs["advantage_N"]
+        inputs["loss"] = (lambda lp, h, at: own[at] * lp.exp() - h) if loss == "own" else loss
+        inputs["offsets"] = even_offsets(shape).to(own.device)
+        inputs["entropy_coef"] = 0.01 if mode == "entropy" else 0.0
     for leaf in op.differentiable:
         inputs[leaf] = inputs[leaf].requires_grad_(mode != "bias alone")
     inputs["weight_VD"].requires_grad_(mode == "trained")
     if mode.startswith("bias"):
         inputs["bias_V"] = torch.zeros_like(inputs["weight_VD"][:, 0]).requires_grad_()
-    if mode == "entropy":
+    if mode == "entropy" and not op.loss:
         inputs["entropy_grad"] = True
 
     def step():
@@ -61,7 +90,8 @@ def step_of(name, mode, shape, backend, **keywords):
             result = op.function(**inputs, backend=backend, **keywords)
             if mode != "no_grad":
                 loss = result.loss if op.loss else result.logprob_N.sum()
-                (loss + result.entropy_N.sum() if mode == "entropy" else loss).backward()
+                both = mode == "entropy" and not op.loss
+                (loss + result.entropy_N.sum() if both else loss).backward()
 
     return step
 
@@ -123,7 +153,7 @@ def above(name, mode, on, n, monkeypatch):
     monkeypatch.setattr(rows, "_BLOCK_BYTES_CPU", ROW)
     step = step_of(name, mode, Shape(n=n, vocab=VOCAB, hidden=8), on, chunk_bytes=BUDGET)
     step()
-    outputs = (mode == "trained") * VOCAB * 8 * 4 + (mode != "no_grad") * n * 8 * 4
+    outputs = ("trained" in mode) * VOCAB * 8 * 4 + ("no_grad" not in mode) * n * 8 * 4
     return peak_bytes(allocations(step)) - outputs
 
 

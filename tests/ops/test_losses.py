@@ -28,12 +28,15 @@ CLIP = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0}
 
 @pytest.mark.parametrize(("ratio", "advantage", "loss", "slope"), BY_HAND)
 def test_the_clipped_surrogate_by_hand(ratio, advantage, loss, slope):
-    leaf = torch.tensor([ratio], dtype=torch.float64, requires_grad=True)
-    found, clipped = ppo_clip(leaf, torch.tensor([advantage], dtype=torch.float64), **CLIP)
-    found.sum().backward()
-    assert found.item() == pytest.approx(loss)
-    assert leaf.grad.item() == pytest.approx(slope)
-    assert clipped.item() == (slope == 0 and advantage != 0)
+    leaf = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
+    old = torch.zeros(1, dtype=torch.float64)
+    found = ppo_clip(leaf, old, torch.tensor([advantage], dtype=torch.float64), **CLIP)
+    found.loss.sum().backward()
+    assert found.loss.item() == pytest.approx(loss)
+    assert leaf.grad.item() == pytest.approx(slope * ratio)  # dratio/dlogprob is the ratio
+    assert found.clipped_high.item() == (ratio > 1.28 and advantage > 0)
+    assert found.clipped_low.item() == (ratio < 0.8 and advantage < 0)
+    assert found.dual_clipped.item() == (ratio > 3 and advantage < 0)
 
 
 def fused(ratio_N: Tensor, advantage_N: Tensor, backend: str) -> tuple[Tensor, Tensor]:
@@ -64,9 +67,9 @@ def test_the_fused_surrogates_are_this_one(backend):
     )
     signs = torch.tensor([a for _, a, *_ in BY_HAND] + [1.0, -1.0, -3.0, 0.5, -0.25, -2.0])
     for advantage_N in (signs, -signs):
-        leaf = ratio_N.clone().requires_grad_()
-        want, _ = ppo_clip(leaf, advantage_N, **CLIP)
+        leaf = ratio_N.log().requires_grad_()
+        want = ppo_clip(leaf, torch.zeros_like(leaf), advantage_N, **CLIP).loss
         want.sum().backward()
         loss_N, slope_N = fused(ratio_N, advantage_N, backend)
         torch.testing.assert_close(loss_N, want.detach(), atol=1e-6, rtol=2e-6)
-        torch.testing.assert_close(slope_N, leaf.grad, atol=1e-6, rtol=2e-6)
+        torch.testing.assert_close(slope_N, leaf.grad / ratio_N, atol=1e-6, rtol=2e-6)

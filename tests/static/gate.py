@@ -86,7 +86,7 @@ def cases() -> Iterator[Case]:
         PAIR_CONFIGS,
         ROW_CONFIGS,
     )
-    from fastppo.ops.losses import TERMS
+    from fastppo.ops.surrogate import TERMS
 
     row = {"TEMPERATURE_KIND": 2}
     loss = {

@@ -48,6 +48,7 @@ INFRASTRUCTURE = {
     "registered",
     "registry",
     "rows",
+    "surrogate",
     "workspace",
 }
 
@@ -169,11 +170,19 @@ def test_kernels_are_installed_under_fastppo_and_never_as_kernels():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-@pytest.mark.parametrize("name", [name for name in ops.__all__ if name[0].islower()])
-def test_public_ops_say_what_they_take_give_and_refuse(name):
-    text = inspect.getdoc(getattr(ops, name)) or ""
+FUNCTIONS = [
+    getattr(module, name)
+    for module in (ops, ops.losses)
+    for name in module.__all__
+    if inspect.isfunction(getattr(module, name))
+]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_public_ops_say_what_they_take_give_and_refuse(function):
+    name, text = function.__name__, inspect.getdoc(function) or ""
     for section in ("Args:", "Raises:"):
         assert section in text, f"{name} has no {section}"
-    for parameter in inspect.signature(getattr(ops, name)).parameters:
+    for parameter in inspect.signature(function).parameters:
         if parameter not in ("ignore_index", "self"):
             assert parameter in text, f"{name} does not document {parameter}"

@@ -14,7 +14,7 @@ from fastppo.ops.arguments import (
     stat_dtype,
 )
 from fastppo.ops.backends import LossRows, Scores, Statistics
-from fastppo.ops.losses import filled, kl_and_slope, token_gradient, totals
+from fastppo.ops.losses.kl import kl_and_slope
 from fastppo.ops.rows import (
     RowSpec,
     RowStats,
@@ -24,6 +24,7 @@ from fastppo.ops.rows import (
     row_spec,
     statistics,
 )
+from fastppo.ops.surrogate import filled, loss_at, token_gradient, totals
 
 WHITEN_EPS = 1e-8  # inside the root, as in TRL
 
@@ -41,19 +42,6 @@ def _spec(
     """What the rows `at` need besides their logits; rows that are not live hold finite filler."""
     own = _rows_at(rows, at)
     return row_spec(own, live_rows(own, None if weight_N is None else weight_N[at]), dtype)
-
-
-def _loss_at(loss: LossArguments, at: slice) -> LossArguments:
-    """The arguments of some tokens; only where a token's loss is its own."""
-    assert not loss.by_sequence
-    ref, importance = loss.ref_logprob_N, loss.importance_weight_N
-    return loss._replace(
-        behaviour_logprob_N=loss.behaviour_logprob_N[at],
-        advantage_N=loss.advantage_N[at],
-        weight_N=loss.weight_N[at],
-        ref_logprob_N=None if ref is None else ref[at],
-        importance_weight_N=None if importance is None else importance[at],
-    )
 
 
 def token_logprobs(
@@ -108,13 +96,13 @@ def policy_loss(
         into.logprob_N[at],
         into.entropy_N[at],
     )
-    own = filled(_loss_at(loss, at), spec.live_N, dtype)
+    own = filled(loss_at(loss, at), spec.live_N, dtype)
     for block in block_slices(x_NV, dtype):
         here = spec.at(block)
         found = statistics(private(x_NV[block], dtype), here)
         logprob_N[block], entropy_N[block] = found.logprob, found.entropy
         if out_NV is not None:
-            g, h = token_gradient(_loss_at(own, block), here.live_N, found.logprob)
+            g, h = token_gradient(loss_at(own, block), here.live_N, found.logprob)
             scaled_h = None if h is None else scale * h
             out_NV[block] = gradient(found, here, scale * g, scaled_h)
 

@@ -16,7 +16,6 @@ from fastppo.ops.arguments import (
     rows_of,
 )
 from fastppo.ops.backends import LossRows, Scores, Statistics
-from fastppo.ops.losses import RATIO_MAX
 from fastppo.ops.native_library import (
     LIBRARY,
     AdvantagesStruct,
@@ -26,6 +25,7 @@ from fastppo.ops.native_library import (
     ScoresStruct,
     StatisticsStruct,
 )
+from fastppo.ops.surrogate import RATIO_MAX
 
 DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 KL_KINDS: Final = {"k1": 0, "abs": 1, "k2": 2, "k3": 3}

@@ -35,7 +35,7 @@ from fastppo.ops.backends.sizes import (
     tuned,
     warps_of,
 )
-from fastppo.ops.losses import RATIO_MAX, TERMS
+from fastppo.ops.surrogate import RATIO_MAX, TERMS
 
 
 def start(

@@ -1,0 +1,338 @@
+"""A policy loss within the operators: its gradient in log-prob and entropy, and its metrics.
+
+Every per-token loss reaches the logits through two scalars, g = dL/dlogprob and h = dL/dentropy.
+The losses themselves are those of `fastppo.ops.losses`, differentiated by autograd over vectors
+(N,). The kernels over logits have PPO's clip fused (`kernels/policy_loss.py` and
+`kernels/cpu/surrogate.h`), held to it by tests/ops/test_losses.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastppo.ops.arguments import LossArguments, RowArguments, live_rows, show
+from fastppo.ops.losses import POLICY_LOSSES, TokenLoss
+from fastppo.ops.losses.kl import kl_and_slope
+from fastppo.ops.losses.tokens import importance_ratio, tokens
+
+if TYPE_CHECKING:
+    from fastppo.ops.backends import Backend, Statistics
+    from fastppo.ops.head import LinearRows
+    from fastppo.ops.rows import Chunks
+
+# A caller's own loss: log-probs and entropies of some tokens, and which those are.
+OwnLoss = Callable[[Tensor, Tensor, slice], Tensor]
+# What each loss takes of LossArguments.
+_SETTINGS: Final = {
+    name: tuple(set(inspect.signature(loss).parameters) & set(LossArguments._fields))
+    for name, loss in POLICY_LOSSES.items()
+}
+
+
+class PolicyMetrics(NamedTuple):
+    """Sums over the live tokens of a batch, as 0-d tensors; `merge` adds those of two batches.
+
+    `count` is the number of live tokens; divide the `*_sum` fields by it to get means. The last
+    three include the loss weights: they add up to the loss.
+    """
+
+    count: Tensor  # type: ignore[assignment]  # tuple's own count() gives way
+    ratio_sum: Tensor  # of the ratio that the loss used
+    ratio_max: Tensor  # a maximum, not a sum; 0 without live tokens
+    log_ratio_abs_sum: Tensor  # |logprob - behaviour_logprob|, clamped: 0 on the behaviour policy
+    clipped_sum: Tensor  # tokens whose gradient the clip (or the dual clip) cut
+    clamped_sum: Tensor  # tokens whose log ratio met log_ratio_limit
+    approx_kl_sum: Tensor  # k3 of behaviour to policy: ratio - 1 - log ratio, >= 0
+    policy_kl_sum: Tensor  # behaviour_logprob - logprob, clamped; TRL's policykl
+    entropy_sum: Tensor
+    kl_sum: Tensor  # policy to reference, of the loss's kind; 0 without a reference
+    surrogate: Tensor  # sum of weight * importance weight * clipped loss
+    kl_loss: Tensor  # sum of weight * kl_coef * kl
+    entropy_loss: Tensor  # minus the sum of weight * entropy_coef * entropy
+
+    def merge(self, other: PolicyMetrics) -> PolicyMetrics:
+        """Metrics of two batches together."""
+        added = PolicyMetrics(*(a + b for a, b in zip(self, other, strict=True)))
+        return added._replace(ratio_max=torch.maximum(self.ratio_max, other.ratio_max))
+
+
+TERMS: Final = len(PolicyMetrics._fields) + 1  # the metrics, and the loss last
+RATIO_MAX: Final = PolicyMetrics._fields.index("ratio_max")  # the one that is no sum
+
+
+def filled(loss: LossArguments, live_N: Tensor, dtype: torch.dtype) -> LossArguments:
+    """The loss arguments in `dtype`, with finite values at tokens that are not live."""
+
+    def fill(tensor: Tensor) -> Tensor:
+        return torch.where(live_N, tensor, 0).to(dtype)
+
+    def coefficient(value: float | Tensor) -> float | Tensor:
+        return value.to(dtype) if isinstance(value, Tensor) else value
+
+    behaviour = loss.behaviour_logprob_N
+    ref, importance = loss.ref_logprob_N, loss.importance_weight_N
+    return loss._replace(
+        behaviour_logprob_N=None if behaviour is None else fill(behaviour),
+        advantage_N=fill(loss.advantage_N),
+        weight_N=fill(loss.weight_N),
+        ref_logprob_N=None if ref is None else fill(ref),
+        importance_weight_N=None if importance is None else fill(importance),
+        kl_coef=coefficient(loss.kl_coef),
+        entropy_coef=coefficient(loss.entropy_coef),
+    )
+
+
+def loss_at(loss: LossArguments, at: slice) -> LossArguments:
+    """The arguments of some tokens; only where a token's loss is its own."""
+    assert not loss.by_sequence
+    behaviour = loss.behaviour_logprob_N
+    ref, importance = loss.ref_logprob_N, loss.importance_weight_N
+    return loss._replace(
+        behaviour_logprob_N=None if behaviour is None else behaviour[at],
+        advantage_N=loss.advantage_N[at],
+        weight_N=loss.weight_N[at],
+        ref_logprob_N=None if ref is None else ref[at],
+        importance_weight_N=None if importance is None else importance[at],
+    )
+
+
+@contextmanager
+def _recorded() -> Iterator[None]:
+    """Autograd is on: torch calls a registered operator with it off, and with its keys excluded."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
+    keys = keys | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+    included = torch._C._dispatch_tls_local_include_set()
+    excluded = torch._C._dispatch_tls_local_exclude_set() - keys
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
+
+
+def _token_loss(loss: LossArguments, live_N: Tensor, logprob_N: Tensor) -> TokenLoss:
+    settings = {name: getattr(loss, name) for name in _SETTINGS[loss.name]}
+    given = (logprob_N, loss.behaviour_logprob_N, loss.advantage_N, live_N)
+    return POLICY_LOSSES[loss.name](*given, **settings)
+
+
+def _surrogate_weight(loss: LossArguments) -> Tensor:
+    importance_N = loss.importance_weight_N
+    return loss.weight_N if importance_N is None else loss.weight_N * importance_N
+
+
+def token_gradient(
+    loss: LossArguments, live_N: Tensor, logprob_N: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """g and h of each token; h is None where the entropy has no weight."""
+    with _recorded():
+        leaf_N = logprob_N.detach().requires_grad_()
+        total = (_surrogate_weight(loss) * _token_loss(loss, live_N, leaf_N).loss).sum()
+        (g,) = torch.autograd.grad(total, leaf_N)
+    return _with_regularisers(loss, logprob_N, g, None)
+
+
+def own_gradient(
+    own: OwnLoss,
+    loss: LossArguments,
+    live_N: Tensor,
+    logprob_N: Tensor,
+    entropy_N: Tensor,
+    at: slice,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The caller's loss of the tokens `at`, detached, and g and h, None if not needed."""
+    with torch.set_grad_enabled(need_grad):
+        leaf_N = logprob_N.detach().requires_grad_(need_grad)
+        entropy_leaf_N = entropy_N.detach().requires_grad_(need_grad)
+        loss_N = own(leaf_N, entropy_leaf_N, at)
+        came = show(tuple(loss_N.shape)) if isinstance(loss_N, Tensor) else type(loss_N).__name__
+        if not isinstance(loss_N, Tensor) or loss_N.shape != logprob_N.shape:
+            raise ValueError(
+                "linear_policy_loss: loss=callable must return one loss a token, not reduced, "
+                f"{show(tuple(logprob_N.shape))}; came {came}"
+            )
+        loss_N = torch.where(live_N, loss_N.to(logprob_N.dtype), 0)
+        if not need_grad:
+            return loss_N, None, None
+        if not loss_N.requires_grad:
+            raise ValueError(
+                "linear_policy_loss: loss=callable must return a function of the log-probs or "
+                "entropies that it is given, came one without gradient"
+            )
+        total = (_surrogate_weight(loss) * loss_N).sum()
+        found = torch.autograd.grad(total, (leaf_N, entropy_leaf_N), allow_unused=True)
+    # Where a token is not live, 0 times what the caller made of it may be NaN.
+    own_g, own_h = (None if x is None else x.masked_fill(~live_N, 0) for x in found)
+    own_g = torch.zeros_like(logprob_N) if own_g is None else own_g
+    return loss_N.detach(), *_with_regularisers(loss, logprob_N, own_g, own_h)
+
+
+def _with_regularisers(
+    loss: LossArguments, logprob_N: Tensor, g: Tensor, h: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """g and h with those of the KL and of the entropy."""
+    if loss.has_kl:
+        assert loss.ref_logprob_N is not None
+        _, slope = kl_and_slope(logprob_N, loss.ref_logprob_N, loss.kl_kind, loss.log_ratio_limit)
+        g = g + loss.weight_N * loss.kl_coef * slope
+    if loss.has_entropy:
+        # The row of a masked sample takes no part in the loss, so its entropy passes no gradient.
+        bonus = (-loss.weight_N * loss.entropy_coef).masked_fill(logprob_N == float("-inf"), 0)
+        h = bonus if h is None else h + bonus
+    return g, h
+
+
+def totals(
+    loss: LossArguments,
+    live_N: Tensor,
+    logprob_N: Tensor,
+    entropy_N: Tensor,
+    own_N: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, KL of each token (0 without a reference) and the vector of metrics.
+
+    `own_N` is the loss of each token where the caller has one of its own.
+    """
+    weight, limit = loss.weight_N, loss.log_ratio_limit
+    t = tokens(loss.name, logprob_N, loss.behaviour_logprob_N, loss.advantage_N, live_N)
+    level = "sequence" if loss.by_sequence else "token"
+    used = importance_ratio(t._replace(offsets=loss.offsets), limit, level)
+    # A sampled token of masked vocabulary has ratio 0, whatever the clamp would make of it.
+    log_ratio = torch.where(t.impossible, -limit, used.log_ratio).clamp(-limit, limit)
+    clipped, loss_N = torch.zeros_like(live_N), own_N
+    if loss_N is None:
+        found = _token_loss(loss, live_N, logprob_N)
+        loss_N, clipped = found.loss, found.clipped_low | found.clipped_high | found.dual_clipped
+    zero = logprob_N.new_zeros(())
+
+    def total(x: Tensor) -> Tensor:
+        return x.masked_fill(~live_N, 0).sum()
+
+    surrogate = total(_surrogate_weight(loss) * loss_N)
+    kl_loss = entropy_loss = kl_sum = zero
+    kl = torch.zeros_like(logprob_N)
+    if loss.ref_logprob_N is not None:
+        kl, _ = kl_and_slope(logprob_N, loss.ref_logprob_N, loss.kl_kind, limit)
+        kl = kl.masked_fill(~live_N, 0)
+        kl_sum = kl.sum()
+        if loss.has_kl:
+            kl_loss = total(weight * loss.kl_coef * kl)
+    if loss.has_entropy:
+        masked = logprob_N == float("-inf")
+        entropy_loss = -total((weight * loss.entropy_coef * entropy_N).masked_fill(masked, 0))
+    ratio = used.ratio.masked_fill(~live_N, 0)
+    metrics = PolicyMetrics(
+        count=live_N.sum(),
+        ratio_sum=ratio.sum(),
+        ratio_max=ratio.amax() if ratio.numel() else zero,
+        log_ratio_abs_sum=total(log_ratio.abs()),
+        clipped_sum=clipped.sum(),
+        clamped_sum=used.clamped.sum(),
+        approx_kl_sum=total(torch.expm1(log_ratio) - log_ratio),
+        policy_kl_sum=-total(log_ratio),
+        entropy_sum=total(entropy_N),
+        kl_sum=kl_sum,
+        surrogate=surrogate,
+        kl_loss=kl_loss,
+        entropy_loss=entropy_loss,
+    )
+    vector = torch.stack([m.to(logprob_N.dtype) for m in metrics])
+    return surrogate + kl_loss + entropy_loss, kl, vector
+
+
+def sweep_by_token(
+    kernels: Backend,
+    chunks: Chunks,
+    rows: RowArguments,
+    loss: LossArguments,
+    stats: Statistics,
+    need_grad: bool,
+    own: OwnLoss | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`totals` of a loss by token, in one pass: of each chunk log-probs, loss, and gradient."""
+    weight_N, scale = loss.weight_N, loss.grad_scale
+    live_N = live_rows(rows, weight_N)
+    whole = filled(loss, live_N, stats.logprob_N.dtype)
+    g_N, h_N, own_N = (torch.zeros_like(stats.logprob_N) for _ in range(3))
+
+    def kernel(at: slice, x_NV: Tensor, out_NV: Tensor | None) -> None:
+        kernels.token_logprobs(x_NV, rows, at, stats, weight_N)
+        g: Tensor | None
+        here, live_n, logprob_n = loss_at(whole, at), live_N[at], stats.logprob_N[at]
+        if own is not None:
+            entropy_n = stats.entropy_N[at]
+            own_N[at], g, h = own_gradient(
+                own, here, live_n, logprob_n, entropy_n, at, out_NV is not None
+            )
+        elif out_NV is not None:
+            g, h = token_gradient(here, live_n, logprob_n)
+        if out_NV is not None:
+            assert g is not None
+            g_N[at] = scale * g
+            if h is not None:
+                h_N[at] = scale * h
+            given = (g_N, None if h is None else h_N)
+            kernels.token_logprobs_backward(x_NV, out_NV, rows, at, stats, *given, weight_N)
+
+    chunks.visit(kernel, write=need_grad)
+    given = (whole, live_N, stats.logprob_N, stats.entropy_N)
+    return totals(*given, None if own is None else own_N)
+
+
+def sweep_by_sequence(
+    kernels: Backend,
+    chunks: Chunks,
+    rows: RowArguments,
+    loss: LossArguments,
+    stats: Statistics,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`totals` of a loss by sequence: one pass for all log-probs, one for the gradient."""
+    weight_N = loss.weight_N
+    chunks.visit(
+        lambda at, x_NV, _: kernels.token_logprobs(x_NV, rows, at, stats, weight_N), write=False
+    )
+    live_N = live_rows(rows, weight_N)
+    whole = filled(loss, live_N, stats.logprob_N.dtype)
+    if need_grad:
+        g_N, h_N = token_gradient(whole, live_N, stats.logprob_N)
+        g_N, h_N = loss.grad_scale * g_N, None if h_N is None else loss.grad_scale * h_N
+
+        def backward(at: slice, x_NV: Tensor, out_NV: Tensor | None) -> None:
+            assert out_NV is not None
+            kernels.token_logprobs_backward(x_NV, out_NV, rows, at, stats, g_N, h_N, weight_N)
+
+        chunks.visit(backward, write=True)
+    return totals(whole, live_N, stats.logprob_N, stats.entropy_N)
+
+
+def sweep_by_slope(
+    kernels: Backend,
+    chunks: LinearRows,
+    rows: RowArguments,
+    loss: LossArguments,
+    stats: Statistics,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`totals` of any loss without entropy, of which only the hidden states want a gradient.
+
+    d logprob / d hidden does not depend on the loss, so one pass makes it beside the log-probs, and
+    g is multiplied in at the end. In the slope's dtype nothing underflows: it is of order 1.
+    """
+    weight_N, slope_ND = loss.weight_N, chunks.grads[0]
+    assert slope_ND is not None
+    assert not loss.has_entropy
+    one_N = torch.ones_like(stats.logprob_N)
+    for at, x_NV, dx_NV in chunks.made(slope_ND.dtype):
+        assert dx_NV is not None
+        kernels.token_logprobs(x_NV, rows, at, stats, weight_N)
+        kernels.token_logprobs_backward(x_NV, dx_NV, rows, at, stats, one_N, None, weight_N)
+        chunks.to_hidden(dx_NV, slope_ND[at])
+    live_N = live_rows(rows, weight_N)
+    whole = filled(loss, live_N, stats.logprob_N.dtype)
+    g_N, _ = token_gradient(whole, live_N, stats.logprob_N)
+    torch.mul(slope_ND, (loss.grad_scale * g_N)[:, None], out=slope_ND)
+    return totals(whole, live_N, stats.logprob_N, stats.entropy_N)
