@@ -173,6 +173,31 @@ def test_gae_skips_holes(gamma, lam):
         torch.testing.assert_close(ops.whiten(advantage), want[0][live], rtol=1e-6, atol=1e-6)
 
 
+def test_advantages_from_scores():
+    """KL in the reward, the score at the last token, GAE, and advantages that are whitened."""
+    for b in theirs.batches():
+        live, offsets = packed(b)
+        if live.sum() < 2:
+            continue
+        last = (b.mask * torch.arange(1, b.mask.shape[1] + 1)).argmax(1, keepdim=True)
+        score = torch.zeros_like(b.mask).scatter(1, last, b.reward[:, :1])
+        reward = theirs.verl().compute_rewards(score, b.logprob, b.ref_logprob, 0.05)
+        want = theirs.verl().compute_gae_advantage_return(reward, b.value, b.mask, 0.99, 0.9)
+        ours = ops.advantages(
+            b.reward[:, 0].contiguous(),
+            b.logprob[live],
+            b.ref_logprob[live],
+            b.value[live],
+            offsets,
+            kl_coef=0.05,
+            gamma=0.99,
+            lam=0.9,
+        )
+        torch.testing.assert_close(ours.reward_N, reward[live])
+        torch.testing.assert_close(ours.return_N, want[1][live])
+        torch.testing.assert_close(ours.advantage_N, want[0][live], rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize(("lower", "upper"), [(None, 1.3), (0.8, 1.3)])
 def test_rollout_correction(level, lower, upper):

@@ -117,6 +117,7 @@ def trl(module: str) -> Any:
     """A module of trl.trainer, or trl.kernels.chunked_logprob."""
     if module != "trainer.utils":
         trl("trainer.utils")
+        stub("trl", __version__=peers.PINS["trl"])  # of the package, whose __init__ does not run
     return peers.load("trl", f"trl.{module}")
 
 
