@@ -76,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         notes = host.ratios(rows)
     elif asked.name == "linear":
         rows = run(linear.cases(asked.quick), asked.rounds, load)
+        notes = linear.ratios(rows)
     elif asked.name == "mixed_adapters":
         rows = run(mixed_adapters.cases(asked.quick), asked.rounds, load)
     elif asked.name == "ops":

@@ -114,15 +114,17 @@ def policy_loss(
     behaviour_logprob_N: Tensor,
     advantage_N: Tensor,
     weight_N: Tensor,
-    ref_logprob_N: Tensor,
-    kl_coef: float,
-    entropy_coef: float,
+    ref_logprob_N: Tensor | None = None,
+    kl_coef: float = 0.0,
+    entropy_coef: float = 0.0,
 ) -> PolicyLoss:
     """What trainers write after the model's forward, with autograd for the rest."""
     logprob_N, entropy_N = token_logprobs(logits_NV, token_N)
     loss = clipped_loss(logprob_N, behaviour_logprob_N, advantage_N, weight_N)
-    kl_N = token_kl(logprob_N, ref_logprob_N)
-    loss = loss + (weight_N * (kl_coef * kl_N - entropy_coef * entropy_N)).sum()
+    kl_N = torch.zeros_like(logprob_N)
+    if ref_logprob_N is not None:
+        kl_N = token_kl(logprob_N, ref_logprob_N)
+        loss = loss + (weight_N * (kl_coef * kl_N - entropy_coef * entropy_N)).sum()
     ratio_N = (logprob_N.detach() - behaviour_logprob_N).exp()
     zero = ratio_N.new_zeros(())
     metrics = PolicyMetrics(*[zero] * len(PolicyMetrics._fields))._replace(

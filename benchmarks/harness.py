@@ -41,6 +41,8 @@ class Contender:
         answer: gives the tensors to compare with the oracle's; None for a bound, which has none.
         bound: name of the contender against which it is measured; None for nothing.
         ours: whether a wrong answer is a defect of this project.
+        rivals: contenders of the same name here give the same result, and are compared with each
+            other; None for those of the same bound.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Contender:
     answer: Callable[[], Sequence[Tensor]] | None = None
     bound: str | None = None
     ours: bool = False
+    rivals: str | None = None
 
 
 @dataclass
@@ -208,6 +211,7 @@ def measure(
         if contender.bound in times:
             least = case.work * statistics.median(times[contender.bound])
             row["bound"], row["share"] = contender.bound, least / row["ms"]
+            row["rivals"] = contender.rivals or contender.bound
     return rows + [
         {**case.fields, "what": name, "status": "absent", "note": why}
         for name, why in case.absent.items()

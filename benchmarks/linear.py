@@ -1,4 +1,10 @@
-"""PPO's loss from hidden states, forward and backward, against GEMMs, eager, compile and peers."""
+"""Losses of log-probs from hidden states, with their gradients: GEMMs, eager, compile, peers.
+
+Three losses, each with a frozen and with a trained head: PPO's clip, GRPO's (a clip, and k3 to a
+reference, averaged by sequence) and GSPO's (a ratio for each sequence). fastppo has PPO's fused
+(`linear_policy_loss`); with `linear_token_logprobs` the loss is the trainer's own PyTorch, and so
+it is with all peers.
+"""
 
 from __future__ import annotations
 
@@ -11,100 +17,154 @@ from torch import Tensor
 from benchmarks import contenders as eager
 from benchmarks import peers
 from benchmarks.harness import TOLERANCE, Case, Contender, backends, compiled
-from fastppo.ops import linear_policy_loss
+from benchmarks.peers import logprobs as theirs
+from fastppo.ops import linear_policy_loss, linear_token_logprobs
 from tests.ops.references import linear_policy_loss_reference
 from tests.ops.registry import OPS, Shape
 
-SHAPES = (Shape(512, 49152, 576, 1), Shape(256, 151936, 896, 1))
-QUICK = (Shape(6, 64, 8, 1),)
-VERL_CHUNK = 512
+SHAPES = (Shape(512, 49152, 576, 8), Shape(256, 151936, 896, 8))
+QUICK = (Shape(6, 64, 8, 2),)
+LOSSES = ("PPO", "GRPO", "GSPO")
+BETA = 0.04
 
-# (hidden, weight, token) -> log-prob of each token; the loss of log-probs is everybody's own.
-Logprobs = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Log-prob of each token -> the loss.
+Loss = Callable[[Tensor], Tensor]
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    """Frozen and trained head at each size."""
+    """Each loss at each size, with a frozen and with a trained head."""
     for shape in QUICK if quick else SHAPES:
-        for trained in (False, True):
-            yield make_case(shape, trained, quick)
+        for loss in LOSSES:
+            for trained in (False, True):
+                yield make_case(shape, loss, trained, quick)
 
 
-def make_case(shape: Shape, trained: bool, quick: bool) -> Case:
+def make_case(shape: Shape, name: str, trained: bool, quick: bool) -> Case:
     inputs = eager.make_inputs(OPS["linear_policy_loss"], shape, torch.float32)
-    for name in ("ref_logprob_N", "kl_coef", "entropy_coef"):
-        del inputs[name]  # no peer has these terms
-    names = ("behaviour_logprob_N", "advantage_N", "weight_N")
-    rest = tuple(inputs[name] for name in names)
+    for key in ("kl_coef", "entropy_coef"):
+        del inputs[key]  # no peer has these terms
+    ref_logprob_N = inputs.pop("ref_logprob_N")
     hidden = inputs["hidden_ND"].requires_grad_()
     weight = inputs["weight_VD"].requires_grad_(trained)
     token = inputs["token_N"]
     leaves = (hidden, weight) if trained else (hidden,)
+    loss = make_loss(name, shape.batch, inputs, ref_logprob_N)
 
-    def step(loss_of: Callable[[], Tensor]) -> Tensor:
+    def step(make: Callable[[], Tensor]) -> Tensor:
         for leaf in leaves:
             leaf.grad = None
-        loss = loss_of()
-        loss.backward()
-        return loss.detach()
+        value = make()
+        value.backward()
+        return value.detach()
 
-    def answer(loss_of: Callable[[], Tensor]) -> list[Tensor]:
-        return [step(loss_of), *(leaf.grad for leaf in leaves)]
+    def answer(make: Callable[[], Tensor]) -> list[Tensor]:
+        return [step(make), *(leaf.grad for leaf in leaves)]
+
+    def plain(hidden: Tensor, weight: Tensor, token: Tensor) -> Tensor:
+        log_p_NV = torch.log_softmax(hidden @ weight.T, dim=-1)
+        return loss(log_p_NV.gather(1, token[:, None]).squeeze(1))
+
+    def definition() -> Tensor:
+        if name == "PPO":
+            return linear_policy_loss_reference(**inputs).loss
+        return plain(hidden, weight, token)
 
     case = Case(
         fields={
             "shape": f"N {shape.n}, D {shape.hidden}, V {shape.vocab}",
-            "case": "trained head" if trained else "frozen head",
+            "case": f"{name}, {'trained' if trained else 'frozen'} head",
             "dtype": "float32",
         },
-        want=answer(lambda: linear_policy_loss_reference(**inputs).loss),
+        want=answer(definition),
         tolerance=TOLERANCE[torch.float32],
     )
-    bound = f"{3 if trained else 2} GEMMs, given buffers"
-    case.add(Contender(bound, bare_gemms(hidden.detach(), weight.detach(), trained)))
 
-    def add(name: str, loss_of: Callable[[], Tensor], ours: bool = False) -> None:
-        case.add(Contender(name, lambda: step(loss_of), lambda: answer(loss_of), bound, ours))
+    def gemms(count: int) -> str:
+        bound = f"{count} GEMMs, given buffers"
+        case.add(Contender(bound, bare_gemms(hidden.detach(), weight.detach(), count)))
+        return bound
 
-    def peer(package: str, what: str, make: Callable[[], Logprobs]) -> None:
+    once = gemms(3 if trained else 2)
+    # linear_token_logprobs does not know the loss: a trained head's logits are made a second time.
+    again = gemms(4) if trained else once
+
+    def add(what: str, make: Callable[[], Tensor], bound: str = once, ours: bool = False) -> None:
+        case.add(Contender(what, lambda: step(make), lambda: answer(make), bound, ours, once))
+
+    if name == "PPO":
+        runnable, others = backends("linear_policy_loss", hidden)
+        for backend in runnable:
+            add(
+                f"fastppo {backend}, linear_policy_loss",
+                lambda backend=backend: linear_policy_loss(**inputs, backend=backend).loss,
+                ours=True,
+            )
+        case.absent |= {f"fastppo {backend}": why for backend, why in others.items()}
+    for backend in backends("linear_token_logprobs", hidden)[0]:
+        add(
+            f"fastppo {backend}, linear_token_logprobs",
+            lambda backend=backend: loss(
+                linear_token_logprobs(hidden, weight, token, backend=backend).logprob_N
+            ),
+            bound=again,
+            ours=True,
+        )
+    add("eager", lambda: plain(hidden, weight, token))
+    fused = compiled(plain, quick)
+    add("torch.compile", lambda: fused(hidden, weight, token))
+    for package, what, make in theirs.ALL if name == "PPO" else theirs.MODERN:
+        label = f"{peers.label(package)}, {what}"
         try:
             logprobs = make()
         except (peers.Absent, ImportError) as why:
-            case.absent[f"{peers.label(package)}, {what}"] = str(why)
-            return
-        add(
-            f"{peers.label(package)}, {what}",
-            lambda: eager.clipped_loss(logprobs(hidden, weight, token), *rest),
-        )
-
-    def plain(hidden: Tensor, weight: Tensor, token: Tensor, *rest: Tensor) -> Tensor:
-        log_p_NV = torch.log_softmax(hidden @ weight.T, dim=-1)
-        return eager.clipped_loss(log_p_NV.gather(1, token[:, None]).squeeze(1), *rest)
-
-    runnable, others = backends("linear_policy_loss", hidden)
-    for backend in runnable:
-        add(
-            f"fastppo {backend}",
-            lambda backend=backend: linear_policy_loss(**inputs, backend=backend).loss,
-            ours=True,
-        )
-    case.absent |= {f"fastppo {name}": why for name, why in others.items()}
-    add("eager", lambda: plain(hidden, weight, token, *rest))
-    fused = compiled(plain, quick)
-    add("torch.compile", lambda: fused(hidden, weight, token, *rest))
-    peer("liger-kernel", "chunked selective log-prob", liger)
-    peer("cut-cross-entropy", "torch_compile", cut_cross_entropy)
-    peer("verl", f"FusedLinearForPPO, chunk {VERL_CHUNK}, entropy too", verl)
+            case.absent[label] = str(why)
+            continue
+        add(label, lambda logprobs=logprobs: loss(logprobs(hidden, weight, token)))
     return case
 
 
-def bare_gemms(hidden: Tensor, weight: Tensor, trained: bool) -> Callable[[], None]:
-    """The products alone, all tokens at once, into memory that is there."""
+def make_loss(name: str, batch: int, inputs: dict[str, Any], ref_logprob_N: Tensor) -> Loss:
+    """A loss in plain PyTorch over `batch` sequences of one length."""
+    behaviour_N, advantage_N = inputs["behaviour_logprob_N"], inputs["advantage_N"]
+    if name == "PPO":
+        return lambda x_N: eager.clipped_loss(x_N, behaviour_N, advantage_N, inputs["weight_N"])
+    advantage_B = advantage_N.view(batch, -1)[:, 0]
+    if name == "GRPO":
+        return lambda x_N: grpo_loss(x_N, behaviour_N, ref_logprob_N, advantage_B)
+    return lambda x_N: gspo_loss(x_N, behaviour_N, advantage_B)
+
+
+def grpo_loss(
+    logprob_N: Tensor, behaviour_logprob_N: Tensor, ref_logprob_N: Tensor, advantage_B: Tensor
+) -> Tensor:
+    """GRPO's: clipped by token, k3 to the reference, the mean of the sequences' means."""
+    ratio_N = (logprob_N - behaviour_logprob_N).exp()
+    ratio_BT, advantage_B1 = ratio_N.view(len(advantage_B), -1), advantage_B[:, None]
+    held_BT = ratio_BT.clamp(1 - eager.CLIP, 1 + eager.CLIP)
+    clip_BT = torch.max(-advantage_B1 * ratio_BT, -advantage_B1 * held_BT)
+    kl_BT = eager.token_kl(logprob_N, ref_logprob_N).view_as(clip_BT)
+    return (clip_BT + BETA * kl_BT).mean(1).mean()
+
+
+def gspo_loss(logprob_N: Tensor, behaviour_logprob_N: Tensor, advantage_B: Tensor) -> Tensor:
+    """GSPO's: the ratio of a sequence is the geometric mean of its tokens'."""
+    ratio_B = (logprob_N - behaviour_logprob_N).view(len(advantage_B), -1).mean(1).exp()
+    held_B = ratio_B.clamp(1 - eager.CLIP, 1 + eager.CLIP)
+    return torch.max(-advantage_B * ratio_B, -advantage_B * held_B).mean()
+
+
+def bare_gemms(hidden: Tensor, weight: Tensor, count: int) -> Callable[[], None]:
+    """The products alone, all tokens at once, into memory that is there.
+
+    2: the logits and the gradient of the hidden states. 3: the gradient of the weight too. 4: the
+    logits twice, as where the forward keeps none of them.
+    """
     logits, back = hidden @ weight.T, torch.empty_like(hidden)
-    grad = torch.empty_like(weight) if trained else None
+    grad = torch.empty_like(weight) if count > 2 else None
 
     def call() -> None:
-        torch.mm(hidden, weight.T, out=logits)
+        for _ in range(2 if count == 4 else 1):
+            torch.mm(hidden, weight.T, out=logits)
         torch.mm(logits, weight, out=back)
         if grad is not None:
             torch.mm(logits.T, hidden, out=grad)
@@ -112,19 +172,13 @@ def bare_gemms(hidden: Tensor, weight: Tensor, trained: bool) -> Callable[[], No
     return call
 
 
-def liger() -> Logprobs:
-    module: Any = peers.load("liger-kernel", "liger_kernel.chunked_loss.fused_linear_ppo")
-    forward = module.LigerFusedLinearPPOBase.chunk_forward
-    return lambda hidden, weight, token: forward(hidden[None], weight, token[None])[0]
-
-
-def cut_cross_entropy() -> Logprobs:
-    module: Any = peers.load("cut-cross-entropy", "cut_cross_entropy.torch_compile")
-    loss = module.torch_compile_linear_cross_entropy
-    return lambda hidden, weight, token: -loss(hidden, weight, token, reduction="none")
-
-
-def verl() -> Logprobs:
-    module: Any = peers.load("verl", "verl.utils.experimental.torch_functional")
-    head = module.FusedLinearForPPO(chunk_size=VERL_CHUNK)
-    return lambda hidden, weight, token: head(hidden, weight, token)[0]
+def ratios(rows: list[dict[str, Any]]) -> list[str]:
+    """For each case, what ours take in units of the bare GEMMs that the call cannot do without."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.get("ours") and "share" in row:
+            name = row["what"].removeprefix("fastppo ")
+            gemms = row["bound"].partition(",")[0]
+            line = f"{name} {1 / row['share']:.2f} x {gemms}"
+            found.setdefault((row["shape"], row["case"]), []).append(line)
+    return [f"{shape}, {case}: {'; '.join(lines)}" for (shape, case), lines in found.items()]

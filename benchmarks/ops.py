@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks import contenders as eager
 from benchmarks import peers
 from benchmarks.harness import TOLERANCE, Case, Contender, backends, compiled
+from benchmarks.peers import logprobs as theirs
 from fastppo.ops import policy_loss, workspace
 from fastppo.ops.arguments import loss_arguments, row_arguments
 from fastppo.ops.policy_loss import DenseRows, sweep
@@ -25,6 +26,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 # Logits that a GEMM rounds to bf16 move a ratio by as much as a percent or two.
 LINEAR_BF16 = 6e-2
 
+CLIP_ALONE = "no entropy, no KL"
 GIVEN, FRESH, IN_PLACE = "copy, given buffer", "copy, fresh", "copy, in place"
 GEMMS = "2 GEMMs, given buffers"
 
@@ -55,14 +57,26 @@ def cases(quick: bool, only: list[str] | None = None) -> Iterator[Case]:
         for shape in shapes:
             for dtype in DTYPES:
                 yield make_case(op, shape, dtype, quick)
+                if op.name == "policy_loss":
+                    yield make_case(op, shape, dtype, quick, clip_alone=True)
 
 
-def make_case(op: Op, shape: Shape, dtype: torch.dtype, quick: bool) -> Case:
-    """The contenders of one operator, size and dtype."""
+def make_case(
+    op: Op, shape: Shape, dtype: torch.dtype, quick: bool, clip_alone: bool = False
+) -> Case:
+    """The contenders of one operator, size and dtype; `clip_alone` leaves out entropy and KL."""
     inputs = eager.make_inputs(op, shape, dtype)
+    if clip_alone:
+        for name in ("ref_logprob_N", "kl_coef", "entropy_coef"):
+            del inputs[name]
     linear = op.name.startswith("linear")
     case = Case(
-        fields={"op": op.name, "shape": describe(op, shape), "dtype": name_of(dtype)},
+        fields={
+            "op": op.name,
+            "shape": describe(op, shape),
+            "dtype": name_of(dtype),
+            **({"case": CLIP_ALONE} if clip_alone else {}),
+        },
         want=eager.right_answer(op, inputs),
         tolerance=LINEAR_BF16 if linear and dtype == torch.bfloat16 else TOLERANCE[dtype],
     )
@@ -74,6 +88,8 @@ def make_case(op: Op, shape: Shape, dtype: torch.dtype, quick: bool) -> Case:
         add_copies(case, op, shape, dtype, inputs)
         if not op.differentiable and "logits_NV" in inputs:
             bound = GIVEN  # it only reads
+
+    public = bound  # calls of the operator itself are compared with each other
 
     def add(
         name: str,
@@ -90,7 +106,7 @@ def make_case(op: Op, shape: Shape, dtype: torch.dtype, quick: bool) -> Case:
                 return eager.step(op, function, own, **keywords)
 
         answer = lambda: eager.answer(op, function, own, **keywords)  # noqa: E731
-        case.add(Contender(name, call, answer, bound, ours))
+        case.add(Contender(name, call, answer, bound, ours, public))
 
     runnable, others = backends(op.name, *(x for x in inputs.values() if torch.is_tensor(x)))
     for backend in runnable:
@@ -111,6 +127,15 @@ def make_case(op: Op, shape: Shape, dtype: torch.dtype, quick: bool) -> Case:
         case.absent["torch.compile"] = eager.NOT_COMPILED[op.name]
     else:
         add("torch.compile", compiled(eager.EAGER[op.name], quick))
+    if op.name == "linear_token_logprobs":
+        for package, what, load in theirs.WITH_ENTROPY:
+            label = f"{peers.label(package)}, {what}"
+            try:
+                function = load()
+            except (peers.Absent, ImportError) as why:
+                case.absent[label] = str(why)
+            else:
+                add(label, without_entropy_gradient(function))
     if op.name == "gae":
         add("masked loop (verl's algorithm)", eager.gae_masked_loop)
         case.try_peer(f"{peers.label('torchrl')}, vectorised", lambda: torchrl(inputs, bound))
@@ -203,7 +228,7 @@ def into_given(inputs: dict[str, Any], backend: str) -> Contender:
     loss = loss_arguments(
         "policy_loss",
         logits_NV,
-        **rest,
+        **{"ref_logprob_N": None, "kl_coef": None, "entropy_coef": None, **rest},
         importance_weight_N=None,
         offsets=None,
         config=None,
@@ -218,6 +243,16 @@ def into_given(inputs: dict[str, Any], backend: str) -> Contender:
         return [*call()[:4], out_NV]
 
     return Contender(f"fastppo {backend}, given buffer", call, answer, GIVEN, ours=True)
+
+
+def without_entropy_gradient(function: theirs.WithEntropy) -> theirs.WithEntropy:
+    """A peer's log-prob and entropy by our names, the entropy a value, as ours is by default."""
+
+    def call(hidden_ND: Tensor, weight_VD: Tensor, token_N: Tensor) -> tuple[Tensor, Tensor]:
+        logprob_N, entropy_N = function(hidden_ND, weight_VD, token_N)
+        return logprob_N, entropy_N.detach()
+
+    return call
 
 
 def torchrl(inputs: dict[str, Any], bound: str) -> Contender:

@@ -130,15 +130,17 @@ def result(
     }
 
 
-def cells(row: dict[str, Any], fastest: bool) -> list[str]:
-    """One line of the table."""
+def cells(row: dict[str, Any], same: Sequence[dict[str, Any]]) -> list[str]:
+    """One line of the table; `same` are the rows of its case."""
     if row["status"] != "timed":
-        return [row["what"], f"{row['status']}: {row['note']}", "", "", "", _error(row)]
+        return [row["what"], f"{row['status']}: {row['note']}", "", "", "", "", _error(row)]
+    fastest = is_fastest(row, same)
     ms = f"{row['ms']:.4g}"
     return [
         row["what"],
         f"**{ms}**" if fastest else ms,
         f"{row['min_ms']:.4g} to {row['max_ms']:.4g}",
+        standing(row, same),
         f"{row['share']:.0%} of {row['bound']}" if "share" in row else "",
         f"{row['peak_bytes'] / 2**20:.2f}",
         _error(row),
@@ -153,13 +155,37 @@ def is_fastest(row: dict[str, Any], same: Sequence[dict[str, Any]]) -> bool:
     """Whether nobody who does the same work is faster, and somebody else does it."""
     if "error" not in row or "ms" not in row:
         return False
-    rivals = [r for r in same if "ms" in r and r.get("bound") == row.get("bound")]
-    others = any("error" in r and not r["ours"] for r in rivals)
-    return others and row["ms"] == min(r["ms"] for r in rivals if "error" in r)
+    rivals = rivals_of(row, same)
+    others = any(not r["ours"] for r in rivals)
+    return others and row["ms"] == min(r["ms"] for r in rivals)
+
+
+def rivals_of(row: dict[str, Any], same: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the case that give the same result as `row`, itself among them; no bounds."""
+    work = row.get("rivals", row.get("bound"))
+    return [
+        r for r in same if "ms" in r and "error" in r and r.get("rivals", r.get("bound")) == work
+    ]
+
+
+def standing(row: dict[str, Any], same: Sequence[dict[str, Any]]) -> str:
+    """How a row stands to the smallest median of those that give the same result.
+
+    Where the spreads of the rounds overlap it is a tie, whoever's median is smaller: the row of the
+    smallest median leads only if no other spread reaches into its own.
+    """
+    rivals = rivals_of(row, same) if "error" in row and "ms" in row else []
+    if all(r["ours"] for r in rivals):
+        return ""
+    first = min(rivals, key=lambda r: r["ms"])
+    if row is first:
+        tied = any(r is not first and r["min_ms"] <= first["max_ms"] for r in rivals)
+        return "tie" if tied else "leads"
+    return "tie" if row["min_ms"] <= first["max_ms"] else f"{row['ms'] / first['ms']:.2f} x"
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """Every case a table; the fastest contender in bold, a bound left out of that."""
+    """Every case a table; the smallest median in bold, a bound left out of that."""
     where = found["machine"]
     lines = [
         f"# {found['name']}, {found['date']}",
@@ -167,7 +193,8 @@ def markdown(found: dict[str, Any]) -> str:
         f"{where['cpu']}, {where['cores']} cores, {where['vectors']}, {where['memory_gib']} GiB; "
         f"torch {where['torch']}, {where['threads']} threads; `{found['command']}`. Milliseconds: "
         "median, least and most. Memory: the peak of tensors above the inputs. Error: the largest, "
-        "as a share of the oracle's largest entry.",
+        "as a share of the oracle's largest entry. Against the first: the median over the smallest "
+        "of those that give the same result; a tie where the two spreads overlap.",
         "",
         *(f"- {note}" for note in found["notes"]),
     ]
@@ -182,10 +209,10 @@ def markdown(found: dict[str, Any]) -> str:
                 "",
                 f"## {', '.join(here)}",
                 "",
-                "| | ms | spread | share of a bound | peak MiB | error |",
-                "|---|---|---|---|---|---|",
+                "| | ms | spread | against the first | share of a bound | peak MiB | error |",
+                "|---|---|---|---|---|---|---|",
             ]
-        lines.append("| " + " | ".join(cells(row, is_fastest(row, same))).replace("\n", " ") + " |")
+        lines.append("| " + " | ".join(cells(row, same)).replace("\n", " ") + " |")
     return "\n".join(lines) + "\n"
 
 

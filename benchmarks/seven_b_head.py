@@ -43,7 +43,7 @@ def make_case(shape: Shape) -> Case:
         want=right_answer(inputs),
         tolerance=LINEAR_BF16,
     )
-    case.add(Contender(BOUND, bare_gemms(hidden, weight, trained=False)))
+    case.add(Contender(BOUND, bare_gemms(hidden, weight, count=2)))
     leaf = hidden.detach().requires_grad_()
 
     def add(name: str, loss_of: Callable[[], Tensor], ours: bool = False) -> None:

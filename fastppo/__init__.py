@@ -18,5 +18,9 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     """Import `name` on first use, so that `import fastppo` alone does not import torch."""
     if name in _HOMES:
+        from fastppo import packages
+
+        if missing := packages.missing_for_training():
+            raise ImportError(f"fastppo.{name}: {missing}")
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'fastppo' has no attribute '{name}'")

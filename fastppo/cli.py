@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from fastppo import __version__
+from fastppo import __version__, packages
 from fastppo.errors import Interrupted, TrainingStopped, UserError, one_line
 from fastppo.run.commandline import Answered, Parser, quieten
 
@@ -99,6 +99,8 @@ def read(argv: Sequence[str] | None) -> argparse.Namespace:
         help="what it has to fit into, for example 24GiB; the GPU here if left out",
     )
     options = parser.parse(argv)
+    if missing := packages.missing_for_training():
+        raise UserError(missing)
     if options.words[:1] == ["train"] and len(options.words) > 1:  # as with llamafactory-cli
         del options.words[0]
     if options.gpu is not None and not options.plan:

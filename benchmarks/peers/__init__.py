@@ -22,6 +22,8 @@ PINS = {
     "liger-kernel": "0.8.5",
     "cut-cross-entropy": "25.1.1",
     "verl": "0.9.1",
+    "trl": "1.16.0",
+    "openrlhf": "0.11.2",
     "torchrl": "0.14.1",
     "tensordict": "0.15.3",
     "pyvers": "0.2.3",

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from fastppo import packages
 from fastppo.errors import UserError, one_line
 from fastppo.run.commandline import Answered, Parser, quieten
 from fastppo.run.launch import check_one_process
@@ -30,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     try:
         words = parser.parse(argv).words
+        if missing := packages.missing_for_training():
+            raise UserError(missing)
         from fastppo.export.config import read_export
 
         config, notes = read_export(words)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from fastppo import packages
 from fastppo.config.training import BITSANDBYTES
 from fastppo.errors import UserError
 
@@ -79,8 +80,8 @@ def bitsandbytes(name: str) -> Any:
         return importlib.import_module("bitsandbytes")
     except ImportError as error:
         raise UserError(
-            f"optim: {name} needs bitsandbytes ({error}); pip install 'fastppo[quantization]', or "
-            "use optim: adamw_torch"
+            f"optim: {name} needs bitsandbytes ({error}); "
+            f"{packages.install('quantization')}, or use optim: adamw_torch"
         ) from None
 
 

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from fastppo import packages
 from fastppo.config.rewards import HEAD_FILES, split
 from fastppo.config.weights import Head, find_head, weight_files
 from fastppo.errors import UserError, note
@@ -321,7 +322,7 @@ def quantisation(bits: int, device: torch.device, dtype: torch.dtype) -> dict[st
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
             f"reward_model_quantization_bit: {bits} needs a package that is not installed; "
-            "pip install 'fastppo[quantization]', or leave it out"
+            f"{packages.install('quantization')}, or leave it out"
         )
     make_quantization: Any = BitsAndBytesConfig  # its constructor has no annotations
     config = make_quantization(

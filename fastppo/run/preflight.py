@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastppo import packages
 from fastppo.config.below import ADAPTER, check_below
 from fastppo.config.file import read_json
 from fastppo.config.published import hidden_width
@@ -76,7 +77,7 @@ def check_packages(config: Config) -> None:
         if importlib.util.find_spec(package) is None:
             raise UserError(
                 f"{config.source}: {key}: {asked} needs a package that is not installed; "
-                f"pip install 'fastppo[{extra}]', or leave {key} out"
+                f"{packages.install(extra)}, or leave {key} out"
             )
 
 

@@ -16,7 +16,7 @@ and `docs/bad_input.md` is made from them (`page.py`).
     links, folders          path -> what it points to; empty folders
     pickles                 paths of torch files that would run code where they are unpickled
     tensors                 path -> name -> shape of a tensor of zeros, as safetensors or .bin
-    without_packages        no optional package is installed
+    without_packages        modules that are not installed
     environment             variables of the environment
     secret                  text that must be in nothing that is printed
     answers                 what a real server on this machine answers, one after the other
@@ -25,12 +25,14 @@ and `docs/bad_input.md` is made from them (`page.py`).
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 FOLDER = Path(__file__).parent
@@ -74,7 +76,7 @@ class Case:
     folders: list[str] = field(default_factory=list)
     pickles: list[str] = field(default_factory=list)
     tensors: dict[str, dict[str, list[int]]] = field(default_factory=dict)
-    without_packages: bool = False
+    without_packages: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
     secret: str = ""
     answers: list[dict[str, Any]] = field(default_factory=list)
@@ -91,6 +93,15 @@ class Case:
         found = {**good, **named, **self.keys}
         found.pop(self.without, None)
         return found
+
+    def hide_packages(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Hide `without_packages` from every question whether a package is installed."""
+        find = importlib.util.find_spec
+
+        def find_others(name: str, package: str | None = None) -> Any:
+            return None if name in self.without_packages else find(name, package)
+
+        monkeypatch.setattr("importlib.util.find_spec", find_others)
 
     def spoil(self, project: Path, good: dict[str, Any]) -> list[str]:
         """Spoil the project, and give the command line."""

@@ -30,8 +30,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("case", cases(*LIGHT), ids=lambda case: f"{case.area}-{case.wrong}")
 def test_bad_input(project, capsys, monkeypatch, tmp_path_factory, case: Case):
-    if case.without_packages:
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    case.hide_packages(monkeypatch)
     for name, value in case.environment.items():
         monkeypatch.setenv(name, value)
     good = RM if case.stage == "rm" else PPO
@@ -63,8 +62,7 @@ def test_the_cure_of_a_line_cures(project, monkeypatch, tmp_path_factory, case: 
     from fastppo.config import load_config
     from fastppo.run.preflight import check
 
-    if case.without_packages:
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    case.hide_packages(monkeypatch)
     good = RM if case.stage == "rm" else PPO
     found.spoil(project, {**good, "cache_dir": str(tmp_path_factory.mktemp("cache"))})
     for folder, size in found.heads.items():

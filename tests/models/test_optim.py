@@ -110,11 +110,11 @@ def test_stage_ppo_hands_its_settings_to_the_optimiser(roles, config, stand_in):
 @pytest.mark.parametrize("name", sorted(BITSANDBYTES))
 def test_without_bitsandbytes_there_is_a_line_that_installs_it(config, name, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(UserError, match=r"pip install 'fastppo\[quantization\]'"):
+    with pytest.raises(UserError, match=r"pip install '\.\[quantization\]'"):
         create_optimizer(name, groups(), **SETTINGS)
     monkeypatch.delitem(sys.modules, "bitsandbytes")
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(UserError, match=rf"optim: {name} needs.*fastppo\[quantization\]"):
+    with pytest.raises(UserError, match=rf"optim: {name} needs.*pip install '\.\[quantization\]'"):
         check_packages(config(optim=name))
     check_packages(config(optim="adamw_torch"))
 

@@ -8,6 +8,7 @@ Not a pytest file: it builds environments, once, before the tests.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -79,6 +80,18 @@ def check_sdist(sdist: Path) -> None:
     needed = {"LICENSE", "README.md", "pyproject.toml", "setup.py"}
     needed |= {name for name in tracked() if name.startswith(code)}
     assert needed <= found, f"sdist: {sorted(needed - found)} are missing"
+
+
+def check_requirements(wheel: Path) -> None:
+    """Without an extra the wheel asks for torch and triton, and `train` for what was left out."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        lines = archive.read(name).decode().splitlines()
+    wanted = [line.removeprefix("Requires-Dist: ") for line in lines if "Requires-Dist: " in line]
+    base = {re.split(r"[^\w-]", line)[0] for line in wanted if "extra ==" not in line}
+    assert base == {"torch", "triton"}, f"wheel: the base install brings {sorted(base)}"
+    train = {re.split(r"[^\w-]", line)[0] for line in wanted if 'extra == "train"' in line}
+    assert {"transformers", "peft", "pydantic"} <= train, f"wheel: train brings {sorted(train)}"
 
 
 def version() -> str:
@@ -154,6 +167,7 @@ if __name__ == "__main__":
         assert sdist is not None
         check_sdist(sdist)
         check_wheel(wheel)
+        check_requirements(wheel)
         # From the checkout the link fastppo/kernels is in the way, from the sdist it is not.
         check_wheel(build(source, folder / "direct", "--wheel")[0])
         run_elsewhere(wheel, folder)

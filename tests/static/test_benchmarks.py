@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def test_a_quick_benchmark_writes_a_result_and_its_table(name, tmp_path, monkeyp
     assert {"eager", "fastppo torch"} <= answered
     assert all(row["share"] > 0 for row in timed if "error" in row)
     absent = {row["what"].split()[0] for row in by_status["absent"]}
-    wanted = {"linear": {"liger-kernel", "cut-cross-entropy", "verl"}, "ops": {"torchrl"}}
+    wanted = {"linear": {"liger-kernel", "cut-cross-entropy", "verl", "trl"}, "ops": {"torchrl"}}
     assert wanted.get(name, set()) <= absent
     table = out.with_suffix(".md").read_text(encoding="utf-8")
     assert table in capsys.readouterr().out
@@ -132,3 +133,39 @@ def test_the_fastest_is_marked_among_those_who_do_the_same():
     given = row("given", 1.0, "copy, given", True)
     rows = [row("mine", 3.0, "copy", True), row("eager", 2.0, "copy", False), given]
     assert [report.is_fastest(one, rows) for one in rows] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("spreads", "standings"),
+    [
+        ([(1.0, 1.1, 1.2), (1.15, 1.4, 1.5), (1.3, 2.2, 2.5)], ["tie", "tie", "2.00 x"]),
+        ([(1.0, 1.1, 1.2), (1.3, 1.4, 1.5), (1.3, 2.2, 2.5)], ["leads", "1.27 x", "2.00 x"]),
+        ([(1.0, 1.1, 1.2)], ["leads"]),
+    ],
+)
+def test_a_lead_inside_the_spread_is_a_tie(spreads, standings):
+    bound = {"what": "2 GEMMs", "ours": False, "min_ms": 0.1, "ms": 0.2, "max_ms": 9.0}
+    rows = [
+        {"error": 0.0, "ours": False, "bound": bound, "rivals": "all", "min_ms": a, "ms": b}
+        | {"max_ms": c, "bound": f"{i} GEMMs"}
+        for i, (a, b, c) in enumerate(spreads)
+    ]
+    assert [report.standing(row, [*rows, bound]) for row in rows] == standings
+    assert report.standing(bound, [*rows, bound]) == ""
+    ours = [{**row, "ours": True} for row in rows]
+    assert [report.standing(row, ours) for row in ours] == [""] * len(ours)  # against nobody
+
+
+def test_what_a_loss_takes_is_said_in_units_of_its_gemms(tmp_path):
+    """Two with a frozen head; with a trained one three, four where the forward keeps no logits."""
+    out = tmp_path / "found.json"
+    assert command.main(["linear", "--quick", "--rounds", "1", "--out", str(out)]) == 0
+    notes = json.loads(out.read_text(encoding="utf-8"))["notes"]
+    for loss in ("PPO", "GRPO", "GSPO"):
+        (frozen,) = [note for note in notes if f"{loss}, frozen head: " in note]
+        (trained,) = [note for note in notes if f"{loss}, trained head: " in note]
+        assert "torch, linear_token_logprobs" in frozen
+        assert set(re.findall(r"x (\d) GEMMs", frozen)) == {"2"}
+        assert set(re.findall(r"torch, linear_token_logprobs [\d.]+ x (\d)", trained)) == {"4"}
+        wanted = {"3"} if loss == "PPO" else set()
+        assert set(re.findall(r"torch, linear_policy_loss [\d.]+ x (\d)", trained)) == wanted

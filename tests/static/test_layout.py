@@ -29,6 +29,7 @@ ROOMS = [
     {"config"},
     {"offload", "ops"},
     {"errors", "seeds", "types", "__init__"},
+    {"packages"},
 ]
 # Rooms that say in which order they are read.
 READ_IN_ORDER = {
