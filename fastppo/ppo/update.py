@@ -97,10 +97,8 @@ class Tokens:
         weight_B = torch.tensor([mini.weights[row] for row in batch.rows], dtype=like.dtype)
         length_B = torch.tensor([lengths[row] for row in batch.rows])
         index_N = token_index(lengths, batch.rows)
-        return cls(
-            to_device(index_N, like.device),
-            to_device(weight_B.repeat_interleave(length_B), like.device),
-        )
+        weight_N = weight_B.repeat_interleave(length_B)
+        return cls(to_device(index_N, like.device), to_device(weight_N, like.device))
 
 
 def actor_loss(
