@@ -15,7 +15,7 @@ help:
 	@echo "make demo       install, then reward model, PPO and the comparison on a real model (two cores, 10 to 25 min)"
 	@echo "make test       install, then the fast tests, on all cores"
 	@echo "make test-all   all tests of this environment, the slow ones too"
-	@echo "make test-peers LLaMA-Factory and the operators' peers, in environments that it builds (2 GiB)"
+	@echo "make test-peers LLaMA-Factory, TRL, verl, OpenRLHF, Liger-Kernel, torchrl: their code against ours, in environments that it builds (2 GiB)"
 	@echo "make lint       ruff, and mypy on what pyproject.toml lists"
 	@echo "make bench      the operators against bounds, eager PyTorch and torch.compile"
 	@echo "make gpu        where there is a GPU: its tests and measurements, into benchmarks/results"
@@ -51,14 +51,14 @@ test-all: venv
 	$(EACH) -m "not alone and not peers"
 	$(PYTEST) -m "alone and not peers"
 
-# Their own trainer and modules, run: LLaMA-Factory's stage rm both ways; Liger-Kernel, cut-cross-entropy,
-# verl and torchrl on the benchmarks' inputs, which refuse a wrong answer.
+# Their own trainer and modules, run: LLaMA-Factory's stage rm both ways; the losses, advantages and log-probs of verl,
+# TRL, OpenRLHF, Liger-Kernel and torchrl against ours; and the benchmarks' contenders, whose wrong answers are refused.
 test-peers: venv
 	$(BIN)/python -m benchmarks.peers.environments llamafactory
 	$(BIN)/python -m benchmarks.peers.install
 	$(PYTEST) -m peers
 	$(BIN)/python -m benchmarks linear --quick
-	$(BIN)/python -m benchmarks ops --quick --only gae
+	$(BIN)/python -m benchmarks ops --quick --only gae linear_token_logprobs
 
 lint: venv
 	$(BIN)/ruff check .

@@ -83,7 +83,8 @@ def sapo(
     check_positive(op, "log_ratio_limit", log_ratio_limit)
     t = tokens(op, logprob, old_logprob, advantage, mask)
     ratio = importance_ratio(t, log_ratio_limit).ratio
-    tau = torch.where(t.advantage > 0, tau_pos, tau_neg).to(ratio.dtype)
+    # full_like: torch.where of two numbers is float32, whatever the ratio is.
+    tau = torch.where(t.advantage > 0, torch.full_like(ratio, tau_pos), tau_neg)
     return of_live(t, -t.advantage * torch.sigmoid(tau * (ratio - 1)) * 4 / tau)
 
 

@@ -1,0 +1,203 @@
+"""The peers' own functions, from benchmarks/peers/.site, and random batches for them and for ours.
+
+Single modules are loaded, in pinned versions, and what a module imports but the function does not
+use (ray, deepspeed, configuration classes) is a stub. Where a peer is not installed a test fails:
+`make test-peers` installs them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks import peers
+
+ROUNDS = 200
+
+
+def stub(name: str, **attributes: Any) -> None:
+    """A module in place of one that the peer imports and the function does not use."""
+    if name not in sys.modules:
+        sys.modules[name] = ModuleType(name)
+    vars(sys.modules[name]).update(attributes)
+
+
+@contextmanager
+def in_place_of(*names: str, **attributes: Any) -> Iterator[None]:
+    """Stubs for packages that are not installed, for as long as a module of a peer is loaded."""
+    for name in names:
+        stub(name, **attributes)
+    try:
+        yield
+    finally:
+        for name in names:
+            del sys.modules[name]
+
+
+class ActorConfig(SimpleNamespace):
+    """Stands for verl's; `get` and `global_batch_info` are all that the losses ask of it."""
+
+    global_batch_info: dict[str, Any]
+
+    def get(self, name: str, default: Any) -> Any:
+        return getattr(self, name, default)
+
+
+@cache
+def verl() -> Any:
+    """verl.trainer.ppo.core_algos."""
+    empty = type("Empty", (), {})
+    found = peers.SITE / "verl"
+    for name in ("verl", "verl.trainer", "verl.trainer.ppo", "verl.utils"):
+        package = ModuleType(name)
+        package.__path__ = [str(found.joinpath(*name.split(".")[1:]))]
+        sys.modules.setdefault(name, package)
+    stub("verl.trainer.config", AlgoConfig=empty)
+    stub("verl.trainer.config.algorithm", RolloutCorrectionConfig=empty)
+    stub("verl.workers")
+    stub("verl.workers.config", ActorConfig=ActorConfig)
+    stub("verl.workers.config.actor", PolicyLossConfig=empty)
+    stub("verl.protocol", DataProto=empty)
+    groupwise: Any = peers.load("verl", "verl.utils.groupwise")
+    names = ("as_torch_index", "group_mean_std")
+    stub("verl.utils", **{name: getattr(groupwise, name) for name in names})
+    with in_place_of("omegaconf", DictConfig=empty):
+        return peers.load("verl", "verl.trainer.ppo.core_algos")
+
+
+@cache
+def verl_correction() -> Any:
+    """verl.trainer.ppo.rollout_corr_helper."""
+    verl()
+    return peers.load("verl", "verl.trainer.ppo.rollout_corr_helper")
+
+
+@cache
+def openrlhf(module: str) -> Any:
+    """openrlhf.models.loss or openrlhf.models.utils."""
+    with in_place_of("deepspeed"):
+        return peers.load("openrlhf", f"openrlhf.models.{module}")
+
+
+@cache
+def openrlhf_gae() -> Callable[..., Any]:
+    """RemoteExperienceMaker's GAE, which does not use the object that it is a method of."""
+    nothing = type("Nothing", (), {})
+    openrlhf("utils")
+    for name, attributes in {
+        "trainer.ppo_utils.experience": ("Experience",),
+        "trainer.ppo_utils.length_penalty": ("apply_length_penalties",),
+        "trainer.ray": (),
+        "trainer.ray.launcher": ("RayActorGroup",),
+        "utils.logging_utils": ("init_logger",),
+        "utils.seqlen_balancing": (
+            "get_minimum_num_micro_batch_size",
+            "get_seqlen_balanced_partitions",
+        ),
+    }.items():
+        made = dict.fromkeys(attributes, nothing)
+        if "init_logger" in made:
+            made["init_logger"] = lambda *_: None
+        stub(f"openrlhf.{name}", **made)
+    with in_place_of("ray", remote=lambda *_, **__: lambda x: x):
+        module = peers.load("openrlhf", "openrlhf.trainer.ppo_utils.experience_maker")
+    (maker,) = (x for x in vars(module).values() if hasattr(x, "get_advantages_and_returns"))
+    return lambda *given: maker.get_advantages_and_returns(None, *given)
+
+
+@cache
+def trl(module: str) -> Any:
+    """A module of trl.trainer, or trl.kernels.chunked_logprob."""
+    if module != "trainer.utils":
+        trl("trainer.utils")
+        stub("trl", __version__=peers.PINS["trl"])  # of the package, whose __init__ does not run
+    return peers.load("trl", f"trl.{module}")
+
+
+@cache
+def liger(module: str) -> Any:
+    """A module of liger_kernel."""
+    return peers.load("liger-kernel", f"liger_kernel.{module}")
+
+
+@cache
+def torchrl() -> Any:
+    """torchrl's functional value estimators."""
+    return peers.load("torchrl", "torchrl.objectives.value.functional")
+
+
+class Batch(NamedTuple):
+    """A padded batch, float64. Outside the mask stand numbers like any others."""
+
+    logprob: Tensor
+    old_logprob: Tensor
+    ref_logprob: Tensor
+    advantage: Tensor
+    value: Tensor
+    old_value: Tensor
+    reward: Tensor
+    mask: Tensor  # float: 0 or 1, with holes; some rows empty where `batches` is asked for them
+
+    @property
+    def advantage_B(self) -> Tensor:
+        """One advantage a sequence."""
+        return self.advantage[:, 0].contiguous()
+
+    @property
+    def group(self) -> Tensor:
+        """The advantages of a batch with one for each sequence, (B, T)."""
+        return self.advantage[:, :1].expand_as(self.advantage)
+
+
+def batches(*, empty_rows: bool = False, holes: bool = True) -> Iterator[Batch]:
+    """200 batches of 1 to 5 sequences of up to 9 tokens, with half of the ratios beyond a clip."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    for _ in range(ROUNDS):
+        rows, length = (int(torch.randint(1, n, (), generator=generator)) for n in (6, 10))
+        shape = (rows, length)
+        if holes:
+            mask = (torch.rand(shape, generator=generator) < 0.7).double()
+        else:
+            last = torch.randint(1, length + 1, (rows, 1), generator=generator)
+            mask = (torch.arange(length) < last).double()
+        if not empty_rows:
+            mask[:, 0] = 1
+        elif not mask.any():
+            mask[0, 0] = 1
+        logprob = -normal(*shape).abs() - 0.01
+        old = (logprob + 0.3 * normal(*shape)).clamp(max=-1e-3)
+        ref = (logprob + 0.3 * normal(*shape)).clamp(max=-1e-3)
+        others = (normal(*shape) for _ in range(4))
+        yield Batch(logprob, old, ref, *others, mask)
+
+
+def value_and_gradient(loss: Callable[[Tensor], Tensor], at: Tensor) -> tuple[Tensor, Tensor]:
+    """A loss at some tensor, and its gradient there."""
+    leaf = at.clone().requires_grad_()
+    value = loss(leaf)
+    (gradient,) = torch.autograd.grad(value, leaf, allow_unused=True)
+    return value.detach(), torch.zeros_like(leaf) if gradient is None else gradient
+
+
+def assert_same_loss(
+    ours: Callable[[Tensor], Tensor],
+    theirs: Callable[[Tensor], Tensor],
+    at: Tensor,
+    tolerance: float = 1e-9,
+) -> None:
+    """Both losses have the same value and the same gradient."""
+    for mine, other in zip(
+        value_and_gradient(ours, at), value_and_gradient(theirs, at), strict=True
+    ):
+        torch.testing.assert_close(mine.double(), other.double(), rtol=tolerance, atol=tolerance)
