@@ -160,8 +160,10 @@ def linear_policy_loss(
     given = Arguments(hidden_ND, head.arguments(), rows, terms, dtype, chunk_bytes, wanted, chosen)
     if own is not None:
         # Not a decorator: that would import torch's compiler with every import of fastppo.ops.
-        eager = torch.compiler.disable(_eager) if torch.compiler.is_compiling() else _eager
-        return eager(given, tensors, own)
+        call = _eager
+        if torch.compiler.is_compiling():
+            call = torch.compiler.disable(_eager)  # type: ignore[no-untyped-call]
+        return call(given, tensors, own)
     if is_traced(hidden_ND):
         return unpack(_registered(given).outputs())
     return _made(given, tensors, None)
