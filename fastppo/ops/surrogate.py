@@ -115,9 +115,10 @@ def _recorded() -> Iterator[None]:
 
 
 def _token_loss(loss: LossArguments, live_N: Tensor, logprob_N: Tensor) -> TokenLoss:
+    function = POLICY_LOSSES[loss.name]
     settings = {name: getattr(loss, name) for name in _SETTINGS[loss.name]}
     given = (logprob_N, loss.behaviour_logprob_N, loss.advantage_N, live_N)
-    return POLICY_LOSSES[loss.name](*given, **settings)
+    return function(*given, **settings)
 
 
 def _surrogate_weight(loss: LossArguments) -> Tensor:
