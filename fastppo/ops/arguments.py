@@ -305,7 +305,7 @@ def loss_arguments(
         config = _PPO
     elif not isinstance(config, PolicyLossConfig):
         wrong_kind(op, "config", config, "a PolicyLossConfig or None")
-    check_vector(op, "behaviour_logprob_N", behaviour_logprob_N, like, n=n)
+    check_vector(op, "behaviour_logprob_N", behaviour_logprob_N, like, n=n, optional=True)
     check_vector(op, "advantage_N", advantage_N, like, n=n)
     check_vector(op, "weight_N", weight_N, like, n=n)
     check_vector(op, "ref_logprob_N", ref_logprob_N, like, n=n, optional=True)
