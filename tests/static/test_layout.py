@@ -42,6 +42,7 @@ INFRASTRUCTURE = {
     "backend",
     "config",
     "few_rows",
+    "gradient_made",
     "head",
     "native_library",
     "registered",

@@ -1,4 +1,4 @@
-"""Log-probs of 16-bit operands: within tolerance of float32, under autocast as nn.Linear, under a scaler."""
+"""16-bit operands: log-probs within tolerance of float32, autocast, a loss scaler."""
 
 from __future__ import annotations
 
