@@ -115,7 +115,7 @@ def linear_policy_loss(
     op = "linear_policy_loss"
     own = None if isinstance(loss, str) else loss
     name = loss if isinstance(loss, str) else "ppo_clip"
-    if name not in POLICY_LOSSES or not (own is None or callable(own)):
+    if name not in POLICY_LOSSES or not (isinstance(loss, str) or callable(loss)):
         raise ValueError(
             f"{op}: loss must be a function or one of {', '.join(POLICY_LOSSES)}, came {loss!r}"
         )
