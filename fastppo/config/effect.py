@@ -63,6 +63,12 @@ def algorithm(config: Config) -> dict[str, str]:
         )
     if config.cliprange_low is not None and config.cliprange_high is not None:
         found["cliprange"] = "no effect beside cliprange_low and cliprange_high"
+    if config.token_loss in ("sapo", "reinforce"):
+        for name in ("cliprange", "cliprange_low", "cliprange_high"):
+            found[name] = f"no effect with policy_loss: {config.policy_loss}, which has no clip"
+    if config.token_loss != "sapo":
+        for name in ("sapo_temperature_pos", "sapo_temperature_neg"):
+            found[name] = "no effect without policy_loss: sapo"
     if not config.penalise_no_eos and not config.min_response_length:
         found["reward_penalty"] = "no effect without penalise_no_eos or min_response_length"
     return found

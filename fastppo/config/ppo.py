@@ -13,7 +13,6 @@ from pydantic import model_validator
 from fastppo.config.key import (
     GRPO,
     LF,
-    OPENRLHF,
     OWN,
     TRL,
     TRL24,
@@ -29,6 +28,7 @@ from fastppo.config.key import (
     Stage,
     key,
 )
+from fastppo.config.loss import CLIPPED, POLICY_LOSS, TRL_AGGREGATION, LossKeys
 
 # kl_penalty and kl_loss_type -> the operators' kl_kind. With `full` they are given the KL itself.
 KL_KIND = {"kl": "k1", "abs": "abs", "mse": "k2", "low_var_kl": "k3", "full": "k1"}
@@ -135,81 +135,18 @@ class AdvantageKeys(Keys):
     )
 
 
-class LossKeys(Keys):
-    """Keys of the step from advantages to the loss."""
-
-    title = "PPO: loss"
-    own_stage: ClassVar[Stage | None] = "ppo"
-
-    cliprange: Above0 = key(0.2, TRL, "The ratio is clipped to 1 plus or minus this.")
-    cliprange_low: Above0 | None = key(
-        None, OWN, "The same, only below 1 (verl: clip_ratio_low); null is cliprange."
-    )
-    cliprange_high: Above0 | None = key(
-        None, OWN, "The same, only above 1 (verl: clip_ratio_high); null is cliprange."
-    )
-    dual_clip: Above0 | None = key(
-        None,
-        OPENRLHF,
-        "Upper bound of the loss, in units of |advantage|, where the advantage is negative.",
-    )
-    importance_sampling_level: Literal["token", "sequence"] = key(
-        "token", GRPO, "One ratio for each token, or one for each response (GSPO)."
-    )
-    rollout_is_threshold: Above0 | None = key(
-        None,
-        VERL,
-        "Weight tokens by the trainer's probability divided by the sampler's, at most this; "
-        "null is off.",
-    )
-    loss_agg_mode: Literal[
-        "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
-    ] = key(
-        "token-mean",
-        VERL,
-        "How an optimiser step's loss is aggregated from its tokens; the last mode divides by "
-        "max_new_tokens, while verl by default divides by the padded width of its batch.",
-    )
-    cliprange_value: Above0 | None = key(
-        0.2,
-        TRL,
-        "How far a value may move from the rollout's in a step, in units of the score; null is "
-        "no limit.",
-    )
-    vf_coef: NonNegative = key(
-        0.1,
-        TRL,
-        "Weight of the value loss; it has an effect with critic: shared, otherwise use "
-        "critic_learning_rate.",
-    )
-    entropy_coef: NonNegative = key(0.0, OWN, "Weight of an entropy bonus in the policy loss.")
-    critic_warmup: Count = key(
-        0,
-        VERL,
-        "Number of PPO steps at the start that train only the critic; actor and beta do not "
-        "change. The learning rate's schedule counts these steps.",
-    )
-    critic_learning_rate: NonNegative | None = key(
-        None, OWN, "Learning rate of the critic; null is learning_rate."
-    )
-    ratio_threshold: Above0 = key(
-        10.0, TRL, "An optimiser step whose mean ratio is above this is skipped."
-    )
-    early_stopping: bool = key(
-        False, TRL, "End the epochs of a step when policykl exceeds 1.5 target_kl."
-    )
-    target_kl: Above0 = key(1.0, TRL, "See early_stopping.")
-
-    ptx_coef: NonNegative = key(
-        0.0, OPENRLHF, "Weight of the cross-entropy on ptx_dataset in each optimiser step."
-    )
-    ptx_dataset: str | None = key(
-        None, OWN, "Records with an output, for ptx_coef; named like dataset."
-    )
-
-
 class PPOKeys(LossKeys, AdvantageKeys, ScoreKeys, KLKeys):
     """All keys of the PPO algorithm."""
+
+    @property
+    def token_loss(self) -> str:
+        """The loss of `linear_policy_loss`."""
+        name = POLICY_LOSS.get(self.policy_loss, self.policy_loss)
+        if name == "ppo_clip" and self.importance_sampling_level == "sequence":
+            name = "gspo"
+        # Advantages that differ by token: gspo would spread each one's over its response.
+        by_token = self.advantage in ("gae", "reinforce++")
+        return "gspo_token" if name == "gspo" and by_token else name
 
     @property
     def has_critic(self) -> bool:
@@ -267,6 +204,22 @@ class PPOKeys(LossKeys, AdvantageKeys, ScoreKeys, KLKeys):
                 f"dual_clip: {self.dual_clip:g} is not above the clip at {1 + self.clip_high:g}; "
                 "raise it, for example to 3"
             )
+        if self.dual_clip is not None and self.token_loss not in CLIPPED:
+            raise ValueError(
+                f"dual_clip: policy_loss: {self.policy_loss} has none; leave it out, or use "
+                "ppo_clip"
+            )
+        if self.importance_sampling_level == "sequence" and self.token_loss not in CLIPPED:
+            raise ValueError(
+                f"importance_sampling_level: sequence is policy_loss: gspo, not "
+                f"{self.policy_loss}; leave one of them out"
+            )
+        aggregation = TRL_AGGREGATION.get(self.policy_loss, self.loss_agg_mode)
+        if self.loss_agg_mode != aggregation:
+            raise ValueError(
+                f"policy_loss: {self.policy_loss} is ppo_clip with loss_agg_mode: {aggregation}; "
+                "leave loss_agg_mode out, or use ppo_clip"
+            )
         if self.advantage in ("grpo", "rloo") and self.num_generations < 2:
             raise ValueError(
                 f"num_generations: advantage: {self.advantage} compares responses to one prompt; "
@@ -311,7 +264,8 @@ ELSEWHERE = {
     "kl_target": "ppo_target",
     "lambd": "lam",
     "log_with": "report_to",
-    "loss_mode": "importance_sampling_level",
+    "loss_mode": "policy_loss",
+    "loss_type": "policy_loss",
     "micro_batch_size": "ppo_micro_batch_size_per_gpu",
     "mini_batch_size": "per_device_train_batch_size",
     "model_name": "model_name_or_path",
@@ -323,6 +277,8 @@ ELSEWHERE = {
     "response_length": "max_new_tokens",
     "reward_model_path": "reward_model",
     "steps": "max_steps",
+    "tau_neg": "sapo_temperature_neg",
+    "tau_pos": "sapo_temperature_pos",
     "stop_token": "template, whose EOS, stop tokens and stop strings all end a response",
     "tis_imp_ratio_cap": "rollout_is_threshold",
     "total_episodes": "max_steps or num_train_epochs",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastppo.ops import backend as backends
-from fastppo.ops.config import PolicyLossConfig, kl_kind_of
+from fastppo.ops.config import KL_NAMES, PolicyLossConfig
 
 IGNORE_INDEX: Final = -100
 
@@ -346,7 +346,7 @@ def loss_arguments(
         config.clip_low,
         config.clip_high,
         config.dual_clip,
-        kl_kind_of(op, config.kl_kind),
+        KL_NAMES.get(config.kl_kind, config.kl_kind),
         config.log_ratio_limit,
         name,
         config.tau_pos,

@@ -12,7 +12,7 @@ RATIO_LEVELS: Final = ("token", "sequence")
 
 
 # verl's and TRL's name of an estimator -> the name used here.
-_KL_NAMES: Final = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}
+KL_NAMES: Final = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}
 
 
 def check_kl_kind(op: str, kind: str) -> None:
@@ -22,7 +22,7 @@ def check_kl_kind(op: str, kind: str) -> None:
 
 def kl_kind_of(op: str, name: str) -> str:
     """The KL kind that a name stands for: one of KL_KINDS, or verl's and TRL's name of it."""
-    kind = _KL_NAMES.get(name, name)
+    kind = KL_NAMES.get(name, name)
     check_kl_kind(op, kind)
     return kind
 

@@ -159,7 +159,11 @@ def linear_policy_loss(
     dtype = logits_dtype_of(op, hidden_ND, logits_dtype)
     given = Arguments(hidden_ND, head.arguments(), rows, terms, dtype, chunk_bytes, wanted, chosen)
     if own is not None:
-        return _eager(given, tensors, own)  # type: ignore[no-any-return]
+        # Not a decorator: that would import torch's compiler with every import of fastppo.ops.
+        call = _eager
+        if torch.compiler.is_compiling():
+            call = torch.compiler.disable(_eager)  # type: ignore[no-untyped-call]
+        return call(given, tensors, own)
     if is_traced(hidden_ND):
         return unpack(_registered(given).outputs())
     return _made(given, tensors, None)
@@ -177,7 +181,6 @@ def _made(given: Arguments, tensors: tuple[Tensor | None, ...], own: OwnLoss | N
     return unpack(outputs)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _eager(given: Arguments, tensors: tuple[Tensor | None, ...], own: OwnLoss) -> PolicyLoss:
     """`_made` with the caller's own loss, which a registered operator cannot hold."""
     if is_traced(given.hidden_ND):

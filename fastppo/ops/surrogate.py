@@ -46,7 +46,7 @@ class PolicyMetrics(NamedTuple):
     ratio_sum: Tensor  # of the ratio that the loss used
     ratio_max: Tensor  # a maximum, not a sum; 0 without live tokens
     log_ratio_abs_sum: Tensor  # |logprob - behaviour_logprob|, clamped: 0 on the behaviour policy
-    clipped_sum: Tensor  # tokens whose gradient the clip (or the dual clip) cut
+    clipped_sum: Tensor  # tokens on which a clip of the loss (or the dual clip) acted
     clamped_sum: Tensor  # tokens whose log ratio met log_ratio_limit
     approx_kl_sum: Tensor  # k3 of behaviour to policy: ratio - 1 - log ratio, >= 0
     policy_kl_sum: Tensor  # behaviour_logprob - logprob, clamped; TRL's policykl

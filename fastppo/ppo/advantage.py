@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 from fastppo.config.ppo import KL_KIND
-from fastppo.ops import advantages, moments, whiten
+from fastppo.ops import advantages, losses, moments, whiten
 from fastppo.types import Experience, Scored
 
 if TYPE_CHECKING:
     from fastppo.config import Config
-
-GROUP_EPS = 1e-4  # added to the standard deviation, as in TRL
 
 
 @dataclass
@@ -92,41 +90,6 @@ def shape_score(scored: Scored, config: Config, running: RunningScore) -> Tensor
     return score_B.masked_fill(refused_B, config.reward_penalty)
 
 
-def group_advantages(return_B: Tensor, config: Config) -> Tensor:
-    r"""One advantage per response (B,): its return R_i relative to the n responses to its prompt.
-
-        rloo: A_i = R_i - mean of the other n - 1
-        grpo: A_i = (R_i - mean) / (std + 1e-4)
-
-    `scale_rewards` says whether std is that of the n responses, of the whole batch, or left out.
-
-    Source: Ahmadian et al. 2024, arXiv 2402.14740 (RLOO); Shao et al. 2024, arXiv 2402.03300
-    (GRPO); Liu et al. 2025, arXiv 2503.20783 (without std).
-    """
-    n = config.num_generations
-    return_Gn = return_B.view(-1, n)
-    centred_Gn = return_Gn - return_Gn.mean(1, keepdim=True)
-    if config.advantage == "rloo":
-        return (centred_Gn * n / (n - 1)).flatten()
-    if config.scale_rewards == "group":
-        centred_Gn = centred_Gn / (return_Gn.std(1, keepdim=True) + GROUP_EPS)
-    elif config.scale_rewards == "batch":
-        centred_Gn = centred_Gn / (return_B.std() + GROUP_EPS)
-    return centred_Gn.flatten()
-
-
-def importance_weights(scored: Scored, threshold: float) -> Tensor:
-    r"""Truncated importance weight of each token (N,): min(pi_behaviour / pi_sampler, threshold).
-
-    pi_behaviour is the policy as the trainer computes it, pi_sampler the distribution from which
-    the sampler drew the token.
-
-    Source: Ionides 2008, Truncated Importance Sampling.
-    """
-    log_ratio_N = scored.logprob_N - scored.rollout.sampler_logprob_N
-    return log_ratio_N.clamp(max=math.log(threshold)).exp()
-
-
 @torch.no_grad()
 def estimate(
     scored: Scored, config: Config, controller: KLController, running: RunningScore
@@ -163,12 +126,21 @@ def estimate(
     )
     advantage_N = result.advantage_N
     if by_response:
-        advantage_B = group_advantages(result.return_N[scored.offsets[:-1].long()], config)
+        advantage_B = losses.group_advantages(
+            result.return_N[scored.offsets[:-1].long()],
+            config.num_generations,
+            kind=config.advantage,
+            scale=config.scale_rewards,
+        )
         advantage_N = advantage_B.repeat_interleave(
             scored.offsets.diff(), output_size=advantage_N.numel()
         )
         advantage_N = whiten(advantage_N) if config.whitens_advantages else advantage_N
-    threshold = config.rollout_is_threshold
+    importance_N = None
+    if config.rollout_is_threshold is not None:
+        importance_N = losses.importance_weights(
+            scored.logprob_N, scored.rollout.sampler_logprob_N, upper=config.rollout_is_threshold
+        )
     return Experience(
         scored=scored,
         score_B=score_B,
@@ -177,5 +149,5 @@ def estimate(
         reward_N=result.reward_N,
         kl_N=result.kl_N,
         kl_coef=controller.kl_coef,
-        importance_weight_N=None if threshold is None else importance_weights(scored, threshold),
+        importance_weight_N=importance_N,
     )

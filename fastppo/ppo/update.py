@@ -77,7 +77,8 @@ def policy_loss_config(config: Config) -> PolicyLossConfig:
         dual_clip=config.dual_clip,
         kl_kind=KL_KIND[config.kl_loss_type],
         entropy_coef=config.entropy_coef,
-        ratio_level=config.importance_sampling_level,
+        tau_pos=config.sapo_temperature_pos,
+        tau_neg=config.sapo_temperature_neg,
     )
 
 
@@ -112,10 +113,9 @@ def actor_loss(
     chunk_bytes: int | None = None,
     loss_scale: Tensor | None = None,
 ) -> PolicyLoss:
-    """PPO's clipped loss with its KL and entropy terms, from the actor's hidden states.
+    """The policy loss with its KL and entropy terms, from the actor's hidden states.
 
-    Its gradients are computed together with it, in the logits' dtype; with fp16 they are
-    `loss_scale` times as large.
+    Its gradients are computed together with it; with fp16 they are `loss_scale` times as large.
     """
     scored, at = experience.scored, tokens.index_N
     head, importance_N = roles.lm_head, experience.importance_weight_N
@@ -126,6 +126,7 @@ def actor_loss(
         scored.logprob_N[at],
         experience.advantage_N[at],
         tokens.weight_N,
+        loss=config.token_loss,
         bias_V=head.bias_V,
         softcap=head.softcap,
         temperature=config.temperature / head.scale,

@@ -14,6 +14,7 @@ from fastppo.config.elsewhere import IGNORED
 from fastppo.config.ppo import ALIASES, ELSEWHERE
 from fastppo.config.schema import FIRST, GROUPS, INTERNAL, STAGE_KEYS
 from fastppo.errors import UserError
+from fastppo.ops import losses
 from tests.config.config_page import keys_in_help, page
 from tests.project import PPO
 
@@ -147,11 +148,60 @@ def test_another_trainers_name_is_answered_with_ours(tmp_path):
         ("min_response_length: 9\nmax_new_tokens: 8", "min_response_length: is above max_new"),
         ("kl_loss_type: kl", "kl_loss_type: kl: its gradient is 0 on average; use low_var_kl"),
         ("loss_agg_mode: token_mean", "did you mean token-mean?"),
+        (
+            "policy_loss: cispo\ndual_clip: 3",
+            "dual_clip: policy_loss: cispo has none; leave it out",
+        ),
+        (
+            "policy_loss: sapo\nimportance_sampling_level: sequence",
+            "importance_sampling_level: sequence is policy_loss: gspo, not sapo; leave one",
+        ),
+        (
+            "policy_loss: dr_grpo\nloss_agg_mode: token-mean",
+            "policy_loss: dr_grpo is ppo_clip with loss_agg_mode: seq-mean-token-sum-norm; leave",
+        ),
+        ("loss_mode: gspo", "unknown key 'loss_mode'; here that is policy_loss"),
+        ("loss_type: dapo", "unknown key 'loss_type'; here that is policy_loss"),
     ],
 )
 def test_settings_of_the_algorithm_that_do_not_go_together(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
         load(tmp_path, text + "\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "loss", "aggregation"),
+    [
+        ("", "ppo_clip", "token-mean"),
+        ("policy_loss: vanilla", "ppo_clip", "token-mean"),
+        ("policy_loss: grpo", "ppo_clip", "seq-mean-token-mean"),
+        ("policy_loss: dr_grpo", "ppo_clip", "seq-mean-token-sum-norm"),
+        ("policy_loss: gpg", "reinforce", "token-mean"),
+        (
+            "policy_loss: dppo_tv\nloss_agg_mode: seq-mean-token-sum",
+            "dppo_tv",
+            "seq-mean-token-sum",
+        ),
+        # A ratio by response, and advantages by token or one a response.
+        ("importance_sampling_level: sequence", "gspo_token", "token-mean"),
+        ("importance_sampling_level: sequence\nadvantage: reinforce++", "gspo_token", "token-mean"),
+        (
+            "importance_sampling_level: sequence\nadvantage: grpo\nnum_generations: 2",
+            "gspo",
+            "token-mean",
+        ),
+        ("policy_loss: gspo\nadvantage: rloo\nnum_generations: 2", "gspo", "token-mean"),
+        (
+            "policy_loss: gspo_token\nadvantage: rloo\nnum_generations: 2",
+            "gspo_token",
+            "token-mean",
+        ),
+    ],
+)
+def test_a_policy_loss_by_any_trainers_name(tmp_path, text, loss, aggregation):
+    config = load(tmp_path, text + "\n")
+    assert (config.token_loss, config.loss_agg_mode) == (loss, aggregation)
+    assert config.token_loss in losses.POLICY_LOSSES
 
 
 def test_keys_without_meaning_are_accepted_with_a_line_each(tmp_path):

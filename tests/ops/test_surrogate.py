@@ -277,3 +277,12 @@ def test_the_callers_loss_is_refused_where_there_are_no_values():
     inputs = {k: x.to("meta") if isinstance(x, Tensor) else x for k, x in make().items()}
     with pytest.raises(ValueError, match="loss=callable needs tensors with values"):
         linear_policy_loss(**inputs, loss=lambda lp, h, at: lp)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("kl", "k1"), ("mse", "k2"), ("low_var_kl", "k3")])
+def test_a_kl_kind_has_verls_name_too(name, kind):
+    found = [
+        linear_policy_loss(**make(), config=PolicyLossConfig(kl_kind=each)).metrics.kl_loss
+        for each in (name, kind)
+    ]
+    assert found[0] == found[1] != 0

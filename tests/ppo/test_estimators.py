@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from fastppo.errors import UserError
+from fastppo.ops.losses import group_advantages
 from fastppo.ppo import checkpoint, trainer
-from fastppo.ppo.advantage import KLController, RunningScore, estimate, group_advantages
+from fastppo.ppo.advantage import KLController, RunningScore, estimate
 from fastppo.ppo.columns import CRITIC_COLUMNS
 from fastppo.ppo.evaluation import evaluate
 from fastppo.ppo.lines import notices
@@ -75,21 +76,19 @@ def test_grpo_is_the_return_in_deviations_of_its_prompts_own(scored, config):
     assert got[4] == got[8]  # one advantage for all tokens of a response
 
 
-def test_scale_rewards_divides_by_the_group_the_batch_or_not_at_all(config):
+def test_scale_rewards_divides_by_the_group_the_batch_or_not_at_all():
     r = torch.tensor([1.0, 3.0, 10.0, 30.0], dtype=torch.float64)
     centred = torch.tensor([-1.0, 1.0, -10.0, 10.0], dtype=torch.float64)
     deviation = {"group": torch.tensor([2.0, 2.0, 200.0, 200.0]).sqrt(), "batch": r.std()}
     for scale in ("group", "batch", "none"):
-        settings = config(advantage="grpo", num_generations=2, scale_rewards=scale)
-        got = group_advantages(r, settings)
+        got = group_advantages(r, 2, kind="grpo", scale=scale)
         expected = centred if scale == "none" else centred / (deviation[scale] + 1e-4)
         torch.testing.assert_close(got, expected, atol=1e-7, rtol=0)
 
 
 @pytest.mark.parametrize("advantage", ["grpo", "rloo"])
-def test_responses_that_are_all_alike_teach_nothing(config, advantage):
-    settings = config(advantage=advantage, num_generations=4)
-    assert not group_advantages(torch.full((4,), 3.3), settings).any()
+def test_responses_that_are_all_alike_teach_nothing(advantage):
+    assert not group_advantages(torch.full((4,), 3.3), 4, kind=advantage).any()
 
 
 def test_reinforce_plus_plus_is_the_reward_to_go_whitened(scored, config):

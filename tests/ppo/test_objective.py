@@ -75,6 +75,15 @@ def test_30_31_micro_batches_add_up_to_the_gradient_of_the_whole(moved, critic):
         torch.testing.assert_close(gradient(*parts, Budget(rows=size)), whole, atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("loss", ["gspo", "cispo", "sapo", "dppo_kl", "reinforce"])
+def test_30_so_they_do_for_every_loss(moved, loss):
+    parts = moved(policy_loss=loss, loss_agg_mode="seq-mean-token-mean", use_kl_loss=True)
+    whole = gradient(*parts, Budget(rows=4))
+    assert whole.abs().max() > 1e-4
+    for size in (1, 2):
+        torch.testing.assert_close(gradient(*parts, Budget(rows=size)), whole, atol=1e-10, rtol=0)
+
+
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("mode", MODES)
 def test_30_so_they_do_for_every_aggregation_and_ratio_level(moved, mode, level):
@@ -112,8 +121,8 @@ def plain_loss(made, experience, settings):
         every = logits.log_softmax(-1)
         logprob = every.gather(1, ids[0, begin:, None]).squeeze(1)
         log_ratio = logprob - pieces["behaviour"][row]
-        if settings.importance_sampling_level == "sequence":
-            log_ratio = log_ratio.mean().expand_as(log_ratio)
+        if settings.importance_sampling_level == "sequence":  # GSPO-token: gae's advantages differ
+            log_ratio = log_ratio.mean().detach() + logprob - logprob.detach()
         ratio, advantage = log_ratio.exp(), pieces["advantage"][row]
         loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(0.9, 1.3))
         loss = torch.where(advantage < 0, torch.minimum(loss, -1.5 * advantage), loss)
@@ -140,6 +149,25 @@ def test_48_the_fused_loss_has_the_gradient_of_plain_pytorch(moved, level):
     torch.testing.assert_close(fused, plain, atol=1e-9, rtol=1e-7)
 
 
+def test_48_a_ratio_by_response_keeps_a_critics_advantages_by_token(moved):
+    """Two tokens of advantage +1 and -1: their mean is 0, but neither is without gradient.
+
+    In plain GSPO each of them moves both alike, and the response learns nothing.
+    """
+    made, experience, settings = moved(
+        loss_agg_mode="token-mean",
+        importance_sampling_level="sequence",
+        cliprange=20.0,
+        temperature=1.2,
+    )
+    advantage_N = torch.zeros(11, dtype=torch.float64)
+    advantage_N[9], advantage_N[10] = 1.0, -1.0
+    experience = replace(experience, advantage_N=advantage_N)
+    gradient(made, experience, settings, Budget(rows=4))
+    actor = torch.cat([p.grad.flatten() for p in made.trainable_parameters("actor")])
+    assert actor.abs().max() > 1e-6
+
+
 def test_each_setting_of_the_loss_changes_the_gradient(moved):
     """Otherwise the test above could not tell a setting that is never passed on."""
     full = {**EVERYTHING, "loss_agg_mode": "seq-mean-token-mean"}
@@ -157,7 +185,9 @@ def test_keys_reach_the_operator_under_its_names(config):
         dual_clip=3.0,
         kl_loss_type="mse",
         entropy_coef=0.01,
-        importance_sampling_level="sequence",
+        policy_loss="gspo",
+        sapo_temperature_pos=2.0,
+        sapo_temperature_neg=3.0,
     )
     expected = PolicyLossConfig(
         clip_low=0.1,
@@ -165,7 +195,8 @@ def test_keys_reach_the_operator_under_its_names(config):
         dual_clip=3.0,
         kl_kind="k2",
         entropy_coef=0.01,
-        ratio_level="sequence",
+        tau_pos=2.0,
+        tau_neg=3.0,
     )
     assert policy_loss_config(settings) == expected
 
