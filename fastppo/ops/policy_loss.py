@@ -43,7 +43,7 @@ class PolicyLoss(NamedTuple):
 def policy_loss(
     logits_NV: Tensor,
     token_N: Tensor,
-    behaviour_logprob_N: Tensor,
+    behaviour_logprob_N: Tensor | None,
     advantage_N: Tensor,
     weight_N: Tensor,
     *,
@@ -79,7 +79,8 @@ def policy_loss(
             input. N stands for the tokens' shape, whatever it is.
         token_N: int64 (...), sampled tokens in [0, V), or `ignore_index`, which acts as weight 0.
             Give all logits and shifted tokens, as `token_logprobs` says.
-        behaviour_logprob_N: float (...), their log-probs under the policy that sampled.
+        behaviour_logprob_N: float (...), their log-probs under the policy that sampled; None is
+            on-policy, where every ratio is 1.
         advantage_N: float (...).
         weight_N: float (...); rows of weight 0 are neither read nor counted, their gradient is 0.
         mask: bool, or integers 0 and 1, (...): tokens behind it have weight 0.
