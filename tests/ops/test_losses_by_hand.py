@@ -46,6 +46,8 @@ BY_HAND = [
     # at ratio 1 the gate is 4 / tau * 1/2 with slope 1, whatever tau
     ("sapo", 1.0, 0.25, 3.0, {"tau_pos": 2.0}, -3.0, -3.0, NONE),
     ("sapo", 1.0, 0.25, -3.0, {"tau_neg": 4.0}, 1.5, 3.0, NONE),
+    # a temperature that float32 would round
+    ("sapo", 1.0, 0.25, -1.0, {"tau_neg": 1.05}, 2 / 1.05, 1.0, NONE),
     # tau (ratio - 1) = log 3: sigmoid 3/4, slope 4 * 3/16 = 3/4 of the ratio
     ("sapo", 1 + LOG(3), 0.25, 1.0, {"tau_pos": 1.0}, -3.0, -0.75 * (1 + LOG(3)), NONE),
     # of 0.25 and 0.5 the probabilities differ by 0.25, of 0.001 and 0.01 by 0.009
