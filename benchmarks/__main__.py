@@ -45,6 +45,11 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--rounds", type=int, default=rounds, help=f"default {rounds}")
         if name == "ops":
             one.add_argument("--only", nargs="+", choices=list(OPS), metavar="OP")
+        if name == "linear":
+            sizes = [shape.n for shape in linear.SHAPES]
+            one.add_argument(
+                "--tokens", type=int, nargs="+", choices=sizes, default=sizes, help="of which sizes"
+            )
         if name == "seven_b_head":
             one.add_argument("--n", type=int, default=seven_b_head.HEAD.n, help="tokens")
     one = commands.add_parser("step", help=(step.__doc__ or "").splitlines()[0])
@@ -75,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         rows = run(host.cases(), asked.rounds, load)
         notes = host.ratios(rows)
     elif asked.name == "linear":
-        rows = run(linear.cases(asked.quick), asked.rounds, load)
+        rows = run(linear.cases(asked.quick, asked.tokens), asked.rounds, load)
         notes = linear.ratios(rows)
     elif asked.name == "mixed_adapters":
         rows = run(mixed_adapters.cases(asked.quick), asked.rounds, load)

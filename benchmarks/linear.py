@@ -8,7 +8,7 @@ it is with all peers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -31,9 +31,9 @@ BETA = 0.04
 Loss = Callable[[Tensor], Tensor]
 
 
-def cases(quick: bool) -> Iterator[Case]:
-    """Each loss at each size, with a frozen and with a trained head."""
-    for shape in QUICK if quick else SHAPES:
+def cases(quick: bool, tokens: Collection[int]) -> Iterator[Case]:
+    """Each loss at each size of so many tokens, with a frozen and with a trained head."""
+    for shape in QUICK if quick else [shape for shape in SHAPES if shape.n in tokens]:
         for loss in LOSSES:
             for trained in (False, True):
                 yield make_case(shape, loss, trained, quick)

@@ -75,7 +75,7 @@ def test_the_operators_compute(python):
 import fastppo, fastppo.offload, fastppo.ops, torch
 from fastppo.ops import gae, linear_token_logprobs
 hidden = torch.ones(2, 3, requires_grad=True)
-logprob, _ = linear_token_logprobs(hidden, torch.zeros(4, 3), torch.tensor([0, 1]))
+logprob = linear_token_logprobs(hidden, torch.zeros(4, 3), torch.tensor([0, 1])).logprob_N
 logprob.sum().backward()
 print(logprob.exp().tolist(), hidden.grad.sum().item())
 offsets = torch.tensor([0, 2], dtype=torch.int32)

@@ -126,7 +126,7 @@ def test_log_probs_and_entropy_of_logits():
         g, h = torch.randn(2, 5, dtype=torch.float64)
 
         def ours(x, token=token, g=g, h=h):
-            logprob_N, entropy_N = ops.token_logprobs(x, token)
+            logprob_N, entropy_N, _ = ops.token_logprobs(x, token)
             return (g * logprob_N + h * entropy_N).sum()
 
         def trls(x, token=token, g=g, h=h):
