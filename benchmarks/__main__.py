@@ -50,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
             one.add_argument(
                 "--tokens", type=int, nargs="+", choices=sizes, default=sizes, help="of which sizes"
             )
+            one.add_argument("--ours", action="store_true", help="the bare GEMMs and fastppo alone")
         if name == "seven_b_head":
             one.add_argument("--n", type=int, default=seven_b_head.HEAD.n, help="tokens")
     one = commands.add_parser("step", help=(step.__doc__ or "").splitlines()[0])
@@ -80,7 +81,8 @@ def main(argv: list[str] | None = None) -> int:
         rows = run(host.cases(), asked.rounds, load)
         notes = host.ratios(rows)
     elif asked.name == "linear":
-        rows = run(linear.cases(asked.quick, asked.tokens), asked.rounds, load)
+        cases = linear.cases(asked.quick, asked.tokens)
+        rows = run(linear.ours(cases) if asked.ours else cases, asked.rounds, load)
         notes = linear.ratios(rows)
     elif asked.name == "mixed_adapters":
         rows = run(mixed_adapters.cases(asked.quick), asked.rounds, load)

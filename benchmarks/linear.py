@@ -8,7 +8,7 @@ it is with all peers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -37,6 +37,18 @@ def cases(quick: bool, tokens: Collection[int]) -> Iterator[Case]:
         for loss in LOSSES:
             for trained in (False, True):
                 yield make_case(shape, loss, trained, quick)
+
+
+def ours(cases: Iterable[Case]) -> Iterator[Case]:
+    """The cases without other contenders, which take most of the time."""
+    for case in cases:
+        bounds = {contender.bound for contender in case.contenders if contender.ours}
+        case.contenders = [
+            contender
+            for contender in case.contenders
+            if contender.name in bounds or (contender.ours and " torch," not in contender.name)
+        ]
+        yield case
 
 
 def make_case(shape: Shape, name: str, trained: bool, quick: bool) -> Case:
