@@ -67,40 +67,36 @@ TERMS: Final = len(PolicyMetrics._fields) + 1  # the metrics, and the loss last
 RATIO_MAX: Final = PolicyMetrics._fields.index("ratio_max")  # the one that is no sum
 
 
+def _with_vectors(loss: LossArguments, change: Callable[[Tensor], Tensor]) -> LossArguments:
+    """The loss arguments with each of their vectors (N,) changed."""
+
+    def changed(vector: Tensor | None) -> Tensor | None:
+        return None if vector is None else change(vector)
+
+    return loss._replace(
+        behaviour_logprob_N=changed(loss.behaviour_logprob_N),
+        advantage_N=change(loss.advantage_N),
+        weight_N=change(loss.weight_N),
+        ref_logprob_N=changed(loss.ref_logprob_N),
+        importance_weight_N=changed(loss.importance_weight_N),
+    )
+
+
 def filled(loss: LossArguments, live_N: Tensor, dtype: torch.dtype) -> LossArguments:
     """The loss arguments in `dtype`, with finite values at tokens that are not live."""
-
-    def fill(tensor: Tensor) -> Tensor:
-        return torch.where(live_N, tensor, 0).to(dtype)
 
     def coefficient(value: float | Tensor) -> float | Tensor:
         return value.to(dtype) if isinstance(value, Tensor) else value
 
-    behaviour = loss.behaviour_logprob_N
-    ref, importance = loss.ref_logprob_N, loss.importance_weight_N
-    return loss._replace(
-        behaviour_logprob_N=None if behaviour is None else fill(behaviour),
-        advantage_N=fill(loss.advantage_N),
-        weight_N=fill(loss.weight_N),
-        ref_logprob_N=None if ref is None else fill(ref),
-        importance_weight_N=None if importance is None else fill(importance),
-        kl_coef=coefficient(loss.kl_coef),
-        entropy_coef=coefficient(loss.entropy_coef),
+    return _with_vectors(loss, lambda x_N: torch.where(live_N, x_N, 0).to(dtype))._replace(
+        kl_coef=coefficient(loss.kl_coef), entropy_coef=coefficient(loss.entropy_coef)
     )
 
 
 def loss_at(loss: LossArguments, at: slice) -> LossArguments:
     """The arguments of some tokens; only where a token's loss is its own."""
     assert not loss.by_sequence
-    behaviour = loss.behaviour_logprob_N
-    ref, importance = loss.ref_logprob_N, loss.importance_weight_N
-    return loss._replace(
-        behaviour_logprob_N=None if behaviour is None else behaviour[at],
-        advantage_N=loss.advantage_N[at],
-        weight_N=loss.weight_N[at],
-        ref_logprob_N=None if ref is None else ref[at],
-        importance_weight_N=None if importance is None else importance[at],
-    )
+    return _with_vectors(loss, lambda x_N: x_N[at])
 
 
 @contextmanager

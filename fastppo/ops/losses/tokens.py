@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastppo.ops.arguments import stat_dtype
-from fastppo.ops.checks import check_device, check_offsets, show
+from fastppo.ops.checks import check_floating, check_offsets, check_vector, show
 
 
 class Tokens(NamedTuple):
@@ -44,10 +44,7 @@ class TokenLoss(NamedTuple):
 
 def check_form(op: str, logprob: Tensor, name: str = "logprob") -> None:
     """Check that log-probs are floats, padded or packed."""
-    if not isinstance(logprob, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, came {type(logprob).__name__}")
-    if not logprob.is_floating_point():
-        raise TypeError(f"{op}: {name} must hold floats, came {logprob.dtype}")
+    check_floating(op, name, logprob)
     if logprob.ndim not in (1, 2):
         raise ValueError(
             f"{op}: {name} must be (B, T) with a mask or packed (N,), "
@@ -57,15 +54,7 @@ def check_form(op: str, logprob: Tensor, name: str = "logprob") -> None:
 
 def check_same(op: str, name: str, x: Tensor, like: Tensor, *, mask: bool = False) -> None:
     """Check that `x` has the shape and device of the log-probs, and holds floats unless a mask."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, came {type(x).__name__}")
-    if not mask and not x.is_floating_point():
-        raise TypeError(f"{op}: {name} must hold floats, came {x.dtype}")
-    if x.shape != like.shape:
-        raise ValueError(
-            f"{op}: {name} must have shape {show(tuple(like.shape))}, came {show(tuple(x.shape))}"
-        )
-    check_device(op, name, x, like)
+    check_vector(op, name, x, like, n=like.shape, mask=mask)
 
 
 def check_sequences(op: str, like: Tensor, offsets: Tensor | None) -> None:
