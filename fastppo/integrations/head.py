@@ -43,8 +43,8 @@ def logprobs_and_entropy(
     )
     if entropy_grad:
         return found.logprob_N, found.entropy_N
-    entropy = _Entropy.apply(found.entropy_N, token, settings, hidden, weight, bias)
-    return found.logprob_N, entropy
+    function: Any = _Entropy
+    return found.logprob_N, function.apply(found.entropy_N, token, settings, hidden, weight, bias)
 
 
 class _Entropy(torch.autograd.Function):
@@ -69,14 +69,15 @@ class _Entropy(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         token, *operands = ctx.saved_tensors
         wanted = ctx.needs_input_grad[3:]
-        hidden, weight, bias = (
+        leaves: list[Any] = [
             x if x is None else x.detach().requires_grad_(asked)
             for x, asked in zip(operands, wanted, strict=True)
-        )
+        ]
+        hidden, weight, bias = leaves
         with torch.enable_grad(), torch.autocast(**ctx.autocast):
             entropy = linear_token_logprobs(
                 hidden, weight, token, bias_V=bias, entropy_grad=True, **ctx.settings
             ).entropy_N
-        leaves = [x for x in (hidden, weight, bias) if x is not None and x.requires_grad]
-        found = iter(torch.autograd.grad(entropy, leaves, gradient))
+        differentiable = [x for x in leaves if x is not None and x.requires_grad]
+        found = iter(torch.autograd.grad(entropy, differentiable, gradient))
         return (None, None, None, *(next(found) if asked else None for asked in wanted))

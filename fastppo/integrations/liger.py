@@ -8,6 +8,7 @@ C++. The tests hold values, metrics and gradients against Liger-Kernel 0.8.5.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -97,13 +98,15 @@ class FusedLinearGRPOLoss(nn.Module):
         self.temperature = temperature
         self.use_bias_correction_kl = use_bias_correction_kl
         clips: dict[str, Any] = {"clip_low": epsilon_low, "clip_high": epsilon_high}
-        self.surrogate, self.settings = {
+        special: dict[str, tuple[Callable[..., losses.TokenLoss], dict[str, Any]]] = {
             "cispo": (losses.cispo, {"clip_low": 1.0, "clip_high": epsilon_high - 1}),
             "sapo": (
                 losses.sapo,
                 {"tau_pos": sapo_temperature_pos, "tau_neg": sapo_temperature_neg},
             ),
-        }.get(loss_type, (losses.gspo if by_sequence else losses.ppo_clip, clips))
+        }
+        usual = (losses.gspo if by_sequence else losses.ppo_clip, clips)
+        self.surrogate, self.settings = special.get(loss_type, usual)
         if delta is not None and self.settings is clips:
             clips["dual_clip"] = delta
 
@@ -150,7 +153,10 @@ class FusedLinearGRPOLoss(nn.Module):
                     )
                 with torch.no_grad():
                     ref = self.logprobs(ref_input, ref_weight, selected_token_ids, mask, ref_bias)
-            corrected = {"bias_correction": True, "old_logprob": old_per_token_logps}
+            corrected: dict[str, Any] = {
+                "bias_correction": True,
+                "old_logprob": old_per_token_logps,
+            }
             kl = losses.kl(
                 logprob,
                 logprob.detach() if ref is None else ref,
@@ -185,7 +191,9 @@ class FusedLinearGRPOLoss(nn.Module):
             denominator = denominator.float().clamp(min=1)
         else:
             denominator = float(len(mask))
-        lengths = {"max_length": self.max_length} if self.mode.endswith("norm") else {}
+        lengths: dict[str, Any] = (
+            {"max_length": self.max_length} if self.mode.endswith("norm") else {}
+        )
         return losses.aggregate(loss, mask, self.mode, denominator, **lengths)
 
     @staticmethod

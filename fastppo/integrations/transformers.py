@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from fastppo.integrations.head import logprobs_and_entropy
 from fastppo.models.load import causal_lm, logit_scale, trunk

@@ -60,8 +60,10 @@ def fused_head(
 
 def setting(config: Any, field: str) -> float | None:
     """A field of verl's ActorConfig; a clip that is not set is `clip_ratio`, as in verl."""
-    value = config.get(field, None)
-    return config.clip_ratio if value is None and field in CLIP.values() else value
+    value: float | None = config.get(field, None)
+    if value is None and field in CLIP.values():
+        value = config.clip_ratio
+    return value
 
 
 def policy_loss(
