@@ -248,7 +248,7 @@ def config_from_dict(data: Mapping[Any, Any], source: str = "<python>") -> Confi
             raise UserError(f"{source}: {name}: {str(value).lower()} is wrong; {instead(name)}")
     for name in of_other_stage(given):
         ignored.append(name)
-        if name == "lora_dropout" and given[name]:
+        if name == "lora_dropout":
             remarks.append("'lora_dropout' acts in stage rm alone: dropout would change PPO's ratios")
     try:
         return Config(**given, source=source, ignored=tuple(ignored), remarks=tuple(remarks))
