@@ -249,7 +249,9 @@ def config_from_dict(data: Mapping[Any, Any], source: str = "<python>") -> Confi
     for name in of_other_stage(given):
         ignored.append(name)
         if name == "lora_dropout":
-            remarks.append("'lora_dropout' acts in stage rm alone: dropout would change PPO's ratios")
+            remarks.append(
+                "'lora_dropout' acts in stage rm alone: dropout would change PPO's ratios"
+            )
     try:
         return Config(**given, source=source, ignored=tuple(ignored), remarks=tuple(remarks))
     except ValidationError as error:
