@@ -149,7 +149,7 @@ class PPOKeys(LossKeys, AdvantageKeys, ScoreKeys, KLKeys):
         return "gspo_token" if name == "gspo" and by_token else name
 
     @property
-    def bounds(self) -> dict[str, float | None]:
+    def bounds(self) -> dict[str, float]:
         """Bounds of the ratio, as `PolicyLossConfig` has them."""
         found = {"clip_low": self.clip_low, "clip_high": self.clip_high}
         if self.dual_clip is None:
