@@ -60,6 +60,10 @@ class LossArguments(NamedTuple):
     tau_pos: float = 1.0
     tau_neg: float = 1.05
     ratio_limit: float = 20.0
+    kl_weight_N: Tensor | None = None
+    entropy_weight_N: Tensor | None = None
+    kl_bias_correction: bool = False
+    kl_limit: float | None = None
 
     @property
     def by_sequence(self) -> bool:
@@ -69,7 +73,14 @@ class LossArguments(NamedTuple):
     @property
     def fused(self) -> bool:
         """Whether the kernels over logits have this loss."""
-        return self.name == "ppo_clip" and self.behaviour_logprob_N is not None
+        apart = self.kl_weight_N is not None or self.entropy_weight_N is not None
+        plain = not (apart or self.corrects_kl)
+        return plain and self.name == "ppo_clip" and self.behaviour_logprob_N is not None
+
+    @property
+    def corrects_kl(self) -> bool:
+        """Whether the KL is more than an estimate of `kl_kind`, see `fastppo.ops.losses.kl`."""
+        return self.kl_bias_correction or self.kl_limit is not None
 
     @property
     def has_kl(self) -> bool:
@@ -295,6 +306,8 @@ def loss_arguments(
     grad_scale: float | Tensor | None,
     name: str = "ppo_clip",
     lead: torch.Size | None = None,
+    kl_weight_N: Tensor | None = None,
+    entropy_weight_N: Tensor | None = None,
 ) -> LossArguments:
     """Check the loss arguments for the rows of `like` (logits or hidden states); return them.
 
@@ -310,6 +323,8 @@ def loss_arguments(
     check_vector(op, "weight_N", weight_N, like, n=n)
     check_vector(op, "ref_logprob_N", ref_logprob_N, like, n=n, optional=True)
     check_vector(op, "importance_weight_N", importance_weight_N, like, n=n, optional=True)
+    check_vector(op, "kl_weight_N", kl_weight_N, like, n=n, optional=True)
+    check_vector(op, "entropy_weight_N", entropy_weight_N, like, n=n, optional=True)
     beta = config.kl_coef if kl_coef is None else kl_coef
     bonus = config.entropy_coef if entropy_coef is None else entropy_coef
     scale = 1.0 if grad_scale is None else grad_scale
@@ -352,6 +367,10 @@ def loss_arguments(
         config.tau_pos,
         config.tau_neg,
         config.ratio_limit,
+        None if kl_weight_N is None else flat(constant(kl_weight_N)),
+        None if entropy_weight_N is None else flat(constant(entropy_weight_N)),
+        config.kl_bias_correction,
+        config.kl_limit,
     )
 
 
