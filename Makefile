@@ -9,13 +9,15 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 EACH := $(PYTEST) -n logical --dist loadfile --no-loadscope-reorder -p no:benchmark
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-data demo-seeds test test-all test-peers lint bench gpu clean
+.PHONY: help venv demo demo-data demo-seeds test test-all test-peers peers-suites dist lint bench gpu clean
 
 help:
 	@echo "make demo       install, then reward model, PPO and the comparison on a real model (two cores, 10 to 25 min)"
 	@echo "make test       install, then the fast tests, on all cores"
 	@echo "make test-all   all tests of this environment, the slow ones too"
 	@echo "make test-peers LLaMA-Factory, TRL, verl, OpenRLHF, Liger-Kernel, torchrl: their code against ours, in environments that it builds (2 GiB)"
+	@echo "make peers-suites SRC=DIR  Liger-Kernel's, verl's, torchrl's and OpenRLHF's own tests with our functions, on their checkouts in DIR"
+	@echo "make dist       sdist and wheel, into dist; the wheel runs where glibc is 2.28 or newer"
 	@echo "make lint       ruff, and mypy on what pyproject.toml lists"
 	@echo "make bench      the operators against bounds, eager PyTorch and torch.compile"
 	@echo "make gpu        where there is a GPU: its tests and measurements, into benchmarks/results"
@@ -59,6 +61,18 @@ test-peers: venv
 	$(PYTEST) -m peers
 	$(BIN)/python -m benchmarks linear --quick
 	$(BIN)/python -m benchmarks ops --quick --only gae linear_token_logprobs
+
+# Their test files, on checkouts of their repositories, with their function replaced by ours: into benchmarks/results.
+peers-suites: venv
+	$(BIN)/python -m benchmarks.peers.install
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.peers.suites $(SRC)
+
+# The wheel for every Python 3 on this kind of machine, and the sdist that builds anywhere.
+dist: venv
+	rm -rf dist build
+	$(BIN)/python -m build --no-isolation --sdist
+	$(BIN)/python -m build --no-isolation --wheel -C--build-option=--plat-name=manylinux_2_28_$$(uname -m)
+	$(BIN)/python tests/packaging/check_dist.py dist/*.whl
 
 lint: venv
 	$(BIN)/ruff check .

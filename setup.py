@@ -3,13 +3,34 @@
 The kernels are a plain shared library (no Python, no torch headers) and optional: without a
 compiler the package installs all the same, and says at run time what it runs on. They are compiled
 with OpenMP and linked without: `fastppo/ops/native_library.py` says why.
+
+The library knows nothing of Python, so one wheel serves every Python of a platform: py3-none-...
+`make dist` names the platform after the glibc that the library needs, and checks that.
 """
 
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
 CPU = Path("kernels/cpu")
+
+
+class PlainLibrary(build_ext):
+    """Names the library `_native.so`, without the version of a Python."""
+
+    def get_ext_filename(self, fullname):
+        return str(Path(*fullname.split("."))) + ".so"
+
+
+class AnyPython(bdist_wheel):
+    """The tag of a wheel for every Python 3; for every platform, if nothing was compiled."""
+
+    def get_tag(self):
+        built = Path(self.get_finalized_command("build").build_lib, "fastppo", "_native.so")
+        return "py3", "none", super().get_tag()[2] if built.is_file() else "any"
+
 
 setup(
     packages=[*find_packages(include=["fastppo", "fastppo.*"]), "fastppo.kernels"],
@@ -19,6 +40,7 @@ setup(
         "fastppo.kernels": ["README.md", "*.py", "cpu/*.cpp", "cpu/*.h"],
     },
     include_package_data=False,
+    cmdclass={"build_ext": PlainLibrary, "bdist_wheel": AnyPython},
     ext_modules=[
         Extension(
             "fastppo._native",

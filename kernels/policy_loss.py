@@ -25,7 +25,8 @@ from fastppo.kernels.token_kl import expm1_minus_arg, kl_and_slope
 def surrogate(
     logprob, behaviour, advantage, low, high, dual_clip, limit, HAS_DUAL_CLIP: tl.constexpr
 ):
-    """Clipped loss, dloss/dlogprob, ratio, clamped log ratio, whether clipped, whether clamped."""
+    """Clipped loss, dloss/dlogprob, ratio, clamped log ratio; whether it was clipped low, high, and
+    by the dual clip, and whether clamped."""
     # A sampled token of masked vocabulary has ratio 0, whatever the clamp would make of it.
     masked = logprob == float("-inf")
     raw = tl.where(masked, -limit, logprob - behaviour)
@@ -36,13 +37,16 @@ def surrogate(
     loss = tl.maximum(
         -advantage * ratio, -advantage * clipped_ratio, propagate_nan=tl.PropagateNan.ALL
     )
-    clipped = ((advantage > 0) & (ratio > high)) | ((advantage < 0) & (ratio < low))
+    clipped_high = (advantage > 0) & (ratio > high)
+    clipped_low = (advantage < 0) & (ratio < low)
+    dual_clipped = clipped_low & clipped_high  # none
     if HAS_DUAL_CLIP:
         bound = -dual_clip * advantage
         loss = tl.where((advantage < 0) & (loss > bound), bound, loss)
-        clipped = clipped | ((advantage < 0) & (ratio > dual_clip))
+        dual_clipped = (advantage < 0) & (ratio > dual_clip)
+    clipped = clipped_low | clipped_high | dual_clipped
     slope = tl.where(clipped | clamped | masked, 0.0, -advantage * ratio)
-    return loss, slope, ratio, log_ratio, clipped, clamped
+    return loss, slope, ratio, log_ratio, clipped_low, clipped_high, dual_clipped, clamped
 
 
 @triton.jit(do_not_specialize=["ignore_index", "first_row", "term_stride"])
@@ -107,7 +111,7 @@ def policy_loss_kernel(
         )
         logprob, entropy, _ = finish_statistics(u, row_max, sum_exp, sum_shifted_exp, tau)
 
-        loss, slope, ratio, log_ratio, clipped, clamped = surrogate(
+        loss, slope, ratio, log_ratio, clipped_low, clipped_high, dual_clipped, clamped = surrogate(
             logprob,
             behaviour,
             advantage,
@@ -140,6 +144,7 @@ def policy_loss_kernel(
         tl.store(term_ptr + 1 * term_stride, ratio)
         tl.store(term_ptr + 2 * term_stride, ratio)
         tl.store(term_ptr + 3 * term_stride, tl.abs(log_ratio))
+        clipped = clipped_low | clipped_high | dual_clipped
         tl.store(term_ptr + 4 * term_stride, tl.where(clipped, 1.0, 0.0))
         tl.store(term_ptr + 5 * term_stride, tl.where(clamped, 1.0, 0.0))
         tl.store(term_ptr + 6 * term_stride, expm1_minus_arg(log_ratio))
@@ -149,7 +154,10 @@ def policy_loss_kernel(
         tl.store(term_ptr + 10 * term_stride, weight * loss)
         tl.store(term_ptr + 11 * term_stride, kl_loss)
         tl.store(term_ptr + 12 * term_stride, entropy_loss)
-        tl.store(term_ptr + 13 * term_stride, weight * loss + kl_loss + entropy_loss)
+        tl.store(term_ptr + 13 * term_stride, tl.where(clipped_low, 1.0, 0.0))
+        tl.store(term_ptr + 14 * term_stride, tl.where(clipped_high, 1.0, 0.0))
+        tl.store(term_ptr + 15 * term_stride, tl.where(dual_clipped, 1.0, 0.0))
+        tl.store(term_ptr + 16 * term_stride, weight * loss + kl_loss + entropy_loss)
         if dx_ptr is not None:
             scale = scalar(grad_scale, GRAD_SCALE_ON_DEVICE)
             write_gradient(

@@ -104,7 +104,7 @@ def page(config: Config, explained_lines: Sequence[Line]) -> Iterator[Table | st
         f"{config.source}: stage {config.stage}, {len(given)} keys set, {left} at their default, "
         f"{len(config.ignored)} without effect"
     )
-    yield from config.former
+    yield from config.remarks
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
     table.add_column("key", no_wrap=True)
     table.add_column("value", overflow="fold", max_width=20)

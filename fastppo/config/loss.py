@@ -49,7 +49,8 @@ class LossKeys(Keys):
     dual_clip: Above0 | None = key(
         None,
         OPENRLHF,
-        "Upper bound of the loss, in units of |advantage|, where the advantage is negative.",
+        "Upper bound of the loss, in units of |advantage|, where the advantage is negative; with "
+        "policy_loss: dppo_tv and dppo_kl, of the ratio, where null is 20 (verl: clip_ratio_c).",
     )
     policy_loss: Literal[
         "ppo_clip",

@@ -149,6 +149,15 @@ class PPOKeys(LossKeys, AdvantageKeys, ScoreKeys, KLKeys):
         return "gspo_token" if name == "gspo" and by_token else name
 
     @property
+    def bounds(self) -> dict[str, float]:
+        """Bounds of the ratio, as `PolicyLossConfig` has them."""
+        found = {"clip_low": self.clip_low, "clip_high": self.clip_high}
+        if self.dual_clip is None:
+            return found
+        dppo = self.token_loss in ("dppo_tv", "dppo_kl")
+        return {**found, "ratio_limit" if dppo else "dual_clip": self.dual_clip}
+
+    @property
     def has_critic(self) -> bool:
         """Whether a critic is built and trained."""
         return self.advantage == "gae"
@@ -199,12 +208,13 @@ class PPOKeys(LossKeys, AdvantageKeys, ScoreKeys, KLKeys):
             raise ValueError(
                 "penalise_no_eos: sets the score that bootstrap_truncated replaces; keep one"
             )
-        if self.dual_clip is not None and not self.dual_clip > 1 + self.clip_high:
+        dppo = self.token_loss in ("dppo_tv", "dppo_kl")
+        if self.dual_clip is not None and not dppo and not self.dual_clip > 1 + self.clip_high:
             raise ValueError(
                 f"dual_clip: {self.dual_clip:g} is not above the clip at {1 + self.clip_high:g}; "
                 "raise it, for example to 3"
             )
-        if self.dual_clip is not None and self.token_loss not in CLIPPED:
+        if self.dual_clip is not None and not dppo and self.token_loss not in CLIPPED:
             raise ValueError(
                 f"dual_clip: policy_loss: {self.policy_loss} has none; leave it out, or use "
                 "ppo_clip"

@@ -52,12 +52,18 @@ class Config(
 
     source: str = Field("<python>", exclude=True)
     ignored: tuple[str, ...] = Field((), exclude=True)
-    former: tuple[str, ...] = Field((), exclude=True)
+    remarks: tuple[str, ...] = Field((), exclude=True)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a run says of its file: former names that were read, and keys without meaning."""
-        return (*self.former, *self.ignored)
+        """What a run says of its file: a line on each key that it reads in a way of its own.
+
+        Keys that do nothing here are all named in one line, whatever their number.
+        """
+        if not self.ignored:
+            return self.remarks
+        names = ", ".join(self.ignored)
+        return (*self.remarks, f"without effect here (--explain says why): {names}")
 
     @property
     def rollout_batch_size(self) -> int:
@@ -148,7 +154,7 @@ def only_with_full(config: Config, name: str, kinds: Sequence[str]) -> str:
 
 
 # Fields that are no keys.
-INTERNAL = frozenset({"source", "ignored", "former"})
+INTERNAL = frozenset({"source", "ignored", "remarks"})
 SLIP = 0.85  # similarity from which a name is a key that was mistyped, not another
 # Keys that are comma-separated strings in LLaMA-Factory; here they may also be YAML lists.
 COMMA_LISTS = (
@@ -207,14 +213,14 @@ def renamed(data: Mapping[Any, Any], source: str) -> tuple[dict[str, Any], list[
 
 def config_from_dict(data: Mapping[Any, Any], source: str = "<python>") -> Config:
     """Make a configuration from a mapping of keys; `source` is its name in errors."""
-    given, former = renamed(data, source)
+    given, remarks = renamed(data, source)
     ignored = []
     for name in list(given):
         value, reason = given[name], IGNORED.get(name)
         if reason is not None:
             del given[name]
             if value is not None:
-                ignored.append(f"'{name}' means nothing here and is ignored: {reason}")
+                ignored.append(name)
         elif name in REFUSED:
             harmless, cure = REFUSED[name]
             if meant(given.pop(name)) not in harmless:
@@ -223,7 +229,7 @@ def config_from_dict(data: Mapping[Any, Any], source: str = "<python>") -> Confi
             raise UserError(f"{source}: {name}: {value}: {NOT_HERE[name, value]}")
         elif name in INTERNAL or name not in Config.model_fields:
             if extra_allowed():
-                ignored.append(f"'{name}' is unknown and ignored (ALLOW_EXTRA_ARGS)")
+                remarks.append(f"'{name}' is unknown and ignored (ALLOW_EXTRA_ARGS)")
                 del given[name]
                 continue
             raise UserError(
@@ -241,9 +247,13 @@ def config_from_dict(data: Mapping[Any, Any], source: str = "<python>") -> Confi
         if isinstance(value, bool) and "bool" not in str(Config.model_fields[name].annotation):
             raise UserError(f"{source}: {name}: {str(value).lower()} is wrong; {instead(name)}")
     for name in of_other_stage(given):
-        ignored.append(f"'{name}' means nothing to stage {given['stage']} and is ignored")
+        ignored.append(name)
+        if name == "lora_dropout":
+            remarks.append(
+                "'lora_dropout' acts in stage rm alone: dropout would change PPO's ratios"
+            )
     try:
-        return Config(**given, source=source, ignored=tuple(ignored), former=tuple(former))
+        return Config(**given, source=source, ignored=tuple(ignored), remarks=tuple(remarks))
     except ValidationError as error:
         raise UserError(f"{source}: {explain(error)}") from None
 

@@ -8,7 +8,8 @@ comparisons: scoring with update, sampler with scoring, and the output head with
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Final, Literal
 
 import torch
 
@@ -66,3 +67,31 @@ def float32_precision(device: torch.device) -> Precision:
             named = "tf32" if device.type == "cuda" else "bf16"
     found: dict[str, Precision] = {"high": "tf32", "tf32": "tf32", "bf16": "bfloat16"}
     return found.get(named, "float32")
+
+
+# Flags in Linux's /proc/cpuinfo of processors that multiply matrices in 16 bits: x86's, then Arm's.
+INSTRUCTIONS: Final = {
+    torch.bfloat16: ("bf16: true", {"avx512_bf16", "amx_bf16", "bf16"}),
+    torch.float16: ("fp16: true", {"avx512_fp16", "amx_fp16", "asimdhp"}),
+}
+
+
+def note_on_16_bits(
+    device: torch.device, autocast: torch.dtype | None, cpuinfo: Path = Path("/proc/cpuinfo")
+) -> str | None:
+    """A line where a CPU is asked for 16 bits that it has no instructions for; else None.
+
+    Args:
+        device: where the run computes.
+        autocast: the dtype of its matrix products, None for float32.
+        cpuinfo: Linux's description of the processor; without that file nothing is said.
+    """
+    if device.type != "cpu" or autocast not in INSTRUCTIONS or not cpuinfo.is_file():
+        return None
+    key, flags = INSTRUCTIONS[autocast]
+    if flags & set(cpuinfo.read_text(encoding="utf-8", errors="replace").split()):
+        return None
+    return (
+        f"{key}: this processor has no instructions for it, so matrix products take several times "
+        "as long as in float32; leave the key out to compute in float32"
+    )

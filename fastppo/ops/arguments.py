@@ -19,6 +19,7 @@ from fastppo.ops.checks import (
     check_integer,
     check_number,
     check_offsets,
+    check_range,
     check_scalar,
     check_vector,
     show,
@@ -51,6 +52,8 @@ class LossArguments(NamedTuple):
     weight_N: Tensor
     ref_logprob_N: Tensor | None
     importance_weight_N: Tensor | None
+    kl_weight_N: Tensor | None
+    entropy_weight_N: Tensor | None
     offsets: Tensor | None
     kl_coef: float | Tensor
     entropy_coef: float | Tensor
@@ -64,6 +67,8 @@ class LossArguments(NamedTuple):
     tau_pos: float = 1.0
     tau_neg: float = 1.05
     ratio_limit: float = 20.0
+    kl_bias_correction: bool = False
+    kl_limit: float | None = None
 
     @property
     def by_sequence(self) -> bool:
@@ -73,7 +78,14 @@ class LossArguments(NamedTuple):
     @property
     def fused(self) -> bool:
         """Whether the kernels over logits have this loss."""
-        return self.name == "ppo_clip" and self.behaviour_logprob_N is not None
+        apart = self.kl_weight_N is not None or self.entropy_weight_N is not None
+        plain = not (apart or self.corrects_kl)
+        return plain and self.name == "ppo_clip" and self.behaviour_logprob_N is not None
+
+    @property
+    def corrects_kl(self) -> bool:
+        """Whether the KL is more than an estimate of `kl_kind`, see `fastppo.ops.losses.kl`."""
+        return self.kl_bias_correction or self.kl_limit is not None
 
     @property
     def has_kl(self) -> bool:
@@ -154,13 +166,7 @@ def chosen_backend(op: str, backend: str | None, like: Tensor, *others: Tensor |
 
 
 def vector_argument(
-    op: str,
-    name: str,
-    x: Tensor | None,
-    like: Tensor,
-    lead: torch.Size,
-    *,
-    optional: bool = False,
+    op: str, name: str, x: Tensor | None, like: Tensor, lead: torch.Size, *, optional: bool = False
 ) -> Any:
     """An argument of one float a token, checked, without gradient, as (N,); None if it is None."""
     if (
@@ -235,13 +241,7 @@ def check_tokens(
     if vocab < 1:
         raise ValueError(f"{op}: the vocabulary is empty")
     if check:
-        wrong = ((token_N < 0) | (token_N >= vocab)) & (token_N != ignore_index)
-        if bool(wrong.any()):
-            at = int(wrong.flatten().nonzero()[0])
-            raise ValueError(
-                f"{op}: token_N must lie in [0, {vocab}) or be {ignore_index} (ignored), "
-                f"came {int(token_N.flatten()[at])} at {at}"
-            )
+        check_range(op, token_N, vocab, ignore_index)
 
 
 def row_arguments(
@@ -330,6 +330,8 @@ def loss_arguments(
     grad_scale: float | Tensor | None,
     name: str = "ppo_clip",
     lead: torch.Size | None = None,
+    kl_weight_N: Tensor | None = None,
+    entropy_weight_N: Tensor | None = None,
 ) -> LossArguments:
     """Check the loss arguments for the rows of `like` (logits or hidden states); return them.
 
@@ -346,6 +348,8 @@ def loss_arguments(
         vector_argument(op, "weight_N", weight_N, like, n),
         vector_argument(op, "ref_logprob_N", ref_logprob_N, like, n, optional=True),
         vector_argument(op, "importance_weight_N", importance_weight_N, like, n, optional=True),
+        vector_argument(op, "kl_weight_N", kl_weight_N, like, n, optional=True),
+        vector_argument(op, "entropy_weight_N", entropy_weight_N, like, n, optional=True),
     )
     beta = config.kl_coef if kl_coef is None else kl_coef
     bonus = config.entropy_coef if entropy_coef is None else entropy_coef
@@ -385,6 +389,8 @@ def loss_arguments(
         config.tau_pos,
         config.tau_neg,
         config.ratio_limit,
+        config.kl_bias_correction,
+        config.kl_limit,
     )
 
 

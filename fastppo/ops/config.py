@@ -60,6 +60,10 @@ class PolicyLossConfig:
         log_ratio_limit: log ratios are clamped to +-this before exp; > 0.
         tau_pos, tau_neg: > 0, of `linear_policy_loss(loss="sapo")`.
         ratio_limit: > 0, of `linear_policy_loss(loss="dppo_tv" or "dppo_kl")`.
+        kl_bias_correction: whether the KL is multiplied by the loss's ratio, which is
+            differentiated too (TRL's use_bias_correction_kl).
+        kl_limit: the KL of a token is clamped to +-this, beyond which it has no gradient; > 0, or
+            None for no limit (verl's k3 has 10).
 
     Raises:
         ValueError: a setting is out of range.
@@ -80,6 +84,8 @@ class PolicyLossConfig:
     tau_pos: float = 1.0
     tau_neg: float = 1.05
     ratio_limit: float = 20.0
+    kl_bias_correction: bool = False
+    kl_limit: float | None = None
 
     def __post_init__(self) -> None:
         op = "PolicyLossConfig"
@@ -92,6 +98,8 @@ class PolicyLossConfig:
             )
         for name in ("log_ratio_limit", "tau_pos", "tau_neg", "ratio_limit"):
             check_positive(op, name, getattr(self, name))
+        if self.kl_limit is not None:
+            check_positive(op, "kl_limit", self.kl_limit)
 
 
 @dataclass(frozen=True)

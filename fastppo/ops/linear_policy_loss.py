@@ -57,6 +57,8 @@ def linear_policy_loss(
     mask: Tensor | None = None,
     ref_logprob_N: Tensor | None = None,
     importance_weight_N: Tensor | None = None,
+    kl_weight_N: Tensor | None = None,
+    entropy_weight_N: Tensor | None = None,
     offsets: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
@@ -74,7 +76,7 @@ def linear_policy_loss(
 ) -> PolicyLoss:
     r"""A policy loss of the logits h W^T + bias, in units of the advantage, without storing them.
 
-        loss = sum_i w_i (u_i L_i + kl_coef k_i - entropy_coef H_i)
+        loss = sum_i w_i u_i L_i + w^kl_i kl_coef k_i - w^H_i entropy_coef H_i
 
     L is one of `fastppo.ops.losses`, or the caller's own function of log-probs and entropies. The
     gradient is computed in the forward, chunk by chunk. Number of GEMMs of N x V x D:
@@ -106,8 +108,9 @@ def linear_policy_loss(
         offsets: int32 (B+1,), where each sequence starts; needed by gspo and gspo_token unless the
             tokens are (B, T).
         chunk_bytes, logits_dtype, vocab_size: as in `linear_token_logprobs`.
-        mask, ref_logprob_N, importance_weight_N, temperature, softcap, logit_scale, kl_coef,
-            entropy_coef, config, grad_scale, check, backend: as in `policy_loss`.
+        mask, ref_logprob_N, importance_weight_N, kl_weight_N, entropy_weight_N, temperature,
+            softcap, logit_scale, kl_coef, entropy_coef, config, grad_scale, check, backend: as in
+            `policy_loss`.
 
     Returns:
         PolicyLoss(loss, logprob_N, entropy_N, kl_N, metrics), float32 (float64 for float64 input).
@@ -152,6 +155,8 @@ def linear_policy_loss(
         weight_N=weight_N,
         ref_logprob_N=ref_logprob_N,
         importance_weight_N=importance_weight_N,
+        kl_weight_N=kl_weight_N,
+        entropy_weight_N=entropy_weight_N,
         offsets=offsets,
         kl_coef=kl_coef,
         entropy_coef=entropy_coef,

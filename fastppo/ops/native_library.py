@@ -194,19 +194,19 @@ _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
 
 def _load() -> tuple[Any, str | None]:
     """The library and None; or None and the reason why there is no library."""
-    found = sorted(Path(__file__).parents[1].glob("_native*.so"))
-    if not found:
+    found = Path(__file__).parents[1] / "_native.so"
+    if not found.is_file():
         return None, f"the C++ kernels were not built; {INSTALL}"
     try:
-        library = ctypes.CDLL(str(found[-1]))
+        library = ctypes.CDLL(str(found))
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(library, f"fastppo_{name}")
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
-        return None, f"{found[-1].name} does not load ({error}); {INSTALL}"
+        return None, f"{found.name} does not load ({error}); {INSTALL}"
     sizes = [ctypes.sizeof(struct) for struct in STRUCTS]
     if [library.fastppo_sizeof(i) for i in range(len(STRUCTS))] != sizes:
-        return None, f"{found[-1].name} is of another version; {INSTALL}"
+        return None, f"{found.name} is of another version; {INSTALL}"
     wanted = os.environ.get("FASTPPO_CPU") or None
     if wanted is not None:
         if wanted not in ISAS:

@@ -60,6 +60,8 @@ def policy_loss(
     mask: Tensor | None = None,
     ref_logprob_N: Tensor | None = None,
     importance_weight_N: Tensor | None = None,
+    kl_weight_N: Tensor | None = None,
+    entropy_weight_N: Tensor | None = None,
     offsets: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
@@ -79,7 +81,7 @@ def policy_loss(
         rho = exp(clamp(logprob - behaviour, +-limit))
         L   = max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high))
         L   = min(L, -dual_clip A)  where A < 0
-        loss = sum_i w_i (u_i L_i + kl_coef k_i - entropy_coef H_i)
+        loss = sum_i w_i u_i L_i + w^kl_i kl_coef k_i - w^H_i entropy_coef H_i
 
     The weights w_i are mask and aggregation, fixed over the whole optimiser step (token-mean: 1 /
     its live tokens), so splitting a batch into micro-batches changes only rounding.
@@ -97,12 +99,16 @@ def policy_loss(
         ref_logprob_N: float (...), needed if kl_coef is not 0.
         importance_weight_N: float (...), scales the surrogate alone (truncated importance
             sampling).
+        kl_weight_N, entropy_weight_N: float (...), weights of the KL and of the entropy; None is
+            weight_N. Rows whose weight_N is 0 take no part all the same.
         offsets: int32 (B+1,), where each sequence starts; needed by ratio_level="sequence", unless
             tokens are (B, T): then each row is a sequence.
         temperature: > 0, a float or a float tensor () or (...): the sampling temperature.
         softcap, logit_scale, vocab_size: as in `token_logprobs`.
         kl_coef, entropy_coef: a float or 0-d tensor that replaces the configuration's.
-        config: clipping and regularisers; None is PPO's own, PolicyLossConfig().
+        config: clipping and regularisers; None is PPO's own, PolicyLossConfig(). The kernel of one
+            pass has neither weights apart nor the KL's correction and limit: with them the logits
+            are read once more.
         inplace: whether to write the gradient over the logits (or the memory that they are a view
             of); autograd raises an error if another function has saved them. The logits must not be
             a leaf, a view of a leaf, or expanded. Without gradient, `inplace` has no effect.
@@ -152,6 +158,8 @@ def policy_loss(
         weight_N=weight_N,
         ref_logprob_N=ref_logprob_N,
         importance_weight_N=importance_weight_N,
+        kl_weight_N=kl_weight_N,
+        entropy_weight_N=entropy_weight_N,
         offsets=offsets,
         kl_coef=kl_coef,
         entropy_coef=entropy_coef,

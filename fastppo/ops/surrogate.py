@@ -19,7 +19,7 @@ from torch import Tensor
 from fastppo.ops.arguments import LossArguments, RowArguments, live_rows
 from fastppo.ops.checks import show
 from fastppo.ops.losses import POLICY_LOSSES, TokenLoss
-from fastppo.ops.losses.kl import kl_and_slope
+from fastppo.ops.losses.kl import kl, kl_and_slope
 from fastppo.ops.losses.tokens import importance_ratio, tokens
 from fastppo.ops.metrics import Entry, Metrics
 
@@ -40,8 +40,8 @@ _SETTINGS: Final = {
 class PolicyMetrics(Metrics):
     """Sums over the live tokens of a batch, as 0-d tensors; `merge` adds those of two batches.
 
-    `count` is the number of live tokens; divide the `*_sum` fields by it to get means. The last
-    three include the loss weights: they add up to the loss.
+    `count` is the number of live tokens; divide the `*_sum` fields by it to get means. `surrogate`,
+    `kl_loss` and `entropy_loss` include the loss weights: they add up to the loss.
     """
 
     _maxima = ("ratio_max",)
@@ -59,6 +59,9 @@ class PolicyMetrics(Metrics):
     surrogate = Entry()  # sum of weight * importance weight * clipped loss
     kl_loss = Entry()  # sum of weight * kl_coef * kl
     entropy_loss = Entry()  # minus the sum of weight * entropy_coef * entropy
+    clipped_low_sum = Entry()  # of clipped_sum, those where the lower clip acted
+    clipped_high_sum = Entry()  # those where the upper clip acted
+    dual_clipped_sum = Entry()  # those where the bound on large ratios acted
 
 
 TERMS: Final = len(PolicyMetrics._fields) + 1  # the metrics, and the loss last
@@ -77,6 +80,8 @@ def _with_vectors(loss: LossArguments, change: Callable[[Tensor], Tensor]) -> Lo
         weight_N=change(loss.weight_N),
         ref_logprob_N=changed(loss.ref_logprob_N),
         importance_weight_N=changed(loss.importance_weight_N),
+        kl_weight_N=changed(loss.kl_weight_N),
+        entropy_weight_N=changed(loss.entropy_weight_N),
     )
 
 
@@ -120,6 +125,43 @@ def _surrogate_weight(loss: LossArguments) -> Tensor:
     return loss.weight_N if importance_N is None else loss.weight_N * importance_N
 
 
+def _corrected_kl(loss: LossArguments, live_N: Tensor, logprob_N: Tensor) -> Tensor:
+    """The KL of each token with its correction or limit, differentiable in the log-probs."""
+    assert loss.ref_logprob_N is not None
+    level = {"gspo": "sequence", "gspo_token": "sequence_token"}.get(loss.name, "token")
+    corrected = loss.kl_bias_correction
+    return kl(
+        logprob_N,
+        loss.ref_logprob_N,
+        live_N,
+        kind=loss.kl_kind,
+        bias_correction=corrected,
+        old_logprob=loss.behaviour_logprob_N if corrected else None,
+        ratio_level=level if corrected else "token",
+        offsets=loss.offsets,
+        log_ratio_limit=loss.log_ratio_limit,
+        limit=loss.kl_limit,
+    )
+
+
+def _kl_weight(loss: LossArguments) -> Tensor:
+    return (loss.weight_N if loss.kl_weight_N is None else loss.kl_weight_N) * loss.kl_coef
+
+
+def _entropy_weight(loss: LossArguments) -> Tensor:
+    weight_N = loss.weight_N if loss.entropy_weight_N is None else loss.entropy_weight_N
+    return weight_N * loss.entropy_coef
+
+
+def _with_corrected_kl(
+    loss: LossArguments, live_N: Tensor, logprob_N: Tensor, total: Tensor
+) -> Tensor:
+    """The loss to differentiate, with the KL where its slope is not written by hand."""
+    if not (loss.has_kl and loss.corrects_kl):
+        return total
+    return total + (_kl_weight(loss) * _corrected_kl(loss, live_N, logprob_N)).sum()
+
+
 def token_gradient(
     loss: LossArguments, live_N: Tensor, logprob_N: Tensor
 ) -> tuple[Tensor, Tensor | None]:
@@ -127,6 +169,7 @@ def token_gradient(
     with _recorded():
         leaf_N = logprob_N.detach().requires_grad_()
         total = (_surrogate_weight(loss) * _token_loss(loss, live_N, leaf_N).loss).sum()
+        total = _with_corrected_kl(loss, live_N, leaf_N, total)
         (g,) = torch.autograd.grad(total, leaf_N)
     return _with_regularisers(loss, logprob_N, g, None)
 
@@ -160,6 +203,7 @@ def own_gradient(
                 "entropies that it is given, came one without gradient"
             )
         total = (_surrogate_weight(loss) * loss_N).sum()
+        total = _with_corrected_kl(loss, live_N, leaf_N, total)
         found = torch.autograd.grad(total, (leaf_N, entropy_leaf_N), allow_unused=True)
     # Where a token is not live, 0 times what the caller made of it may be NaN.
     own_g, own_h = (None if x is None else x.masked_fill(~live_N, 0) for x in found)
@@ -171,13 +215,13 @@ def _with_regularisers(
     loss: LossArguments, logprob_N: Tensor, g: Tensor, h: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """g and h with those of the KL and of the entropy."""
-    if loss.has_kl:
+    if loss.has_kl and not loss.corrects_kl:
         assert loss.ref_logprob_N is not None
         _, slope = kl_and_slope(logprob_N, loss.ref_logprob_N, loss.kl_kind, loss.log_ratio_limit)
-        g = g + loss.weight_N * loss.kl_coef * slope
+        g = g + _kl_weight(loss) * slope
     if loss.has_entropy:
         # The row of a masked sample takes no part in the loss, so its entropy passes no gradient.
-        bonus = (-loss.weight_N * loss.entropy_coef).masked_fill(logprob_N == float("-inf"), 0)
+        bonus = (-_entropy_weight(loss)).masked_fill(logprob_N == float("-inf"), 0)
         h = bonus if h is None else h + bonus
     return g, h
 
@@ -193,16 +237,16 @@ def totals(
 
     `own_N` is the loss of each token where the caller has one of its own.
     """
-    weight, limit = loss.weight_N, loss.log_ratio_limit
+    limit = loss.log_ratio_limit
     t = tokens(loss.name, logprob_N, loss.behaviour_logprob_N, loss.advantage_N, live_N)
     level = "sequence" if loss.by_sequence else "token"
     used = importance_ratio(t._replace(offsets=loss.offsets), limit, level)
     # A sampled token of masked vocabulary has ratio 0, whatever the clamp would make of it.
     log_ratio = torch.where(t.impossible, -limit, used.log_ratio).clamp(-limit, limit)
-    clipped, loss_N = torch.zeros_like(live_N), own_N
+    low = high = dual = torch.zeros_like(live_N)
+    loss_N = own_N
     if loss_N is None:
-        found = _token_loss(loss, live_N, logprob_N)
-        loss_N, clipped = found.loss, found.clipped_low | found.clipped_high | found.dual_clipped
+        loss_N, low, high, dual = _token_loss(loss, live_N, logprob_N)
     zero = logprob_N.new_zeros(())
 
     def total(x: Tensor) -> Tensor:
@@ -210,23 +254,26 @@ def totals(
 
     surrogate = total(_surrogate_weight(loss) * loss_N)
     kl_loss = entropy_loss = kl_sum = zero
-    kl = torch.zeros_like(logprob_N)
+    kl_N = torch.zeros_like(logprob_N)
     if loss.ref_logprob_N is not None:
-        kl, _ = kl_and_slope(logprob_N, loss.ref_logprob_N, loss.kl_kind, limit)
-        kl = kl.masked_fill(~live_N, 0)
-        kl_sum = kl.sum()
+        if loss.corrects_kl:
+            kl_N = _corrected_kl(loss, live_N, logprob_N)
+        else:
+            kl_N, _ = kl_and_slope(logprob_N, loss.ref_logprob_N, loss.kl_kind, limit)
+        kl_N = kl_N.masked_fill(~live_N, 0)
+        kl_sum = kl_N.sum()
         if loss.has_kl:
-            kl_loss = total(weight * loss.kl_coef * kl)
+            kl_loss = total(_kl_weight(loss) * kl_N)
     if loss.has_entropy:
         masked = logprob_N == float("-inf")
-        entropy_loss = -total((weight * loss.entropy_coef * entropy_N).masked_fill(masked, 0))
+        entropy_loss = -total((_entropy_weight(loss) * entropy_N).masked_fill(masked, 0))
     ratio = used.ratio.masked_fill(~live_N, 0)
     metrics = {
         "count": live_N.sum(),
         "ratio_sum": ratio.sum(),
         "ratio_max": ratio.amax() if ratio.numel() else zero,
         "log_ratio_abs_sum": total(log_ratio.abs()),
-        "clipped_sum": clipped.sum(),
+        "clipped_sum": (low | high | dual).sum(),
         "clamped_sum": used.clamped.sum(),
         "approx_kl_sum": total(torch.expm1(log_ratio) - log_ratio),
         "policy_kl_sum": -total(log_ratio),
@@ -235,9 +282,12 @@ def totals(
         "surrogate": surrogate,
         "kl_loss": kl_loss,
         "entropy_loss": entropy_loss,
+        "clipped_low_sum": low.sum(),
+        "clipped_high_sum": high.sum(),
+        "dual_clipped_sum": dual.sum(),
     }
     vector = torch.stack([metrics[name].to(logprob_N.dtype) for name in PolicyMetrics._fields])
-    return surrogate + kl_loss + entropy_loss, kl, vector
+    return surrogate + kl_loss + entropy_loss, kl_N, vector
 
 
 def sweep_by_token(

@@ -28,7 +28,8 @@ from fastppo.models.limits import (
     embedding_rows,
     note_beyond_training,
 )
-from fastppo.models.load import load_tokenizer
+from fastppo.models.load import autocast_dtype, load_tokenizer
+from fastppo.models.rounding import note_on_16_bits
 from fastppo.models.scaler import make_scaler
 from fastppo.ppo.advantage import KLController, RunningScore
 from fastppo.ppo.columns import absent_columns
@@ -175,7 +176,11 @@ def init_state(
     if ptx is not None:
         check_rows(tokenizer, rows, (p + a for p, a in ptx.pairs), "ptx_dataset", "an answer")
     longest = max(map(len, every)) + config.max_new_tokens
-    found = (pad_note, note_beyond_training(config, longest))
+    found = (
+        pad_note,
+        note_beyond_training(config, longest),
+        note_on_16_bits(device, autocast_dtype(config, device)),
+    )
     config, plan, notes = resolve_auto(config, device)  # the shape is in the hub's cache by now
     notes += [line for line in found if line is not None]
     budgets = Budgets.of(config)

@@ -72,9 +72,7 @@ def mini_batches(experience: Experience, config: Config, seed: int) -> list[Mini
 def policy_loss_config(config: Config) -> PolicyLossConfig:
     """The configuration of `linear_policy_loss`, from the YAML's keys."""
     return PolicyLossConfig(
-        clip_low=config.clip_low,
-        clip_high=config.clip_high,
-        dual_clip=config.dual_clip,
+        **config.bounds,  # type: ignore[arg-type]
         kl_kind=KL_KIND[config.kl_loss_type],
         entropy_coef=config.entropy_coef,
         tau_pos=config.sapo_temperature_pos,

@@ -42,6 +42,7 @@ from fastppo.models.load import (
     load_tokenizer,
     wrap_activations,
 )
+from fastppo.models.rounding import note_on_16_bits
 from fastppo.models.scaler import make_scaler
 from fastppo.models.value_head import has_value_head, load_value_head, new_value_head
 from fastppo.models.weight_tuning import (
@@ -199,7 +200,11 @@ def set_up(config: Config, records: Records) -> Setup:
         texts = (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
         check_rows(tokenizer, rows, texts, "dataset", "a pair")
     longest = max(train_pairs.longest, eval_pairs.longest)
-    found = (pad_note, note_beyond_training(config, longest))
+    found = (
+        pad_note,
+        note_beyond_training(config, longest),
+        note_on_16_bits(device, autocast_dtype(config, device)),
+    )
     config, plan, auto_notes = resolve_auto(config, device)
     auto_notes += [line for line in found if line is not None]
     budgets = Budgets.of(config)

@@ -105,7 +105,7 @@ struct FastppoFewRows {
   int32_t padding;
 };
 
-constexpr int FASTPPO_TERMS = 14;
+constexpr int FASTPPO_TERMS = 17;
 // Logits below which starting threads costs more than they save.
 constexpr int64_t FASTPPO_ALONE = 1 << 15;
 

@@ -15,12 +15,20 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <type_traits>
 
 #include "abi.h"
+
+#if defined(__x86_64__) && defined(__GLIBC__)
+// glibc 2.29 gave these new versions, which leave errno alone and return the same numbers. The old
+// ones are in every glibc, so that a library built today loads where there is 2.28.
+__asm__(".symver exp,exp@GLIBC_2.2.5");
+__asm__(".symver log,log@GLIBC_2.2.5");
+#endif
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>

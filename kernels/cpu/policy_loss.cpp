@@ -56,7 +56,9 @@ static inline void policy_loss_of(
   const float terms[FASTPPO_TERMS] = {
       1, found.ratio, found.ratio, std::fabs(found.log_ratio), found.clipped ? 1.0f : 0.0f,
       found.clamped ? 1.0f : 0.0f, expm1_minus_arg(found.log_ratio), -found.log_ratio, entropy,
-      kl.value, surrogate_loss, kl_loss, entropy_loss, surrogate_loss + kl_loss + entropy_loss};
+      kl.value, surrogate_loss, kl_loss, entropy_loss, found.low ? 1.0f : 0.0f,
+      found.high ? 1.0f : 0.0f, found.dual ? 1.0f : 0.0f,
+      surrogate_loss + kl_loss + entropy_loss};
   loss.logprob[at.row] = logprob;
   loss.entropy[at.row] = entropy;
   loss.kl[at.row] = kl.value;

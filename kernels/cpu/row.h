@@ -248,6 +248,10 @@ struct Workspace {
       std::free(memory);
       size = (row + blocks + 15) / 16 * 16;
       memory = (float*)std::aligned_alloc(64, size * sizeof(float));
+      if (memory == nullptr) {  // C has no way to tell Python
+        std::fprintf(stderr, "fastppo: no memory for a row of %lld floats\n", (long long)size);
+        std::abort();
+      }
     }
     return {memory, memory + row};
   }

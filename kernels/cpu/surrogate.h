@@ -28,7 +28,7 @@ static inline FastppoSlope kl_and_slope(float logprob, float ref, float limit, i
 
 struct FastppoSurrogate {
   float loss, slope, ratio, log_ratio;
-  bool clipped, clamped;
+  bool clipped, low, high, dual, clamped;
 };
 
 // max(-A rho, -A clip(rho)), or the dual clip's bound; its slope in the log ratio.
@@ -45,14 +45,17 @@ static inline FastppoSurrogate surrogate(
   found.ratio = ratio;
   found.log_ratio = log_ratio;
   found.clamped = std::fabs(raw) > limit && !masked;
-  found.clipped = (advantage > 0 && ratio > high) || (advantage < 0 && ratio < low);
+  found.high = advantage > 0 && ratio > high;
+  found.low = advantage < 0 && ratio < low;
+  found.dual = false;
   const float unclipped = -advantage * ratio, clipped_loss = -advantage * clipped_ratio;
   found.loss = unclipped > clipped_loss || unclipped != unclipped ? unclipped : clipped_loss;
   if (loss.dual_clip > 0 && advantage < 0) {
     const float bound = -loss.dual_clip * advantage;
     found.loss = found.loss > bound ? bound : found.loss;
-    found.clipped = found.clipped || ratio > loss.dual_clip;
+    found.dual = ratio > loss.dual_clip;
   }
+  found.clipped = found.low || found.high || found.dual;
   found.slope = found.clipped || found.clamped || masked ? 0.0f : unclipped;
   return found;
 }

@@ -44,7 +44,7 @@ def test_no_key_of_llamafactory_is_listed_twice():
 def test_a_file_that_spells_out_every_default_loads(base):
     spelled = {name: value for name, value in DEFAULTS.items() if value != "needed"}
     config = config_from_dict({**spelled, **base, "do_train": True, "output_dir": "out"})
-    noted = {line.split("'")[1] for line in config.ignored}
+    noted = set(config.ignored)
     expected = {name for name in DEFAULTS if name in IGNORED and DEFAULTS[name] is not None}
     assert expected <= noted
     # What LLaMA-Factory samples with by default is the other thing that stage rm has no use for.
@@ -76,10 +76,11 @@ def test_a_value_that_is_not_done_says_what_to_use(name, wrong):
 
 
 @pytest.mark.parametrize("name", sorted(IGNORED))
-def test_a_key_without_effect_prints_one_line(name):
-    (line,) = config_from_dict({**PPO, name: 1}).ignored
-    assert line == f"'{name}' means nothing here and is ignored: {IGNORED[name]}"
-    assert config_from_dict({**PPO, name: None}).ignored == ()
+def test_a_key_without_effect_is_named(name):
+    config = config_from_dict({**PPO, name: 1})
+    assert config.ignored == (name,)
+    assert config.notes == (f"without effect here (--explain says why): {name}",)
+    assert config_from_dict({**PPO, name: None}).notes == ()
 
 
 def test_no_cure_names_a_key_that_is_not_there():
@@ -132,7 +133,7 @@ def test_checkpoint_dir_of_a_whole_model_is_not_taken_for_an_adapter():
 
 def test_a_quoted_value_is_the_value_meant():
     keys = {"fp16": "false", "deepspeed": "null", "num_beams": "1", "bf16": "False"}
-    assert config_from_dict({**PPO, **keys}).ignored == ()
+    assert config_from_dict({**PPO, **keys}).notes == ()
     assert config_from_dict({**PPO, "fp16": "true"}).fp16
     with pytest.raises(UserError, match="fp8: not supported"):
         config_from_dict({**PPO, "fp8": "true"})
@@ -181,14 +182,16 @@ def test_a_slip_in_a_key_that_does_nothing_is_not_taken_for_another_key():
     assert suggest_key("ppo_epoch", "ppo") == "did you mean 'ppo_epochs'?"
 
 
-def test_keys_of_the_other_stage_say_so_in_a_line_each():
-    lines = config_from_dict({**RM, "ppo_epochs": 2, "temperature": 0.7, "top_p": 1.0}).ignored
-    assert lines == (
-        "'ppo_epochs' means nothing to stage rm and is ignored",
-        "'temperature' means nothing to stage rm and is ignored",
-    )
-    (line,) = config_from_dict({**PPO, "lora_dropout": 0.1}).ignored
-    assert line == "'lora_dropout' means nothing to stage ppo and is ignored"
+def test_all_keys_without_effect_share_one_line():
+    """Those of LLaMA-Factory's other parts and those of the other stage, in the file's order."""
+    file = {"ppo_epochs": 2, "overwrite_cache": True, "temperature": 0.7, "ddp_timeout": 180}
+    (line,) = config_from_dict({**RM, **file}).notes
+    assert line.startswith("without effect here (--explain says why): ")
+    assert sorted(line.split(": ")[1].split(", ")) == sorted(file)
+    remark, line = config_from_dict({**PPO, "lora_dropout": 0.1}).notes
+    assert remark == "'lora_dropout' acts in stage rm alone: dropout would change PPO's ratios"
+    assert line.endswith(": lora_dropout")
+    assert config_from_dict({**PPO, "lora_dropout": 0.0}).notes == ()
     assert STAGE_KEYS["rm"] | STAGE_KEYS["ppo"] <= set(Config.model_fields)
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fastppo.errors import TrainingStopped, UserError
+from fastppo.models import rounding
 from fastppo.models.build import Roles
 from fastppo.ppo import guards, trainer
 
@@ -157,3 +158,28 @@ def test_every_limit_grows_with_the_rounding():
     for name in ("log_ratio", "sampler_gap", "head"):
         values = [getattr(step, name) for step in steps]
         assert values == sorted(set(values))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "flags", "said"),
+    [
+        (torch.bfloat16, "fpu avx2 avx512f", True),
+        (torch.bfloat16, "fpu avx2 avx512f avx512_bf16", False),
+        (torch.bfloat16, "fp asimd i8mm bf16", False),
+        (torch.float16, "fpu avx2 avx512_bf16", True),
+        (torch.float16, "fp asimd asimdhp", False),
+        (None, "fpu", False),
+    ],
+)
+def test_16_bits_without_instructions_for_them_get_a_line(tmp_path, dtype, flags, said):
+    """They are emulated: the run would be several times slower than in float32, without a word."""
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\nflags\t\t: {flags}\n", encoding="utf-8")
+    line = rounding.note_on_16_bits(CPU, dtype, cpuinfo)
+    assert (line is not None) == said
+    if line is not None:
+        key = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+        assert line.startswith(f"{key}: true: ")
+        assert line.endswith("leave the key out to compute in float32")
+    assert rounding.note_on_16_bits(CUDA, dtype, cpuinfo) is None
+    assert rounding.note_on_16_bits(CPU, dtype, tmp_path / "none") is None

@@ -207,10 +207,10 @@ KINDS = [
     # times the ratio, whose own slope it adds: on-policy k + k'
     ("k1", {"bias_correction": True}, D, 1 + D),
     ("k3", {"bias_correction": True}, 0.5 - 1 + D, D),
-    # the limit takes the gradient with it
+    # the limit takes the gradient with it, but not k2's, which is the KL's own
     ("k1", {"limit": 0.5}, 0.5, 0.0),
     ("k3", {"limit": 0.15}, 0.15, 0.0),
-    ("k3+", {"limit": 0.15}, 0.15, 0.0),
+    ("k3+", {"limit": 0.15}, 0.15, D),
     ("k3", {"log_ratio_limit": 0.5}, math.exp(-0.5) - 0.5, 0.0),
 ]
 

@@ -1,8 +1,9 @@
 """Build wheel and sdist, hold them against git, and run the wheel from an empty environment.
 
-    python tests/packaging/check_dist.py
+    python tests/packaging/check_dist.py [WHEEL...]
 
-Not a pytest file: it builds environments, once, before the tests.
+With wheels, those alone are looked at. Not a pytest file: it builds environments, once, before the
+tests.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 # Top level -> where its files lie in the wheel.
 INSTALLED = {"fastppo/": "fastppo/", "kernels/": "fastppo/kernels/"}
+GLIBC = (2, 28)  # of the platform that `make dist` names
 
 
 def tracked() -> list[str]:
@@ -66,10 +68,26 @@ def check_wheel(wheel: Path) -> None:
         if name.startswith(top)
     }
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    built = {name for name in names if name.startswith("fastppo/_native")}
-    assert len(built) == 1, f"wheel: the C++ kernels were not built; is there a compiler? {built}"
+    built = {"fastppo/_native.so"}
+    assert built <= names, "wheel: the C++ kernels were not built; is there a compiler?"
+    tag = wheel.stem.removeprefix(f"fastppo-{version()}-")
+    assert re.fullmatch(r"py3-none-(many)?linux_\w+", tag), f"wheel: its tag is {tag}"
     found = names - built
     assert found == expected, f"wheel: {sorted(found ^ expected)} are on one side only"
+
+
+def check_glibc(wheel: Path) -> None:
+    """The library asks for no glibc newer than manylinux_2_28 promises, and links no OpenMP."""
+    with tempfile.TemporaryDirectory() as name:
+        library = zipfile.ZipFile(wheel).extract("fastppo/_native.so", name)
+        read = subprocess.run(
+            ["objdump", "-p", "-T", library], check=True, capture_output=True, text=True
+        ).stdout
+    needed = {tuple(map(int, found.split("."))) for found in re.findall(r"GLIBC_([\d.]+)", read)}
+    newest = max(needed)
+    assert newest <= GLIBC, f"wheel: the kernels need glibc {newest}, and {GLIBC} is promised"
+    linked = re.findall(r"NEEDED +(\S+)", read)
+    assert not [name for name in linked if "omp" in name], f"wheel: {linked} has an OpenMP"
 
 
 def check_sdist(sdist: Path) -> None:
@@ -145,6 +163,7 @@ def check_kernels(python: str, cwd: Path) -> None:
 def install_without_a_compiler(source: Path, folder: Path) -> None:
     """It installs, says why it is slow, and computes."""
     wheel, _ = build(source, folder / "uncompiled", "--wheel", CC="false", CXX="false")
+    assert wheel.name.endswith("-py3-none-any.whl"), f"nothing was compiled: {wheel.name}"
     venv.create(folder / "bare", with_pip=True)
     python = str(folder / "bare" / "bin" / "python")
     install = [python, "-m", "pip", "install", "--quiet", "--no-deps", str(wheel)]
@@ -160,6 +179,12 @@ def install_without_a_compiler(source: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:  # wheels that are there
+        for path in map(Path, sys.argv[1:]):
+            check_wheel(path)
+            check_glibc(path)
+            print(f"{path.name}: complete, for glibc {GLIBC[0]}.{GLIBC[1]} or newer")
+        sys.exit()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = export(folder)
@@ -167,6 +192,7 @@ if __name__ == "__main__":
         assert sdist is not None
         check_sdist(sdist)
         check_wheel(wheel)
+        check_glibc(wheel)
         check_requirements(wheel)
         # From the checkout the link fastppo/kernels is in the way, from the sdist it is not.
         check_wheel(build(source, folder / "direct", "--wheel")[0])

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 
 from fastppo import ops
 from fastppo.ops import losses
 from tests.peers import theirs
-from tests.peers.theirs import Batch, assert_same_loss
+from tests.peers.theirs import BETA, CLIP, GRPO_LOSSES, HIGH, LENGTH, LOW, Batch, assert_same_loss
 
 pytestmark = pytest.mark.peers
 
-LOW, HIGH, LENGTH, BETA = 0.2, 0.28, 16, 0.04
-CLIP = {"clip_low": LOW, "clip_high": HIGH}
-# Their loss_type and importance_sampling_level -> our loss of a token, and our aggregation.
-LOSSES = {
-    ("grpo", "token"): (partial(losses.ppo_clip, **CLIP), "seq-mean-token-mean"),
-    ("bnpo", "token"): (partial(losses.ppo_clip, **CLIP), "token-mean"),
-    ("dapo", "token"): (partial(losses.ppo_clip, **CLIP), "token-mean"),
-    ("dr_grpo", "token"): (partial(losses.dr_grpo, **CLIP), "seq-mean-token-sum-norm"),
-    ("grpo", "sequence"): (partial(losses.gspo, **CLIP), "seq-mean-token-mean"),
-    ("dapo", "sequence"): (partial(losses.gspo, **CLIP), "token-mean"),
-    ("cispo", "token"): (partial(losses.cispo, clip_low=1.0, clip_high=4.0), "token-mean"),
-    ("sapo", "token"): (losses.sapo, "seq-mean-token-mean"),
-}
+# Their luspo lets padding carry the KL: it stands apart below.
+LOSSES = {name: loss for name, loss in GRPO_LOSSES.items() if name[0] != "luspo"}
 
 
 def aggregate(loss, b: Batch, mode: str):

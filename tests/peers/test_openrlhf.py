@@ -107,9 +107,11 @@ def test_value_loss(by_token, clip):
 
 @pytest.mark.parametrize("straight_through", [False, True])
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
-def test_approximate_kl(kind, straight_through):
+@pytest.mark.parametrize("apart", [1.0, 40.0], ids=("near", "beyond the limit"))
+def test_approximate_kl(kind, straight_through, apart):
     """Theirs is in float32, whatever comes in."""
     for b in theirs.batches():
+        b = b._replace(ref_logprob=b.logprob + apart * (b.ref_logprob - b.logprob))
         assert_same_loss(
             lambda x, b=b: losses.kl(
                 x, b.ref_logprob, b.mask, kind=kind, straight_through=straight_through, limit=10.0

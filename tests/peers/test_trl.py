@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,23 +11,11 @@ import torch
 from fastppo import ops
 from fastppo.ops import losses
 from tests.peers import theirs
-from tests.peers.theirs import Batch, assert_same_loss
+from tests.peers.theirs import BETA, CLIP, GRPO_LOSSES, HIGH, LENGTH, LOW, Batch, assert_same_loss
 
 pytestmark = pytest.mark.peers
 
-LOW, HIGH, LENGTH, BETA = 0.2, 0.28, 16, 0.04
-CLIP = {"clip_low": LOW, "clip_high": HIGH}
-# loss_type and importance_sampling_level -> our loss of a token, and our aggregation.
-LOSSES = {
-    ("grpo", "token"): (partial(losses.ppo_clip, **CLIP), "seq-mean-token-mean"),
-    ("bnpo", "token"): (partial(losses.ppo_clip, **CLIP), "token-mean"),
-    ("dapo", "token"): (partial(losses.ppo_clip, **CLIP), "token-mean"),
-    ("dr_grpo", "token"): (partial(losses.dr_grpo, **CLIP), "seq-mean-token-sum-norm"),
-    ("luspo", "sequence"): (partial(losses.gspo, **CLIP), "seq-mean-token-sum"),
-    ("grpo", "sequence"): (partial(losses.gspo, **CLIP), "seq-mean-token-mean"),
-    ("cispo", "token"): (partial(losses.cispo, clip_low=1.0, clip_high=4.0), "token-mean"),
-    ("sapo", "token"): (losses.sapo, "seq-mean-token-mean"),
-}
+VESPO = ("k_pos", "lambda_pos", "k_neg", "lambda_neg")
 
 
 def trainer(b: Batch, logprob, kind: str, level: str, **arguments) -> SimpleNamespace:
@@ -38,12 +25,14 @@ def trainer(b: Batch, logprob, kind: str, level: str, **arguments) -> SimpleName
     )
     settings = {"use_bias_correction_kl": False, "delta": None, "steps_per_generation": 1}
     settings |= {"sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.05, **arguments}
+    settings |= {f"vespo_{k}": v for k, v in zip(VESPO, (2.0, 3.0, 3.0, 2.0), strict=True)}
     return SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *_, **__: (
             logprob,
             torch.zeros_like(b.mask),
             None,
         ),
+        get_gamma_weights=theirs.trl("trainer.grpo_trainer").GRPOTrainer.get_gamma_weights,
         aux_loss_enabled=False,
         top_entropy_quantile=1.0,
         off_policy_mask_threshold=None,
@@ -84,10 +73,10 @@ def aggregate(loss, b: Batch, mode: str):
     return losses.aggregate(loss, b.mask, mode, **norm)
 
 
-@pytest.mark.parametrize(("kind", "level"), LOSSES)
+@pytest.mark.parametrize(("kind", "level"), GRPO_LOSSES)
 def test_the_loss_of_grpo_trainer(kind, level):
     """With k3 to a reference; its own aggregation, on one process without accumulation."""
-    loss, mode = LOSSES[kind, level]
+    loss, mode = GRPO_LOSSES[kind, level]
     for b in theirs.batches():
         assert_same_loss(
             lambda x, b=b: aggregate(

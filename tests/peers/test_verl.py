@@ -59,6 +59,42 @@ def test_policy_losses(name, mode):
         )
 
 
+def test_geo_mean():
+    """Of one advantage a sequence; they take the mean over the batch's rows, empty ones too."""
+    for b in theirs.batches(empty_rows=True):
+        loss = theirs.verl().get_policy_loss_fn("geo_mean")
+        assert_same_loss(
+            lambda x, b=b: losses.aggregate(
+                losses.geo_mean(x, b.old_logprob, b.group, b.mask, **CLIP).loss,
+                b.mask,
+                "seq-mean-token-mean",
+                float(len(b.mask)),
+            ),
+            lambda x, b=b, loss=loss: loss(
+                b.old_logprob, x, b.group, b.mask, "token-mean", config()
+            )[0],
+            b.logprob,
+            1e-7,
+        )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_dro(mode):
+    settings = config()
+    settings.policy_loss = ActorConfig(dro_beta=0.3)
+    for b in theirs.batches(empty_rows=True):
+        assert_same_loss(
+            lambda x, b=b: losses.aggregate(
+                losses.dro(x, b.old_logprob, b.advantage, b.mask, beta=0.3).loss, b.mask, mode
+            ),
+            lambda x, b=b: theirs.verl().get_policy_loss_fn("dro")(
+                b.old_logprob, x, b.advantage, b.mask, mode, settings
+            )[0],
+            b.logprob,
+            1e-7,
+        )
+
+
 @pytest.mark.parametrize("mode", [*MODES, "seq-mean-token-sum-norm"])
 def test_aggregation(mode):
     for b in theirs.batches(empty_rows=True):
@@ -74,9 +110,11 @@ def test_aggregation(mode):
 
 
 @pytest.mark.parametrize("kind", ["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3", "k1+", "k3+"])
-def test_kl(kind):
+@pytest.mark.parametrize("apart", [1.0, 40.0], ids=("near", "beyond the limit"))
+def test_kl(kind, apart):
     limit = 10.0 if kind.startswith(("low", "k3")) else None
     for b in theirs.batches():
+        b = b._replace(ref_logprob=b.logprob + apart * (b.ref_logprob - b.logprob))
         assert_same_loss(
             lambda x, b=b: losses.aggregate(
                 losses.kl(x, b.ref_logprob, b.mask, kind=kind, limit=limit), b.mask

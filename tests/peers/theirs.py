@@ -7,69 +7,25 @@ use (ray, deepspeed, configuration classes) is a stub. Where a peer is not insta
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
-from types import ModuleType, SimpleNamespace
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks import peers
+from benchmarks.peers.stubs import ActorConfig, in_place_of, stub, verl_core
+from fastppo.ops import losses
 
+__all__ = ["ActorConfig"]
 ROUNDS = 200
-
-
-def stub(name: str, **attributes: Any) -> None:
-    """A module in place of one that the peer imports and the function does not use."""
-    if name not in sys.modules:
-        sys.modules[name] = ModuleType(name)
-    vars(sys.modules[name]).update(attributes)
-
-
-@contextmanager
-def in_place_of(*names: str, **attributes: Any) -> Iterator[None]:
-    """Stubs for packages that are not installed, for as long as a module of a peer is loaded."""
-    for name in names:
-        stub(name, **attributes)
-    try:
-        yield
-    finally:
-        for name in names:
-            del sys.modules[name]
-
-
-class ActorConfig(SimpleNamespace):
-    """Stands for verl's; `get` and `global_batch_info` are all that the losses ask of it."""
-
-    global_batch_info: dict[str, Any]
-
-    def get(self, name: str, default: Any) -> Any:
-        return getattr(self, name, default)
 
 
 @cache
 def verl() -> Any:
     """verl.trainer.ppo.core_algos."""
-    empty = type("Empty", (), {})
-    found = peers.SITE / "verl"
-    for name in ("verl", "verl.trainer", "verl.trainer.ppo", "verl.utils"):
-        package = ModuleType(name)
-        package.__path__ = [str(found.joinpath(*name.split(".")[1:]))]
-        sys.modules.setdefault(name, package)
-    stub("verl.trainer.config", AlgoConfig=empty)
-    stub("verl.trainer.config.algorithm", RolloutCorrectionConfig=empty)
-    stub("verl.workers")
-    stub("verl.workers.config", ActorConfig=ActorConfig)
-    stub("verl.workers.config.actor", PolicyLossConfig=empty)
-    stub("verl.protocol", DataProto=empty)
-    groupwise: Any = peers.load("verl", "verl.utils.groupwise")
-    names = ("as_torch_index", "group_mean_std")
-    stub("verl.utils", **{name: getattr(groupwise, name) for name in names})
-    with in_place_of("omegaconf", DictConfig=empty):
-        return peers.load("verl", "verl.trainer.ppo.core_algos")
+    return verl_core(peers.SITE / "verl", lambda module: peers.load("verl", module))
 
 
 @cache
@@ -180,6 +136,24 @@ def batches(*, empty_rows: bool = False, holes: bool = True) -> Iterator[Batch]:
         ref = (logprob + 0.3 * normal(*shape)).clamp(max=-1e-3)
         others = (normal(*shape) for _ in range(4))
         yield Batch(logprob, old, ref, *others, mask)
+
+
+LOW, HIGH, LENGTH, BETA = 0.2, 0.28, 16, 0.04
+CLIP = {"clip_low": LOW, "clip_high": HIGH}
+# TRL's loss_type and importance_sampling_level, which Liger-Kernel has taken over, with the bounds
+# above -> our loss of a token, and our aggregation.
+GRPO_LOSSES = {
+    ("grpo", "token"): (partial(losses.ppo_clip, **CLIP), "seq-mean-token-mean"),
+    ("bnpo", "token"): (partial(losses.ppo_clip, **CLIP), "token-mean"),
+    ("dapo", "token"): (partial(losses.ppo_clip, **CLIP), "token-mean"),
+    ("dr_grpo", "token"): (partial(losses.dr_grpo, **CLIP), "seq-mean-token-sum-norm"),
+    ("luspo", "sequence"): (partial(losses.gspo, **CLIP), "seq-mean-token-sum"),
+    ("grpo", "sequence"): (partial(losses.gspo, **CLIP), "seq-mean-token-mean"),
+    ("dapo", "sequence"): (partial(losses.gspo, **CLIP), "token-mean"),
+    ("cispo", "token"): (partial(losses.cispo, clip_low=1.0, clip_high=4.0), "token-mean"),
+    ("sapo", "token"): (losses.sapo, "seq-mean-token-mean"),
+    ("vespo", "token"): (losses.vespo, "token-mean"),
+}
 
 
 def value_and_gradient(loss: Callable[[Tensor], Tensor], at: Tensor) -> tuple[Tensor, Tensor]:

@@ -201,6 +201,16 @@ def test_keys_reach_the_operator_under_its_names(config):
     assert policy_loss_config(settings) == expected
 
 
+@pytest.mark.parametrize("name", ["dppo_tv", "dppo_kl"])
+def test_dual_clip_bounds_dppos_ratio_as_verls_clip_ratio_c_does(name, config):
+    """It may lie below 1 + cliprange there, which is a divergence and no bound of a ratio."""
+    assert policy_loss_config(config(policy_loss=name)).ratio_limit == 20
+    found = policy_loss_config(config(policy_loss=name, dual_clip=1.1))
+    assert (found.ratio_limit, found.dual_clip) == (1.1, None)
+    clipped = policy_loss_config(config(dual_clip=3.0))
+    assert (clipped.ratio_limit, clipped.dual_clip) == (20, 3.0)
+
+
 def test_with_use_kl_loss_the_reward_holds_no_kl(tiny_roles, config, rollout, experience_of):
     made = tiny_roles()
     inside = experience_of(made, rollout, config())

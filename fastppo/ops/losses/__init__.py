@@ -12,7 +12,8 @@ KL and entropy apart. A token outside the mask has loss 0 and no gradient, whate
     kl_BT = kl(logprob_BT, ref_logprob_BT, mask_BT, kind="k3")
     loss = aggregate(found.loss + 0.01 * kl_BT, mask_BT, "token-mean")
 
-`linear_policy_loss(..., loss=NAME)` takes the names of POLICY_LOSSES straight from hidden states.
+`linear_policy_loss(..., loss=NAME)` takes the names of POLICY_LOSSES straight from
+hidden states; dro, geo_mean and vespo are functions of log-probs only.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from fastppo.ops.losses.clipped import dr_grpo, gspo, gspo_token, ppo_clip
 from fastppo.ops.losses.groups import GROUP_ADVANTAGES, group_advantages
 from fastppo.ops.losses.importance import IMPORTANCE_MODES, importance_weights
 from fastppo.ops.losses.kl import kl
+from fastppo.ops.losses.sequences import geo_mean, vespo
 from fastppo.ops.losses.tokens import TokenLoss
 from fastppo.ops.losses.value import TokenValueLoss, value_loss
-from fastppo.ops.losses.weighted import cispo, dppo, reinforce, sapo
+from fastppo.ops.losses.weighted import cispo, dppo, dro, reinforce, sapo
 
 POLICY_LOSSES: Final[dict[str, Callable[..., TokenLoss]]] = {
     "ppo_clip": ppo_clip,
@@ -55,6 +57,8 @@ __all__ = [
     "cispo",
     "dppo",
     "dr_grpo",
+    "dro",
+    "geo_mean",
     "group_advantages",
     "gspo",
     "gspo_token",
@@ -64,5 +68,6 @@ __all__ = [
     "reinforce",
     "sapo",
     "value_loss",
+    "vespo",
     "weights",
 ]

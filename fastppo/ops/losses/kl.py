@@ -7,7 +7,14 @@ from torch import Tensor
 
 from fastppo.ops.arguments import stat_dtype
 from fastppo.ops.config import check_positive, kl_kind_of
-from fastppo.ops.losses.tokens import check_form, check_same, live_tokens
+from fastppo.ops.losses.tokens import (
+    check_form,
+    check_same,
+    check_sequences,
+    importance_ratio,
+    live_tokens,
+    tokens,
+)
 
 
 def kl(
@@ -19,6 +26,8 @@ def kl(
     straight_through: bool = False,
     bias_correction: bool = False,
     old_logprob: Tensor | None = None,
+    ratio_level: str = "token",
+    offsets: Tensor | None = None,
     log_ratio_limit: float = 20.0,
     limit: float | None = None,
 ) -> Tensor:
@@ -44,9 +53,12 @@ def kl(
             use_bias_correction_kl).
         old_logprob: the same shape, of that ratio; None is on-policy, where it is 1 and has a
             gradient all the same.
+        ratio_level: "token"; "sequence" where the loss's ratio is (`gspo`; TRL's
+            importance_sampling_level), or "sequence_token" (`gspo_token`).
+        offsets: int (B+1,), where each sequence starts; needed with packed (N,) by the latter two.
         log_ratio_limit: > 0; k3 clamps d to +-this before exp, and the ratio's log too.
-        limit: > 0, or None: the estimate is clamped to +-this, beyond which it has no gradient
-            (verl clamps k3 to 10, OpenRLHF all kinds).
+        limit: > 0, or None: the estimate is clamped to +-this, beyond which it has no gradient,
+            except with straight_through (verl clamps k3 to 10, OpenRLHF all kinds).
 
     Returns:
         The KL of each token, float32 (float64 where an input is); 0 outside the mask.
@@ -67,8 +79,14 @@ def kl(
         check_positive(op, "limit", limit)
     if straight_through and bias_correction:
         raise ValueError(f"{op}: straight_through and bias_correction correct the same; keep one")
-    if old_logprob is not None and not bias_correction:
-        raise ValueError(f"{op}: old_logprob acts with bias_correction=True; leave it out")
+    if ratio_level not in ("token", "sequence", "sequence_token"):
+        raise ValueError(
+            f"{op}: ratio_level must be one of token, sequence, sequence_token, "
+            f"came {ratio_level!r}"
+        )
+    if not bias_correction and (old_logprob is not None or ratio_level != "token"):
+        name = "ratio_level" if old_logprob is None else "old_logprob"
+        raise ValueError(f"{op}: {name} acts with bias_correction=True; leave it out")
     check_form(op, logprob)
     check_same(op, "ref_logprob", ref_logprob, logprob)
     live = live_tokens(op, logprob, mask)
@@ -79,15 +97,13 @@ def kl(
     k = estimate(d, kind, log_ratio_limit)
     if straight_through:
         gradient = estimate(d, "k2", log_ratio_limit)
-        if limit is not None:
-            gradient = torch.where(k.detach().abs() <= limit, gradient, gradient.detach())
-        k = k.detach() + (gradient - gradient.detach())
+        value = k.detach() if limit is None else k.detach().clamp(-limit, limit)
+        return value + (gradient - gradient.detach())
     if bias_correction:
-        old = filled
-        if old_logprob is not None:
-            check_same(op, "old_logprob", old_logprob, logprob)
-            old = torch.where(possible, old_logprob, 0).to(dtype)
-        k = k * (filled - old.detach()).clamp(-log_ratio_limit, log_ratio_limit).exp()
+        if ratio_level != "token":
+            check_sequences(op, logprob, offsets)
+        t = tokens(op, logprob, old_logprob, torch.zeros_like(logprob), mask, offsets)
+        k = k * importance_ratio(t, log_ratio_limit, ratio_level).ratio.to(dtype)
     return k if limit is None else k.clamp(-limit, limit)
 
 

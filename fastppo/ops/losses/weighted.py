@@ -174,3 +174,36 @@ def reinforce(
     """
     t = tokens("reinforce", logprob, old_logprob, advantage, mask)
     return of_live(t, -t.advantage * t.logprob)
+
+
+def dro(
+    logprob: Tensor,
+    old_logprob: Tensor | None,
+    advantage: Tensor,
+    mask: Tensor | None = None,
+    *,
+    beta: float,
+) -> TokenLoss:
+    r"""The policy gradient with a quadratic penalty on the log ratio, and no ratio or clip.
+
+        L = -A logprob + beta / 2 (logprob - old_logprob)^2
+
+    Args:
+        logprob, old_logprob, advantage, mask: as in `ppo_clip`; a log-prob of -inf has loss 0.
+        beta: > 0, weight of the penalty (verl's dro_beta).
+
+    Returns:
+        TokenLoss; no token counts as clipped.
+
+    Raises:
+        ValueError: shapes that disagree, beta not above 0.
+        TypeError: inputs that are not floating point.
+
+    Source: Richemond et al. 2024, Offline Regularised Reinforcement Learning for Large Language
+        Models Alignment, arXiv 2405.19107.
+    """
+    op = "dro"
+    check_positive(op, "beta", beta)
+    t = tokens(op, logprob, old_logprob, advantage, mask)
+    penalty = (t.logprob - t.old_logprob).square() * (beta / 2)
+    return of_live(t, penalty - t.advantage * t.logprob)

@@ -1,0 +1,68 @@
+"""20 steps of TRL's GRPOTrainer on a tiny model, in a process of its own; prints its losses.
+
+python -m tests.integrations.trl_run FOLDER ours|theirs|late
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import nullcontext
+
+from benchmarks import peers
+
+sys.path.append(str(peers.SITE))
+
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer
+
+from fastppo.integrations.trl import patched
+
+
+def letters(completions: list[str], **_: object) -> list[float]:
+    """A reward that tells any two completions apart."""
+    return [sum(map(ord, text)) % 17 / 8 for text in completions]
+
+
+def main(folder: str, which: str) -> None:
+    settings = GRPOConfig(
+        output_dir=f"{folder}/{which}",
+        max_steps=20,
+        per_device_train_batch_size=4,
+        num_generations=4,
+        max_completion_length=6,
+        num_iterations=2,
+        beta=0.1,
+        entropy_coef=0.01,
+        optim="sgd",  # Adam divides by small second moments, and makes rounding large
+        learning_rate=0.1,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+    )
+
+    def make() -> GRPOTrainer:
+        return GRPOTrainer(
+            model=f"{folder}/model",
+            reward_funcs=letters,
+            args=settings,
+            train_dataset=Dataset.from_dict({"prompt": ["a b", "c d e", "f"] * 8}),
+        )
+
+    if which == "late":
+        trainer = make()
+        with patched():
+            pass
+    with patched() if which == "ours" else nullcontext():
+        trainer = make()
+    trainer.train()
+    keys = ("loss", "grad_norm", "kl", "entropy")
+    log = [{k: row[k] for k in keys} for row in trainer.state.log_history if "loss" in row]
+    print(json.dumps(log))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
