@@ -2,7 +2,8 @@
 
     python tests/packaging/check_dist.py [WHEEL...]
 
-With wheels, those alone are looked at. Not a pytest file: it builds environments, once, before the tests.
+With wheels, those alone are looked at. Not a pytest file: it builds environments, once, before the
+tests.
 """
 
 from __future__ import annotations
