@@ -25,22 +25,35 @@ from benchmarks.gpu.sections import BY_NAME, RESULTS, SECTIONS
 REPORT = "README.md"
 
 
-def device_name() -> str | None:
-    """The first GPU's name, without importing torch, which takes seconds; None without a GPU."""
+# What three processes that compile take beside the oracle's, on the device.
+ROOM_TO_WARM_UP = 80 << 30
+ASK_TORCH = """
+import torch
+if torch.cuda.is_available():
+    gpu = torch.cuda.get_device_properties(0)
+    print(gpu.total_memory, gpu.name)
+"""
+
+
+def find_device() -> tuple[str, int] | None:
+    """The first GPU's name and memory in bytes; None without one.
+
+    The driver is asked, since importing torch takes seconds of the six minutes; and torch where
+    that driver is not there, since it may be built for another.
+    """
     try:
         driver = ctypes.CDLL("libcuda.so.1")
-        name, device = ctypes.create_string_buffer(256), ctypes.c_int()
+        name, device, size = ctypes.create_string_buffer(256), ctypes.c_int(), ctypes.c_size_t()
         if driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(device), 0) == 0:
             driver.cuDeviceGetName(name, len(name), device)
-            return name.value.decode()
-    except OSError:  # no driver of NVIDIA's: ask torch, which may be built for another's
+            driver.cuDeviceTotalMem_v2(ctypes.byref(size), device)
+            return name.value.decode(), size.value
+    except OSError:
         pass
-    script = (
-        "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
-    )
-    command = [sys.executable, "-c", script]
+    command = [sys.executable, "-c", ASK_TORCH]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
+    size_and_name = done.stdout.strip().split(maxsplit=1)
+    return (size_and_name[1], int(size_and_name[0])) if size_and_name else None
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -88,9 +101,10 @@ def main(argv: list[str] | None = None) -> int:
             if RESULTS in [out.resolve(), *out.resolve().parents]:
                 return refuse("a rehearsal measures nothing; --out must not be in the results")
         else:
-            name = device_name()
-            if name is None:
+            device = find_device()
+            if device is None:
                 return refuse("no GPU here; --rehearse walks through without one")
+            name, memory = device
             slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
             out = asked.out or RESULTS / f"gpu-{slug}"
         done = [
@@ -102,7 +116,8 @@ def main(argv: list[str] | None = None) -> int:
         wanted = [s for s in wanted if not (asked.skip_done and s.name in done)]
         warm_up = asked.warm_up
         if warm_up is None:
-            warm_up = [] if asked.rehearse else [s.name for s in wanted if s.warm_up]
+            room = not asked.rehearse and memory >= ROOM_TO_WARM_UP
+            warm_up = [s.name for s in wanted if s.warm_up and room]
         options = Options(
             out=out,
             rehearse=asked.rehearse,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 import torch
@@ -24,11 +24,10 @@ def measure(plan: Plan, add: Add) -> list[str]:
     if plan.cuda:
         torch.zeros(1, device=plan.device)  # the context, once and not in eleven threads
     with ThreadPoolExecutor(plan.workers) as pool:
-        rows = pool.map(lambda op: launch(op, plan), OPS.values())
         found = []
-        for row in rows:
-            add(**row)
-            found.append(row)
+        for done in as_completed([pool.submit(launch, op, plan) for op in OPS.values()]):
+            found.append(done.result())
+            add(**found[-1])
     return [f"{row['what']}: {row['note']}" for row in found if "note" in row]
 
 

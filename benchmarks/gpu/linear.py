@@ -75,18 +75,14 @@ def loss_of(given: Inputs, logprobs: Logprobs) -> Tensor:
     )
 
 
-def backward(given: Inputs, loss: Callable[[Inputs], Tensor]) -> None:
-    """A loss and its gradients; the log-probs alone where nothing has a gradient."""
-    given["hidden"].grad = given["weight"].grad = None
-    loss(given).backward()
+def backward(given: Inputs, loss: Callable[[Inputs], Tensor]) -> tuple[Tensor, ...]:
+    """A loss and its gradients."""
+    return torch.autograd.grad(loss(given), leaves(given))
 
 
 def gradients(given: Inputs, loss: Callable[[Inputs], Tensor]) -> list[Tensor]:
     """That of the first hidden states, and of the first words where the head is trained."""
-    backward(given, loss)
-    found = [x.grad[:COMPARED].clone() for x in leaves(given)]
-    given["hidden"].grad = given["weight"].grad = None
-    return found
+    return [x[:COMPARED].clone() for x in backward(given, loss)]
 
 
 def leaves(given: Inputs) -> list[Tensor]:

@@ -1,12 +1,12 @@
 """Operators over logits: their share of a copy, against eager, torch.compile and the peers.
 
-First all vocabularies without torch.compile, then its contenders, which take seconds to compile,
-then the launch sizes, so that a section that is cut off keeps what matters most.
+The most important first, since the section may be cut off: all vocabularies without torch.compile,
+the launch sizes of the loss, torch.compile, the launch sizes of the other kernels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,22 +29,29 @@ TRITON = {"backend": "triton"}
 
 def measure(plan: Plan, add: Add) -> list[str]:
     """A row for every contender at every size; returns what of ours is wrong."""
+    first, *others = candidates.KERNELS
+    parts = (
+        partial(compare, contenders_of_a_case),
+        partial(try_sizes, [first]),
+        partial(compare, compiled_of_a_case),
+        partial(try_sizes, others),
+    )
     wrong = []
-    for part in (contenders_of_a_case, compiled_of_a_case):
+    for part in parts:
         for vocab, dtype in cases(plan):
-            given = make_inputs(plan, vocab, dtype)
-            fields = {"rows": plan.rows, "vocab": vocab, "dtype": name_of(dtype)}
-            found = list(part(given, plan))
-            wrong += measure_contenders(found, plan, add, fields, dtype, bound="copy")
-            del given, found
+            wrong += part(make_inputs(plan, vocab, dtype), plan, add)
             release(plan)
-    for vocab, dtype in cases(plan):
-        given = make_inputs(plan, vocab, dtype)
-        for kernel in candidates.KERNELS:
-            wrong += try_sizes(kernel, given, plan, add)
-        del given
-        release(plan)
     return wrong
+
+
+def compare(
+    make: Callable[[Inputs, Plan], Iterator[Contender]], given: Inputs, plan: Plan, add: Add
+) -> list[str]:
+    """Contenders of one vocabulary and dtype against each other."""
+    n, vocab = given["logits"].shape
+    dtype = given["logits"].dtype
+    fields = {"rows": n, "vocab": vocab, "dtype": name_of(dtype)}
+    return measure_contenders(list(make(given, plan)), plan, add, fields, dtype, bound="copy")
 
 
 def cases(plan: Plan) -> Iterator[tuple[int, torch.dtype]]:
@@ -123,27 +130,22 @@ def full_terms(given: Inputs) -> Inputs:
 Loss = Callable[[Tensor, Inputs], Tensor]
 
 
-def backward(given: Inputs, loss: Loss) -> None:
-    """A loss of the logits and its gradient."""
+def backward(given: Inputs, loss: Loss) -> Tensor:
+    """A loss and its gradient; not in `.grad`, whose stream a CUDA graph would wait for."""
     leaf = given["leaf"]
-    leaf.grad = None
-    loss(leaf, given).backward()
+    (gradient,) = torch.autograd.grad(loss(leaf, given), leaf)
+    return gradient
 
 
 def gradient(given: Inputs, loss: Loss) -> list[Tensor]:
     """The gradient's first rows."""
-    backward(given, loss)
-    found = given["leaf"].grad[FIRST].clone()
-    given["leaf"].grad = None
-    return [found]
+    return [backward(given, loss)[FIRST].clone()]
 
 
 def gradient_wanted(given: Inputs, loss: Callable[..., Tensor]) -> list[Tensor]:
     """The same by eager PyTorch from float32 logits."""
     leaf = given["logits"][FIRST].float().requires_grad_()
-    loss(leaf, given, FIRST).backward()
-    assert leaf.grad is not None
-    return [leaf.grad]
+    return [*torch.autograd.grad(loss(leaf, given, FIRST), leaf)]
 
 
 def logprob_wanted(given: Inputs) -> list[Tensor]:
@@ -245,7 +247,12 @@ def compiled_of_a_case(given: Inputs, plan: Plan) -> Iterator[Contender]:
         )
 
 
-def try_sizes(kernel: str, given: Inputs, plan: Plan, add: Add) -> list[str]:
+def try_sizes(kernels: Sequence[str], given: Inputs, plan: Plan, add: Add) -> list[str]:
+    """Time these kernels at every size that their launches may have."""
+    return [why for kernel in kernels for why in try_kernel(kernel, given, plan, add)]
+
+
+def try_kernel(kernel: str, given: Inputs, plan: Plan, add: Add) -> list[str]:
     """Time a kernel at every size that its launch may have, against the table's."""
     logits = given["logits"]
     sizes, table = candidates.launch_sizes(kernel, logits.element_size(), logits.shape[1])

@@ -40,7 +40,7 @@ class Size:
 
 def size_of(plan: Plan, new_tokens: int | None = None, rows: int | None = None) -> Size:
     """The 7B, or in a rehearsal a toy with as many parts."""
-    new = new_tokens or plan.length // 4
+    new = new_tokens or plan.length // 8
     if plan.cuda:
         shape = TABLE["Qwen/Qwen2.5-7B"]
         return Size(shape, "cuda", plan.length, new, 64, rows or 4, bf16=True)

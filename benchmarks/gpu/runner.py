@@ -107,7 +107,14 @@ def unpack(wheels: Path, folder: Path) -> None:
 class Child:
     """A process of a section, and the files that it writes."""
 
-    def __init__(self, section: Section, part: str, options: Options, scratch: Path) -> None:
+    def __init__(
+        self,
+        section: Section,
+        part: str,
+        options: Options,
+        scratch: Path,
+        threads: int | None = None,
+    ) -> None:
         kind = f"{section.name}-{part.replace('/', '-')}"
         self.rows, self.log = scratch / f"{kind}.jsonl", scratch / f"{kind}.log"
         hidden = HIDDEN if section.trainer else HIDDEN_WITHOUT_TRAINER
@@ -123,6 +130,8 @@ class Child:
         environment["PYTHONPATH"] = os.pathsep.join(
             [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         )
+        if threads is not None:
+            environment["OMP_NUM_THREADS"] = str(threads)
         if options.rehearse:
             environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
             environment |= {"CUDA_VISIBLE_DEVICES": "", "FASTPPO_REHEARSE": "1"}
@@ -169,9 +178,11 @@ def run_section(
     """Run a section until it ends or its time is up; returns its JSON."""
     began = time.monotonic()
     limit = min(options.limit or section.limit, deadline - began)
-    count = 1 if options.rehearse else min(section.processes, os.cpu_count() or 1)
+    cores = os.cpu_count() or 1
+    count = 1 if options.rehearse else min(section.processes, cores)
+    threads = cores // count if count > 1 else None  # of PyTorch in each
     parts = [f"{i + 1}/{count}" for i in range(count)]
-    children = [Child(section, part, options, scratch) for part in parts]
+    children = [Child(section, part, options, scratch, threads) for part in parts]
     ended = wait(children, began + limit)
     failed = [child for child in children if child.process.returncode != 0]
     if not ended:
@@ -188,6 +199,7 @@ def run_section(
         "note": note,
         "rehearsal": options.rehearse,
         "date": time.strftime("%Y-%m-%d"),
+        "command": f"python -m benchmarks.gpu --only {section.name}",
         "seconds": round(time.monotonic() - began, 1),
         "limit": round(limit, 1),
         "machine": machines[0] if machines else {},

@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -76,6 +76,9 @@ def measure(
 
     `bound` is the contender whose speed, in bytes a second, the shares are of.
     """
+    if plan.warm:
+        compile_all([contender.call for contender in contenders], replace(plan, workers=1))
+        return []
     wrong, rows, running = [], {}, []
     for contender in contenders:
         row: dict[str, Any] = {**fields, "what": contender.name, "ours": contender.ours}
@@ -94,14 +97,13 @@ def measure(
                 wrong.append(f"{contender.name}: {row['note']}")
             continue
         running.append(contender)
-    if not plan.warm:
-        plain = in_turns({c.name: c.call for c in running}, plan)
-        for name, times in plain.items():
-            rows[name] |= spread("ms", times)
-        graphs = captured([c for c in running if c.graph], plan)
-        for name, times in in_turns(graphs, plan).items():
-            rows[name] |= spread("graph_ms", times)
-        shares(rows, running, bound)
+    plain = in_turns({c.name: c.call for c in running}, plan)
+    for name, times in plain.items():
+        rows[name] |= spread("ms", times)
+    graphs = captured([c for c in running if c.graph], plan)
+    for name, times in in_turns(graphs, plan).items():
+        rows[name] |= spread("graph_ms", times)
+    shares(rows, running, bound)
     for row in rows.values():
         add(**row)
     return wrong

@@ -15,11 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import report, runner
-from benchmarks.gpu.__main__ import main
+from benchmarks.gpu import report, runner, timing
+from benchmarks.gpu.__main__ import find_device, main
 from benchmarks.gpu.child import Hidden, Rows
+from benchmarks.gpu.plan import TOY
 from benchmarks.gpu.runner import CUT_OFF, DONE, FAILED, NOT_RUN, Options
 from benchmarks.gpu.sections import BY_NAME, RESULTS, ROOT, SECTIONS, TOTAL
+from benchmarks.gpu.timing import Contender
 
 
 def results(out: Path) -> dict[str, dict]:
@@ -34,10 +36,8 @@ def files_of_results() -> dict[Path, int]:
 def test_every_section_runs_to_its_end_without_a_gpu(tmp_path):
     """Without `datasets` too, and without pydantic where the trainer is not needed."""
     before = files_of_results()
-    command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--warm-up", "linear"]
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = results(tmp_path)
     assert {name: result["state"] for name, result in found.items()} == dict.fromkeys(BY_NAME, DONE)
@@ -98,6 +98,66 @@ def test_processes_that_share_a_section_write_one_result(tmp_path, monkeypatch):
     assert [row["what"] for row in ran["oracle"]["rows"]] == ["1/3", "2/3", "3/3"]
 
 
+def test_what_compiles_in_the_background_is_gone_before_anything_is_timed(tmp_path, monkeypatch):
+    running = []
+    real = runner.run_section
+
+    def run(section, options, scratch, deadline):
+        children = [child for child in started if child.process.poll() is None]
+        running.append((section.name, len(children)))
+        return real(section, options, scratch, deadline)
+
+    started = []
+    child = runner.Child
+    monkeypatch.setattr(runner, "Child", lambda *a: started.append(child(*a)) or started[-1])
+    monkeypatch.setattr(runner, "run_section", run)
+    options = dataclasses.replace(fake(tmp_path), warm_up=["logits", "linear"])
+    sections = [BY_NAME[name] for name in ("launch", "logits", "linear")]
+    runner.run_sections(sections, options)
+    assert running == [("launch", 2), ("logits", 0), ("linear", 0)]
+    running.clear()
+    runner.run_sections(sections[1:], options)  # it would run beside what is timed
+    assert running == [("logits", 0), ("linear", 0)]
+
+
+def test_a_warm_up_calls_everything_and_measures_nothing():
+    called, rows = [], []
+    contenders = [
+        Contender("ours", lambda: called.append(1), lambda: 1 / 0, lambda: 1 / 0, ours=True),
+        Contender("broken", lambda: 1 / 0),
+    ]
+    plan = dataclasses.replace(TOY, warm=True)
+    assert not timing.measure(contenders, plan, rows.append, {}, torch.float32)
+    assert (called, rows) == ([1], [])
+
+
+def test_a_wrong_answer_is_a_row_and_never_timed():
+    called, rows = [], []
+    wrong = Contender(
+        "ours",
+        lambda: called.append(1),
+        lambda: [torch.tensor([1.1])],
+        lambda: [torch.tensor([1.0])],
+        ours=True,
+    )
+    found = timing.measure([wrong], TOY, lambda **row: rows.append(row), {"v": 1}, torch.float32)
+    assert found
+    assert not called
+    assert "off by 1.0e-01" in rows[0]["note"]
+    assert "ms" not in rows[0]
+
+
+def test_shares_are_of_the_copys_speed(monkeypatch):
+    monkeypatch.setattr(timing, "milliseconds", lambda call, plan: call())
+    rows = []
+    contenders = [
+        Contender("copy", lambda: 10.0, moved=200, graph=False),
+        Contender("half the bytes in twice the time", lambda: 20.0, moved=100, graph=False),
+    ]
+    timing.measure(contenders, TOY, lambda **row: rows.append(row), {}, torch.float32, bound="copy")
+    assert [row["share"] for row in rows] == [1.0, 0.25]
+
+
 def test_a_section_for_which_no_time_is_left_is_not_begun(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "TOTAL", runner.LEAST - 1)
     ran = runner.run_sections([BY_NAME["launch"]], fake(tmp_path))
@@ -126,11 +186,17 @@ def test_what_is_done_is_not_run_again(tmp_path, monkeypatch, capsys):
     assert ran == ["oracle", "linear"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: make gpu measures")
-def test_without_a_gpu_it_says_so(tmp_path, capsys):
+def test_without_a_gpu_it_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("benchmarks.gpu.__main__.find_device", lambda: None)
     assert main(["--out", str(tmp_path)]) == 2
     assert "no GPU here" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow  # another process imports torch
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_found_where_there_is_none():
+    assert find_device() is None
 
 
 def test_a_rehearsal_is_never_written_into_the_results(capsys):
