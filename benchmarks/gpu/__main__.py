@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.report import markdown
-from benchmarks.gpu.runner import DONE, Options, read_results, run_sections, unpack
+from benchmarks.gpu.runner import DONE, INTERRUPTED, Options, read_results, run_sections, unpack
 from benchmarks.gpu.sections import BY_NAME, RESULTS, SECTIONS
 
 REPORT = "README.md"
@@ -135,6 +135,8 @@ def main(argv: list[str] | None = None) -> int:
         with stopped_by_signals():
             try:
                 ran = run_sections(wanted, options)
+            except KeyboardInterrupt:
+                ran = {"interrupted": {"state": INTERRUPTED}}
             finally:
                 text = markdown(read_results(out, list(BY_NAME)))
                 out.mkdir(parents=True, exist_ok=True)

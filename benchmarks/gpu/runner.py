@@ -25,6 +25,7 @@ from benchmarks.gpu.sections import HIDDEN, HIDDEN_WITHOUT_TRAINER, ROOT, TOTAL,
 
 # The state of a section's JSON. Only the first is one that --skip-done leaves out.
 DONE, FAILED, CUT_OFF, NOT_RUN = "done", "failed", "cut off", "not run"
+INTERRUPTED = "interrupted"
 # With less time than this left a section is not begun: its process would only just have started.
 LEAST = 5.0
 POLL = 0.05
@@ -117,7 +118,8 @@ class Child:
     ) -> None:
         kind = f"{section.name}-{part.replace('/', '-')}"
         self.rows, self.log = scratch / f"{kind}.jsonl", scratch / f"{kind}.log"
-        hidden = HIDDEN if section.trainer else HIDDEN_WITHOUT_TRAINER
+        installed = section.trainer and options.site is None  # else from the wheels alone
+        hidden = HIDDEN if installed else HIDDEN_WITHOUT_TRAINER
         command = [sys.executable, "-m", options.module, section.name, "--part", part]
         command += ["--rows", str(self.rows)] if part != "warm" else []
         command += ["--rehearse", "--hide", *hidden] if options.rehearse else []
@@ -183,9 +185,15 @@ def run_section(
     threads = cores // count if count > 1 else None  # of PyTorch in each
     parts = [f"{i + 1}/{count}" for i in range(count)]
     children = [Child(section, part, options, scratch, threads) for part in parts]
-    ended = wait(children, began + limit)
+    ended = interrupted = False
+    try:
+        ended = wait(children, began + limit)
+    except KeyboardInterrupt:
+        interrupted = True
     failed = [child for child in children if child.process.returncode != 0]
-    if not ended:
+    if interrupted:
+        state, note = CUT_OFF, INTERRUPTED
+    elif not ended:
         state, note = CUT_OFF, f"cut off at its limit of {limit:.0f} s"
     elif failed:
         state, note = FAILED, failed[0].last_line()
@@ -232,7 +240,11 @@ def warming_up(
 
 
 def run_sections(sections: Sequence[Section], options: Options) -> dict[str, dict[str, Any]]:
-    """Run the sections one after the other; their JSON files are written as they end."""
+    """Run the sections one after the other; their JSON files are written as they end.
+
+    Raises:
+        KeyboardInterrupt: a section was interrupted; its JSON is written like another's.
+    """
     total = TOTAL if options.limit is None else len(sections) * options.limit
     deadline = time.monotonic() + total
     found: dict[str, dict[str, Any]] = {}
@@ -251,6 +263,8 @@ def run_sections(sections: Sequence[Section], options: Options) -> dict[str, dic
                 found[section.name] = result
                 write_json(options.out / f"{section.name}.json", result)
                 print(summary(result), flush=True)
+                if result["note"] == INTERRUPTED:
+                    raise KeyboardInterrupt
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return found

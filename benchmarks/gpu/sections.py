@@ -47,4 +47,10 @@ SECTIONS: Final = (
 BY_NAME: Final = {section.name: section for section in SECTIONS}
 # What a rehearsal hides, so that it proves what the sections do without.
 HIDDEN: Final = ("datasets",)
-HIDDEN_WITHOUT_TRAINER: Final = ("datasets", "pydantic", "pydantic_core")
+HIDDEN_WITHOUT_TRAINER: Final = (
+    *HIDDEN,
+    "annotated_types",
+    "pydantic",
+    "pydantic_core",
+    "typing_inspection",
+)

@@ -37,6 +37,7 @@ def test_every_section_runs_to_its_end_without_a_gpu(tmp_path):
     """Without `datasets` too, and without pydantic where the trainer is not needed."""
     before = files_of_results()
     command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--out", str(tmp_path)]
+    command += ["--limit", "300"]  # the machine of a test may be busy with others
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = results(tmp_path)
@@ -90,6 +91,20 @@ def test_one_that_fails_and_one_that_is_cut_off_leave_the_others_results(tmp_pat
     # What was measured until then is kept, but for the line that was being written.
     assert all(result["rows"] == [{"what": "1/1"}] for result in found.values())
     assert found["sampler"]["seconds"] < 10
+
+
+def test_what_a_section_had_when_the_run_was_interrupted_is_kept(tmp_path, monkeypatch):
+    def interrupted(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner.time, "sleep", interrupted)
+    started = []
+    child = runner.Child
+    monkeypatch.setattr(runner, "Child", lambda *a: started.append(child(*a)) or started[-1])
+    with pytest.raises(KeyboardInterrupt):
+        runner.run_sections([BY_NAME["launch"], BY_NAME["logits"]], fake(tmp_path, launch="hang"))
+    assert {name: r["note"] for name, r in results(tmp_path).items()} == {"launch": "interrupted"}
+    assert [one.process.poll() is None for one in started] == [False]
 
 
 def test_processes_that_share_a_section_write_one_result(tmp_path, monkeypatch):
