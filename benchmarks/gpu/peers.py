@@ -48,9 +48,10 @@ def quack() -> OfLogits:
 def liger() -> OfLogits:
     from liger_kernel.transformers.functional import liger_cross_entropy
 
-    # Its backward multiplies in place what its forward wrote over the logits.
+    # With a gradient its forward writes over the logits, so that it is given a copy.
     def call(logits: Tensor, token: Tensor) -> Tensor:
-        found: Any = liger_cross_entropy(logits * 1, token, reduction="none")
+        own = logits * 1 if logits.requires_grad else logits
+        found: Any = liger_cross_entropy(own, token, reduction="none")
         return found[0] if isinstance(found, tuple) else found
 
     return call

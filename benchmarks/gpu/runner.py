@@ -207,12 +207,21 @@ def run_section(
         "note": note,
         "rehearsal": options.rehearse,
         "date": time.strftime("%Y-%m-%d"),
-        "command": f"python -m benchmarks.gpu --only {section.name}",
+        "command": command_of(section, options),
         "seconds": round(time.monotonic() - began, 1),
         "limit": round(limit, 1),
         "machine": machines[0] if machines else {},
         "rows": [line for line in lines if "machine" not in line],
     }
+
+
+def command_of(section: Section, options: Options) -> str:
+    """The command that runs a section again."""
+    flags = [f"--only {section.name}"]
+    flags += ["--rehearse"] if options.rehearse else []
+    flags += [f"--tokens {options.tokens}"] if options.tokens else []
+    flags += [f"--limit {options.limit:g}"] if options.limit else []
+    return f"python -m benchmarks.gpu {' '.join(flags)}"
 
 
 def not_run(section: Section, options: Options, why: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from benchmarks.gpu.timing import failure
 from benchmarks.gpu.usual import usual
 from fastppo.config import Config
 from fastppo.memory.plan import plan_config
-from fastppo.memory.retry import out_of_memory, release_memory
+from fastppo.memory.retry import OutOfMemory, out_of_memory, release_memory
 from fastppo.offload.activations import wrap
 from fastppo.ppo import trainer
 from fastppo.rm import train as reward_model
@@ -44,7 +44,7 @@ def measure(plan: Plan, add: Add) -> list[str]:
                 row = part()
             except Exception as error:
                 row = {"note": failure(error)}
-                if not out_of_memory(error):
+                if not isinstance(error, OutOfMemory) and not out_of_memory(error):
                     wrong.append(f"{way}: {row['note']}")
             del part
             release_memory()
