@@ -138,7 +138,7 @@ def proposal(sizes: Rows) -> list[str]:
 
 
 def tried(sizes: Rows) -> list[str]:
-    head = ("kernel", "dtype", "vocabulary", "logits a step x warps", "ms", "in the table", "note")
+    head = ("kernel", "dtype", "vocabulary", "size", "ms", "in the table", "note")
     cells = [
         (
             r["kernel"],

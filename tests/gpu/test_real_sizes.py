@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.gpu import candidates
 from fastppo.ops import policy_loss, token_logprobs
 from fastppo.ops.arguments import loss_arguments, row_arguments
 from fastppo.ops.backends import triton
@@ -123,12 +124,14 @@ def test_scans_of_every_length(name):
         assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
 
 
-@pytest.mark.parametrize("warps", [4, 8, 16] if CUDA else [4])
+@pytest.mark.parametrize("place", [0, 0.5, 1] if CUDA else [0])
 @pytest.mark.parametrize("vocab", SIZES.raced)
-def test_in_place_is_no_race(vocab, warps):
+def test_in_place_is_no_race(vocab, place):
     """200 repeats, bit for bit, sampled tokens at both ends and at the borders of tiles."""
-    config = triton.RowConfig(2048, warps)
-    borders = [0, vocab - 1, 2047, 2048, min(4095, vocab - 1), vocab // 2]
+    sizes, table = candidates.launch_sizes("policy_loss", 2, vocab)
+    names = [table, *(name for name in sizes if name != table)]
+    config = sizes[names[int(place * (len(names) - 1))]]
+    borders = [0, vocab - 1, *(x for x in (1023, 1024, 2047, 2048, 4095) if x < vocab), vocab // 2]
     n = SIZES.raced_rows
     inputs = place(
         OPS["policy_loss"].make_inputs(Shape(n=n, vocab=vocab), torch.bfloat16, 3), "triton"
