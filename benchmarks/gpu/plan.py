@@ -68,12 +68,12 @@ REAL: Final = Plan(
 )
 TOY: Final = Plan(
     device="cpu",
-    rows=1,
+    rows=2,
     vocabularies=(96,),
     dtypes=BOTH,
     hidden=8,
     head=64,
-    tokens=(2,),
+    tokens=(3,),
     rounds=1,
     wash=1 << 10,
     workers=1,
