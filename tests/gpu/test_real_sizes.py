@@ -124,13 +124,13 @@ def test_scans_of_every_length(name):
         assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
 
 
-@pytest.mark.parametrize("place", [0, 0.5, 1] if CUDA else [0])
+@pytest.mark.parametrize("share", [0, 0.5, 1] if CUDA else [0])
 @pytest.mark.parametrize("vocab", SIZES.raced)
-def test_in_place_is_no_race(vocab, place):
+def test_in_place_is_no_race(vocab, share):
     """200 repeats, bit for bit, sampled tokens at both ends and at the borders of tiles."""
     sizes, table = candidates.launch_sizes("policy_loss", 2, vocab)
     names = [table, *(name for name in sizes if name != table)]
-    config = sizes[names[int(place * (len(names) - 1))]]
+    config = sizes[names[int(share * (len(names) - 1))]]
     borders = [0, vocab - 1, *(x for x in (1023, 1024, 2047, 2048, 4095) if x < vocab), vocab // 2]
     n = SIZES.raced_rows
     inputs = place(
