@@ -30,6 +30,7 @@ from fastppo.models.limits import (
 )
 from fastppo.models.load import load_tokenizer
 from fastppo.models.scaler import make_scaler
+from fastppo.models.shared_layers import share_layers
 from fastppo.ppo.advantage import KLController, RunningScore
 from fastppo.ppo.columns import absent_columns
 from fastppo.ppo.metrics import MetricsWriter
@@ -185,6 +186,14 @@ def init_state(
     Sampling.of(config).check(device)
     if config.padding_free:
         check_packing(roles, prompts[0].ids)
+    if config.quantization_bit != 8:
+        share_layers(
+            roles,
+            prompts[0].ids,
+            base="actor" if config.finetuning_type == "lora" or config.ref_model else "reference",
+            on_host="offload" in budgets.activation_offloading,
+            packed=config.padding_free,
+        )
     optimizer = make_optimizer(config, roles)
     scheduler = make_scheduler(config, optimizer, total_steps(config, len(prompts)))
     reward = make_reward(config, roles, template, tokenizer, prompts, budgets)
