@@ -51,6 +51,7 @@ CHECKED_TOKENS = 16  # of the longest sequence in the comparison at the start
 class SkippedLayer(nn.Module):
     """Stands in for a layer that does not run: returns the hidden states that come in, or `states`.
 
+    If the layer returns a tuple of `outputs` items, hidden states first, the others are None.
     All other attributes are the layer's own: models ask their layers for the kind of attention.
     """
 
@@ -122,11 +123,8 @@ class SharedLayers:
         """Keep what the last shared layer returns."""
 
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            hidden_BTD, *others = output if isinstance(output, tuple) else (output,)
-            if any(other is not None for other in others):
-                raise ValueError("its layers pass on more than hidden states")
             self.outputs = len(output) if isinstance(output, tuple) else None
-            part.keep(hidden_BTD)
+            part.keep(output[0] if isinstance(output, tuple) else output)
 
         handle = last.register_forward_hook(keep)
         try:
@@ -254,7 +252,8 @@ def compare_with_whole_pass(
     roles.shared = shared
     batch = make_batch(roles.with_states(sequences), rows, packed=packed)
     limit = LIMITS[roles.product_precision].log_ratio
-    for role in [*shared.layers][:1] + [*shared.layers]:  # the first pass keeps the states
+    first = next(iter(shared.layers))  # its first pass keeps the states
+    for role in (first, *shared.layers):
         found = hidden_states(roles, role, batch)
         error = ((found - expected[role]).abs().max() / expected[role].abs().max()).item()
         if not error <= limit:

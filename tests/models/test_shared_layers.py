@@ -195,7 +195,7 @@ def deeper(family: str) -> dict[str, object]:
 @pytest.mark.parametrize("family", zoo.FAMILIES)
 def test_every_family_gives_the_same_from_kept_states(family, tmp_path, lay_out):
     zoo.write(family, tmp_path / "model", **deeper(family))
-    settings = make_config(tmp_path / "model", tmp_path, lora_layers=2)
+    settings = make_config(tmp_path / "model", tmp_path, lora_layers=2, cutoff_len=64)
     made = build(settings, torch.device("cpu"))
     for seed, role in enumerate(("actor", "critic")):
         stir(made.trainable_parameters(role), seed)
