@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastppo import toy
-from fastppo.models.batch import make_batch
+from fastppo.memory.inputs import PlanInputs
+from fastppo.memory.shapes import from_config
+from fastppo.models.batch import Budget, make_batch
 from fastppo.models.build import build
 from fastppo.models.load import text_model
 from fastppo.models.shared_layers import find_shared_layers, share_layers
 from fastppo.offload.activations import find_layers
-from fastppo.ppo import trainer
+from fastppo.ppo import evaluation, trainer
 from fastppo.ppo.optimizer import make_optimizer
+from fastppo.ppo.score import score
 from fastppo.ppo.update import update
+from fastppo.rewards.adapter import AdapterReward
+from fastppo.run.save import save_model
 from tests import zoo
 from tests.tiny import make_config, stir
 
@@ -26,9 +32,23 @@ CLOCKS = ("seconds", "per_second")
 
 @pytest.fixture(scope="session")
 def deep_dir(tmp_path_factory) -> Path:
-    """A model with more layers than the others', and another one of the same shape."""
+    """A model with more layers than the other tests' has."""
     folder = tmp_path_factory.mktemp("deep") / "model"
     toy.write_model(folder, layers=LAYERS)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def upper_dir(deep_dir, tmp_path_factory) -> Path:
+    """A reward model whose adapter is on the upper two layers; also an adapter to start from."""
+    folder = tmp_path_factory.mktemp("upper")
+    config = make_config(deep_dir, folder, lora_layers=2)
+    made = build(config, torch.device("cpu"))
+    stir(made.trainable_parameters("actor"), 1)
+    stir(list(made.critic_head.parameters()), 2, 1.0)
+    save_model(made.model, made.critic_head, toy.byte_tokenizer(), folder)
+    record = {"score_at": "eos", "template": "chatml", "fastppo": "test"}
+    (folder / "fastppo_reward.json").write_text(json.dumps(record))
     return folder
 
 
@@ -111,6 +131,114 @@ def test_a_model_of_its_own_runs_whole(deep_dir, deep_roles):
     critic = {"critic": "model", "critic_finetuning_type": "full"}
     made = deep_roles(lora_layers=1, ref_model=str(deep_dir), **critic)
     assert set(made.shared.layers) == {"actor"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "count"),
+    [
+        ({"lora_layers": 1, "reward_model": "UPPER", "reward_model_type": "lora"}, 2),
+        ({"reward_model": "UPPER", "reward_model_type": "lora", "critic": "shared"}, 2),
+        # The policy's adapter is in all layers; the reward's and the critic's are not.
+        ({"reward_model": "UPPER", "reward_model_type": "lora"}, 2),
+        ({"adapter_name_or_path": "UPPER", "critic": "shared"}, 2),
+        ({"adapter_name_or_path": "UPPER", "lora_layers": 1}, 2),
+        ({"adapter_name_or_path": "UPPER", "create_new_adapter": True, "lora_layers": 1}, 3),
+        ({"lora_layers": 1, "ref_model": "DEEP", "critic": "shared"}, 3),
+        ({"lora_layers": 9}, 0),
+        ({}, 0),
+        (FREEZE, 2),
+        ({**FREEZE, "lora_layers": 3}, 1),
+        ({**FREEZE, "lora_layers": 3, "ref_model": "DEEP"}, 2),
+        ({**FREEZE, "freeze_trainable_layers": 9}, 0),
+        ({**FREEZE, "freeze_trainable_layers": -1, "critic": "shared"}, 0),
+        ({"finetuning_type": "full", "lora_layers": 1}, 3),
+        ({"finetuning_type": "full"}, 0),
+    ],
+    ids=str,
+)
+def test_the_plan_shares_as_many_layers_as_the_roles(
+    changes, count, deep_dir, upper_dir, deep_roles, config
+):
+    folders = {"UPPER": str(upper_dir), "DEEP": str(deep_dir)}
+    changes = {key: folders.get(str(value), value) for key, value in changes.items()}
+    made = deep_roles(stirred=False, **changes)
+    assert (made.shared.count if made.shared else 0) == count
+    settings = config(model_name_or_path=str(deep_dir), **changes)
+    shape = from_config(made.base.config.to_dict(), "here")
+    assert PlanInputs.of(settings, shape, device="cpu").shared_layers(LAYERS) == count
+
+
+@pytest.mark.parametrize("score_at", ["eos", "suffix"])
+def test_a_reward_adapter_runs_the_lower_layers_for_all_others(
+    score_at, upper_dir, deep_roles, rollout, template
+):
+    made = deep_roles(lora_layers=1, reward_model=str(upper_dir), reward_model_type="lora")
+    reward = AdapterReward(made, upper_dir, template, Budget())
+    reward.score_at = score_at
+    expected = reward(rollout)
+    tokens = count_passes(made)
+    rollout = made.with_states(rollout)
+    assert torch.equal(reward(rollout), expected)
+    parts = reward(rollout), {}
+    tokens_before = [len(each) for each in tokens]
+    scored = score(made, rollout, parts, temperature=1.0, budget=Budget())
+    assert [len(each) for each in tokens[:2]] == tokens_before[:2]
+    assert [len(each) for each in tokens[2:]] == [n + 3 for n in tokens_before[2:]]
+    made.shared = None
+    whole = score(made, rollout, parts, temperature=1.0, budget=Budget())
+    for name in ("logprob_N", "ref_logprob_N", "value_N"):
+        assert torch.allclose(getattr(scored, name), getattr(whole, name), rtol=1e-5, atol=1e-6)
+
+
+def test_rows_that_are_not_all_kept_run_anew_together(deep_roles, rollout):
+    """A pass that ran out of memory has kept some rows, and the second try has other batches."""
+    made = deep_roles(lora_layers=1)
+    shared = made.with_states(rollout)
+    tokens = count_passes(made)
+    with torch.no_grad():
+        made.hidden(**make_batch(shared, [0, 2]).inputs)
+        assert shared.states.known == [True, False, True, False]
+        made.hidden(**make_batch(shared, [0]).inputs)
+        assert len(tokens[0]) == 1
+        made.hidden(**make_batch(shared, [0, 1, 2, 3]).inputs)
+        assert len(tokens[0]) == 2
+        found = made.hidden(**make_batch(shared, [1, 3], packed=True).inputs)
+        assert len(tokens[0]) == 2
+        expected = made.hidden(**make_batch(rollout, [1, 3], packed=True).inputs)
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_states_are_kept_by_token_in_the_dtype_of_the_residual_stream(
+    on_host, deep_dir, tiny_roles, rollout
+):
+    made = tiny_roles(model_name_or_path=str(deep_dir), lora_layers=1, bf16=True)
+    share_layers(made, list(range(40, 60)), on_host=on_host)
+    shared = made.with_states(rollout)
+    with torch.no_grad():
+        made.hidden(**make_batch(shared, range(4)).inputs)
+    kept_ND = shared.states.state_ND
+    assert kept_ND.shape == (sum(rollout.lengths), 32)
+    assert kept_ND.dtype == torch.bfloat16
+    assert shared.states.on_host == on_host
+
+
+def test_an_evaluation_shares_within_itself(state, deep_dir):
+    made = state(model_name_or_path=str(deep_dir), lora_layers=1)
+    stir(made.roles.trainable_parameters("actor"), 1)
+    found = []
+    for shares in (True, False):
+        if not shares:
+            made.roles.shared = None
+        tokens = count_passes(made.roles)
+        compared = evaluation.compare(made)
+        prompts = max(len(prompt.ids) for prompt in made.eval_prompts)
+        passes = [[n for n in each if n > 4 * prompts] for each in tokens]  # sampling's are shorter
+        found.append((compared.after.kl, [len(each) for each in passes]))
+        made.before = None
+    assert found[0][0] == found[1][0] > 0
+    assert found[0][1] == [1, 1, 1, 3]
+    assert found[1][1] == [3, 3, 3, 3]
 
 
 @pytest.mark.parametrize("epochs", [1, 3])
