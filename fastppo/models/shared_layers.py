@@ -106,17 +106,20 @@ class SharedLayers:
         The other layers keep their index, by which a model picks masks, windows and rotary angles.
         Hooks of the shared layers do not run, so that they are neither recomputed nor streamed.
         """
-        lowest = [layers[index] for index in range(self.count)]
-        states = [hidden_BTD]
+        lowest = {str(index): layers[index] for index in range(self.count)}
+        states: list[list[Tensor]] = [[] for _ in lowest]
+        states[-1].append(hidden_BTD)
         del hidden_BTD
+        skipped = {
+            name: SkippedLayer(layer, given, self.outputs)
+            for (name, layer), given in zip(lowest.items(), states, strict=True)
+        }
+        # All at once: a signal cannot come between two layers.
         try:
-            for index, layer in enumerate(lowest):
-                given = states if index == self.count - 1 else []
-                layers[index] = SkippedLayer(layer, given, self.outputs)
+            layers._modules.update(skipped)
             yield
         finally:
-            for index, layer in enumerate(lowest):
-                layers[index] = layer
+            layers._modules.update(lowest)
 
     @contextmanager
     def _keep(self, last: nn.Module, part: StatesOfBatch) -> Iterator[None]:

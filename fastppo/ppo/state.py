@@ -186,7 +186,7 @@ def init_state(
     Sampling.of(config).check(device)
     if config.padding_free:
         check_packing(roles, prompts[0].ids)
-    if config.quantization_bit != 8:
+    if config.quantization_bit != 8:  # 8-bit kernels may choose outliers by batch
         share_layers(
             roles,
             prompts[0].ids,
