@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 EACH := $(PYTEST) -n logical --dist loadfile --no-loadscope-reorder -p no:benchmark
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-data demo-seeds test test-all test-peers peers-suites dist lint bench gpu clean
+.PHONY: help venv demo demo-data demo-seeds test test-all test-peers peers-suites dist lint bench gpu gpu-rehearse clean
 
 help:
 	@echo "make demo       install, then reward model, PPO and the comparison on a real model (two cores, 10 to 25 min)"
@@ -20,7 +20,8 @@ help:
 	@echo "make dist       sdist and wheel, into dist; the wheel runs where glibc is 2.28 or newer"
 	@echo "make lint       ruff, and mypy on what pyproject.toml lists"
 	@echo "make bench      the operators against bounds, eager PyTorch and torch.compile"
-	@echo "make gpu        where there is a GPU: its tests and measurements, into benchmarks/results"
+	@echo "make gpu        where there is a GPU: its tests and measurements, at most 6 minutes, into benchmarks/results"
+	@echo "make gpu-rehearse  the same at toy sizes without a GPU: it measures nothing"
 	@echo "make demo-data  make the demo's preference pairs anew"
 	@echo "make demo-seeds the demo's PPO over three seeds, into benchmarks/results"
 	@echo "make clean      remove what builds, tests and linters left; results in output/ stay"
@@ -84,7 +85,10 @@ bench: venv
 
 # From a checkout without installing: whatever python has torch, triton and pytest.
 gpu:
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(ARGS)
+
+gpu-rehearse:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu --rehearse $(ARGS)
 
 clean:
 	rm -rf fastppo/*.so build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fastppo.models.shared_states import SharedStates
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -40,6 +42,8 @@ class Sequences:
     input_ids_BT: Tensor  # int64
     prompt_lengths: list[int]
     response_lengths: list[int]  # EOS included; at least 1
+    # Hidden states behind the layers that roles share; None if every pass runs whole
+    states: SharedStates | None = field(default=None, kw_only=True)
 
     @property
     def lengths(self) -> list[int]:

@@ -28,6 +28,10 @@ Other families of causal language models in transformers work if their logits ar
 output head on the last hidden state, possibly scaled or softcapped. A run checks this before it
 trains, and otherwise stops with one line.
 
+All families of the table run the lowest layers, where roles have no weights of their own, once per
+rollout ([step.md](step.md)), which `tests/models/test_shared_layers.py` compares with whole passes.
+A model that passes more than hidden states from layer to layer, such as Gemma 3n, runs whole.
+
 The columns of the table:
 
 - LoRA: the layers that `lora_target: all` adapts. The experts of a mixture are one tensor and get

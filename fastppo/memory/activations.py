@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from fastppo.memory.inputs import REUSED_FROM, REUSED_TO, WORDS_CPU, PlanInputs
 from fastppo.memory.layer import LayerSetting, TrunkMemory, trunk_memory
@@ -89,6 +90,15 @@ class Activations:
     def hidden_states(self, tokens: int) -> int:
         """Bytes of the last hidden states."""
         return tokens * self.shape.hidden * self.inputs.itemsize
+
+    @cached_property
+    def shared_layers(self) -> int:
+        """Number of lowest layers that run once per rollout."""
+        return self.inputs.shared_layers(self.shape.layers)
+
+    def shared_states(self, rows: int) -> int:
+        """Bytes of the states behind the shared layers, of `rows` sequences of the full length."""
+        return self.hidden_states(rows * self.inputs.longest_sequence) * (self.shared_layers > 0)
 
     def logits_chunk(self, tokens: int, *, gradient: bool = False) -> int:
         """Bytes of the logits that exist at a time, for this number of response tokens.

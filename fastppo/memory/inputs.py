@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -182,10 +183,25 @@ class PlanInputs:
         return self.step_rows > self.update_batch[0]
 
     @property
+    def scored_rows(self) -> int:
+        """Number of sequences in a rollout."""
+        return self.step_rows * self.config.ppo_buffer_size
+
+    @property
     def rollout_rows(self) -> int:
         """Number of sequences that are sampled at a time."""
-        rows = self.step_rows * self.config.ppo_buffer_size
+        rows = self.scored_rows
         return min(rows, as_count(self.config.generation_batch) or rows)
+
+    @property
+    def evaluated_rows(self) -> int:
+        """Number of sequences that an evaluation scores at a time."""
+        return min(self.config.per_device_eval_batch_size, self.config.eval_max_samples)
+
+    @property
+    def states_on_host(self) -> bool:
+        """Whether the states behind the shared layers are kept in host memory."""
+        return "offload" in self.offload_mode
 
     @property
     def min_chunk_rows(self) -> int:
@@ -215,6 +231,33 @@ class PlanInputs:
         merge = config.rollout_merge_adapter
         return self.itemsize == 4 if merge is None else merge
 
+    def shared_layers(self, depth: int) -> int:
+        """Number of lowest layers that run once per rollout, in models with `depth` layers.
+
+        It is what `fastppo.models.shared_layers` finds once the models are loaded.
+        """
+        config = self.config
+        if config.stage != "ppo" or config.quantization_bit == 8:
+            return 0
+        adapted = depth - min(config.lora_layers or depth, depth)  # layers below a new adapter
+        upper = config.freeze_trainable_layers
+        below = {"lora": adapted, "freeze": max(0, depth - upper) if upper > 0 else 0, "full": 0}
+        frozen = {"actor": below[config.finetuning_type]}
+        if self.continues_adapter:
+            last = (config.adapter_name_or_path or "").split(",")[-1].strip()
+            frozen["actor"] = layers_below(last, adapted)
+        if config.ref_model is None:
+            frozen["reference"] = frozen["actor"] if self.continues_adapter else depth
+        rewards = config.reward_adapters
+        frozen |= {role: layers_below(folder, adapted) for role, folder in rewards.items()}
+        # A critic's adapter is on the base; with freeze and full it is on the reference's model.
+        on_base = config.finetuning_type == "lora" or config.ref_model is None
+        if self.has_critic and config.critic == "adapter" and on_base:
+            frozen["critic"] = frozen["reward"] if rewards else adapted
+        sharing = {role: layers for role, layers in frozen.items() if layers}
+        passes = sum(1 + (role in ("actor", "critic")) for role in sharing)
+        return min(sharing.values()) if passes > 1 else 0
+
     def has_padding(self, rows: int) -> bool:
         """Whether a batch of `rows` rows has padding, so that attention needs a mask."""
         return rows > 1 and self.mixed_lengths
@@ -228,6 +271,22 @@ def read_adapter(folder: str) -> tuple[int, str] | None:
         return int(data["r"]), target if isinstance(target, str) else ",".join(target)
     except (OSError, ValueError, KeyError, TypeError):  # preflight reports the fault
         return None
+
+
+def layers_below(folder: str, assumed: int) -> int:
+    """Number of layers below the lowest one that the adapter in `folder` adapts.
+
+    `assumed` is the result if there is no adapter that can be read.
+    """
+    try:
+        data = json.loads((Path(folder) / ADAPTER_FILE).read_text(encoding="utf-8"))
+        layers, target = data.get("layers_to_transform"), data["target_modules"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return assumed
+    if layers is not None:
+        return min([layers] if isinstance(layers, int) else layers, default=0)
+    named = [] if isinstance(target, str) else [re.search(r"\.(\d+)\.", name) for name in target]
+    return min(int(found[1]) for found in named if found) if named and all(named) else 0
 
 
 ASSUMED = "assumed"

@@ -34,6 +34,7 @@ ROWS: Final = (
     "critic gradients",
     "merged weights",
     "KV cache",
+    "shared states",
     "kept activations",
     "layer at work",
     "head chunk",
@@ -99,11 +100,14 @@ class Planner:
             yield from self.reward_model_peaks()
             return
         yield from self.rollout_peaks(self.inputs.rollout_rows)
-        # An evaluation scores in the same micro-batches as training, so only its sampling is added.
-        rows = min(self.config.per_device_eval_batch_size, self.config.eval_max_samples)
-        rows = min(rows, as_count(self.config.generation_batch) or rows)
+        # An evaluation scores in the same micro-batches as training, so only its sampling is added,
+        # and the states that it keeps if it has more sequences.
+        evaluated = self.inputs.evaluated_rows
+        rows = min(evaluated, as_count(self.config.generation_batch) or evaluated)
         yield from self.rollout_peaks(rows, evaluation=True)
         yield from self.score_peaks()
+        if self.activations.shared_states(evaluated) > self.shared_states("score"):
+            yield from self.score_peaks(evaluation=True)
         yield from self.update_peaks()
 
     def peak(
@@ -111,6 +115,7 @@ class Planner:
     ) -> Peak:
         """A peak: everything that stays on the device, plus `added` (row -> bytes)."""
         rows = {**self.static.rows, **added}
+        rows["shared states"] = self.shared_states(phase, evaluation=evaluation)
         if self.inputs.device == "gpu":
             rows["reserve"] = RESERVE
         elif phase != "load":
@@ -121,6 +126,14 @@ class Planner:
         name = f"evaluation, {name}" if evaluation else name
         ordered = {row: rows[row] for row in ROWS if rows.get(row, 0)}
         return Peak(phase, name, ordered, evaluation)
+
+    def shared_states(self, phase: str, *, evaluation: bool = False) -> int:
+        """Bytes on the device of the states behind the layers that roles share, in a phase."""
+        inputs = self.inputs
+        if phase not in ("score", "update") or inputs.states_on_host:
+            return 0
+        rows = inputs.evaluated_rows if evaluation else inputs.scored_rows
+        return self.activations.shared_states(rows)
 
     def rollout_peaks(self, rows: int, *, evaluation: bool = False) -> Iterator[Peak]:
         """Sampling: prefill of all prompts at once, then decoding one token at a time."""
@@ -168,7 +181,7 @@ class Planner:
             evaluation=evaluation,
         )
 
-    def score_peaks(self) -> Iterator[Peak]:
+    def score_peaks(self, *, evaluation: bool = False) -> Iterator[Peak]:
         """Forward passes of rewards, reference, critic and actor, in this order."""
         inputs, config, memory = self.inputs, self.config, self.activations
         rows, length = inputs.score_batch
@@ -192,6 +205,7 @@ class Planner:
                     "kept activations": count,
                     "layer at work": trunk.fixed + trunk.forward + memory.dequantized_layer,
                 },
+                evaluation=evaluation,
             )
         tokens = memory.response_tokens(rows, length)
         yield self.peak(
@@ -201,6 +215,7 @@ class Planner:
                 "kept activations": (hidden + memory.hidden_states(tokens)) * (1 + both),
                 "head chunk": memory.logits_chunk(tokens) * (1 + both),
             },
+            evaluation=evaluation,
         )
 
     def update_peaks(self) -> Iterator[Peak]:

@@ -83,7 +83,11 @@ def make_plan(inputs: PlanInputs, shapes: Shapes) -> Plan:
     """The plan of a run whose models have these shapes."""
     static = StaticBytes(inputs, shapes)
     planner = Planner(inputs, shapes.base, static)
-    host = {"activations": planner.activations.offloaded_bytes, **static.host}
+    activations = planner.activations
+    host = {"activations": activations.offloaded_bytes, **static.host}
+    if inputs.states_on_host:
+        rows = max(inputs.scored_rows, inputs.evaluated_rows)
+        host["shared states"] = activations.shared_states(rows)
     return Plan(inputs, shapes, tuple(planner.peaks()), host)
 
 

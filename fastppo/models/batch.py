@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from fastppo.types import Sequences
 
 if TYPE_CHECKING:
     from fastppo.models.build import Roles
+    from fastppo.models.shared_states import StatesOfBatch
 
 TensorOrPacking = TypeVar("TensorOrPacking", Tensor, Packing)
 # A forward pass has a fixed cost for reading the weights, about as much as this many tokens cost.
@@ -90,17 +91,19 @@ class Batch:
     packing: Packing
     token_N: Tensor  # the response tokens
     last_B: Tensor  # index of each sequence's last live token among all B * T
+    states: StatesOfBatch | None = None  # behind the layers that roles share
 
     @property
-    def inputs(self) -> dict[str, Tensor]:
+    def inputs(self) -> dict[str, Any]:
         """Arguments of `Roles.hidden`.
 
         They have no mask, because attention without a mask is faster and none is needed: padding is
         on the right, where causal attention does not look, and for a packed row transformers
         derives the mask from the positions.
         """
-        ids = {"input_ids_BT": self.input_ids_BT}
-        return ids if self.positions_BT is None else {**ids, "positions_BT": self.positions_BT}
+        given = {"positions_BT": self.positions_BT, "states": self.states}
+        given = {name: value for name, value in given.items() if value is not None}
+        return {"input_ids_BT": self.input_ids_BT, **given}
 
     def last(self, x_BT: Tensor) -> Tensor:
         """The entries (B, ...) of a (B, T, ...) tensor at each sequence's last live token."""
@@ -140,6 +143,7 @@ def make_batch(sequences: Sequences, rows: Sequence[int], *, packed: bool = Fals
     shape = (1 if packed else len(rows), width)
     packing = Packing(torch.cat(states), torch.tensor(offsets, dtype=torch.int32), shape)
     last_B = torch.tensor([begin + n - 1 for begin, n in zip(begins, lengths, strict=True)])
+    kept = sequences.states
     return Batch(
         rows=rows,
         input_ids_BT=input_ids_BT,
@@ -148,6 +152,7 @@ def make_batch(sequences: Sequences, rows: Sequence[int], *, packed: bool = Fals
         packing=to_device(packing, device),
         token_N=flat[to_device(torch.cat(tokens), device)],
         last_B=to_device(last_B, device),
+        states=None if kept is None else kept.part(rows, lengths, begins, math.prod(shape)),
     )
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
 from peft import PeftModel
@@ -19,8 +19,14 @@ from fastppo.models.fused_lora import fuse_lora_layers
 from fastppo.models.load import causal_lm, logit_scale, trunk
 from fastppo.models.rounding import LIMITS, Precision, product_precision
 from fastppo.ops import token_logprobs
+from fastppo.types import Sequences
+
+if TYPE_CHECKING:
+    from fastppo.models.shared_layers import SharedLayers
+    from fastppo.models.shared_states import StatesOfBatch
 
 Role = Literal["actor", "reference", "reward", "critic"]
+SomeSequences = TypeVar("SomeSequences", bound=Sequences)
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ class Roles:
     device: torch.device
     autocast: torch.dtype | None  # of the base and of products; None: float32
     notes: list[str] = field(default_factory=list)  # for the first lines of a run
+    shared: SharedLayers | None = None  # the lowest layers, if they run once per rollout
 
     def __post_init__(self) -> None:
         # PEFT changes requires_grad when it switches adapters; _switch restores it from this set.
@@ -156,6 +163,7 @@ class Roles:
         input_ids_BT: Tensor,
         mask_BT: Tensor | None = None,
         positions_BT: Tensor | None = None,
+        states: StatesOfBatch | None = None,
     ) -> Tensor:
         """Last hidden states (B, T, D) of the active role; no logits are computed.
 
@@ -163,12 +171,23 @@ class Roles:
             input_ids_BT: int64, right-padded rows.
             mask_BT: 1 at live tokens; None if no live token attends to padding.
             positions_BT: positions in packed rows; they start at 0 with each sequence.
+            states: kept hidden states of these tokens, behind the layers that roles share: the pass
+                starts from them or, if it is the first one, keeps them.
         """
         packed = {} if positions_BT is None else {"position_ids": positions_BT}
-        with self.precision():
+        sharing = None
+        if self.shared is not None and states is not None:
+            sharing = self.shared.context(self._active, states, input_ids_BT)
+        with self.precision(), sharing or nullcontext():
             return self.trunk(
                 input_ids=input_ids_BT, attention_mask=mask_BT, use_cache=False, **packed
             ).last_hidden_state
+
+    def with_states(self, sequences: SomeSequences) -> SomeSequences:
+        """The same sequences with room for the states behind the layers that roles share."""
+        if self.shared is None:
+            return sequences
+        return replace(sequences, states=self.shared.new_states(sequences.lengths))
 
     @property
     def product_precision(self) -> Precision:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from fastppo.data import Records
     from fastppo.models.build import Role
     from fastppo.ppo.state import State
-    from fastppo.types import Prompt
+    from fastppo.types import Prompt, Rollout
 
 SAMPLES_KEPT = 64
 DRAWING_SHARE = 0.05  # the largest share of a run's time that may be spent on drawing curves
@@ -66,20 +66,13 @@ def answer(state: State, role: Role, prompts: list[Prompt]) -> Answers:
         texts += rollout.texts
         lengths += rollout.response_lengths
         terminated += rollout.terminated
+        rollout = roles.with_states(rollout)
         score_B, reward_parts = state.reward(rollout)
         rewards += score_B.tolist()
         parts.append(reward_parts)
         if role != "reference":
-            used = partial(largest_micro_batch, rollout, budgets.scoring)
-            scored = retry("score", budgets, used=used)(score)(
-                roles,
-                rollout,
-                (score_B, reward_parts),
-                temperature=config.temperature,
-                budget=budgets.scoring,
-                chunk_bytes=budgets.chunk_bytes,
-            )
-            kl += (scored.logprob_N - scored.ref_logprob_N).sum().item()
+            kl += total_kl(state, rollout, (score_B, reward_parts))
+        del rollout  # with the states of its tokens, before the next one is sampled
     judged = None
     if config.eval_judge is not None:
         judge = load_function(config.eval_judge, "eval_judge")
@@ -89,6 +82,21 @@ def answer(state: State, role: Role, prompts: list[Prompt]) -> Answers:
             raise UserError("eval_judge: gave None for a completion; a judge scores every one")
     joined = {name: torch.cat([part[name] for part in parts]) for name in state.reward.extra_names}
     return Answers(texts, rewards, joined, judged, lengths, terminated, kl / len(prompts))
+
+
+def total_kl(state: State, rollout: Rollout, rewards: tuple[Tensor, dict[str, Tensor]]) -> float:
+    """The KL to the reference, summed over all tokens of a rollout."""
+    budgets = state.budgets
+    used = partial(largest_micro_batch, rollout, budgets.scoring)
+    scored = retry("score", budgets, used=used)(score)(
+        state.roles,
+        rollout,
+        rewards,
+        temperature=state.config.temperature,
+        budget=budgets.scoring,
+        chunk_bytes=budgets.chunk_bytes,
+    )
+    return (scored.logprob_N - scored.ref_logprob_N).sum().item()
 
 
 def mean(values: Sequence[float]) -> float:

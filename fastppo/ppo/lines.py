@@ -88,6 +88,8 @@ def first_lines(state: State, steps: int) -> None:
     for role, weights, count in state.roles.table(state.reward.table()):
         table.add_row(role, weights, f"{count:,}")
     console.print(table)
+    if state.roles.shared is not None:
+        console.print(f"  {state.roles.shared.describe()}")
     console.print(f"  writes {config.output_dir} and {config.metrics_dir}/")
     idle = idle_steps(state.scheduler, steps)
     lines = [*state.notes, *state.roles.notes, *notices(config, steps)]

@@ -31,6 +31,7 @@ from fastppo.models.limits import (
 from fastppo.models.load import autocast_dtype, load_tokenizer
 from fastppo.models.rounding import note_on_16_bits
 from fastppo.models.scaler import make_scaler
+from fastppo.models.shared_layers import share_layers
 from fastppo.ppo.advantage import KLController, RunningScore
 from fastppo.ppo.columns import absent_columns
 from fastppo.ppo.metrics import MetricsWriter
@@ -190,6 +191,14 @@ def init_state(
     Sampling.of(config).check(device)
     if config.padding_free:
         check_packing(roles, prompts[0].ids)
+    if config.quantization_bit != 8:  # 8-bit kernels may choose outliers by batch
+        share_layers(
+            roles,
+            prompts[0].ids,
+            base="actor" if config.finetuning_type == "lora" or config.ref_model else "reference",
+            on_host="offload" in budgets.activation_offloading,
+            packed=config.padding_free,
+        )
     optimizer = make_optimizer(config, roles)
     scheduler = make_scheduler(config, optimizer, total_steps(config, len(prompts)))
     reward = make_reward(config, roles, template, tokenizer, prompts, budgets)

@@ -51,7 +51,7 @@ def step_update(state: State) -> State:
                     plan=state.plan,
                 )
             with clock("score"):
-                rewards = state.reward(rollout)  # called once, even if scoring is retried
+                rewards = state.reward(rollout := roles.with_states(rollout))  # outside of retry
                 used = partial(largest_micro_batch, rollout, budgets.scoring)
                 scored = retry("score", budgets, used=used)(score)(
                     roles,

@@ -124,4 +124,5 @@ def append_suffix(rollout: Rollout, suffix_ids: list[int], pad_id: int) -> Rollo
         terminated=rollout.terminated,
         sampler_logprob_N=rollout.sampler_logprob_N,
         texts=rollout.texts,
+        states=rollout.states,
     )

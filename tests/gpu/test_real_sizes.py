@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.gpu import candidates
 from fastppo.ops import policy_loss, token_logprobs
 from fastppo.ops.arguments import loss_arguments, row_arguments
 from fastppo.ops.backends import triton
@@ -16,30 +17,74 @@ from tests.ops.oracle import check, place
 from tests.ops.registry import OPS, Shape
 
 DENSE = ("token_logprobs", "policy_loss", "score_tokens")
-VOCABULARIES = (32000, 49152, 50257, 128256, 151936, 152064, 256000)
 
 
-@pytest.mark.parametrize("vocab", VOCABULARIES)
+@dataclass(frozen=True)
+class Sizes:
+    """Real sizes, and toy ones for a rehearsal without a GPU."""
+
+    rows: int
+    vocabularies: tuple[int, ...]
+    hidden: Shape
+    many_rows: int
+    longest: int  # tokens of a sequence; shorter ones have every length up to `every`
+    every: int
+    raced: tuple[int, ...]  # vocabularies
+    raced_rows: int
+    repeats: int
+
+
+CUDA = torch.cuda.is_available()
+SIZES = (
+    Sizes(
+        rows=16,
+        vocabularies=(151936, 32000, 50257, 128256, 152064, 49152, 256000),
+        hidden=Shape(n=48, vocab=32000, hidden=64),
+        many_rows=70_000,
+        longest=5000,
+        every=2100,
+        raced=(4096, 4097, 32000),
+        raced_rows=264,
+        repeats=200,
+    )
+    if CUDA
+    else Sizes(
+        rows=2,
+        vocabularies=(97,),
+        hidden=Shape(n=3, vocab=40, hidden=4),
+        many_rows=5,
+        longest=40,
+        every=4,
+        raced=(2049,),
+        raced_rows=2,
+        repeats=1,
+    )
+)
+DEVICE = "cuda" if CUDA else "cpu"
+on_a_gpu = pytest.mark.skipif(not CUDA, reason="it is about the device's memory, waits or compiler")
+
+
+@pytest.mark.parametrize("vocab", SIZES.vocabularies)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", DENSE)
 def test_the_rule_at_real_vocabularies(name, dtype, vocab):
-    check(OPS[name], OPS[name].make_inputs(Shape(n=16, vocab=vocab), dtype, 0), "triton")
+    check(OPS[name], OPS[name].make_inputs(Shape(n=SIZES.rows, vocab=vocab), dtype, 0), "triton")
 
 
 @pytest.mark.parametrize("name", ["linear_token_logprobs", "linear_policy_loss"])
 def test_the_rule_from_hidden_states(name):
-    shape = Shape(n=48, vocab=32000, hidden=64)
-    check(OPS[name], OPS[name].make_inputs(shape, torch.float32, 1), "triton")
+    check(OPS[name], OPS[name].make_inputs(SIZES.hidden, torch.float32, 1), "triton")
 
 
 def test_more_rows_than_a_grid_is_wide():
-    n = 70_000
+    n = SIZES.many_rows
     inputs = place(OPS["policy_loss"].make_inputs(Shape(n=n, vocab=64), torch.float32, 2), "triton")
     got, want = (policy_loss(**inputs, backend=b) for b in ("triton", "torch"))
     torch.testing.assert_close(got.loss, want.loss, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(got.logprob_N[-9:], want.logprob_N[-9:], atol=1e-5, rtol=1e-5)
 
 
+@on_a_gpu
 def test_addresses_past_31_bits():
     """The last row of N*V > 2^31 logits is the row that it would be alone."""
     vocab = 151936
@@ -66,7 +111,7 @@ def test_addresses_past_31_bits():
 @pytest.mark.parametrize("name", ["gae", "advantages"])
 def test_scans_of_every_length(name):
     """Sequences of 1 to 2100 tokens and one of 5000, 20 times: what no interpreter shows."""
-    lengths = torch.tensor([*range(1, 2101), 5000])
+    lengths = torch.tensor([*range(1, SIZES.every + 1), SIZES.longest])
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
     op = OPS[name]
     inputs = op.make_inputs(Shape(n=int(offsets[-1]), batch=len(lengths)), torch.float32, 6)
@@ -74,29 +119,31 @@ def test_scans_of_every_length(name):
     first = op.function(**inputs, backend="triton")
     for a, b in zip(first, op.function(**inputs, backend="torch"), strict=True):
         torch.testing.assert_close(a, b, atol=5e-5, rtol=5e-5)
-    for _ in range(20):
+    for _ in range(min(20, SIZES.repeats)):
         again = op.function(**inputs, backend="triton")
         assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
 
 
-@pytest.mark.parametrize("warps", [4, 8, 16])
-@pytest.mark.parametrize("vocab", [4096, 4097, 32000])
-def test_in_place_is_no_race(vocab, warps):
+@pytest.mark.parametrize("share", [0, 0.5, 1] if CUDA else [0])
+@pytest.mark.parametrize("vocab", SIZES.raced)
+def test_in_place_is_no_race(vocab, share):
     """200 repeats, bit for bit, sampled tokens at both ends and at the borders of tiles."""
-    config = triton.RowConfig(2048, warps)
-    borders = [0, vocab - 1, 2047, 2048, 4095, vocab // 2]
-    n = 264
+    sizes, table = candidates.launch_sizes("policy_loss", 2, vocab)
+    names = [table, *(name for name in sizes if name != table)]
+    config = sizes[names[int(share * (len(names) - 1))]]
+    borders = [0, vocab - 1, *(x for x in (1023, 1024, 2047, 2048, 4095) if x < vocab), vocab // 2]
+    n = SIZES.raced_rows
     inputs = place(
         OPS["policy_loss"].make_inputs(Shape(n=n, vocab=vocab), torch.bfloat16, 3), "triton"
     )
-    inputs["token_N"] = torch.tensor([borders[i % len(borders)] for i in range(n)], device="cuda")
+    inputs["token_N"] = torch.tensor([borders[i % len(borders)] for i in range(n)], device=DEVICE)
     logits = inputs.pop("logits_NV")
     rows, loss = _arguments(logits, inputs)
     everything = slice(0, n)
     apart = torch.empty_like(logits)
     first = empty_loss_rows(logits, "triton")
     triton.policy_loss(logits, apart, rows, loss, everything, first, config)
-    for _ in range(200):
+    for _ in range(SIZES.repeats):
         together = logits.clone()
         into = empty_loss_rows(logits, "triton")
         triton.policy_loss(together, together, rows, loss, everything, into, config)
@@ -130,6 +177,7 @@ def _arguments(logits: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
     return rows, loss
 
 
+@on_a_gpu
 def test_nothing_waits_for_the_device():
     """Forward and backward of every op; a wait is an error in this mode."""
     for op in OPS.values():
@@ -148,6 +196,7 @@ def test_nothing_waits_for_the_device():
             torch.cuda.set_sync_debug_mode("default")
 
 
+@on_a_gpu
 def test_50_changing_steps_compile_nothing_new():
     """Lengths, coefficients and temperature change as in training."""
     op = OPS["policy_loss"]
@@ -164,10 +213,11 @@ def test_50_changing_steps_compile_nothing_new():
     assert compiled[-1] == compiled[0]
 
 
+@on_a_gpu
 def test_memory_above_the_logits_is_their_gradient_alone():
     op = OPS["policy_loss"]
     shape = Shape(n=512, vocab=128256)
-    inputs = place(op.make_inputs(dataclasses.replace(shape), torch.bfloat16, 5), "triton")
+    inputs = place(op.make_inputs(shape, torch.bfloat16, 5), "triton")
     inputs["logits_NV"] = inputs["logits_NV"].requires_grad_()
     bytes_NV = shape.n * shape.vocab * 2
     for inplace, most in ((False, 1.0), (True, 0.0)):

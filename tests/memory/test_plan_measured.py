@@ -111,6 +111,7 @@ def measure(state: trainer.State, rollout: Rollout) -> dict[str, int]:
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     workspace.release()
+    rollout = state.roles.with_states(rollout)
     with profiled_allocations() as scoring:
         scored = score(
             state.roles, rollout, state.reward(rollout), temperature=1.0, budget=Budget()
@@ -225,11 +226,15 @@ def test_a_trunk_allocates_what_its_layers_are_written_to(
         ([90] * 4, {"critic": "shared"}),
         ([90, 61, 40, 83], {"critic": "shared", "disable_gradient_checkpointing": False}),
         ([90, 61, 40, 83], {"lora_target": "q_proj,v_proj"}),
+        ([90, 61, 40, 83], {"lora_layers": 2}),
+        ([90] * 4, {"lora_layers": 1, "disable_gradient_checkpointing": False}),
+        ([90, 61, 40, 83], {"lora_layers": 2, "critic": "shared"}),
         ([90, 61, 40, 83], {"fp16": True}),
         ([90, 61, 40, 83], {"fp16": True, "disable_gradient_checkpointing": False}),
     ],
     ids=[
         *("own", "own-recomputed", "shared", "shared-recomputed", "attention-only"),
+        *("upper-half", "upper-layer-recomputed", "upper-half-shared"),
         *("fp16", "fp16-recomputed"),
     ],
 )

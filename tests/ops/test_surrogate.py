@@ -14,6 +14,7 @@ from tests.ops.oracle import place
 from tests.ops.references import linear_token_logprobs_reference
 from tests.ops.registry import OPS, Shape, make_linear_policy_loss
 from tests.ops.test_registration import Tracer, recorded
+from tests.tiers import slow_unless
 
 F64 = torch.float64
 N, V = 15, 67
@@ -107,7 +108,12 @@ def test_loss_and_gradients_are_those_of_the_public_function(name, trained, entr
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-11)
 
 
-@pytest.mark.parametrize("name", POLICY_LOSSES)
+def of_a_kind(name):
+    """A loss by token and one by sequence."""
+    return name in ("cispo", "gspo")
+
+
+@pytest.mark.parametrize("name", slow_unless(of_a_kind, POLICY_LOSSES))
 def test_compiled_whole_it_gives_the_same_gradients(name, backend):
     torch._dynamo.reset()
     inputs = place(make(torch.float32, entropy=0.0), backend)
@@ -118,7 +124,7 @@ def test_compiled_whole_it_gives_the_same_gradients(name, backend):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", POLICY_LOSSES)
+@pytest.mark.parametrize("name", slow_unless(of_a_kind, POLICY_LOSSES))
 def test_opcheck(name, backend):
     inputs = place({**make(torch.float32), "loss": name}, backend)
     inputs["hidden_ND"].requires_grad_()
