@@ -127,9 +127,8 @@ def policy_loss(
         loss = loss + (weight_N * (kl_coef * kl_N - entropy_coef * entropy_N)).sum()
     ratio_N = (logprob_N.detach() - behaviour_logprob_N).exp()
     zero = ratio_N.new_zeros(())
-    metrics = PolicyMetrics(*[zero] * len(PolicyMetrics._fields))._replace(
-        ratio_sum=ratio_N.sum(), clipped_sum=((ratio_N - 1).abs() > CLIP).sum()
-    )
+    own = {"ratio_sum": ratio_N.sum(), "clipped_sum": ((ratio_N - 1).abs() > CLIP).sum().float()}
+    metrics = PolicyMetrics.of([own.get(name, zero) for name in PolicyMetrics._fields])
     return PolicyLoss(loss, logprob_N.detach(), entropy_N.detach(), kl_N.detach(), metrics)
 
 

@@ -7,8 +7,8 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from fastppo.ops.arguments import AdvantagesArguments, chosen_backend, is_traced, stat_dtype
-from fastppo.ops.backends import BACKENDS
+from fastppo.ops.arguments import chosen_backend, is_traced, stat_dtype
+from fastppo.ops.backends import BACKENDS, AdvantagesArguments
 from fastppo.ops.checks import (
     check_flag,
     check_floating,

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable as torch_once_differentiable
 
 from fastppo.ops import backend as backends
 from fastppo.ops.checks import (
     NUMBERS,
     check_device,
     check_flag,
+    check_floating,
     check_integer,
     check_number,
     check_offsets,
+    check_range,
     check_scalar,
     check_vector,
     show,
     wrong_kind,
 )
 from fastppo.ops.config import PolicyLossConfig
-from fastppo.ops.shapes import flat, live_tokens
+from fastppo.ops.shapes import live_tokens
 
 IGNORE_INDEX: Final = -100
 
@@ -47,6 +52,8 @@ class LossArguments(NamedTuple):
     weight_N: Tensor
     ref_logprob_N: Tensor | None
     importance_weight_N: Tensor | None
+    kl_weight_N: Tensor | None
+    entropy_weight_N: Tensor | None
     offsets: Tensor | None
     kl_coef: float | Tensor
     entropy_coef: float | Tensor
@@ -60,8 +67,6 @@ class LossArguments(NamedTuple):
     tau_pos: float = 1.0
     tau_neg: float = 1.05
     ratio_limit: float = 20.0
-    kl_weight_N: Tensor | None = None
-    entropy_weight_N: Tensor | None = None
     kl_bias_correction: bool = False
     kl_limit: float | None = None
 
@@ -93,46 +98,16 @@ class LossArguments(NamedTuple):
         return not _is_zero(self.entropy_coef)
 
 
-class GaeArguments(NamedTuple):
-    """Arguments of `fastppo.ops.gae`."""
-
-    reward_N: Tensor
-    value_N: Tensor
-    offsets: Tensor
-    gamma: float
-    lam: float
-    bootstrap_value_B: Tensor | None
-    backend: str
-
-
-class AdvantagesArguments(NamedTuple):
-    """Arguments of `fastppo.ops.advantages`."""
-
-    score_B: Tensor
-    logprob_N: Tensor
-    ref_logprob_N: Tensor
-    value_N: Tensor
-    offsets: Tensor
-    kl_coef: float | Tensor
-    kl_kind: str
-    kl_N: Tensor | None
-    extra_reward_N: Tensor | None
-    gamma: float
-    lam: float
-    bootstrap_value_B: Tensor | None
-    whiten_rewards: bool
-    whiten_advantages: bool
-    log_ratio_limit: float
-    backend: str
-
-
 def _is_zero(coefficient: float | Tensor) -> bool:
     return not isinstance(coefficient, Tensor) and coefficient == 0
 
 
 def stat_dtype(*tensors: Tensor) -> torch.dtype:
     """Float32, or float64 where any input is: the dtype in which statistics are computed."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    for tensor in tensors:
+        if tensor.dtype is torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def constant(tensor: Tensor) -> Tensor:
@@ -145,6 +120,25 @@ def rows_of(x_NV: Tensor) -> Tensor:
     return x_NV if x_NV.shape[1] <= 1 or x_NV.stride(1) == 1 else x_NV.contiguous()
 
 
+def rows_and_lead(op: str, name: str, x: Tensor) -> tuple[Tensor, torch.Size]:
+    """Floats (..., V) as (N, V), and the shape of the tokens; copied only if no view does."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        check_floating(op, name, x)
+    shape = x.shape
+    if x.ndim == 2:
+        return x, shape[:1]
+    if x.ndim == 0:
+        raise ValueError(
+            f"{op}: {name} must have at least one dimension, came (); one a token last"
+        )
+    return x.reshape(shape[:-1].numel(), shape[-1]), shape[:-1]
+
+
+def flat(x: Tensor) -> Tensor:
+    """What has one entry a token, as (N,)."""
+    return x if x.ndim == 1 else x.reshape(-1)
+
+
 def live_rows(rows: RowArguments, weight_N: Tensor | None = None) -> Tensor:
     """Mask (N,) of the rows that count: their token is not ignored and their weight is not 0."""
     live_N = rows.token_N != rows.ignore_index
@@ -155,19 +149,40 @@ def live_rows(rows: RowArguments, weight_N: Tensor | None = None) -> Tensor:
 _chosen: dict[tuple[str | None, str, bool], str] = {}
 
 
-def chosen_backend(op: str, backend: str | None, *tensors: Tensor | None) -> str:
+def chosen_backend(op: str, backend: str | None, like: Tensor, *others: Tensor | None) -> str:
     """The backend that runs `op` on these tensors; see `fastppo.ops.backend.choose`."""
     if backend is not None and not isinstance(backend, str):
         wrong_kind(op, "backend", backend, "a name or None")
-    given = [t for t in tensors if t is not None]
     if torch.compiler.is_compiling():
-        return backends.choose(op, backend, *given)
-    wide = torch.float64 in [t.dtype for t in given]
-    key = (backend, given[0].device.type, wide)
+        return backends.choose(op, backend, like, *others)
+    wide = like.dtype is torch.float64
+    for tensor in others:
+        wide = wide or (tensor is not None and tensor.dtype is torch.float64)
+    key = (backend, like.device.type, wide)
     found = _chosen.get(key)
     if found is None:
-        found = _chosen[key] = backends.choose(op, backend, *given)
+        found = _chosen[key] = backends.choose(op, backend, like, *others)
     return found
+
+
+def vector_argument(
+    op: str, name: str, x: Tensor | None, like: Tensor, lead: torch.Size, *, optional: bool = False
+) -> Any:
+    """An argument of one float a token, checked, without gradient, as (N,); None if it is None."""
+    if (
+        type(x) is Tensor
+        and x.ndim == 1
+        and x.shape == lead
+        and x.is_floating_point()
+        and x.device == like.device
+        and not x.requires_grad
+    ):
+        return x  # what is right takes no longer than it must
+    if x is None and optional:
+        return None
+    check_vector(op, name, x, like, n=lead, optional=optional)
+    assert x is not None
+    return flat(constant(x))
 
 
 def is_traced(x: Tensor) -> bool:
@@ -183,6 +198,20 @@ def is_traced(x: Tensor) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's decorator of the same name, without its cost unless a graph of the backward is made.
+
+    It enters torch.no_grad, which takes a tenth of a backward of few rows, where gradients are off.
+    """
+    checked = torch_once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Tensor | None) -> Any:
+        return (checked if torch.is_grad_enabled() else backward)(ctx, *grads)
+
+    return run
 
 
 def check_tokens(
@@ -207,17 +236,12 @@ def check_tokens(
             f"{op}: token_N must have shape {show(lead)}, one entry a row, "
             f"came {show(tuple(shape))}"
         )
-    check_device(op, "token_N", token_N, like)
+    if token_N.device != like.device:
+        check_device(op, "token_N", token_N, like)
     if vocab < 1:
         raise ValueError(f"{op}: the vocabulary is empty")
     if check:
-        wrong = ((token_N < 0) | (token_N >= vocab)) & (token_N != ignore_index)
-        if bool(wrong.any()):
-            at = int(wrong.flatten().nonzero()[0])
-            raise ValueError(
-                f"{op}: token_N must lie in [0, {vocab}) or be {ignore_index} (ignored), "
-                f"came {int(token_N.flatten()[at])} at {at}"
-            )
+        check_range(op, token_N, vocab, ignore_index)
 
 
 def row_arguments(
@@ -318,19 +342,21 @@ def loss_arguments(
         config = _PPO
     elif not isinstance(config, PolicyLossConfig):
         wrong_kind(op, "config", config, "a PolicyLossConfig or None")
-    check_vector(op, "behaviour_logprob_N", behaviour_logprob_N, like, n=n, optional=True)
-    check_vector(op, "advantage_N", advantage_N, like, n=n)
-    check_vector(op, "weight_N", weight_N, like, n=n)
-    check_vector(op, "ref_logprob_N", ref_logprob_N, like, n=n, optional=True)
-    check_vector(op, "importance_weight_N", importance_weight_N, like, n=n, optional=True)
-    check_vector(op, "kl_weight_N", kl_weight_N, like, n=n, optional=True)
-    check_vector(op, "entropy_weight_N", entropy_weight_N, like, n=n, optional=True)
+    vectors = (
+        vector_argument(op, "behaviour_logprob_N", behaviour_logprob_N, like, n, optional=True),
+        vector_argument(op, "advantage_N", advantage_N, like, n),
+        vector_argument(op, "weight_N", weight_N, like, n),
+        vector_argument(op, "ref_logprob_N", ref_logprob_N, like, n, optional=True),
+        vector_argument(op, "importance_weight_N", importance_weight_N, like, n, optional=True),
+        vector_argument(op, "kl_weight_N", kl_weight_N, like, n, optional=True),
+        vector_argument(op, "entropy_weight_N", entropy_weight_N, like, n, optional=True),
+    )
     beta = config.kl_coef if kl_coef is None else kl_coef
     bonus = config.entropy_coef if entropy_coef is None else entropy_coef
     scale = 1.0 if grad_scale is None else grad_scale
-    check_scalar(op, "kl_coef", beta, like)
-    check_scalar(op, "entropy_coef", bonus, like)
-    check_scalar(op, "grad_scale", scale, like)
+    for field, value in (("kl_coef", beta), ("entropy_coef", bonus), ("grad_scale", scale)):
+        if type(value) is not float:
+            check_scalar(op, field, value, like)
     if ref_logprob_N is None and not _is_zero(beta):
         raise ValueError(f"{op}: ref_logprob_N is needed where kl_coef is not 0, came None")
     what = f"loss={name!r}"
@@ -349,11 +375,7 @@ def loss_arguments(
     elif offsets is not None and not isinstance(offsets, Tensor):
         wrong_kind(op, "offsets", offsets, "a tensor or None")
     return LossArguments(
-        None if behaviour_logprob_N is None else flat(constant(behaviour_logprob_N)),
-        flat(constant(advantage_N)),
-        flat(constant(weight_N)),
-        None if ref_logprob_N is None else flat(constant(ref_logprob_N)),
-        None if importance_weight_N is None else flat(constant(importance_weight_N)),
+        *vectors,
         offsets if by_sequence else None,
         constant(beta) if isinstance(beta, Tensor) else beta,
         constant(bonus) if isinstance(bonus, Tensor) else bonus,
@@ -367,8 +389,6 @@ def loss_arguments(
         config.tau_pos,
         config.tau_neg,
         config.ratio_limit,
-        None if kl_weight_N is None else flat(constant(kl_weight_N)),
-        None if entropy_weight_N is None else flat(constant(entropy_weight_N)),
         config.kl_bias_correction,
         config.kl_limit,
     )

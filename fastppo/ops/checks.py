@@ -175,3 +175,14 @@ def _overlaps(x_NV: Tensor) -> bool:
             return True
         reach += stride * (size - 1)
     return False
+
+
+def check_range(op: str, token: Tensor, vocab: int, ignore_index: int) -> None:
+    """Check that each token is in the vocabulary or ignored; this waits for the device."""
+    wrong = ((token < 0) | (token >= vocab)) & (token != ignore_index)
+    if bool(wrong.any()):
+        at = int(wrong.flatten().nonzero()[0])
+        raise ValueError(
+            f"{op}: token_N must lie in [0, {vocab}) or be {ignore_index} (ignored), "
+            f"came {int(token.flatten()[at])} at {at}"
+        )

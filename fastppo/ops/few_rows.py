@@ -56,7 +56,7 @@ def few_rows_linear(x: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tens
     out_NV = torch.empty(rows, v, dtype=torch.float32)
     arguments = FewRowsStruct(
         x=call.floats(x),
-        weight=call.pointer(weight_VD),
+        weight=weight_VD.data_ptr(),
         weight_stride=weight_VD.stride(0),
         bias=call.floats(bias_V),
         out=out_NV.data_ptr(),

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastppo.ops.arguments import GaeArguments, chosen_backend, is_traced, stat_dtype
-from fastppo.ops.backends import BACKENDS
+from fastppo.ops.arguments import chosen_backend, is_traced, stat_dtype
+from fastppo.ops.backends import BACKENDS, GaeArguments
 from fastppo.ops.checks import check_floating, check_offsets, check_unit_interval, check_vector
 from fastppo.ops.registered import register
 

@@ -20,7 +20,14 @@ from fastppo.ops.arguments import (
 )
 from fastppo.ops.backends import BACKENDS
 from fastppo.ops.config import HeadLora, PolicyLossConfig
-from fastppo.ops.gradient_made import GradientMade, LossOutputs, save_settings, scaled
+from fastppo.ops.gradient_made import (
+    GradientMade,
+    LossOutputs,
+    donated,
+    fake_donated,
+    save_settings,
+    scaled_donated,
+)
 from fastppo.ops.head import (
     Head,
     HeadArguments,
@@ -213,7 +220,7 @@ class Arguments(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Outputs of the registered operator; gradients that are not wanted are empty."""
+    """Outputs of the registered operator; its gradients are `donated`, and empty if unwanted."""
 
     loss: Tensor
     logprob_N: Tensor
@@ -256,8 +263,15 @@ def _forward(a: Arguments, own: OwnLoss | None = None) -> Outputs:
     return Outputs(*outputs, *chunks.results())
 
 
+def _forward_donated(a: Arguments) -> Outputs:
+    made = _forward(a)
+    pairs = zip(a.wanted, made.gradients(), strict=True)
+    return Outputs(*made.outputs(), *(donated(x, a.backend) if w else x for w, x in pairs))
+
+
 def _fake(a: Arguments) -> Outputs:
-    gradients = fake_results(a.hidden_ND, Head.of(a.head), a.wanted)
+    pairs = zip(a.wanted, fake_results(a.hidden_ND, Head.of(a.head), a.wanted), strict=True)
+    gradients = (fake_donated(x, a.backend) if w else x for w, x in pairs)
     return Outputs(*fake_outputs(a.hidden_ND), *gradients)
 
 
@@ -271,14 +285,14 @@ def _gradients(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
         return (None,) * 5
     grads = asked(ctx.wanted, ctx.saved_tensors)
-    return scaled("linear_policy_loss", ctx, grads, grad_loss)
+    return scaled_donated(ctx, grads, grad_loss)
 
 
 _registered = register(
     "linear_policy_loss",
     Arguments,
     Outputs,
-    _forward,
+    _forward_donated,
     _fake,
     results=1,
     save=_save,

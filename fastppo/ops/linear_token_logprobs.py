@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastppo.ops.arguments import (
     IGNORE_INDEX,
@@ -14,6 +13,7 @@ from fastppo.ops.arguments import (
     chosen_backend,
     is_traced,
     live_rows,
+    once_differentiable,
     row_arguments,
     stat_dtype,
 )

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastppo.ops.arguments import rows_and_lead
 from fastppo.ops.checks import (
     check_device,
     check_floating,
@@ -17,7 +18,7 @@ from fastppo.ops.checks import (
 )
 from fastppo.ops.config import HeadLora
 from fastppo.ops.head import Head
-from fastppo.ops.shapes import checked_vocab_size, rows_and_lead
+from fastppo.ops.shapes import checked_vocab_size
 
 
 class Operands(NamedTuple):

@@ -6,25 +6,35 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastppo.ops.arguments import (
     IGNORE_INDEX,
     LossArguments,
     RowArguments,
     chosen_backend,
+    constant,
     is_traced,
     loss_arguments,
+    once_differentiable,
     row_arguments,
+    rows_and_lead,
     stat_dtype,
 )
 from fastppo.ops.backends import BACKENDS, LossRows
 from fastppo.ops.checks import check_flag, check_inplace
 from fastppo.ops.config import PolicyLossConfig
-from fastppo.ops.gradient_made import GradientMade, LossOutputs, save_settings, scaled
+from fastppo.ops.gradient_made import (
+    GradientMade,
+    LossOutputs,
+    donated,
+    fake_donated,
+    save_settings,
+    scaled,
+    scaled_donated,
+)
 from fastppo.ops.registered import register
 from fastppo.ops.rows import ChunkKernel, Chunks
-from fastppo.ops.shapes import first_words, in_shape, rows_and_lead
+from fastppo.ops.shapes import first_words, in_shape
 from fastppo.ops.surrogate import TERMS, PolicyMetrics, sweep_by_sequence, sweep_by_token
 from fastppo.ops.token_logprobs import empty_statistics
 from fastppo.ops.workspace import fresh_like
@@ -124,7 +134,8 @@ def policy_loss(
     logits_NV, lead = rows_and_lead(op, "logits_NV", logits_NV)
     if vocab_size is not None:
         logits_NV = first_words(op, logits_NV, vocab_size)
-    check_flag(op, "inplace", inplace)
+    if inplace is not False:
+        check_flag(op, "inplace", inplace)
     chosen = chosen_backend(op, backend, logits_NV)
     rows = row_arguments(
         op,
@@ -164,19 +175,18 @@ def policy_loss(
         return unpack(LossOutputs(*found[:5]), lead)
     if is_traced(logits_NV):
         return unpack(_registered(given).outputs(), lead)
-    made = _forward(given)
-    outputs = made.outputs()
+    outputs, grad_NV = _forward(given)
     if need_grad:
-        outputs = GradientMade.of(op, outputs, (made.grad_NV,), loss, chosen, (logits_NV,))
+        outputs = GradientMade.of(op, outputs, (grad_NV,), loss, chosen, (logits_NV,))
     return unpack(outputs, lead)
 
 
 def unpack(outputs: LossOutputs, lead: torch.Size) -> PolicyLoss:
-    """Convert to the public PolicyLoss, whose metrics are slices of the vector."""
+    """Convert to the public PolicyLoss, in the shape of the tokens."""
     loss, logprob_N, entropy_N, kl_N, vector = outputs
     if len(lead) != 1:
         logprob_N, entropy_N, kl_N = (in_shape(x, lead) for x in (logprob_N, entropy_N, kl_N))
-    return PolicyLoss(loss, logprob_N, entropy_N, kl_N, PolicyMetrics(*vector.unbind(0)))
+    return PolicyLoss(loss, logprob_N, entropy_N, kl_N, PolicyMetrics(vector))
 
 
 class Arguments(NamedTuple):
@@ -190,7 +200,7 @@ class Arguments(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Outputs of the registered operator; an unwanted gradient of the logits is empty."""
+    """Outputs of the registered operator, whose gradient is `donated`; it is empty if unwanted."""
 
     loss: Tensor
     logprob_N: Tensor
@@ -251,10 +261,13 @@ def sweep(
 
 def empty_loss_rows(like: Tensor, backend: str) -> LossRows:
     """Uninitialised LossRows for the rows of `like`; results of a registered op share no memory."""
-    n, dtype, device = like.shape[0], stat_dtype(like), like.device
-    a, b, c = [torch.empty(n, dtype=dtype, device=device) for _ in range(3)]
-    terms = torch.empty(TERMS, 0 if backend == "torch" else n, dtype=dtype, device=device)
-    return LossRows(a, b, c, terms)
+    n, dtype = like.shape[0], stat_dtype(like)
+    return LossRows(
+        like.new_empty(n, dtype=dtype),
+        like.new_empty(n, dtype=dtype),
+        like.new_empty(n, dtype=dtype),
+        like.new_empty((TERMS, 0 if backend == "torch" else n), dtype=dtype),
+    )
 
 
 def fake_outputs(like: Tensor) -> LossOutputs:
@@ -264,15 +277,24 @@ def fake_outputs(like: Tensor) -> LossOutputs:
     return LossOutputs(loss, into.logprob_N, into.entropy_N, into.kl_N, metrics)
 
 
-def _forward(a: Arguments) -> Outputs:
-    logits_NV = a.logits_NV.detach()
-    grad_NV = fresh_like(logits_NV) if a.need_grad else logits_NV.new_empty(0)
+def _forward(a: Arguments) -> tuple[LossOutputs, Tensor | None]:
+    """The outputs, and the gradient of the logits if it is needed."""
+    logits_NV = constant(a.logits_NV)
+    grad_NV = fresh_like(logits_NV) if a.need_grad else None
     chunks = DenseRows(logits_NV, grad_NV)
-    return Outputs(*sweep(chunks, a.rows, a.loss, logits_NV, a.need_grad, a.backend), grad_NV)
+    return sweep(chunks, a.rows, a.loss, logits_NV, a.need_grad, a.backend), grad_NV
+
+
+def _forward_donated(a: Arguments) -> Outputs:
+    outputs, grad_NV = _forward(a)
+    if grad_NV is None:
+        return Outputs(*outputs, a.logits_NV.new_empty(0))
+    return Outputs(*outputs, donated(grad_NV, a.backend))
 
 
 def _fake(a: Arguments) -> Outputs:
     grad_NV = a.logits_NV.new_empty(a.logits_NV.shape if a.need_grad else 0)
+    grad_NV = fake_donated(grad_NV, a.backend) if a.need_grad else grad_NV
     return Outputs(*fake_outputs(a.logits_NV), grad_NV)
 
 
@@ -284,7 +306,7 @@ def _save(ctx: Any, a: Arguments, outputs: Outputs) -> None:
 def _gradients(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_loss is None or not ctx.needs_input_grad[0]:
         return (None,)
-    return scaled("policy_loss", ctx, ctx.saved_tensors, grad_loss)
+    return scaled_donated(ctx, ctx.saved_tensors, grad_loss)
 
 
 class _PolicyLossInPlace(torch.autograd.Function):
@@ -320,7 +342,7 @@ class _PolicyLossInPlace(torch.autograd.Function):
                 "policy_loss: the logits were used after inplace=True wrote their gradient over "
                 "them; use them before, or leave inplace out"
             )
-        if ctx.taken:
+        if getattr(ctx, "taken", False):
             raise RuntimeError(
                 "policy_loss: a second backward through inplace=True, whose gradient the first "
                 "one took; leave inplace out to keep the graph"
@@ -337,7 +359,7 @@ _registered = register(
     "policy_loss",
     Arguments,
     Outputs,
-    _forward,
+    _forward_donated,
     _fake,
     results=1,
     save=_save,

@@ -13,12 +13,13 @@ from fastppo.ops.arguments import (
     chosen_backend,
     is_traced,
     row_arguments,
+    rows_and_lead,
     stat_dtype,
 )
 from fastppo.ops.backends import BACKENDS, Scores
 from fastppo.ops.checks import check_device, show
 from fastppo.ops.registered import register
-from fastppo.ops.shapes import first_words, in_shape, rows_and_lead
+from fastppo.ops.shapes import first_words, in_shape
 
 
 def score_tokens(
@@ -66,7 +67,8 @@ def score_tokens(
             f"{show(tuple(shape or ()))}, came {show(tuple(ref_logits_NV.shape))}"
         )
     ref_logits_NV, _ = rows_and_lead(op, "ref_logits_NV", ref_logits_NV)
-    check_device(op, "ref_logits_NV", ref_logits_NV, logits_NV)
+    if ref_logits_NV.device != logits_NV.device:
+        check_device(op, "ref_logits_NV", ref_logits_NV, logits_NV)
     if vocab_size is not None:
         logits_NV = first_words(op, logits_NV, vocab_size)
         ref_logits_NV = first_words(op, ref_logits_NV, vocab_size)
@@ -102,8 +104,12 @@ class Arguments(NamedTuple):
 def empty_scores(like: Tensor, ref_like: Tensor) -> Scores:
     """Uninitialised Scores for the rows of `like`; results of a registered op share no memory."""
     n, dtype = like.shape[0], stat_dtype(like, ref_like)
-    a, b, c, d = (like.new_empty(n, dtype=dtype) for _ in range(4))
-    return Scores(a, b, c, d)
+    return Scores(
+        like.new_empty(n, dtype=dtype),
+        like.new_empty(n, dtype=dtype),
+        like.new_empty(n, dtype=dtype),
+        like.new_empty(n, dtype=dtype),
+    )
 
 
 def _forward(a: Arguments) -> Scores:

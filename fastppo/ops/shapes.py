@@ -1,8 +1,9 @@
 """Shapes of a caller's tensors: (..., V) for logits, (..., D) for hidden states, (...) for tokens.
 
 The operators work on N rows. What leads the last dimension is flattened into N, as a view where
-there is one, and results of one entry a token are given back in the caller's shape. A mask over the
-tokens takes the place of packing: a token behind it is an ignored one.
+there is one (`rows_and_lead` in arguments.py), and results of one entry a token are given back in
+the caller's shape. A mask over the tokens takes the place of packing: a token behind it is an
+ignored one.
 """
 
 from __future__ import annotations
@@ -13,29 +14,8 @@ from torch import Tensor
 from fastppo.ops.checks import check_device, check_integer, show, wrong_kind
 
 
-def rows_and_lead(op: str, name: str, x: Tensor) -> tuple[Tensor, torch.Size]:
-    """Floats (..., V) as (N, V), and the shape of the tokens; copied only if no view does."""
-    if not isinstance(x, Tensor):
-        wrong_kind(op, name, x, "a tensor")
-    if not x.is_floating_point():
-        raise TypeError(f"{op}: {name} must hold floats, came {x.dtype}")
-    shape = x.shape
-    if x.ndim == 2:
-        return x, shape[:1]
-    if x.ndim == 0:
-        raise ValueError(
-            f"{op}: {name} must have at least one dimension, came (); one a token last"
-        )
-    return x.reshape(shape[:-1].numel(), shape[-1]), shape[:-1]
-
-
-def flat(x: Tensor) -> Tensor:
-    """What has one entry a token, as (N,)."""
-    return x if x.ndim == 1 else x.reshape(-1)
-
-
 def in_shape(x_N: Tensor, lead: torch.Size) -> Tensor:
-    """The inverse of `flat`, as a view; further dimensions stay."""
+    """One entry a token in the shape of the tokens, as a view; further dimensions stay."""
     return x_N if len(lead) == 1 else x_N.view(lead + x_N.shape[1:])
 
 

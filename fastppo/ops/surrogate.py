@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from fastppo.ops.checks import show
 from fastppo.ops.losses import POLICY_LOSSES, TokenLoss
 from fastppo.ops.losses.kl import kl, kl_and_slope
 from fastppo.ops.losses.tokens import importance_ratio, tokens
+from fastppo.ops.metrics import Entry, Metrics
 
 if TYPE_CHECKING:
     from fastppo.ops.backends import Backend, Statistics
@@ -36,34 +37,31 @@ _SETTINGS: Final = {
 }
 
 
-class PolicyMetrics(NamedTuple):
+class PolicyMetrics(Metrics):
     """Sums over the live tokens of a batch, as 0-d tensors; `merge` adds those of two batches.
 
     `count` is the number of live tokens; divide the `*_sum` fields by it to get means. `surrogate`,
     `kl_loss` and `entropy_loss` include the loss weights: they add up to the loss.
     """
 
-    count: Tensor  # type: ignore[assignment]  # tuple's own count() gives way
-    ratio_sum: Tensor  # of the ratio that the loss used
-    ratio_max: Tensor  # a maximum, not a sum; 0 without live tokens
-    log_ratio_abs_sum: Tensor  # |logprob - behaviour_logprob|, clamped: 0 on the behaviour policy
-    clipped_sum: Tensor  # tokens on which a clip of the loss (or the dual clip) acted
-    clamped_sum: Tensor  # tokens whose log ratio met log_ratio_limit
-    approx_kl_sum: Tensor  # k3 of behaviour to policy: ratio - 1 - log ratio, >= 0
-    policy_kl_sum: Tensor  # behaviour_logprob - logprob, clamped; TRL's policykl
-    entropy_sum: Tensor
-    kl_sum: Tensor  # policy to reference, of the loss's kind; 0 without a reference
-    surrogate: Tensor  # sum of weight * importance weight * clipped loss
-    kl_loss: Tensor  # sum of weight * kl_coef * kl
-    entropy_loss: Tensor  # minus the sum of weight * entropy_coef * entropy
-    clipped_low_sum: Tensor  # of clipped_sum, those where the lower clip acted
-    clipped_high_sum: Tensor  # those where the upper clip acted
-    dual_clipped_sum: Tensor  # those where the bound on large ratios acted (dual_clip, ratio_limit)
+    _maxima = ("ratio_max",)
 
-    def merge(self, other: PolicyMetrics) -> PolicyMetrics:
-        """Metrics of two batches together."""
-        added = PolicyMetrics(*(a + b for a, b in zip(self, other, strict=True)))
-        return added._replace(ratio_max=torch.maximum(self.ratio_max, other.ratio_max))
+    count = Entry()
+    ratio_sum = Entry()  # of the ratio that the loss used
+    ratio_max = Entry()  # a maximum, not a sum; 0 without live tokens
+    log_ratio_abs_sum = Entry()  # |logprob - behaviour_logprob|, clamped: 0 on the behaviour policy
+    clipped_sum = Entry()  # tokens on which a clip of the loss (or the dual clip) acted
+    clamped_sum = Entry()  # tokens whose log ratio met log_ratio_limit
+    approx_kl_sum = Entry()  # k3 of behaviour to policy: ratio - 1 - log ratio, >= 0
+    policy_kl_sum = Entry()  # behaviour_logprob - logprob, clamped; TRL's policykl
+    entropy_sum = Entry()
+    kl_sum = Entry()  # policy to reference, of the loss's kind; 0 without a reference
+    surrogate = Entry()  # sum of weight * importance weight * clipped loss
+    kl_loss = Entry()  # sum of weight * kl_coef * kl
+    entropy_loss = Entry()  # minus the sum of weight * entropy_coef * entropy
+    clipped_low_sum = Entry()  # of clipped_sum, those where the lower clip acted
+    clipped_high_sum = Entry()  # those where the upper clip acted
+    dual_clipped_sum = Entry()  # those where the bound on large ratios acted
 
 
 TERMS: Final = len(PolicyMetrics._fields) + 1  # the metrics, and the loss last
@@ -270,25 +268,25 @@ def totals(
         masked = logprob_N == float("-inf")
         entropy_loss = -total((_entropy_weight(loss) * entropy_N).masked_fill(masked, 0))
     ratio = used.ratio.masked_fill(~live_N, 0)
-    metrics = PolicyMetrics(
-        count=live_N.sum(),
-        ratio_sum=ratio.sum(),
-        ratio_max=ratio.amax() if ratio.numel() else zero,
-        log_ratio_abs_sum=total(log_ratio.abs()),
-        clipped_sum=(low | high | dual).sum(),
-        clamped_sum=used.clamped.sum(),
-        approx_kl_sum=total(torch.expm1(log_ratio) - log_ratio),
-        policy_kl_sum=-total(log_ratio),
-        entropy_sum=total(entropy_N),
-        kl_sum=kl_sum,
-        surrogate=surrogate,
-        kl_loss=kl_loss,
-        entropy_loss=entropy_loss,
-        clipped_low_sum=low.sum(),
-        clipped_high_sum=high.sum(),
-        dual_clipped_sum=dual.sum(),
-    )
-    vector = torch.stack([m.to(logprob_N.dtype) for m in metrics])
+    metrics = {
+        "count": live_N.sum(),
+        "ratio_sum": ratio.sum(),
+        "ratio_max": ratio.amax() if ratio.numel() else zero,
+        "log_ratio_abs_sum": total(log_ratio.abs()),
+        "clipped_sum": (low | high | dual).sum(),
+        "clamped_sum": used.clamped.sum(),
+        "approx_kl_sum": total(torch.expm1(log_ratio) - log_ratio),
+        "policy_kl_sum": -total(log_ratio),
+        "entropy_sum": total(entropy_N),
+        "kl_sum": kl_sum,
+        "surrogate": surrogate,
+        "kl_loss": kl_loss,
+        "entropy_loss": entropy_loss,
+        "clipped_low_sum": low.sum(),
+        "clipped_high_sum": high.sum(),
+        "dual_clipped_sum": dual.sum(),
+    }
+    vector = torch.stack([metrics[name].to(logprob_N.dtype) for name in PolicyMetrics._fields])
     return surrogate + kl_loss + entropy_loss, kl_N, vector
 
 

@@ -6,14 +6,20 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastppo.ops.arguments import chosen_backend, constant, is_traced, stat_dtype
+from fastppo.ops.arguments import (
+    chosen_backend,
+    flat,
+    is_traced,
+    once_differentiable,
+    stat_dtype,
+    vector_argument,
+)
 from fastppo.ops.backends import BACKENDS
-from fastppo.ops.checks import NUMBERS, check_floating, check_vector, wrong_kind
+from fastppo.ops.checks import NUMBERS, check_floating, wrong_kind
 from fastppo.ops.config import KL_KINDS, check_kl_kind
 from fastppo.ops.registered import register
-from fastppo.ops.shapes import flat, in_shape, live_tokens
+from fastppo.ops.shapes import in_shape, live_tokens
 
 
 def token_kl(
@@ -54,9 +60,10 @@ def token_kl(
     op = "token_kl"
     if kind not in KL_KINDS:
         check_kl_kind(op, kind)
-    check_floating(op, "logprob_N", logprob_N)
+    if not isinstance(logprob_N, Tensor) or not logprob_N.is_floating_point():
+        check_floating(op, "logprob_N", logprob_N)
     lead = logprob_N.shape
-    check_vector(op, "ref_logprob_N", ref_logprob_N, logprob_N, n=lead)
+    ref_logprob_N = vector_argument(op, "ref_logprob_N", ref_logprob_N, logprob_N, lead)
     if not isinstance(log_ratio_limit, NUMBERS):
         wrong_kind(op, "log_ratio_limit", log_ratio_limit, "a number")
     if not log_ratio_limit > 0:
@@ -66,14 +73,14 @@ def token_kl(
         live = live_tokens(op, mask, lead, logprob_N, check=False)
         logprob_N = torch.where(live, logprob_N, float("-inf"))
     logprob_N = flat(logprob_N)
-    given = Arguments(logprob_N, flat(constant(ref_logprob_N)), kind, log_ratio_limit, chosen)
+    given = Arguments(logprob_N, ref_logprob_N, kind, log_ratio_limit, chosen)
     if is_traced(logprob_N):
         kl_N = _registered(given).kl_N
     elif logprob_N.requires_grad and torch.is_grad_enabled():
         kl_N = cast(Tensor, _TokenKl.apply(logprob_N, given))  # type: ignore[no-untyped-call]
     else:
         kl_N = _forward(given).kl_N
-    return in_shape(kl_N, lead)
+    return kl_N if len(lead) == 1 else in_shape(kl_N, lead)
 
 
 class Arguments(NamedTuple):

@@ -6,21 +6,22 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastppo.ops.arguments import (
     IGNORE_INDEX,
     RowArguments,
     chosen_backend,
     is_traced,
+    once_differentiable,
     row_arguments,
+    rows_and_lead,
     stat_dtype,
 )
 from fastppo.ops.backends import BACKENDS, Backend, Statistics
 from fastppo.ops.checks import check_flag
 from fastppo.ops.labels import LabelGradient, for_kernels, label_logprobs, log_sum_exp
 from fastppo.ops.registered import register
-from fastppo.ops.shapes import first_words, in_shape, rows_and_lead
+from fastppo.ops.shapes import first_words, in_shape
 from fastppo.ops.workspace import fresh_like
 
 
@@ -160,8 +161,12 @@ class Gradient(NamedTuple):
 def empty_statistics(like: Tensor, backend: str) -> Statistics:
     """Uninitialised, for the rows of `like`; results of a registered op share no memory."""
     n, dtype = like.shape[0], stat_dtype(like)
-    a, b, c, d = (like.new_empty(n, dtype=dtype) for _ in range(4))
-    return Statistics(a, b, c, d)
+    return Statistics(
+        like.new_empty(n, dtype=dtype),
+        like.new_empty(n, dtype=dtype),
+        like.new_empty(n, dtype=dtype),
+        like.new_empty(n, dtype=dtype),
+    )
 
 
 def with_label_logprobs(stats: Statistics, rows: RowArguments) -> Statistics:

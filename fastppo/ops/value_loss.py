@@ -6,16 +6,23 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastppo.ops.arguments import chosen_backend, constant, is_traced, stat_dtype
+from fastppo.ops.arguments import (
+    chosen_backend,
+    flat,
+    is_traced,
+    once_differentiable,
+    stat_dtype,
+    vector_argument,
+)
 from fastppo.ops.backends import BACKENDS
-from fastppo.ops.checks import check_floating, check_number, check_vector
+from fastppo.ops.checks import check_floating, check_number
+from fastppo.ops.metrics import Entry, Metrics
 from fastppo.ops.registered import register
-from fastppo.ops.shapes import flat, live_tokens
+from fastppo.ops.shapes import live_tokens
 
 
-class ValueMetrics(NamedTuple):
+class ValueMetrics(Metrics):
     """Sums over the live tokens, 0-d tensors: add with `merge`, divide by `count` at the end.
 
     Explained variance is 1 - var(return - value) / var(return). The first variance follows from
@@ -23,16 +30,12 @@ class ValueMetrics(NamedTuple):
     return_sum.
     """
 
-    count: Tensor  # type: ignore[assignment]  # tuple's own count() gives way
-    clipped_sum: Tensor  # number of tokens without gradient, as the clipped error is the larger
-    error_sum: Tensor  # squared error of the value before the clip
-    value_sum: Tensor
-    return_sum: Tensor
-    return_square_sum: Tensor
-
-    def merge(self, other: ValueMetrics) -> ValueMetrics:
-        """Metrics of two batches together."""
-        return ValueMetrics(*(a + b for a, b in zip(self, other, strict=True)))
+    count = Entry()
+    clipped_sum = Entry()  # number of tokens without gradient, as the clipped error is the larger
+    error_sum = Entry()  # squared error of the value before the clip
+    value_sum = Entry()
+    return_sum = Entry()
+    return_square_sum = Entry()
 
 
 class ValueLoss(NamedTuple):
@@ -75,28 +78,29 @@ def value_loss(
     Source: Huang et al. 2022, The 37 Implementation Details of PPO, detail 9.
     """
     op = "value_loss"
-    check_floating(op, "value_N", value_N)
+    if not isinstance(value_N, Tensor) or not value_N.is_floating_point():
+        check_floating(op, "value_N", value_N)
     lead = value_N.shape
-    check_vector(op, "old_value_N", old_value_N, value_N, n=lead)
-    check_vector(op, "return_N", return_N, value_N, n=lead)
-    check_vector(op, "weight_N", weight_N, value_N, n=lead)
-    check_number(op, "clip", clip, positive=False)
+    old_value_N = vector_argument(op, "old_value_N", old_value_N, value_N, lead)
+    return_N = vector_argument(op, "return_N", return_N, value_N, lead)
+    weight_N = vector_argument(op, "weight_N", weight_N, value_N, lead)
+    if type(clip) is not float:
+        check_number(op, "clip", clip, positive=False)
     if clip is not None and not clip > 0:
         raise ValueError(f"{op}: clip must be > 0 or None, came {clip}")
     chosen = chosen_backend(op, backend, value_N, old_value_N, return_N, weight_N)
     if mask is not None:
         live = live_tokens(op, mask, lead, value_N, check=False)
-        weight_N = torch.where(live, weight_N, 0)
-    others = (flat(constant(old_value_N)), flat(constant(return_N)), flat(constant(weight_N)))
+        weight_N = torch.where(flat(live), weight_N, 0)
     value_N = flat(value_N)
-    given = Arguments(value_N, *others, clip, chosen)
+    given = Arguments(value_N, old_value_N, return_N, weight_N, clip, chosen)
     if is_traced(value_N):
         loss, vector, _ = _registered(given)
     elif value_N.requires_grad and torch.is_grad_enabled():
         loss, vector = _ValueLoss.apply(value_N, given)  # type: ignore[no-untyped-call]
     else:
         loss, vector, _ = _forward(given)
-    return ValueLoss(loss, ValueMetrics(*vector.unbind(0)))
+    return ValueLoss(loss, ValueMetrics(vector))
 
 
 class Arguments(NamedTuple):

@@ -142,7 +142,7 @@ def value_loss_reference(
         loss = loss + weight_N[i] * torch.max(error, held) / 2
         parts = (zero + 1, (held > error).to(v.dtype), error.detach(), v.detach(), goal, goal**2)
         sums = [a + b for a, b in zip(sums, parts, strict=True)]
-    return ValueLoss(loss, ValueMetrics(*sums))
+    return ValueLoss(loss, ValueMetrics.of(sums))
 
 
 def log_probs_reference(
@@ -250,9 +250,7 @@ def policy_loss_reference(
         return x.new_zeros(token_N.numel()).index_copy(0, index, x.detach())
 
     filler = torch.zeros(len(PolicyMetrics._fields), dtype=loss.dtype)
-    return PolicyLoss(
-        loss, spread(logprob), spread(entropy), spread(kl), PolicyMetrics(*filler.unbind(0))
-    )
+    return PolicyLoss(loss, spread(logprob), spread(entropy), spread(kl), PolicyMetrics(filler))
 
 
 def score_tokens_reference(

@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastppo.ops import PolicyLossConfig, policy_loss, token_logprobs
-from tests.ops.oracle import few, place, run
+from fastppo.ops.backend import available
+from tests.ops.oracle import few, place, run, scalar
 from tests.ops.registry import OPS, Op, Shape
 
 SHAPE = Shape(n=6, vocab=19, hidden=5, batch=2)
+LOSSES = pytest.mark.parametrize("name", ["policy_loss", "linear_policy_loss"])
 ALL = pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
 
 
@@ -51,6 +53,18 @@ def test_opcheck(op, backend):
     assert [str(call).split(".")[1] for call, _ in calls] == [op.name]
     for call, args in calls:
         torch.library.opcheck(call, args)
+
+
+@LOSSES
+def test_opcheck_of_a_negative_loss(name, backend):
+    """Its backward multiplies by the sign, and not in place: an output belongs to the caller."""
+    op = OPS[name]
+    inputs = place(op.make_inputs(SHAPE, torch.float32, 0), backend)
+    inputs["advantage_N"] = inputs["advantage_N"].abs() + 1
+    inputs[op.differentiable[0]].requires_grad_()
+    assert op.function(**inputs, backend=backend).loss < 0
+    ((call, args),) = recorded(op, inputs, backend)
+    torch.library.opcheck(call, args)
 
 
 @pytest.mark.parametrize("name", ["token_logprobs", "linear_token_logprobs"])
@@ -102,6 +116,91 @@ def test_compiled_whole_it_gives_the_same_numbers(op, backend):
     got = run(op, compiled, inputs, backend=backend)
     for a, b in zip([*got[0], *got[1]], [*want[0], *want[1]], strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+def scaled_step(op: Op, backend: str, factor: float) -> Any:
+    """A step whose backward multiplies the gradient of the loss by `factor`."""
+
+    def step(**inputs: Any) -> Tensor:
+        return factor * op.function(**inputs, backend=backend).loss
+
+    return step
+
+
+@pytest.mark.parametrize("name", ["policy_loss", "linear_policy_loss", "token_logprobs"])
+def test_traced_there_is_no_pass_over_the_logits_besides_the_operators_own(name, fused):
+    """In the graphs of forward and backward nothing else gives out as much as the gradient is."""
+    from functorch.compile import make_boxed_func  # slow to import
+    from torch._dynamo.backends.common import aot_autograd
+
+    op = OPS[name]
+    inputs = place(op.make_inputs(SHAPE, torch.float32, 1), fused)
+    inputs[op.differentiable[0]].requires_grad_()
+    size, graphs, others = inputs[op.differentiable[0]].numel(), [], []
+
+    def look(graph: Any, example: list[Tensor]) -> Any:
+        graphs.append(graph)
+        for node in graph.graph.nodes:
+            value = node.meta.get("val")
+            if node.op == "call_function" and isinstance(value, Tensor) and value.numel() >= size:
+                others.append(str(node.target))
+        return make_boxed_func(graph.forward)
+
+    compiled = torch.compile(
+        lambda **given: scalar(op, op.function(**given, backend=fused)),
+        fullgraph=True,
+        backend=aot_autograd(fw_compiler=look, bw_compiler=look),
+    )
+    compiled(**inputs).backward()
+    assert len(graphs) == 2
+    assert others, "the gradient is made by an operator"
+    assert all(other.startswith("fastppo.") for other in others), others
+
+
+@LOSSES
+def test_generated_code_has_no_memory_of_that_size(name):
+    """The operators make theirs themselves; what torch.compile made was a copy."""
+    from torch._inductor.utils import run_and_get_code  # slow to import
+
+    *_, fused, _ = available()  # not by an interpreter, if there is another
+    op = OPS[name]
+    inputs = place(op.make_inputs(SHAPE, torch.float32, 1), fused)
+    (leaf,) = op.differentiable
+    want = inputs[leaf].clone().requires_grad_()
+    scaled_step(op, fused, -3.0)(**{**inputs, leaf: want}).backward()
+    inputs[leaf].requires_grad_()
+    compiled = torch.compile(scaled_step(op, fused, -3.0), fullgraph=True)
+    _, codes = run_and_get_code(lambda: compiled(**inputs).backward())
+    shape = ", ".join(str(n) for n in inputs[leaf].shape)
+    assert len(codes) == 2
+    assert [code.count("= torch.ops.fastppo.scale_donated") for code in codes] == [0, 1]
+    assert not any(f"empty_strided_cpu(({shape})" in code for code in codes)
+    assert torch.equal(inputs[leaf].grad, want.grad)
+
+
+@LOSSES
+def test_a_second_traced_backward_is_an_error_as_an_eager_one_is(name, fused):
+    op = OPS[name]
+    inputs = place(op.make_inputs(SHAPE, torch.float32, 1), fused)
+    inputs[op.differentiable[0]].requires_grad_()
+    with Tracer():
+        loss = op.function(**inputs, backend=fused).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@LOSSES
+def test_hooks_that_copy_what_is_saved_are_refused(name, fused):
+    """A gradient without elements is no gradient once it is copied: no other numbers come of it."""
+    op = OPS[name]
+    inputs = place(op.make_inputs(SHAPE, torch.float32, 1), fused)
+    inputs[op.differentiable[0]].requires_grad_()
+    copies = torch.autograd.graph.saved_tensors_hooks(Tensor.clone, lambda x: x)
+    with Tracer(), copies:
+        loss = op.function(**inputs, backend=fused).loss
+    with pytest.raises(RuntimeError, match="was not saved: hooks on saved tensors"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("name", ["policy_loss", "token_logprobs"])

@@ -10,12 +10,7 @@ from typing import Final, NamedTuple, Protocol
 
 from torch import Tensor
 
-from fastppo.ops.arguments import (
-    AdvantagesArguments,
-    GaeArguments,
-    LossArguments,
-    RowArguments,
-)
+from fastppo.ops.arguments import LossArguments, RowArguments
 
 
 class Statistics(NamedTuple):
@@ -46,6 +41,39 @@ class Scores(NamedTuple):
     ref_logprob_N: Tensor
     entropy_N: Tensor
     exact_kl_N: Tensor
+
+
+class GaeArguments(NamedTuple):
+    """Arguments of `fastppo.ops.gae`."""
+
+    reward_N: Tensor
+    value_N: Tensor
+    offsets: Tensor
+    gamma: float
+    lam: float
+    bootstrap_value_B: Tensor | None
+    backend: str
+
+
+class AdvantagesArguments(NamedTuple):
+    """Arguments of `fastppo.ops.advantages`."""
+
+    score_B: Tensor
+    logprob_N: Tensor
+    ref_logprob_N: Tensor
+    value_N: Tensor
+    offsets: Tensor
+    kl_coef: float | Tensor
+    kl_kind: str
+    kl_N: Tensor | None
+    extra_reward_N: Tensor | None
+    gamma: float
+    lam: float
+    bootstrap_value_B: Tensor | None
+    whiten_rewards: bool
+    whiten_advantages: bool
+    log_ratio_limit: float
+    backend: str
 
 
 class Backend(Protocol):

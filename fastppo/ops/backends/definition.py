@@ -6,14 +6,12 @@ import torch
 from torch import Tensor
 
 from fastppo.ops.arguments import (
-    AdvantagesArguments,
-    GaeArguments,
     LossArguments,
     RowArguments,
     live_rows,
     stat_dtype,
 )
-from fastppo.ops.backends import LossRows, Scores, Statistics
+from fastppo.ops.backends import AdvantagesArguments, GaeArguments, LossRows, Scores, Statistics
 from fastppo.ops.losses.kl import kl_and_slope
 from fastppo.ops.rows import (
     RowSpec,

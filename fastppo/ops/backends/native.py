@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from fastppo.ops.arguments import (
-    AdvantagesArguments,
-    GaeArguments,
     LossArguments,
     RowArguments,
     rows_of,
 )
-from fastppo.ops.backends import LossRows, Scores, Statistics
+from fastppo.ops.backends import AdvantagesArguments, GaeArguments, LossRows, Scores, Statistics
 from fastppo.ops.native_library import (
     LIBRARY,
     AdvantagesStruct,
@@ -39,47 +37,51 @@ def number(value: float | Tensor) -> float:
 
 
 class Call:
-    """Pointers for one call of the library; it keeps their tensors alive until the call is over."""
+    """Pointers for one call of the library; it keeps copies alive until the call is over.
+
+    What is passed as it is, the caller keeps.
+    """
 
     def __init__(self) -> None:
         self.kept: list[Tensor] = []
 
-    def pointer(self, x: Tensor | None) -> int | None:
-        """Pointer to a tensor as it is; None for None."""
-        if x is None:
-            return None
+    def copy(self, x: Tensor) -> int:
+        """Pointer to a tensor that nobody else has."""
         self.kept.append(x)
         return x.data_ptr()
 
     def floats(self, x: Tensor | None) -> int | None:
         """Pointer to a vector in contiguous float32, which is a copy if it is not."""
-        if x is None or (x.dtype is torch.float32 and x.is_contiguous()):
-            return self.pointer(x)
-        return self.pointer(x.detach().to(torch.float32).contiguous())
+        if x is None:
+            return None
+        if x.dtype is torch.float32 and x.is_contiguous():
+            return x.data_ptr()
+        return self.copy(x.detach().to(torch.float32).contiguous())
 
     def over(self, x: Tensor) -> tuple[int | None, Tensor]:
         """`floats` of a vector, and a result of its size: the copy itself, where one was made."""
         if x.dtype is torch.float32 and x.is_contiguous():
-            return self.pointer(x), _empty(x.numel())
+            return x.data_ptr(), _empty(x.numel())
         made = x.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        return self.pointer(made), made
+        return made.data_ptr(), made
 
     def integers(self, x: Tensor) -> int | None:
         """Pointer to a vector in contiguous int64, which is a copy if it is not."""
         if x.dtype is torch.int64 and x.is_contiguous():
-            return self.pointer(x)
-        return self.pointer(x.long().contiguous())
+            return x.data_ptr()
+        return self.copy(x.long().contiguous())
 
     def rows(
         self, x_NV: Tensor, rows: RowArguments, at: slice, weight_N: Tensor | None = None
     ) -> RowsStruct:
         tau = rows.temperature
         by_row = isinstance(tau, Tensor) and tau.ndim == 1
+        n, vocab = x_NV.shape
         return RowsStruct(
-            x=self.pointer(x_NV),
+            x=x_NV.data_ptr(),
             x_stride=x_NV.stride(0),
-            n=x_NV.shape[0],
-            vocab=x_NV.shape[1],
+            n=n,
+            vocab=vocab,
             first_row=at.start,
             token=self.integers(rows.token_N),
             live=self.floats(weight_N),
@@ -96,7 +98,7 @@ class Call:
         # A gradient of another dtype belongs to a chunk: a GEMM reads it next, so it stays cached.
         apart = out_NV.data_ptr() != x_NV.data_ptr() and out_NV.dtype == x_NV.dtype
         return GradientStruct(
-            out=self.pointer(out_NV),
+            out=out_NV.data_ptr(),
             stride=out_NV.stride(0),
             dtype=DTYPES[out_NV.dtype],
             stream=apart and out_NV.numel() * out_NV.element_size() >= _STREAM_BYTES,
@@ -104,7 +106,12 @@ class Call:
 
 
 def _statistics(into: Statistics) -> StatisticsStruct:
-    return StatisticsStruct(*(x.data_ptr() for x in into))
+    return StatisticsStruct(
+        logprob=into.logprob_N.data_ptr(),
+        entropy=into.entropy_N.data_ptr(),
+        row_max=into.row_max_N.data_ptr(),
+        sum_exp=into.sum_exp_N.data_ptr(),
+    )
 
 
 def token_logprobs(
@@ -115,8 +122,8 @@ def token_logprobs(
     weight_N: Tensor | None = None,
 ) -> None:
     """Write the statistics of the rows `at` into `into`; rows of weight 0 are not read."""
-    call = Call()
-    given = call.rows(rows_of(x_NV), rows, at, weight_N)
+    x_NV, call = rows_of(x_NV), Call()
+    given = call.rows(x_NV, rows, at, weight_N)
     LIBRARY.fastppo_token_logprobs(byref(given), byref(_statistics(into)))
 
 
@@ -196,9 +203,16 @@ def score_tokens(x_NV: Tensor, ref_NV: Tensor, rows: RowArguments, at: slice, in
     x_NV, ref_NV, call = rows_of(x_NV), rows_of(ref_NV), Call()
     LIBRARY.fastppo_score_tokens(
         byref(call.rows(x_NV, rows, at)),
-        call.pointer(ref_NV),
+        ref_NV.data_ptr(),
         ref_NV.stride(0),
-        byref(ScoresStruct(*(x.data_ptr() for x in into))),
+        byref(
+            ScoresStruct(
+                logprob=into.logprob_N.data_ptr(),
+                ref_logprob=into.ref_logprob_N.data_ptr(),
+                entropy=into.entropy_N.data_ptr(),
+                kl=into.exact_kl_N.data_ptr(),
+            )
+        ),
     )
 
 
@@ -237,7 +251,7 @@ def token_kl_backward(slope_N: Tensor, grad_N: Tensor) -> Tensor:
     n, call = slope_N.numel(), Call()
     out_N = _empty(n)
     one = grad_N.dtype is torch.float32 and grad_N.stride(0) == 0  # of a sum: the same for all
-    grad = call.pointer(grad_N) if one else call.floats(grad_N)
+    grad = grad_N.data_ptr() if one else call.floats(grad_N)
     LIBRARY.fastppo_token_kl_backward(slope_N.data_ptr(), grad, not one, n, out_N.data_ptr())
     return out_N
 
@@ -319,7 +333,7 @@ def advantages(a: AdvantagesArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         returns=return_N.data_ptr(),
         reward=reward_N.data_ptr(),
         kl=kl_N.data_ptr(),
-        part=call.pointer(torch.empty(batch, 3, dtype=torch.float64)),
+        part=call.copy(torch.empty(batch, 3, dtype=torch.float64)),
         batch=batch,
         gamma=a.gamma,
         lam=a.lam,

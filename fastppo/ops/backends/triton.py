@@ -18,13 +18,11 @@ from fastppo.kernels import token_logprobs as token_logprobs_kernels
 from fastppo.kernels import value_loss as value_loss_kernels
 from fastppo.kernels import whiten as whiten_kernels
 from fastppo.ops.arguments import (
-    AdvantagesArguments,
-    GaeArguments,
     LossArguments,
     RowArguments,
     rows_of,
 )
-from fastppo.ops.backends import LossRows, Scores, Statistics
+from fastppo.ops.backends import AdvantagesArguments, GaeArguments, LossRows, Scores, Statistics
 from fastppo.ops.backends.definition import token_kl_backward as token_kl_backward
 from fastppo.ops.backends.sizes import (
     ADVANTAGES_SCAN,
