@@ -93,7 +93,7 @@ def test_what_is_not_counted_is_refused_in_a_line(arguments, words, capsys):
 
 
 def test_states_behind_shared_layers_are_planned_for_the_whole_rollout():
-    """8 sequences of 2048 tokens, 3584 numbers of two bytes each; in an evaluation of 64 as many."""
+    """8 sequences of 2048 tokens, 3584 numbers of two bytes each; an evaluation here has 64."""
     rollout = 8 * 2048 * 3584 * 2
     upper = {"rewards": ("function",), "lora_layers": 9}
     plan = make_plan(inputs(**upper), Shapes(SEVEN_B))
