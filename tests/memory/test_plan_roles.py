@@ -90,3 +90,32 @@ def test_what_is_not_counted_is_refused_in_a_line(arguments, words, capsys):
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
+
+
+def test_states_behind_shared_layers_are_planned_for_the_whole_rollout():
+    """8 sequences of 2048 tokens, 3584 numbers of two bytes each; an evaluation here has 64."""
+    rollout = 8 * 2048 * 3584 * 2
+    upper = {"rewards": ("function",), "lora_layers": 9}
+    plan = make_plan(inputs(**upper), Shapes(SEVEN_B))
+    for phase, there in {"load": 0, "rollout": 0, "score": rollout, "update": rollout}.items():
+        peaks = [peak for peak in plan.peaks if peak.phase == phase]
+        assert {peak.rows.get("shared states", 0) for peak in peaks} == {there}
+    large = plan.with_changes(per_device_eval_batch_size=64, eval_max_samples=64)
+    evaluation = [m for m in large.peaks if m.evaluation and m.phase == "score"]
+    assert {peak.rows["shared states"] for peak in evaluation} == {8 * rollout}
+    assert large.step_peak == plan.step_peak
+    whole = make_plan(inputs(rewards=("function",)), Shapes(SEVEN_B))
+    assert not any("shared states" in peak.rows for peak in whole.peaks)
+
+
+def test_states_behind_shared_layers_go_where_activations_go():
+    upper = {"rewards": ("function",), "lora_layers": 9}
+    plan = make_plan(inputs(**upper, activation_offloading="checkpoint+offload"), Shapes(SEVEN_B))
+    assert plan.host["shared states"] == 8 * 2048 * 3584 * 2
+    assert not any("shared states" in peak.rows for peak in plan.peaks)
+
+
+def test_an_eight_bit_base_shares_nothing():
+    upper = {"rewards": ("function",), "lora_layers": 9}
+    assert inputs(**upper, quantization_bit=4).shared_layers(28) == 19
+    assert inputs(**upper, quantization_bit=8).shared_layers(28) == 0

@@ -109,6 +109,9 @@ def test_the_lowest_layer_of_its_own_says_what_a_role_shares(changes, count, rol
     made = deep_roles(stirred=False, **changes)
     assert made.shared.count == count
     assert set(made.shared.layers) == roles
+    words = made.shared.describe()
+    assert f"{count} of {LAYERS} run once per rollout, for " in words
+    assert all(role in words for role in roles)
 
 
 @pytest.mark.parametrize(
