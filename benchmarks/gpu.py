@@ -338,7 +338,7 @@ def sweep_case(plan: Plan, vocab: int, dtype: torch.dtype) -> list[dict[str, Any
     """One vocabulary and dtype."""
     from fastppo.ops.arguments import loss_arguments, row_arguments
     from fastppo.ops.backends import triton
-    from fastppo.ops.backends.sizes import CANDIDATES, row_config
+    from fastppo.ops.backends.sizes import candidates, device_of, row_config
     from fastppo.ops.policy_loss import empty_loss_rows
 
     given = dense_inputs(plan, vocab, dtype)
@@ -370,16 +370,17 @@ def sweep_case(plan: Plan, vocab: int, dtype: torch.dtype) -> list[dict[str, Any
     )
     into = empty_loss_rows(logits, "triton")
     everything = slice(0, plan.rows)
-    candidates = CANDIDATES if plan.device == "cuda" else CANDIDATES[:1]
+    tried = candidates(logits.element_size(), vocab)
     contenders = {
-        f"{config.block} x {config.warps}": (
+        str(config): (
             lambda config=config: triton.policy_loss(
                 logits, out, own, loss, everything, into, config
             )
         )
-        for config in candidates
+        for config in (tried if plan.device == "cuda" else tried[:1])
     }
-    table = row_config(logits.element_size(), vocab)
+    device = device_of(logits.device)
+    table = row_config(logits.element_size(), vocab, twice=True, device=device)
     taken = milliseconds(contenders, plan)
     rows = [
         {
@@ -387,7 +388,7 @@ def sweep_case(plan: Plan, vocab: int, dtype: torch.dtype) -> list[dict[str, Any
             "dtype": str(dtype).removeprefix("torch."),
             "config": name,
             "ms": round(took, 4),
-            "in_table": name == f"{table.block} x {table.warps}",
+            "in_table": name == str(table),
         }
         for name, took in taken.items()
     ]
@@ -424,7 +425,7 @@ def markdown(results: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        "| vocabulary | dtype | logits a step x warps | ms | in the table |",
+        "| vocabulary | dtype | warps x vectors, programs | ms | in the table |",
         "|---|---|---|---|---|",
     ]
     lines += [

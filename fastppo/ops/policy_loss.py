@@ -258,7 +258,9 @@ def fake_outputs(like: Tensor) -> LossOutputs:
 
 def _forward(a: Arguments) -> Outputs:
     logits_NV = a.logits_NV.detach()
-    grad_NV = fresh_like(logits_NV) if a.need_grad else logits_NV.new_empty(0)
+    grad_NV = logits_NV.new_empty(0)
+    if a.need_grad:
+        grad_NV = fresh_like(logits_NV, beside=a.backend == "triton")
     chunks = DenseRows(logits_NV, grad_NV)
     return Outputs(*sweep(chunks, a.rows, a.loss, logits_NV, a.need_grad, a.backend), grad_NV)
 

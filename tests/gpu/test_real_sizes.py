@@ -79,11 +79,11 @@ def test_scans_of_every_length(name):
         assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
 
 
-@pytest.mark.parametrize("warps", [4, 8, 16])
+@pytest.mark.parametrize(("warps", "programs"), [(4, 0), (8, 2), (16, 1), (32, 1)])
 @pytest.mark.parametrize("vocab", [4096, 4097, 32000])
-def test_in_place_is_no_race(vocab, warps):
+def test_in_place_is_no_race(vocab, warps, programs):
     """200 repeats, bit for bit, sampled tokens at both ends and at the borders of tiles."""
-    config = triton.RowConfig(2048, warps)
+    config = triton.RowConfig(warps, 2048 // (256 * warps) or 1, programs)
     borders = [0, vocab - 1, 2047, 2048, 4095, vocab // 2]
     n = 264
     inputs = place(

@@ -49,6 +49,7 @@ INFRASTRUCTURE = {
     "labels",
     "native_library",
     "operands",
+    "products",
     "registered",
     "registry",
     "rows",
