@@ -1,8 +1,9 @@
 """PPO's loss of a row of logits and its gradient, in one launch.
 
-A program goes over one row, or over every num_programs-th: sweep, the scalars of PPO, sweep back. Every per-token loss reaches the logits through two scalars,
-g = dL/dlogprob and h = dL/dentropy: another loss is another `surrogate`.
-Logits are those of rows first_row onwards, a chunk; what is one a token is whole.
+A program goes over one row, or over every num_programs-th: sweep, the scalars of PPO, sweep back.
+Every per-token loss reaches the logits through two scalars, g = dL/dlogprob and h = dL/dentropy:
+another loss is another `surrogate`. Logits are those of rows first_row onwards, a chunk; what is
+one a token is whole.
 """
 
 import triton
@@ -135,7 +136,7 @@ def policy_loss_kernel(
                 kl, kl_slope = kl_and_slope(logprob, ref, limit, KL_KIND)
                 g += tl.where(beta == 0, 0.0, weight * beta * kl_slope)
                 kl_loss = tl.where(beta == 0, 0.0, weight * beta * kl)
-            # The row of a masked sample takes no part in the loss, so its entropy passes no gradient.
+            # A masked sample's row takes no part in the loss, so its entropy passes no gradient.
             sampled = logprob > float("-inf")
             h = tl.where(sampled & (bonus != 0), -weight * bonus, 0.0)
             entropy_loss = h * entropy

@@ -22,9 +22,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32
 # Shifts are held above this: 2 to it is 0, and 0 times it is 0 where 0 * -inf is NaN.
-LEAST_SHIFT = tl.constexpr(-1e30)
-# Of a much larger reference the excess would overflow an exponential. Two logits of this size differ
-# by 64 at least in the exponent, at any scale: only the largest ones count, as at this scale.
+LEAST_SHIFT = tl.constexpr(-1e4)
+# Of a much larger reference the excess would overflow an exponential. Two logits of this size
+# differ by 64 at least in the exponent, at any scale: only the largest count, as at this scale.
 FAR = tl.constexpr(1073741824.0)
 MASKED = tl.constexpr(float("-inf"))
 

@@ -5,7 +5,6 @@ import triton.language as tl
 
 from fastppo.kernels.compilation import kernel
 from fastppo.kernels.row import (
-    LEAST_SHIFT,
     MASKED,
     accumulate,
     accumulate_sum_exp2,
@@ -33,6 +32,8 @@ from fastppo.kernels.tile import (
     split_row,
 )
 
+LEAST_LOGIT = tl.constexpr(-1e30)  # what masked vocabulary counts as, with weight 0
+
 
 @triton.jit
 def difference(u, v):
@@ -41,7 +42,7 @@ def difference(u, v):
     The least v is -inf where the reference masks a word that the actor allows.
     """
     theirs = tl.where(u == MASKED, 0.0, v)
-    return tl.maximum(u, LEAST_SHIFT) - theirs, theirs
+    return tl.maximum(u, LEAST_LOGIT) - theirs, theirs
 
 
 @triton.jit
