@@ -75,7 +75,7 @@ def l2_table() -> str:
                 programs = config.programs or 3
                 bytes_in_flight = chip.multiprocessors * programs * vocab * size
                 fits = programs <= rows_in_l2(vocab * size, device)
-                where = "L2" if fits else "memory: a third more traffic"
+                where = "L2" if fits else "memory: half more traffic"
                 grid = f"{programs} x {config.warps} warps"
                 cache, flight = f"{chip.l2_bytes / 1e6:.0f}", f"{bytes_in_flight / 1e6:.0f}"
                 cells = (chip.name, cache, logits, f"{vocab}", grid, flight, where)
