@@ -93,4 +93,5 @@ def rows_of_whole_waves(n: int, most: int, vocab: int, hidden: int, multiprocess
         return whole * cost(rows) + (cost(rest) if rest else 0)
 
     sizes = [most, *range(most // TILE_ROWS * TILE_ROWS, 0, -TILE_ROWS)]
-    return min(sizes, key=total)
+    best: int = min(sizes, key=total)
+    return best
