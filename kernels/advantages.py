@@ -1,15 +1,15 @@
 """KL-shaped rewards, GAE, returns and moments of packed sequences: one program a sequence."""
 
-import triton
 import triton.language as tl
 
+from fastppo.kernels.compilation import kernel
 from fastppo.kernels.gae import backwards, scan_block
 from fastppo.kernels.row import scalar
 from fastppo.kernels.token_kl import kl_and_slope
 from fastppo.kernels.whiten import block_moments, merge
 
 
-@triton.jit(do_not_specialize=["parts"])
+@kernel("parts")
 def advantages_kernel(
     score_ptr,
     logprob_ptr,

@@ -9,6 +9,7 @@ commute (triton-lang/triton issues 4362 and 8412), which its interpreter does no
 import triton
 import triton.language as tl
 
+from fastppo.kernels.compilation import kernel
 from fastppo.kernels.whiten import block_moments, merge, merged_moments, whitened
 
 
@@ -36,7 +37,7 @@ def scan_block(delta, live, decay, carry, BLOCK: tl.constexpr):
     return advantage, last
 
 
-@triton.jit(do_not_specialize=["reward_parts", "parts"])
+@kernel("reward_parts", "parts")
 def gae_kernel(
     reward_ptr,
     reward_part_ptr,

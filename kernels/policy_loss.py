@@ -1,23 +1,25 @@
-"""PPO's loss of a row of logits and its gradient, in one launch: one program a row.
+"""PPO's loss of a row of logits and its gradient, in one launch.
 
-Sweep, the scalars of PPO, sweep back. Every per-token loss reaches the logits through two scalars,
-g = dL/dlogprob and h = dL/dentropy: another loss is another `surrogate`.
-Logits are those of rows first_row onwards, a chunk; what is one a token is whole.
+A program goes over one row, or over every num_programs-th: sweep, the scalars of PPO, sweep back.
+Every per-token loss reaches the logits through two scalars, g = dL/dlogprob and h = dL/dentropy:
+another loss is another `surrogate`. Logits are those of rows first_row onwards, a chunk; what is
+one a token is whole.
 """
 
 import triton
 import triton.language as tl
 
+from fastppo.kernels.compilation import kernel
+from fastppo.kernels.gradient import write_gradient
 from fastppo.kernels.row import (
-    fill_zero,
     finish_statistics,
     log2_scale_of,
     row_statistics,
     row_temperature,
     sampled_logit,
     scalar,
-    write_gradient,
 )
+from fastppo.kernels.tile import fill_zero, row_of
 from fastppo.kernels.token_kl import expm1_minus_arg, kl_and_slope
 
 
@@ -49,7 +51,7 @@ def surrogate(
     return loss, slope, ratio, log_ratio, clipped_low, clipped_high, dual_clipped, clamped
 
 
-@triton.jit(do_not_specialize=["ignore_index", "first_row", "term_stride"])
+@kernel("ignore_index", "first_row", "n_rows", "V", "x_stride", "dx_stride", "term_stride")
 def policy_loss_kernel(
     x_ptr,
     dx_ptr,
@@ -74,6 +76,7 @@ def policy_loss_kernel(
     limit,
     ignore_index,
     first_row,
+    n_rows,
     V,
     x_stride,
     dx_stride,
@@ -87,100 +90,109 @@ def policy_loss_kernel(
     HAS_SOFTCAP: tl.constexpr,
     TEMPERATURE_KIND: tl.constexpr,
     TERMS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    TILES: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
     """Statistics, the row's share of every metric and of the loss, and dL/dx unless dx_ptr is None.
 
     `term_ptr` is (TERMS, N): the metrics in the order of PolicyMetrics, the loss last.
     """
-    own = tl.program_id(0).to(tl.int64)
-    row = first_row + own
-    token = tl.load(token_ptr + row)
-    weight = tl.load(weight_ptr + row).to(tl.float32)
-    term_ptr += row
-    if (weight != 0) & (token != ignore_index):
-        row_ptr = x_ptr + own * x_stride
-        tau = row_temperature(temperature, row, TEMPERATURE_KIND)
-        behaviour = tl.load(behaviour_ptr + row).to(tl.float32)
-        advantage = tl.load(advantage_ptr + row).to(tl.float32)
-        beta = scalar(kl_coef, KL_COEF_ON_DEVICE)
-        bonus = scalar(entropy_coef, ENTROPY_COEF_ON_DEVICE)
-        u = sampled_logit(row_ptr, token, V, softcap, HAS_SOFTCAP)
-        row_max, sum_exp, sum_shifted_exp = row_statistics(
-            row_ptr, V, softcap, log2_scale_of(tau), HAS_SOFTCAP, BLOCK
-        )
-        logprob, entropy, _ = finish_statistics(u, row_max, sum_exp, sum_shifted_exp, tau)
-
-        loss, slope, ratio, log_ratio, clipped_low, clipped_high, dual_clipped, clamped = surrogate(
-            logprob,
-            behaviour,
-            advantage,
-            1.0 - clip_low,
-            1.0 + clip_high,
-            dual_clip,
-            limit,
-            HAS_DUAL_CLIP,
-        )
-        if importance_ptr is not None:
-            importance = tl.load(importance_ptr + row).to(tl.float32)
-            loss = loss * importance
-            slope = slope * importance
-        g = weight * slope
-        kl = 0.0
-        kl_loss = 0.0
-        if ref_ptr is not None:
-            ref = tl.load(ref_ptr + row).to(tl.float32)
-            kl, kl_slope = kl_and_slope(logprob, ref, limit, KL_KIND)
-            g += tl.where(beta == 0, 0.0, weight * beta * kl_slope)
-            kl_loss = tl.where(beta == 0, 0.0, weight * beta * kl)
-        # The row of a masked sample takes no part in the loss, so its entropy passes no gradient.
-        sampled = logprob > float("-inf")
-        h = tl.where(sampled & (bonus != 0), -weight * bonus, 0.0)
-        entropy_loss = h * entropy
-        tl.store(logprob_ptr + row, logprob)
-        tl.store(entropy_ptr + row, entropy)
-        tl.store(kl_ptr + row, kl)
-        tl.store(term_ptr, 1.0)
-        tl.store(term_ptr + 1 * term_stride, ratio)
-        tl.store(term_ptr + 2 * term_stride, ratio)
-        tl.store(term_ptr + 3 * term_stride, tl.abs(log_ratio))
-        clipped = clipped_low | clipped_high | dual_clipped
-        tl.store(term_ptr + 4 * term_stride, tl.where(clipped, 1.0, 0.0))
-        tl.store(term_ptr + 5 * term_stride, tl.where(clamped, 1.0, 0.0))
-        tl.store(term_ptr + 6 * term_stride, expm1_minus_arg(log_ratio))
-        tl.store(term_ptr + 7 * term_stride, -log_ratio)
-        tl.store(term_ptr + 8 * term_stride, entropy)
-        tl.store(term_ptr + 9 * term_stride, kl)
-        tl.store(term_ptr + 10 * term_stride, weight * loss)
-        tl.store(term_ptr + 11 * term_stride, kl_loss)
-        tl.store(term_ptr + 12 * term_stride, entropy_loss)
-        tl.store(term_ptr + 13 * term_stride, tl.where(clipped_low, 1.0, 0.0))
-        tl.store(term_ptr + 14 * term_stride, tl.where(clipped_high, 1.0, 0.0))
-        tl.store(term_ptr + 15 * term_stride, tl.where(dual_clipped, 1.0, 0.0))
-        tl.store(term_ptr + 16 * term_stride, weight * loss + kl_loss + entropy_loss)
-        if dx_ptr is not None:
-            scale = scalar(grad_scale, GRAD_SCALE_ON_DEVICE)
-            write_gradient(
-                row_ptr,
-                dx_ptr + own * dx_stride,
-                V,
-                token,
-                row_max,
-                sum_exp,
-                entropy,
-                tl.where(sampled, g * scale, 0.0),
-                h * scale,
-                softcap,
-                tau,
-                HAS_SOFTCAP,
-                HAS_ENTROPY,
-                BLOCK,
+    for own in range(tl.program_id(0), n_rows, tl.num_programs(0)):
+        own = tl.cast(own, tl.int64)
+        row = first_row + own
+        token = tl.load(token_ptr + row)
+        weight = tl.load(weight_ptr + row).to(tl.float32)
+        own_term_ptr = term_ptr + row
+        if (weight != 0) & (token != ignore_index):
+            row_ptr = row_of(x_ptr, own, x_stride, ALIGNED)
+            tau = row_temperature(temperature, row, TEMPERATURE_KIND)
+            behaviour = tl.load(behaviour_ptr + row).to(tl.float32)
+            advantage = tl.load(advantage_ptr + row).to(tl.float32)
+            beta = scalar(kl_coef, KL_COEF_ON_DEVICE)
+            bonus = scalar(entropy_coef, ENTROPY_COEF_ON_DEVICE)
+            u = sampled_logit(row_ptr, token, V, softcap, HAS_SOFTCAP)
+            row_max, sum_exp, mean_shift = row_statistics(
+                row_ptr, V, softcap, log2_scale_of(tau), HAS_SOFTCAP, ALIGNED, TILES, THREADS
             )
-    else:
-        tl.store(logprob_ptr + row, 0.0)
-        tl.store(entropy_ptr + row, 0.0)
-        tl.store(kl_ptr + row, 0.0)
-        for term in range(TERMS):
-            tl.store(term_ptr + term * term_stride, 0.0)
-        if dx_ptr is not None:
-            fill_zero(dx_ptr + own * dx_stride, V, BLOCK)
+            logprob, entropy, _ = finish_statistics(u, row_max, sum_exp, mean_shift, tau)
+
+            loss, slope, ratio, log_ratio, clipped_low, clipped_high, dual_clipped, clamped = (
+                surrogate(
+                    logprob,
+                    behaviour,
+                    advantage,
+                    1.0 - clip_low,
+                    1.0 + clip_high,
+                    dual_clip,
+                    limit,
+                    HAS_DUAL_CLIP,
+                )
+            )
+            if importance_ptr is not None:
+                importance = tl.load(importance_ptr + row).to(tl.float32)
+                loss = loss * importance
+                slope = slope * importance
+            g = weight * slope
+            kl = 0.0
+            kl_loss = 0.0
+            if ref_ptr is not None:
+                ref = tl.load(ref_ptr + row).to(tl.float32)
+                kl, kl_slope = kl_and_slope(logprob, ref, limit, KL_KIND)
+                g += tl.where(beta == 0, 0.0, weight * beta * kl_slope)
+                kl_loss = tl.where(beta == 0, 0.0, weight * beta * kl)
+            # A masked sample's row takes no part in the loss, so its entropy passes no gradient.
+            sampled = logprob > float("-inf")
+            h = tl.where(sampled & (bonus != 0), -weight * bonus, 0.0)
+            entropy_loss = h * entropy
+            tl.store(logprob_ptr + row, logprob)
+            tl.store(entropy_ptr + row, entropy)
+            tl.store(kl_ptr + row, kl)
+            tl.store(own_term_ptr, 1.0)
+            tl.store(own_term_ptr + 1 * term_stride, ratio)
+            tl.store(own_term_ptr + 2 * term_stride, ratio)
+            tl.store(own_term_ptr + 3 * term_stride, tl.abs(log_ratio))
+            clipped = clipped_low | clipped_high | dual_clipped
+            tl.store(own_term_ptr + 4 * term_stride, tl.where(clipped, 1.0, 0.0))
+            tl.store(own_term_ptr + 5 * term_stride, tl.where(clamped, 1.0, 0.0))
+            tl.store(own_term_ptr + 6 * term_stride, expm1_minus_arg(log_ratio))
+            tl.store(own_term_ptr + 7 * term_stride, -log_ratio)
+            tl.store(own_term_ptr + 8 * term_stride, entropy)
+            tl.store(own_term_ptr + 9 * term_stride, kl)
+            tl.store(own_term_ptr + 10 * term_stride, weight * loss)
+            tl.store(own_term_ptr + 11 * term_stride, kl_loss)
+            tl.store(own_term_ptr + 12 * term_stride, entropy_loss)
+            tl.store(own_term_ptr + 13 * term_stride, tl.where(clipped_low, 1.0, 0.0))
+            tl.store(own_term_ptr + 14 * term_stride, tl.where(clipped_high, 1.0, 0.0))
+            tl.store(own_term_ptr + 15 * term_stride, tl.where(dual_clipped, 1.0, 0.0))
+            tl.store(own_term_ptr + 16 * term_stride, weight * loss + kl_loss + entropy_loss)
+            if dx_ptr is not None:
+                scale = scalar(grad_scale, GRAD_SCALE_ON_DEVICE)
+                write_gradient(
+                    row_ptr,
+                    row_of(dx_ptr, own, dx_stride, ALIGNED),
+                    V,
+                    token,
+                    row_max,
+                    sum_exp,
+                    entropy,
+                    tl.where(sampled, g * scale, 0.0),
+                    h * scale,
+                    softcap,
+                    tau,
+                    HAS_SOFTCAP,
+                    HAS_ENTROPY,
+                    ALIGNED,
+                    TOGETHER,
+                    TILES,
+                    THREADS,
+                )
+        else:
+            tl.store(logprob_ptr + row, 0.0)
+            tl.store(entropy_ptr + row, 0.0)
+            tl.store(kl_ptr + row, 0.0)
+            for term in range(TERMS):
+                tl.store(own_term_ptr + term * term_stride, 0.0)
+            if dx_ptr is not None:
+                fill_zero(row_of(dx_ptr, own, dx_stride, ALIGNED), V, ALIGNED, THREADS)

@@ -1,21 +1,31 @@
 """One row of logits: its normaliser and entropy in one sweep, its gradient in the next.
 
     z = u / tau with u = x, or softcap * tanh(x / softcap);  p = softmax(z)
-    row_max = max u,  sum_exp = sum exp((u - row_max) / tau),
-    sum_shifted_exp = sum (u - row_max) exp((u - row_max) / tau)
+    row_max = max u,  sum_exp = sum exp((u - row_max) / tau)
 
-Exponents are taken of differences of logits, before the temperature: the difference of two close
-floats is exact, that of their rounded multiples is not.
+A thread takes the maximum of a tile first and rescales its sums once a tile; then a logit costs a
+fused multiply-add, an exponential and an addition, and another two for the entropy:
+
+    shift = u * scale - reference, rounded once;  scale = log2(e) / tau, reference = row_max * scale
+    sum_exp2 = sum 2^shift,  sum_shift = sum shift * 2^shift
+
+The reference is rounded, and every shift is taken from the same one, so its rounding cancels: it is
+`excess`, known exactly, in the sums as in the results.
 """
 
 import triton
 import triton.language as tl
 
+from fastppo.kernels.tile import ends, is_whole, load_last, load_tile, on_boundary, split_row
+
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32
-# Shifted logits, u - row_max, are held within +-MAX_SHIFT: its exponential is 0, and 0 * MAX_SHIFT
-# is 0 where 0 * inf is NaN.
-MAX_SHIFT = tl.constexpr(1e30)
+# Shifts are held above this: 2 to it is 0, and 0 times it is 0 where 0 * -inf is NaN.
+LEAST_SHIFT = tl.constexpr(-1e4)
+# Of a much larger reference the excess would overflow an exponential. Two logits of this size
+# differ by 64 at least in the exponent, at any scale: only the largest count, as at this scale.
+FAR = tl.constexpr(1073741824.0)
 MASKED = tl.constexpr(float("-inf"))
 
 
@@ -44,6 +54,42 @@ def log2_scale_of(tau):
 
 
 @triton.jit
+def lowest(scale):
+    """What a maximum starts from: far below every row, but not too far for its own excess."""
+    return tl.maximum(tl.div_rn(scale * 0.0 - 1.5 * FAR, scale), LOWEST)
+
+
+@triton.jit
+def held_scale(row_max, log2_scale):
+    """The scale, or one that is small enough for a row whose largest logit is far."""
+    is_far = tl.abs(row_max) * log2_scale > FAR
+    return tl.where(is_far, (row_max * 0.0 + FAR) / tl.abs(row_max), log2_scale)
+
+
+@triton.jit
+def next_scale(row_max, scale, log2_scale):
+    """The scale at which a row should have been swept, as far as one at `scale` could tell.
+
+    Where all logits are below `lowest`, one at which the lowest float is not.
+    """
+    return tl.where(
+        row_max <= lowest(scale), FAR / (2.0 * -LOWEST), held_scale(row_max, log2_scale)
+    )
+
+
+@triton.jit
+def reference_of(row_max, scale):
+    """Their product, rounded: a multiply-add, which no compiler fuses with a later subtraction."""
+    return tl.fma(row_max, scale, scale * 0.0)
+
+
+@triton.jit
+def excess_of(row_max, scale):
+    """The exponent of a row's largest logit: what its reference has lost by rounding."""
+    return tl.fma(row_max, scale, -reference_of(row_max, scale))
+
+
+@triton.jit
 def tanh(y):
     """Odd, and accurate near 0, where the quotient of exponentials cancels."""
     a = tl.abs(y)
@@ -67,68 +113,163 @@ def apply_softcap(x, softcap, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def accumulate(u, row_max, sum_exp, sum_shifted_exp, log2_scale):
-    """Each lane's row_max, sum_exp and sum_shifted_exp with one more logit; one exponential.
-
-    Also what a sum weighted by the exponentials is multiplied by, and what the new logit weighs.
-    """
-    d = tl.clamp(u - row_max, -MAX_SHIFT, MAX_SHIFT, propagate_nan=tl.PropagateNan.ALL)
-    e = tl.exp2(-tl.abs(d) * log2_scale)
-    is_new_max = d > 0
-    sum_shifted_exp = tl.where(
-        is_new_max, (sum_shifted_exp - d * sum_exp) * e, sum_shifted_exp + d * e
-    )
-    rescale = tl.where(is_new_max, e, 1.0)
-    new_exp = tl.where(is_new_max, 1.0, e)
-    return (
-        tl.where(is_new_max, u, row_max),
-        sum_exp * rescale + new_exp,
-        sum_shifted_exp,
-        rescale,
-        new_exp,
-    )
+def capped(x, softcap, HAS_SOFTCAP: tl.constexpr):
+    u, _ = apply_softcap(x, softcap, HAS_SOFTCAP)
+    return u
 
 
 @triton.jit
-def accumulate_sum_exp(u, row_max, sum_exp, log2_scale):
-    """row_max and sum_exp alone: without a product of d nothing has to hold its infinities."""
-    d = u - row_max
-    e = tl.exp2(-tl.abs(d) * log2_scale)
-    is_new_max = d > 0
-    return tl.where(is_new_max, u, row_max), tl.where(is_new_max, sum_exp * e + 1.0, sum_exp + e)
+def thread_max(x):
+    return tl.max(tl.max(x, 2), 0)
 
 
 @triton.jit
-def merge_lanes(row_max, sum_exp, sum_shifted_exp, log2_scale):
-    """row_max, sum_exp and sum_shifted_exp of the whole row."""
+def thread_sum(x):
+    return tl.sum(tl.sum(x, 2), 0)
+
+
+@triton.jit
+def shifts_of(u, row_max, scale):
+    """Exponents of a tile's logits, each from its thread's reference."""
+    reference = reference_of(row_max, scale)
+    return tl.fma(u, scale, -reference[None, :, None]), reference
+
+
+@triton.jit
+def accumulate(u, row_max, reference, sum_exp2, sum_shift, scale):
+    """A thread's sums with a tile more; what they were rescaled by, and the exponentials."""
+    row_max = tl.maximum(row_max, thread_max(u))
+    shift, new_reference = shifts_of(u, row_max, scale)
+    e = tl.exp2(shift)
+    moved = reference - new_reference
+    rescale = tl.exp2(moved)
+    # The product first: what is left of a sum far below is 0, and `moved` may be huge.
+    kept = sum_exp2 * rescale
+    sum_shift = sum_shift * rescale + moved * kept + thread_sum(e * tl.maximum(shift, LEAST_SHIFT))
+    return row_max, new_reference, kept + thread_sum(e), sum_shift, rescale, e
+
+
+@triton.jit
+def accumulate_sum_exp2(u, row_max, reference, sum_exp2, scale):
+    """Without the entropy."""
+    row_max = tl.maximum(row_max, thread_max(u))
+    shift, new_reference = shifts_of(u, row_max, scale)
+    rescale = tl.exp2(reference - new_reference)
+    return row_max, new_reference, sum_exp2 * rescale + thread_sum(tl.exp2(shift))
+
+
+@triton.jit
+def load_ends(ptr, head, count, V, POLICY: tl.constexpr):
+    """The logits in head and rest, -inf in lanes that have none."""
+    at, inside = ends(head, count, V, 128 // ptr.dtype.element_ty.primitive_bitwidth)
+    x = tl.load(ptr + at, mask=inside, other=MASKED, eviction_policy=POLICY)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def sums_of_ends(u, scale):
+    """row_max, sum_exp2 and sum_shift of the logits in head and rest, and the exponentials."""
+    row_max = tl.maximum(tl.max(u, 0), lowest(scale))
+    shift = tl.fma(u, scale, -reference_of(row_max, scale))
+    e = tl.exp2(shift)
+    return row_max, tl.sum(e, 0), tl.sum(e * tl.maximum(shift, LEAST_SHIFT), 0), e
+
+
+@triton.jit
+def at_first(value, otherwise, THREADS: tl.constexpr):
+    """The first thread's sums begin with those of the row's ends."""
+    return tl.where(tl.arange(0, THREADS) == 0, value, otherwise + tl.zeros([THREADS], tl.float32))
+
+
+@triton.jit
+def merge_threads(row_max, reference, sum_exp2, sum_shift, scale):
+    """row_max, sum_exp2 and sum_shift of the whole row."""
     top = tl.max(row_max, 0)
-    d = tl.maximum(row_max - top, -MAX_SHIFT)
-    e = tl.exp2(d * log2_scale)
-    return top, tl.sum(sum_exp * e, 0), tl.sum((sum_shifted_exp + d * sum_exp) * e, 0)
+    moved = reference - reference_of(top, scale)
+    e = tl.exp2(moved)
+    kept = sum_exp2 * e
+    return top, tl.sum(kept, 0), tl.sum(sum_shift * e + moved * kept, 0)
 
 
 @triton.jit
-def row_statistics(row_ptr, V, softcap, log2_scale, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
-    """row_max, sum_exp and sum_shifted_exp of one row, read front to back and wanted again."""
-    lane = tl.arange(0, BLOCK)
-    row_max = tl.full([BLOCK], LOWEST, tl.float32)
-    sum_exp = tl.zeros([BLOCK], tl.float32)
-    sum_shifted_exp = tl.zeros([BLOCK], tl.float32)
-    full = V // BLOCK * BLOCK
-    for start in range(0, full, BLOCK):
-        x = tl.load(row_ptr + start + lane, eviction_policy="evict_last").to(tl.float32)
-        u, _ = apply_softcap(x, softcap, HAS_SOFTCAP)
-        row_max, sum_exp, sum_shifted_exp, _, _ = accumulate(
-            u, row_max, sum_exp, sum_shifted_exp, log2_scale
+def sweep(
+    row_ptr,
+    V,
+    softcap,
+    scale,
+    HAS_SOFTCAP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TILES: tl.constexpr,
+    THREADS: tl.constexpr,
+):
+    """row_max, sum_exp2 and sum_shift of one row, read front to back and wanted again."""
+    VECTOR: tl.constexpr = 128 // row_ptr.dtype.element_ty.primitive_bitwidth
+    ROUND: tl.constexpr = THREADS * VECTOR
+    head, count = split_row(row_ptr, V, ALIGNED)
+    row_max = lowest(scale) + tl.zeros([THREADS], tl.float32)
+    sum_exp2 = tl.zeros([THREADS], tl.float32)
+    sum_shift = tl.zeros([THREADS], tl.float32)
+    if not ALIGNED:
+        x_ends = load_ends(row_ptr, head, count, V, "evict_last")
+        u_ends = capped(x_ends, softcap, HAS_SOFTCAP)
+        end_max, end_sum, end_shift, _end_exp = sums_of_ends(u_ends, scale)
+        row_max = at_first(end_max, lowest(scale), THREADS)
+        sum_exp2 = at_first(end_sum, 0.0, THREADS)
+        sum_shift = at_first(end_shift, 0.0, THREADS)
+    reference = reference_of(row_max, scale)
+    whole_ptr = on_boundary(row_ptr, head, ALIGNED)
+    full = count // (TILES * ROUND) * (TILES * ROUND)
+    for start in range(0, full, TILES * ROUND):
+        x = load_tile(whole_ptr + start, TILES, THREADS, "evict_last")
+        u = capped(x, softcap, HAS_SOFTCAP)
+        row_max, reference, sum_exp2, sum_shift, _rescale, _e = accumulate(
+            u, row_max, reference, sum_exp2, sum_shift, scale
         )
-    if full < V:
-        at = full + lane
-        x = tl.load(row_ptr + at, mask=at < V, other=MASKED, eviction_policy="evict_last")
-        u, _ = apply_softcap(x.to(tl.float32), softcap, HAS_SOFTCAP)
-        row_max, sum_exp, sum_shifted_exp, _, _ = accumulate(
-            u, row_max, sum_exp, sum_shifted_exp, log2_scale
+    for start in range(full, count, ROUND):
+        inside = is_whole(start, count, THREADS, VECTOR)
+        x = load_last(whole_ptr + start, inside, THREADS, "evict_last")
+        u = capped(x, softcap, HAS_SOFTCAP)
+        row_max, reference, sum_exp2, sum_shift, _rescale, _e = accumulate(
+            u, row_max, reference, sum_exp2, sum_shift, scale
         )
-    return merge_lanes(row_max, sum_exp, sum_shifted_exp, log2_scale)
+    return merge_threads(row_max, reference, sum_exp2, sum_shift, scale)
+
+
+@triton.jit
+def row_statistics(
+    row_ptr,
+    V,
+    softcap,
+    log2_scale,
+    HAS_SOFTCAP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TILES: tl.constexpr,
+    THREADS: tl.constexpr,
+):
+    """row_max, sum_exp and the mean of shift; further sweeps of a row whose logits are far."""
+    scale = log2_scale
+    held = log2_scale
+    row_max = log2_scale * 0.0
+    sum_exp2 = log2_scale * 0.0
+    sum_shift = log2_scale * 0.0
+    sweeps = 0
+    while sweeps < 3:
+        scale = held
+        row_max, sum_exp2, sum_shift = sweep(
+            row_ptr, V, softcap, scale, HAS_SOFTCAP, ALIGNED, TILES, THREADS
+        )
+        held = next_scale(row_max, scale, log2_scale)
+        sweeps = tl.where(held == scale, 3, sweeps + 1)
+    return to_row_max(row_max, sum_exp2, sum_shift, scale)
+
+
+@triton.jit
+def to_row_max(row_max, sum_exp2, sum_shift, scale):
+    """Sum and mean shift taken from the largest logit itself, not from its rounded reference."""
+    excess = excess_of(row_max, scale)
+    mean_shift = tl.div_rn(sum_shift, tl.where(sum_exp2 == 0, 1.0, sum_exp2)) - excess
+    # Divided, so that one logit alone has the sum 1.
+    return row_max, tl.div_rn(sum_exp2, tl.exp2(excess)), mean_shift
 
 
 @triton.jit
@@ -140,128 +281,15 @@ def sampled_logit(row_ptr, token, V, softcap, HAS_SOFTCAP: tl.constexpr):
     """
     known = (token >= 0) & (token < V)
     x = tl.load(row_ptr + tl.where(known, token, 0), mask=known, other=float("nan")).to(tl.float32)
-    u, _ = apply_softcap(x, softcap, HAS_SOFTCAP)
+    u = capped(x, softcap, HAS_SOFTCAP)
     return u
 
 
 @triton.jit
-def finish_statistics(u_sampled, row_max, sum_exp, sum_shifted_exp, tau):
+def finish_statistics(u_sampled, row_max, sum_exp, mean_shift, tau):
     """Log-prob and entropy in nats, and log sum_exp; a row of masked vocabulary has -inf and 0."""
-    safe_sum_exp = tl.where(sum_exp == 0, 1.0, sum_exp)
-    log_sum_exp = tl.log(safe_sum_exp)
+    log_sum_exp = tl.log(tl.where(sum_exp == 0, 1.0, sum_exp))
     # Divisions by the temperature are rounded as torch's: large log ratios are made of these.
     logprob = tl.div_rn(u_sampled - row_max, tau) - log_sum_exp
-    entropy = log_sum_exp - tl.div_rn(tl.div_rn(sum_shifted_exp, safe_sum_exp), tau)
+    entropy = tl.where(sum_exp == 0, 0.0, log_sum_exp - mean_shift * LN2)
     return tl.where(sum_exp == 0, MASKED, logprob), entropy, log_sum_exp
-
-
-@triton.jit
-def gradient_block(
-    x,
-    at,
-    token,
-    row_max,
-    inv_sum_exp,
-    g,
-    a,
-    b,
-    softcap,
-    log2_scale,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-):
-    """dL/dx of a block: g at the sampled token, less p (a + b (u - row_max))."""
-    u, slope = apply_softcap(x, softcap, HAS_SOFTCAP)
-    d = tl.maximum(u - row_max, -MAX_SHIFT, propagate_nan=tl.PropagateNan.ALL)
-    p = tl.exp2(d * log2_scale) * inv_sum_exp
-    inner = a
-    if HAS_ENTROPY:
-        inner = a + b * d
-    dx = tl.where(at == token, g, 0.0) - p * inner
-    if HAS_SOFTCAP:
-        # The slope of masked vocabulary is that of the asymptote, 0, and its p is 0.
-        dx = dx * slope
-    return dx
-
-
-@triton.jit
-def write_gradient(
-    row_ptr,
-    out_ptr,
-    V,
-    token,
-    row_max,
-    sum_exp,
-    entropy,
-    g,
-    h,
-    softcap,
-    tau,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The gradient of one row for g = dL/dlogprob and h = dL/dentropy; may overwrite the row.
-
-    Back to front: what the first sweep read last is still in the caches.
-    """
-    lane = tl.arange(0, BLOCK)
-    safe_sum_exp = tl.where(sum_exp == 0, 1.0, sum_exp)
-    inv_sum_exp = tl.div_rn(safe_sum_exp * 0.0 + 1.0, safe_sum_exp)
-    # dL/dz_v = g (1[v = token] - p_v) - h p_v (log p_v + H)
-    # with log p_v = (u_v - row_max) / tau - log sum_exp
-    log2_scale = log2_scale_of(tau)
-    a = tl.div_rn(g + h * (entropy - tl.log(safe_sum_exp)), tau)
-    b = tl.div_rn(h, tau * tau)
-    g = tl.div_rn(g, tau)
-    token = token.to(tl.int32)  # a comparison of 64 bits costs two instructions a logit
-    full = V // BLOCK * BLOCK
-    if full < V:
-        at = full + lane
-        x = tl.load(row_ptr + at, mask=at < V, other=MASKED, eviction_policy="evict_first")
-        dx = gradient_block(
-            x.to(tl.float32),
-            at,
-            token,
-            row_max,
-            inv_sum_exp,
-            g,
-            a,
-            b,
-            softcap,
-            log2_scale,
-            HAS_SOFTCAP,
-            HAS_ENTROPY,
-        )
-        dx = dx.to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + at, dx, mask=at < V, eviction_policy="evict_first")
-    for back in range(BLOCK, full + 1, BLOCK):
-        at = full - back + lane
-        x = tl.load(row_ptr + at, eviction_policy="evict_first").to(tl.float32)
-        dx = gradient_block(
-            x,
-            at,
-            token,
-            row_max,
-            inv_sum_exp,
-            g,
-            a,
-            b,
-            softcap,
-            log2_scale,
-            HAS_SOFTCAP,
-            HAS_ENTROPY,
-        )
-        tl.store(out_ptr + at, dx.to(out_ptr.dtype.element_ty), eviction_policy="evict_first")
-
-
-@triton.jit
-def fill_zero(out_ptr, V, BLOCK: tl.constexpr):
-    """The gradient of a row that takes no part."""
-    zero = tl.zeros([BLOCK], out_ptr.dtype.element_ty)
-    lane = tl.arange(0, BLOCK)
-    full = V // BLOCK * BLOCK
-    for start in range(0, full, BLOCK):
-        tl.store(out_ptr + start + lane, zero)
-    if full < V:
-        tl.store(out_ptr + full + lane, zero, mask=full + lane < V)

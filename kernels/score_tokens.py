@@ -1,21 +1,53 @@
-"""Two policies' rows read together: log-probs, entropy and the exact KL. One program a row."""
+"""Two policies' rows read together: log-probs, entropy and the exact KL."""
 
 import triton
 import triton.language as tl
 
+from fastppo.kernels.compilation import kernel
 from fastppo.kernels.row import (
-    LOWEST,
     MASKED,
-    MAX_SHIFT,
     accumulate,
-    accumulate_sum_exp,
-    apply_softcap,
+    accumulate_sum_exp2,
+    at_first,
+    capped,
     finish_statistics,
+    load_ends,
     log2_scale_of,
-    merge_lanes,
+    lowest,
+    merge_threads,
+    next_scale,
+    reference_of,
     row_temperature,
     sampled_logit,
+    sums_of_ends,
+    thread_sum,
+    to_row_max,
 )
+from fastppo.kernels.tile import (
+    is_whole,
+    load_last,
+    load_tile,
+    on_boundary,
+    row_of,
+    split_row,
+)
+
+LEAST_LOGIT = tl.constexpr(-1e30)  # what masked vocabulary counts as, with weight 0
+
+
+@triton.jit
+def difference(u, v):
+    """u - v, and v, where the actor allows a word; what it masks has weight 0 whatever these are.
+
+    The least v is -inf where the reference masks a word that the actor allows.
+    """
+    theirs = tl.where(u == MASKED, 0.0, v)
+    return tl.maximum(u, LEAST_LOGIT) - theirs, theirs
+
+
+@triton.jit
+def thread_min(x):
+    return tl.min(tl.min(x, 2), 0)
 
 
 @triton.jit
@@ -23,35 +55,162 @@ def accumulate_pair(
     x,
     y,
     row_max,
-    sum_exp,
-    sum_shifted_exp,
-    sum_diff_exp,
+    reference,
+    sum_exp2,
+    sum_shift,
+    sum_diff,
     ref_min,
     ref_row_max,
-    ref_sum_exp,
+    ref_reference,
+    ref_sum_exp2,
     softcap,
-    log2_scale,
+    scale,
+    ref_scale,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """One more logit of each policy a lane; sum_diff_exp = sum (u - v) exp((u - row_max) / tau).
-
-    `ref_min` is the least v of words that the actor allows: -inf where the reference masks one.
-    """
-    u, _ = apply_softcap(x, softcap, HAS_SOFTCAP)
-    v, _ = apply_softcap(y, softcap, HAS_SOFTCAP)
-    possible = u != MASKED
-    theirs = tl.where(possible, v, 0.0)
-    differs = tl.where(possible, u, 0.0) - theirs
-    ref_min = tl.minimum(ref_min, theirs)
-    row_max, sum_exp, sum_shifted_exp, rescale, new_exp = accumulate(
-        u, row_max, sum_exp, sum_shifted_exp, log2_scale
+    """A thread's sums with a tile of each policy more; sum_diff = sum (u - v) 2^shift."""
+    u = capped(x, softcap, HAS_SOFTCAP)
+    v = capped(y, softcap, HAS_SOFTCAP)
+    differs, theirs = difference(u, v)
+    ref_min = tl.minimum(ref_min, thread_min(theirs))
+    row_max, reference, sum_exp2, sum_shift, rescale, e = accumulate(
+        u, row_max, reference, sum_exp2, sum_shift, scale
     )
-    sum_diff_exp = sum_diff_exp * rescale + differs * new_exp
-    ref_row_max, ref_sum_exp = accumulate_sum_exp(v, ref_row_max, ref_sum_exp, log2_scale)
-    return row_max, sum_exp, sum_shifted_exp, sum_diff_exp, ref_min, ref_row_max, ref_sum_exp
+    sum_diff = sum_diff * rescale + thread_sum(e * differs)
+    ref_row_max, ref_reference, ref_sum_exp2 = accumulate_sum_exp2(
+        v, ref_row_max, ref_reference, ref_sum_exp2, ref_scale
+    )
+    return (
+        row_max,
+        reference,
+        sum_exp2,
+        sum_shift,
+        sum_diff,
+        ref_min,
+        ref_row_max,
+        ref_reference,
+        ref_sum_exp2,
+    )
 
 
-@triton.jit(do_not_specialize=["ignore_index", "first_row"])
+@triton.jit
+def sweep_pair(
+    x_row,
+    ref_row,
+    V,
+    softcap,
+    scale,
+    ref_scale,
+    HAS_SOFTCAP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    TILES: tl.constexpr,
+    THREADS: tl.constexpr,
+):
+    """Both rows once: the sums of the actor's, those of the pair, those of the reference's."""
+    VECTOR: tl.constexpr = 128 // x_row.dtype.element_ty.primitive_bitwidth
+    ROUND: tl.constexpr = THREADS * VECTOR
+    head, count = split_row(x_row, V, ALIGNED)
+    zero = tl.zeros([THREADS], tl.float32)
+    row_max = lowest(scale) + zero
+    sum_exp2 = zero
+    sum_shift = zero
+    sum_diff = zero
+    ref_min = zero
+    ref_row_max = lowest(ref_scale) + zero
+    ref_sum_exp2 = zero
+    if not ALIGNED:
+        x_ends = load_ends(x_row, head, count, V, "evict_first")
+        y_ends = load_ends(ref_row, head, count, V, "evict_first")
+        u_ends = capped(x_ends, softcap, HAS_SOFTCAP)
+        v_ends = capped(y_ends, softcap, HAS_SOFTCAP)
+        differs, theirs = difference(u_ends, v_ends)
+        end_max, end_sum, end_shift, e = sums_of_ends(u_ends, scale)
+        ref_end_max, ref_end_sum, _ref_shift, _ref_exp = sums_of_ends(v_ends, ref_scale)
+        row_max = at_first(end_max, lowest(scale), THREADS)
+        sum_exp2 = at_first(end_sum, 0.0, THREADS)
+        sum_shift = at_first(end_shift, 0.0, THREADS)
+        sum_diff = at_first(tl.sum(e * differs, 0), 0.0, THREADS)
+        ref_min = at_first(tl.min(theirs, 0), 0.0, THREADS)
+        ref_row_max = at_first(ref_end_max, lowest(ref_scale), THREADS)
+        ref_sum_exp2 = at_first(ref_end_sum, 0.0, THREADS)
+    reference = reference_of(row_max, scale)
+    ref_reference = reference_of(ref_row_max, ref_scale)
+    whole_ptr = on_boundary(x_row, head, ALIGNED)
+    whole_ref_ptr = ref_row + head
+    if TOGETHER:
+        whole_ref_ptr = on_boundary(ref_row, head, ALIGNED)
+    full = count // (TILES * ROUND) * (TILES * ROUND)
+    for start in range(0, full, TILES * ROUND):
+        x = load_tile(whole_ptr + start, TILES, THREADS, "evict_first")
+        y = load_tile(whole_ref_ptr + start, TILES, THREADS, "evict_first", TOGETHER)
+        (
+            row_max,
+            reference,
+            sum_exp2,
+            sum_shift,
+            sum_diff,
+            ref_min,
+            ref_row_max,
+            ref_reference,
+            ref_sum_exp2,
+        ) = accumulate_pair(
+            x,
+            y,
+            row_max,
+            reference,
+            sum_exp2,
+            sum_shift,
+            sum_diff,
+            ref_min,
+            ref_row_max,
+            ref_reference,
+            ref_sum_exp2,
+            softcap,
+            scale,
+            ref_scale,
+            HAS_SOFTCAP,
+        )
+    for start in range(full, count, ROUND):
+        inside = is_whole(start, count, THREADS, VECTOR)
+        x = load_last(whole_ptr + start, inside, THREADS, "evict_first")
+        y = load_last(whole_ref_ptr + start, inside, THREADS, "evict_first", TOGETHER)
+        (
+            row_max,
+            reference,
+            sum_exp2,
+            sum_shift,
+            sum_diff,
+            ref_min,
+            ref_row_max,
+            ref_reference,
+            ref_sum_exp2,
+        ) = accumulate_pair(
+            x,
+            y,
+            row_max,
+            reference,
+            sum_exp2,
+            sum_shift,
+            sum_diff,
+            ref_min,
+            ref_row_max,
+            ref_reference,
+            ref_sum_exp2,
+            softcap,
+            scale,
+            ref_scale,
+            HAS_SOFTCAP,
+        )
+    row_diff = tl.sum(sum_diff * tl.exp2(reference - reference_of(tl.max(row_max, 0), scale)), 0)
+    top, sum_exp2, sum_shift = merge_threads(row_max, reference, sum_exp2, sum_shift, scale)
+    ref_top, ref_sum_exp2, _ = merge_threads(
+        ref_row_max, ref_reference, ref_sum_exp2, zero, ref_scale
+    )
+    return top, sum_exp2, sum_shift, row_diff, tl.min(ref_min, 0), ref_top, ref_sum_exp2
+
+
+@kernel("ignore_index", "first_row", "n_rows", "V", "x_stride", "ref_stride")
 def score_tokens_kernel(
     x_ptr,
     ref_ptr,
@@ -64,96 +223,74 @@ def score_tokens_kernel(
     softcap,
     ignore_index,
     first_row,
+    n_rows,
     V,
     x_stride,
     ref_stride,
     HAS_SOFTCAP: tl.constexpr,
     TEMPERATURE_KIND: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    TILES: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
     """Both rows once, no gradient."""
-    own = tl.program_id(0).to(tl.int64)
-    row = first_row + own
-    token = tl.load(token_ptr + row)
-    logprob = 0.0
-    ref_logprob = 0.0
-    entropy = 0.0
-    kl = 0.0
-    if token != ignore_index:
-        tau = row_temperature(temperature, row, TEMPERATURE_KIND)
-        log2_scale = log2_scale_of(tau)
-        x_row = x_ptr + own * x_stride
-        ref_row = ref_ptr + own * ref_stride
-        u = sampled_logit(x_row, token, V, softcap, HAS_SOFTCAP)
-        v = sampled_logit(ref_row, token, V, softcap, HAS_SOFTCAP)
-        lane = tl.arange(0, BLOCK)
-        row_max = tl.full([BLOCK], LOWEST, tl.float32)
-        ref_row_max = tl.full([BLOCK], LOWEST, tl.float32)
-        sum_exp = tl.zeros([BLOCK], tl.float32)
-        sum_shifted_exp = tl.zeros([BLOCK], tl.float32)
-        sum_diff_exp = tl.zeros([BLOCK], tl.float32)
-        ref_min = tl.zeros([BLOCK], tl.float32)
-        ref_sum_exp = tl.zeros([BLOCK], tl.float32)
-        full = V // BLOCK * BLOCK
-        for start in range(0, full, BLOCK):
-            x = tl.load(x_row + start + lane, eviction_policy="evict_first").to(tl.float32)
-            y = tl.load(ref_row + start + lane, eviction_policy="evict_first").to(tl.float32)
-            row_max, sum_exp, sum_shifted_exp, sum_diff_exp, ref_min, ref_row_max, ref_sum_exp = (
-                accumulate_pair(
-                    x,
-                    y,
-                    row_max,
-                    sum_exp,
-                    sum_shifted_exp,
-                    sum_diff_exp,
-                    ref_min,
-                    ref_row_max,
-                    ref_sum_exp,
+    for own in range(tl.program_id(0), n_rows, tl.num_programs(0)):
+        own = tl.cast(own, tl.int64)
+        row = first_row + own
+        token = tl.load(token_ptr + row)
+        logprob = 0.0
+        ref_logprob = 0.0
+        entropy = 0.0
+        kl = 0.0
+        if token != ignore_index:
+            tau = row_temperature(temperature, row, TEMPERATURE_KIND)
+            x_row = row_of(x_ptr, own, x_stride, ALIGNED)
+            ref_row = row_of(ref_ptr, own, ref_stride, ALIGNED)
+            u = sampled_logit(x_row, token, V, softcap, HAS_SOFTCAP)
+            v = sampled_logit(ref_row, token, V, softcap, HAS_SOFTCAP)
+            log2_scale = log2_scale_of(tau)
+            scale = log2_scale
+            ref_scale = scale
+            held = scale
+            ref_held = scale
+            top = scale * 0.0
+            sum_exp2 = scale * 0.0
+            sum_shift = scale * 0.0
+            sum_diff = scale * 0.0
+            ref_min = scale * 0.0
+            ref_top = scale * 0.0
+            ref_sum_exp2 = scale * 0.0
+            sweeps = 0
+            while sweeps < 3:
+                scale = held
+                ref_scale = ref_held
+                top, sum_exp2, sum_shift, sum_diff, ref_min, ref_top, ref_sum_exp2 = sweep_pair(
+                    x_row,
+                    ref_row,
+                    V,
                     softcap,
-                    log2_scale,
+                    scale,
+                    ref_scale,
                     HAS_SOFTCAP,
+                    ALIGNED,
+                    TOGETHER,
+                    TILES,
+                    THREADS,
                 )
-            )
-        if full < V:
-            at = full + lane
-            x = tl.load(x_row + at, mask=at < V, other=MASKED, eviction_policy="evict_first")
-            y = tl.load(ref_row + at, mask=at < V, other=MASKED, eviction_policy="evict_first")
-            row_max, sum_exp, sum_shifted_exp, sum_diff_exp, ref_min, ref_row_max, ref_sum_exp = (
-                accumulate_pair(
-                    x.to(tl.float32),
-                    y.to(tl.float32),
-                    row_max,
-                    sum_exp,
-                    sum_shifted_exp,
-                    sum_diff_exp,
-                    ref_min,
-                    ref_row_max,
-                    ref_sum_exp,
-                    softcap,
-                    log2_scale,
-                    HAS_SOFTCAP,
-                )
-            )
-        d = tl.maximum(row_max - tl.max(row_max, 0), -MAX_SHIFT)
-        row_sum_diff_exp = tl.sum(sum_diff_exp * tl.exp2(d * log2_scale), 0)
-        top, row_sum_exp, row_sum_shifted_exp = merge_lanes(
-            row_max, sum_exp, sum_shifted_exp, log2_scale
-        )
-        ref_top, ref_row_sum_exp, _ = merge_lanes(ref_row_max, ref_sum_exp, ref_sum_exp, log2_scale)
-        logprob, entropy, log_sum_exp = finish_statistics(
-            u, top, row_sum_exp, row_sum_shifted_exp, tau
-        )
-        ref_logprob, _, ref_log_sum_exp = finish_statistics(
-            v, ref_top, ref_row_sum_exp, ref_row_sum_exp, tau
-        )
-        safe_sum_exp = tl.where(row_sum_exp == 0, 1.0, row_sum_exp)
-        # KL = sum p (z - z_ref) - LSE(z) + LSE(z_ref)
-        kl = tl.div_rn(tl.div_rn(row_sum_diff_exp, safe_sum_exp) - (top - ref_top), tau) - (
-            log_sum_exp - ref_log_sum_exp
-        )
-        kl = tl.where(tl.min(ref_min, 0) == MASKED, float("inf"), kl)
-        kl = tl.where(row_sum_exp == 0, 0.0, kl)
-    tl.store(logprob_ptr + row, logprob)
-    tl.store(ref_logprob_ptr + row, ref_logprob)
-    tl.store(entropy_ptr + row, entropy)
-    tl.store(kl_ptr + row, kl)
+                held = next_scale(top, scale, log2_scale)
+                ref_held = next_scale(ref_top, ref_scale, log2_scale)
+                sweeps = tl.where((held == scale) & (ref_held == ref_scale), 3, sweeps + 1)
+            mean_diff = tl.div_rn(sum_diff, tl.where(sum_exp2 == 0, 1.0, sum_exp2))
+            top, sum_exp, mean_shift = to_row_max(top, sum_exp2, sum_shift, scale)
+            ref_top, ref_sum_exp, _ = to_row_max(ref_top, ref_sum_exp2, ref_sum_exp2, ref_scale)
+            logprob, entropy, log_sum_exp = finish_statistics(u, top, sum_exp, mean_shift, tau)
+            ref_logprob, _, ref_log_sum_exp = finish_statistics(v, ref_top, ref_sum_exp, 0.0, tau)
+            # KL = sum p (z - z_ref) - LSE(z) + LSE(z_ref)
+            kl = tl.div_rn(mean_diff - (top - ref_top), tau) - (log_sum_exp - ref_log_sum_exp)
+            kl = tl.where(ref_min == MASKED, float("inf"), kl)
+            kl = tl.where(sum_exp == 0, 0.0, kl)
+        tl.store(logprob_ptr + row, logprob)
+        tl.store(ref_logprob_ptr + row, ref_logprob)
+        tl.store(entropy_ptr + row, entropy)
+        tl.store(kl_ptr + row, kl)

@@ -1,10 +1,11 @@
 """What finishes a two-stage reduction, in one order: the same bits every time."""
 
-import triton
 import triton.language as tl
 
+from fastppo.kernels.compilation import kernel
 
-@triton.jit(do_not_specialize=["n", "stride"])
+
+@kernel("n", "stride")
 def sum_rows_kernel(
     x_ptr,
     out_ptr,
@@ -37,30 +38,33 @@ def sum_rows_kernel(
         tl.store(out_ptr + row, tl.sum(total, 0))
 
 
-@triton.jit(do_not_specialize=["columns", "blocks"])
+@kernel("columns", "blocks", "total", "row_stride", aligned=("x_ptr",))
 def scale_unless_one_kernel(
     x_ptr,
     factor_ptr,
     divisor,
     columns,
     blocks,
+    total,
     row_stride,
     column_stride,
     DIVISOR_ON_DEVICE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """x *= factor / divisor, `blocks` programs a row; nothing is read where that is 1.
+    """x *= factor / divisor, in `total` blocks, `blocks` a row; nothing is read where that is 1.
 
-    The host need not know. Nothing between the rows is touched: x may be a view of more.
+    The host need not know, so it launches a few programs, which share the blocks. Nothing between
+    the rows is touched: x may be a view of more.
     """
     factor = tl.load(factor_ptr).to(tl.float32)
     if DIVISOR_ON_DEVICE:
         divisor = tl.load(divisor).to(tl.float32)
     factor = factor / divisor
     if factor != 1.0:
-        row = (tl.program_id(0) // blocks).to(tl.int64)
-        at = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        place = x_ptr + row * row_stride + at * column_stride
-        x = tl.load(place, mask=at < columns, other=0.0)
-        scaled = x.to(tl.float32) * factor
-        tl.store(place, scaled.to(x_ptr.dtype.element_ty), mask=at < columns)
+        for block in range(tl.program_id(0), total, tl.num_programs(0)):
+            row = tl.cast(block // blocks, tl.int64)
+            at = tl.cast(block % blocks, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            place = x_ptr + row * row_stride + at * column_stride
+            x = tl.load(place, mask=at < columns, other=0.0)
+            scaled = x.to(tl.float32) * factor
+            tl.store(place, scaled.to(x_ptr.dtype.element_ty), mask=at < columns)

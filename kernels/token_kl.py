@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from fastppo.kernels.compilation import kernel
+
 
 @triton.jit
 def expm1_minus_arg(e):
@@ -34,7 +36,7 @@ def kl_and_slope(logprob, ref, limit, KIND: tl.constexpr):
     return kl, tl.where(masked, 0.0, slope)
 
 
-@triton.jit(do_not_specialize=["n"])
+@kernel("n")
 def token_kl_kernel(
     logprob_ptr, ref_ptr, kl_ptr, slope_ptr, limit, n, KIND: tl.constexpr, BLOCK: tl.constexpr
 ):

@@ -1,23 +1,24 @@
-"""Log-prob of the sampled token and entropy of a row: one program a row, forward and backward.
+"""Log-prob of the sampled token and entropy of a row, forward and backward.
 
-Logits are those of rows first_row onwards, a chunk; what is one a token is whole.
+A program goes over one row, or over every num_programs-th. Logits are those of rows first_row
+onwards, a chunk; what is one a token is whole.
 """
 
-import triton
 import triton.language as tl
 
+from fastppo.kernels.compilation import kernel
+from fastppo.kernels.gradient import write_gradient
 from fastppo.kernels.row import (
-    fill_zero,
     finish_statistics,
     log2_scale_of,
     row_statistics,
     row_temperature,
     sampled_logit,
-    write_gradient,
 )
+from fastppo.kernels.tile import fill_zero, row_of
 
 
-@triton.jit(do_not_specialize=["ignore_index", "first_row"])
+@kernel("ignore_index", "first_row", "n_rows", "V", "x_stride")
 def token_logprobs_kernel(
     x_ptr,
     token_ptr,
@@ -30,38 +31,42 @@ def token_logprobs_kernel(
     softcap,
     ignore_index,
     first_row,
+    n_rows,
     V,
     x_stride,
     HAS_SOFTCAP: tl.constexpr,
     TEMPERATURE_KIND: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TILES: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
     """`live_ptr` is a weight a row, 0 where the row takes no part, or None: the token decides."""
-    own = tl.program_id(0).to(tl.int64)
-    row = first_row + own
-    token = tl.load(token_ptr + row)
-    live = token != ignore_index
-    if live_ptr is not None:
-        live = live & (tl.load(live_ptr + row).to(tl.float32) != 0)
-    logprob = 0.0
-    entropy = 0.0
-    row_max = 0.0
-    sum_exp = 1.0
-    if live:
-        row_ptr = x_ptr + own * x_stride
-        tau = row_temperature(temperature, row, TEMPERATURE_KIND)
-        u = sampled_logit(row_ptr, token, V, softcap, HAS_SOFTCAP)
-        row_max, sum_exp, sum_shifted_exp = row_statistics(
-            row_ptr, V, softcap, log2_scale_of(tau), HAS_SOFTCAP, BLOCK
-        )
-        logprob, entropy, _ = finish_statistics(u, row_max, sum_exp, sum_shifted_exp, tau)
-    tl.store(logprob_ptr + row, logprob)
-    tl.store(entropy_ptr + row, entropy)
-    tl.store(row_max_ptr + row, row_max)
-    tl.store(sum_exp_ptr + row, sum_exp)
+    for own in range(tl.program_id(0), n_rows, tl.num_programs(0)):
+        own = tl.cast(own, tl.int64)
+        row = first_row + own
+        token = tl.load(token_ptr + row)
+        live = token != ignore_index
+        if live_ptr is not None:
+            live = live & (tl.load(live_ptr + row).to(tl.float32) != 0)
+        logprob = 0.0
+        entropy = 0.0
+        row_max = 0.0
+        sum_exp = 1.0
+        if live:
+            row_ptr = row_of(x_ptr, own, x_stride, ALIGNED)
+            tau = row_temperature(temperature, row, TEMPERATURE_KIND)
+            u = sampled_logit(row_ptr, token, V, softcap, HAS_SOFTCAP)
+            row_max, sum_exp, mean_shift = row_statistics(
+                row_ptr, V, softcap, log2_scale_of(tau), HAS_SOFTCAP, ALIGNED, TILES, THREADS
+            )
+            logprob, entropy, _ = finish_statistics(u, row_max, sum_exp, mean_shift, tau)
+        tl.store(logprob_ptr + row, logprob)
+        tl.store(entropy_ptr + row, entropy)
+        tl.store(row_max_ptr + row, row_max)
+        tl.store(sum_exp_ptr + row, sum_exp)
 
 
-@triton.jit(do_not_specialize=["ignore_index", "first_row"])
+@kernel("ignore_index", "first_row", "n_rows", "V", "x_stride", "dx_stride")
 def token_logprobs_backward_kernel(
     x_ptr,
     dx_ptr,
@@ -77,46 +82,54 @@ def token_logprobs_backward_kernel(
     softcap,
     ignore_index,
     first_row,
+    n_rows,
     V,
     x_stride,
     dx_stride,
     HAS_SOFTCAP: tl.constexpr,
     TEMPERATURE_KIND: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    TILES: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
     """`g_ptr` and `h_ptr`, gradients of log-prob and entropy; either may be None."""
-    own = tl.program_id(0).to(tl.int64)
-    row = first_row + own
-    token = tl.load(token_ptr + row)
-    live = token != ignore_index
-    if live_ptr is not None:
-        live = live & (tl.load(live_ptr + row).to(tl.float32) != 0)
-    out_ptr = dx_ptr + own * dx_stride
-    if live:
-        tau = row_temperature(temperature, row, TEMPERATURE_KIND)
-        g = 0.0
-        if g_ptr is not None:
-            g = tl.load(g_ptr + row).to(tl.float32)
-            # A sampled token of masked vocabulary cannot be made likelier.
-            g = tl.where(tl.load(logprob_ptr + row) == float("-inf"), 0.0, g)
-        h = 0.0
-        if h_ptr is not None:
-            h = tl.load(h_ptr + row).to(tl.float32)
-        write_gradient(
-            x_ptr + own * x_stride,
-            out_ptr,
-            V,
-            token,
-            tl.load(row_max_ptr + row),
-            tl.load(sum_exp_ptr + row),
-            tl.load(entropy_ptr + row),
-            g,
-            h,
-            softcap,
-            tau,
-            HAS_SOFTCAP,
-            h_ptr is not None,
-            BLOCK,
-        )
-    else:
-        fill_zero(out_ptr, V, BLOCK)
+    for own in range(tl.program_id(0), n_rows, tl.num_programs(0)):
+        own = tl.cast(own, tl.int64)
+        row = first_row + own
+        token = tl.load(token_ptr + row)
+        live = token != ignore_index
+        if live_ptr is not None:
+            live = live & (tl.load(live_ptr + row).to(tl.float32) != 0)
+        out_ptr = row_of(dx_ptr, own, dx_stride, ALIGNED)
+        if live:
+            tau = row_temperature(temperature, row, TEMPERATURE_KIND)
+            g = 0.0
+            if g_ptr is not None:
+                g = tl.load(g_ptr + row).to(tl.float32)
+                # A sampled token of masked vocabulary cannot be made likelier.
+                g = tl.where(tl.load(logprob_ptr + row) == float("-inf"), 0.0, g)
+            h = 0.0
+            if h_ptr is not None:
+                h = tl.load(h_ptr + row).to(tl.float32)
+            write_gradient(
+                row_of(x_ptr, own, x_stride, ALIGNED),
+                out_ptr,
+                V,
+                token,
+                tl.load(row_max_ptr + row),
+                tl.load(sum_exp_ptr + row),
+                tl.load(entropy_ptr + row),
+                g,
+                h,
+                softcap,
+                tau,
+                HAS_SOFTCAP,
+                h_ptr is not None,
+                ALIGNED,
+                TOGETHER,
+                TILES,
+                THREADS,
+            )
+        else:
+            fill_zero(out_ptr, V, ALIGNED, THREADS)

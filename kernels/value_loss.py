@@ -1,10 +1,11 @@
 """The critic's clipped loss, its gradient and its sums, a block of tokens a program."""
 
-import triton
 import triton.language as tl
 
+from fastppo.kernels.compilation import kernel
 
-@triton.jit(do_not_specialize=["n", "parts"])
+
+@kernel("n", "parts")
 def value_loss_kernel(
     value_ptr,
     old_ptr,

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from fastppo.kernels.compilation import kernel
+
 EPS = tl.constexpr(1e-8)  # inside the root, as in TRL
 
 
@@ -53,7 +55,7 @@ def whitened(x, count, mean, m2, SHIFT_MEAN: tl.constexpr):
     return y if SHIFT_MEAN else y + mean
 
 
-@triton.jit(do_not_specialize=["n", "parts"])
+@kernel("n", "parts")
 def moments_kernel(x_ptr, weight_ptr, part_ptr, n, parts, BLOCK: tl.constexpr):
     """Moments of each block of tokens; `weight_ptr` may be None: all count."""
     block = tl.program_id(0)
@@ -68,7 +70,7 @@ def moments_kernel(x_ptr, weight_ptr, part_ptr, n, parts, BLOCK: tl.constexpr):
     tl.store(part_ptr + 2 * parts + block, m2)
 
 
-@triton.jit(do_not_specialize=["parts"])
+@kernel("parts")
 def merge_moments_kernel(part_ptr, out_ptr, parts, BLOCK: tl.constexpr):
     """One program: (count, mean, m2) of all parts."""
     count, mean, m2 = merged_moments(part_ptr, parts, BLOCK)
@@ -77,7 +79,7 @@ def merge_moments_kernel(part_ptr, out_ptr, parts, BLOCK: tl.constexpr):
     tl.store(out_ptr + 2, m2)
 
 
-@triton.jit(do_not_specialize=["n", "parts"])
+@kernel("n", "parts")
 def whiten_kernel(
     x_ptr,
     weight_ptr,

@@ -13,22 +13,22 @@ from torch import Tensor
 
 from fastppo.ops.arguments import loss_arguments, row_arguments
 from fastppo.ops.backends import Scores, Statistics, triton
-from fastppo.ops.backends.sizes import CANDIDATES, RowConfig, row_config
+from fastppo.ops.backends.sizes import RowConfig, candidates, device_of, row_config
 from fastppo.ops.policy_loss import empty_loss_rows
 
 KERNELS: Final = ("policy_loss", "token_logprobs", "score_tokens")
 Launch = Callable[[], None]
 
 
-def label(config: RowConfig) -> str:
-    """A size as tables name it."""
-    return f"{config.block} x {config.warps}"
-
-
 def launch_sizes(kernel: str, itemsize: int, vocab: int) -> tuple[dict[str, RowConfig], str]:
     """The sizes that may be tried for a kernel, by label, and the label of the table's."""
-    table = row_config(itemsize, vocab, pair=kernel == "score_tokens")
-    return {label(config): config for config in (table, *CANDIDATES)}, label(table)
+    pair = kernel == "score_tokens"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    table = row_config(
+        itemsize, vocab, pair=pair, twice=kernel == "policy_loss", device=device_of(device)
+    )
+    tried = (table, *candidates(itemsize, vocab, pair=pair))
+    return {str(config): config for config in tried}, str(table)
 
 
 def forced(kernel: str, given: dict[str, Tensor], config: RowConfig) -> Launch:

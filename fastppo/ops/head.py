@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastppo.ops.config import HeadLora
+from fastppo.ops.products import add_product, first_product, rows_of_whole_waves, widens
 from fastppo.ops.rows import ChunkKernel
-from fastppo.ops.workspace import fresh
+from fastppo.ops.workspace import fresh, fresh_rows
 
 # A chunk re-reads the whole weight, and a GEMM of few rows is slow: so it is large, and more so on
 # a GPU. On a CPU it has so many rows at least, whatever the vocabulary; more where the head trains,
@@ -105,7 +106,7 @@ class Head:
         """Logits of some tokens, in the dtype of `into_NV`, whatever the GEMM's operands are."""
         out, vocab, weight_VD = into_NV, self.weight_VD.shape[0], self.weight_VD
         wider = out.dtype != weight_VD.dtype
-        if wider and _widens(weight_VD, out.dtype):
+        if wider and widens(weight_VD, out.dtype):
             torch.mm(hidden_ND, weight_VD.T, out_dtype=out.dtype, out=out)
         elif wider or (out.device.type == "cpu" and out.dtype == torch.float32):
             wide_ND = hidden_ND.to(out.dtype)
@@ -116,7 +117,7 @@ class Head:
             torch.mm(hidden_ND, weight_VD.T, out=out)
         if self.lora is not None:
             low = hidden_ND.to(self.lora.A_RD.dtype) @ self.lora.A_RD.T
-            out = out.add_((low @ self.lora.B_VR.T).to(out.dtype), alpha=self.lora.scaling)
+            add_product(out, low, self.lora.B_VR.T, alpha=self.lora.scaling)
         return out if self.bias_V is None else out.add_(self.bias_V.to(out.dtype))
 
 
@@ -128,10 +129,12 @@ def chunk_slices(
     chunk_bytes: int | None,
     *,
     trained: bool = False,
+    hidden: int = 0,
 ) -> list[slice]:
     """Consecutive slices of n tokens whose logits fit the budget, all of nearly one length.
 
-    None is the budget that suits the device, and on a CPU whether the head is `trained`.
+    None is the budget that suits the device, and on a CPU whether the head is `trained`. On a GPU
+    they are shortened to whole waves of GEMMs of `hidden` columns, if that is given.
     """
     if chunk_bytes is not None:
         rows = max(1, chunk_bytes // (vocab * dtype.itemsize))
@@ -141,34 +144,16 @@ def chunk_slices(
     else:
         rows = max(1, _CHUNK_BYTES_DEVICE // (vocab * dtype.itemsize))
     count = -(-n // rows)
+    if count and hidden and device.type == "cuda" and torch.cuda.is_available():
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        rows = rows_of_whole_waves(n, -(-n // count), vocab, hidden, multiprocessors)
+        return [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
     return [slice(i * n // count, (i + 1) * n // count) for i in range(count)]
 
 
 def full_precision(device: torch.device) -> torch.autocast:
     """No autocast: it would round logits that were asked for in float32, forward or backward."""
     return torch.autocast(device.type, enabled=False)
-
-
-# Whether torch multiplies operands of one dtype into a wider one, by device and both dtypes.
-_widening: Final[dict[tuple[torch.device, torch.dtype, torch.dtype], bool]] = {}
-
-
-def _widens(like: Tensor, wide: torch.dtype) -> bool:
-    """Whether torch gives out the accumulators of a GEMM as they are: it is asked, once.
-
-    CUDA's does. ROCm's is a "cuda" device too, and refuses in some versions of torch.
-    """
-    key = (like.device, like.dtype, wide)
-    if key not in _widening:
-        one = like.new_ones(16, 16)
-        try:
-            torch.mm(one, one, out_dtype=wide, out=one.to(wide))
-            _widening[key] = True
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, TypeError):
-            _widening[key] = False
-    return _widening[key]
 
 
 @dataclass
@@ -213,6 +198,7 @@ class LinearRows:
             self.hidden_ND.device,
             self.chunk_bytes,
             trained=self.wanted[_WEIGHT],
+            hidden=self.hidden_ND.shape[1],
         )
 
     def visit(self, kernel: ChunkKernel, *, write: bool) -> None:
@@ -238,11 +224,11 @@ class LinearRows:
         chunks, device = self.chunks(), self.hidden_ND.device
         # One buffer for all chunks: fresh memory costs as much as the arithmetic on it.
         rows = max((chunk.stop - chunk.start for chunk in chunks), default=0)
-        size = (rows, self.head.weight_VD.shape[0])
-        logits_NV = fresh(size, self.logits_dtype, device)
+        vocab = self.head.weight_VD.shape[0]
+        logits_NV = fresh_rows(rows, vocab, self.logits_dtype, device)
         grad_NV = None if gradient is None else logits_NV
         if gradient is not None and (apart or gradient != logits_NV.dtype):
-            grad_NV = fresh(size, gradient, device)
+            grad_NV = fresh_rows(rows, vocab, gradient, device)
         with full_precision(device):
             for chunk in chunks:
                 own = slice(0, chunk.stop - chunk.start)
@@ -293,9 +279,9 @@ class LinearRows:
                 # beta 0 overwrites whatever was there, NaN too.
                 d_weight.addmm_(small_NV.T, hidden, beta=0 if chunk.start == 0 else 1)
             elif chunk.start == 0:
-                d_weight.copy_(small_NV.T @ hidden)
+                first_product(d_weight, small_NV.T, hidden)
             else:
-                d_weight.add_(small_NV.T @ hidden)
+                add_product(d_weight, small_NV.T, hidden)
         if d_bias is not None:
             d_bias.add_(dx_NV.sum(0, dtype=self.dtype))
 

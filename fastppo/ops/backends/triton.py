@@ -2,79 +2,64 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fastppo.kernels import advantages as advantages_kernels
-from fastppo.kernels import gae as gae_kernels
 from fastppo.kernels import policy_loss as policy_loss_kernels
 from fastppo.kernels import score_tokens as score_tokens_kernels
-from fastppo.kernels import sums
-from fastppo.kernels import token_kl as token_kl_kernels
 from fastppo.kernels import token_logprobs as token_logprobs_kernels
-from fastppo.kernels import value_loss as value_loss_kernels
-from fastppo.kernels import whiten as whiten_kernels
-from fastppo.ops.arguments import (
-    LossArguments,
-    RowArguments,
-    rows_of,
-)
-from fastppo.ops.backends import AdvantagesArguments, GaeArguments, LossRows, Scores, Statistics
+from fastppo.ops.arguments import LossArguments, RowArguments, rows_of
+from fastppo.ops.backends import LossRows, Scores, Statistics
 from fastppo.ops.backends.definition import token_kl_backward as token_kl_backward
-from fastppo.ops.backends.sizes import (
-    ADVANTAGES_SCAN,
-    AUTOTUNE,
-    BLOCK,
-    GAE_SCAN,
-    RowConfig,
-    row_config,
-    tuned,
-    warps_of,
-)
+from fastppo.ops.backends.launch import multiprocessors, placement, start
+from fastppo.ops.backends.sizes import AUTOTUNE, RowConfig, chosen, tuned, warps_of
+from fastppo.ops.backends.triton_tokens import advantages as advantages
+from fastppo.ops.backends.triton_tokens import gae as gae
+from fastppo.ops.backends.triton_tokens import moments as moments
+from fastppo.ops.backends.triton_tokens import scale_unless_one as scale_unless_one
+from fastppo.ops.backends.triton_tokens import sum_rows
+from fastppo.ops.backends.triton_tokens import token_kl as token_kl
+from fastppo.ops.backends.triton_tokens import value_loss as value_loss
+from fastppo.ops.backends.triton_tokens import whiten as whiten
 from fastppo.ops.surrogate import RATIO_MAX, TERMS
 
 
-def start(
+def _launch(
     kernel: Any,
-    grid: tuple[int, ...],
-    device: torch.device,
+    x_NV: Tensor,
+    other_NV: Tensor | None,
     arguments: tuple[Any, ...],
+    config: RowConfig | None,
     **meta: Any,
 ) -> None:
-    """Launch a kernel on the device of its tensors; every launch goes through here.
-
-    Kernels read entry i of a vector at `ptr + i`, so a vector that is not contiguous is copied
-    first. Results are contiguous.
-    """
-    packed = (x.contiguous() if isinstance(x, Tensor) and x.ndim == 1 else x for x in arguments)
-    # Launches go to the current device, which may be another than the tensors'.
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](*packed, **meta)
-
-
-def _launch(
-    kernel: Any, x_NV: Tensor, arguments: tuple[Any, ...], config: RowConfig | None, **meta: Any
-) -> None:
-    """Launch a kernel with one program for each row of `x_NV`."""
+    """Launch a kernel over the rows of `x_NV`; `other_NV` is their gradient or their reference."""
     n, vocab = x_NV.shape
     if n == 0:
         return
-    if AUTOTUNE and config is None and x_NV.device.type == "cuda":
-        start(tuned(kernel), (n,), x_NV.device, arguments, **meta)
+    device, where = x_NV.device, placement(x_NV, other_NV)
+    if kernel is token_logprobs_kernels.token_logprobs_kernel:
+        del where["TOGETHER"]
+    meta |= where
+    if AUTOTUNE and config is None and device.type == "cuda":
+        start(tuned(kernel), (n,), device, arguments, **meta)
         return
-    pair = kernel is score_tokens_kernels.score_tokens_kernel
-    size = config or row_config(x_NV.element_size(), vocab, pair=pair)
-    meta |= {"BLOCK": size.block, "num_warps": warps_of(size)}
-    start(kernel, (n,), x_NV.device, arguments, **meta)
+    size = config or chosen(
+        x_NV.element_size(),
+        vocab,
+        pair=kernel is score_tokens_kernels.score_tokens_kernel,
+        twice=kernel is policy_loss_kernels.policy_loss_kernel and other_NV is not None,
+        device=device,
+    )
+    programs = min(n, size.programs * multiprocessors(device) or n)
+    meta |= {"TILES": size.tiles, "THREADS": size.threads, "num_warps": warps_of(size)}
+    start(kernel, (programs,), device, arguments, **meta)
 
 
 def _common(rows: RowArguments, at: slice, x_NV: Tensor) -> tuple[Any, ...]:
     """The last arguments of the kernels that compute no loss."""
-    softcap, vocab = rows.softcap or 1.0, x_NV.shape[1]
-    return (rows.temperature, softcap, rows.ignore_index, at.start, vocab, x_NV.stride(0))
+    place = (rows.ignore_index, at.start, *x_NV.shape, x_NV.stride(0))
+    return (rows.temperature, rows.softcap or 1.0, *place)
 
 
 def _kinds(rows: RowArguments) -> dict[str, Any]:
@@ -101,7 +86,8 @@ def token_logprobs(
         *into,
         *_common(rows, at, x_NV),
     )
-    _launch(token_logprobs_kernels.token_logprobs_kernel, x_NV, arguments, config, **_kinds(rows))
+    kernel = token_logprobs_kernels.token_logprobs_kernel
+    _launch(kernel, x_NV, None, arguments, config, **_kinds(rows))
 
 
 def token_logprobs_backward(
@@ -129,7 +115,7 @@ def token_logprobs_backward(
         out_NV.stride(0),
     )
     kernel = token_logprobs_kernels.token_logprobs_backward_kernel
-    _launch(kernel, x_NV, arguments, config, **_kinds(rows))
+    _launch(kernel, x_NV, out_NV, arguments, config, **_kinds(rows))
 
 
 def policy_loss(
@@ -164,7 +150,7 @@ def policy_loss(
         loss.log_ratio_limit,
         rows.ignore_index,
         at.start,
-        x_NV.shape[1],
+        *x_NV.shape,
         x_NV.stride(0),
         0 if out_NV is None else out_NV.stride(0),
         rows.token_N.numel(),
@@ -172,6 +158,7 @@ def policy_loss(
     _launch(
         policy_loss_kernels.policy_loss_kernel,
         x_NV,
+        out_NV,
         arguments,
         config,
         KL_KIND=loss.kl_kind,
@@ -189,7 +176,7 @@ def loss_totals(
     rows: RowArguments, loss: LossArguments, into: LossRows
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, KL of each token and the vector of PolicyMetrics, once all rows are computed."""
-    total, vector = _sum_rows(into.term_MN, maximum=RATIO_MAX)
+    total, vector = sum_rows(into.term_MN, maximum=RATIO_MAX)
     return total, into.kl_N, vector
 
 
@@ -211,188 +198,5 @@ def score_tokens(
         *_common(rows, at, x_NV),
         ref_NV.stride(0),
     )
-    _launch(score_tokens_kernels.score_tokens_kernel, x_NV, arguments, config, **_kinds(rows))
-
-
-def _sum_rows(x_MN: Tensor, *, maximum: int = -1) -> tuple[Tensor, Tensor]:
-    """The sum of the last row, and those of the others (of row `maximum` the largest entry)."""
-    rows, n = x_MN.shape
-    vector = torch.empty(rows - 1, dtype=torch.float32, device=x_MN.device)
-    last = torch.empty((), dtype=torch.float32, device=x_MN.device)
-    arguments = (x_MN, vector, last, n, x_MN.stride(0))
-    meta = {"MAXIMUM": maximum, "LAST": rows - 1, "BLOCK": 1024}
-    start(sums.sum_rows_kernel, (rows,), x_MN.device, arguments, **meta)
-    return last, vector
-
-
-def scale_unless_one(x: Tensor, factor: Tensor, divisor: float | Tensor) -> None:
-    """Multiply x by factor / divisor in place, without waiting; x may have any strides."""
-    if not x.numel():
-        return
-    x_MN = x.view(1, -1) if x.is_contiguous() else x  # without gaps: one long row
-    rows, columns = x_MN.shape
-    block = 4096
-    blocks = -(-columns // block)
-    arguments = (x_MN, factor, divisor, columns, blocks, *x_MN.stride())
-    meta = {"DIVISOR_ON_DEVICE": isinstance(divisor, Tensor), "BLOCK": block, "num_warps": 8}
-    start(sums.scale_unless_one_kernel, (rows * blocks,), x.device, arguments, **meta)
-
-
-def _blocks(n: int) -> int:
-    return -(-n // BLOCK)
-
-
-def _like(x_N: Tensor, *shape: int) -> Tensor:
-    return x_N.new_empty(shape, dtype=torch.float32)
-
-
-def token_kl(
-    logprob_N: Tensor, ref_logprob_N: Tensor, kind: str, limit: float
-) -> tuple[Tensor, Tensor]:
-    """The KL estimate k of each token, and dk/dlogprob."""
-    n = logprob_N.numel()
-    kl_N, slope_N = _like(logprob_N, n), _like(logprob_N, n)
-    if n:
-        arguments = (logprob_N, ref_logprob_N, kl_N, slope_N, limit, n)
-        kernel = token_kl_kernels.token_kl_kernel
-        start(kernel, (_blocks(n),), logprob_N.device, arguments, KIND=kind, BLOCK=BLOCK)
-    return kl_N, slope_N
-
-
-def value_loss(
-    value_N: Tensor, old_value_N: Tensor, return_N: Tensor, weight_N: Tensor, clip: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, the vector of ValueMetrics, and dloss/dvalue."""
-    n = value_N.numel()
-    parts = _blocks(n)
-    grad_N, part_MP = _like(value_N, n), _like(value_N, 7, parts)
-    if n:
-        given = (value_N, old_value_N, return_N, weight_N)
-        arguments = (*given, grad_N, part_MP, clip or 0.0, n, parts)
-        kernel, meta = value_loss_kernels.value_loss_kernel, {"HAS_CLIP": clip is not None}
-        start(kernel, (parts,), value_N.device, arguments, BLOCK=BLOCK, **meta)
-    loss, vector = _sum_rows(part_MP)
-    return loss, vector, grad_N
-
-
-def _mask(weight_N: Tensor | None) -> Tensor | None:
-    """Triton has no pointers to bool."""
-    if weight_N is None or weight_N.dtype != torch.bool:
-        return weight_N
-    return weight_N.view(torch.uint8)
-
-
-def _moment_parts(x_N: Tensor, weight_N: Tensor | None) -> Tensor:
-    """Count, mean and m2 of each of the P blocks of tokens, as a tensor (3, P)."""
-    n = x_N.numel()
-    parts = _blocks(n)
-    part_3P = _like(x_N, 3, parts)
-    if n:
-        arguments = (x_N, _mask(weight_N), part_3P, n, parts)
-        start(whiten_kernels.moments_kernel, (parts,), x_N.device, arguments, BLOCK=BLOCK)
-    return part_3P
-
-
-def moments(x_N: Tensor, weight_N: Tensor | None) -> Tensor:
-    """Count, mean and sum of squared deviations (m2), as a tensor (3,)."""
-    part_3P, out = _moment_parts(x_N, weight_N), _like(x_N, 3)
-    arguments = (part_3P, out, part_3P.shape[1])
-    start(whiten_kernels.merge_moments_kernel, (1,), x_N.device, arguments, BLOCK=BLOCK)
-    return out
-
-
-def whiten(
-    x_N: Tensor, weight_N: Tensor | None, moments: Tensor | None, shift_mean: bool
-) -> Tensor:
-    """The values, whitened by the moments (3,) if they are given, else by their own."""
-    # `moments` may also be those of all blocks (3, P), which `advantages` passes.
-    parts = _moment_parts(x_N, weight_N) if moments is None else moments
-    n, part_3P = x_N.numel(), parts.reshape(3, -1).contiguous()
-    y_N = _like(x_N, n)
-    if n:
-        arguments = (x_N, _mask(weight_N), part_3P, y_N, n, part_3P.shape[1])
-        meta = {"SHIFT_MEAN": shift_mean, "BLOCK": BLOCK}
-        start(whiten_kernels.whiten_kernel, (_blocks(n),), x_N.device, arguments, **meta)
-    return y_N
-
-
-def gae(a: GaeArguments) -> tuple[Tensor, Tensor]:
-    """Advantages and returns."""
-    n = a.reward_N.numel()
-    advantage_N, return_N = _like(a.reward_N, n), _like(a.reward_N, n)
-    _gae(a, None, advantage_N, return_N, None)
-    return advantage_N, return_N
-
-
-def _gae(
-    a: GaeArguments,
-    reward_part_3P: Tensor | None,
-    advantage_N: Tensor,
-    return_N: Tensor,
-    part_3B: Tensor | None,
-) -> None:
-    """Launch one program for each sequence; if moments are given, they scale the rewards."""
-    batch = a.offsets.numel() - 1
-    if batch == 0 or a.reward_N.numel() == 0:
-        return
-    arguments = (
-        a.reward_N,
-        reward_part_3P,
-        a.value_N,
-        a.offsets,
-        a.bootstrap_value_B,
-        advantage_N,
-        return_N,
-        part_3B,
-        a.gamma,
-        a.lam,
-        0 if reward_part_3P is None else reward_part_3P.shape[1],
-        batch,
-    )
-    start(gae_kernels.gae_kernel, (batch,), a.reward_N.device, arguments, **GAE_SCAN)
-
-
-def advantages(a: AdvantagesArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Advantages, returns, rewards and KL: one launch, one more for either whitening."""
-    n, batch = a.logprob_N.numel(), a.offsets.numel() - 1
-    advantage_N, return_N, reward_N, kl_N = (_like(a.logprob_N, n) for _ in range(4))
-    if n == 0 or batch == 0:
-        return advantage_N, return_N, reward_N, kl_N
-    part_3B = _like(a.logprob_N, 3, batch)
-    arguments = (
-        a.score_B,
-        a.logprob_N,
-        a.ref_logprob_N,
-        a.kl_N,
-        a.extra_reward_N,
-        a.value_N,
-        a.offsets,
-        a.bootstrap_value_B,
-        a.kl_coef,
-        advantage_N,
-        return_N,
-        reward_N,
-        kl_N,
-        part_3B,
-        a.log_ratio_limit,
-        a.gamma,
-        a.lam,
-        batch,
-    )
-    start(
-        advantages_kernels.advantages_kernel,
-        (batch,),
-        a.logprob_N.device,
-        arguments,
-        KL_KIND=a.kl_kind,
-        KL_COEF_ON_DEVICE=isinstance(a.kl_coef, Tensor),
-        REWARDS_ONLY=a.whiten_rewards,
-        **ADVANTAGES_SCAN,
-    )
-    if a.whiten_rewards:
-        of_rewards, part_3B = part_3B, torch.empty_like(part_3B)
-        shaped = (reward_N, a.value_N, a.offsets, a.gamma, a.lam, a.bootstrap_value_B, a.backend)
-        _gae(GaeArguments(*shaped), of_rewards, advantage_N, return_N, part_3B)
-    if a.whiten_advantages:
-        advantage_N = whiten(advantage_N, None, part_3B, True)
-    return advantage_N, return_N, reward_N, kl_N
+    kernel = score_tokens_kernels.score_tokens_kernel
+    _launch(kernel, x_NV, ref_NV, arguments, config, **_kinds(rows))
