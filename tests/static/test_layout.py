@@ -21,6 +21,7 @@ CODE = sorted(
 )
 # A room imports from the rows below its own: not from above, and not from its neighbours.
 ROOMS = [
+    {"__main__"},
     {"cli", "export", "info", "integrations"},
     {"ppo", "rm"},
     {"rewards", "run", "toy"},
