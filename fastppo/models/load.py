@@ -71,7 +71,7 @@ def advice_on_hub(name: str, text: str) -> str:
             "check the name; if it is gated or private, accept its terms on its page and set "
             "HF_TOKEN (or hf_hub_token)"
         )
-    if any(x in words for x in ("couldn't connect", "can't load", "offline", "local cache")):
+    if any(x in words for x in ("couldn't connect", "can't load", "offline", "outgoing traffic")):
         return (
             f"if it is on the hub, `hf download {name}` fetches it where there is a network "
             "(HF_ENDPOINT names a mirror); a folder on this machine is named by its path"

@@ -81,7 +81,7 @@ def test_a_16_bit_checkpoint_is_float32_on_a_cpu(tiny_roles, folder, tmp_path):
     ("message", "advice"),
     [
         ("We couldn't connect to 'https://huggingface.co' to load the files", "hf download o/n"),
-        ("Cannot find the requested files in the local cache and outgoing traffic", "hf download"),
+        ("Cannot find the requested files in the disk cache and outgoing traffic", "hf download"),
         ("You are trying to access a gated repo.", "set HF_TOKEN"),
         ("If this is a private repository, make sure to pass a token", "set HF_TOKEN"),
         ("invalid header", "check the folder"),
