@@ -185,7 +185,8 @@ NOT_HERE: dict[tuple[str, str], str] = {
     **_values(
         "stage",
         "sft pt dpo kto",
-        "fastppo trains stage rm and stage ppo; use another trainer for it",
+        "fastppo trains stage rm and stage ppo; run this stage in LLaMA-Factory, and name what it "
+        "wrote in model_name_or_path, or an adapter in adapter_name_or_path",
     ),
     **_values("finetuning_type", "oft none p_tuning", "not supported; use finetuning_type: lora"),
     ("flash_attn", "fa3"): "not supported; use fa2, or auto",

@@ -45,9 +45,7 @@ def fit_prompt(
     """
     ids = template.fit_prompt(record.messages, system_of(record, default_system), limit)
     if ids is None:
-        raise BadRow(
-            f"its prompt does not fit in {limit} tokens even without its question; raise cutoff_len"
-        )
+        raise BadRow(f"its prompt does not fit in {limit} tokens even without its question")
     return ids
 
 
@@ -72,7 +70,7 @@ def encode_prompts(
     cut off, with the header, so that prompt and the record's own answer share `cutoff_len`. Records
     that do not fit are dropped with a note.
     """
-    prompts, dropped = [], DroppedRows("dataset", seen=len(records))
+    prompts, dropped = [], DroppedRows("dataset", "raise cutoff_len", seen=len(records))
     for record in records:
         system = system_of(record, default_system)
         try:
@@ -121,7 +119,7 @@ def encode_pairs(
     follows EOS: LLaMA-Factory's reward models are trained and read there. With `lf_truncation`
     header and EOS can be cut off, as in LLaMA-Factory.
     """
-    pairs, dropped = [], DroppedRows("dataset", seen=len(records))
+    pairs, dropped = [], DroppedRows("dataset", "raise cutoff_len", seen=len(records))
     equal, equal_before = [], 0
     suffix_ids = list(template.suffix_ids) if suffix else []
     for record in records:
@@ -139,7 +137,7 @@ def encode_pairs(
                 answers = [[*ids, *suffix_ids][:target] for ids in answers]
             else:
                 if target < end:
-                    raise BadRow(f"its answers do not fit in {cutoff_len} tokens; raise cutoff_len")
+                    raise BadRow(f"its answers do not fit in {cutoff_len} tokens")
                 prompt = fit_prompt(record, template, source, default_system)
                 answers = [ids[:-1][: target - end] + ids[-1:] + suffix_ids for ids in answers]
         except BadRow as why:

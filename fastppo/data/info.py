@@ -164,7 +164,8 @@ def read_info(config: Config) -> tuple[dict[str, Any], Path]:
     path = Path(config.dataset_dir) / "dataset_info.json"
     if not path.is_file():
         raise UserError(
-            f"{config.source}: dataset_dir: no {path}; set dataset_dir to the folder that has it"
+            f"{config.source}: dataset_dir: no {path}; set dataset_dir to the folder that has it, "
+            "or name the data's own files in dataset"
         )
     try:
         infos = json.loads(path.read_text(encoding="utf-8-sig"))

@@ -56,18 +56,33 @@ class BadRow(Exception):
     """A row is dropped; the message says why."""
 
 
+class NotDescribed(BadRow):
+    """A row has other names of columns or roles than its description in dataset_info.json."""
+
+
+class MissingColumn(NotDescribed):
+    """A row has no such column; the message says which it has, by which a wrong name is seen."""
+
+    def __init__(self, column: str | None, row: dict[str, Any]) -> None:
+        others = ", ".join(str(name)[:30] for name in list(row)[:6] if name != column)
+        super().__init__(f"has no '{column}'" + (f", it has {others}" if others else ""))
+
+
 @dataclass
 class DroppedRows:
     """Counts the bad rows of a source, and stores the first of them for a note."""
 
     source: str  # file, hub name or setting to correct
+    cure: str = ""  # the setting that keeps them, if there is one
     seen: int = 0  # number of rows read
     bad: int = 0  # number of rows dropped
+    described: bool = True  # False: columns or roles have other names than dataset_info.json says
     first: list[str] = field(default_factory=list)  # position and reason of the first SHOWN
 
     def add(self, where: str, why: object) -> None:
         """Count a bad row; store its position and the reason if it is one of the first."""
         self.bad += 1
+        self.described &= not isinstance(why, NotDescribed)
         if len(self.first) < SHOWN:
             # The note names the file once; with several files, each row names its own.
             self.first.append(f"{where.removeprefix(self.source).strip()}: {why}")
@@ -79,8 +94,11 @@ class DroppedRows:
         rows = "; ".join(self.first) + ("; ..." if self.bad > SHOWN else "")
         counted = f"{self.source}: {self.bad} of {self.seen} rows are bad"
         if 2 * self.bad > self.seen:
-            raise UserError(f"{counted} ({rows}); mend them, or what describes them")
-        return f"{counted} and dropped ({rows})"
+            mend = "mend them"
+            if not self.described:
+                mend += ", or describe them in dataset_info.json (docs/data.md)"
+            raise UserError(f"{counted} ({rows}); {self.cure or mend}")
+        return f"{counted} and dropped ({rows})" + (f"; {self.cure}" if self.cure else "")
 
 
 def to_records(
@@ -132,7 +150,7 @@ def text_of(row: dict[str, Any], column: str | None, *, needed: bool = False) ->
     value = row.get(column) if column else None
     if value is None or value == "":
         if needed:
-            raise BadRow(f"has no '{column}'")
+            raise MissingColumn(column, row)
         return None
     if not isinstance(value, str):
         raise BadRow(f"'{column}' is {kind_of(value)}, not text")
@@ -162,7 +180,7 @@ def read_alpaca(row: Row, source: Source) -> Record:
     question = "\n".join(part for part in parts if part)
     if not question.strip():
         column = columns.get("prompt", columns.get("query", "instruction"))
-        raise BadRow(f"'{column}' is blank" if question else f"has no '{column}'")
+        raise BadRow(f"'{column}' is blank") if question else MissingColumn(column, content)
     messages = read_history(content.get(columns.get("history", "")))
     messages.append({"role": "user", "content": question})
     answers: dict[str, str | None] = {}
@@ -204,7 +222,7 @@ def read_turns(row: Row, source: Source) -> Record:
     name = columns["messages"]
     turns = content.get(name)
     if not isinstance(turns, list) or not turns:
-        raise BadRow(f"has no '{name}'")
+        raise MissingColumn(name, content)
     messages = [read_turn(turn, tags) for turn in turns]
     system = text_of(content, columns.get("system"))
     if messages[0]["role"] == "system":
@@ -239,7 +257,7 @@ def read_turn(turn: Any, tags: dict[str, str]) -> Message:
     if speaker in tools - set(roles) or (isinstance(turn, dict) and turn.get("tool_calls")):
         raise BadRow(f"has a turn by '{speaker}', and {NO_TOOLS}")
     if speaker not in roles:
-        raise BadRow(f"a turn by nobody known ({turn!r:.60}); it needs {list(roles)}")
+        raise NotDescribed(f"a turn by nobody known ({turn!r:.60}); it needs {list(roles)}")
     # Sets with a system turn in every row leave it empty where there is no system prompt.
     needed = roles[speaker] != "system"
     text = text_of(turn, tags["content_tag"], needed=needed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, cast
 
@@ -62,6 +63,22 @@ def first_line(error: Exception) -> str:
     return (f"{first} {' '.join(rest.split())}" if first.rstrip().endswith(":") else first)[:200]
 
 
+def advice_on_hub(name: str, text: str) -> str:
+    """What to do about a model that does not load, by the message of the hub's client."""
+    words = "" if Path(name).is_dir() else text.lower()
+    if "gated" in words or "private repo" in words:
+        return (
+            "check the name; if it is gated or private, accept its terms on its page and set "
+            "HF_TOKEN (or hf_hub_token)"
+        )
+    if any(x in words for x in ("couldn't connect", "can't load", "offline", "outgoing traffic")):
+        return (
+            f"if it is on the hub, `hf download {name}` fetches it where there is a network "
+            "(HF_ENDPOINT names a mirror); a folder on this machine is named by its path"
+        )
+    return "check the folder or the hub name"
+
+
 def load_tokenizer(config: Config, name: str | None = None) -> Any:
     """The tokenizer of `model_name_or_path`, or of the model `name`."""
     named = name or config.model_name_or_path
@@ -70,7 +87,7 @@ def load_tokenizer(config: Config, name: str | None = None) -> Any:
     except Exception as error:  # the tokenizers package raises Exception itself
         raise UserError(
             f"{config.source}: {named} has no tokenizer that can be loaded ({first_line(error)}); "
-            "check the folder or the hub name"
+            f"{advice_on_hub(named, str(error))}"
         ) from None
 
 
@@ -215,7 +232,7 @@ def not_loaded(name: str, error: Exception, flash_attn: str = "auto") -> str:
             f"{name} is of model_type {found[1]}, which transformers {transformers.__version__} "
             "does not know; install a newer one, or mend model_type in its config.json"
         )
-    cure = "check the folder or the hub name"
+    cure = advice_on_hub(name, text)
     if "custom code" in text:
         cure = "set that if you trust it, or name another"
     elif isinstance(error, ImportError):

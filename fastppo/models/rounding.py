@@ -79,13 +79,20 @@ INSTRUCTIONS: Final = {
 def note_on_16_bits(
     device: torch.device, autocast: torch.dtype | None, cpuinfo: Path = Path("/proc/cpuinfo")
 ) -> str | None:
-    """A line where a CPU is asked for 16 bits that it has no instructions for; else None.
+    """A line where a CPU or a GPU is asked for 16 bits that it has no instructions for; else None.
 
     Args:
         device: where the run computes.
         autocast: the dtype of its matrix products, None for float32.
         cpuinfo: Linux's description of the processor; without that file nothing is said.
     """
+    if device.type == "cuda" and autocast == torch.bfloat16 and torch.cuda.is_available():
+        if torch.cuda.get_device_capability(device)[0] >= 8:
+            return None
+        return (
+            "bf16: true: this GPU is older than Ampere (V100, T4, RTX 20) and has no instructions "
+            "for it, so matrix products take several times as long; use fp16: true"
+        )
     if device.type != "cpu" or autocast not in INSTRUCTIONS or not cpuinfo.is_file():
         return None
     key, flags = INSTRUCTIONS[autocast]

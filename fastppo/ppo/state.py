@@ -41,7 +41,7 @@ from fastppo.ppo.sampling import Sampling
 from fastppo.ppo.snapshot import Snapshot
 from fastppo.rewards.function import load_function
 from fastppo.rewards.reward import Reward, make_reward
-from fastppo.run.launch import choose_device
+from fastppo.run.launch import choose_device, note_on_device
 from fastppo.run.preflight import check
 from fastppo.run.stopping import Stop
 from fastppo.run.tracking import Trackers
@@ -181,6 +181,7 @@ def init_state(
         pad_note,
         note_beyond_training(config, longest),
         note_on_16_bits(device, autocast_dtype(config, device)),
+        note_on_device(config, device),
     )
     config, plan, notes = resolve_auto(config, device)  # the shape is in the hub's cache by now
     notes += [line for line in found if line is not None]

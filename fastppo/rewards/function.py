@@ -31,9 +31,11 @@ def load_function(name: str, key: str) -> Function:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise UserError(
-            f"{key}: cannot import '{module_name}' ({error}); it must be importable from here"
-        ) from None
+        top = module_name.partition(".")[0]
+        cure = "mend that import"
+        if isinstance(error, ModuleNotFoundError) and error.name in (top, module_name):
+            cure = f"put {top}.py into the folder in which the command runs, or install it"
+        raise UserError(f"{key}: cannot import '{module_name}' ({error}); {cure}") from None
     except (Exception, SystemExit) as error:  # importing a module can raise anything
         raise UserError(
             f"{key}: importing '{module_name}' {describe_exception(error)}; mend it"

@@ -58,7 +58,7 @@ from fastppo.rm.model import RewardModel, calibrate
 from fastppo.rm.pairs import Pairs, collate
 from fastppo.rm.trainer import PairTrainer, compute_metrics
 from fastppo.run import console, durable, results, save
-from fastppo.run.launch import choose_device, hide_launcher_variables
+from fastppo.run.launch import choose_device, hide_launcher_variables, note_on_device
 from fastppo.run.stopping import Stop
 from fastppo.run.tracking import Trackers
 from fastppo.templates import Template, get_template
@@ -204,6 +204,7 @@ def set_up(config: Config, records: Records) -> Setup:
         pad_note,
         note_beyond_training(config, longest),
         note_on_16_bits(device, autocast_dtype(config, device)),
+        note_on_device(config, device),
     )
     config, plan, auto_notes = resolve_auto(config, device)
     auto_notes += [line for line in found if line is not None]

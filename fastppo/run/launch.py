@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from fastppo.errors import UserError
@@ -76,3 +77,26 @@ def choose_device(config: Config) -> torch.device:
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     on_gpu = torch.cuda.is_available() and not config.use_cpu
     return torch.device("cuda" if on_gpu else "cpu")
+
+
+def note_on_device(
+    config: Config, device: torch.device, driver: Path = Path("/proc/driver/nvidia/version")
+) -> str | None:
+    """A line where a run is on the CPU beside an NVIDIA GPU that torch does not see; else None.
+
+    Args:
+        config: the run's; `use_cpu` asks for the CPU, and nothing is said.
+        device: where the run computes.
+        driver: what Linux has where NVIDIA's driver is loaded.
+    """
+    import torch
+
+    if device.type != "cpu" or config.use_cpu or not driver.exists():
+        return None
+    why = "look at nvidia-smi, at CUDA_VISIBLE_DEVICES, and whether the driver is old for torch"
+    if torch.version.cuda is None:
+        why = "it is a build without CUDA: install one with it (pytorch.org)"
+    return (
+        "this run is on the CPU, though NVIDIA's driver is loaded: torch "
+        f"{torch.__version__} sees no GPU; {why}. use_cpu: true says that the CPU is meant"
+    )

@@ -307,7 +307,7 @@ def check_output_dir(config: Config) -> None:
     durable.checkpoint_to_resume(config, hashes=False)
     allowed = config.overwrite_output_dir or config.resume_from_checkpoint or not config.trains
     if not allowed and folder.is_dir() and any(folder.iterdir()):
-        raise UserError(
-            f"{config.source}: output_dir: {folder} is not empty; name another, or set "
-            "overwrite_output_dir: true"
-        )
+        cure = "name another, or set overwrite_output_dir: true"
+        if any(folder.glob("checkpoint-*")):
+            cure = "set resume_from_checkpoint: true to go on with the run in it, or " + cure
+        raise UserError(f"{config.source}: output_dir: {folder} is not empty; {cure}")

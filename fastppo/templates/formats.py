@@ -222,4 +222,4 @@ def check_name(name: str | None) -> None:
     if name is not None and name not in TEMPLATES:
         near = difflib.get_close_matches(name, TEMPLATES, n=1, cutoff=0.5)
         cure = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(TEMPLATES)}"
-        raise UserError(f"template: '{name}' is unknown; {cure}, or null for the tokenizer's own")
+        raise UserError(f"template: '{name}' is unknown; {cure} (null: the tokenizer's own)")

@@ -196,3 +196,11 @@ def test_bad_records_are_refused_without_torch_too(project):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "has no 'instruction'" in done.stderr
     assert json.loads(done.stdout.replace("'", '"')) == []
+
+
+def test_python_m_fastppo_is_the_command(project):
+    done = subprocess.run(
+        [sys.executable, "-m", "fastppo"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("fastppo-train: error: no CONFIG; name a YAML file")

@@ -65,7 +65,7 @@ def test_a_system_prompt_that_leaves_no_room_drops_the_row(project, chatml, caps
     assert len(prompts(project, chatml, 60, *rows, info=info)) == 1
     assert (
         "1 of 2 rows are bad and dropped (data/rows.json row 2: its prompt does not fit in 60 "
-        "tokens even without its question; raise cutoff_len)"
+        "tokens even without its question); raise cutoff_len"
     ) in capsys.readouterr().err
     with pytest.raises(UserError, match=r"1 of 1 rows are bad .*raise cutoff_len"):
         prompts(project, chatml, 60, rows[1], info=info)

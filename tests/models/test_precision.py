@@ -13,7 +13,7 @@ from fastppo.config.model import own_dtype
 from fastppo.errors import UserError
 from fastppo.memory.inputs import PlanInputs
 from fastppo.memory.shapes import find_shape
-from fastppo.models.load import autocast_dtype, compute_dtype
+from fastppo.models.load import advice_on_hub, autocast_dtype, compute_dtype
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")  # looked at by name: none has to be there
 
@@ -75,3 +75,19 @@ def test_a_16_bit_checkpoint_is_float32_on_a_cpu(tiny_roles, folder, tmp_path):
     made = tiny_roles(model_name_or_path=str(tmp_path / "half"))
     assert {p.dtype for p in made.base.parameters()} == {torch.float32}
     assert not made.autocast
+
+
+@pytest.mark.parametrize(
+    ("message", "advice"),
+    [
+        ("We couldn't connect to 'https://huggingface.co' to load the files", "hf download o/n"),
+        ("Cannot find the requested files in the disk cache and outgoing traffic", "hf download"),
+        ("You are trying to access a gated repo.", "set HF_TOKEN"),
+        ("If this is a private repository, make sure to pass a token", "set HF_TOKEN"),
+        ("invalid header", "check the folder"),
+    ],
+)
+def test_the_advice_on_a_model_that_does_not_load_is_of_its_cause(message, advice, tmp_path):
+    """Who sits behind a firewall is not helped by 'check the name'."""
+    assert advice in advice_on_hub("o/n", message)
+    assert advice_on_hub(str(tmp_path), message) == "check the folder or the hub name"

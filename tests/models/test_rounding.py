@@ -183,3 +183,13 @@ def test_16_bits_without_instructions_for_them_get_a_line(tmp_path, dtype, flags
         assert line.endswith("leave the key out to compute in float32")
     assert rounding.note_on_16_bits(CUDA, dtype, cpuinfo) is None
     assert rounding.note_on_16_bits(CPU, dtype, tmp_path / "none") is None
+
+
+@pytest.mark.parametrize(("capability", "slow"), [((7, 5), True), ((8, 0), False)])
+def test_bf16_on_a_gpu_older_than_ampere_gets_a_line(monkeypatch, capability, slow):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    line = rounding.note_on_16_bits(CUDA, torch.bfloat16)
+    assert (line is not None) == slow
+    assert line is None or line.endswith("use fp16: true")
+    assert rounding.note_on_16_bits(CUDA, torch.float16) is None

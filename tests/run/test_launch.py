@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from fastppo import cli
 from fastppo.config import config_from_dict
 from fastppo.errors import UserError
 from fastppo.export import cli as export
-from fastppo.run import preflight
+from fastppo.run import launch, preflight
 from tests.project import PPO, RM
 
 TORCHRUN = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
@@ -142,3 +143,17 @@ def test_torchrun_itself_writes_nothing(files: Path):
     assert done.stderr.count("fastppo-train: error: WORLD_SIZE: is 2") in (1, 2)
     assert "exitcode  : 2" in done.stderr
     assert written(files) == before
+
+
+def test_a_gpu_that_torch_does_not_see_gets_a_line(tmp_path, monkeypatch):
+    """A torch without CUDA would train a 7B on the CPU, for weeks and without a word."""
+    driver, config = tmp_path / "version", config_from_dict(PPO)
+    cpu = torch.device("cpu")
+    assert launch.note_on_device(config, cpu, driver) is None
+    driver.write_text("NVRM", encoding="utf-8")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "a build without CUDA: install one" in launch.note_on_device(config, cpu, driver)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert "look at nvidia-smi" in launch.note_on_device(config, cpu, driver)
+    assert launch.note_on_device(config_from_dict({**PPO, "use_cpu": True}), cpu, driver) is None
+    assert launch.note_on_device(config, torch.device("cuda"), driver) is None

@@ -1,18 +1,36 @@
-"""The README's numbers are those of the committed results, and its code runs."""
+"""The first pages: their code runs, both languages say the same, and what they install is there."""
 
 from __future__ import annotations
 
-import json
 import re
-import statistics
-from collections.abc import Iterator
+import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CHINESE = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
+
+
+def blocks(text: str) -> list[str]:
+    """Blocks of code without their comments, which are translated."""
+    found = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return [re.sub(r"[ \t]*# .*", "", block) for block in found]
+
+
+def tables(text: str) -> list[list[str]]:
+    """The numbers of each row of each table, in the order in which they stand."""
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    return [sorted(re.findall(r"\d+(?:\.\d+)*", row)) for row in rows]
+
+
+def headings(text: str) -> list[str]:
+    return re.findall(r"^(#+) ", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+
+
+def links(text: str) -> set[str]:
+    return set(re.findall(r"\]\(([^)]+)\)", text)) - {"README.md", "README.zh-CN.md"}
 
 
 def code_of(page: str) -> str:
@@ -21,184 +39,53 @@ def code_of(page: str) -> str:
     return "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
 
 
-def test_the_table_of_seeds_is_the_committed_result():
-    result = json.loads((ROOT / "benchmarks" / "results" / "demo_seeds.json").read_text())
-    rows = []
-    for run in result["runs"]:
-        cells = [
-            f"{run['judge_before']:+.2f}",
-            f"{run['judge_after']:+.2f}",
-            f"{run['reward_before']:+.2f}",
-            f"{run['reward_after']:+.2f}",
-            f"{run['kl']:.1f}",
-            f"{run['length_before']:.0f}",
-            f"{run['length_after']:.0f}",
-        ]
-        rows.append(f"| {run['seed']} | " + " | ".join(cells) + " |")
-    for row in rows:
-        assert row in README
-    assert result["machine"] in README
-    assert result["date"] in README
-
-
-def results(name: str) -> dict[tuple[str, ...], dict[str, Any]]:
-    """Rows of a committed table by what they are of; it must be of a day that the README gives."""
-    found = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-    assert found["date"] in README
-    names = ("op", "shape", "case", "dtype", "setting", "what")
-    return {tuple(row[x] for x in names if x in row): row for row in found["rows"]}
-
-
-def ms(row: dict[str, Any]) -> str:
-    return f"{row['ms']:.1f}" if row["ms"] < 99.95 else f"{row['ms']:.0f}"
-
-
-def cell(row: dict[str, Any]) -> str:
-    return f"{ms(row)}, {row['peak_bytes'] / 2**20:.0f}"
-
-
-def operator_rows() -> Iterator[str]:
-    rows = results("ops-amd-epyc-2-cores")
-    for n, vocab in ((512, 49152), (256, 151936)):
-        for dtype in ("float32", "bfloat16"):
-            of = {
-                key[-1]: row
-                for key, row in rows.items()
-                if key[:3] == ("policy_loss", f"N {n}, V {vocab}", dtype)
-            }
-            ours, first = of["fastppo native"], of["fastppo native, nothing kept"]
-            others = [of[x] for x in ("fastppo native, in place", "torch.compile", "eager")]
-            cells = [f"{ms(ours)} ({ms(first)}), {ours['peak_bytes'] / 2**20:.0f}"]
-            cells += [*map(cell, others), ms(of["copy, given buffer"])]
-            yield f"| {n} x {vocab}, {dtype} | " + " | ".join(cells) + " |"
-
-
-def linear_rows() -> Iterator[str]:
-    rows = results("linear-amd-epyc-2-cores")
-    for n, d, vocab in ((512, 576, 49152), (256, 896, 151936)):
-        for head in ("frozen", "trained"):
-            of = {
-                key[-1].split(" ")[0]: row
-                for key, row in rows.items()
-                if key[:2] == (f"N {n}, D {d}, V {vocab}", f"{head} head")
-                and key[-1] not in ("fastppo torch", "fastppo triton")
-            }
-            bare = of["2"] if head == "frozen" else of["3"]
-            names = ("cut-cross-entropy", "torch.compile", "liger-kernel", "verl", "eager")
-            cells = [cell(of["fastppo"]), ms(bare), *(cell(of[name]) for name in names)]
-            yield f"| {n}, {d}, {vocab}; {head} | " + " | ".join(cells) + " |"
-
-
-def test_only_a_lead_outside_the_spread_is_called_one():
-    """A tie is where the rounds of two contenders overlap; the README says which are."""
-    ties: dict[str, list[bool]] = {}
-    for n, d, vocab in ((512, 576, 49152), (256, 896, 151936)):
-        for head in ("frozen", "trained"):
-            of = {
-                key[-1].split(" ")[0]: row
-                for key, row in results("linear-amd-epyc-2-cores").items()
-                if key[:2] == (f"N {n}, D {d}, V {vocab}", f"{head} head")
-                and key[-1] not in ("fastppo torch", "fastppo triton")
-            }
-            ours = of.pop("fastppo")
-            for name, row in of.items():
-                tie = row["min_ms"] <= ours["max_ms"] and ours["min_ms"] <= row["max_ms"]
-                assert tie or ours["ms"] < row["ms"]
-                ties.setdefault("GEMMs" if name in "23" else name, []).append(tie)
-    always, never = [True] * 4, [False] * 4
-    assert ties == {
-        "GEMMs": always,
-        "cut-cross-entropy": always,
-        "torch.compile": always,
-        "eager": [False, True, True, True],
-        "liger-kernel": never,
-        "verl": never,
-    }
-    words = " ".join(README.split())
-    assert "ties with the bare GEMMs, cut-cross-entropy and `torch.compile` in every row" in words
-    assert "It also ties with eager, except in the first row." in words
-
-
-def test_the_operators_in_which_pytorch_is_ahead_are_named():
-    ahead, tied = set(), set()
-    cases: dict[tuple[str, ...], dict[str, Any]] = {}
-    for key, row in results("ops-amd-epyc-2-cores").items():
-        if "error" in row and "ms" in row:
-            cases.setdefault(key[:-1], {})[key[-1]] = row
-    for case, of in cases.items():
-        ours = of["fastppo native"]
-        for name in {"eager", "torch.compile"} & set(of):
-            ahead |= {(case[0], name)} if of[name]["max_ms"] < ours["min_ms"] else set()
-            tied |= {(case[0], name)} if of[name]["min_ms"] <= ours["max_ms"] else set()
-    assert {op for op, _ in ahead} == {"token_kl", "whiten", "value_loss"}
-    assert ("linear_token_logprobs", "torch.compile") in tied
-    assert "PyTorch is ahead in three of the eleven operators" in README
-
-
-def test_benchmarks_readme_lists_every_result_its_day_and_its_command():
-    page = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
-    rows = dict(re.findall(r"^\| \[\S+\]\(results/(\S+)\) \| (.*) \|$", page, flags=re.MULTILINE))
-    files = {path.name: path for path in (ROOT / "benchmarks" / "results").glob("*.json")}
-    assert set(rows) == set(files)
-    for name, path in files.items():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        day, made_by = rows[name].split(" | ")
-        assert day == found["date"], name
-        assert f"`{found['command']}`" in made_by, name
-    seeds = json.loads(files["demo_seeds.json"].read_text(encoding="utf-8"))["runs"]
-    assert len(seeds) == 3
-    assert "three seeds" in rows["demo_seeds.json"]
-
-
-def step_rows() -> Iterator[str]:
-    rows = results("step")
-    llamafactory, trl = "LLaMA-Factory 0.9.5, TRL 0.9.6", "TRL 0.24 PPOTrainer"
-    one, all_ = "batch 1 x accumulation 4", "batch 4 x accumulation 1"
-    shared, own = "fastppo, critic: shared", "fastppo, critic: adapter"
-    for label, critic, setting, what in (
-        (
-            f"{llamafactory}, prompt by prompt as it comes",
-            "on the actor's trunk",
-            one,
-            llamafactory,
-        ),
-        ("the same in batches of 4", "on the actor's trunk", all_, llamafactory),
-        ("fastppo, `critic: shared` as theirs", "on the actor's trunk", one, shared),
-        (f"{trl}, LoRA value model", "of its own", all_, trl),
-        ("fastppo, `critic: adapter` as theirs", "of its own", one, own),
-    ):
-        cells = []
-        for again in ("on", "off"):
-            case = f"4 prompts, gradient checkpointing {again}: a critic {critic}"
-            row = rows[case, setting, what]
-            total = statistics.median(each["total"] for each in row["steps"])
-            cells.append(f"{total:.1f}, {row['peak_gib']:.2f}")
-        yield f"| {label} | " + " | ".join(cells) + " |"
-
-
-def test_the_line_on_a_7bs_head_is_the_committed_result():
-    of = {key[-1]: row for key, row in results("seven_b_head-amd-epyc-2-cores").items()}
-    ours, bare, eager = (
-        of[x] for x in ("fastppo native", "2 GEMMs, given buffers", "eager, all logits")
-    )
-    assert round(ours["ms"], -2) == round(bare["ms"], -2)
-    (line,) = re.findall(
-        r"takes\s(\S+) s on[^;]*and (\S+) MiB above[^;]*; [^;]* is\s+(\S+) s and\s(\S+) MiB", README
-    )
-    found = [f"{row['ms'] / 1000:.1f}" for row in (ours, eager)]
-    memory = [f"{row['peak_bytes'] / 2**20:.0f}" for row in (ours, eager)]
-    assert line == (found[0], memory[0], found[1], memory[1])
-
-
-@pytest.mark.parametrize("table", [operator_rows, linear_rows, step_rows])
-def test_the_tables_of_measurements_are_the_committed_results(table):
-    rows = list(table())
-    assert len(rows) >= 4
-    assert [row for row in rows if row not in README] == []
-
-
 @pytest.mark.parametrize("page", ["README.md", "docs/ops.md"])
 def test_the_code_on_the_page_runs(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(compile(code_of(page), page, "exec"), {})
     assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("part", [headings, blocks, tables, links], ids=lambda part: part.__name__)
+def test_the_chinese_readme_is_the_whole_of_the_english_one(part):
+    assert part(README)
+    assert part(CHINESE) == part(README)
+
+
+def test_each_readme_leads_to_the_other_before_anything_else():
+    assert re.search(r"\]\(([^)]+)\)", README)[1] == "README.zh-CN.md"
+    assert re.search(r"\]\(([^)]+)\)", CHINESE)[1] == "README.md"
+
+
+def test_what_it_is_and_how_to_start_stand_on_the_first_screen():
+    first = README.splitlines()[:50]
+    for words in ("maintained", "make demo", "before ┃ after", "pip install '.[train]'"):
+        assert any(words in line for line in first), words
+    assert len(README) < 9000
+
+
+def test_every_page_can_be_reached_from_the_readme():
+    found, left = set(), [ROOT / "README.md"]
+    while left:
+        page = left.pop()
+        found.add(page)
+        text = page.read_text(encoding="utf-8")
+        targets = {(page.parent / link.partition("#")[0]).resolve() for link in links(text)}
+        left += [x for x in targets - found if x.suffix == ".md" and x.is_file()]
+    assert [path.name for path in (ROOT / "docs").glob("*.md") if path not in found] == []
+
+
+@pytest.mark.parametrize("wrong", ["pip install fastppo", "uvx fastppo", "pip install 'fastppo"])
+def test_no_page_installs_a_name_that_is_not_ours(wrong):
+    """The name is free in the index: whoever takes it would run on the reader's machine."""
+    shown = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.splitlines()
+    paths = [ROOT / name for name in shown if name != "tests/static/test_readme.py"]
+    texts = {p: p.read_text(encoding="utf-8", errors="ignore") for p in paths if p.is_file()}
+    assert len(texts) > 100
+    assert [p.name for p, text in texts.items() if wrong in text] == []
