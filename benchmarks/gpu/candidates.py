@@ -23,7 +23,9 @@ Launch = Callable[[], None]
 def launch_sizes(kernel: str, itemsize: int, vocab: int) -> tuple[dict[str, RowConfig], str]:
     """The sizes that may be tried for a kernel, by label, and the label of the table's."""
     pair = kernel == "score_tokens"
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
     table = row_config(
         itemsize, vocab, pair=pair, twice=kernel == "policy_loss", device=device_of(device)
     )
