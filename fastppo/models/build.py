@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from fastppo.config.memory import reference_streams
 from fastppo.config.rewards import RECORD
+from fastppo.errors import UserError
 from fastppo.models.adapters import (
     adapter_parameters,
     adapter_to_continue,
@@ -33,13 +35,13 @@ from fastppo.models.adapters import (
     merge_adapters,
     setup_lora_tuning,
 )
+from fastppo.models.given import base_model, copy_adapter, given_adapters, is_new
 from fastppo.models.load import (
     autocast_dtype,
     causal_lm,
     check_same_tokens,
     disable_dropout,
     hidden_size,
-    load_base,
     text_model,
     wrap_activations,
 )
@@ -101,7 +103,7 @@ class RolesBuilder:
 def build(config: Config, device: torch.device) -> Roles:
     """Load each model that the configuration names once, and assign the roles to the models."""
     builder = RolesBuilder(config, device)
-    base = load_base(config, device, bits=config.quantization_bit)
+    base = base_model(config, device, bits=config.quantization_bit)
     builder.notes += experts_note(base, config.finetuning_type)
     if config.finetuning_type == "lora":
         place_on_adapters(builder, base)
@@ -151,8 +153,10 @@ def place_on_adapters(builder: RolesBuilder, base: nn.Module) -> None:
             f"{', '.join(below)} became part of the base; what is saved goes on top of that: "
             "load it with adapter_name_or_path: " + ",".join([*below, config.output_dir])
         )
-    sft = adapter_to_continue(config)
-    if sft is None:
+    sft, given = adapter_to_continue(config), given_adapters(config)
+    if given is not None:
+        place_given_reference(builder, given)
+    elif sft is None:
         builder.assign("reference", model, None, f"{words}, adapters off")
     else:
         builder.assign("actor", model, "default", f"{words} + LoRA 'default' from {sft}")
@@ -178,6 +182,18 @@ def place_on_adapters(builder: RolesBuilder, base: nn.Module) -> None:
         builder.assign(role, model, role, f"{words} + LoRA '{role}' + head")
         builder.reward_heads[role] = head
         note_other_base(builder, folder, below)
+
+
+def place_given_reference(builder: RolesBuilder, model: PeftModel) -> None:
+    """Assign the reference for a PeftModel: the adapter that was named, or the policy as it is."""
+    named = builder.config.objects.ref_adapter
+    if named is not None:
+        builder.assign("reference", model, named, f"base + LoRA '{named}', frozen")
+    elif is_new(model, "default"):
+        builder.assign("reference", model, None, "base, adapters off")
+    elif builder.config.ref_model is None:
+        copy_adapter(model, "default", "reference")
+        builder.assign("reference", model, "reference", "base + LoRA 'default' as it is, frozen")
 
 
 def note_other_base(builder: RolesBuilder, folder: str, below: list[str]) -> None:
@@ -218,7 +234,9 @@ def place_on_weights(builder: RolesBuilder, base: nn.Module) -> None:
 def place_reference_model(builder: RolesBuilder, name: str) -> None:
     """`ref_model`: assign the reference to a separate frozen model, with `ref_model_adapters`."""
     config, bits = builder.config, builder.config.ref_model_quantization_bit
-    model: nn.Module = load_base(config, builder.device, name, bits, key="ref_model", on_host=True)
+    model: nn.Module = base_model(
+        config, builder.device, name, bits, key="ref_model", on_host=True
+    )
     check_same_tokens(config, "ref_model", name, model)
     folders = comma_list(config.ref_model_adapters)
     adapter = None
@@ -244,12 +262,12 @@ def place_critic(builder: RolesBuilder) -> nn.Linear:
     if config.critic == "shared":
         model, adapter, _ = builder.assigned["actor"]
         builder.assign("critic", model, adapter, "head on the actor")
-        return new_value_head(hidden_size(model), builder.device)
+        return new_head(builder, model)
     if config.critic == "model":
         return place_critic_model(builder)
     # The critic's adapter is on weights that do not train: with freeze and full the reference's.
     model, _, words = builder.assigned["actor" if config.finetuning_type == "lora" else "reference"]
-    head = new_value_head(hidden_size(model), builder.device)
+    head = new_head(builder, model)
     rewards = config.reward_adapters
     if config.finetuning_type != "lora":
         _, adapter, reference_words = builder.assigned["reference"]
@@ -273,6 +291,14 @@ def place_critic(builder: RolesBuilder) -> nn.Linear:
     return head
 
 
+def new_head(builder: RolesBuilder, model: nn.Module) -> nn.Linear:
+    """The critic's head before it is read from a folder: the one that was given, or zeros."""
+    given: nn.Linear | None = builder.config.objects.value_head
+    if given is None:
+        return new_value_head(hidden_size(model), builder.device)
+    return given.float().to(builder.device)
+
+
 def place_critic_model(builder: RolesBuilder) -> nn.Linear:
     """`critic: model`: assign the critic to a separate model; returns its value head.
 
@@ -281,14 +307,19 @@ def place_critic_model(builder: RolesBuilder) -> nn.Linear:
     its weights train.
     """
     config, name = builder.config, builder.config.critic_model
+    if name is None and config.objects.model is not None:
+        raise UserError(
+            f"{config.source}: critic: model needs a model of its own where the policy is an "
+            "object; give value_model"
+        )
     kind = config.critic_finetuning_type or config.finetuning_type
     bits = config.quantization_bit if kind == "lora" else None
-    model: nn.Module = load_base(config, builder.device, name, bits, key=name and "critic_model")
-    head = new_value_head(hidden_size(model), builder.device)
+    model: nn.Module = base_model(config, builder.device, name, bits, key=name and "critic_model")
+    head = new_head(builder, model)
     words = name or "a second copy of the base"
     if name is not None:
         check_same_tokens(config, "critic_model", name, model)
-        if has_value_head(Path(name)):
+        if config.objects.value_head is None and has_value_head(Path(name)):
             head = load_value_head(Path(name), hidden_size(model), builder.device, "critic_model")
     else:
         model = merge_adapters(model, adapters_to_merge(config), "adapter_name_or_path")

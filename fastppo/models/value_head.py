@@ -85,8 +85,9 @@ def load_value_head(
 
 
 def value_head_state(head: nn.Linear) -> dict[str, Tensor]:
-    """The head's weight and bias by LLaMA-Factory's names, on the CPU."""
+    """The head's weight and bias by LLaMA-Factory's names, on the CPU; no bias is written as 0."""
+    bias = torch.zeros(1) if head.bias is None else head.bias
     return {
         "v_head.summary.weight": head.weight.detach().cpu().contiguous(),
-        "v_head.summary.bias": head.bias.detach().cpu().contiguous(),
+        "v_head.summary.bias": bias.detach().cpu().contiguous(),
     }
