@@ -21,7 +21,7 @@ CODE = sorted(
 )
 # A room imports from the rows below its own: not from above, and not from its neighbours.
 ROOMS = [
-    {"cli", "export", "info"},
+    {"cli", "export", "info", "trainer"},
     {"ppo", "rm"},
     {"rewards", "run", "toy"},
     {"models"},
