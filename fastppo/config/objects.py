@@ -24,8 +24,9 @@ class Objects:
 
     def under(self, key: str | None) -> Any:
         """The model that is given in place of the key, None being model_name_or_path; or None."""
-        name = {None: "model", "model_name_or_path": "model"}.get(key, key)
-        return getattr(self, str(name))
+        models = {None: self.model, "model_name_or_path": self.model}
+        models |= {"ref_model": self.ref_model, "critic_model": self.critic_model}
+        return models.get(key)
 
     def names(self) -> set[str]:
         """The keys in whose place there are models."""

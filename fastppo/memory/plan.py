@@ -7,9 +7,11 @@ activations. docs/memory.md explains the rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from fastppo.config import Config
+from fastppo.config.below import base_of
 from fastppo.errors import UserError
 from fastppo.memory.inputs import PlanInputs
 from fastppo.memory.peaks import PHASES, Peak, Planner
@@ -168,5 +170,5 @@ def other_models(config: Config) -> dict[str, str]:
     if config.ref_model is not None:
         models["reference"] = config.ref_model
     if config.critic == "model" and config.critic_model is not None:
-        models["critic"] = config.critic_model
+        models["critic"] = base_of(Path(config.critic_model)) or config.critic_model
     return models

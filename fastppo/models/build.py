@@ -19,6 +19,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from fastppo.config.below import base_of
 from fastppo.config.memory import reference_streams
 from fastppo.config.rewards import RECORD
 from fastppo.errors import UserError
@@ -46,7 +47,12 @@ from fastppo.models.load import (
     wrap_activations,
 )
 from fastppo.models.roles import Place, Role, Roles
-from fastppo.models.value_head import has_value_head, load_value_head, new_value_head
+from fastppo.models.value_head import (
+    has_value_head,
+    load_value_head,
+    new_value_head,
+    value_head_folder,
+)
 from fastppo.models.weight_tuning import (
     comma_list,
     frozen_copy,
@@ -292,11 +298,15 @@ def place_critic(builder: RolesBuilder) -> nn.Linear:
 
 
 def new_head(builder: RolesBuilder, model: nn.Module) -> nn.Linear:
-    """The critic's head before it is read from a folder: the one that was given, or zeros."""
-    given: nn.Linear | None = builder.config.objects.value_head
-    if given is None:
-        return new_value_head(hidden_size(model), builder.device)
-    return given.float().to(builder.device)
+    """The critic's head before others are looked for: given, saved with the policy, or zeros."""
+    config, device = builder.config, builder.device
+    given: nn.Linear | None = config.objects.value_head
+    if given is not None:
+        return given.float().to(device)
+    if config.value_head_init == "model":
+        folder = value_head_folder(config)
+        return load_value_head(folder, hidden_size(model), device, "value_head_init")
+    return new_value_head(hidden_size(model), device)
 
 
 def place_critic_model(builder: RolesBuilder) -> nn.Linear:
@@ -314,11 +324,15 @@ def place_critic_model(builder: RolesBuilder) -> nn.Linear:
         )
     kind = config.critic_finetuning_type or config.finetuning_type
     bits = config.quantization_bit if kind == "lora" else None
-    model: nn.Module = base_model(config, builder.device, name, bits, key=name and "critic_model")
+    key = name and "critic_model"
+    below = None if name is None else base_of(Path(name))  # of an adapter with a value head
+    model: nn.Module = base_model(config, builder.device, below or name, bits, key=key)
+    if below is not None and name is not None:
+        model = merge_adapters(model, [name], "critic_model")
     head = new_head(builder, model)
     words = name or "a second copy of the base"
     if name is not None:
-        check_same_tokens(config, "critic_model", name, model)
+        check_same_tokens(config, "critic_model", below or name, model)
         if config.objects.value_head is None and has_value_head(Path(name)):
             head = load_value_head(Path(name), hidden_size(model), builder.device, "critic_model")
     else:

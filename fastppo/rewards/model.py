@@ -41,7 +41,7 @@ from fastppo.models.load import (
     text_model,
 )
 from fastppo.models.load import trunk as model_trunk
-from fastppo.models.value_head import load_value_head, new_value_head
+from fastppo.models.value_head import has_value_head, load_value_head, new_value_head
 from fastppo.models.weights import (
     forget_pad_token,
     is_adapter,
@@ -70,10 +70,10 @@ def adapters_of(config: Config) -> list[str]:
 
 def head_folder(name: str, config: Config) -> Path | None:
     """The folder that has a value head: the last adapter's, or the model's; else None."""
-    for folder in (*(Path(path) for path in adapters_of(config)[-1:]), Path(name)):
-        if any((folder / file).is_file() for file in HEAD_FILES):
-            return folder
-    return None
+    for path in adapters_of(config)[-1:]:
+        if has_value_head(Path(path)):  # TRL's is in a pytorch_model.bin beside the adapter
+            return Path(path)
+    return Path(name) if any((Path(name) / file).is_file() for file in HEAD_FILES) else None
 
 
 def load_full(

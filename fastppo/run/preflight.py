@@ -114,6 +114,9 @@ def check_model(config: Config, key: str) -> None:
         raise UserError(f"{config.source}: model_gguf_file: no {gguf} in {name}; check its name")
     if not (folder / "config.json").is_file() and not gguf:
         if (folder / ADAPTER).is_file():
+            heads = (*HEAD_FILES, SAFETENSORS, BIN)
+            if key == "critic_model" and any((folder / head).is_file() for head in heads):
+                return  # its head is looked for when it is loaded
             raise UserError(f"{config.source}: {key}: {name} is an adapter; {ADAPTER_CURES[key]}")
         raise UserError(
             f"{config.source}: {key}: {name} has no config.json; name a folder that "

@@ -199,7 +199,7 @@ def inherited_keys(raw: Mapping[str, Any]) -> dict[str, Any]:
             )
         if kind == "refused" and value and value not in NOT_SUPPORTED[name][0]:
             raise UserError(f"PPOConfig: {name}: not supported; {NOT_SUPPORTED[name][1]}")
-        if name in HERE or kind == "refused" or value == NOTHING.get(name):
+        if name in HERE or kind == "refused" or (name in NOTHING and value == NOTHING[name]):
             continue
         if kind == "harmless":
             if value and isinstance(value, str | bool | int | float | dict):

@@ -185,11 +185,13 @@ def translate(
     for name, value in given.items():
         if name in REFUSED and value:
             raise UserError(f"PPOConfig: {name}: not supported; {REFUSED[name].here}")
+        if name == "world_size" and value != 1:
+            raise UserError("PPOConfig: world_size: fastppo is one process on one device; use 1")
         if name in RENAMED:
             key = RENAMED[name].here
             keys.set(key, value, name)
             lines.append(f"{name} is TRL's name, and read as {key}: {value}")
-        elif name in HARMLESS:
+        elif name in HARMLESS and name != "world_size":
             lines.append(f"{name} is TRL's, and does nothing here: {HARMLESS[name].here}")
     if (value := given.get("kl_coef")) is not None:
         keys.set("init_kl_coef", value, "kl_coef")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import keyword
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
@@ -71,6 +73,11 @@ def policy_keys(model: Any, peft_config: Any, args: Any) -> tuple[dict[str, Any]
         keys["model_name_or_path"] = name_of(causal_lm(model))
         objects["model"] = model
     elif isinstance(model, PreTrainedModel):
+        if any(isinstance(module, LoraLayer) for module in model.modules()):
+            raise UserError(
+                f"{SOURCE}: model: has adapters in it already, of PEFT or of an earlier trainer; "
+                "load it again, or give the PeftModel"
+            )
         keys["model_name_or_path"] = name_of(model)
         objects["model"] = model
     else:
@@ -349,8 +356,9 @@ def function_name(function: Callable[..., Any]) -> str:
             return found
     except ValueError:
         pass
-    bare = re.sub(r"\W", "", name) or "function"
-    return f"reward_funcs:{bare if bare.isidentifier() else 'function'}"
+    bare = re.sub(r"\W", "", name)
+    named = bare.isidentifier() and not keyword.iskeyword(bare)  # a lambda is not
+    return f"reward_funcs:{bare if named else 'function'}"
 
 
 class TrlFunction:

@@ -24,6 +24,7 @@ from fastppo.run import durable
 from fastppo.run.commandline import quieten
 from fastppo.run.launch import check_one_process
 from fastppo.run.preflight import check
+from fastppo.run.save import save_with_value_head
 from fastppo.run.tracking import Trackers
 from fastppo.trainer.arguments import PPOConfig
 from fastppo.trainer.callbacks import CallbackObserver, FlowCallback, PPOTrainerState
@@ -230,6 +231,26 @@ class PPOTrainer:
         folder = Path(output_dir or self.config.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.save(self._state, folder)
+
+    def save_value_model(self, output_dir: str | Path) -> None:
+        """Save the critic's model and head as TRL's AutoModelForCausalLMWithValueHead is saved.
+
+        With `critic: shared` that is the policy with its head.
+        """
+        roles = self._state.roles
+        if roles.critic_head is None:
+            raise UserError(
+                f"{SOURCE}: save_value_model: advantage: {self.config.advantage} has no critic; "
+                "use save_model"
+            )
+        place = roles.places["critic"]
+        save_with_value_head(
+            place.model,
+            roles.critic_head,
+            self.processing_class,
+            Path(output_dir),
+            place.adapter or "default",
+        )
 
     def _encode(self, dataset: Any) -> list[Prompt]:
         """The prompts of further rows."""
