@@ -134,9 +134,7 @@ def find_base_shape(config: Config) -> tuple[ModelShape, str]:
     given = given_config(config, "base")
     if given is not None:
         return from_config(given, config.model_name_or_path), "its config"
-    return find_shape_and_source(
-        config.model_name_or_path, config.cache_dir, config.model_revision
-    )
+    return find_shape_and_source(config.model_name_or_path, config.cache_dir, config.model_revision)
 
 
 def given_config(config: Config, role: str) -> dict[str, Any] | None:

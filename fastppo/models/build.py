@@ -240,9 +240,7 @@ def place_on_weights(builder: RolesBuilder, base: nn.Module) -> None:
 def place_reference_model(builder: RolesBuilder, name: str) -> None:
     """`ref_model`: assign the reference to a separate frozen model, with `ref_model_adapters`."""
     config, bits = builder.config, builder.config.ref_model_quantization_bit
-    model: nn.Module = base_model(
-        config, builder.device, name, bits, key="ref_model", on_host=True
-    )
+    model: nn.Module = base_model(config, builder.device, name, bits, key="ref_model", on_host=True)
     check_same_tokens(config, "ref_model", name, model)
     folders = comma_list(config.ref_model_adapters)
     adapter = None

@@ -2,5 +2,5 @@
 
 The modules, in the order in which they are read: names (TRL's names of settings, and what each
 became), arguments (PPOConfig), objects (models, adapters and rewards), records (data sets),
-callbacks (transformers' callbacks), ppo_trainer.
+settings (the arguments of PPOTrainer), callbacks (transformers' callbacks), ppo_trainer.
 """

@@ -1,4 +1,4 @@
-"""PPOConfig: transformers' TrainingArguments with the keys of stage ppo, and TRL's names of them."""
+"""PPOConfig: TrainingArguments with the keys of stage ppo, and TRL's names of them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from fastppo.config.elsewhere import IGNORED
 from fastppo.config.elsewhere import REFUSED as NOT_SUPPORTED
 from fastppo.config.schema import INTERNAL, STAGE_KEYS
 from fastppo.errors import UserError, one_line
+from fastppo.run.launch import check_one_process
 from fastppo.trainer.names import NAMES, given_names, translate
 
 Class = Literal["mapped", "harmless", "refused"]
@@ -151,6 +152,8 @@ class _PPOArguments(TrainingArguments):
     """The methods of PPOConfig, whose fields are made from tables."""
 
     def __post_init__(self) -> None:
+        # TrainingArguments would join the other processes of a launcher.
+        check_one_process("PPOTrainer", "output_dir")
         raw = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         own = {**inherited_keys(raw), **own_keys(raw)}
         self._keys, lines = translate(given_names(raw, NAMES), own)

@@ -1,4 +1,4 @@
-"""transformers' callbacks around the loop, and the TrainerState and TrainerControl that they see."""
+"""transformers' callbacks around the loop, and the state and control that they see."""
 
 from __future__ import annotations
 
@@ -85,7 +85,8 @@ class CallbackObserver(Observer):
         self.state.train_batch_size = config.per_device_train_batch_size
         self.state.num_train_epochs = config.num_train_epochs  # type: ignore[assignment]
         self.sync(state)
-        self.epoch = -1
+        self.epoch, self.evaluated_at = -1, -1
+        self.control.should_training_stop = False
         self.call("on_train_begin")
 
     def step_begin(self, state: State) -> None:
@@ -122,7 +123,7 @@ class CallbackObserver(Observer):
         self.sync(state)
         self.call("on_log", logs=dict(metrics))
         self.call("on_evaluate", metrics=metrics)
-        # After on_evaluate, as in transformers: EarlyStoppingCallback compares with the best before.
+        # As in transformers afterwards: EarlyStoppingCallback compares with the best before.
         self.note_best(metrics)
 
     def note_best(self, metrics: dict[str, Any]) -> None:
@@ -154,5 +155,7 @@ class CallbackObserver(Observer):
 
     def note_callbacks(self) -> None:
         """Write the state of callbacks that have one into the TrainerState."""
-        found = [x for x in (*self.handler.callbacks, self.control) if isinstance(x, ExportableState)]
+        found = [
+            x for x in (*self.handler.callbacks, self.control) if isinstance(x, ExportableState)
+        ]
         self.state.stateful_callbacks = TrainerState(stateful_callbacks=found).stateful_callbacks

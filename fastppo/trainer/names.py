@@ -170,9 +170,7 @@ class Keys:
         self.sources[name] = source
 
 
-def translate(
-    given: Mapping[str, Any], own: Mapping[str, Any]
-) -> tuple[dict[str, Any], list[str]]:
+def translate(given: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The keys that TRL's names in `given` mean beside the keys in `own`.
 
     Returns:
@@ -248,9 +246,7 @@ def set_batches(keys: Keys, given: Mapping[str, Any], lines: list[str]) -> int:
         if mini is not None:
             name = "mini_batch_size" if "mini_batch_size" in given else "forward_batch_size"
             keys.set("per_device_train_batch_size", mini, name)
-            lines.append(
-                f"{name} is TRL's name, and read as per_device_train_batch_size: {mini}"
-            )
+            lines.append(f"{name} is TRL's name, and read as per_device_train_batch_size: {mini}")
         rows = key("per_device_train_batch_size") * key("gradient_accumulation_steps")
         if whole is not None:
             if whole % rows:
@@ -268,9 +264,7 @@ def set_batches(keys: Keys, given: Mapping[str, Any], lines: list[str]) -> int:
     return rows * key("ppo_buffer_size")
 
 
-def split_rollout(
-    keys: Keys, key: Any, rows: int, parts: int, lines: list[str]
-) -> None:
+def split_rollout(keys: Keys, key: Any, rows: int, parts: int, lines: list[str]) -> None:
     """Set the keys for `num_mini_batches: parts` of a rollout of `rows` responses."""
     if parts < 1 or rows % parts:
         raise UserError(

@@ -292,7 +292,10 @@ def reward_keys(
             f"{SOURCE}: reward_funcs: there is no reward; give functions, or a reward_model"
         )
     targets, kinds, given = list[str](), list[str](), dict[str, Any]()
-    for argument, reward in [*(("reward_funcs", r) for r in funcs), *(("reward_model", r) for r in models)]:
+    for argument, reward in [
+        *(("reward_funcs", r) for r in funcs),
+        *(("reward_model", r) for r in models),
+    ]:
         if isinstance(reward, str | Path):
             target, kind = str(reward), kind_of_name(str(reward))
         elif is_wrapper(reward):

@@ -2,43 +2,38 @@
 
 from __future__ import annotations
 
-import copy
 import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import DataCollatorWithPadding, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
 from fastppo.config import Config
-from fastppo.config.objects import Objects
-from fastppo.config.schema import config_from_dict
-from fastppo.data import Records, encode_prompts
-from fastppo.data.mixing import read_demonstrations, split_validation
+from fastppo.data import encode_prompts
 from fastppo.errors import Interrupted, UserError
-from fastppo.models.load import load_tokenizer
 from fastppo.ppo import checkpoint, evaluation, log, trainer
 from fastppo.ppo.state import State, init_state
 from fastppo.run import durable
-from fastppo.run.commandline import quieten
 from fastppo.run.launch import check_one_process
 from fastppo.run.preflight import check
 from fastppo.run.save import save_with_value_head
+from fastppo.run.stopping import Stop
 from fastppo.run.tracking import Trackers
 from fastppo.trainer.arguments import PPOConfig
 from fastppo.trainer.callbacks import CallbackObserver, FlowCallback, PPOTrainerState
-from fastppo.trainer.objects import (
-    TrlFunction,
-    critic_keys,
-    policy_keys,
-    reference_keys,
-    reward_keys,
+from fastppo.trainer.objects import TrlFunction
+from fastppo.trainer.records import make_records
+from fastppo.trainer.settings import (
+    SOURCE,
+    check_arguments,
+    check_former,
+    is_occupied,
+    make_all_records,
+    make_config,
 )
-from fastppo.trainer.records import is_conversational, make_records
 from fastppo.types import Prompt
-
-SOURCE = "PPOTrainer"
 
 
 class PPOTrainer:
@@ -48,7 +43,7 @@ class PPOTrainer:
 
     Args:
         model: the policy: a causal language model of transformers, a PeftModel, TRL's
-            AutoModelForCausalLMWithValueHead, a folder or a hub name. An object is trained in place.
+            AutoModelForCausalLMWithValueHead, a folder or a hub name. An object trains in place.
         args: settings.
         reward_funcs: functions called as TRL's GRPOTrainer calls them, or models, folders, names,
             URLs and `module:function`; one or a list. `args.reward_weights` has a weight for each.
@@ -73,6 +68,7 @@ class PPOTrainer:
     def __init__(
         self,
         model: Any = None,
+        *,
         args: Any = None,
         reward_funcs: Any = None,
         reward_model: Any = None,
@@ -85,26 +81,28 @@ class PPOTrainer:
         data_collator: Any = None,
         callbacks: Sequence[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        **former: Any,
     ) -> None:
-        quieten()
+        check_former(model, former)
         self.args = PPOConfig() if args is None else args
         check_arguments(self.args, train_dataset, data_collator, optimizers, callbacks)
         check_one_process(SOURCE, "output_dir")
-        conversational = is_conversational(train_dataset)
         config = make_config(
             self.args,
-            model,
-            reward_funcs,
-            reward_model,
-            eval_dataset,
-            processing_class,
-            peft_config,
-            value_model,
-            ref_model,
-            conversational,
+            model=model,
+            reward_funcs=reward_funcs,
+            reward_model=reward_model,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            value_model=value_model,
+            ref_model=ref_model,
         )
         self.records = make_all_records(config, train_dataset, eval_dataset)
-        check(config, self.records)
+        # A folder that is not empty may hold a run to resume: train() looks.
+        check(config.model_copy(update={"overwrite_output_dir": True}), self.records)
+        self._occupied = not config.overwrite_output_dir and is_occupied(config.output_dir)
         self._state = init_state(untracked(config), self.records)
         self._config = config
         check_stop_token(self.args.stop_token_id, self._state)
@@ -175,6 +173,11 @@ class PPOTrainer:
                 f"{SOURCE}: train: has run already; make a new trainer, or resume a checkpoint by "
                 "resume_from_checkpoint="
             )
+        if self._occupied and not resume_from_checkpoint:
+            raise UserError(
+                f"{SOURCE}: output_dir: {self.config.output_dir} is not empty; name another, set "
+                "overwrite_output_dir=True, or resume the run in it by resume_from_checkpoint="
+            )
         self._fitted = True
         resumed = resume_from_checkpoint
         wanted = resumed if isinstance(resumed, bool) or resumed is None else str(resumed)
@@ -184,6 +187,7 @@ class PPOTrainer:
             update={"resume_from_checkpoint": wanted, "report_to": self._config.report_to}
         )
         self._state.tracker = Trackers.of(self._state.config, folder)
+        self._state.stop = Stop()
         try:
             trainer.fit(self._state, self.records, start, self._observer)
         except Interrupted as stop:
@@ -226,6 +230,13 @@ class PPOTrainer:
         found = zip(prompts, answers.texts, answers.rewards, strict=True)
         return [{"prompt": p.text, "completion": text, "reward": r} for p, text, r in found]
 
+    def step(self, *_: Any, **__: Any) -> None:
+        """TRL 0.9.6's step on responses that were sampled elsewhere: refused, with the way here."""
+        raise UserError(
+            f"{SOURCE}: step: is TRL 0.9.6's; give reward_funcs and call train(), or write the loop "
+            "with fastppo.init_state and fastppo.step_update"
+        )
+
     def save_model(self, output_dir: str | Path | None = None) -> None:
         """Save the policy, its value head or critic, and the tokenizer, as the run's end does."""
         folder = Path(output_dir or self.config.output_dir)
@@ -260,107 +271,9 @@ class PPOTrainer:
         return encode_prompts(rows, state.template, *room, lf_truncation=config.lf_truncation)
 
 
-def check_arguments(
-    args: Any, train_dataset: Any, data_collator: Any, optimizers: Any, callbacks: Any
-) -> None:
-    """Refuse arguments that PPOTrainer has no use for."""
-    if not isinstance(args, PPOConfig):
-        raise UserError(
-            f"{SOURCE}: args: is a {type(args).__name__}; give a fastppo.PPOConfig, which takes "
-            "the same names"
-        )
-    if train_dataset is None:
-        raise UserError(f"{SOURCE}: train_dataset: is missing; give rows with prompt or input_ids")
-    if data_collator is not None and not isinstance(data_collator, DataCollatorWithPadding):
-        raise UserError(
-            f"{SOURCE}: data_collator: {type(data_collator).__name__} is not used: rows are padded "
-            "as each pass needs it; map the data set before, and leave it out"
-        )
-    if any(each is not None for each in optimizers):
-        raise UserError(
-            f"{SOURCE}: optimizers: are made by args.optim, learning_rate, critic_learning_rate "
-            "and lr_scheduler_type, as they also train the critic; leave it out"
-        )
-    for callback in callbacks or ():
-        kind = callback if isinstance(callback, type) else type(callback)
-        if not issubclass(kind, TrainerCallback):
-            raise UserError(
-                f"{SOURCE}: callbacks: {kind.__name__} is no transformers.TrainerCallback; make it "
-                "a subclass"
-            )
-
-
-def make_config(
-    args: Any,
-    model: Any,
-    reward_funcs: Any,
-    reward_model: Any,
-    eval_dataset: Any,
-    processing_class: Any,
-    peft_config: Any,
-    value_model: Any,
-    ref_model: Any,
-    conversational: bool,
-) -> Config:
-    """The configuration of the run: keys of `args`, and what the other arguments stand for."""
-    policy, given = policy_keys(model, peft_config, args)
-    reference, given_reference = reference_keys(ref_model, model)
-    critic, given_critic = critic_keys(value_model, (model, ref_model, reward_model))
-    rewards, given_rewards = reward_keys(reward_funcs, reward_model, args, conversational)
-    own = args.keys()
-    for name in ("finetuning_type", "critic", "critic_finetuning_type"):
-        policy.update({name: own[name]} if name in own and name in policy else {})
-    objects: dict[str, Any] = {**given, **given_reference, **given_critic, **given_rewards}
-    objects["ref_adapter"] = args.ref_adapter_name
-    objects["tokenizer"] = None if processing_class is None else tokenizer_of(processing_class)
-    keys: dict[str, Any] = {
-        "stage": "ppo",
-        "do_train": True,
-        "dataset": "train_dataset",
-        **({} if eval_dataset is None else {"eval_dataset": "eval_dataset"}),
-        "metrics_dir": str(Path(args.output_dir) / "ppo_metrics"),
-        **policy,
-        **reference,
-        **critic,
-        **rewards,
-        **own,
-    }
-    if value_model is not None and keys["critic"] != "model":
-        raise UserError(
-            f"{SOURCE}: value_model: is a model of its own, and args.critic is {keys['critic']}; "
-            "leave one of them out"
-        )
-    if value_model is not None and keys.get("advantage", "gae") != "gae":
-        raise UserError(
-            f"{SOURCE}: value_model: advantage: {keys['advantage']} has no critic; leave it out"
-        )
-    return config_from_dict(keys, SOURCE, Objects(**objects))
-
-
-def tokenizer_of(processing_class: Any) -> Any:
-    """A copy of the tokenizer: the template sets its padding, EOS and chat template."""
-    if not hasattr(processing_class, "encode"):
-        raise UserError(
-            f"{SOURCE}: processing_class: is a {type(processing_class).__name__}; give a tokenizer"
-        )
-    return copy.deepcopy(processing_class)
-
-
 def untracked(config: Config) -> Config:
     """The configuration without trackers, which start with training."""
     return config.model_copy(update={"report_to": "none"})
-
-
-def make_all_records(config: Config, train_dataset: Any, eval_dataset: Any) -> Records:
-    """The records of all data sets; `val_size` is split off if there is no `eval_dataset`."""
-    tokenizer = load_tokenizer(config)
-    train = make_records(train_dataset, "train_dataset", tokenizer, config.template)
-    held_out = []
-    if eval_dataset is not None:
-        held_out = make_records(eval_dataset, "eval_dataset", tokenizer, config.template)
-    elif config.val_size:
-        train, held_out = split_validation(train, config)
-    return Records(train, held_out, read_demonstrations(config, []))
 
 
 def check_stop_token(token: int | None, state: State) -> None:

@@ -97,9 +97,7 @@ def test_a_data_set_smaller_than_the_batch_still_trains(state):
 
 def test_prompts_that_are_left_over_have_a_step_of_their_own(config):
     once = config(max_steps=-1, num_train_epochs=1.0)
-    assert [total_steps(once, prompts) for prompts in (3, 4, 5, 6, 8, 9)] == [
-        *[1, 1, 2, 2, 2, 3]
-    ]
+    assert [total_steps(once, prompts) for prompts in (3, 4, 5, 6, 8, 9)] == [*[1, 1, 2, 2, 2, 3]]
     tenth = config(max_steps=-1, num_train_epochs=0.1, per_device_train_batch_size=3)
     assert total_steps(tenth, 30) == 1, "0.1 * 30 / 3 is above 1 by rounding alone"
 

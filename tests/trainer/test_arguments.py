@@ -202,7 +202,9 @@ def test_the_quickstart_of_trl_1_in_our_keys():
     }
 
 
-@pytest.mark.parametrize(("rows", "accumulated", "parts"), [(8, 2, 2), (8, 1, 2), (6, 1, 4), (4, 6, 3)])
+@pytest.mark.parametrize(
+    ("rows", "accumulated", "parts"), [(8, 2, 2), (8, 1, 2), (6, 1, 4), (4, 6, 3)]
+)
 def test_mini_batches_split_the_rollout_and_leave_its_size(rows, accumulated, parts):
     given = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulated}
     if rows * accumulated % parts:
@@ -219,7 +221,11 @@ def test_mini_batches_split_the_rollout_and_leave_its_size(rows, accumulated, pa
 def test_every_name_of_trl_is_accepted_with_its_own_default_or_refused_with_a_cure():
     for name, entry in NAMES.items():
         if name in RENAMED or name in HARMLESS:
-            value = 1 if name == "world_size" else {int: 8, float: 6.0, bool: True, str: "none"}[entry.kind]
+            value = (
+                1
+                if name == "world_size"
+                else {int: 8, float: 6.0, bool: True, str: "none"}[entry.kind]
+            )
             if name in HARMLESS:
                 assert keys(**{name: value}) == {}, name
             elif RENAMED[name].here in Config.model_fields:
@@ -231,7 +237,8 @@ def test_every_name_of_trl_is_accepted_with_its_own_default_or_refused_with_a_cu
 
 def test_arguments_come_from_a_command_line_and_can_be_copied():
     (args,) = HfArgumentParser(PPOConfig).parse_args_into_dataclasses(
-        "--output_dir out --use_cpu --max_new_tokens 7 --gamma 0.9 --reward_weights 1 2".split()
+        ["--output_dir", "out", "--use_cpu", "--max_new_tokens", "7"]
+        + ["--gamma", "0.9", "--reward_weights", "1", "2"]
     )
     assert args.keys() == {
         "output_dir": "out",
@@ -245,9 +252,10 @@ def test_arguments_come_from_a_command_line_and_can_be_copied():
 
 
 def test_trl_s_model_arguments_can_be_parsed_beside_it():
-    # The names of trl.ModelConfig and ScriptArguments, which scripts parse together with PPOConfig.
-    names = """model_name_or_path model_revision dtype attn_implementation trust_remote_code use_peft
-        lora_r lora_alpha lora_dropout lora_target_modules lora_modules_to_save lora_task_type
-        use_rslora use_dora load_in_8bit load_in_4bit bnb_4bit_quant_type dataset_name
-        dataset_config dataset_train_split dataset_test_split dataset_streaming""".split()
-    assert not {field.name for field in dataclasses.fields(PPOConfig)} & set(names)
+    # Names of trl.ModelConfig and ScriptArguments, which scripts parse together with PPOConfig.
+    names = {"model_name_or_path", "model_revision", "dtype", "attn_implementation"}
+    names |= {"trust_remote_code", "use_peft", "lora_r", "lora_alpha", "lora_dropout"}
+    names |= {"lora_target_modules", "lora_modules_to_save", "lora_task_type", "use_rslora"}
+    names |= {"use_dora", "load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type"}
+    names |= {"dataset_name", "dataset_config", "dataset_train_split", "dataset_streaming"}
+    assert not {field.name for field in dataclasses.fields(PPOConfig)} & names

@@ -6,8 +6,10 @@ import pytest
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import DefaultFlowCallback
 
-EVENTS = """on_init_end on_train_begin on_train_end on_epoch_begin on_epoch_end on_step_begin
-    on_step_end on_log on_evaluate on_save""".split()
+EVENTS = [
+    *("on_init_end", "on_train_begin", "on_train_end", "on_epoch_begin", "on_epoch_end"),
+    *("on_step_begin", "on_step_end", "on_log", "on_evaluate", "on_save"),
+]
 
 
 class Recorder(TrainerCallback):
@@ -90,15 +92,13 @@ def test_callbacks_ask_for_checkpoints_evaluations_and_logs_and_forbid_them(trai
 
 def test_a_callback_saves_after_an_evaluation_that_it_likes(trainer):
     asks = Recorder(should_save=("on_evaluate", 1, True))
-    made = trainer(
-        {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1}, callbacks=[asks]
-    )
+    made = trainer({"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1}, callbacks=[asks])
     made.train()
     assert asks.at("on_save") == [1]
 
 
 def test_early_stopping_counts_evaluations_without_a_better_metric(trainer):
-    """A constant reward never gets better: the first evaluation is the best, and two more follow."""
+    """A constant reward never gets better: the first evaluation is the best, two more follow."""
     made = trainer(
         {
             "max_steps": 9,

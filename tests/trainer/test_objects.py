@@ -173,7 +173,11 @@ def test_a_checkpoint_of_trl_with_a_value_head_is_read(model, model_dir, tmp_pat
         inner = given.base_model.model.model if adapter else given.model
         wanted = head(inner(input_ids=torch.tensor([[5, 6, 7]])).last_hidden_state)[0, :, 0]
     changes = {
-        "critic": {"critic": "model", "critic_model": str(folder), "critic_finetuning_type": "full"},
+        "critic": {
+            "critic": "model",
+            "critic_model": str(folder),
+            "critic_finetuning_type": "full",
+        },
         "policy": {
             "critic": "shared",
             "value_head_init": "model",
@@ -201,7 +205,9 @@ def test_a_checkpoint_of_trl_with_a_value_head_is_read(model, model_dir, tmp_pat
     name = "reward" if role == "reward" else "critic"
     with made.use(name), torch.no_grad():
         hidden = made.hidden(torch.tensor([[5, 6, 7]]))
-        found = made.reward_heads["reward"](hidden)[..., 0] if name == "reward" else made.value(hidden)
+        found = (
+            made.reward_heads["reward"](hidden)[..., 0] if name == "reward" else made.value(hidden)
+        )
     assert torch.allclose(found[0], wanted, atol=1e-5)
 
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_the_page_is_made_from_the_tables():
     text = (ROOT / "docs" / "migrate-trl.md").read_text(encoding="utf-8")
-    assert text == page(), "python -m tests.trainer.migrate_page > docs/migrate-trl.md"
+    assert text == page(), "python -m tests.trainer.migrate_page > FILE, and copy that"
 
 
 def calls(name):

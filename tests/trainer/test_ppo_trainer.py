@@ -85,7 +85,9 @@ def test_data_sets_by_their_columns(trainer, kind):
         wanted = made._state.template.encode_prompt([{"role": "user", "content": PROMPTS[0]}], "")
         assert made._state.prompts[0].ids == wanted
     elif kind == "input_ids":
-        rows = [{"input_ids": [0, 0, 5 + i, 6, 7], "attention_mask": [0, 0, 1, 1, 1]} for i in range(4)]
+        rows = [
+            {"input_ids": [0, 0, 5 + i, 6, 7], "attention_mask": [0, 0, 1, 1, 1]} for i in range(4)
+        ]
         made = trainer(train_dataset=rows)
         assert [prompt.ids for prompt in made._state.prompts] == [[5 + i, 6, 7] for i in range(4)]
         assert made._state.prompts[0].text == made.processing_class.decode([5, 6, 7])
@@ -108,7 +110,9 @@ def test_reward_functions_are_called_as_trl_calls_them(trainer):
         return [None if i else float(len(ids)) for i, ids in enumerate(completion_ids)]
 
     rows = [{"prompt": row["messages"], "id": i} for i, row in enumerate(turns())]
-    made = trainer({"reward_weights": [2.0, 0.5]}, reward_funcs=[reward, lengths], train_dataset=rows)
+    made = trainer(
+        {"reward_weights": [2.0, 0.5]}, reward_funcs=[reward, lengths], train_dataset=rows
+    )
     made._state = loop.step_update(made._state)
     (prompts, completions, numbers, step) = seen[0]
     assert sorted(numbers) == [0, 1, 2, 3]
@@ -139,9 +143,11 @@ def test_files_methods_and_resuming(trainer, tmp_path, model_dir):
         made.train()
     rows = rows_of(out / "ppo_metrics")
     again = trainer(
-        {"max_steps": 3, "save_steps": 2, "overwrite_output_dir": True},
+        {"max_steps": 3, "save_steps": 2},
         model=AutoModelForCausalLM.from_pretrained(model_dir),
     )
+    with pytest.raises(UserError, match="output_dir: .* is not empty"):
+        again.train()
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 3
     assert rows_of(out / "ppo_metrics") == rows
@@ -170,6 +176,8 @@ def test_files_methods_and_resuming(trainer, tmp_path, model_dir):
         ({"value_model": "same"}, {}, "value_model: is another role's model too"),
         ({"ref_model": "same"}, {}, "ref_model: is the model that trains"),
         ({}, {"max_new_tokens": -1}, "max_new_tokens: -1 is wrong"),
+        ({"tokenizer": None}, {}, "tokenizer: .* here that is processing_class"),
+        ({"num_shared_layers": 2}, {}, "num_shared_layers: is a former name of TRL's; leave it"),
     ],
 )
 def test_what_cannot_be_used_is_one_line_that_names_it(trainer, model, changes, args, line):
