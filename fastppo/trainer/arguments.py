@@ -82,6 +82,7 @@ DEFAULTS: dict[str, Any] = {
     "report_to": "none",
     "project": None,
 }
+EVAL_STEPS = 500  # where neither eval_steps nor logging_steps is given
 # Values of TrainingArguments' fields that ask for nothing.
 NOTHING: dict[str, Any] = {"optim": "adamw_torch", "project": "huggingface"}
 
@@ -165,7 +166,7 @@ class _PPOArguments(TrainingArguments):
             self.activation_checkpointing = self.gradient_checkpointing  # its name in 5.23
         super().__post_init__()  # type: ignore[no-untyped-call]
         if raw["eval_steps"] is None and raw["logging_steps"] == DEFAULTS["logging_steps"]:
-            self.eval_steps = 500  # and not each step, as TrainingArguments makes it
+            self.eval_steps = EVAL_STEPS  # and not each step, as TrainingArguments makes it
         self.world_size = 1
         for name, field in OWN.items():
             if name not in BY_ARGUMENTS:
@@ -213,6 +214,8 @@ def inherited_keys(raw: Mapping[str, Any]) -> dict[str, Any]:
             keys[name] = value
     if raw.get("logging_steps") == DEFAULTS["logging_steps"]:
         keys.pop("logging_steps", None)  # then eval_steps does not follow it
+        if keys.get("eval_steps") == EVAL_STEPS:
+            del keys["eval_steps"]
     return keys | checkpointing(raw)
 
 

@@ -233,8 +233,8 @@ class PPOTrainer:
     def step(self, *_: Any, **__: Any) -> None:
         """TRL 0.9.6's step on responses that were sampled elsewhere: refused, with the way here."""
         raise UserError(
-            f"{SOURCE}: step: is TRL 0.9.6's; give reward_funcs and call train(), or write the loop "
-            "with fastppo.init_state and fastppo.step_update"
+            f"{SOURCE}: step: is TRL 0.9.6's; give reward_funcs and call train(), or write the "
+            "loop with fastppo.init_state and fastppo.step_update"
         )
 
     def save_model(self, output_dir: str | Path | None = None) -> None:

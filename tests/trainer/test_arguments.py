@@ -237,8 +237,10 @@ def test_every_name_of_trl_is_accepted_with_its_own_default_or_refused_with_a_cu
 
 def test_arguments_come_from_a_command_line_and_can_be_copied():
     (args,) = HfArgumentParser(PPOConfig).parse_args_into_dataclasses(
-        ["--output_dir", "out", "--use_cpu", "--max_new_tokens", "7"]
-        + ["--gamma", "0.9", "--reward_weights", "1", "2"]
+        [
+            *("--output_dir", "out", "--use_cpu", "--max_new_tokens", "7"),
+            *("--gamma", "0.9", "--reward_weights", "1", "2"),
+        ]
     )
     assert args.keys() == {
         "output_dir": "out",

@@ -146,7 +146,7 @@ def test_files_methods_and_resuming(trainer, tmp_path, model_dir):
         {"max_steps": 3, "save_steps": 2},
         model=AutoModelForCausalLM.from_pretrained(model_dir),
     )
-    with pytest.raises(UserError, match="output_dir: .* is not empty"):
+    with pytest.raises(UserError, match=r"output_dir: .* is not empty"):
         again.train()
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 3
