@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Objects:
     """Models, a tokenizer and functions in place of names; a YAML file has none.
 
@@ -20,7 +20,8 @@ class Objects:
     critic_model: Any = None  # a causal LM, or a sequence classifier of one label
     value_head: Any = None  # nn.Linear, for the critic
     ref_adapter: str | None = None  # the model's adapter that is the reference
-    rewards: Mapping[str, Any] = field(default_factory=dict)  # name in reward_model -> what scores
+    # Name in reward_model -> a function, or a model and its score.
+    rewards: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def under(self, key: str | None) -> Any:
         """The model that is given in place of the key, None being model_name_or_path; or None."""
@@ -30,6 +31,5 @@ class Objects:
 
     def names(self) -> set[str]:
         """The keys in whose place there are models."""
-        found = {"ref_model", "critic_model"}
-        found = {name for name in found if getattr(self, name) is not None}
-        return found | ({"model_name_or_path"} if self.model is not None else set())
+        keys = ("model_name_or_path", "ref_model", "critic_model")
+        return {key for key in keys if self.under(key) is not None}

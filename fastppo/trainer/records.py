@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from datasets import Dataset
-
 from fastppo.data.files import Row
 from fastppo.data.info import Source
 from fastppo.data.records import DroppedRows, Record, kind_of, to_records
@@ -118,5 +116,6 @@ def from_ids(rows: Sequence[dict[str, Any]], argument: str, tokenizer: Any) -> l
 
 def is_conversational(dataset: Any) -> bool:
     """Whether reward functions get messages, as TRL's do: `prompt` is a list of them."""
-    first = next(iter(dataset), None) if isinstance(dataset, Sequence | Dataset) else None
+    can_be_read_twice = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    first = next(iter(dataset), None) if can_be_read_twice else None
     return isinstance(first, Mapping) and isinstance(first.get("prompt"), list)

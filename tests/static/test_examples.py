@@ -8,9 +8,12 @@ import tempfile
 import warnings
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
+@pytest.mark.slow
 def test_the_ppo_trainer_learns_and_calls_back(capsys, monkeypatch, tmp_path):
     # 10 of its 30 steps, which take a minute.
     source = (EXAMPLES / "ppo_trainer.py").read_text(encoding="utf-8")
