@@ -59,7 +59,8 @@ def prepare(
             f"{config.source}: {key}: {type(base).__name__} has no output head for tokens; give a "
             "causal language model"
         )
-    if getattr(base, "is_gradient_checkpointing", False):
+    names = ("is_activation_checkpointing", "is_gradient_checkpointing")  # in 5.23, and before
+    if next((getattr(base, name) for name in names if hasattr(type(base), name)), False):
         base.gradient_checkpointing_disable()  # `activation_offloading` is in charge of that
     dtype = compute_dtype(config, device)
     if config.flash_attn != "auto":

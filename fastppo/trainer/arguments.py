@@ -167,7 +167,7 @@ class _PPOArguments(TrainingArguments):
         super().__post_init__()  # type: ignore[no-untyped-call]
         if raw["eval_steps"] is None and raw["logging_steps"] == DEFAULTS["logging_steps"]:
             self.eval_steps = EVAL_STEPS  # and not each step, as TrainingArguments makes it
-        self.world_size = 1
+        self.world_size = 1  # type: ignore[misc]  # a field here
         for name, field in OWN.items():
             if name not in BY_ARGUMENTS:
                 setattr(self, name, self._keys.get(name, field.default))
@@ -193,8 +193,9 @@ def inherited_keys(raw: Mapping[str, Any]) -> dict[str, Any]:
     for name in INHERITED:
         value, kind = setting(raw[name]), class_of(name)
         default = setting(DEFAULTS.get(name, INHERITED[name].default))
-        if INHERITED[name].default_factory is not dataclasses.MISSING:
-            default = setting(INHERITED[name].default_factory())
+        factory: Any = INHERITED[name].default_factory
+        if factory is not dataclasses.MISSING:
+            default = setting(factory())
         if value == default and not (kind == "mapped" and name in Config.model_fields):
             continue
         if kind is None:

@@ -155,7 +155,6 @@ class CallbackObserver(Observer):
 
     def note_callbacks(self) -> None:
         """Write the state of callbacks that have one into the TrainerState."""
-        found = [
-            x for x in (*self.handler.callbacks, self.control) if isinstance(x, ExportableState)
-        ]
+        all_of_them = (*self.handler.callbacks, self.control)
+        found: Any = [each for each in all_of_them if isinstance(each, ExportableState)]
         self.state.stateful_callbacks = TrainerState(stateful_callbacks=found).stateful_callbacks

@@ -160,7 +160,7 @@ def lora_keys(config: Any, model_config: Any, *, strict: bool = True) -> dict[st
                 f"{SOURCE}: peft_config: {name}: {value} is not supported; leave it out, or give a "
                 "PeftModel, whose adapter is trained as it is"
             )
-    targets = config.target_modules
+    targets: Any = config.target_modules
     kind = model_config.get_text_config().model_type
     if targets is None:
         targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
@@ -292,6 +292,7 @@ def reward_keys(
             f"{SOURCE}: reward_funcs: there is no reward; give functions, or a reward_model"
         )
     targets, kinds, given = list[str](), list[str](), dict[str, Any]()
+    value: Any
     for argument, reward in [
         *(("reward_funcs", r) for r in funcs),
         *(("reward_model", r) for r in models),

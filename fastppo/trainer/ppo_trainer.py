@@ -84,7 +84,7 @@ class PPOTrainer:
         **former: Any,
     ) -> None:
         check_former(model, former)
-        self.args = PPOConfig() if args is None else args
+        self.args: Any = PPOConfig() if args is None else args
         check_arguments(self.args, train_dataset, data_collator, optimizers, callbacks)
         check_one_process(SOURCE, "output_dir")
         config = make_config(
@@ -107,7 +107,8 @@ class PPOTrainer:
         self._config = config
         check_stop_token(self.args.stop_token_id, self._state)
         self._fitted = False
-        self.callback_handler = CallbackHandler(
+        make_handler: Any = CallbackHandler
+        self.callback_handler: Any = make_handler(
             [FlowCallback(), *(callbacks or ())],
             self.model,
             self.processing_class,
