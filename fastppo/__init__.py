@@ -6,12 +6,14 @@ from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "evaluate", "init_state", "step_update"]
+__all__ = ["PPOConfig", "PPOTrainer", "__version__", "evaluate", "init_state", "step_update"]
 
 _HOMES = {
     "init_state": "fastppo.ppo.state",
     "step_update": "fastppo.ppo.trainer",
     "evaluate": "fastppo.ppo.evaluation",
+    "PPOConfig": "fastppo.trainer.arguments",
+    "PPOTrainer": "fastppo.trainer.ppo_trainer",
 }
 
 

@@ -91,13 +91,19 @@ class CriticKeys(Keys):
         "a separate model.",
     )
     critic_model: str | None = key(
-        None, OWN, "With critic: model, the model; null is a second copy of the base."
+        None,
+        OWN,
+        "With critic: model, the model, or an adapter with a value head; null is a second copy of "
+        "the base.",
     )
     critic_finetuning_type: Literal["lora", "freeze", "full"] | None = key(
         None, OWN, "With critic: model, which of its parameters train; null is finetuning_type."
     )
-    value_head_init: Literal["reward", "zeros"] = key(
-        "reward", OWN, "Initial head of the critic: the reward model's, or zeros."
+    value_head_init: Literal["reward", "zeros", "model"] = key(
+        "reward",
+        OWN,
+        "Initial head of the critic: the reward model's (without one zeros), zeros, or model: the "
+        "one saved with the policy that training starts from, as TRL and earlier runs save it.",
     )
 
 

@@ -20,6 +20,7 @@ from fastppo.config.file import override, parse_value, read_file
 from fastppo.config.key import Keys
 from fastppo.config.memory import MemoryKeys, StepKeys, check_offload, check_step
 from fastppo.config.model import ModelKeys
+from fastppo.config.objects import Objects
 from fastppo.config.old_names import meant, with_todays_names
 from fastppo.config.ppo import ALIASES, ELSEWHERE, PPOKeys
 from fastppo.config.rewards import RewardKeys, RewardSpec, reward_specs, split
@@ -53,6 +54,7 @@ class Config(
     source: str = Field("<python>", exclude=True)
     ignored: tuple[str, ...] = Field((), exclude=True)
     remarks: tuple[str, ...] = Field((), exclude=True)
+    objects: Objects = Field(default_factory=Objects, exclude=True, repr=False)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -154,7 +156,7 @@ def only_with_full(config: Config, name: str, kinds: Sequence[str]) -> str:
 
 
 # Fields that are no keys.
-INTERNAL = frozenset({"source", "ignored", "remarks"})
+INTERNAL = frozenset({"source", "ignored", "remarks", "objects"})
 SLIP = 0.85  # similarity from which a name is a key that was mistyped, not another
 # Keys that are comma-separated strings in LLaMA-Factory; here they may also be YAML lists.
 COMMA_LISTS = (
@@ -211,8 +213,13 @@ def renamed(data: Mapping[Any, Any], source: str) -> tuple[dict[str, Any], list[
     return with_todays_names(given, source)
 
 
-def config_from_dict(data: Mapping[Any, Any], source: str = "<python>") -> Config:
-    """Make a configuration from a mapping of keys; `source` is its name in errors."""
+def config_from_dict(
+    data: Mapping[Any, Any], source: str = "<python>", objects: Objects | None = None
+) -> Config:
+    """Make a configuration from a mapping of keys; `source` is its name in errors.
+
+    `objects` are given in place of what keys name.
+    """
     given, remarks = renamed(data, source)
     ignored = []
     for name in list(given):
@@ -253,7 +260,13 @@ def config_from_dict(data: Mapping[Any, Any], source: str = "<python>") -> Confi
                 "'lora_dropout' acts in stage rm alone: dropout would change PPO's ratios"
             )
     try:
-        return Config(**given, source=source, ignored=tuple(ignored), remarks=tuple(remarks))
+        return Config(
+            **given,
+            source=source,
+            ignored=tuple(ignored),
+            remarks=tuple(remarks),
+            objects=objects or Objects(),
+        )
     except ValidationError as error:
         raise UserError(f"{source}: {explain(error)}") from None
 

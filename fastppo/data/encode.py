@@ -43,6 +43,10 @@ def fit_prompt(
     Raises:
         BadRow: the prompt does not fit even without its question.
     """
+    if record.ids is not None:
+        if len(record.ids) > limit:
+            raise BadRow(f"its prompt has {len(record.ids)} tokens and cutoff_len is {limit}")
+        return record.ids
     ids = template.fit_prompt(record.messages, system_of(record, default_system), limit)
     if ids is None:
         raise BadRow(f"its prompt does not fit in {limit} tokens even without its question")
@@ -74,7 +78,7 @@ def encode_prompts(
     for record in records:
         system = system_of(record, default_system)
         try:
-            if lf_truncation:
+            if lf_truncation and record.ids is None:
                 ids = template.encode_prompt(record.messages, system)
                 answer = template.encode_response(record.response or "")
                 target = len(answer) + len(template.suffix_ids)

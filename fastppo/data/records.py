@@ -50,6 +50,7 @@ class Record:
     chosen: str | None = None
     rejected: str | None = None
     columns: dict[str, Any] = field(default_factory=dict)
+    ids: list[int] | None = None  # the prompt's token ids, where it came as such
 
 
 class BadRow(Exception):

@@ -7,13 +7,15 @@ activations. docs/memory.md explains the rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from fastppo.config import Config
+from fastppo.config.below import base_of
 from fastppo.errors import UserError
 from fastppo.memory.inputs import PlanInputs
 from fastppo.memory.peaks import PHASES, Peak, Planner
-from fastppo.memory.shapes import ModelShape, find_shape_and_source
+from fastppo.memory.shapes import ModelShape, find_shape_and_source, from_config
 from fastppo.memory.weights import Shapes, StaticBytes
 
 
@@ -102,14 +104,17 @@ def plan_config(config: Config, device: Literal["gpu", "cpu"]) -> tuple[Plan, li
             f"{config.source}: {key}: the plan does not count single modules that train whole; "
             "plan without this key"
         )
-    base, source = find_shape_and_source(
-        config.model_name_or_path, config.cache_dir, config.model_revision
-    )
+    base, source = find_base_shape(config)
     inputs = PlanInputs.of(config, base, device=device)
     notes = [f"shape of the base from {source}"]
     others: dict[str, ModelShape] = {}
     for role, name in other_models(config).items():
-        others[role], source = find_shape_and_source(name, config.cache_dir)
+        given = given_config(config, role)
+        others[role], source = (
+            find_shape_and_source(name, config.cache_dir)
+            if given is None
+            else (from_config(given, name), "its config")
+        )
         notes.append(f"shape of the {role} ({name}) from {source}")
     if "lora" in inputs.reward_kinds:
         where = inputs.reward_source
@@ -126,6 +131,27 @@ def plan_config(config: Config, device: Literal["gpu", "cpu"]) -> tuple[Plan, li
     else:
         notes.append(f"prompt and answer together cutoff_len {config.cutoff_len} tokens, always")
     return make_plan(inputs, Shapes(base, **others)), notes
+
+
+def find_base_shape(config: Config) -> tuple[ModelShape, str]:
+    """The base's shape and its source: the config of a model that was given, or the files."""
+    given = given_config(config, "base")
+    if given is not None:
+        return from_config(given, config.model_name_or_path), "its config"
+    return find_shape_and_source(config.model_name_or_path, config.cache_dir, config.model_revision)
+
+
+def given_config(config: Config, role: str) -> dict[str, Any] | None:
+    """The config.json of a role's model if a program gave it as an object, else None."""
+    objects = config.objects
+    found = {"base": objects.model, "reference": objects.ref_model, "critic": objects.critic_model}
+    if role == "reward":
+        full = [spec.target for spec in config.rewards if spec.kind == "full"]
+        models = [objects.rewards[name][0] for name in full if name in objects.rewards]
+        found[role] = models[-1] if models else None
+    model = found[role]
+    data: dict[str, Any] | None = None if model is None else model.config.to_dict()
+    return data
 
 
 def find_uncounted_key(config: Config) -> str | None:
@@ -146,5 +172,5 @@ def other_models(config: Config) -> dict[str, str]:
     if config.ref_model is not None:
         models["reference"] = config.ref_model
     if config.critic == "model" and config.critic_model is not None:
-        models["critic"] = config.critic_model
+        models["critic"] = base_of(Path(config.critic_model)) or config.critic_model
     return models

@@ -35,7 +35,8 @@ def linear_layers(base: nn.Module) -> dict[str, nn.Module]:
     GPT-2's Conv1D is a linear layer whose weight is transposed. If `base` has adapters already,
     their own linear layers are left out.
     """
-    text = set(text_model(base).modules()) - set(base.get_output_embeddings().modules())
+    head = base.get_output_embeddings()  # a classifier has none
+    text = set(text_model(base).modules()) - set(() if head is None else head.modules())
     return {
         name.removesuffix(".base_layer"): module
         for name, module in base.named_modules()
@@ -293,8 +294,11 @@ def adapter_to_continue(config: Config) -> str | None:
 def setup_lora_tuning(config: Config, base: nn.Module) -> PeftModel:
     """Set up `finetuning_type: lora`: merge earlier adapters into `base`, add the one that trains.
 
-    The adapter that trains is the last of `adapter_name_or_path`, or a new one.
+    The adapter that trains is the last of `adapter_name_or_path`, or a new one; of a PeftModel that
+    was given it is `default`.
     """
+    if isinstance(config.objects.model, PeftModel):
+        return config.objects.model
     base = merge_adapters(base, adapters_to_merge(config), "adapter_name_or_path")
     folder = adapter_to_continue(config)
     if folder is None:

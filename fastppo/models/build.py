@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from peft import PeftModel
 from torch import nn
 
+from fastppo.config.below import base_of
 from fastppo.config.memory import reference_streams
 from fastppo.config.rewards import RECORD
+from fastppo.errors import UserError
 from fastppo.models.adapters import (
     adapter_parameters,
     adapter_to_continue,
@@ -33,18 +36,23 @@ from fastppo.models.adapters import (
     merge_adapters,
     setup_lora_tuning,
 )
+from fastppo.models.given import base_model, copy_adapter, given_adapters, is_new
 from fastppo.models.load import (
     autocast_dtype,
     causal_lm,
     check_same_tokens,
     disable_dropout,
     hidden_size,
-    load_base,
     text_model,
     wrap_activations,
 )
 from fastppo.models.roles import Place, Role, Roles
-from fastppo.models.value_head import has_value_head, load_value_head, new_value_head
+from fastppo.models.value_head import (
+    has_value_head,
+    load_value_head,
+    new_value_head,
+    value_head_folder,
+)
 from fastppo.models.weight_tuning import (
     comma_list,
     frozen_copy,
@@ -101,7 +109,7 @@ class RolesBuilder:
 def build(config: Config, device: torch.device) -> Roles:
     """Load each model that the configuration names once, and assign the roles to the models."""
     builder = RolesBuilder(config, device)
-    base = load_base(config, device, bits=config.quantization_bit)
+    base = base_model(config, device, bits=config.quantization_bit)
     builder.notes += experts_note(base, config.finetuning_type)
     if config.finetuning_type == "lora":
         place_on_adapters(builder, base)
@@ -151,8 +159,10 @@ def place_on_adapters(builder: RolesBuilder, base: nn.Module) -> None:
             f"{', '.join(below)} became part of the base; what is saved goes on top of that: "
             "load it with adapter_name_or_path: " + ",".join([*below, config.output_dir])
         )
-    sft = adapter_to_continue(config)
-    if sft is None:
+    sft, given = adapter_to_continue(config), given_adapters(config)
+    if given is not None:
+        place_given_reference(builder, given)
+    elif sft is None:
         builder.assign("reference", model, None, f"{words}, adapters off")
     else:
         builder.assign("actor", model, "default", f"{words} + LoRA 'default' from {sft}")
@@ -178,6 +188,18 @@ def place_on_adapters(builder: RolesBuilder, base: nn.Module) -> None:
         builder.assign(role, model, role, f"{words} + LoRA '{role}' + head")
         builder.reward_heads[role] = head
         note_other_base(builder, folder, below)
+
+
+def place_given_reference(builder: RolesBuilder, model: PeftModel) -> None:
+    """Assign the reference for a PeftModel: the adapter that was named, or the policy as it is."""
+    named = builder.config.objects.ref_adapter
+    if named is not None:
+        builder.assign("reference", model, named, f"base + LoRA '{named}', frozen")
+    elif is_new(model, "default"):
+        builder.assign("reference", model, None, "base, adapters off")
+    elif builder.config.ref_model is None:
+        copy_adapter(model, "default", "reference")
+        builder.assign("reference", model, "reference", "base + LoRA 'default' as it is, frozen")
 
 
 def note_other_base(builder: RolesBuilder, folder: str, below: list[str]) -> None:
@@ -218,7 +240,7 @@ def place_on_weights(builder: RolesBuilder, base: nn.Module) -> None:
 def place_reference_model(builder: RolesBuilder, name: str) -> None:
     """`ref_model`: assign the reference to a separate frozen model, with `ref_model_adapters`."""
     config, bits = builder.config, builder.config.ref_model_quantization_bit
-    model: nn.Module = load_base(config, builder.device, name, bits, key="ref_model", on_host=True)
+    model: nn.Module = base_model(config, builder.device, name, bits, key="ref_model", on_host=True)
     check_same_tokens(config, "ref_model", name, model)
     folders = comma_list(config.ref_model_adapters)
     adapter = None
@@ -244,12 +266,12 @@ def place_critic(builder: RolesBuilder) -> nn.Linear:
     if config.critic == "shared":
         model, adapter, _ = builder.assigned["actor"]
         builder.assign("critic", model, adapter, "head on the actor")
-        return new_value_head(hidden_size(model), builder.device)
+        return new_head(builder, model)
     if config.critic == "model":
         return place_critic_model(builder)
     # The critic's adapter is on weights that do not train: with freeze and full the reference's.
     model, _, words = builder.assigned["actor" if config.finetuning_type == "lora" else "reference"]
-    head = new_value_head(hidden_size(model), builder.device)
+    head = new_head(builder, model)
     rewards = config.reward_adapters
     if config.finetuning_type != "lora":
         _, adapter, reference_words = builder.assigned["reference"]
@@ -273,6 +295,18 @@ def place_critic(builder: RolesBuilder) -> nn.Linear:
     return head
 
 
+def new_head(builder: RolesBuilder, model: nn.Module) -> nn.Linear:
+    """The critic's head before others are looked for: given, saved with the policy, or zeros."""
+    config, device = builder.config, builder.device
+    given: nn.Linear | None = config.objects.value_head
+    if given is not None:
+        return given.float().to(device)
+    if config.value_head_init == "model":
+        folder = value_head_folder(config)
+        return load_value_head(folder, hidden_size(model), device, "value_head_init")
+    return new_value_head(hidden_size(model), device)
+
+
 def place_critic_model(builder: RolesBuilder) -> nn.Linear:
     """`critic: model`: assign the critic to a separate model; returns its value head.
 
@@ -281,14 +315,23 @@ def place_critic_model(builder: RolesBuilder) -> nn.Linear:
     its weights train.
     """
     config, name = builder.config, builder.config.critic_model
+    if name is None and config.objects.model is not None:
+        raise UserError(
+            f"{config.source}: critic: model needs a model of its own where the policy is an "
+            "object; give value_model"
+        )
     kind = config.critic_finetuning_type or config.finetuning_type
     bits = config.quantization_bit if kind == "lora" else None
-    model: nn.Module = load_base(config, builder.device, name, bits, key=name and "critic_model")
-    head = new_value_head(hidden_size(model), builder.device)
+    key = name and "critic_model"
+    below = None if name is None else base_of(Path(name))  # of an adapter with a value head
+    model: nn.Module = base_model(config, builder.device, below or name, bits, key=key)
+    if below is not None and name is not None:
+        model = merge_adapters(model, [name], "critic_model")
+    head = new_head(builder, model)
     words = name or "a second copy of the base"
     if name is not None:
-        check_same_tokens(config, "critic_model", name, model)
-        if has_value_head(Path(name)):
+        check_same_tokens(config, "critic_model", below or name, model)
+        if config.objects.value_head is None and has_value_head(Path(name)):
             head = load_value_head(Path(name), hidden_size(model), builder.device, "critic_model")
     else:
         model = merge_adapters(model, adapters_to_merge(config), "adapter_name_or_path")

@@ -116,7 +116,9 @@ def check_reference_vocabulary(config: Config) -> None:
     if config.kl_penalty != "full" or config.ref_model is None:
         return
     own = embedding_rows(config)
-    theirs = vocabulary_size(load_config(config, config.ref_model))
+    given = config.objects.ref_model
+    reference = load_config(config, config.ref_model) if given is None else given.config
+    theirs = vocabulary_size(reference)
     if theirs != own:
         raise UserError(
             f"kl_penalty: full: ref_model {config.ref_model} has {theirs} logits and "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, cast
@@ -81,6 +82,8 @@ def advice_on_hub(name: str, text: str) -> str:
 
 def load_tokenizer(config: Config, name: str | None = None) -> Any:
     """The tokenizer of `model_name_or_path`, or of the model `name`."""
+    if name is None and config.objects.tokenizer is not None:
+        return config.objects.tokenizer
     named = name or config.model_name_or_path
     try:
         return AutoTokenizer.from_pretrained(named, **_hub_settings(config, name))
@@ -193,6 +196,9 @@ def autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:
 
 def load_config(config: Config, name: str | None = None) -> PretrainedConfig:
     """The config.json of `model_name_or_path`, or of the model `name`."""
+    if name is None and config.objects.model is not None:
+        own: PretrainedConfig = causal_lm(config.objects.model).config
+        return own
     named = name or config.model_name_or_path
     try:
         return AutoConfig.from_pretrained(named, **_hub_settings(config, name))
@@ -332,7 +338,10 @@ def hidden_size(model: nn.Module) -> int:
 
     It is not always `config.hidden_size`: OPT-350m has 1024, and projects to 512 for its head.
     """
-    head: Any = causal_lm(model).get_output_embeddings()
+    base: Any = causal_lm(model)
+    head = base.get_output_embeddings()
+    if head is None:  # a classifier
+        return int(base.config.get_text_config().hidden_size)
     return int(head.weight.shape[-1])
 
 
@@ -366,10 +375,10 @@ def check_same_tokens(
     """
     tokenizer, own = load_tokenizer(config), vocabulary_size(load_config(config))
     rows = causal_lm(model).get_input_embeddings().weight.shape[0]
-    try:
-        theirs = load_tokenizer(config, name).get_vocab()
-    except UserError:  # a folder without tokenizer: only the number of tokens can be checked
-        theirs = None
+    theirs = None
+    if config.objects.under(key) is None:  # of a given model only the number of tokens is known
+        with suppress(UserError):  # and of a folder without tokenizer
+            theirs = load_tokenizer(config, name).get_vocab()
     # A token that the policy itself has no row for never comes.
     if min(len(tokenizer), own) > rows or (theirs is not None and theirs != tokenizer.get_vocab()):
         raise UserError(

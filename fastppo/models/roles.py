@@ -87,6 +87,7 @@ class Roles:
             fuse_lora_layers(model)
         if self.critic_head is not None:
             self.critic_head.requires_grad_(True)
+            self._trainable |= set(self.critic_head.parameters())  # a classifier's has it inside
         for head in self.reward_heads.values():
             head.requires_grad_(False)
         for role in self.places:

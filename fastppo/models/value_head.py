@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from fastppo.config.rewards import HEAD_FILES
+from fastppo.config.rewards import HEAD_FILES, split
 from fastppo.config.weights import few, find_head, weight_files
 from fastppo.errors import UserError
 from fastppo.models.load import LOAD_ERRORS, first_line
-from fastppo.models.weights import model_shapes, read_tensor, shapes_of
+from fastppo.models.weights import model_folder, model_shapes, read_tensor, shapes_of
+
+if TYPE_CHECKING:
+    from fastppo.config import Config
 
 VALUE_HEAD_FILE = HEAD_FILES[0]
 
@@ -33,6 +37,23 @@ def has_value_head(folder: Path) -> bool:
     except LOAD_ERRORS:  # whoever loads the model says what is wrong with it
         return False
     return head is not None and head.module.startswith("v_head")
+
+
+def value_head_folder(config: Config) -> Path:
+    """`value_head_init: model`: where the head that was saved with the policy is.
+
+    Raises:
+        UserError: there is none.
+    """
+    adapters = config.adapter_name_or_path
+    name = config.model_name_or_path if adapters is None else split(adapters)[-1]
+    folder = model_folder(name, config.cache_dir)
+    if folder is None or not has_value_head(folder):
+        raise UserError(
+            f"{config.source}: value_head_init: model: {name} has no value head (v_head.summary "
+            f"among its weights, or {HEAD_FILES[0]}); use reward or zeros"
+        )
+    return folder
 
 
 def read_value_head(folder: Path, key: str) -> tuple[Tensor, Tensor]:
@@ -85,8 +106,9 @@ def load_value_head(
 
 
 def value_head_state(head: nn.Linear) -> dict[str, Tensor]:
-    """The head's weight and bias by LLaMA-Factory's names, on the CPU."""
+    """The head's weight and bias by LLaMA-Factory's names, on the CPU; no bias is written as 0."""
+    bias = torch.zeros(1) if head.bias is None else head.bias
     return {
         "v_head.summary.weight": head.weight.detach().cpu().contiguous(),
-        "v_head.summary.bias": head.bias.detach().cpu().contiguous(),
+        "v_head.summary.bias": bias.detach().cpu().contiguous(),
     }

@@ -46,8 +46,8 @@ def setup_weight_tuning(config: Config, base: nn.Module, kind: str) -> list[nn.P
 
 def text_parameters(base: nn.Module) -> dict[str, nn.Parameter]:
     """Full name -> parameter of the text model and the output head, in the model's order."""
-    parts = (text_model(base), base.get_output_embeddings())
-    inside = {id(parameter) for part in parts for parameter in part.parameters()}
+    parts = (text_model(base), base.get_output_embeddings())  # a classifier has no second
+    inside = {id(p) for part in parts if part is not None for p in part.parameters()}
     return {name: p for name, p in base.named_parameters() if id(p) in inside}
 
 

@@ -20,7 +20,7 @@ from fastppo.models.adapters import adapters_to_merge
 from fastppo.models.load import causal_lm
 from fastppo.models.value_head import VALUE_HEAD_FILE, value_head_state
 from fastppo.offload.activations import wrap
-from fastppo.ppo import log
+from fastppo.ppo import evaluation, log
 from fastppo.ppo.advantage import RunningScore
 from fastppo.run import durable, results, training_state
 from fastppo.run.save import begin, note_run, save_model, save_weights
@@ -73,6 +73,13 @@ def save_to_resume(state: State, output_dir: Path) -> Path:
     durable.publish(place, folder)
     state.saved_step = state.step
     return folder
+
+
+def save_between_steps(state: State, output_dir: Path) -> None:
+    """Write a checkpoint and the curves, and delete checkpoints past `save_total_limit`."""
+    save_to_resume(state, output_dir)
+    evaluation.draw_all(state, output_dir)
+    durable.keep_newest(output_dir, state.config.save_total_limit)
 
 
 def save_final(state: State, output_dir: Path) -> None:

@@ -19,6 +19,7 @@ from fastppo.memory.retry import retry
 from fastppo.models.batch import largest_micro_batch
 from fastppo.ppo import lines, log
 from fastppo.ppo.metrics import SAMPLES, SUMMARY
+from fastppo.ppo.observer import Due
 from fastppo.ppo.rollout import sample
 from fastppo.ppo.sampling import Sampling
 from fastppo.ppo.score import score
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from fastppo.data import Records
     from fastppo.models.build import Role
+    from fastppo.ppo.observer import Observer
     from fastppo.ppo.state import State
     from fastppo.types import Prompt, Rollout
 
@@ -169,22 +171,29 @@ def evaluate(state: State) -> dict[str, Any]:
     return summary
 
 
-def evaluate_between_steps(state: State) -> None:
+def evaluate_between_steps(state: State, observer: Observer) -> None:
     """Evaluate during training: print a line, and send the metrics to the trackers."""
     summary = evaluate(state)
     lines.evaluation_line(summary)
     if state.tracker is not None:
         state.tracker.log(eval_metrics(summary), state.step)
     state.random = random_state()  # rewards and judges may have used the generators
+    observer.evaluated(state)
 
 
-def is_due(state: State, steps: int, steps_an_epoch: float) -> bool:
+def is_due(state: State) -> bool:
     """Whether to evaluate before the next step: at the run's start, or if a signal prevented it."""
     if state.step == 0:
         return state.config.eval_on_start
     done = any(each["step"] == state.step for each in state.evaluations)
-    due = state.config.acts("eval", state.step, steps, steps_an_epoch)
-    return due and state.step < steps and not done
+    return Due.by_config(state).evaluate and not done
+
+
+def close_trackers(state: State, summary: dict[str, Any]) -> None:
+    """Send the last evaluation to the trackers, and finish them."""
+    if state.tracker is not None:
+        state.tracker.log(eval_metrics(summary), state.step)
+        state.tracker.close()
 
 
 def eval_metrics(summary: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from rich.table import Table
 from fastppo import __version__
 from fastppo.config.effect import without_effect
 from fastppo.ops.backend import choose
+from fastppo.ppo import guards
 from fastppo.ppo.metrics import CSV, CURVES, SUMMARY
 from fastppo.ppo.optimizer import idle_steps
 from fastppo.ppo.sampling import Sampling
@@ -100,6 +102,22 @@ def first_lines(state: State, steps: int) -> None:
         )
     for line in lines:
         console.print(f"  [yellow]note:[/yellow] {line}")
+
+
+def notes(texts: Sequence[str]) -> None:
+    """Print notes on where the run starts."""
+    for text in texts:
+        console.print(f"  {text}")
+
+
+def step_lines(state: State, *, logs: bool) -> None:
+    """Print a line on the last step if it is to be logged, and what deserves attention."""
+    if logs:
+        step_line(state, state.total_steps)
+    for line in guards.warnings(state.metrics.rows):
+        console.print(f"[yellow]warning:[/yellow] {line}")
+    if state.step == 1:
+        memory_line(state)
 
 
 def step_line(state: State, steps: int) -> None:

@@ -149,7 +149,7 @@ def init_state(
     if config.eval_judge is not None:
         load_function(config.eval_judge, "eval_judge")
     for spec in config.rewards:  # before loading the base, which takes a while
-        if spec.kind == "function":
+        if spec.kind == "function" and spec.target not in config.objects.rewards:
             load_function(spec.target, "reward_model")
     tokenizer, rows = load_tokenizer(config), embedding_rows(config)
     check_reward_tokens(config, tokenizer)

@@ -14,11 +14,12 @@ from fastppo.models.batch import largest_micro_batch
 from fastppo.ppo import checkpoint, evaluation, guards, lines, log
 from fastppo.ppo.advantage import estimate
 from fastppo.ppo.metrics import Clock, step_row
+from fastppo.ppo.observer import Observer
 from fastppo.ppo.rollout import next_prompts, sample
 from fastppo.ppo.sampling import Sampling
 from fastppo.ppo.score import score
 from fastppo.ppo.snapshot import interruptible_update, undo_if_interrupted
-from fastppo.ppo.state import State, init_state, total_steps
+from fastppo.ppo.state import State, init_state
 from fastppo.ppo.update import shares_first_pass, update
 from fastppo.run import console, durable, save
 from fastppo.seeds import random_state, seed_of
@@ -94,56 +95,55 @@ def step_update(state: State) -> State:
     return state
 
 
-def train(state: State, steps: int, output_dir: Path) -> None:
+def train(state: State, output_dir: Path, observer: Observer) -> None:
     """Run all remaining steps, with the evaluations and checkpoints between them."""
-    config, epoch = state.config, len(state.prompts) / state.config.prompts_a_step
-    if evaluation.is_due(state, steps, epoch):
-        evaluation.evaluate_between_steps(state)
-    with console.progress(config, steps, state.step) as bar:
-        while state.step < steps:
+    observer.train_begin(state)
+    if evaluation.is_due(state):
+        evaluation.evaluate_between_steps(state, observer)
+    with console.progress(state.config, state.total_steps, state.step) as bar:
+        while state.step < state.total_steps and not observer.stops:
+            observer.step_begin(state)
             state = step_update(state)
+            due = observer.step_end(state)
             bar.advance(bar.task_ids[0])
             log.log_step(state)
-            if config.acts("logging", state.step, steps, epoch):
-                lines.step_line(state, steps)
+            lines.step_lines(state, logs=due.log)
+            if due.log:
                 evaluation.draw_between_steps(state)
-            for line in guards.warnings(state.metrics.rows):
-                console.console.print(f"[yellow]warning:[/yellow] {line}")
-            if state.step == 1:
-                lines.memory_line(state)
-            # The last step is evaluated below.
-            if config.acts("eval", state.step, steps, epoch) and state.step < steps:
-                evaluation.evaluate_between_steps(state)
-            if config.acts("save", state.step, steps, epoch) and state.step < steps:
-                checkpoint.save_to_resume(state, output_dir)
-                evaluation.draw_all(state, output_dir)
-                durable.keep_newest(output_dir, config.save_total_limit)
+                observer.logged(state)
+            if due.evaluate:
+                evaluation.evaluate_between_steps(state, observer)
+            if due.save:
+                checkpoint.save_between_steps(state, output_dir)
+                observer.saved(state)
     state.stop.check()
 
 
 def run(config: Config, records: Records) -> None:
     """Stage ppo: load, train, evaluate, and write everything into output_dir and metrics_dir."""
-    output_dir = Path(config.output_dir)
-    folder, notes = durable.checkpoint_to_resume(config)
+    start = folder, _ = durable.checkpoint_to_resume(config)
     if config.resume_from_checkpoint:
-        config = save.with_decisions(config, folder or output_dir)
-    state = init_state(config, records, folder)
-    steps = total_steps(config, len(state.prompts))
-    lines.first_lines(state, steps)
+        config = save.with_decisions(config, folder or Path(config.output_dir))
+    fit(init_state(config, records, folder), records, start, Observer())
+
+
+def fit(state: State, records: Records, start: durable.Start, observer: Observer) -> None:
+    """Train what is loaded, on from the checkpoint that `start` names, and write all files."""
+    (folder, notes), output_dir = start, Path(state.config.output_dir)
+    lines.first_lines(state, state.total_steps)
     save.prepare_output_dir(output_dir)
     advice = advice_on_failure(state.plan, state.config, state.budgets, state.roles.device)
     with durable.stop_on_full_disk(output_dir), state.stop, advice:
-        for line in [*notes, *checkpoint.start(state, folder, output_dir)]:
-            console.console.print(f"  {line}")
+        lines.notes([*notes, *checkpoint.start(state, folder, output_dir)])
         with evaluation.draw_at_end(state, output_dir):
             try:
-                train(state, steps, output_dir)
+                train(state, output_dir, observer)
                 summary = evaluation.evaluate(state)
+                observer.evaluated(state)
                 checkpoint.save_final(state, output_dir)
                 evaluation.write_results(state, records)
             except Interrupted as stop:
                 raise checkpoint.save_and_stop(state, stop, output_dir) from None
-        if state.tracker is not None:
-            state.tracker.log(evaluation.eval_metrics(summary), state.step)
-            state.tracker.close()
+        evaluation.close_trackers(state, summary)
         lines.last_lines(state, summary)
+        observer.train_end(state)

@@ -32,7 +32,8 @@ class HeadReward:
     Args:
         hidden: function from a micro-batch to its last hidden states (B, T, D).
         head: linear layer from a hidden state to the score.
-        folder: the folder of the head, with the record of stage rm if there is one.
+        folder: the folder of the head, with the record of stage rm if there is one; None for a
+            model that was given as an object, which is scored at EOS.
         template: the policy's, for its suffix and padding.
         budget: limits of a micro-batch.
         packs: whether `hidden` accepts packed micro-batches.
@@ -42,7 +43,7 @@ class HeadReward:
         self,
         hidden: Callable[[Batch], Tensor],
         head: nn.Linear,
-        folder: Path,
+        folder: Path | None,
         template: Template,
         budget: Budget,
         *,
@@ -50,7 +51,8 @@ class HeadReward:
     ) -> None:
         self.hidden, self.head, self.packs = hidden, head, packs
         self.template, self.budget = template, budget
-        self.score_at = read_score_at(folder) or ("suffix" if template.suffix_ids else "eos")
+        recorded = "eos" if folder is None else read_score_at(folder)
+        self.score_at = recorded or ("suffix" if template.suffix_ids else "eos")
 
     @torch.no_grad()
     def __call__(self, rollout: Rollout) -> Tensor:

@@ -145,12 +145,16 @@ def columns_of(prompts: list[Prompt]) -> dict[str, list[Any]]:
 class FunctionReward:
     """Scores a rollout with a Python function; returns (B,) float32, with NaN for None.
 
+    The function is `function`, or imported by its `name`.
+
     If `prompts` are given, the function's parameters are checked against their columns at once.
     """
 
-    def __init__(self, name: str, prompts: list[Prompt] | None = None) -> None:
+    def __init__(
+        self, name: str, prompts: list[Prompt] | None = None, function: Function | None = None
+    ) -> None:
         self.key = f"reward_model: {name}"
-        self.function = load_function(name, "reward_model")
+        self.function = function or load_function(name, "reward_model")
         if prompts is not None:
             check_arguments(self.function, self.key, {*GIVEN, *columns_of(prompts)})
 

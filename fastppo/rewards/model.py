@@ -35,11 +35,13 @@ from fastppo.models.load import (
     compute_dtype,
     first_line,
     hidden_size,
+    load_config,
+    load_tokenizer,
     not_loaded,
     text_model,
 )
 from fastppo.models.load import trunk as model_trunk
-from fastppo.models.value_head import load_value_head
+from fastppo.models.value_head import has_value_head, load_value_head, new_value_head
 from fastppo.models.weights import (
     forget_pad_token,
     is_adapter,
@@ -47,6 +49,7 @@ from fastppo.models.weights import (
     model_folder,
     read_tensor,
     shapes_of,
+    vocabulary_size,
 )
 from fastppo.offload.activations import find_layers
 from fastppo.offload.frozen import place_frozen
@@ -67,10 +70,10 @@ def adapters_of(config: Config) -> list[str]:
 
 def head_folder(name: str, config: Config) -> Path | None:
     """The folder that has a value head: the last adapter's, or the model's; else None."""
-    for folder in (*(Path(path) for path in adapters_of(config)[-1:]), Path(name)):
-        if any((folder / file).is_file() for file in HEAD_FILES):
-            return folder
-    return None
+    for path in adapters_of(config)[-1:]:
+        if has_value_head(Path(path)):  # TRL's is in a pytorch_model.bin beside the adapter
+            return Path(path)
+    return Path(name) if any((Path(name) / file).is_file() for file in HEAD_FILES) else None
 
 
 def load_full(
@@ -85,8 +88,10 @@ def load_full(
     If its folder has a value head, as LLaMA-Factory saves it, it is a causal LM that scores the
     policy's own tokens. Otherwise it must be a sequence classifier with one label.
     """
-    folder = head_folder(name, config)
     budget = budget or Budget.of(config, scoring=True)
+    if name in config.objects.rewards:
+        return given_reward(name, config, device, template, budget)
+    folder = head_folder(name, config)
     found = None
     if folder is None:
         try:
@@ -126,6 +131,38 @@ def load_full(
 
     # Always padded: padding_free was checked for the policy's attention, not for this model's.
     return HeadReward(hidden, head, folder, template, budget, packs=False)
+
+
+def given_reward(
+    name: str, config: Config, device: torch.device, template: Template, budget: Budget
+) -> HeadReward:
+    """A model that was given as an object: its head scores the policy's own tokens, at EOS."""
+    model, score = config.objects.rewards[name]
+    rows = model.get_input_embeddings().weight.shape[0]
+    if rows < min(len(load_tokenizer(config)), vocabulary_size(load_config(config))):
+        raise UserError(
+            f"reward_model: {name} has embeddings for {rows} tokens, fewer than the policy's "
+            "tokenizer; give one with the same tokenizer, or its folder by name, which is read "
+            "with its own"
+        )
+    model.requires_grad_(False).eval()
+    trunk = place_on_device(model_trunk(model), config, device, model)
+    head = new_value_head(score.weight.shape[-1], device)
+    head.load_state_dict(read_head(score))
+    head.requires_grad_(False)
+
+    def hidden(batch: Batch) -> Tensor:
+        inputs = {"input_ids": batch.input_ids_BT, "attention_mask": batch.mask_BT}
+        hidden_BTD: Tensor = trunk(**inputs, use_cache=False).last_hidden_state
+        return hidden_BTD
+
+    return HeadReward(hidden, head, None, template, budget, packs=False)
+
+
+def read_head(score: nn.Linear) -> dict[str, Tensor]:
+    """Weight and bias of a classifier's score; without a bias it is 0."""
+    bias = torch.zeros(1) if score.bias is None else score.bias
+    return {"weight": score.weight.detach(), "bias": bias.detach()}
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,8 @@ def make_reward(
             api.scores([tokenizer.decode(prompts[0].ids)])
             parts.append(api)
         else:
-            parts.append(FunctionReward(spec.target, prompts))
+            given = config.objects.rewards.get(spec.target)
+            parts.append(FunctionReward(spec.target, prompts, given))
     return Reward(config.rewards, tuple(parts), budgets)
 
 

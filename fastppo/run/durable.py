@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 RUN = "fastppo_run.json"  # in output_dir from a run's first peak on, and in checkpoints
+Start = tuple[Path | None, list[str]]  # the checkpoint that a run resumes from, and notes
 TRAINING_STATE = "training_state.json"  # the half of a checkpoint that only a resume reads
 NUMBERED = re.compile(r"checkpoint-(\d+)")
 FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
@@ -167,7 +168,7 @@ def resume_fault(folder: Path, *, hashes: bool) -> str | None:
     return wrong
 
 
-def checkpoint_to_resume(config: Config, *, hashes: bool = True) -> tuple[Path | None, list[str]]:
+def checkpoint_to_resume(config: Config, *, hashes: bool = True) -> Start:
     """The checkpoint that `resume_from_checkpoint` names, and notes on those that were skipped.
 
     True means the newest complete one in `output_dir`; the result is None if a run was killed

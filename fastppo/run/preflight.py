@@ -25,9 +25,12 @@ if TYPE_CHECKING:
     from fastppo.config import Config
 
 
-def check(config: Config) -> Records:
-    """Raise UserError for a run that cannot work; return the records that were read on the way."""
-    check_one_process("fastppo-train", "output_dir")
+def check(config: Config, records: Records | None = None) -> Records:
+    """Raise UserError for a run that cannot work; return the records that were read on the way.
+
+    `records` are not read if a program gives them.
+    """
+    check_one_process("fastppo-train" if records is None else config.source, "output_dir")
     if config.hf_hub_token:
         os.environ["HF_TOKEN"] = config.hf_hub_token  # where all of the hub's clients look
     try:
@@ -35,24 +38,25 @@ def check(config: Config) -> Records:
     except UserError as error:
         raise UserError(f"{config.source}: {error}") from None
     try:
-        return check_files(config)
+        check_files(config)
+        return read_records(config) if records is None else records
     except OSError as error:
         raise UserError(
             f"{config.source}: {str(error.filename)[:200]}: {error.strerror}; check the path"
         ) from None
 
 
-def check_files(config: Config) -> Records:
+def check_files(config: Config) -> None:
     """Check the folders and files that the configuration names."""
     check_packages(config)
     for key in ("model_name_or_path", "ref_model", "critic_model"):
-        check_model(config, key)
+        if key not in config.objects.names():
+            check_model(config, key)
     for key in ("adapter_name_or_path", "ref_model_adapters"):
         check_adapters(config, key)
     check_rewards(config)
     check_sizes(config)
     check_output_dir(config)
-    return read_records(config)
 
 
 def check_packages(config: Config) -> None:
@@ -110,6 +114,9 @@ def check_model(config: Config, key: str) -> None:
         raise UserError(f"{config.source}: model_gguf_file: no {gguf} in {name}; check its name")
     if not (folder / "config.json").is_file() and not gguf:
         if (folder / ADAPTER).is_file():
+            heads = (*HEAD_FILES, SAFETENSORS, BIN)
+            if key == "critic_model" and any((folder / head).is_file() for head in heads):
+                return  # its head is looked for when it is loaded
             raise UserError(f"{config.source}: {key}: {name} is an adapter; {ADAPTER_CURES[key]}")
         raise UserError(
             f"{config.source}: {key}: {name} has no config.json; name a folder that "
@@ -150,7 +157,7 @@ def check_rewards(config: Config) -> None:
     for spec in config.rewards:
         if spec.kind == "lora":
             check_reward_adapter(config, Path(spec.target))
-        elif spec.kind == "full":
+        elif spec.kind == "full" and spec.target not in config.objects.rewards:
             check_reward_full(config, spec.target)
 
 

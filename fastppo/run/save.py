@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastppo import __version__
 from fastppo.config.rewards import TEXT_RECORD
+from fastppo.config.weights import BIN
 from fastppo.errors import UserError
 from fastppo.models.value_head import VALUE_HEAD_FILE, value_head_state
 from fastppo.run import durable
@@ -56,8 +59,13 @@ def save_model(
     (folder / TEXT_RECORD).write_text(text, encoding="utf-8")
 
 
-def save_weights(model: Any, folder: Path, adapter: str = "default") -> None:
-    """Save an adapter or a model: `default` and models into `folder`, other adapters below it."""
+def save_weights(
+    model: Any, folder: Path, adapter: str = "default", more: Mapping[str, Tensor] | None = None
+) -> None:
+    """Save an adapter or a model: `default` and models into `folder`, other adapters below it.
+
+    `more` are further tensors, saved with those of a whole model.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
         # False: whether the embeddings were resized is known here, and PEFT would ask the hub.
@@ -73,9 +81,32 @@ def save_weights(model: Any, folder: Path, adapter: str = "default") -> None:
         else value
         for name, value in model.state_dict(keep_vars=True).items()
     }
-    model.save_pretrained(str(folder), state_dict=state)
+    model.save_pretrained(str(folder), state_dict={**state, **(more or {})})
     model.config.dtype = dtype  # save_pretrained notes that of the parameters
     model.config.save_pretrained(str(folder))
+
+
+def save_with_value_head(
+    model: Any, head: nn.Linear, tokenizer: Any, folder: Path, adapter: str = "default"
+) -> None:
+    """Save a model and its value head as TRL's AutoModelForCausalLMWithValueHead saves them.
+
+    Of a whole model the head is among its weights, as `v_head.summary`; beside an adapter it is in
+    a pytorch_model.bin of its own.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    saved = value_head_state(head)
+    tokenizer.save_pretrained(str(folder))
+    if not isinstance(model, PeftModel):
+        save_weights(model, folder, adapter, saved)
+        return
+    save_weights(model, folder, adapter)
+    inner = folder / adapter  # where PEFT puts what is not its default
+    for path in inner.iterdir() if adapter != "default" else ():
+        path.replace(folder / path.name)
+    if adapter != "default":
+        inner.rmdir()
+    torch.save(saved, folder / BIN)
 
 
 def note_run(folder: Path, decisions: dict[str, Any], trackers: Trackers | None = None) -> None:

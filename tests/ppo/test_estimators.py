@@ -18,6 +18,7 @@ from fastppo.ppo.columns import CRITIC_COLUMNS
 from fastppo.ppo.evaluation import evaluate
 from fastppo.ppo.lines import notices
 from fastppo.ppo.optimizer import make_optimizer
+from fastppo.ppo.state import total_steps
 from fastppo.ppo.update import update
 from fastppo.run.preflight import check
 from fastppo.types import Scored
@@ -149,7 +150,7 @@ def test_num_generations_repeats_prompts_side_by_side_and_counts_epochs_by_promp
     texts = [prompt.text for prompt in trainer.next_prompts(run)]
     assert texts[0] == texts[1] != texts[2] == texts[3]
     # Two prompts a step: four prompts are an epoch in two.
-    assert trainer.total_steps(run.config.model_copy(update={"max_steps": -1}), 4) == 6
+    assert total_steps(run.config.model_copy(update={"max_steps": -1}), 4) == 6
     row = trainer.step_update(run).metrics.rows[0]
     assert row["epoch"] == 0.5
 

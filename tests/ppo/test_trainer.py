@@ -14,6 +14,7 @@ from fastppo.ppo import checkpoint, lines, trainer
 from fastppo.ppo.columns import COLUMNS, REWARD_COLUMN, REWARD_MEANING, absent_columns
 from fastppo.ppo.evaluation import evaluate
 from fastppo.ppo.lines import notices
+from fastppo.ppo.state import total_steps
 from fastppo.run.preflight import check
 
 CLOCKS = {name for name, words in COLUMNS.items() if words.endswith("(a clock)")}
@@ -90,17 +91,15 @@ def test_36_every_prompt_is_seen_once_an_epoch_and_none_is_dropped(state):
 
 def test_a_data_set_smaller_than_the_batch_still_trains(state):
     run = state(per_device_train_batch_size=6)
-    assert trainer.total_steps(run.config.model_copy(update={"max_steps": -1}), 4) == 2
+    assert total_steps(run.config.model_copy(update={"max_steps": -1}), 4) == 2
     assert len(trainer.next_prompts(run)) == 6
 
 
 def test_prompts_that_are_left_over_have_a_step_of_their_own(config):
     once = config(max_steps=-1, num_train_epochs=1.0)
-    assert [trainer.total_steps(once, prompts) for prompts in (3, 4, 5, 6, 8, 9)] == [
-        *[1, 1, 2, 2, 2, 3]
-    ]
+    assert [total_steps(once, prompts) for prompts in (3, 4, 5, 6, 8, 9)] == [*[1, 1, 2, 2, 2, 3]]
     tenth = config(max_steps=-1, num_train_epochs=0.1, per_device_train_batch_size=3)
-    assert trainer.total_steps(tenth, 30) == 1, "0.1 * 30 / 3 is above 1 by rounding alone"
+    assert total_steps(tenth, 30) == 1, "0.1 * 30 / 3 is above 1 by rounding alone"
 
 
 def test_settings_without_effect_are_noted_before_the_run(config):

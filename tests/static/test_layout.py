@@ -22,7 +22,7 @@ CODE = sorted(
 # A room imports from the rows below its own: not from above, and not from its neighbours.
 ROOMS = [
     {"__main__"},
-    {"cli", "export", "info", "integrations"},
+    {"cli", "export", "info", "integrations", "trainer"},
     {"ppo", "rm"},
     {"rewards", "run", "toy"},
     {"models"},
