@@ -11,7 +11,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from fastppo.errors import TrainingStopped
-from fastppo.run import console, results
+from fastppo.run import console, record, results
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,8 @@ class PrintLogs(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Print the memory that the first step took."""
         if state.global_step == 1:
-            console.memory_line(self.plan, self.device, cutoff_len=self.longest)
+            line = console.memory_line(self.plan, self.device, cutoff_len=self.longest)
+            record.add(Path(args.output_dir), memory=line)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Print a training or evaluation entry."""

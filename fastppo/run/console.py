@@ -50,8 +50,8 @@ def format_score(value: float | None) -> str:
     return "-" if value is None else f"{value:+.3f}"
 
 
-def memory_line(plan: Plan | None, device: torch.device, **lengths: int) -> None:
-    """After the first step: the most that it took, beside what was planned for it.
+def memory_line(plan: Plan | None, device: torch.device, **lengths: int) -> str:
+    """After the first step, print and return the most that it took, beside what was planned.
 
     On a GPU the allocator has counted tensors. On a CPU nobody has: what the process took at most
     is its code and libraries too. `lengths` are the longest that there were, by their keys.
@@ -63,13 +63,16 @@ def memory_line(plan: Plan | None, device: torch.device, **lengths: int) -> None
         taken = highest_rss() / GIB
         said = f"memory: {taken:.2f} GiB at the highest, the whole process (resident)"
     if plan is None:
-        console.print(f"{said}; not planned")
-        return
+        line = f"{said}; not planned"
+        console.print(line)
+        return line
     here, longest = plan.with_changes(**lengths).step_peak, plan.step_peak
-    console.print(
+    line = (
         f"{said}; planned {here / GIB:.2f} of tensors for these lengths, {longest / GIB:.2f} at "
         "their longest"
     )
+    console.print(line)
+    return line
 
 
 def highest_rss() -> int:

@@ -21,7 +21,7 @@ CODE = sorted(
 )
 # A room imports from the rows below its own: not from above, and not from its neighbours.
 ROOMS = [
-    {"cli", "export", "info", "integrations"},
+    {"cli", "export", "info", "integrations", "report"},
     {"ppo", "rm"},
     {"rewards", "run", "toy"},
     {"models"},
