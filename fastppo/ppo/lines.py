@@ -12,6 +12,7 @@ from rich.table import Table
 from fastppo import __version__
 from fastppo.config.effect import without_effect
 from fastppo.ops.backend import choose
+from fastppo.ppo import guards
 from fastppo.ppo.metrics import CSV, CURVES, SUMMARY
 from fastppo.ppo.optimizer import idle_steps
 from fastppo.ppo.sampling import Sampling
@@ -22,6 +23,7 @@ from fastppo.run.console import console, format_duration, format_score
 if TYPE_CHECKING:
     from fastppo.config import Config
     from fastppo.ppo.state import State
+    from fastppo.run.live import LiveView
 
 
 def largest_beta_change(config: Config, steps: int) -> float:
@@ -111,6 +113,15 @@ def step_line(state: State, steps: int) -> None:
         f"clip {row['clipfrac']:.1%}  length {row['response_length']:.1f}  "
         f"{row['seconds']:.1f} s, {format_duration(left)} left"
     )
+
+
+def advance(view: LiveView, state: State) -> None:
+    """Show the step that was taken in the live view."""
+    rows = state.metrics.rows
+    view.curves = {name: [row[name] for row in rows] for name in ("score", "kl")}
+    view.sample = state.sample
+    view.warnings += guards.warnings(rows)
+    view.advance(view.task_ids[0])
 
 
 def memory_line(state: State) -> None:

@@ -20,7 +20,7 @@ from fastppo.ppo.score import score
 from fastppo.ppo.snapshot import interruptible_update, undo_if_interrupted
 from fastppo.ppo.state import State, init_state, total_steps
 from fastppo.ppo.update import shares_first_pass, update
-from fastppo.run import console, durable, save
+from fastppo.run import console, durable, live, save
 from fastppo.seeds import random_state, seed_of
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def step_update(state: State) -> State:
                     plan=state.plan,
                 )
             with clock("score"):
-                rewards = state.reward(rollout)  # called once, even if scoring is retried
+                rewards = state.score_rollout(rollout)  # once, even if scoring is retried
                 used = partial(largest_micro_batch, rollout, budgets.scoring)
                 scored = retry("score", budgets, used=used)(score)(
                     roles,
@@ -99,10 +99,10 @@ def train(state: State, steps: int, output_dir: Path) -> None:
     config, epoch = state.config, len(state.prompts) / state.config.prompts_a_step
     if evaluation.is_due(state, steps, epoch):
         evaluation.evaluate_between_steps(state)
-    with console.progress(config, steps, state.step) as bar:
+    with live.LiveView(config, steps, state.step) as view:
         while state.step < steps:
             state = step_update(state)
-            bar.advance(bar.task_ids[0])
+            lines.advance(view, state)
             log.log_step(state)
             if config.acts("logging", state.step, steps, epoch):
                 lines.step_line(state, steps)

@@ -186,7 +186,7 @@ def figure(panel: panels.Panel, lines: list[Line], drawn: str) -> Iterator[str]:
     advice = [prose(WHAT_TO_LOOK_FOR[name]) for name in panel.advice]
     if below := [*meanings, *advice]:
         items = "".join(f"<li>{line}</li>" for line in below)
-        yield f"<details><summary>what it should look like</summary><ul>{items}</ul></details>"
+        yield f"<details><summary>what it means, what to look for</summary><ul>{items}</ul></details>"
     yield "</figure>"
 
 
@@ -218,7 +218,7 @@ def evaluation(run: Run) -> Iterator[str]:
             )
         yield "</table></div>"
     rest = {
-        name: number(value)
+        name.removeprefix("eval_"): number(value)
         for name, value in found.items()
         if name.startswith("eval_") and name not in pairs and not name.endswith("_reference")
     }

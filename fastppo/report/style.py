@@ -31,7 +31,7 @@ li { overflow-wrap: anywhere; }
   padding: 8px 14px; min-width: 110px; flex: 1 0 110px; max-width: 220px; }
 .tile b { display: block; font-size: 1.3rem; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--dim); font-size: .85rem; }
-.scroll { overflow-x: auto; max-width: 100%; }
+.scroll { overflow-x: auto; max-width: 100%; margin-bottom: 14px; }
 table { border-collapse: collapse; font-size: .9rem; }
 th, td { text-align: left; vertical-align: top; padding: 4px 18px 4px 0;
   border-bottom: 1px solid var(--edge); font-variant-numeric: tabular-nums; }

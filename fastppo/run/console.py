@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from fastppo.memory.units import GIB
 
 if TYPE_CHECKING:
-    from fastppo.config import Config
     from fastppo.memory.plan import Plan
 
 console = Console(highlight=False, soft_wrap=True)
@@ -22,20 +20,6 @@ def precision_name(autocast: torch.dtype | None) -> str:
     """The name that the configuration has for the autocast dtype of a run; None is float32."""
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "float32"}
     return names[autocast]
-
-
-def progress(config: Config, steps: int, done: int) -> Progress:
-    """`disable_tqdm: false`: a bar below the lines; nothing otherwise. Enter it, then `advance`."""
-    bar = Progress(
-        "[progress.description]{task.description}",
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=config.disable_tqdm is not False,
-    )
-    bar.add_task(f"stage {config.stage}", total=steps, completed=done)
-    return bar
 
 
 def format_duration(seconds: float) -> str:
