@@ -50,7 +50,9 @@ def chart(title: str, lines: Sequence[Line]) -> str:
     for tick in ticks:
         height = at(x_low, tick).partition(",")[2]
         parts.append(f'<path class="grid" d="M{LEFT} {height}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text x="{LEFT - 5}" y="{height}" dy="4" text-anchor="end">{short(tick)}</text>')
+        parts.append(
+            f'<text x="{LEFT - 5}" y="{height}" dy="4" text-anchor="end">{short(tick)}</text>'
+        )
     for tick in whole_ticks(x_low, x_high):
         place = at(tick, y_low).partition(",")[0]
         parts.append(f'<text x="{place}" y="{HEIGHT - 6}" text-anchor="middle">{tick:g}</text>')

@@ -178,15 +178,19 @@ def figure(panel: panels.Panel, lines: list[Line], drawn: str) -> Iterator[str]:
     """A chart with its title, last values, the meaning of its columns and what to do."""
     yield f"<figure><figcaption>{text(panel.title)}</figcaption>{drawn}"
     entries = [
-        f'<span><i class="c{i % COLOURS}"></i>{text(line.label)} <b>{number(float(line.y[-1]))}</b></span>'
+        f'<span><i class="c{i % COLOURS}"></i>{text(line.label)} '
+        f"<b>{number(float(line.y[-1]))}</b></span>"
         for i, line in enumerate(lines)
     ]
     yield f'<p class="legend">{"".join(entries)}</p>'
-    meanings = [f"<code>{name}</code>: {text(COLUMNS[name])}" for name in panel.columns if name in COLUMNS]
+    meanings = [
+        f"<code>{name}</code>: {text(COLUMNS[name])}" for name in panel.columns if name in COLUMNS
+    ]
     advice = [prose(WHAT_TO_LOOK_FOR[name]) for name in panel.advice]
     if below := [*meanings, *advice]:
         items = "".join(f"<li>{line}</li>" for line in below)
-        yield f"<details><summary>what it means, what to look for</summary><ul>{items}</ul></details>"
+        title = "what it means, what to look for"
+        yield f"<details><summary>{title}</summary><ul>{items}</ul></details>"
     yield "</figure>"
 
 

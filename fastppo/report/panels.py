@@ -43,7 +43,9 @@ PPO = (
         {"explained_variance": "explained variance"},
         ("explained_variance",),
     ),
-    Panel("response length (tokens)", {"response_length": "mean", "response_length_max": "longest"}),
+    Panel(
+        "response length (tokens)", {"response_length": "mean", "response_length_max": "longest"}
+    ),
     Panel("share that ended by themselves", {"eos_share": "EOS"}, ("eos_share",)),
     Panel("PTX loss", {"ptx_loss": "PTX loss"}, ("ptx_loss",)),
     Panel("truncated importance weight", {"rollout_is_mean": "mean"}, ("rollout_is_mean",)),

@@ -94,7 +94,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file, a line each; a line that a killed run left half written is left out."""
+    """The objects of a file, a line each; a line that was cut short is left out."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -174,7 +174,9 @@ def numbers(entry: dict[str, Any]) -> dict[str, float]:
 def same_run(rows: list[dict[str, float]], log: list[dict[str, Any]]) -> bool:
     """Whether the scores of the metrics are those that the log has for the same steps."""
     scores = {row["step"]: row.get("score", math.nan) for row in rows}
-    logged = [(e["current_steps"], e["reward"]) for e in log if {"current_steps", "reward"} <= e.keys()]
+    logged = [
+        (e["current_steps"], e["reward"]) for e in log if {"current_steps", "reward"} <= e.keys()
+    ]
     both = [(scores[step], value) for step, value in logged if step in scores]
     close = all(math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) for a, b in both)
     return close and (bool(both) or not logged)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
@@ -28,7 +29,7 @@ def sparkline(values: Sequence[float], width: int = CURVE_WIDTH) -> str:
     """
     if len(values) > width:
         ends = [round(i * len(values) / width) for i in range(width + 1)]
-        parts = [values[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+        parts = [values[a:b] for a, b in pairwise(ends)]
         values = [sum(part) / len(part) for part in parts]
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
@@ -36,7 +37,9 @@ def sparkline(values: Sequence[float], width: int = CURVE_WIDTH) -> str:
     low, span = min(finite), max(finite) - min(finite)
     top = len(BLOCKS) - 1
     return "".join(
-        " " if not math.isfinite(value) else BLOCKS[round((value - low) / span * top) if span else 0]
+        " "
+        if not math.isfinite(value)
+        else BLOCKS[round((value - low) / span * top) if span else 0]
         for value in values
     )
 

@@ -150,7 +150,11 @@ def markdown_table(data: Sequence[Sequence[Any]]) -> str:
         shown = f"{value:+.3f}" if isinstance(value, float) else " ".join(str(value).split())
         return escape(shown, quote=False).replace("|", "&#124;")
 
-    lines = [SAMPLE_COLUMNS, ["---"] * len(SAMPLE_COLUMNS), *([cell(x) for x in row] for row in data)]
+    lines = [
+        SAMPLE_COLUMNS,
+        ["---"] * len(SAMPLE_COLUMNS),
+        *([cell(x) for x in row] for row in data),
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -49,7 +49,7 @@ def write_run(folder: Path, steps: int = 5, **info: Any) -> Path:
     """What a run of stage ppo leaves in `folder`, with a sample that is a script."""
     metrics = folder / "metrics"
     metrics.mkdir(parents=True)
-    rows = [{name: 0.0 for name in COLUMNS} for _ in range(steps)]
+    rows = [dict.fromkeys(COLUMNS, 0.0) for _ in range(steps)]
     for i, row in enumerate(rows, 1):
         row |= {"step": i, "score": i / 10, "score_std": 0.1, "kl": i / 2, "kl_target": 6.0}
     with (metrics / "training_metrics.csv").open("w", newline="") as file:
@@ -144,9 +144,9 @@ def test_a_killed_runs_half_line_costs_that_line_alone(tmp_path):
 def test_metrics_of_a_later_run_in_the_same_folder_are_not_shown_as_this_runs(tmp_path):
     folder = write_run(tmp_path / "run")
     path = folder / "metrics" / "training_metrics.csv"
-    path.write_text(path.read_text().replace(",0.5,", ",77.0,"))
+    path.write_text(path.read_text().replace(",0.5,", ",7777.0,"))
     text = page_of(folder).text
-    assert "77" not in text
+    assert "7777" not in text
     assert "is of another run" in text
     assert "score 0.5" in text  # from the log
 
@@ -231,7 +231,9 @@ def test_a_chart_spans_its_width_and_leaves_a_gap_where_a_value_is_not_finite():
     assert chart("none", [Line("y", [1], [math.nan])]) == ""
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (-3.2, 4), (5, 5), (0, 0), (1e-7, 3e-7), (-1e6, 2)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (-3.2, 4), (5, 5), (0, 0), (1e-7, 3e-7), (-1e6, 2)]
+)
 def test_ticks_cover_the_values_and_are_few(low, high):
     ticks = nice_ticks(low, high)
     assert ticks[0] <= low
