@@ -102,8 +102,8 @@ WHAT_TO_LOOK_FOR = {
     "nothing yet; raise `critic_learning_rate`. `vf_coef` has an effect only with `critic: shared` "
     "([ppo.md](ppo.md#the-critic)).",
     "value_clipfrac": "`value_clipfrac` is high for several steps (`guard_value_clip`): the "
-    "returns differ from the values by more than `cliprange_value`, which is in units of the score; "
-    "set `cliprange_value: null`.",
+    "returns differ from the values by more than `cliprange_value`, which is in units of the "
+    "score; set `cliprange_value: null`.",
     "skipped_steps": "`skipped_steps` above 0: in those steps weights and Adam's moments did not "
     "change. If it happens rarely, it is a spike; if it happens in every step, something is wrong, "
     "most often the learning rate.",

@@ -72,7 +72,7 @@ class LiveView(Progress):
     def get_renderables(self) -> Iterable[RenderableType]:
         """The bar, the curves, the sample and the warnings, a line each."""
         yield from super().get_renderables()
-        width = max(20, self.console.width - 1)
+        width = max(20, terminal.console.width - 1)
         for name, values in list(self.curves.items()):
             if values:
                 curve = sparkline(list(values), min(CURVE_WIDTH, width - 20))
