@@ -98,7 +98,8 @@ def test_a_runs_texts_are_text_and_never_tags(tmp_path):
     page_of(write_run(tmp_path / "run", settings={"dataset": SCRIPT}, plan=[SCRIPT], memory=SCRIPT))
     page = Page(tmp_path / "run" / "report.html")
     assert "script" not in page.tags
-    assert page.text.count(SCRIPT) == 8  # title and heading, prompt, response, note, setting, ...
+    # title, heading, model, note, plan, memory, setting, prompt, response
+    assert page.text.count(SCRIPT) == 9
 
 
 def page_of(folder: Path) -> Page:
