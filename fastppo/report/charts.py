@@ -35,7 +35,10 @@ def chart(title: str, lines: Sequence[Line]) -> str:
         return ""
     x_low, x_high = min(xs), max(xs)
     ticks = nice_ticks(min(ys), max(ys))
-    y_low, y_high = min(ticks[0], *ys), max(ticks[-1], *ys)
+    # An end that no value comes near is left out: -0.1 to 9 needs no room down to -5.
+    room = 0.15 * (ticks[1] - ticks[0])
+    y_low, y_high = max(ticks[0], min(ys) - room), min(ticks[-1], max(ys) + room)
+    ticks = [tick for tick in ticks if y_low <= tick <= y_high]
     x_span, y_span = (x_high - x_low) or 1.0, (y_high - y_low) or 1.0
 
     def at(x: float, y: float) -> str:

@@ -80,7 +80,12 @@ class ProgressBar(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Stop drawing."""
-        self.view.stop()
+        self.stop()
+
+    def stop(self) -> None:
+        """Stop drawing if it has begun, also where training ended by an error or a signal."""
+        if hasattr(self, "view") and self.view.live.is_started:
+            self.view.stop()
 
 
 class LogToTrackers(TrainerCallback):

@@ -361,6 +361,10 @@ def fit(setup: Setup, stop: Stop, trackers: Trackers | None) -> PairTrainer:
         with suppress(Exception):  # the error to report is the one that stopped the run
             trainer.draw()
         raise
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, ProgressBar):
+                callback.stop()
     head = setup.model.head
     if not all(torch.isfinite(p).all() for p in head.parameters()):
         raise TrainingStopped("the reward model's head is not finite; lower learning_rate")
