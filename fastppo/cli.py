@@ -127,7 +127,10 @@ def plan(words: list[str], gpu: str | None) -> int:
 
 def train(words: list[str]) -> None:
     """Check everything that can be checked without torch, then import it and run the stage."""
+    from pathlib import Path
+
     from fastppo.config import load_config
+    from fastppo.run import record
     from fastppo.run.preflight import check
 
     config = load_config(words[0], words[1:])
@@ -136,18 +139,19 @@ def train(words: list[str]) -> None:
     # Reward functions and judges can be imported from the folder in which the command runs.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    if config.stage == "rm":
-        from fastppo.rm import train as reward_model
+    with record.outcome(Path(config.output_dir)):
+        if config.stage == "rm":
+            from fastppo.rm import train as reward_model
 
-        reward_model.run(config, records)
-    elif not config.trains:
-        from fastppo.ppo import evaluate_only as held_out
+            reward_model.run(config, records)
+        elif not config.trains:
+            from fastppo.ppo import evaluate_only as held_out
 
-        held_out.run(config, records)
-    else:
-        from fastppo.ppo import trainer
+            held_out.run(config, records)
+        else:
+            from fastppo.ppo import trainer
 
-        trainer.run(config, records)
+            trainer.run(config, records)
 
 
 if __name__ == "__main__":

@@ -196,7 +196,10 @@ class LoggingKeys(Keys):
     )
     logging_first_step: bool = key(False, HF, "Also log the first step.")
     disable_tqdm: bool | None = key(
-        None, HF, "false draws a progress bar; log lines show the time left in any case."
+        None,
+        HF,
+        "true leaves plain lines on a terminal too; null draws a live view below them there (bar, "
+        "curves, a sample, warnings), false everywhere. Log lines show the time left in any case.",
     )
     plot_loss: bool = key(
         False,

@@ -22,7 +22,7 @@ from fastppo.models.value_head import VALUE_HEAD_FILE, value_head_state
 from fastppo.offload.activations import wrap
 from fastppo.ppo import evaluation, log
 from fastppo.ppo.advantage import RunningScore
-from fastppo.run import durable, results, training_state
+from fastppo.run import durable, record, results, training_state
 from fastppo.run.save import begin, note_run, save_model, save_weights
 from fastppo.types import Answers
 
@@ -248,6 +248,8 @@ def start(state: State, folder: Path | None, output_dir: Path) -> list[str]:
     evaluated = any(each["step"] == state.step for each in state.evaluations)
     results.begin_log(output_dir, state.step, evaluated=evaluated)
     begin(output_dir, state.budgets.decisions(), state.tracker)
+    printed = [*state.notes, *state.roles.notes, *state.config.notes]
+    record.begin(state.config, state.roles.device, printed, state.plan)
     return notes
 
 

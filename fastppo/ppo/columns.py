@@ -80,6 +80,41 @@ COLUMNS = {
     "update_tokens_per_second": "update_tokens by seconds_update (a clock)",
     "tokens_per_second": "response tokens by the seconds of the whole step (a clock)",
 }
+# What a column should look like, and what to do when it does not: for docs/metrics.md, which has
+# the same sentences (a test compares the two), and for the report.
+WHAT_TO_LOOK_FOR = {
+    "score": "`score` should rise; steps differ by chance. If it stays flat, the KL penalty may "
+    "hold the policy (`kl_coef`), or steps are too small (`learning_rate`, `ppo_epochs`).",
+    "kl": "`kl` grows without limit while `score` rises: the policy exploits the reward model; "
+    "raise `init_kl_coef` or lower `ppo_target`.",
+    "kl_coef": "`kl_coef` does not change: `horizon` is too long for the run, as its first lines "
+    "said.",
+    "entropy": "`entropy` may fall slowly. Below a tenth of its start (`guard_entropy`) the policy "
+    "has one answer: set `entropy_coef`, raise `init_kl_coef` or lower `learning_rate`.",
+    "clipfrac": "`clipfrac` of a few percent up to a quarter is usual. 0 in every step: the policy "
+    "hardly moves. Well above: steps are too large; lower `learning_rate` or `ppo_epochs`.",
+    "ratio_first_pass": "`ratio_first_pass` far from 0 stops the run: scoring and update disagree "
+    "about the policy.",
+    "eos_share": "`eos_share` falls and `response_length` rises to `max_new_tokens`: set "
+    "`missing_eos_penalty`.",
+    "score_length_corr": "`score_length_corr` near 1: the reward favours long responses.",
+    "explained_variance": "`explained_variance` stays at or below 0: the critic has learned "
+    "nothing yet; raise `critic_learning_rate`. `vf_coef` has an effect only with `critic: shared` "
+    "([ppo.md](ppo.md#the-critic)).",
+    "value_clipfrac": "`value_clipfrac` is high for several steps (`guard_value_clip`): the "
+    "returns differ from the values by more than `cliprange_value`, which is in units of the "
+    "score; set `cliprange_value: null`.",
+    "skipped_steps": "`skipped_steps` above 0: in those steps weights and Adam's moments did not "
+    "change. If it happens rarely, it is a spike; if it happens in every step, something is wrong, "
+    "most often the learning rate.",
+    "overflow_steps": "`overflow_steps` above 0 in the first steps: that is how `fp16` finds its "
+    "`loss_scale`. If the scale keeps falling, the model needs bfloat16's range. Stage rm logs "
+    "both next to the loss.",
+    "rollout_is_mean": "`rollout_is_mean` far below 1, or `rollout_is_capped` above a few percent: "
+    "the distributions of sampler and trainer differ (`sampler_gap`), and the correction reduces "
+    "the weight of many tokens.",
+    "ptx_loss": "`ptx_loss` rises: the policy forgets its language; raise `ptx_coef`.",
+}
 # If there are several rewards, each has a column; it is empty in steps where the reward applied to
 # no response.
 REWARD_COLUMN = "reward/{name}"

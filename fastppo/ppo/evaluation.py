@@ -260,7 +260,10 @@ def report(state: State, compared: Comparison, summary: dict[str, Any]) -> dict[
     if state.config.trains:
         log.log_entry(state, metrics)
     title = f"Samples after {state.step} PPO steps" if state.step else "Samples"
-    samples.write(folder, title, metrics, list(sample_rows(compared)))
+    rows = list(sample_rows(compared))
+    samples.write(folder, title, metrics, rows)
+    if state.tracker is not None:
+        state.tracker.log_samples(rows, state.step)
     return metrics
 
 

@@ -18,11 +18,13 @@ from fastppo.ppo.metrics import CSV, CURVES, SUMMARY
 from fastppo.ppo.optimizer import idle_steps
 from fastppo.ppo.sampling import Sampling
 from fastppo.run import console as terminal
+from fastppo.run import record
 from fastppo.run.console import console, format_duration, format_score
 
 if TYPE_CHECKING:
     from fastppo.config import Config
     from fastppo.ppo.state import State
+    from fastppo.run.live import LiveView
 
 
 def largest_beta_change(config: Config, steps: int) -> float:
@@ -132,14 +134,24 @@ def step_line(state: State, steps: int) -> None:
     )
 
 
+def advance(view: LiveView, state: State) -> None:
+    """Show the step that was taken in the live view."""
+    rows = state.metrics.rows
+    view.curves = {name: [row[name] for row in rows] for name in ("score", "kl")}
+    view.sample = state.sample
+    view.warnings += guards.warnings(rows)
+    view.advance(view.task_ids[0])
+
+
 def memory_line(state: State) -> None:
     """After the first step, print its peak memory and the memory planned for its lengths."""
-    terminal.memory_line(
+    line = terminal.memory_line(
         state.plan,
         state.roles.device,
         cutoff_len=max(len(prompt.ids) for prompt in state.prompts),
         max_new_tokens=int(state.metrics.rows[-1]["response_length_max"]),
     )
+    record.add(Path(state.config.output_dir), memory=line)
 
 
 def evaluation_line(summary: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.amp import GradScaler
 from transformers import set_seed
 
@@ -52,7 +53,7 @@ from fastppo.types import Prompt
 if TYPE_CHECKING:
     from fastppo.data import Records
     from fastppo.memory.plan import Plan
-    from fastppo.types import Answers
+    from fastppo.types import Answers, Rollout
 
 
 @dataclass
@@ -87,10 +88,17 @@ class State:
     )  # state of the random number generators after `step` steps
     stop: Stop = field(default_factory=Stop)
     saved_step: int = -1  # the step of the last checkpoint that this run wrote
+    sample: tuple[str, str, float] | None = None  # prompt, response and score, of the last rollout
 
     def __post_init__(self) -> None:
         self.snapshot = Snapshot(self.optimizer, self.scaler)
         self.prompt_order = prompt_order(self.config, len(self.prompts))
+
+    def score_rollout(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
+        """Rewards of a step's rollout, as `Reward` returns them; its first response is kept."""
+        score_B, parts = self.reward(rollout)
+        self.sample = (rollout.prompts[0].text, rollout.texts[0], score_B[0].item())
+        return score_B, parts
 
     def seconds(self) -> float:
         """Wall time since the run began."""

@@ -21,7 +21,7 @@ from fastppo.ppo.score import score
 from fastppo.ppo.snapshot import interruptible_update, undo_if_interrupted
 from fastppo.ppo.state import State, init_state
 from fastppo.ppo.update import shares_first_pass, update
-from fastppo.run import console, durable, save
+from fastppo.run import durable, live, save
 from fastppo.seeds import random_state, seed_of
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def step_update(state: State) -> State:
                     plan=state.plan,
                 )
             with clock("score"):
-                rewards = state.reward(rollout := roles.with_states(rollout))  # outside of retry
+                rewards = state.score_rollout(rollout := roles.with_states(rollout))  # no retry
                 used = partial(largest_micro_batch, rollout, budgets.scoring)
                 scored = retry("score", budgets, used=used)(score)(
                     roles,
@@ -100,12 +100,12 @@ def train(state: State, output_dir: Path, observer: Observer) -> None:
     observer.train_begin(state)
     if evaluation.is_due(state):
         evaluation.evaluate_between_steps(state, observer)
-    with console.progress(state.config, state.total_steps, state.step) as bar:
+    with live.LiveView(state.config, state.total_steps, state.step) as view:
         while state.step < state.total_steps and not observer.stops:
             observer.step_begin(state)
             state = step_update(state)
             due = observer.step_end(state)
-            bar.advance(bar.task_ids[0])
+            lines.advance(view, state)
             log.log_step(state)
             lines.step_lines(state, logs=due.log)
             if due.log:

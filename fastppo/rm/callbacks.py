@@ -11,7 +11,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from fastppo.errors import TrainingStopped
-from fastppo.run import console, results
+from fastppo.run import console, live, record, results
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,8 @@ class PrintLogs(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Print the memory that the first step took."""
         if state.global_step == 1:
-            console.memory_line(self.plan, self.device, cutoff_len=self.longest)
+            line = console.memory_line(self.plan, self.device, cutoff_len=self.longest)
+            record.add(Path(args.output_dir), memory=line)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Print a training or evaluation entry."""
@@ -54,23 +55,37 @@ class PrintLogs(TrainerCallback):
 
 
 class ProgressBar(TrainerCallback):
-    """With `disable_tqdm: false`, draws a progress bar below the lines, as in stage ppo."""
+    """Draws the live view below the lines, as in stage ppo."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start at step 0, or at the step from which a resumed run continues."""
-        self.bar = console.progress(self.config, state.max_steps, state.global_step)
-        self.bar.start()
+        self.view = live.LiveView(self.config, state.max_steps, state.global_step)
+        self.view.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Advance by a step."""
-        self.bar.advance(self.bar.task_ids[0])
+        self.view.advance(self.view.task_ids[0])
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Draw the logged losses and accuracies; an evaluation without training has no view."""
+        if hasattr(self, "view"):
+            history, names = state.log_history, {"loss": "loss", "eval_accuracy": "accuracy"}
+            self.view.curves = {
+                label: [entry[name] for entry in history if name in entry]
+                for name, label in names.items()
+            }
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Stop drawing."""
-        self.bar.stop()
+        self.stop()
+
+    def stop(self) -> None:
+        """Stop drawing if it has begun, also where training ended by an error or a signal."""
+        if hasattr(self, "view") and self.view.live.is_started:
+            self.view.stop()
 
 
 class LogToTrackers(TrainerCallback):

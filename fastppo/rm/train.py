@@ -57,7 +57,7 @@ from fastppo.rm.evaluation import evaluate
 from fastppo.rm.model import RewardModel, calibrate
 from fastppo.rm.pairs import Pairs, collate
 from fastppo.rm.trainer import PairTrainer, compute_metrics
-from fastppo.run import console, durable, results, save
+from fastppo.run import console, durable, record, results, save
 from fastppo.run.launch import choose_device, hide_launcher_variables, note_on_device
 from fastppo.run.stopping import Stop
 from fastppo.run.tracking import Trackers
@@ -349,6 +349,7 @@ def fit(setup: Setup, stop: Stop, trackers: Trackers | None) -> PairTrainer:
     if setup.resumed is None:
         results.clear(output_dir)
     save.begin(output_dir, trainer.decisions, trackers)
+    record.begin(config, setup.device, setup.notes, setup.plan)
     checkpoint = None if setup.resumed is None else str(setup.resumed)
     scores = None
     try:
@@ -361,6 +362,10 @@ def fit(setup: Setup, stop: Stop, trackers: Trackers | None) -> PairTrainer:
         with suppress(Exception):  # the error to report is the one that stopped the run
             trainer.draw()
         raise
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, ProgressBar):
+                callback.stop()
     head = setup.model.head
     if not all(torch.isfinite(p).all() for p in head.parameters()):
         raise TrainingStopped("the reward model's head is not finite; lower learning_rate")

@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from fastppo.memory.units import GIB
 
 if TYPE_CHECKING:
-    from fastppo.config import Config
     from fastppo.memory.plan import Plan
 
 console = Console(highlight=False, soft_wrap=True)
@@ -22,20 +20,6 @@ def precision_name(autocast: torch.dtype | None) -> str:
     """The name that the configuration has for the autocast dtype of a run; None is float32."""
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "float32"}
     return names[autocast]
-
-
-def progress(config: Config, steps: int, done: int) -> Progress:
-    """`disable_tqdm: false`: a bar below the lines; nothing otherwise. Enter it, then `advance`."""
-    bar = Progress(
-        "[progress.description]{task.description}",
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=config.disable_tqdm is not False,
-    )
-    bar.add_task(f"stage {config.stage}", total=steps, completed=done)
-    return bar
 
 
 def format_duration(seconds: float) -> str:
@@ -50,8 +34,8 @@ def format_score(value: float | None) -> str:
     return "-" if value is None else f"{value:+.3f}"
 
 
-def memory_line(plan: Plan | None, device: torch.device, **lengths: int) -> None:
-    """After the first step: the most that it took, beside what was planned for it.
+def memory_line(plan: Plan | None, device: torch.device, **lengths: int) -> str:
+    """After the first step, print and return the most that it took, beside what was planned.
 
     On a GPU the allocator has counted tensors. On a CPU nobody has: what the process took at most
     is its code and libraries too. `lengths` are the longest that there were, by their keys.
@@ -63,13 +47,16 @@ def memory_line(plan: Plan | None, device: torch.device, **lengths: int) -> None
         taken = highest_rss() / GIB
         said = f"memory: {taken:.2f} GiB at the highest, the whole process (resident)"
     if plan is None:
-        console.print(f"{said}; not planned")
-        return
+        line = f"{said}; not planned"
+        console.print(line)
+        return line
     here, longest = plan.with_changes(**lengths).step_peak, plan.step_peak
-    console.print(
+    line = (
         f"{said}; planned {here / GIB:.2f} of tensors for these lengths, {longest / GIB:.2f} at "
         "their longest"
     )
+    console.print(line)
+    return line
 
 
 def highest_rss() -> int:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fastppo.config import Config
 
 MANIFEST = "manifest.json"
+INFO = "fastppo_info.json"  # what fastppo-report shows: settings, machine, outcome
 RUN = "fastppo_run.json"  # in output_dir from a run's first peak on, and in checkpoints
 Start = tuple[Path | None, list[str]]  # the checkpoint that a run resumes from, and notes
 TRAINING_STATE = "training_state.json"  # the half of a checkpoint that only a resume reads

@@ -6,20 +6,25 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-from fastppo.errors import UserError
+from fastppo.errors import UserError, one_line
+from fastppo.run.console import console
 from fastppo.run.durable import NUMBERED, RUN
 
 if TYPE_CHECKING:
     from fastppo.config import Config
 
 PROJECT = "fastppo"
+TABLE = "eval/samples"
+SAMPLE_COLUMNS = ("prompt", "policy", "reward_policy", "reference", "reward_reference", "outcome")
+SAMPLES_SENT = 32
 
 
 class Trackers:
@@ -45,6 +50,7 @@ class Trackers:
         project = config.project or os.environ.get("WANDB_PROJECT") or PROJECT
         folder = Path(config.logging_dir or Path(config.output_dir) / "runs")
         self.trackers, self.runs = [], dict[str, str]()
+        self.without_tables = set[str]()  # trackers whose table failed
         if config.trackers:
             PartialState(cpu=config.use_cpu)  # accelerate's classes log, and its logger asks for it
         for name in config.trackers:
@@ -99,10 +105,57 @@ class Trackers:
         for tracker in self.trackers:
             tracker.log(numbers, step=step)
 
+    def log_samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Send the evaluation's first responses to all trackers, as a table (TensorBoard: as text).
+
+        A tracker that takes no table is named on the terminal, and the run continues.
+        """
+        data = [[row.get(name, "") for name in SAMPLE_COLUMNS] for row in rows[:SAMPLES_SENT]]
+        for name, tracker in zip(self.runs, self.trackers, strict=True):
+            if name in self.without_tables:
+                continue
+            try:
+                send_table(name, tracker, data, step)
+            except Exception as error:  # whatever a tracker and its network raise
+                self.without_tables.add(name)
+                reason = one_line(f"{type(error).__name__}: {error}")
+                console.print(
+                    f"note: report_to: {name} gets no table of samples ({reason})", markup=False
+                )
+
     def close(self) -> None:
         """Finish all trackers, which write what they have buffered."""
         for tracker in self.trackers:
             tracker.finish()
+
+
+def send_table(name: str, tracker: Any, data: list[list[Any]], step: int) -> None:
+    """Send rows of SAMPLE_COLUMNS as the table eval/samples, as the tracker `name` takes one."""
+    if name == "wandb":
+        tracker.log_table(TABLE, columns=[*SAMPLE_COLUMNS], data=data, step=step)
+    elif name == "trackio":
+        import pandas
+        import trackio
+
+        frame = pandas.DataFrame(data, columns=[*SAMPLE_COLUMNS])
+        tracker.log({TABLE: trackio.Table(dataframe=frame)}, step=step)
+    else:
+        tracker.log({TABLE: markdown_table(data)}, step=step)
+
+
+def markdown_table(data: Sequence[Sequence[Any]]) -> str:
+    """Rows of SAMPLE_COLUMNS as a table in Markdown, which TensorBoard's text tab draws."""
+
+    def cell(value: Any) -> str:
+        shown = f"{value:+.3f}" if isinstance(value, float) else " ".join(str(value).split())
+        return escape(shown, quote=False).replace("|", "&#124;")
+
+    lines = [
+        SAMPLE_COLUMNS,
+        ["---"] * len(SAMPLE_COLUMNS),
+        *([cell(x) for x in row] for row in data),
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def earlier_runs(folder: Path) -> dict[str, str]:

@@ -148,6 +148,7 @@ def run_elsewhere(wheel: Path, folder: Path) -> None:
     assert "usage: fastppo-train" in run("fastppo-train", "--help")
     assert version() in run("fastppo-train", "--version")
     assert "usage: fastppo-export" in run("fastppo-export", "--help")
+    assert "usage: fastppo-report" in run("fastppo-report", "--help")
 
 
 def check_kernels(python: str, cwd: Path) -> None:

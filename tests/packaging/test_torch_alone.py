@@ -86,10 +86,10 @@ print(gae(torch.tensor([0.0, 3.0]), torch.tensor([2.0, 1.0]), offsets, lam=1.0)[
     assert done.stdout.split("\n") == ["[0.25, 0.25] 0.0", "[1.0, 2.0]", ""]
 
 
-@pytest.mark.parametrize("command", ["fastppo-train", "fastppo-export"])
+@pytest.mark.parametrize("command", ["fastppo-train", "fastppo-export", "fastppo-report"])
 @pytest.mark.parametrize("arguments", [[], ["run.yaml"], ["run.yaml", "--plan"]])
 def test_a_command_names_what_is_missing_and_the_cure(python, tmp_path, command, arguments):
-    if command == "fastppo-export" and "--plan" in arguments:
+    if command != "fastppo-train" and "--plan" in arguments:
         arguments = ["saves/ppo", "export"]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     module, _, function = project["scripts"][command].partition(":")
@@ -105,7 +105,7 @@ def test_a_command_names_what_is_missing_and_the_cure(python, tmp_path, command,
     )
 
 
-@pytest.mark.parametrize("command", ["cli", "export.cli"])
+@pytest.mark.parametrize("command", ["cli", "export.cli", "report.cli"])
 def test_help_needs_no_package(python, command):
     done = run(python, "-m", f"fastppo.{command}", "--help")
     assert done.returncode == 0, done.stderr

@@ -22,7 +22,7 @@ from fastppo.ppo import log, trainer
 from fastppo.ppo.optimizer import make_optimizer
 from fastppo.ppo.state import prompt_order
 from fastppo.rm import train as reward_model
-from fastppo.run import console, plots, preflight
+from fastppo.run import live, plots, preflight
 from fastppo.run.launch import choose_device
 from fastppo.run.preflight import check
 from fastppo.run.tracking import Trackers, settings
@@ -381,13 +381,13 @@ def test_disable_shuffling_keeps_the_order_of_pairs(pairs, monkeypatch):
 def bars(monkeypatch):
     """The progress bars that were made."""
     made = []
-    real = console.progress
+    real = live.LiveView
 
-    def progress(*args):
+    def view(*args):
         made.append(real(*args))
         return made[-1]
 
-    monkeypatch.setattr(console, "progress", progress)
+    monkeypatch.setattr(live, "LiveView", view)
     return made
 
 
@@ -400,4 +400,4 @@ def test_disable_tqdm_false_draws_a_bar_in_both_stages(config, pairs, bars):
         (False, 2, 2),
         (False, 3, 3),
     ]
-    assert console.progress(config(), 2, 0).disable
+    assert live.LiveView(config(), 2, 0).disable

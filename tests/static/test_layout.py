@@ -22,7 +22,7 @@ CODE = sorted(
 # A room imports from the rows below its own: not from above, and not from its neighbours.
 ROOMS = [
     {"__main__"},
-    {"cli", "export", "info", "integrations", "trainer"},
+    {"cli", "export", "info", "integrations", "report", "trainer"},
     {"ppo", "rm"},
     {"rewards", "run", "toy"},
     {"models"},

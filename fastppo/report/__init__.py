@@ -1,0 +1,1 @@
+"""`fastppo-report`: a run as one HTML file that needs no network."""
