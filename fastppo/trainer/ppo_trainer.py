@@ -105,7 +105,8 @@ class PPOTrainer:
         self._occupied = not config.overwrite_output_dir and is_occupied(config.output_dir)
         self._state = init_state(untracked(config), self.records)
         self._config = config
-        check_stop_token(self.args.stop_token_id, self._state)
+        stop_token_id: int | None = getattr(self.args, "stop_token_id", None)
+        check_stop_token(stop_token_id, self._state)
         self._fitted = False
         make_handler: Any = CallbackHandler
         self.callback_handler: Any = make_handler(

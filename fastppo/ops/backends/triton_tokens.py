@@ -11,7 +11,7 @@ from fastppo.kernels import sums
 from fastppo.kernels import token_kl as token_kl_kernels
 from fastppo.kernels import value_loss as value_loss_kernels
 from fastppo.kernels import whiten as whiten_kernels
-from fastppo.ops.arguments import AdvantagesArguments, GaeArguments
+from fastppo.ops.backends import AdvantagesArguments, GaeArguments
 from fastppo.ops.backends.launch import multiprocessors, start
 from fastppo.ops.backends.sizes import ADVANTAGES_SCAN, BLOCK, GAE_SCAN
 
