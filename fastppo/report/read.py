@@ -118,7 +118,7 @@ def read_rows(
     Of stage ppo they are training_metrics.csv, unless another run has written that since; then,
     and in stage rm, the history in trainer_state.json, and after it the log.
     """
-    remarks = []
+    remarks = list[str]()
     if info.get("metrics_dir") and info.get("stage") != "rm":
         path = Path(info["metrics_dir"]) / CSV
         rows = read_csv(path)
