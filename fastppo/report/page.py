@@ -184,7 +184,9 @@ def figure(panel: panels.Panel, lines: list[Line], drawn: str) -> Iterator[str]:
     ]
     yield f'<p class="legend">{"".join(entries)}</p>'
     meanings = [
-        f"<code>{name}</code>: {text(COLUMNS[name])}" for name in panel.columns if name in COLUMNS
+        f"<code>{name}</code>: {text(COLUMNS[name])}"
+        for name in panel.columns
+        if name in COLUMNS and panel in panels.PPO  # stage rm has a learning_rate of its own
     ]
     advice = [prose(WHAT_TO_LOOK_FOR[name]) for name in panel.advice]
     if below := [*meanings, *advice]:

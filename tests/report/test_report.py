@@ -182,6 +182,7 @@ def test_a_reward_model_has_its_loss_accuracy_and_margin(tmp_path):
     assert "0.75 accuracy" in text
     assert "training 0.5 held-out pairs 0.6" in text
     assert "margin 1.25" in text
+    assert "the actor's" not in text  # what learning_rate means in stage ppo
 
 
 @pytest.mark.parametrize(
