@@ -1,4 +1,4 @@
-"""python -m benchmarks host|linear|mixed_adapters|ops|seven_b_head|step [--quick] [--out FILE]."""
+"""python -m benchmarks NAME [--quick] [--out FILE]; --help lists the names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import host, linear, mixed_adapters, ops, report, seven_b_head, step
+from benchmarks import host, linear, mixed_adapters, ops, report, rollout, seven_b_head, step
 from benchmarks.harness import ROUNDS, Case, measure
 from tests.ops.registry import OPS
 
@@ -53,6 +53,9 @@ def parser() -> argparse.ArgumentParser:
             one.add_argument("--ours", action="store_true", help="the bare GEMMs and fastppo alone")
         if name == "seven_b_head":
             one.add_argument("--n", type=int, default=seven_b_head.HEAD.n, help="tokens")
+    rollout.add_arguments(
+        commands.add_parser("rollout", help=(rollout.__doc__ or "").splitlines()[0])
+    )
     one = commands.add_parser("step", help=(step.__doc__ or "").splitlines()[0])
     one.add_argument("--quick", action="store_true", help="4 tokens and 1 epoch: no measurement")
     one.add_argument("--out", type=Path, metavar="FILE", help="the JSON; a .md goes beside it")
@@ -71,6 +74,8 @@ def main(argv: list[str] | None = None) -> int:
     asked = parser().parse_args(argv)
     if asked.name == "step":
         return step.main(asked, argv)
+    if asked.name == "rollout":
+        return rollout.main(asked, argv)
     before, load = report.Load(), report.Load()
     with before:
         time.sleep(0.1 if asked.quick else 1.0)

@@ -24,6 +24,11 @@ bits; export; and loading the export with transformers. The log-probs of sampler
 reference, the values and the scores must equal those of transformers' own forward, run one sequence
 at a time, to 2e-4.
 
+Each family is also sampled greedily with continuous batching, five prompts in three slots
+(`tests/ppo/test_sampler.py`): tokens and log-probs must be those of transformers' `generate` on
+each prompt alone. Models that cache more than keys and values, such as Mamba, are sampled in
+batches ([step.md](step.md)).
+
 Other families of causal language models in transformers work if their logits are those of the
 output head on the last hidden state, possibly scaled or softcapped. A run checks this before it
 trains, and otherwise stops with one line.

@@ -54,7 +54,7 @@ _NOTES: dict[str, str] = {
     "it is for fastppo-export, not for training": """export_device export_dir export_hub_model_id
         export_legacy_format export_quantization_bit export_quantization_dataset
         export_quantization_maxlen export_quantization_nsamples export_size""",
-    "nothing is served: sampling is transformers' own": """chunk_size cpu_infer infer_dtype
+    "nothing is served: sampling is the trainer's own": """chunk_size cpu_infer infer_dtype
         kt_force_think kt_maxlen kt_mode kt_optimize_rule kt_use_cuda_graph mode sglang_config
         sglang_lora_backend sglang_maxlen sglang_mem_fraction sglang_tp_size vllm_config
         vllm_enforce_eager vllm_gpu_util vllm_max_lora_rank vllm_maxlen""",
@@ -132,7 +132,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "full_determinism": (_OFF, "seed fixes everything random; leave it out"),
     "infer_backend": (
         ("huggingface", "hf", None),
-        "sampling is transformers' own; leave it out",
+        "sampling is the trainer's own; leave it out",
     ),
     "label_smoothing_factor": ((0, None), "no loss here has labels to smooth; leave it out"),
     "load_best_model_at_end": (_OFF, "PPO has no single best; leave it out"),

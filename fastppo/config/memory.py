@@ -76,9 +76,9 @@ class StepKeys(Keys):
     rollout_kv_cache_gib: Above0 | None = key(
         None,
         OWN,
-        "GiB of keys and values that sampling may use; if a step's prompts need more, they are "
-        "sampled in groups. null is no limit on a CPU, and on a GPU most of what weights and "
-        "optimiser leave.",
+        "GiB of keys and values that sampling may use; if a step's prompts need more, some wait "
+        "until others have ended. null is no limit on a CPU, and on a GPU most of what weights "
+        "and optimiser leave.",
     )
     rollout_merge_adapter: bool | None = key(
         None,

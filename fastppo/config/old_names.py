@@ -81,7 +81,7 @@ NEEDLESS: dict[str, str] = {
     "it belongs to an optimiser that is refused": """badam_switch_block_every start_block
         switch_block_every switch_mode""",
     "it belongs to a method that is refused": "aqlm_optimization",
-    "nothing is served: sampling is transformers' own": "system_message vllm_dtype",
+    "nothing is served: sampling is the trainer's own": "system_message vllm_dtype",
     "records are encoded once, at the start": "dataset_map_batch_size",
     "data is read whole, and nothing is cached": "dataset_shards",
     "trackers are named by report_to": """swanlab_config swanlab_description

@@ -1,6 +1,6 @@
 """Limits on how much a phase of a step processes at a time; they are halved if memory runs out.
 
-They change training only by rounding, except that `generation_batch` changes what is sampled.
+They change training only by rounding.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from fastppo.memory.inputs import PlanInputs
 from fastppo.memory.layer import LayerSetting, trunk_memory
 from fastppo.memory.shapes import ModelShape
 from fastppo.memory.tape import FLOAT32
-from fastppo.memory.units import GIB, RESERVE
+from fastppo.memory.units import GIB, PREFILL_TOKENS, RESERVE, SLACK
 from fastppo.memory.weights import StaticBytes, Trainable
 
 PHASES: Final = ("load", "rollout", "score", "update")
@@ -99,12 +99,11 @@ class Planner:
         if self.config.stage == "rm":
             yield from self.reward_model_peaks()
             return
-        yield from self.rollout_peaks(self.inputs.rollout_rows)
+        yield from self.rollout_peaks(self.inputs.scored_rows)
         # An evaluation scores in the same micro-batches as training, so only its sampling is added,
         # and the states that it keeps if it has more sequences.
         evaluated = self.inputs.evaluated_rows
-        rows = min(evaluated, as_count(self.config.generation_batch) or evaluated)
-        yield from self.rollout_peaks(rows, evaluation=True)
+        yield from self.rollout_peaks(evaluated, evaluation=True)
         yield from self.score_peaks()
         if self.activations.shared_states(evaluated) > self.shared_states("score"):
             yield from self.score_peaks(evaluation=True)
@@ -135,48 +134,56 @@ class Planner:
         rows = inputs.evaluated_rows if evaluation else inputs.scored_rows
         return self.activations.shared_states(rows)
 
-    def rollout_peaks(self, rows: int, *, evaluation: bool = False) -> Iterator[Peak]:
-        """Sampling: prefill of all prompts at once, then decoding one token at a time."""
+    def rollout_peaks(self, total: int, *, evaluation: bool = False) -> Iterator[Peak]:
+        """Sampling of `total` prompts: passes over some of them, then a token at a time of many."""
         inputs, config, shape = self.inputs, self.config, self.shape
         prompt, longest = config.cutoff_len, config.cutoff_len + config.max_new_tokens
-        token = 2 * shape.kv_heads * shape.head_dim * inputs.itemsize
+        token = 2 * shape.kv_heads * shape.head_dim * inputs.itemsize * shape.layers
+        static = config.cache_implementation == "static"  # transformers' own, all rows together
+        rows = min(total, as_count(config.generation_batch) or total)
         if config.rollout_kv_cache_gib is not None:
             room = int(config.rollout_kv_cache_gib * GIB)
-            rows = max(1, min(rows, room // (token * shape.layers * longest)))
+            if total * token * longest > room:
+                rows = max(1, min(rows, room // (token * (longest + SLACK))))
+        width = longest + SLACK * (rows < total and not static)
         # Merged copies of the weights, for samples of the policy; the reference samples unmerged.
         linear = sum(a * b for a, b in shape.targets(inputs.actor_target).values())
         layers = min(config.lora_layers or shape.layers, shape.layers)
         copy = inputs.samples_from_merged_copy * linear * layers * inputs.itemsize
-        merged = {"merged weights": copy}
-        masked = inputs.has_padding(rows)
-        trunk = self.activations.trunk(rows, prompt, "actor", masked=masked)
+        always = {"merged weights": copy, "KV cache": rows * token * width}
+        # A pass has few tokens, of one prompt on a CPU; a long prompt is run in chunks.
+        passed = 1 if inputs.device == "cpu" else min(rows, max(1, PREFILL_TOKENS // prompt))
+        passed, chunk = (rows, prompt) if static else (passed, min(prompt, PREFILL_TOKENS))
+        trunk = self.activations.trunk(
+            passed, chunk, "actor", masked=inputs.has_padding(passed) or chunk < prompt
+        )
+        mask = passed * chunk * (prompt - chunk) * (1 + inputs.itemsize)
         tile = self.activations.dequantized_layer
         yield self.peak(
             "rollout",
-            f"{rows} prompts of {prompt} tokens",
+            f"{passed} prompts of {prompt} tokens" + f", {chunk} at a time" * (chunk < prompt),
             {
-                **merged,
-                "KV cache": rows * token * shape.cached_tokens(prompt),
+                **always,
+                # The prompts' keys and values are copied into the cache that is allocated already.
+                "KV cache": always["KV cache"] + passed * prompt * token * (not static),
                 "kept activations": self.activations.autocast_copies(self.static.actor),
-                "layer at work": trunk.fixed + trunk.forward + tile,
+                "layer at work": trunk.fixed + trunk.forward + mask + tile,
             },
             evaluation=evaluation,
         )
-        # Appending a token copies the layer's keys; with padding in the batch, keys and values are
-        # copied for every query head.
-        repeated = masked and shape.kv_heads not in (1, shape.heads)
+        # With padding in the batch, keys and values may be copied for every query head.
+        repeated = inputs.has_padding(rows) and shape.kv_heads not in (1, shape.heads)
         copies = 2 * shape.heads * shape.head_dim * inputs.itemsize if repeated else 0
-        # Logits, their float32 copy, their softmax, and the log-probs that RecordLogprobs keeps.
+        # Logits, their float32 copy, that copy processed, and its softmax or exponentials.
         logits = rows * shape.vocab * (inputs.itemsize + 3 * FLOAT32)
         yield self.peak(
             "rollout",
             f"the last token of {rows} sequences of {longest}",
             {
-                **merged,
-                "KV cache": rows * token * shape.cached_tokens(longest),
+                **always,
                 # In decoding, autocast keeps its copies for all layers.
                 "kept activations": self.static.actor.cast_bytes,
-                "layer at work": rows * longest * (token // 2 + copies) + logits + tile,
+                "layer at work": rows * longest * copies + logits + tile,
             },
             evaluation=evaluation,
         )

@@ -9,3 +9,10 @@ MIB: Final = 1 << 20
 GIB: Final = 1 << 30
 # On a GPU, for the context, the libraries' workspaces, and fragments that the allocator cannot use.
 RESERVE: Final = 5 * GIB // 4
+
+# Tokens of prompts that sampling runs at a time. A GPU's matrix products are at full speed with
+# fewer; more would only take memory.
+PREFILL_TOKENS: Final = 2048
+# Places of a slot of the KV cache beyond the longest row, if rows enter later: all rows are moved
+# back once in so many steps.
+SLACK: Final = 64

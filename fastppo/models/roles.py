@@ -83,6 +83,7 @@ class Roles:
         # PEFT changes requires_grad when it switches adapters; _switch restores it from this set.
         self._trainable = {p for place in self.places.values() for p in place.trainable}
         self._adapters: dict[nn.Module, str | None] = {}  # the one that is on in each model
+        self._caches: dict[nn.Module, Any] = {}  # by base: see one_token_cache
         for model in self.models:
             fuse_lora_layers(model)
         if self.critic_head is not None:
@@ -210,6 +211,22 @@ class Roles:
     def trunk(self) -> nn.Module:
         """The active role's base without its output head."""
         return self.places[self._active].trunk
+
+    @torch.no_grad()
+    def one_token_cache(self) -> Any:
+        """The active base's own KV cache after a forward of one token; None if it has none.
+
+        It shows what a model caches, because the keys of config.json that say so differ between
+        families. Each base is run once, in evaluation mode.
+        """
+        base = self.base
+        if base not in self._caches:
+            embeddings: Any = base.get_input_embeddings()
+            ids_BT = torch.zeros(1, 1, dtype=torch.long, device=embeddings.weight.device)
+            with self.precision():
+                out = self.trunk(input_ids=ids_BT, use_cache=True)
+            self._caches[base] = getattr(out, "past_key_values", None)
+        return self._caches[base]
 
     @property
     def lm_head(self) -> LMHead:

@@ -51,19 +51,49 @@ def few_rows_linear(x: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tens
         weight_VD: (V, D), of the same dtype.
         bias_V: (V,), of the same dtype, or None.
     """
-    v, d = weight_VD.shape
-    rows, call = x.numel() // d, Call()
-    out_NV = torch.empty(rows, v, dtype=torch.float32)
-    arguments = FewRowsStruct(
-        x=call.floats(x),
-        weight=weight_VD.data_ptr(),
-        weight_stride=weight_VD.stride(0),
-        bias=call.floats(bias_V),
-        out=out_NV.data_ptr(),
-        n=rows,
-        inputs=d,
-        outputs=v,
-        dtype=DTYPES[weight_VD.dtype],
-    )
-    LIBRARY.fastppo_few_rows(byref(arguments))
-    return out_NV.to(x.dtype).view(*x.shape[:-1], v)
+    return FewRows(weight_VD, bias_V)(x)
+
+
+class FewRows:
+    """`few_rows_linear` of one layer, prepared: a call writes three numbers into a struct.
+
+    A step of decoding runs some hundreds of small layers, and making the struct anew takes longer
+    than some of the products. The weight must not be replaced while this is in use.
+    """
+
+    def __init__(self, weight_VD: Tensor, bias_V: Tensor | None) -> None:
+        call = Call()
+        self.weight, self.bias, self.kept = weight_VD, bias_V, call.kept
+        self.outputs, self.inputs = weight_VD.shape
+        self.dtype = weight_VD.dtype
+        self.most = MOST_ROWS * self.inputs if weight_VD.stride(1) == 1 else -1
+        self.arguments = FewRowsStruct(
+            weight=weight_VD.data_ptr(),
+            weight_stride=weight_VD.stride(0),
+            bias=call.floats(bias_V),
+            inputs=self.inputs,
+            outputs=self.outputs,
+            dtype=DTYPES[weight_VD.dtype],
+        )
+        self.reference = byref(self.arguments)
+
+    def suits(self, x: Tensor) -> bool:
+        """`suits` of x and the layer's weight."""
+        return (
+            x.numel() <= self.most
+            and x.dtype is self.dtype
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cpu")
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x W^T + b, (..., V), for x that suits."""
+        x32 = x if x.dtype is torch.float32 else x.float()
+        if not x32.is_contiguous():
+            x32 = x32.contiguous()
+        out = torch.empty((*x.shape[:-1], self.outputs), dtype=torch.float32)
+        arguments = self.arguments
+        arguments.x, arguments.out = x32.data_ptr(), out.data_ptr()
+        arguments.n = x32.numel() // self.inputs
+        LIBRARY.fastppo_few_rows(self.reference)
+        return out if x.dtype is torch.float32 else out.to(x.dtype)

@@ -154,6 +154,27 @@ class FewRowsStruct(_Struct):
     ]
 
 
+class DecodeAttentionStruct(_Struct):
+    """FastppoDecodeAttention: inputs and result of the attention of one new token a row."""
+
+    _fields_: ClassVar = [
+        ("query", c_void_p),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        *((name, c_int64) for name in ("key_row", "key_head", "value_row", "value_head")),
+        ("first", c_void_p),
+        ("out", c_void_p),
+        *(
+            (name, c_int64)
+            for name in ("rows", "heads", "kv_heads", "places", "size", "value_size")
+        ),
+        ("scale", c_float),
+        ("softcap", c_float),
+        ("dtype", c_int32),
+        ("padding", c_int32),
+    ]
+
+
 # The structs in the order of fastppo_sizeof, which gives the size that the library expects.
 STRUCTS: Final = (
     RowsStruct,
@@ -163,9 +184,10 @@ STRUCTS: Final = (
     ScoresStruct,
     AdvantagesStruct,
     FewRowsStruct,
+    DecodeAttentionStruct,
 )
 
-_ROWS, _GRADIENT, _LOSS, _STATISTICS, _SCORES, _ADVANTAGES, _FEW_ROWS = (
+_ROWS, _GRADIENT, _LOSS, _STATISTICS, _SCORES, _ADVANTAGES, _FEW_ROWS, _ATTENTION = (
     POINTER(s) for s in STRUCTS
 )
 _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
@@ -188,6 +210,8 @@ _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
     ),
     "advantages": (None, [_ADVANTAGES]),
     "few_rows": (None, [_FEW_ROWS]),
+    "decode_attention": (None, [_ATTENTION]),
+    "rms_norm": (None, [c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p]),
     "advise": (None, [c_void_p, c_int64]),
 }
 

@@ -61,7 +61,8 @@ def answer(state: State, role: Role, prompts: list[Prompt]) -> Answers:
                 sampling=Sampling.of(config),
                 template=state.template,
                 tokenizer=state.tokenizer,
-                seed=seed_of(config.seed, "evaluation", start),
+                seed=seed_of(config.seed, "evaluation"),
+                first_row=start,
                 budgets=budgets,
                 plan=state.plan,
             )

@@ -1,7 +1,6 @@
-"""How responses are sampled: their distribution, what is recorded of each token, faster layers.
+"""How responses are sampled: their distribution, and adapters that are merged for the time of it.
 
-During a rollout adapters are merged into the weights, so that a layer runs one GEMM and not three;
-on CPUs, linear layers use a kernel that reads each weight once per token. Both are undone after it.
+During a rollout adapters are merged into the weights, so that a layer runs one GEMM and not three.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +16,6 @@ from torch import Tensor, nn
 from transformers import (
     LogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
-    StoppingCriteria,
-    StopStringCriteria,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -27,7 +23,6 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from fastppo.errors import UserError
-from fastppo.ops.few_rows import few_rows_linear, runs_native, suits
 
 if TYPE_CHECKING:
     from fastppo.config import Config
@@ -91,50 +86,6 @@ class Sampling:
         if self.do_sample and self.top_p < 1.0:
             chain.append(TopPLogitsWarper(self.top_p))
         return chain
-
-
-class RecordLogprobs(LogitsProcessor):
-    """Records the log-prob of each sampled token; only the logits of one step are in memory.
-
-    A token is chosen after this processor has run, so the log-probs of step t are gathered at step
-    t + 1. transformers' generate(output_scores=True) keeps the scores of all steps: (T, B, V).
-    """
-
-    def __init__(self) -> None:
-        self.columns: list[Tensor] = []
-        self.pending_BV: Tensor | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self.pending_BV is not None:
-            self.record_sampled(input_ids[:, -1])
-        self.pending_BV = scores
-        return scores
-
-    def record_sampled(self, token_B: Tensor) -> None:
-        """Record the log-probs of the tokens (B,) that were sampled from the last logits."""
-        assert self.pending_BV is not None
-        pending = self.pending_BV.float()
-        chosen_B = pending.gather(1, token_B[:, None]).squeeze(1)
-        self.columns.append(chosen_B - pending.logsumexp(1))
-        self.pending_BV = None
-
-
-class StopStrings(StoppingCriteria):
-    """transformers' search for stop strings; records the step at which each row completed one."""
-
-    def __init__(self, tokenizer: Any, strings: tuple[str, ...]) -> None:
-        self.search = StopStringCriteria(tokenizer, list(strings))
-        self.columns: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        found_B: Tensor = self.search(input_ids, scores)
-        self.columns.append(found_B)
-        return found_B
-
-    def lengths(self) -> list[int | None]:
-        """For each response, the number of tokens up to the one that completes a stop string."""
-        rows = torch.stack(self.columns, dim=1).tolist()
-        return [row.index(True) + 1 if True in row else None for row in rows]
 
 
 def active_layers(model: nn.Module) -> list[LoraLayer]:
@@ -227,32 +178,3 @@ def merge_active_adapters(model: nn.Module) -> Iterator[None]:
             layer.merged_adapters.clear()
             for name in layer.active_adapters:  # norms that DoRA caches for PEFT's unmerge
                 layer._caches.pop(f"{name}-weight_norm", None)
-
-
-def few_rows_forward(layer: nn.Linear, x: Tensor) -> Tensor:
-    """y = x W^T + b: by the native kernel if x has few rows, as in decoding, else by PyTorch."""
-    if suits(x, layer.weight):
-        return few_rows_linear(x, layer.weight, layer.bias)
-    return nn.functional.linear(x, layer.weight, layer.bias)
-
-
-@contextmanager
-def use_few_rows_kernels(model: nn.Module) -> Iterator[None]:
-    """Inside the block every plain linear layer of `model` runs `few_rows_forward`.
-
-    Without a native kernel (on a GPU, with FASTPPO_BACKEND=torch) nothing changes.
-    """
-    changed: list[Any] = []
-    try:
-        module: Any
-        for module in model.modules():
-            # A streamed layer has a forward of its own, which copies its weight: leave it.
-            if type(module) is nn.Linear and "forward" not in vars(module):
-                if not runs_native(module.weight):
-                    continue
-                module.forward = MethodType(few_rows_forward, module)  # type: ignore[method-assign]
-                changed.append(module)
-        yield
-    finally:
-        for module in changed:
-            del module.forward

@@ -38,6 +38,7 @@ from fastppo.ppo.columns import absent_columns
 from fastppo.ppo.metrics import MetricsWriter
 from fastppo.ppo.optimizer import make_optimizer, make_scheduler
 from fastppo.ppo.ptx import Demonstrations
+from fastppo.ppo.rollout import row_batch_note
 from fastppo.ppo.sampling import Sampling
 from fastppo.ppo.snapshot import Snapshot
 from fastppo.rewards.function import load_function
@@ -198,6 +199,7 @@ def init_state(
         roles = build(config, device)
     roles.check_head(prompts[0].ids)
     Sampling.of(config).check(device)
+    notes += [] if (note := row_batch_note(roles)) is None else [note]
     if config.padding_free:
         check_packing(roles, prompts[0].ids)
     if config.quantization_bit != 8:  # 8-bit kernels may choose outliers by batch

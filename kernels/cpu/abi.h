@@ -105,6 +105,28 @@ struct FastppoFewRows {
   int32_t padding;
 };
 
+struct FastppoDecodeAttention {
+  const float* query;  // (rows, heads, size), side by side
+  const void* keys;    // (rows, kv_heads, places, size) of `dtype`, places side by side
+  const void* values;  // (rows, kv_heads, places, value_size) of `dtype`, places side by side
+  int64_t key_row;     // from one row to the next, in numbers
+  int64_t key_head;
+  int64_t value_row;
+  int64_t value_head;
+  const int64_t* first;  // (rows,): the first place that a row attends to; it attends to the last
+  float* out;            // (rows, heads, value_size), side by side
+  int64_t rows;
+  int64_t heads;
+  int64_t kv_heads;
+  int64_t places;
+  int64_t size;
+  int64_t value_size;
+  float scale;
+  float softcap;  // 0: none
+  int32_t dtype;
+  int32_t padding;
+};
+
 constexpr int FASTPPO_TERMS = 17;
 // Logits below which starting threads costs more than they save.
 constexpr int64_t FASTPPO_ALONE = 1 << 15;

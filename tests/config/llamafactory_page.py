@@ -38,7 +38,7 @@ You need not change anything: the YAML or JSON file of a `stage: rm` or `stage: 
 - **The critic** has its own adapter and head, which start from the reward model.
   `critic: shared` is LLaMA-Factory's critic: a head on the policy's trunk.
 - **Dropout** is off in stage ppo, including `lora_dropout`: log-probs are those of the policy.
-- **A rollout** is sampled as one batch, not `per_device_train_batch_size` rows at a time; prompts
+- **A rollout** is sampled together, not `per_device_train_batch_size` rows at a time; prompts
   that do not fill a batch are not dropped.
 - **A prompt that is too long** keeps its generation header. `lf_truncation: true` truncates as
   LLaMA-Factory does.

@@ -145,8 +145,8 @@ def test_sampling_keeps_its_kv_cache_after_an_update_with_checkpointing(
             tokenizer=tokenizer,
             seed=0,
         )
-    assert len(widths) == 5
-    assert widths[1:] == [1] * 4
+    prompts = [len(prompt.ids) for prompt in rollout.prompts]
+    assert widths == [1, *prompts, 1, 1, 1, 1]  # the first asks what the cache is
 
 
 def test_generation_is_given_every_sampling_field(tiny_roles, template, tokenizer, rollout):

@@ -29,7 +29,7 @@ def room(monkeypatch: pytest.MonkeyPatch):
 
         properties = SimpleNamespace(total_memory=TOTAL)
         with monkeypatch.context() as patch:
-            patch.setattr(rollout, "split_prompts", noted)
+            patch.setattr(rollout, "number_of_slots", noted)
             patch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
             patch.setattr(run.roles, "device", torch.device("cuda"))
             with pytest.raises(InterruptedError):

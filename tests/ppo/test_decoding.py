@@ -6,18 +6,19 @@ import pytest
 import torch
 
 from fastppo.errors import UserError
+from fastppo.ops.few_rows import FewRows
 from fastppo.ops.native_library import OBSTACLE
-from fastppo.ppo import sampling
+from fastppo.ppo import sampler
 from fastppo.ppo.rollout import (
     cache_budget,
     cache_bytes,
+    number_of_slots,
     sample,
     should_merge_adapter,
-    split_prompts,
 )
+from fastppo.ppo.row_batches import split_prompts
 from fastppo.ppo.sampling import (
     Sampling,
-    StopStrings,
     active_layers,
     merge_active_adapters,
     merge_is_exact,
@@ -65,21 +66,24 @@ def test_greedy_generation_is_the_same_alone_and_in_a_batch(tiny_roles, answer, 
 
 @pytest.mark.skipif(OBSTACLE is not None, reason=f"no native kernels: {OBSTACLE}")
 def test_every_layer_of_a_step_of_decoding_reads_its_weight_once(tiny_roles, answer, monkeypatch):
-    """Merged, so that adapters are no layers of their own; a prompt of many rows is a GEMM."""
-    made, rows, linear = tiny_roles(), [], sampling.few_rows_linear
+    """Merged, so that adapters are no layers of their own."""
+    made, rows, linear = tiny_roles(), [], FewRows.__call__
+    made.one_token_cache()
 
-    def counted(x, *operands):
-        rows.append(x.numel() // x.shape[-1])
-        return linear(x, *operands)
+    def counted(self, x):
+        if x.shape[1] == 1:
+            rows.append(x.shape[0])
+        return linear(self, x)
 
-    monkeypatch.setattr(sampling, "few_rows_linear", counted)
+    monkeypatch.setattr(FewRows, "__call__", counted)
     ids, logprobs, _ = answer(made, merge_adapter=True)
     # Seven of a layer, and the head.
     layers = 7 * made.base.config.num_hidden_layers + 1
-    steps = max(map(len, ids)) - 1
-    assert rows == [4] * (layers * steps + 1)  # and the head after the prompt
+    steps = [sum(len(row) > step for row in ids) for step in range(1, max(map(len, ids)))]
+    heads = [1] * len(TEXTS)  # after each prompt
+    assert rows == heads + [active for active in steps for _ in range(layers)]
     assert not any("forward" in vars(m) for m in made.base.modules() if type(m) is torch.nn.Linear)
-    monkeypatch.setattr(sampling, "suits", lambda *_: False)
+    monkeypatch.setattr(FewRows, "suits", lambda *_: False)
     plain, plain_logprobs, _ = answer(made, merge_adapter=True)
     assert ids == plain
     for a, b in zip(logprobs, plain_logprobs, strict=True):
@@ -87,23 +91,38 @@ def test_every_layer_of_a_step_of_decoding_reads_its_weight_once(tiny_roles, ans
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3])
-def test_a_small_cache_splits_the_prompts_and_changes_no_greedy_answer(tiny_roles, answer, rows):
+def test_a_small_cache_takes_few_prompts_at_a_time_and_changes_no_answer(
+    tiny_roles, answer, rows, monkeypatch
+):
     made = tiny_roles()
-    whole, logprobs, found = answer(made)
-    longest = max(found.prompt_lengths) + 8
-    room = rows * longest * cache_bytes(made) / 2**30
+    whole, logprobs, found = answer(made, do_sample=True)
+    monkeypatch.setattr(sampler, "SLACK", 3)
+    width = max(found.prompt_lengths) + 8 + 3
+    room = rows * width * cache_bytes(made) / 2**30
     calls = []
-    original = made.base.generate
-    made.base.generate = lambda **kwargs: (
-        calls.append(len(kwargs["input_ids"])) or original(**kwargs)
+    made.base.register_forward_pre_hook(
+        lambda _m, _a, kwargs: calls.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    split_up, split_logprobs, again = answer(made, kv_cache_gib=room)
-    assert len(calls) > 1
-    assert max(calls) >= rows
-    assert split_up == whole
+    fewer, fewer_logprobs, again = answer(made, kv_cache_gib=room, do_sample=True)
+    assert max(batch for batch, tokens in calls if tokens == 1) == rows
+    assert fewer == whole
     assert again.texts == found.texts
-    for a, b in zip(split_logprobs, logprobs, strict=True):
+    for a, b in zip(fewer_logprobs, logprobs, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_slots_are_as_many_as_the_budget_has_whole_rows_for(monkeypatch):
+    monkeypatch.setattr(sampler, "SLACK", 4)
+    prompts = [Prompt([1] * n, "") for n in (50, 10, 40, 12)]
+    wide = 60 + 4  # the longest prompt, its response, and room for rows that enter later
+    assert number_of_slots(prompts, 10, 2, float("inf")) == 4
+    assert number_of_slots(prompts, 10, 2, float("inf"), most=3) == 3
+    assert number_of_slots(prompts, 10, 2, 4 * 60 * 2) == 4  # none enters later
+    assert number_of_slots(prompts, 10, 2, 4 * 60 * 2 - 1) == 4 * 60 // wide
+    assert number_of_slots(prompts, 10, 2, 2 * wide * 2) == 2
+    assert number_of_slots(prompts, 10, 2, 2 * wide * 2, most=2) == 2
+    assert number_of_slots(prompts, 10, 2, 2 * wide * 2 - 1, most=2) == 1
+    assert number_of_slots(prompts, 10, 2, 1.0) == 1
 
 
 def test_prompts_are_split_by_bytes_similar_lengths_together():
@@ -257,12 +276,3 @@ def test_a_template_keeps_the_stops_that_its_tokenizer_has_not(tokenizer, monkey
     made = get_template("chatml", tokenizer)
     assert made.stop_strings == ("<|nobody_has_this|>",)
     assert made.eos_id in made.stop_ids
-
-
-def test_stop_strings_are_found_at_the_step_that_completes_them(tokenizer):
-    search = StopStrings(tokenizer, ("ab",))
-    rows = torch.tensor([list(b"xxab"), list(b"xxxx")])
-    offset = tokenizer.encode("x", add_special_tokens=False)[0] - ord("x")
-    for width in (2, 3, 4):
-        search(rows[:, :width] + offset, torch.zeros(2, 1))
-    assert search.lengths() == [3, None]

@@ -9,8 +9,9 @@ import torch
 from transformers import GenerationConfig
 
 from fastppo.models.batch import make_batch
-from fastppo.ppo.rollout import make_rollout, response_length, sample, truncate_at_stop
-from fastppo.ppo.sampling import RecordLogprobs, Sampling
+from fastppo.ppo.rollout import make_rollout, sample
+from fastppo.ppo.row_batches import response_length, truncate_at_stop
+from fastppo.ppo.sampling import Sampling
 from fastppo.ppo.score import token_scores
 from fastppo.types import Prompt
 
@@ -159,15 +160,3 @@ def test_same_seed_same_responses_whatever_ran_before(tiny_roles, template, toke
     assert torch.equal(state, torch.get_rng_state())  # and it leaves the caller's generator alone
     other = sample(made, [ask(template, "Hi")], seed=2, **kwargs)
     assert first.texts != other.texts
-
-
-def test_the_recorder_keeps_log_probs_of_the_tokens_chosen():
-    record = RecordLogprobs()
-    first = torch.tensor([[0.0, 1.0, 2.0]])
-    second = torch.tensor([[3.0, 0.0, 0.0]])
-    record(torch.tensor([[9]]), first)
-    record(torch.tensor([[9, 2]]), second)
-    record.record_sampled(torch.tensor([0]))
-    (answer,) = truncate_at_stop(torch.tensor([[4, 0]]), torch.stack(record.columns, 1), (7,))
-    expected = [first.log_softmax(1)[0, 2], second.log_softmax(1)[0, 0]]
-    torch.testing.assert_close(answer.logprob_N, torch.stack(expected))

@@ -18,7 +18,7 @@ import torch
 from fastppo import toy
 from fastppo.cli import main
 from fastppo.errors import Interrupted
-from fastppo.ppo import checkpoint, evaluation, sampling, score, trainer, update
+from fastppo.ppo import checkpoint, draws, evaluation, score, trainer, update
 from fastppo.run import durable
 from fastppo.run.stopping import Stop
 
@@ -108,7 +108,7 @@ def test_a_signal_within_a_step_saves_the_step_before_it(
 
 
 PLACES = {
-    "a token": (sampling.RecordLogprobs, "record_sampled"),
+    "a token": (draws.Draws, "draw"),
     "scoring": (score, "token_scores"),
     "the reward": (toy, "vowels"),
     "an optimiser step": (update, "clip_and_step"),

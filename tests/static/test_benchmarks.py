@@ -174,3 +174,15 @@ def test_what_a_loss_takes_is_said_in_units_of_its_gemms(tmp_path):
         assert set(re.findall(r"torch, linear_token_logprobs [\d.]+ x (\d)", trained)) == {"4"}
         wanted = {"3"} if loss == "PPO" else set()
         assert set(re.findall(r"torch, linear_policy_loss [\d.]+ x (\d)", trained)) == wanted
+
+
+def test_the_rollouts_benchmark_walks_through_all_its_contenders(capsys):
+    assert command.main(["rollout", "--quick", "--case", "1"]) == 0
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if "prompts" in line]
+    assert {row[2].strip() for row in rows} == {
+        "generate, merged",
+        "fastppo",
+        "generate",
+        "generate_batch",
+    }
+    assert all(float(row[3]) > 0 for row in rows)
