@@ -184,8 +184,8 @@ def test_a_few_bad_rows_are_counted_shown_and_dropped(project, capsys):
     assert len(got.train) == 8
     assert capsys.readouterr().err == (
         "fastppo-train: note: data/rows.json: 4 of 12 rows are bad and dropped (row 5: has no "
-        "'instruction'; row 6: is a number, not an object; row 7: 'instruction' is a number, not "
-        "text; ...)\n"
+        "'instruction', it has output; row 6: is a number, not an object; row 7: 'instruction' is "
+        "a number, not text; ...)\n"
     )
 
 
