@@ -222,10 +222,17 @@ def draw_all(state: State, output_dir: Path) -> None:
 
 @contextmanager
 def draw_at_end(state: State, output_dir: Path) -> Iterator[None]:
-    """Draw all curves when the block ends, even if a signal or an error ends it."""
+    """Draw all curves when the block ends, even if a signal or an error ends it.
+
+    Bad input that ends it in the first step leaves nothing behind, so that the mended run may begin
+    in the same folder.
+    """
     try:
         yield
-    except (Exception, Interrupted):
+    except (Exception, Interrupted) as error:
+        if isinstance(error, UserError) and not state.step and not state.evaluations:
+            results.withdraw(output_dir)
+            raise
         with suppress(Exception):  # the error to report is the one that ended the run
             draw_all(state, output_dir)
         raise

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastppo import __version__
 from fastppo.config.explain import written
+from fastppo.config.schema import INTERNAL
 from fastppo.errors import Interrupted, one_line
 from fastppo.memory.command import table
 from fastppo.run.durable import INFO, write_text
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from fastppo.memory.plan import Plan
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate")
-NO_SETTING = {"source", "ignored", "former", "notes"}
 
 
 def begin(
@@ -69,7 +69,7 @@ def changed_settings(config: Config) -> dict[str, str]:
     fields = type(config).model_fields
     return {
         name: without_secrets(written(name, getattr(config, name)))
-        for name in sorted(config.model_fields_set - NO_SETTING)
+        for name in sorted(config.model_fields_set - INTERNAL)
         if name in fields and getattr(config, name) != fields[name].default
     }
 

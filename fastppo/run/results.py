@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from fastppo.run.durable import write_text
+from fastppo.run.durable import INFO, RUN, write_text
 
 LOG, ALL, PREDICTIONS = "trainer_log.jsonl", "all_results.json", "generated_predictions.jsonl"
 TRAINER_STATE = "trainer_state.json"
@@ -59,6 +60,14 @@ def clear(folder: Path) -> None:
     """Delete the results of an earlier run, which would be read as part of the new one."""
     for name in (LOG, ALL, PREDICTIONS, *(f"{split}_results.json" for split in SPLITS)):
         (folder / name).unlink(missing_ok=True)
+
+
+def withdraw(folder: Path) -> None:
+    """Delete what the start of a run wrote, and the folder if nothing else is in it."""
+    for name in (LOG, RUN, INFO):
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):  # it holds files of the user's
+        folder.rmdir()
 
 
 def begin_log(folder: Path, step: int = 0, *, evaluated: bool = True) -> None:

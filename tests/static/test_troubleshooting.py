@@ -9,12 +9,10 @@ import pytest
 import torch
 
 from fastppo.config import config_from_dict
-from fastppo.errors import UserError
 from fastppo.memory.auto import advice_on_failure
 from fastppo.memory.budgets import Budgets
 from fastppo.memory.retry import OutOfMemory
 from fastppo.models import rounding
-from fastppo.rewards.function import call_scores
 from fastppo.run.launch import note_on_device
 from tests.bad import AREAS, Case, cases
 from tests.project import PPO
@@ -49,30 +47,7 @@ def test_the_page_has_the_mistakes_that_come_first():
     assert len(re.findall(r"^(?:fastppo-train|  note): ", PAGE, re.MULTILINE)) == len(LINES)
 
 
-def raises(completions: list[str]) -> list[float]:
-    raise KeyError("answer")
-
-
-# In the first step, when output_dir has files already: not of the table, whose cases write nothing.
-IN_A_STEP = {
-    "raised KeyError": raises,
-    "gave 1 scores": lambda completions: [1.0],
-}
-
-
-@pytest.mark.parametrize("words", IN_A_STEP)
-def test_a_line_on_a_reward_function_is_what_a_call_prints(words):
-    (line,) = [line for _, line in LINES if words in line]
-    with pytest.raises(UserError) as stopped:
-        call_scores(IN_A_STEP[words], "reward_model: mine:f", ["q"] * 4, ["a"] * 4)
-    where = re.compile(r"\(\w+\.py line \d+\)")
-    assert where.sub("()", str(stopped.value)) == where.sub("()", line)
-
-
-@pytest.mark.parametrize(
-    "line",
-    [line for kind, line in LINES if kind == "error" and not any(x in line for x in IN_A_STEP)],
-)
+@pytest.mark.parametrize("line", [line for kind, line in LINES if kind == "error"])
 def test_an_error_line_of_the_page_is_one_of_the_table(line):
     """The table's lines are run and compared whole, so the page's are what a user sees."""
     assert [case for case in TABLE if matches(line, case.line) or case.is_said(line)]
