@@ -239,7 +239,7 @@ def test_an_evaluation_shares_within_itself(state, deep_dir):
         passes = [[n for n in each if n > 4 * prompts] for each in tokens]  # sampling's are shorter
         found.append((compared.after.kl, [len(each) for each in passes]))
         made.before = None
-    assert found[0][0] == found[1][0] > 0
+    assert found[0][0] == found[1][0] != 0  # of eight samples: it may be below
     assert found[0][1] == [1, 1, 1, 3]
     assert found[1][1] == [3, 3, 3, 3]
 

@@ -226,11 +226,11 @@ FUNCTIONS = {
     "whiten": 14,
     "advantages": 38,
     "token_logprobs": 38,
-    "linear_token_logprobs": 87,
+    "linear_token_logprobs": 88,
     "policy_loss": 53,
-    "linear_policy_loss": 108,
+    "linear_policy_loss": 109,
     "score_tokens": 18,
-    "linear_score_tokens": 53,
+    "linear_score_tokens": 55,
     "value_loss": 22,
 }
 

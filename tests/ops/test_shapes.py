@@ -193,10 +193,12 @@ def test_columns_past_vocab_size_are_no_tokens(name, backend):
         if key in inputs:
             wide[key] = F.pad(inputs[key], (0, 5), value=50.0)
     got, got_grads = run(op, op.function, wide, vocab_size=19, backend=backend)
+    # Rows lie elsewhere, and their address decides the order in which Triton's kernels add them up.
+    limits = {"atol": 1e-6, "rtol": 2e-6} if backend == "triton" else {"atol": 0.0, "rtol": 0.0}
     for a, b in zip(got, values, strict=True):
-        assert torch.equal(a, b)
+        torch.testing.assert_close(a, b, **limits)
     for a, b in zip(got_grads, grads, strict=True):
-        assert torch.equal(a[:, :19], b)
+        torch.testing.assert_close(a[:, :19], b, **limits)
         assert not a[:, 19:].any()
 
 
