@@ -6,7 +6,7 @@ import csv
 import json
 import math
 import os
-import socket
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,7 +191,7 @@ def status_of(folder: Path, info: dict[str, Any], progress: dict[str, Any]) -> s
     if not progress and not info:
         return "an evaluation without training"
     process = info.get("process")
-    if isinstance(process, dict) and process.get("host") == socket.gethostname():
+    if isinstance(process, dict) and process.get("host") == platform.node():
         return "running" if is_alive(process.get("pid")) else "cut off: its process is gone"
     return "not finished: it runs on another machine, or was cut off"
 

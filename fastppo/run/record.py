@@ -8,7 +8,6 @@ import os
 import platform
 import re
 import signal
-import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -41,7 +40,7 @@ def begin(
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "machine": machine(device),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "process": {"pid": os.getpid(), "host": socket.gethostname()},
+        "process": {"pid": os.getpid(), "host": platform.node()},
         "stage": config.stage,
         "model": config.model_name_or_path,
         "dataset": config.dataset,
@@ -90,7 +89,7 @@ def add(folder: Path, **facts: Any) -> None:
         record = json.loads((folder / INFO).read_text(encoding="utf-8"))
         if isinstance(record, dict) and record.get("process") == {
             "pid": os.getpid(),
-            "host": socket.gethostname(),
+            "host": platform.node(),
         }:
             write(folder, {**record, **facts})
 
