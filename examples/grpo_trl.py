@@ -27,6 +27,7 @@ def train(model: str, steps: int, ours: bool, answer: Connection) -> None:
     """A few steps of GRPO; sends losses, seconds and the process's peak memory in MiB."""
     from datasets import Dataset
     from peft import LoraConfig
+    from transformers import PrinterCallback
     from trl import GRPOConfig, GRPOTrainer
 
     from fastppo.integrations.trl import patched
@@ -53,6 +54,7 @@ def train(model: str, steps: int, ours: bool, answer: Connection) -> None:
             train_dataset=Dataset.from_dict({"prompt": PROMPTS * steps}),
             peft_config=LoraConfig(r=16, target_modules="all-linear"),
         )
+    trainer.remove_callback(PrinterCallback)  # the losses are printed at the end
     compute, seconds = trainer._compute_loss, 0.0
 
     def timed(*args: object) -> object:
