@@ -20,7 +20,7 @@ from benchmarks.gpu.plan import Plan
 from fastppo import toy
 from fastppo.config import Config, config_from_dict
 from fastppo.memory.shapes import TABLE, ModelShape
-from fastppo.models import build as roles
+from fastppo.models import given
 from fastppo.models.load import disable_dropout
 from fastppo.rm import train as reward_model
 
@@ -141,6 +141,6 @@ def random_weights(size: Size) -> Iterator[None]:
         return base
 
     with ExitStack() as stack:
-        for module in (roles, reward_model):
+        for module in (given, reward_model):
             stack.enter_context(patch.object(module, "load_base", load))
         yield

@@ -291,13 +291,13 @@ def read_amd(case: Case, target: str, text: str) -> Reading:
     def number(name: str) -> int:
         return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])  # type: ignore[index]
 
-    spilled = ("vgpr_spill_count", "sgpr_spill_count")
+    # A scalar that has no register waits in a lane of a vector register, and not in memory.
     return reading(
         case,
         target,
         registers=number("vgpr_count"),
         stack=number("private_segment_fixed_size"),
-        spills=sum(map(number, spilled)),
+        spills=number("vgpr_spill_count"),
         wide_loads="load_dwordx4" in text,
         wide_stores="store_dwordx4" in text,
         hints=True,  # it has no such hint to look for
