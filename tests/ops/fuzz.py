@@ -260,12 +260,13 @@ def hold(call: Call, slack: float = 1.0) -> None:
     chosen = call.dead or ([] if call.live_nan is None else [call.live_nan])
     if not chosen:
         return
-    poisoned = dict(call.inputs)
+    # Both are copies that lie alike: the address of a row can decide the order of its sums.
+    whole, poisoned = dict(call.inputs), dict(call.inputs)
     for name in call.inputs:
         if name.endswith(floats) and (call.dead or name in ("logits_NV", "hidden_ND")):
-            poisoned[name] = call.inputs[name].clone()
+            whole[name], poisoned[name] = call.inputs[name].clone(), call.inputs[name].clone()
             poisoned[name][chosen] = float("nan")
-    clean = run(call.op, call.op.function, place(call.inputs, call.backend), backend=call.backend)
+    clean = run(call.op, call.op.function, place(whole, call.backend), backend=call.backend)
     got = run(call.op, call.op.function, place(poisoned, call.backend), backend=call.backend)
     if call.dead:  # nothing leaks
         pairs = zip([*clean[0], *clean[1]], [*got[0], *got[1]], strict=True)
