@@ -51,7 +51,7 @@ SIZES = (
     else Sizes(
         rows=2,
         vocabularies=(97,),
-        hidden=Shape(n=3, vocab=40, hidden=4),
+        hidden=Shape(n=6, vocab=97, hidden=16),
         many_rows=5,
         longest=40,
         every=4,
