@@ -405,7 +405,8 @@ def result(settings: dict[str, Any]) -> dict[str, Any]:
         if not path.relative_to(out).as_posix().startswith("checkpoint-")
     }
     for path in sorted(out.glob("*.json")):
-        if path.name not in ("fastppo_run.json", "tokenizer.json"):
+        # fastppo_info.json is of the process: when it began, its number, the memory it took.
+        if path.name not in ("fastppo_run.json", "fastppo_info.json", "tokenizer.json"):
             found[path.name] = without_clocks(json.loads(path.read_text(encoding="utf-8")))
     if settings["stage"] == "ppo":
         folder = Path(settings["metrics_dir"])
