@@ -13,21 +13,6 @@ namespace FASTPPO_ISA {
 constexpr int HEADS = 4;
 constexpr int KEYS = 2;
 
-// Lanes beyond the end are 0.
-template <class T>
-static inline Floats read_some(const typename T::Storage* p, int64_t count) {
-  typename T::Storage some[LANES] = {};
-  std::memcpy(some, p, count * sizeof *p);
-  return T::read(some);
-}
-
-static inline float tree_sum(Floats v) {
-  Ints lane;
-  for (int i = 0; i < LANES; i++) lane[i] = i;
-  for (int half = LANES / 2; half; half /= 2) v += __builtin_shuffle(v, lane ^ half);
-  return v[0];
-}
-
 template <class T, int G, int K>
 static inline void dots(
     const float* q, const typename T::Storage* k, int64_t size, float scale, float* score,

@@ -12,22 +12,6 @@ namespace FASTPPO_ISA {
 constexpr int OUTPUTS = LANES == 16 ? 4 : 2;
 constexpr int ROWS = 4;
 
-// Lanes beyond the end are 0, in both factors.
-template <class T>
-static inline Floats read_some(const typename T::Storage* p, int64_t count) {
-  typename T::Storage some[LANES] = {};
-  std::memcpy(some, p, count * sizeof *p);
-  return T::read(some);
-}
-
-// A tree, so that its depth and not its length delays the next sum.
-static inline float tree_sum(Floats v) {
-  Ints lane;
-  for (int i = 0; i < LANES; i++) lane[i] = i;
-  for (int half = LANES / 2; half; half /= 2) v += __builtin_shuffle(v, lane ^ half);
-  return v[0];
-}
-
 // Every sum has an order of its own, whatever is computed beside it: a row's result is the same in
 // any batch, and for any number of threads.
 template <class T, int V, int N>

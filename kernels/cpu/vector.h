@@ -252,5 +252,20 @@ static inline float max_of(Floats v) {
   for (int i = 1; i < LANES; i++) top = v[i] > top ? v[i] : top;
   return top;
 }
+// A tree, so that its depth and not its length delays the next sum.
+static inline float tree_sum(Floats v) {
+  Ints lane;
+  for (int i = 0; i < LANES; i++) lane[i] = i;
+  for (int half = LANES / 2; half; half /= 2) v += __builtin_shuffle(v, lane ^ half);
+  return v[0];
+}
+
+// The first `count` numbers of T's storage; lanes beyond them are 0.
+template <class T>
+static inline Floats read_some(const typename T::Storage* p, int64_t count) {
+  typename T::Storage some[LANES] = {};
+  std::memcpy(some, p, count * sizeof *p);
+  return T::read(some);
+}
 
 }  // namespace FASTPPO_ISA

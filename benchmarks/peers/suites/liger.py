@@ -9,18 +9,10 @@ from torch import Tensor
 
 from benchmarks.peers.suites import Known, Suite, ours
 from fastppo import ops
+from fastppo.integrations import liger
 from fastppo.ops import losses
 
-AGGREGATION = {
-    "grpo": "seq-mean-token-mean",
-    "sapo": "seq-mean-token-mean",
-    "bnpo": "token-mean",
-    "dapo": "token-mean",
-    "cispo": "token-mean",
-    "vespo": "token-mean",
-    "dr_grpo": "seq-mean-token-sum-norm",
-    "luspo": "seq-mean-token-sum",
-}
+AGGREGATION = {**liger.AGGREGATION, "vespo": "token-mean", "luspo": "seq-mean-token-sum"}
 DEFAULTS = {
     "beta": 0.04,
     "epsilon_low": 0.2,
