@@ -19,8 +19,7 @@ from transformers import DynamicCache
 
 from fastppo.memory.units import PREFILL_TOKENS, SLACK
 from fastppo.ppo.draws import Answer, Draws, Stops
-from fastppo.ppo.slot_attention import Unsuited, can_run, slot_attention
-from fastppo.ppo.slots import SlotCache
+from fastppo.ppo.slots import SlotCache, Unsuited, can_run, slot_attention
 
 if TYPE_CHECKING:
     from fastppo.models.build import Roles

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 from fastppo.models.roles import Place, Roles
 from fastppo.ops.native_library import OBSTACLE
 from fastppo.ppo import sampler as sampler_module
-from fastppo.ppo import slot_attention, slots
+from fastppo.ppo import slots
 from fastppo.ppo.cpu_layers import use_cpu_layers
 from fastppo.ppo.draws import Draws, Stops
 from fastppo.ppo.rollout import cache_bytes, row_batch_note, sample
@@ -314,9 +314,9 @@ def test_an_attention_that_the_kernel_cannot_do_runs_as_the_model_has_it(
     prompts = prompts_of()
     wanted = sampled(llama, prompts)[0]
     if native:
-        monkeypatch.setattr(slot_attention, "suits", lambda *_: False)  # as another dtype
+        monkeypatch.setattr(slots, "suits", lambda *_: False)  # as another dtype
     else:
-        monkeypatch.setattr(slot_attention, "IGNORED", frozenset())  # as an unknown argument
+        monkeypatch.setattr(slots, "IGNORED", frozenset())  # as an unknown argument
     assert sampled(llama, prompts)[0] == wanted
     assert llama.base.config._attn_implementation == "sdpa"
 
