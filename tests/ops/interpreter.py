@@ -6,13 +6,16 @@
   itself 1, 2, 4, ... lanes before, so 10 calls for 1024 lanes (test_interpreter.py holds it to
   Triton's own).
 - A fused multiply-add rounds once, as a GPU's does; Triton's interpreter rounds the product too.
-- The shape of a tensor, and numpy's name for a type, are made anew for every tensor. Here they are
-  looked up.
+- The shape of a tensor, the type of a block, and numpy's name for a type, are made anew for every
+  tensor. Here they are looked up.
+- Every sum and product of integers is computed again in 64 bits, to see whether it overflowed.
+  A GPU does not look, and at the sizes of these tests there is nothing to find.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -98,6 +101,20 @@ def init_tensor(self: Any, handle: Any, type: Any) -> None:
     self.shape, self.numel = shape_of(tuple(type.shape) if type.is_block() else ())
 
 
+block_types: dict[tuple[str, tuple[int, ...]], Any] = {}
+
+
+def block_type_of(element: Any, shape: Sequence[int]) -> Any:
+    """tl.block_type, which is only read once it is made."""
+    if type(element) is not tl.dtype:
+        return tl.block_type(element, shape)
+    key = element.name, tuple(shape)
+    found = block_types.get(key)
+    if found is None:
+        found = block_types[key] = tl.block_type(element, shape)
+    return found
+
+
 numpy_types: dict[str, Any] = {}
 
 
@@ -117,4 +134,8 @@ def install() -> None:
     interpreter.ScanOps.generic_scan = scan
     interpreter.InterpreterBuilder.create_fma = fused_multiply_add
     interpreter._get_np_dtype = numpy_type_of
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)
+    interpreter.InterpreterBuilder.get_block_ty = lambda self, *given: block_type_of(*given)
+    tl.block_type.with_element_ty = lambda self, element: block_type_of(element, self.shape)
     tl.core.tensor.__init__ = init_tensor
