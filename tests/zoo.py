@@ -108,6 +108,10 @@ FAMILIES: dict[str, tuple[str, Callable[..., PretrainedConfig], dict[str, Any]]]
     "granite": ("divided logits", hf.GraniteConfig, {**GROUPED, "logits_scaling": 3.0}),
 }
 
+# One of a kind, which the fast tier has: rotary positions, softcaps and windows, learned positions,
+# slopes in place of positions, experts.
+KINDS = ("llama", "gemma2", "gpt2", "bloom", "qwen3_moe")
+
 
 def config_of(family: str, **changes: Any) -> PretrainedConfig:
     """The configuration of a family's tiny model."""

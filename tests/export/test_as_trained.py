@@ -21,6 +21,7 @@ from fastppo.export.cli import main
 from fastppo.models.load import trunk
 from fastppo.ppo import trainer
 from fastppo.templates import get_template
+from tests.tiers import slow_unless
 from tests.tiny import stir
 
 OWN_SYSTEM = (
@@ -82,15 +83,18 @@ def exported_score(folder, answer):
 
 @pytest.mark.parametrize(
     "keys",
-    [
-        {},
-        {"default_system": "Be brief."},
-        {"template": None},
-        {"template": None, "default_system": "Be brief."},
-        {"template": "qwen3", "enable_thinking": False},
-        {"template": "empty"},
-        {"template": "default"},
-    ],
+    slow_unless(
+        lambda keys: keys in ({}, {"template": None}) or "enable_thinking" in keys,
+        [
+            {},
+            {"default_system": "Be brief."},
+            {"template": None},
+            {"template": None, "default_system": "Be brief."},
+            {"template": "qwen3", "enable_thinking": False},
+            {"template": "empty"},
+            {"template": "default"},
+        ],
+    ),
     ids=str,
 )
 def test_an_exported_reward_models_score_is_the_one_that_was_trained(

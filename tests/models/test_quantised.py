@@ -16,6 +16,7 @@ from fastppo.models.load import load_base
 from fastppo.models.quantised import quantization_config
 from fastppo.ppo import checkpoint, trainer
 from fastppo.run import save
+from tests.tiers import slow_unless
 from tests.tiny import hidden_as
 
 BITS = [
@@ -51,7 +52,9 @@ def wide_dir(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("bits", BITS, ids=str)
+@pytest.mark.parametrize(
+    "bits", slow_unless(lambda bits: bits in (BITS[0], BITS[-1]), BITS), ids=str
+)
 def test_a_quantised_run_starts_at_kl_0_learns_saves_and_resumes(
     config, wide_dir, tmp_path, bits, rollout
 ):

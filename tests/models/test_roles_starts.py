@@ -32,7 +32,19 @@ BF16 = ["dora", "lora norm,lm_head", "sft with modules_to_save", "freeze shared"
 MERGED_APART = {"ref_model with sft": (1e-5, 0.1)}
 
 
-@pytest.mark.parametrize("made", named(NAMES), indirect=True)
+# One of a kind: what is adapted, on what it stands, who shares it, and whose model it is.
+FAST = [
+    "lora",
+    "dora",
+    "lora reward",
+    "sft with modules_to_save",
+    "sft two merged",
+    "freeze shared",
+]
+FAST += ["full", "critic other", "ref_model with sft"]
+
+
+@pytest.mark.parametrize("made", named(NAMES, *FAST), indirect=True)
 def test_10_kl_is_0_before_the_first_update(request, made, scored):
     result = scored(made)
     limit, _ = MERGED_APART.get(request.node.callspec.id, (0.0, 0.0))

@@ -1,4 +1,7 @@
-"""Every test that asks for a `backend` runs on each that can run here, on memory full of NaN."""
+"""Every test that asks for a `backend` runs on each that can run here, on memory full of NaN.
+
+One that asks for `traced` does too, but for one backend in the slow tier alone.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import torch
 
 from fastppo.ops import native_library, workspace
 from fastppo.ops.backend import available
+from tests.tiers import slow_unless
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Float64 is the definition's alone.
@@ -19,11 +23,15 @@ if "triton" in FUSED and DEVICE == "cpu":
     interpreter.install()
 
 
+# What torch.library and torch.compile see of an operator is one code for all backends: the fast
+# tier has it with this one.
+ONE = "native" if "native" in FUSED and DEVICE == "cpu" else FUSED[0] if FUSED else "torch"
 LIBRARY, ISAS = native_library.LIBRARY, native_library.ISAS
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    for name, backends in (("backend", ("torch", *FUSED)), ("fused", FUSED)):
+    traced = slow_unless(lambda name: name == ONE, ("torch", *FUSED))
+    for name, backends in (("backend", ("torch", *FUSED)), ("fused", FUSED), ("traced", traced)):
         if name not in metafunc.fixturenames:
             continue
         if "width" not in metafunc.fixturenames:

@@ -14,6 +14,7 @@ from fastppo.ops import PolicyLossConfig, policy_loss, token_logprobs
 from fastppo.ops.backend import available
 from tests.ops.oracle import few, place, run, scalar
 from tests.ops.registry import OPS, Op, Shape
+from tests.tiers import slow_unless
 
 SHAPE = Shape(n=6, vocab=19, hidden=5, batch=2)
 LOSSES = pytest.mark.parametrize("name", ["policy_loss", "linear_policy_loss"])
@@ -45,33 +46,33 @@ def recorded(op: Op, inputs: dict[str, Any], backend: str) -> list[tuple[Any, tu
 
 
 @ALL
-def test_opcheck(op, backend):
-    inputs = place(op.make_inputs(SHAPE, torch.float32, 0), backend)
+def test_opcheck(op, traced):
+    inputs = place(op.make_inputs(SHAPE, torch.float32, 0), traced)
     for name in op.differentiable:
         inputs[name] = inputs[name].requires_grad_()
-    calls = recorded(op, inputs, backend)
+    calls = recorded(op, inputs, traced)
     assert [str(call).split(".")[1] for call, _ in calls] == [op.name]
     for call, args in calls:
         torch.library.opcheck(call, args)
 
 
 @LOSSES
-def test_opcheck_of_a_negative_loss(name, backend):
+def test_opcheck_of_a_negative_loss(name, traced):
     """Its backward multiplies by the sign, and not in place: an output belongs to the caller."""
     op = OPS[name]
-    inputs = place(op.make_inputs(SHAPE, torch.float32, 0), backend)
+    inputs = place(op.make_inputs(SHAPE, torch.float32, 0), traced)
     inputs["advantage_N"] = inputs["advantage_N"].abs() + 1
     inputs[op.differentiable[0]].requires_grad_()
-    assert op.function(**inputs, backend=backend).loss < 0
-    ((call, args),) = recorded(op, inputs, backend)
+    assert op.function(**inputs, backend=traced).loss < 0
+    ((call, args),) = recorded(op, inputs, traced)
     torch.library.opcheck(call, args)
 
 
 @pytest.mark.parametrize("name", ["token_logprobs", "linear_token_logprobs"])
-def test_opcheck_of_backwards(name, backend):
+def test_opcheck_of_backwards(name, traced):
     op = OPS[name]
-    inputs = place(op.make_inputs(SHAPE, torch.float32, 0), backend)
-    ((_, args),) = recorded(op, inputs, backend)
+    inputs = place(op.make_inputs(SHAPE, torch.float32, 0), traced)
+    ((_, args),) = recorded(op, inputs, traced)
     forward = getattr(torch.ops.fastppo, name)
     stats = forward(*args)[:4]
     g_N = torch.ones_like(stats[0])
@@ -95,13 +96,13 @@ def test_eager_and_registered_calls_give_the_same_bits(op, backend):
 
 
 @ALL
-def test_eager_calls_do_not_pay_for_torch_library(op, backend):
-    inputs = place(op.make_inputs(SHAPE, torch.float32, 3), backend)
+def test_eager_calls_do_not_pay_for_torch_library(op, traced):
+    inputs = place(op.make_inputs(SHAPE, torch.float32, 3), traced)
     activities = [torch.profiler.ProfilerActivity.CPU]
     names = {}
     for how in (nullcontext(), Tracer()):
         with torch.profiler.profile(activities=activities) as profile, how:
-            run(op, op.function, inputs, backend=backend)
+            run(op, op.function, inputs, backend=traced)
         names[type(how)] = {event.name for event in profile.events()}
     of_library = [{n for n in found if n.startswith("fastppo::")} for found in names.values()]
     assert not of_library[0]
@@ -109,11 +110,11 @@ def test_eager_calls_do_not_pay_for_torch_library(op, backend):
 
 
 @ALL
-def test_compiled_whole_it_gives_the_same_numbers(op, backend):
-    inputs = place(op.make_inputs(SHAPE, torch.float32, 1), backend)
+def test_compiled_whole_it_gives_the_same_numbers(op, traced):
+    inputs = place(op.make_inputs(SHAPE, torch.float32, 1), traced)
     compiled = torch.compile(op.function, fullgraph=True, backend="aot_eager")
-    want = run(op, op.function, inputs, backend=backend)
-    got = run(op, compiled, inputs, backend=backend)
+    want = run(op, op.function, inputs, backend=traced)
+    got = run(op, compiled, inputs, backend=traced)
     for a, b in zip([*got[0], *got[1]], [*want[0], *want[1]], strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
 
@@ -157,7 +158,9 @@ def test_traced_there_is_no_pass_over_the_logits_besides_the_operators_own(name,
     assert all(other.startswith("fastppo.") for other in others), others
 
 
-@LOSSES
+@pytest.mark.parametrize(
+    "name", slow_unless(lambda name: name == "policy_loss", ["policy_loss", "linear_policy_loss"])
+)
 def test_generated_code_has_no_memory_of_that_size(name):
     """The operators make theirs themselves; what torch.compile made was a copy."""
     from torch._inductor.utils import run_and_get_code  # slow to import
@@ -204,7 +207,7 @@ def test_hooks_that_copy_what_is_saved_are_refused(name, fused):
 
 
 @pytest.mark.parametrize("name", ["policy_loss", "token_logprobs"])
-def test_50_changing_steps_recompile_once(name, backend):
+def test_50_changing_steps_recompile_once(name, traced):
     """N, beta, epsilon and temperature change as in training; the one is N's turning dynamic.
 
     Triton's interpreter takes 12 of the steps: all of N's values have come by then, several times.
@@ -221,16 +224,16 @@ def test_50_changing_steps_recompile_once(name, backend):
         logits: Tensor, token: Tensor, beta: Tensor, tau: Tensor, rest: dict[str, Tensor]
     ) -> Any:
         if name == "token_logprobs":
-            return token_logprobs(logits, token, temperature=tau, backend=backend).logprob_N.sum()
+            return token_logprobs(logits, token, temperature=tau, backend=traced).logprob_N.sum()
         config = PolicyLossConfig(clip_low=0.2, clip_high=0.3)
         return policy_loss(
-            logits, token, kl_coef=beta, temperature=tau, config=config, backend=backend, **rest
+            logits, token, kl_coef=beta, temperature=tau, config=config, backend=traced, **rest
         ).loss
 
     compiled = torch.compile(step, fullgraph=True, backend=count)
-    for i in range(few(50, backend, 12)):
-        shape = Shape(n=3 + i % few(7, backend, 2), vocab=19)
-        inputs = place(OPS["policy_loss"].make_inputs(shape, torch.float32, i), backend)
+    for i in range(few(50, traced, 12)):
+        shape = Shape(n=3 + i % few(7, traced, 2), vocab=19)
+        inputs = place(OPS["policy_loss"].make_inputs(shape, torch.float32, i), traced)
         device = inputs["logits_NV"].device
         rest = {k: inputs[k] for k in inputs if k.endswith("_N") and k != "token_N"}
         beta, tau = (torch.tensor(x, device=device) for x in (0.1 + 0.01 * i, 1.0 + 0.01 * i))

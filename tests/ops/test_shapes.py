@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from itertools import product
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from fastppo.ops import (
 )
 from tests.ops.oracle import place, run, tensors
 from tests.ops.registry import OPS, Shape, make_hidden
+from tests.tiers import slow_unless
 
 F64 = torch.float64
 SHAPE = Shape(n=6, vocab=19, hidden=5)
@@ -73,7 +75,7 @@ def test_every_operator_over_tokens_takes_a_mask():
 
 
 @EVERY_MASKED
-@pytest.mark.parametrize("lead", [(2, 3), (1, 6), (3, 1, 2)])
+@pytest.mark.parametrize("lead", [(2, 3), pytest.param((1, 6), marks=pytest.mark.slow), (3, 1, 2)])
 def test_a_batch_gives_what_its_rows_give_in_its_own_shape(op, lead, backend):
     inputs = place(op.make_inputs(SHAPE, torch.float32, 0), backend)
     values, grads = run(op, op.function, inputs, backend=backend)
@@ -99,8 +101,14 @@ def test_one_token_alone_has_no_shape(name, backend):
         assert a == b.squeeze()
 
 
-@EVERY_MASKED
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64])
+@pytest.mark.parametrize(
+    ("op", "dtype"),
+    slow_unless(
+        lambda op, dtype: dtype is torch.bool or op.name == "policy_loss",
+        product(MASKED, [torch.bool, torch.uint8, torch.int64]),
+    ),
+    ids=lambda value: getattr(value, "name", str(value)),
+)
 def test_a_masked_batch_gives_what_its_packed_tokens_give(op, dtype, backend):
     """Dead tokens hold NaN in every argument, and tokens that are no words."""
     inputs = place(op.make_inputs(SHAPE, torch.float32, 0), backend)

@@ -165,7 +165,7 @@ def test_under_checkpointing_it_gives_the_same(reentrant):
     ),
     ids=str,
 )
-def test_compiled_whole_it_gives_the_same_gradients(trained, entropy_grad, backend):
+def test_compiled_whole_it_gives_the_same_gradients(trained, entropy_grad, traced):
     torch._dynamo.reset()
 
     def loss(hidden_ND, bias_V, weight_VD, token_N):
@@ -175,13 +175,13 @@ def test_compiled_whole_it_gives_the_same_gradients(trained, entropy_grad, backe
             token_N,
             bias_V=bias_V,
             entropy_grad=entropy_grad,
-            backend=backend,
+            backend=traced,
         )
         return (found.logprob_N.exp() * (1 + found.entropy_N)).sum()
 
     grads = []
     for call in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
-        inputs = place(make_hidden(SHAPE, torch.float32, 3), backend)
+        inputs = place(make_hidden(SHAPE, torch.float32, 3), traced)
         inputs["bias_V"] = torch.linspace(-1, 1, 67, device=inputs["hidden_ND"].device)
         for name in trained:
             inputs[name].requires_grad_()

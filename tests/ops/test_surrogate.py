@@ -114,21 +114,21 @@ def of_a_kind(name):
 
 
 @pytest.mark.parametrize("name", slow_unless(of_a_kind, POLICY_LOSSES))
-def test_compiled_whole_it_gives_the_same_gradients(name, backend):
+def test_compiled_whole_it_gives_the_same_gradients(name, traced):
     torch._dynamo.reset()
-    inputs = place(make(torch.float32, entropy=0.0), backend)
-    want = gradients(by_name(name, backend=backend), inputs, ("hidden_ND",))
-    compiled = torch.compile(by_name(name, backend=backend), fullgraph=True, backend="aot_eager")
+    inputs = place(make(torch.float32, entropy=0.0), traced)
+    want = gradients(by_name(name, backend=traced), inputs, ("hidden_ND",))
+    compiled = torch.compile(by_name(name, backend=traced), fullgraph=True, backend="aot_eager")
     got = gradients(compiled, inputs, ("hidden_ND",))
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", slow_unless(of_a_kind, POLICY_LOSSES))
-def test_opcheck(name, backend):
-    inputs = place({**make(torch.float32), "loss": name}, backend)
+def test_opcheck(name, traced):
+    inputs = place({**make(torch.float32), "loss": name}, traced)
     inputs["hidden_ND"].requires_grad_()
-    ((call, args),) = recorded(OPS["linear_policy_loss"], inputs, backend)
+    ((call, args),) = recorded(OPS["linear_policy_loss"], inputs, traced)
     torch.library.opcheck(call, args)
 
 

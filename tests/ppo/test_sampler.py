@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +25,7 @@ from fastppo.ppo.sampling import Sampling
 from fastppo.ppo.slots import windows_of
 from fastppo.types import Prompt
 from tests import zoo
+from tests.tiers import slow_unless
 
 TEMPLATE: Any = SimpleNamespace(stop_ids=(), stop_strings=(), pad_id=zoo.TOKENIZER.pad_token_id)
 LENGTHS = (3, 17, 9, 30, 1)  # shorter and longer than the windows of 8 tokens
@@ -90,8 +92,14 @@ def sampled(roles: Roles, prompts: list[Prompt], most: int | None = None, **sett
     return ids, found.sampler_logprob_N.split(found.response_lengths), found.terminated
 
 
-@pytest.mark.parametrize("native", [True, False], ids=["native", "own"])
-@pytest.mark.parametrize("family", zoo.FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "native"),
+    slow_unless(
+        lambda family, native: family in (zoo.KINDS if native else ("llama", "gemma2")),
+        product(zoo.FAMILIES, [True, False]),
+    ),
+    ids=lambda value: {True: "native", False: "own"}.get(value, value),
+)
 def test_greedy_tokens_are_those_of_generate_in_every_family(family, native, monkeypatch):
     """Five prompts in three slots: rows leave and enter, and the cache is moved back."""
     monkeypatch.setattr(sampler_module, "SLACK", 3)
@@ -128,7 +136,13 @@ def llama() -> Roles:
 
 
 @pytest.mark.skipif(OBSTACLE is not None, reason=f"no native kernels: {OBSTACLE}")
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "gpt_neox"])
+@pytest.mark.parametrize(
+    "family",
+    slow_unless(
+        lambda family: family in ("llama", "gemma3_text"),
+        ["llama", "mistral", "gemma3_text", "gpt_neox"],
+    ),
+)
 def test_tokens_are_equal_in_any_order_and_any_batch(family, monkeypatch):
     """To the bit of their log-probs: a sum's order depends on the row alone."""
     monkeypatch.setattr(sampler_module, "SLACK", 3)
@@ -226,7 +240,7 @@ def test_equal_prompts_are_run_once(llama, monkeypatch):
         torch.testing.assert_close(alone.sampler_logprob_N, logprob, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("most", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("most", slow_unless(lambda most: most in (2, 7), [1, 2, 3, 4, 7]))
 def test_a_row_has_its_own_prompt_if_several_run_together(llama, monkeypatch, most):
     """As on a GPU; a prompt that comes again later, and one whose copies enter at two times."""
     inner = Sampler.__init__

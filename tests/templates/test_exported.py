@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 
 from fastppo.templates import TEMPLATES, get_template
 from fastppo.templates.exported import as_trained, matching_chat_template
 from fastppo.templates.template import NO_THOUGHT
 from tests.templates.test_templates import HI, TURNS, own, tokenizer
+from tests.tiers import slow_unless
 
 OWN_SYSTEM = "You are a helpful assistant."
 SETTINGS = [
@@ -46,8 +49,11 @@ def written(template, jinja, messages, system=None, **how):
     return template.tokenizer.apply_chat_template(chat, **how)
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize(
+    ("maker", "settings"),
+    slow_unless(lambda maker, settings: not settings or maker == "none", product(MAKERS, SETTINGS)),
+    ids=str,
+)
 @pytest.mark.parametrize("name", [*(n for n in TEMPLATES if n != "vicuna"), None])
 def test_conversations_have_the_ids_of_training(name, maker, settings):
     template = get_template(name, MAKERS[maker](), **settings)
