@@ -52,8 +52,10 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 LONGEST = (
     "static/test_kernels.py",
     "ops/test_edges.py",
-    "ops/test_registration.py",
     "ops/test_layouts.py",
+    "ops/test_registration.py",
+    "ops/test_linear_costs.py",
+    "models/test_shared_layers.py",
     "static/test_gpu_suite.py",
     "config/test_fuzz.py",
     "memory/test_plan_measured.py",

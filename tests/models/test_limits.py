@@ -112,7 +112,7 @@ def test_a_config_whose_padding_token_has_no_row_loads(padded):
     assert run(PPO) == 0
 
 
-@pytest.mark.parametrize("pad", [-1, ROWS])
+@pytest.mark.parametrize("pad", [pytest.param(-1, marks=pytest.mark.slow), ROWS])
 def test_a_classifier_pads_with_a_token_that_has_a_row(padded, pad):
     """-1 stands in many older config.json files."""
     assert run(RM) == 0
@@ -122,7 +122,10 @@ def test_a_classifier_pads_with_a_token_that_has_a_row(padded, pad):
     assert run({**PPO, "reward_model": "exported", "reward_model_type": "full"}) == 0
 
 
-@pytest.mark.parametrize(("settings", "what"), [(PPO, "a prompt"), (RM, "a pair")])
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [(PPO, "a prompt"), pytest.param(RM, "a pair", marks=pytest.mark.slow)],
+)
 def test_another_token_without_a_row_is_refused_where_the_data_has_it(
     padded, capsys, settings, what
 ):

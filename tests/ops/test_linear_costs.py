@@ -69,6 +69,8 @@ ONE_CHUNK = [(op, mode) for op, mode in MODES if op != "linear_score_tokens" and
 
 def of_a_kind(name, mode):
     """One mode for each way in which memory is taken."""
+    if name == "linear_token_logprobs":
+        return mode in ("frozen", "entropy", "trained")
     return " " not in mode or mode in ("gspo frozen", "gspo trained")
 
 

@@ -261,7 +261,7 @@ def test_scoring_takes_heads_of_two_paddings():
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("softcap", [pytest.param(None, marks=pytest.mark.slow), 3.0])
 @EVERY_MASKED
 def test_logit_scale_is_a_factor_before_the_softcap(op, softcap, backend):
     """As in transformers: logits = lm_head(h) * scale, then the cap, then the temperature."""
