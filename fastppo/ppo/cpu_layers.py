@@ -160,47 +160,46 @@ def children(module: nn.Module) -> set[str]:
     }
 
 
-def decoder_layer(module: Any, fast: Mapping[nn.Module, Any]) -> FastDecoderLayer | None:
-    """The native forward of a decoder layer whose linear layers and norms are in `fast`."""
+def is_plain(module: Any) -> bool:
+    """Whether the decoder layer has Llama's modules, and nothing of its own besides."""
     if children(module) != PARTS or "forward" in vars(module):
+        return False
+    attention, mlp = module.self_attn, module.mlp
+    known = {f"{name}_proj" for name in LINEARS} | set(HEAD_NORMS)
+    owners = (attention, getattr(attention, "config", None))
+    return (
+        children(attention) | children(mlp) <= known
+        and all(hasattr(attention, name) for name in ("head_dim", "scaling", "layer_idx"))
+        and not any(
+            True for part in (module, attention, mlp) for _ in part.parameters(recurse=False)
+        )
+        and not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+        and not any(getattr(owner, name, None) for owner in owners for name in OTHERS)
+        and type(getattr(mlp, "act_fn", None)).__name__ in SILU
+    )
+
+
+def decoder_layer(module: Any, fast: Mapping[Any, Any]) -> FastDecoderLayer | None:
+    """The native forward of a decoder layer whose linear layers and norms are in `fast`."""
+    if not is_plain(module):
         return None
     attention, mlp = module.self_attn, module.mlp
-    linears = {name: getattr(attention, f"{name}_proj", None) for name in LINEARS[:4]}
-    linears |= {name: getattr(mlp, f"{name}_proj", None) for name in LINEARS[4:]}
-    norms = [module.input_layernorm, module.post_attention_layernorm]
-    head_norms = [getattr(attention, name) for name in HEAD_NORMS if hasattr(attention, name)]
-    found = {name: fast.get(layer) for name, layer in linears.items() if layer is not None}
-    made = [fast.get(norm) for norm in [*norms, *head_norms]]
-    known = {f"{name}_proj" for name in LINEARS} | set(HEAD_NORMS)
-    if (
-        not (children(attention) | children(mlp) <= known)
-        or any(True for part in (module, attention, mlp) for _ in part.parameters(recurse=False))
-        or any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
-        or any(
-            getattr(owner, name, None) for owner in (attention, attention.config) for name in OTHERS
-        )
-        or set(found) != set(LINEARS)
-        or not all(
-            isinstance(own, FastLinear) and own.few_rows.dtype is torch.float32
-            for own in found.values()
-        )
-        or not all(isinstance(norm, FastNorm) for norm in made)
-        or len(head_norms) == 1
-        or type(getattr(mlp, "act_fn", None)).__name__ not in SILU
-    ):
+    linears: dict[str, FewRows] = {}
+    for name in LINEARS:
+        layer = fast.get(getattr(attention if name in LINEARS[:4] else mlp, f"{name}_proj", None))
+        if not isinstance(layer, FastLinear) or layer.few_rows.dtype is not torch.float32:
+            return None
+        linears[name] = layer.few_rows
+    own = [module.input_layernorm, module.post_attention_layernorm]
+    own += [getattr(attention, name) for name in HEAD_NORMS if hasattr(attention, name)]
+    norms: list[Norm] = [fast[norm].norm for norm in own if isinstance(fast.get(norm), FastNorm)]
+    if len(norms) < len(own) or len(own) not in (2, 4):
         return None
-    size = attention.head_dim
-    of_heads = [own.norm for own in made[2:] if own is not None]
+    size, (first, second, *of_heads) = attention.head_dim, norms
     if any(norm.weight_D.numel() != size or norm.eps != of_heads[0].eps for norm in of_heads):
         return None
-    native = DecoderLayer(
-        {name: own.few_rows for name, own in found.items() if own is not None},
-        made[0].norm,
-        made[1].norm,
-        (of_heads[0], of_heads[1]) if of_heads else None,
-        size=size,
-        scale=attention.scaling,
-    )
+    head_norms = (of_heads[0], of_heads[1]) if of_heads else None
+    native = DecoderLayer(linears, first, second, head_norms, size=size, scale=attention.scaling)
     return FastDecoderLayer(module, native)
 
 
@@ -212,9 +211,8 @@ def use_cpu_layers(model: nn.Module) -> Iterator[None]:
     """
     made = {module: fast_forward(module) for module in model.modules()}
     fast: dict[nn.Module, Callable[..., Any]] = {m: f for m, f in made.items() if f is not None}
-    for module in model.modules() if fast else ():
-        if (layer := decoder_layer(module, fast)) is not None:
-            fast[module] = layer
+    layers = {module: decoder_layer(module, fast) for module in made} if fast else {}
+    fast |= {m: layer for m, layer in layers.items() if layer is not None}
     changed: list[tuple[Any, Any]] = []
     try:
         module: Any
