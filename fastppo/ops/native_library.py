@@ -175,6 +175,22 @@ class DecodeAttentionStruct(_Struct):
     ]
 
 
+class DecoderLayerStruct(_Struct):
+    """FastppoDecoderLayer: a decoder layer on one new token a row."""
+
+    _fields_: ClassVar = [
+        *((name, FewRowsStruct) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        ("attention", DecodeAttentionStruct),
+        *(
+            (name, c_void_p)
+            for name in ("x", "norm", "post_norm", "q_norm", "k_norm", "cos", "sin", "out", "work")
+        ),
+        ("rotary_row", c_int64),
+        ("eps", c_float),
+        ("head_eps", c_float),
+    ]
+
+
 # The structs in the order of fastppo_sizeof, which gives the size that the library expects.
 STRUCTS: Final = (
     RowsStruct,
@@ -185,9 +201,10 @@ STRUCTS: Final = (
     AdvantagesStruct,
     FewRowsStruct,
     DecodeAttentionStruct,
+    DecoderLayerStruct,
 )
 
-_ROWS, _GRADIENT, _LOSS, _STATISTICS, _SCORES, _ADVANTAGES, _FEW_ROWS, _ATTENTION = (
+_ROWS, _GRADIENT, _LOSS, _STATISTICS, _SCORES, _ADVANTAGES, _FEW_ROWS, _ATTENTION, _LAYER = (
     POINTER(s) for s in STRUCTS
 )
 _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
@@ -211,6 +228,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
     "advantages": (None, [_ADVANTAGES]),
     "few_rows": (None, [_FEW_ROWS]),
     "decode_attention": (None, [_ATTENTION]),
+    "decoder_layer": (None, [_LAYER]),
     "rms_norm": (None, [c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p]),
     "advise": (None, [c_void_p, c_int64]),
 }

@@ -52,7 +52,7 @@ class Extent:
         longest: number of tokens before `end` in the longest row.
         rows: number of rows; they are in the first slots.
         first: by sliding window (None: none), the first of the longest row's places that each row
-            attends to; for `slot_attention`.
+            attends to; empty outside `slot_attention`.
         attended: how many layers have run `slot_attention` in this step.
     """
 
@@ -255,5 +255,6 @@ def slot_attention(base: Any, cache: SlotCache, lengths: list[int]) -> Iterator[
         yield
     finally:
         config._attn_implementation_internal = before
+        extent.first = {}
     if extent.attended != len(cache.slot_layers):
         raise Unsuited(type(base).__name__)

@@ -127,6 +127,37 @@ struct FastppoDecodeAttention {
   int32_t padding;
 };
 
+// float32 alone. Of the products only weight, bias and sizes are read; of the attention not query
+// and out. Keys and values are written at the last place.
+struct FastppoDecoderLayer {
+  FastppoFewRows q;
+  FastppoFewRows k;
+  FastppoFewRows v;
+  FastppoFewRows o;
+  FastppoFewRows gate;
+  FastppoFewRows up;
+  FastppoFewRows down;
+  FastppoDecodeAttention attention;
+  const float* x;          // (rows, width), side by side
+  const float* norm;       // (width,): before the attention
+  const float* post_norm;  // (width,): before the gated unit
+  const float* q_norm;     // (size,): of each head's queries; null: none
+  const float* k_norm;     // (size,)
+  const float* cos;        // (rows, size), `rotary_row` from one row to the next
+  const float* sin;
+  float* out;   // (rows, width), side by side
+  float* work;  // rows * (width + outputs of q, k, v and up + the more of q's outputs and gate's)
+  int64_t rotary_row;
+  float eps;
+  float head_eps;
+};
+
+extern "C" {
+void fastppo_few_rows(const FastppoFewRows*);
+void fastppo_decode_attention(const FastppoDecodeAttention*);
+void fastppo_rms_norm(const float*, const float*, float, int64_t, int64_t, float*);
+}
+
 constexpr int FASTPPO_TERMS = 17;
 // Logits below which starting threads costs more than they save.
 constexpr int64_t FASTPPO_ALONE = 1 << 15;

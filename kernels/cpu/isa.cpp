@@ -28,6 +28,7 @@ extern "C" int fastppo_isa() { return current < 0 ? fastppo_use_isa(-1) : curren
 extern "C" int64_t fastppo_sizeof(int which) {
   const int64_t sizes[] = {
       sizeof(FastppoRows), sizeof(FastppoGradient), sizeof(FastppoLoss), sizeof(FastppoStatistics),
-      sizeof(FastppoScores), sizeof(FastppoAdvantages), sizeof(FastppoFewRows), sizeof(FastppoDecodeAttention)};
-  return which < 8 ? sizes[which] : 0;
+      sizeof(FastppoScores), sizeof(FastppoAdvantages), sizeof(FastppoFewRows), sizeof(FastppoDecodeAttention),
+      sizeof(FastppoDecoderLayer)};
+  return which < 9 ? sizes[which] : 0;
 }

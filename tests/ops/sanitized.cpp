@@ -24,7 +24,7 @@ void fastppo_whiten(const float*, const float*, const float*, int64_t, int, floa
 void fastppo_gae(
     const float*, const float*, const int64_t*, int64_t, const float*, double, double, float*, float*);
 void fastppo_advantages(const FastppoAdvantages*);
-void fastppo_few_rows(const FastppoFewRows*);
+void fastppo_decoder_layer(const FastppoDecoderLayer*);
 }
 
 using Bytes = std::vector<unsigned char>;
@@ -125,6 +125,36 @@ static void few_rows(int64_t n, int64_t inputs, int64_t outputs, int dtype) {
   fastppo_few_rows(&all);
 }
 
+static void decoder_layer(int64_t rows, int64_t width, int64_t wide, int64_t size, bool head_norms) {
+  const int64_t heads = 4, kv_heads = 2, places = 5, slots = rows + 1;
+  std::vector<std::vector<float>> kept;
+  const auto linear = [&](int64_t inputs, int64_t outputs) {
+    kept.push_back(floats(outputs * inputs));
+    return FastppoFewRows{nullptr, kept.back().data(), inputs, nullptr, nullptr, 0, inputs, outputs,
+                          FASTPPO_F32, 0};
+  };
+  const int64_t queries = heads * size, keys_and_values = kv_heads * size;
+  FastppoDecoderLayer all = {};
+  all.q = linear(width, queries), all.k = linear(width, keys_and_values);
+  all.v = linear(width, keys_and_values), all.o = linear(queries, width);
+  all.gate = linear(width, wide), all.up = linear(width, wide), all.down = linear(wide, width);
+  auto x = floats(rows * width), norm = floats(width), head_norm = floats(size);
+  auto cos = floats(rows * size), keys = floats(slots * kv_heads * places * size), values = keys;
+  std::vector<float> out(rows * width);
+  std::vector<float> work(
+      rows * (width + queries + 2 * keys_and_values + wide + (queries > wide ? queries : wide)));
+  std::vector<int64_t> first(rows);
+  for (int64_t row = 0; row < rows; row++) first[row] = row % places;
+  const int64_t head = places * size, slot = kv_heads * head;
+  all.attention = {nullptr, keys.data(), values.data(), slot, head, slot, head, first.data(), nullptr,
+                   rows, heads, kv_heads, places, size, size, 0.5f, 0.0f, FASTPPO_F32, 0};
+  all.x = x.data(), all.out = out.data(), all.work = work.data();
+  all.norm = all.post_norm = norm.data(), all.eps = all.head_eps = 1e-5f;
+  all.q_norm = all.k_norm = head_norms ? head_norm.data() : nullptr;
+  all.cos = all.sin = cos.data(), all.rotary_row = size;
+  fastppo_decoder_layer(&all);
+}
+
 int main() {
   int widths = 0;
   for (int isa = FASTPPO_PORTABLE; isa <= FASTPPO_AVX512; isa++) {
@@ -142,6 +172,10 @@ int main() {
       for (int64_t inputs : {1, 7, 16, 33, 256})
         for (int64_t outputs : {1, 3, 4, 5, 150})
           for (int dtype : {FASTPPO_F32, FASTPPO_BF16, FASTPPO_F16}) few_rows(n, inputs, outputs, dtype);
+    for (int64_t rows : {1, 3, 4})
+      for (int64_t wide : {1, 40, 200})
+        for (int64_t size : {2, 20, 64})
+          for (bool head_norms : {false, true}) decoder_layer(rows, 24, wide, size, head_norms);
   }
   for (int64_t n : {1, 2, 4095, 4096, 4097, 70000})
     for (int64_t batch : {1, 3}) tokens(n, batch);

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastppo.errors import UserError
+from fastppo.ops.decoder_layer import DecoderLayer
 from fastppo.ops.few_rows import FewRows
 from fastppo.ops.native_library import OBSTACLE
 from fastppo.ppo import sampler
@@ -67,7 +68,7 @@ def test_greedy_generation_is_the_same_alone_and_in_a_batch(tiny_roles, answer, 
 @pytest.mark.skipif(OBSTACLE is not None, reason=f"no native kernels: {OBSTACLE}")
 def test_every_layer_of_a_step_of_decoding_reads_its_weight_once(tiny_roles, answer, monkeypatch):
     """Merged, so that adapters are no layers of their own."""
-    made, rows, linear = tiny_roles(), [], FewRows.__call__
+    made, rows, linear, layer = tiny_roles(), [], FewRows.__call__, DecoderLayer.__call__
     made.one_token_cache()
 
     def counted(self, x):
@@ -75,7 +76,13 @@ def test_every_layer_of_a_step_of_decoding_reads_its_weight_once(tiny_roles, ans
             rows.append(x.shape[0])
         return linear(self, x)
 
+    def counted_layer(self, x, *others):
+        rows.extend([x.shape[0]] * 7)
+        return layer(self, x, *others)
+
+    answer(made, merge_adapter=True)  # the first time a layer's own code runs too
     monkeypatch.setattr(FewRows, "__call__", counted)
+    monkeypatch.setattr(DecoderLayer, "__call__", counted_layer)
     ids, logprobs, _ = answer(made, merge_adapter=True)
     # Seven of a layer, and the head.
     layers = 7 * made.base.config.num_hidden_layers + 1
@@ -84,6 +91,34 @@ def test_every_layer_of_a_step_of_decoding_reads_its_weight_once(tiny_roles, ans
     assert rows == heads + [active for active in steps for _ in range(layers)]
     assert not any("forward" in vars(m) for m in made.base.modules() if type(m) is torch.nn.Linear)
     monkeypatch.setattr(FewRows, "suits", lambda *_: False)
+    monkeypatch.setattr(DecoderLayer, "suits", lambda *_: False)
+    plain, plain_logprobs, _ = answer(made, merge_adapter=True)
+    assert ids == plain
+    for a, b in zip(logprobs, plain_logprobs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(OBSTACLE is not None, reason=f"no native kernels: {OBSTACLE}")
+def test_a_layer_that_computes_otherwise_keeps_its_own_code(tiny_roles, answer, monkeypatch):
+    """As Granite's, whose modules have the same names and whose residuals have a factor."""
+    made = tiny_roles()
+    first = made.base.model.layers[0]
+    own = type(first).forward
+
+    def scaled(self, hidden_states, **others):
+        return own(self, hidden_states, **others) * (0.5 if self is first else 1.0)
+
+    monkeypatch.setattr(type(first), "forward", scaled)
+    found, native = [], DecoderLayer.__call__
+    monkeypatch.setattr(
+        DecoderLayer, "__call__", lambda self, *given: found.append(self) or native(self, *given)
+    )
+    ids, logprobs, _ = answer(made, merge_adapter=True)
+    steps = max(map(len, ids)) - 1
+    calls = [found.count(layer) for layer in dict.fromkeys(found)]
+    others = made.base.config.num_hidden_layers - 1
+    assert calls == [1] + [steps + 1] * others  # the first layer was tried once
+    monkeypatch.setattr(DecoderLayer, "suits", lambda *_: False)
     plain, plain_logprobs, _ = answer(made, merge_adapter=True)
     assert ids == plain
     for a, b in zip(logprobs, plain_logprobs, strict=True):

@@ -45,6 +45,7 @@ INFRASTRUCTURE = {
     "checks",
     "config",
     "decode_attention",
+    "decoder_layer",
     "few_rows",
     "gradient_made",
     "head",
