@@ -64,7 +64,9 @@ def run(settings: dict[str, Any], **changes: Any) -> int:
     return main(["run.yaml", "overwrite_output_dir=true"])
 
 
-@pytest.mark.parametrize("settings", [PPO, RM], ids=["ppo", "rm"])
+@pytest.mark.parametrize(
+    "settings", [PPO, pytest.param(RM, marks=pytest.mark.slow)], ids=["ppo", "rm"]
+)
 def test_eos_pads_where_the_padding_token_has_no_row(padded, capsys, settings):
     assert run(settings) == 0
     said = " ".join(capsys.readouterr().out.split())

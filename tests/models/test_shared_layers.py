@@ -286,7 +286,7 @@ def metrics_and_weights(state, steps=2):
 @pytest.mark.parametrize(
     "changes",
     slow_unless(
-        lambda changes: len(changes) == 1 or "padding_free" in changes,
+        lambda changes: len(changes) == 1,
         [
             {"lora_layers": 1},
             {"lora_layers": 2, "critic": "shared", "disable_gradient_checkpointing": False},

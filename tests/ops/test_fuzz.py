@@ -20,11 +20,11 @@ def holds(numbers: range) -> None:
     assert not failed, f"{len(failed)} of {len(numbers)} calls fail:\n{shown}"
 
 
-def test_400_random_calls():
-    holds(range(400))
+def test_100_random_calls():
+    holds(range(100))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("thousand", range(1, 11))
+@pytest.mark.parametrize("thousand", range(10))
 def test_10_000_random_calls(thousand):
     holds(range(1000 * thousand, 1000 * (thousand + 1)))

@@ -136,8 +136,9 @@ def test_it_costs_that_many_gemms_and_no_more(name, mode, on):
     assert flops == pytest.approx(GEMMS[name][mode] * one, rel=0.01)
 
 
+@pytest.mark.slow  # the fast tier has its least and its most, below
 @pytest.mark.parametrize("on", ON_CPU)
-@pytest.mark.parametrize(("name", "mode"), slow_unless(of_a_kind, MODES))
+@pytest.mark.parametrize(("name", "mode"), MODES)
 def test_memory_does_not_grow_with_the_logits(name, mode, on, monkeypatch):
     few, many = (above(name, mode, on, n, monkeypatch) for n in (32, 64))
     assert many - few <= 32 * 32 * 4  # vectors by the dozen; one row of logits is more

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fastppo.ops import losses, pack, value_loss
 from fastppo.ops.losses import POLICY_LOSSES, SEQUENCE_LOSSES
-from tests.tiers import slow_unless
 
 NAN, INF = float("nan"), float("inf")
 LOG = math.log
@@ -405,7 +404,8 @@ def test_integers_are_refused():
         losses.ppo_clip(torch.zeros(2, 3, dtype=torch.long), *GIVEN[1:])
 
 
-@pytest.mark.parametrize("name", slow_unless(lambda name: name == "gspo", POLICY_LOSSES))
+@pytest.mark.slow  # the fast tier compiles the losses that are operators, in test_surrogate.py
+@pytest.mark.parametrize("name", POLICY_LOSSES)
 def test_compiled_whole_it_gives_the_same(name):
     torch._dynamo.reset()
     packing = pack(batch()["mask"])

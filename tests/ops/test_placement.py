@@ -143,6 +143,7 @@ print({name: len(found) for name, found in keys.items()})
 """
 
 
+@pytest.mark.slow
 def test_micro_batches_of_one_packed_tensor_compile_nothing_new():
     """Of each vocabulary one kernel: rows of 1024 begin at such addresses, those of 1001 do not."""
     done = subprocess.run(

@@ -212,6 +212,7 @@ def test_gradients_are_clipped_after_they_are_unscaled(tiny_roles, config):
         assert norms[role].item() == pytest.approx(count**0.5, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_to_the_bit_with_its_scale(fp16_state, tmp_path):
     """In the midst of falling, and of counting towards the next doubling."""
     run = fp16_state(scale=FIRST)

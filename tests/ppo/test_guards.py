@@ -58,6 +58,7 @@ def test_every_guard_has_its_column_and_says_what_to_try():
         assert "{" not in line
 
 
+@pytest.mark.slow
 def test_a_healthy_run_gets_no_warning(tmp_path):
     """The toy over 10 steps, the longest window: it learns, and no guard fires at any of them."""
     run = init_state(toy.config(tmp_path, metrics_dir=str(tmp_path / "metrics")))
@@ -138,6 +139,7 @@ def constant_scores(state: Any, monkeypatch: pytest.MonkeyPatch, clip: float | N
     return run.metrics.rows, [line for line in said if line.startswith("guard_value_clip")]
 
 
+@pytest.mark.slow
 def test_a_value_clip_far_below_the_scores_holds_the_critic_and_null_lets_it_go(state, monkeypatch):
     free, silent = constant_scores(state, monkeypatch, None)
     held, said = constant_scores(state, monkeypatch, 0.2)
