@@ -184,7 +184,7 @@ def roles_picture() -> str:
 
 TOKENS = ("The", "sea", "is", "so", "lovely", "today", ".")
 KLS = (0.05, 0.1, 0.05, 0.4, 1.1, 0.2, 0.1)
-VALUES = (0.8, 0.8, 0.75, 0.55, 0.9, 0.95, 0.95)
+VALUES = (0.8, 0.8, 0.75, 0.7, 0.55, 0.95, 0.95)
 SCORE, BETA = 1.0, 0.1
 
 
