@@ -6,6 +6,7 @@ there. On the site README.md and its like are pages, and source files are pages 
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -36,14 +37,42 @@ API = {
         "fastppo.ppo.state.init_state fastppo.ppo.trainer.step_update "
         "fastppo.ppo.evaluation.evaluate fastppo.trainer.ppo_trainer.PPOTrainer",
     ),
-    "api/ops.md": ("Operators", "fastppo.ops"),
-    "api/offload.md": ("Offloading", "fastppo.offload"),
+    "api/ops.md": ("Operators", "fastppo.ops.*"),
+    "api/losses.md": ("Losses", "fastppo.ops.losses.*"),
+    "api/offload.md": ("Offloading", "fastppo.offload.*"),
     "api/integrations.md": (
         "Integrations",
         "fastppo.integrations.trl fastppo.integrations.verl fastppo.integrations.openrlhf "
         "fastppo.integrations.transformers fastppo.integrations.liger",
     ),
 }
+
+
+def described(names: str) -> list[str]:
+    """The names of a page of the API; `package.*` is what the package exports, functions first."""
+    found: list[str] = []
+    for name in names.split():
+        if not name.endswith(".*"):
+            found.append(name)
+            continue
+        package = name.removesuffix(".*")
+        folder = ROOT / package.replace(".", "/")
+        tree = ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))
+        (exported,) = [
+            ast.literal_eval(node.value)
+            for node in tree.body
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+        ]
+        homes = {
+            alias.name: f"{node.module}.{alias.name}"
+            for node in tree.body
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        }
+        values = [each for each in exported if not (folder / each).is_dir()]
+        values.sort(key=lambda each: (each[0].isupper(), each))
+        found += [homes.get(each, f"{package}.{each}") for each in values if not each.isupper()]
+    return found
 
 
 def page_of(path: str) -> str:
@@ -198,7 +227,7 @@ def on_files(files: Any, config: Any) -> Any:
         hidden = "---\nsearch:\n  exclude: true\n---\n" if name.startswith("source/") else ""
         files.append(File.generated(config, name, content=hidden + shown))
     for name, (heading, names) in API.items():
-        blocks = "".join(f"\n::: {each}\n" for each in names.split())
+        blocks = "".join(f"\n::: {each}\n" for each in described(names))
         files.append(File.generated(config, name, content=f"# {heading}\n{blocks}"))
     return files
 
@@ -212,6 +241,13 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 SHIM, OWN = "https://unpkg.com/iframe-worker/shim", "tools/offline.js"
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """A range that begins an argument's description (">= 0") is no quotation."""
+    if page.file.src_uri not in API:
+        return html
+    return re.sub(r"<blockquote>\s*<p>(.*?)</p>\s*</blockquote>", r"&gt;\1", html, flags=re.DOTALL)
 
 
 def on_post_page(output: str, page: Any, config: Any) -> str:

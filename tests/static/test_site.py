@@ -108,7 +108,7 @@ def test_the_first_paragraph_of_a_page_is_its_line_in_llms_txt():
 
 def test_every_part_of_the_api_is_there():
     for _, names in hooks.API.values():
-        for name in names.split():
+        for name in hooks.described(names):
             home, _, last = name.rpartition(".")
             found = importlib.import_module(home)
             assert hasattr(found, last) or importlib.util.find_spec(name), name
