@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 EACH := $(PYTEST) -n logical --dist loadfile --no-loadscope-reorder -p no:benchmark
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-data demo-seeds test test-all test-peers peers-suites dist lint bench gpu gpu-rehearse clean
+.PHONY: help venv demo demo-data demo-seeds test test-all test-peers peers-suites dist docs lint bench gpu gpu-rehearse clean
 
 help:
 	@echo "make demo       install, then reward model, PPO and the comparison on a real model (two cores, 10 to 25 min)"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-peers LLaMA-Factory, TRL, verl, OpenRLHF, Liger-Kernel, torchrl: their code against ours, in environments that it builds (2 GiB)"
 	@echo "make peers-suites SRC=DIR  Liger-Kernel's, verl's, torchrl's and OpenRLHF's own tests with our functions, on their checkouts in DIR"
 	@echo "make dist       sdist and wheel, into dist; the wheel runs where glibc is 2.28 or newer"
+	@echo "make docs       the documentation as a site, into site/index.html; it needs no network to be read"
 	@echo "make lint       ruff, and mypy on what pyproject.toml lists"
 	@echo "make bench      the operators against bounds, eager PyTorch and torch.compile"
 	@echo "make gpu        where there is a GPU: its tests and measurements, at most 6 minutes, into benchmarks/results"
@@ -75,6 +76,15 @@ dist: venv
 	$(BIN)/python -m build --no-isolation --wheel -C--build-option=--plat-name=manylinux_2_28_$$(uname -m)
 	$(BIN)/python tests/packaging/check_dist.py dist/*.whl
 
+# An environment of its own; --strict: a link that leads nowhere is an error.
+docs: .venv-docs/.installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet --strict
+
+.venv-docs/.installed: docs/tools/requirements.txt
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --requirement docs/tools/requirements.txt
+	touch $@
+
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -91,4 +101,4 @@ gpu-rehearse:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu --rehearse $(ARGS)
 
 clean:
-	rm -rf fastppo/*.so build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
+	rm -rf fastppo/*.so build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis

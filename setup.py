@@ -2,12 +2,14 @@
 
 The kernels are a plain shared library (no Python, no torch headers) and optional: without a
 compiler the package installs all the same, and says at run time what it runs on. They are compiled
-with OpenMP and linked without: `fastppo/ops/native_library.py` says why.
+with OpenMP and linked without: `fastppo/ops/native_library.py` says why. Clang's OpenMP is another
+than the one that torch brings on Linux: with Clang the kernels run on one thread.
 
 The library knows nothing of Python, so one wheel serves every Python of a platform: py3-none-...
 `make dist` names the platform after the glibc that the library needs, and checks that.
 """
 
+import subprocess
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -17,8 +19,23 @@ from setuptools.command.build_ext import build_ext
 CPU = Path("kernels/cpu")
 
 
+def is_clang(command):
+    """Whether a compiler's command is Clang's, under whatever name."""
+    try:
+        shown = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return False
+    return "clang" in shown.stdout
+
+
 class PlainLibrary(build_ext):
     """Names the library `_native.so`, without the version of a Python."""
+
+    def build_extension(self, ext):
+        command = getattr(self.compiler, "compiler_so_cxx", None) or self.compiler.compiler_so
+        if is_clang(command[:1]):
+            ext.extra_compile_args.remove("-fopenmp")
+        super().build_extension(ext)
 
     def get_ext_filename(self, fullname):
         return str(Path(*fullname.split("."))) + ".so"

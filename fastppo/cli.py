@@ -130,7 +130,7 @@ def train(words: list[str]) -> None:
     from pathlib import Path
 
     from fastppo.config import load_config
-    from fastppo.run import record
+    from fastppo.run import hub, record
     from fastppo.run.preflight import check
 
     config = load_config(words[0], words[1:])
@@ -152,6 +152,7 @@ def train(words: list[str]) -> None:
             from fastppo.ppo import trainer
 
             trainer.run(config, records)
+        hub.push(config)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,12 @@ def without_effect(config: Config) -> dict[str, str]:
     found: dict[str, str] = {}
     if config.stage == "ppo":
         found |= algorithm(config)
+    if "swanlab" not in config.trackers:
+        swanlab = "no effect without use_swanlab: true, or swanlab in report_to"
+        found |= {name: swanlab for name in type(config).model_fields if name[:8] == "swanlab_"}
+    if not config.push_to_hub:
+        for name in ("hub_model_id", "hub_private_repo", "hub_strategy"):
+            found[name] = "no effect without push_to_hub: true"
     warms = config.warmup_ratio or config.warmup_steps
     if warms and config.lr_scheduler_type in WITHOUT_WARMUP:
         cure = "constant_with_warmup" if config.lr_scheduler_type == "constant" else "linear"

@@ -66,12 +66,8 @@ _NOTES: dict[str, str] = {
         gradient_checkpointing gradient_checkpointing_kwargs""",
     "checkpointing is never reentrant": "use_reentrant_gc",
     "models and data come from Hugging Face's hub": "ms_hub_token om_hub_token",
-    "it belongs to push_to_hub, which is refused": """hub_always_push hub_model_id
-        hub_private_repo hub_revision hub_strategy hub_token push_to_hub_model_id
-        push_to_hub_organization push_to_hub_token""",
-    "trackers are named by report_to": """swanlab_api_key swanlab_lark_secret
-        swanlab_lark_webhook_url swanlab_logdir swanlab_mode swanlab_project swanlab_run_name
-        swanlab_workspace""",
+    "push_to_hub uploads once, after training": "hub_always_push",
+    "no messages are sent": "swanlab_lark_secret swanlab_lark_webhook_url",
     "trackio writes to its own folder": """trackio_bucket_id trackio_space_id
         trackio_static_space_id""",
     "always on": "low_cpu_mem_usage save_safetensors use_fast_tokenizer",
@@ -111,6 +107,7 @@ IGNORED: dict[str, str] = {
     },
 }
 
+_TOKEN = "set HF_TOKEN in the environment, or use hf_hub_token"
 _OPTIMISER = "use optim: adamw_8bit or paged_adamw_8bit to save memory"
 _OFF = (False, None)
 # Keys for features that do not exist here: their accepted values, and what to use instead.
@@ -130,6 +127,8 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "fp8": (_OFF, "use bf16: true"),
     "fsdp": ((None, "", False), "fastppo trains on one device; leave it out"),
     "full_determinism": (_OFF, "seed fixes everything random; leave it out"),
+    "hub_revision": ((None,), "push_to_hub uploads to main; leave it out"),
+    "hub_token": ((None,), _TOKEN),
     "infer_backend": (
         ("huggingface", "hf", None),
         "sampling is the trainer's own; leave it out",
@@ -147,7 +146,9 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "packing": (_OFF, "use padding_free"),
     "pissa_convert": (_OFF, "leave it out, with pissa_init"),
     "pissa_init": (_OFF, "the reference is the base with adapters off; leave it out"),
-    "push_to_hub": (_OFF, "upload output_dir with the hub's own command"),
+    "push_to_hub_model_id": ((None,), "use hub_model_id"),
+    "push_to_hub_organization": ((None,), "use hub_model_id: owner/name"),
+    "push_to_hub_token": ((None,), _TOKEN),
     "pure_bf16": (_OFF, "use bf16: true: adapters train in float32"),
     "resize_vocab": (_OFF, "resize the model's embeddings before training"),
     "rope_scaling": ((None,), "write rope_scaling into the model's config.json"),
@@ -170,7 +171,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_mca": (_OFF, "fastppo trains on one device; leave it out"),
     "use_mps_device": (_OFF, "training runs on CUDA, ROCm or the CPU; leave it out"),
     "use_muon": (_OFF, "use optim: adamw_torch, or leave it out"),
-    "use_swanlab": (_OFF, "use report_to: tensorboard, wandb or trackio"),
     "use_unsloth": (_OFF, "leave it out"),
     **GONE,
 }

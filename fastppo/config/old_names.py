@@ -84,8 +84,8 @@ NEEDLESS: dict[str, str] = {
     "nothing is served: sampling is the trainer's own": "system_message vllm_dtype",
     "records are encoded once, at the start": "dataset_map_batch_size",
     "data is read whole, and nothing is cached": "dataset_shards",
-    "trackers are named by report_to": """swanlab_config swanlab_description
-        swanlab_experiment_name swanlab_name""",
+    "SwanLab gets the run's own configuration": "swanlab_config swanlab_description",
+    "swanlab_run_name names SwanLab's run": "swanlab_experiment_name swanlab_name",
     "one process on one device": "num_workers",
 }
 

@@ -28,7 +28,8 @@ from fastppo.config.rm import RMKeys
 from fastppo.config.roles import ROLES_LISTS, CriticKeys, ReferenceKeys, TuningKeys, check_roles
 from fastppo.config.run import RunKeys
 from fastppo.config.sampling import EvaluationKeys, SamplingKeys
-from fastppo.config.training import TRAINING_LISTS, TrainingKeys
+from fastppo.config.tracking import TRACKING_LISTS, TrackingKeys
+from fastppo.config.training import TrainingKeys
 from fastppo.errors import UserError
 
 
@@ -39,6 +40,7 @@ class Config(
     RMKeys,
     EvaluationKeys,
     PPOKeys,
+    TrackingKeys,
     TrainingKeys,
     ReferenceKeys,
     CriticKeys,
@@ -161,7 +163,7 @@ SLIP = 0.85  # similarity from which a name is a key that was mistyped, not anot
 # Keys that are comma-separated strings in LLaMA-Factory; here they may also be YAML lists.
 COMMA_LISTS = (
     *DATA_LISTS,
-    *TRAINING_LISTS,
+    *TRACKING_LISTS,
     "ptx_dataset",
     "reward_model",
     "reward_model_type",

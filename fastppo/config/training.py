@@ -6,7 +6,6 @@ files are written, including keys that transformers 5 has dropped. No torch here
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from typing import Annotated, Any, Literal
 
@@ -16,8 +15,6 @@ from fastppo.config.key import HF, LF, OWN, Above0, Count, Keys, NonNegative, Po
 
 # An interval in steps; below 1 it is a share of the whole run.
 Every = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-TRACKERS = ("tensorboard", "wandb", "trackio")
-TRAINING_LISTS = ("report_to",)
 # bitsandbytes' optimisers -> bits of their state, and whether it is in paged memory.
 BITSANDBYTES = {
     "adamw_8bit": (8, False),
@@ -180,7 +177,7 @@ class OptimiserKeys(Keys):
 
 
 class LoggingKeys(Keys):
-    """Keys that say when to log, save and evaluate, and where logs go."""
+    """Keys that say when to log, save and evaluate."""
 
     title = "Logging, checkpoints, evaluation"
 
@@ -206,18 +203,6 @@ class LoggingKeys(Keys):
         LF,
         "Draw training_loss.png, and training_reward.png (ppo) or training_eval_loss.png and "
         "training_eval_accuracy.png (rm), into output_dir.",
-    )
-    report_to: str = key(
-        "none",
-        HF,
-        "tensorboard, wandb, trackio, several of them, all that are installed, or none.",
-    )
-    run_name: str | None = key(None, HF, "Name of the run in trackers; null is output_dir.")
-    project: str | None = key(
-        None, HF, "Trackers' project; null is WANDB_PROJECT of the environment, or fastppo."
-    )
-    logging_dir: str | None = key(
-        None, HF, "Where TensorBoard's files go; null is runs in output_dir."
     )
     save_strategy: Literal["no", "steps", "epoch"] = key(
         "steps", HF, "When to write a checkpoint: by save_steps, after each epoch, or never."
@@ -255,14 +240,6 @@ class LoggingKeys(Keys):
 class TrainingKeys(LoggingKeys, OptimiserKeys):
     """All keys that correspond to transformers' TrainingArguments."""
 
-    @property
-    def trackers(self) -> tuple[str, ...]:
-        """The trackers of report_to without duplicates; `all` means those that are installed."""
-        names = [name.strip() for name in self.report_to.split(",")]
-        if "all" in names:
-            names = [name for name in TRACKERS if importlib.util.find_spec(name) is not None]
-        return tuple(dict.fromkeys(name for name in names if name not in ("none", "")))
-
     def warmup(self, steps: int) -> int:
         """Number of warm-up steps in a run of `steps`, as transformers 4.52 computes it."""
         if self.warmup_steps >= 1:
@@ -296,12 +273,6 @@ class TrainingKeys(LoggingKeys, OptimiserKeys):
             raise ValueError(
                 "fp16: and bf16 are both true; keep bf16 where the GPU has it, else fp16"
             )
-        for name in self.report_to.split(","):
-            if name.strip() not in (*TRACKERS, "none", "all", ""):
-                raise ValueError(
-                    f"report_to: {name.strip()!r} is none of {', '.join(TRACKERS)}, all, none; "
-                    "choose one of them"
-                )
         for cadence in ("logging_steps", "save_steps", "eval_steps"):
             every = getattr(self, cadence)
             if every is not None and every > 1 and every != int(every):

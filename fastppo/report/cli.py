@@ -21,7 +21,7 @@ The file needs no network and no JavaScript. docs/report.md says what is in it.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write one report; returns the exit code: 2 for bad input, with one line on stderr."""
-    parser = Parser("fastppo-report", usage=USAGE, description=ABOUT, epilog=END)
+    parser = Parser("fastppo-report", usage=USAGE, description=ABOUT, epilog=END, takes_keys=False)
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     parser.options.add_argument(
         "--out", metavar="FILE", help="where the report goes; OUTPUT_DIR/report.html if left out"
@@ -53,10 +53,18 @@ def write(words: Sequence[str], out: str | None) -> Path:
     from fastppo.run.durable import write_text
 
     if len(words) != 1:
-        wrong = "no OUTPUT_DIR" if not words else f"{len(words)} folders"
+        keys = [f"'{word}': no key has a meaning here" for word in words if "=" in word]
+        wrong = keys[0] if keys else f"{len(words)} folders" if words else "no OUTPUT_DIR"
         raise UserError(f"{wrong}; name the output_dir of one run, for example saves/ppo")
-    run = read_run(Path(words[0]))
+    try:
+        run = read_run(Path(words[0]))
+    except OSError as error:
+        cause = f"{str(error.filename)[:200]}: {error.strerror}"
+        raise UserError(f"{cause}; name the output_dir of a run") from None
     path = run.folder / "report.html" if out is None else Path(out)
+    inside = path.resolve().parent == run.folder.resolve()
+    if inside and path.is_file() and path.suffix != ".html":
+        raise UserError(f"{path} is a file of the run; name another with --out FILE")
     try:
         write_text(path, page(run))
     except OSError as error:

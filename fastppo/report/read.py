@@ -59,6 +59,8 @@ def read_run(folder: Path) -> Run:
     Raises:
         UserError: `folder` is not there, or holds no run.
     """
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; name the output_dir of a run")
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; name the output_dir of a run")
     if not any((folder / name).is_file() for name in LEFT_BY_A_RUN):

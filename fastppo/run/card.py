@@ -163,3 +163,13 @@ def write(
         versions="\n".join([f"- fastppo {__version__}", *versions]),
     )
     card.save(folder / NAME)
+
+
+def for_repository(text: str, folder: Path, name: str) -> str:
+    """The card `text` of `folder` for the repository `name` on the hub: its code loads from there.
+
+    fastppo-export reads folders, so its line downloads the repository first.
+    """
+    export = f"fastppo-export {folder} "
+    downloaded = f"hf download {name} --local-dir FOLDER && fastppo-export FOLDER "
+    return text.replace(f'"{folder}")', f'"{name}")').replace(export, downloaded)

@@ -1,4 +1,4 @@
-"""What the two commands share: how they read their arguments, and what they keep quiet about.
+"""What the commands share: how they read their arguments, and what they keep quiet about.
 
 No torch here.
 """
@@ -24,7 +24,9 @@ class Answered(Exception):
 class Parser(argparse.ArgumentParser):
     """argparse with options among the key=value, and its complaints as a UserError: one line."""
 
-    def __init__(self, command: str, *, usage: str, description: str, epilog: str) -> None:
+    def __init__(
+        self, command: str, *, usage: str, description: str, epilog: str, takes_keys: bool = True
+    ) -> None:
         super().__init__(
             command,
             usage=usage,
@@ -34,6 +36,7 @@ class Parser(argparse.ArgumentParser):
             add_help=False,
             allow_abbrev=False,
         )
+        self.takes_keys = takes_keys  # whether key=value among the words overrides a key
         self.options = self.add_argument_group("options")
         self.options.add_argument("-h", "--help", action="help", help="this text")
         version = f"fastppo {__version__}"
@@ -49,7 +52,8 @@ class Parser(argparse.ArgumentParser):
         options, rest = self.parse_known_intermixed_args(arguments)
         for argument in rest:
             if argument.startswith("-"):
-                raise UserError(f"unknown option '{argument}'; keys are overridden as key=value")
+                cure = "keys are overridden as key=value" if self.takes_keys else "see --help"
+                raise UserError(f"unknown option '{argument}'; {cure}")
         return options
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:

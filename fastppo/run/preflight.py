@@ -16,7 +16,7 @@ from fastppo.config.training import BITSANDBYTES
 from fastppo.config.weights import BIN, SAFETENSORS, find_head, folder_shapes, weight_files
 from fastppo.data import Records, read_records
 from fastppo.errors import UserError
-from fastppo.run import durable
+from fastppo.run import durable, hub
 from fastppo.run.launch import check_one_process
 from fastppo.run.sizes import check_sizes, read_header
 from fastppo.templates import check_name
@@ -33,13 +33,17 @@ def check(config: Config, records: Records | None = None) -> Records:
     check_one_process("fastppo-train" if records is None else config.source, "output_dir")
     if config.hf_hub_token:
         os.environ["HF_TOKEN"] = config.hf_hub_token  # where all of the hub's clients look
+    if config.swanlab_api_key and "swanlab" in config.trackers:
+        os.environ["SWANLAB_API_KEY"] = config.swanlab_api_key
     try:
         check_name(config.template)
     except UserError as error:
         raise UserError(f"{config.source}: {error}") from None
     try:
         check_files(config)
-        return read_records(config) if records is None else records
+        found = read_records(config) if records is None else records
+        hub.check(config)
+        return found
     except OSError as error:
         raise UserError(
             f"{config.source}: {str(error.filename)[:200]}: {error.strerror}; check the path"

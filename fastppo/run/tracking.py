@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import string
 import time
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -64,6 +65,9 @@ class Trackers:
                 elif name == "wandb":
                     run = run or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
                     tracker = make(project, name=shown, id=run, resume="allow")
+                elif name == "swanlab":
+                    run = run or swanlab_id()
+                    tracker = make(config.swanlab_project or project, **swanlab_run(config, run))
                 else:  # trackio knows a run by its name
                     goes_on = {} if run is None else {"resume": "allow"}
                     tracker = make(project, name=run or shown, **goes_on)
@@ -129,6 +133,23 @@ class Trackers:
             tracker.finish()
 
 
+def swanlab_id() -> str:
+    """A new id for a run: SwanLab's earlier releases take 21 letters and digits, no fewer."""
+    return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(21))
+
+
+def swanlab_run(config: Config, run: str) -> dict[str, Any]:
+    """The arguments of SwanLab's `init` for the run of this id, which goes on if it is there."""
+    found: dict[str, Any] = {
+        "name": config.swanlab_run_name or config.run_name or config.output_dir,
+        "workspace": config.swanlab_workspace,
+        "logdir": config.swanlab_logdir,
+        # Runs that stay on this machine have no id, and none goes on.
+        **({"mode": "local"} if config.swanlab_mode == "local" else {"id": run, "resume": "allow"}),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def send_table(name: str, tracker: Any, data: list[list[Any]], step: int) -> None:
     """Send rows of SAMPLE_COLUMNS as the table eval/samples, as the tracker `name` takes one."""
     if name == "wandb":
@@ -139,6 +160,10 @@ def send_table(name: str, tracker: Any, data: list[list[Any]], step: int) -> Non
 
         frame = pandas.DataFrame(data, columns=[*SAMPLE_COLUMNS])
         tracker.log({TABLE: trackio.Table(dataframe=frame)}, step=step)
+    elif name == "swanlab":
+        import swanlab
+
+        tracker.log({TABLE: swanlab.Text(markdown_table(data))}, step=step)
     else:
         tracker.log({TABLE: markdown_table(data)}, step=step)
 
@@ -169,7 +194,7 @@ def earlier_runs(folder: Path) -> dict[str, str]:
 
 def settings(config: Config) -> dict[str, bool | str | float | int]:
     """The configuration in types that every tracker takes, without what is secret."""
-    plain = config.model_dump(exclude={"hf_hub_token"})
+    plain = config.model_dump(exclude={"hf_hub_token", "swanlab_api_key"})
     return {
         name: value if isinstance(value, bool | str | float | int) else str(value)
         for name, value in plain.items()

@@ -80,6 +80,7 @@ DEFAULTS: dict[str, Any] = {
     "disable_tqdm": None,
     "gradient_checkpointing": None,  # activation_offloading: checkpoint
     "report_to": "none",
+    "hub_strategy": "end",
     "project": None,
 }
 EVAL_STEPS = 500  # where neither eval_steps nor logging_steps is given

@@ -98,7 +98,7 @@ HARMLESS: dict[str, TrlName] = {
     ),
     "optimize_cuda_cache": TrlName(bool, OLD, None, "memory is given back where it helps"),
     "optimize_device_cache": TrlName(bool, OLD, False, "memory is given back where it helps"),
-    "compare_steps": TrlName(int, OLD, 1, "nothing is uploaded"),
+    "compare_steps": TrlName(int, OLD, 1, "push_to_hub uploads once, after training"),
     "dataset_num_proc": TrlName(int, NEW, None, "records are encoded once, at the start"),
     "num_sample_generations": TrlName(
         int, NEW, 10, "each evaluation writes samples: eval_strategy, eval_steps"
@@ -112,9 +112,7 @@ REFUSED: dict[str, TrlName] = {
     ),
     "accelerator_kwargs": TrlName(dict, OLD, {}, "use bf16, fp16, gradient_accumulation_steps"),
     "project_kwargs": TrlName(dict, OLD, {}, "use output_dir and logging_dir"),
-    "push_to_hub_if_best_kwargs": TrlName(
-        dict, OLD, {}, "upload output_dir with the hub's own command"
-    ),
+    "push_to_hub_if_best_kwargs": TrlName(dict, OLD, {}, "use push_to_hub"),
     "is_encoder_decoder": TrlName(bool, OLD, None, "give a causal language model"),
 }
 TABLES = (RENAMED, COMPUTED, ARGUMENTS, HARMLESS, REFUSED)

@@ -15,7 +15,7 @@ from fastppo.data import encode_prompts
 from fastppo.errors import Interrupted, UserError
 from fastppo.ppo import checkpoint, evaluation, log, trainer
 from fastppo.ppo.state import State, init_state
-from fastppo.run import durable
+from fastppo.run import durable, hub
 from fastppo.run.launch import check_one_process
 from fastppo.run.preflight import check
 from fastppo.run.save import save_with_value_head
@@ -196,6 +196,7 @@ class PPOTrainer:
             if stop.signal == signal.SIGINT:
                 raise KeyboardInterrupt(str(stop)) from None
             raise SystemExit(128 + stop.signal) from None
+        hub.push(self._state.config)
         return log.train_metrics(self._state)
 
     def evaluate(self, eval_dataset: Any = None) -> dict[str, Any]:
@@ -244,6 +245,14 @@ class PPOTrainer:
         folder = Path(output_dir or self.config.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.save(self._state, folder)
+
+    def push_to_hub(self, *_: Any, **__: Any) -> None:
+        """Upload the policy in `output_dir` and its card to the hub, into `args.hub_model_id`.
+
+        `train` does so at its end with `push_to_hub=True`; without a change nothing is sent anew.
+        TRL's arguments (a commit message, tags of the card) are accepted and not used.
+        """
+        hub.upload(self.config)
 
     def save_value_model(self, output_dir: str | Path) -> None:
         """Save the critic's model and head as TRL's AutoModelForCausalLMWithValueHead is saved.

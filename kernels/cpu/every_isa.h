@@ -33,23 +33,37 @@ __asm__(".symver log,log@GLIBC_2.2.5");
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 
+// What GCC sets for all that follows, Clang adds to each function.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
+#endif
 #define FASTPPO_ISA avx512
 #define FASTPPO_LANES 16
 #include FASTPPO_FILE
 #undef FASTPPO_ISA
 #undef FASTPPO_LANES
-#pragma GCC pop_options
 
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
+#endif
 #define FASTPPO_ISA avx2
 #define FASTPPO_LANES 8
 #include FASTPPO_FILE
 #undef FASTPPO_ISA
 #undef FASTPPO_LANES
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
 #pragma GCC pop_options
+#endif
 
 // The function of the width that runs here, out of the three that were compiled.
 #define FASTPPO_PICK(function)                        \

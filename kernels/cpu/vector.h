@@ -254,9 +254,17 @@ static inline float max_of(Floats v) {
 }
 // A tree, so that its depth and not its length delays the next sum.
 static inline float tree_sum(Floats v) {
+#if defined(__clang__)  // which has no shuffle by a variable, and makes one of the loop
+  for (int half = LANES / 2; half; half /= 2) {
+    Floats other;
+    for (int i = 0; i < LANES; i++) other[i] = v[i ^ half];
+    v += other;
+  }
+#else
   Ints lane;
   for (int i = 0; i < LANES; i++) lane[i] = i;
   for (int half = LANES / 2; half; half /= 2) v += __builtin_shuffle(v, lane ^ half);
+#endif
   return v[0];
 }
 

@@ -7,6 +7,7 @@ loops run the cases through `main(argv)` (`tests/config/test_bad_input.py` witho
 and `docs/bad_input.md` is made from them (`page.py`).
 
     keys, without, stage    changes to the run's file, a key left out, rm in place of ppo
+    command                 fastppo-report in place of fastppo-train
     text, arguments         the whole file, or the whole command line, in place of the usual
     entry                   a dataset_info.json of the one set `d`, which the run then names
     files                   path -> content: text, bytes, JSON; null takes the file away
@@ -39,6 +40,7 @@ FOLDER = Path(__file__).parent
 # Area -> its heading on the page.
 AREAS = {
     "command_line": "Command line and file",
+    "report": "fastppo-report",
     "keys": "Keys, one by one",
     "together": "Keys against another, and against the disk",
     "roles": "Roles",
@@ -51,7 +53,7 @@ AREAS = {
     "ops": "Operators",
 }
 # Refused before torch is imported, and by what needs a model to see it.
-LIGHT = ("command_line", "keys", "together", "roles", "data", "rewards", "checkpoints")
+LIGHT = ("command_line", "report", "keys", "together", "roles", "data", "rewards", "checkpoints")
 HEAVY = ("models", "endpoints", "functions")
 
 
@@ -62,6 +64,7 @@ class Case:
     area: str
     wrong: str
     line: str
+    command: str = "fastppo-train"
     keys: dict[str, Any] = field(default_factory=dict)
     without: str = ""
     stage: str = "ppo"

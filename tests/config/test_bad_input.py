@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from fastppo.cli import main
+from fastppo.report.cli import main as report
 from tests.bad import AREAS, LIGHT, Case, cases
 from tests.bad.cure import cured, written_cures
 from tests.bad.page import ALWAYS, page
@@ -39,11 +40,11 @@ def test_bad_input(project, capsys, monkeypatch, tmp_path_factory, case: Case):
     for folder, size in case.heads.items():
         write_head(project / folder, size)
     before = tree(project)
-    code = main(argv)
+    code = report(argv) if case.command == "fastppo-report" else main(argv)
     out, err = capsys.readouterr()
     assert code == 2, (out, err)
     assert err.count("\n") == 1
-    line = err.removeprefix("fastppo-train: error: ").rstrip("\n")
+    line = err.removeprefix(f"{case.command}: error: ").rstrip("\n")
     assert case.is_said(line), line
     assert "Traceback" not in out
     assert not case.secret or case.secret not in out + err

@@ -14,7 +14,8 @@ from fastppo.config.file import read_file
 from fastppo.config.old_names import RENAMED
 from fastppo.config.ppo import ALIASES, ELSEWHERE
 from fastppo.config.schema import COMMA_LISTS, INTERNAL, STAGE_KEYS, config_from_dict, suggest_key
-from fastppo.config.training import TRACKERS, due
+from fastppo.config.tracking import TRACKERS
+from fastppo.config.training import due
 from fastppo.errors import UserError
 from tests.config.llamafactory_page import KEYS, page
 from tests.project import PPO, RM

@@ -185,36 +185,6 @@ def test_a_reward_model_has_its_loss_accuracy_and_margin(tmp_path):
     assert "the actor's" not in text  # what learning_rate means in stage ppo
 
 
-@pytest.mark.parametrize(
-    ("arguments", "line"),
-    [
-        ([], "no OUTPUT_DIR; name the output_dir of one run, for example saves/ppo"),
-        (["one", "two"], "2 folders; name the output_dir of one run, for example saves/ppo"),
-        (["absent"], "no folder absent; name the output_dir of a run"),
-        (
-            ["empty"],
-            "empty holds no run of fastppo-train (none of fastppo_info.json, fastppo_run.json, "
-            "trainer_log.jsonl, eval_results.json); name its output_dir",
-        ),
-        (
-            ["run", "--out", "absent/report.html"],
-            "absent/report.html cannot be written (No such file or directory); name another with "
-            "--out FILE",
-        ),
-        (["run", "--fast"], "unknown option '--fast'; keys are overridden as key=value"),
-    ],
-)
-def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys, arguments, line):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    write_run(tmp_path / "run")
-    before = sorted(tmp_path.rglob("*"))
-    assert main(arguments) == 2
-    out, err = capsys.readouterr()
-    assert (out, err) == ("", f"fastppo-report: error: {line}\n")
-    assert sorted(tmp_path.rglob("*")) == before
-
-
 def test_out_names_the_file_and_leaves_the_run_alone(tmp_path):
     folder = write_run(tmp_path / "run")
     assert main([str(folder), "--out", str(tmp_path / "other.html")]) == 0

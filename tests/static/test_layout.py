@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "fastppo"
 CODE = sorted(
     path
-    for folder in ("fastppo", "kernels", "benchmarks", "examples", "tests")
+    for folder in ("fastppo", "kernels", "benchmarks", "docs", "examples", "tests")
     for path in (ROOT / folder).rglob("*.py")
     if "fastppo/kernels" not in path.as_posix()
     and not any(part.startswith(".") for part in path.relative_to(ROOT).parts)  # the peers
