@@ -135,7 +135,7 @@ def test_the_rule_by_every_method(config, dtype, vocab):
 
 
 @CAN_RUN
-@pytest.mark.parametrize("method", ["ahead", "two launches"])
+@pytest.mark.parametrize("method", [pytest.param("ahead", marks=pytest.mark.slow), "two launches"])
 def test_the_order_of_a_rows_sums_is_not_the_methods(method):
     """The same bits as with a tile at a time, in chunks too: only the loads' time differs."""
     op = OPS["policy_loss"]
@@ -154,7 +154,11 @@ def test_the_order_of_a_rows_sums_is_not_the_methods(method):
 
 
 @CAN_RUN
-@pytest.mark.parametrize("config", [METHODS[0], METHODS[4], METHODS[6]], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    slow_unless(lambda c: c.method == "held", [METHODS[0], METHODS[4], METHODS[6]]),
+    ids=str,
+)
 def test_in_place_by_every_method(config):
     """No logit is read after its gradient was written over it."""
     inputs = place(
