@@ -23,12 +23,15 @@ from fastppo.kernels.row import (
 )
 from fastppo.kernels.tile import (
     ends,
+    is_in_row,
     is_whole,
     load_last,
     load_tile,
+    load_words,
     on_boundary,
     split_row,
     tile_offsets,
+    values,
 )
 
 
@@ -88,8 +91,30 @@ def logit_gradient(
 
 
 @triton.jit
+def store_gradient(
+    words,
+    ptr,
+    scale,
+    reference,
+    a,
+    b,
+    softcap,
+    TYPE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+):
+    """The gradient of a tile of logits that is given as it lies in memory."""
+    VECTOR: tl.constexpr = 128 // TYPE.primitive_bitwidth
+    x = values(words, TYPE)
+    dx = logit_gradient(x, scale, reference, a, b, softcap, HAS_SOFTCAP, HAS_ENTROPY)
+    offsets = tile_offsets(words.shape[0], words.shape[1], VECTOR)
+    tl.store(ptr + offsets, dx.to(ptr.dtype.element_ty), eviction_policy="evict_first")
+
+
+@triton.jit
 def write_gradient(
     row_ptr,
+    words,
     out_ptr,
     V,
     token,
@@ -103,6 +128,7 @@ def write_gradient(
     HAS_SOFTCAP: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
     ALIGNED: tl.constexpr,
+    METHOD: tl.constexpr,
     TOGETHER: tl.constexpr,
     TILES: tl.constexpr,
     THREADS: tl.constexpr,
@@ -110,10 +136,12 @@ def write_gradient(
     """The gradient of one row; may overwrite it.
 
     Back to front: what the first sweep read last is still in the caches. TOGETHER: the gradient's
-    row lies as the logits' does, and is written in the same vectors.
+    row lies as the logits' does, and is written in the same vectors. METHOD is that of `sweep`.
     """
-    VECTOR: tl.constexpr = 128 // row_ptr.dtype.element_ty.primitive_bitwidth
+    TYPE: tl.constexpr = row_ptr.dtype.element_ty
+    VECTOR: tl.constexpr = 128 // TYPE.primitive_bitwidth
     ROUND: tl.constexpr = THREADS * VECTOR
+    TILE: tl.constexpr = TILES * ROUND
     out_type = out_ptr.dtype.element_ty
     scale, reference, a, b = row_factors(row_max, sum_exp, entropy, g, h, tau)
     head, count = split_row(row_ptr, V, ALIGNED)
@@ -128,7 +156,9 @@ def write_gradient(
     whole_out_ptr = out_ptr + head
     if TOGETHER:
         whole_out_ptr = on_boundary(out_ptr, head, ALIGNED)
-    full = count // (TILES * ROUND) * (TILES * ROUND)
+    full = count // TILE * TILE
+    if METHOD == "held":
+        full = count
     if not ALIGNED:
         at, is_end = ends(head, count, V, VECTOR)
         x_ends = load_ends(row_ptr, head, count, V, "evict_first")
@@ -146,11 +176,56 @@ def write_gradient(
             eviction_policy="evict_first",
         )
     offsets = tile_offsets(TILES, THREADS, VECTOR)
-    for back in range(0, full, TILES * ROUND):
-        start = full - TILES * ROUND - back
-        x = load_tile(whole_ptr + start, TILES, THREADS, "evict_first")
-        dx = logit_gradient(x, scale, reference, a, b, softcap, HAS_SOFTCAP, HAS_ENTROPY)
-        tl.store(whole_out_ptr + start + offsets, dx.to(out_type), eviction_policy="evict_first")
+    if METHOD == "held":
+        dx = logit_gradient(
+            values(words, TYPE), scale, reference, a, b, softcap, HAS_SOFTCAP, HAS_ENTROPY
+        )
+        inside = is_in_row(count, TILES, THREADS, VECTOR)
+        tl.store(
+            whole_out_ptr + offsets, dx.to(out_type), mask=inside, eviction_policy="evict_first"
+        )
+    elif METHOD == "ahead":
+        if full > 0:
+            last = full - TILE
+            near = load_words(whole_ptr + last, TILES, THREADS, "evict_first")
+            for back in range(TILE, full - TILE, 2 * TILE):
+                place = last - back
+                far = load_words(whole_ptr + place, TILES, THREADS, "evict_first")
+                to = whole_out_ptr + place + TILE
+                store_gradient(
+                    near, to, scale, reference, a, b, softcap, TYPE, HAS_SOFTCAP, HAS_ENTROPY
+                )
+                near = load_words(whole_ptr + place - TILE, TILES, THREADS, "evict_first")
+                to = whole_out_ptr + place
+                store_gradient(
+                    far, to, scale, reference, a, b, softcap, TYPE, HAS_SOFTCAP, HAS_ENTROPY
+                )
+            even = full // TILE % 2 == 0
+            to = whole_out_ptr + tl.where(even, TILE, 0)
+            store_gradient(
+                near, to, scale, reference, a, b, softcap, TYPE, HAS_SOFTCAP, HAS_ENTROPY
+            )
+            if even:
+                far = load_words(whole_ptr, TILES, THREADS, "evict_first")
+                store_gradient(
+                    far,
+                    whole_out_ptr,
+                    scale,
+                    reference,
+                    a,
+                    b,
+                    softcap,
+                    TYPE,
+                    HAS_SOFTCAP,
+                    HAS_ENTROPY,
+                )
+    else:
+        for back in range(0, full, TILE):
+            start = full - TILE - back
+            x = load_tile(whole_ptr + start, TILES, THREADS, "evict_first")
+            dx = logit_gradient(x, scale, reference, a, b, softcap, HAS_SOFTCAP, HAS_ENTROPY)
+            to = whole_out_ptr + start + offsets
+            tl.store(to, dx.to(out_type), eviction_policy="evict_first")
     # Every thread's vectors are written before the token's own gradient goes over one of them.
     tl.debug_barrier()
     tl.store(out_ptr + tl.where(known, token, 0), dx_token.to(out_type), mask=known)

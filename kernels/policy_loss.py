@@ -11,15 +11,8 @@ import triton.language as tl
 
 from fastppo.kernels.compilation import kernel
 from fastppo.kernels.gradient import write_gradient
-from fastppo.kernels.row import (
-    finish_statistics,
-    log2_scale_of,
-    row_statistics,
-    row_temperature,
-    sampled_logit,
-    scalar,
-)
-from fastppo.kernels.tile import fill_zero, row_of
+from fastppo.kernels.row import row_logprob, row_temperature, scalar
+from fastppo.kernels.tile import fill_zero, load_row, row_of
 from fastppo.kernels.token_kl import expm1_minus_arg, kl_and_slope
 
 
@@ -65,6 +58,8 @@ def policy_loss_kernel(
     entropy_ptr,
     kl_ptr,
     term_ptr,
+    row_max_ptr,
+    sum_exp_ptr,
     temperature,
     kl_coef,
     entropy_coef,
@@ -91,13 +86,15 @@ def policy_loss_kernel(
     TEMPERATURE_KIND: tl.constexpr,
     TERMS: tl.constexpr,
     ALIGNED: tl.constexpr,
+    METHOD: tl.constexpr,
     TOGETHER: tl.constexpr,
     TILES: tl.constexpr,
     THREADS: tl.constexpr,
 ):
     """Statistics, the row's share of every metric and of the loss, and dL/dx unless dx_ptr is None.
 
-    `term_ptr` is (TERMS, N): the metrics in the order of PolicyMetrics, the loss last.
+    `term_ptr` is (TERMS, N): the metrics in the order of PolicyMetrics, the loss last. Where
+    `row_max_ptr` is not None, token_logprobs_kernel has written a row's statistics before.
     """
     for own in range(tl.program_id(0), n_rows, tl.num_programs(0)):
         own = tl.cast(own, tl.int64)
@@ -112,11 +109,28 @@ def policy_loss_kernel(
             advantage = tl.load(advantage_ptr + row).to(tl.float32)
             beta = scalar(kl_coef, KL_COEF_ON_DEVICE)
             bonus = scalar(entropy_coef, ENTROPY_COEF_ON_DEVICE)
-            u = sampled_logit(row_ptr, token, V, softcap, HAS_SOFTCAP)
-            row_max, sum_exp, mean_shift = row_statistics(
-                row_ptr, V, softcap, log2_scale_of(tau), HAS_SOFTCAP, ALIGNED, TILES, THREADS
-            )
-            logprob, entropy, _ = finish_statistics(u, row_max, sum_exp, mean_shift, tau)
+            words = None
+            if METHOD == "held":
+                words = load_row(row_ptr, V, ALIGNED, TILES, THREADS)
+            if row_max_ptr is None:
+                logprob, entropy, row_max, sum_exp = row_logprob(
+                    row_ptr,
+                    words,
+                    token,
+                    V,
+                    softcap,
+                    tau,
+                    HAS_SOFTCAP,
+                    ALIGNED,
+                    METHOD,
+                    TILES,
+                    THREADS,
+                )
+            else:
+                logprob = tl.load(logprob_ptr + row)
+                entropy = tl.load(entropy_ptr + row)
+                row_max = tl.load(row_max_ptr + row)
+                sum_exp = tl.load(sum_exp_ptr + row)
 
             loss, slope, ratio, log_ratio, clipped_low, clipped_high, dual_clipped, clamped = (
                 surrogate(
@@ -171,6 +185,7 @@ def policy_loss_kernel(
                 scale = scalar(grad_scale, GRAD_SCALE_ON_DEVICE)
                 write_gradient(
                     row_ptr,
+                    words,
                     row_of(dx_ptr, own, dx_stride, ALIGNED),
                     V,
                     token,
@@ -184,6 +199,7 @@ def policy_loss_kernel(
                     HAS_SOFTCAP,
                     HAS_ENTROPY,
                     ALIGNED,
+                    METHOD,
                     TOGETHER,
                     TILES,
                     THREADS,

@@ -16,7 +16,16 @@ The reference is rounded, and every shift is taken from the same one, so its rou
 import triton
 import triton.language as tl
 
-from fastppo.kernels.tile import ends, is_whole, load_last, load_tile, on_boundary, split_row
+from fastppo.kernels.tile import (
+    ends,
+    is_whole,
+    load_last,
+    load_tile,
+    load_words,
+    on_boundary,
+    split_row,
+    values,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -192,19 +201,47 @@ def merge_threads(row_max, reference, sum_exp2, sum_shift, scale):
 
 
 @triton.jit
+def accumulate_words(
+    words,
+    row_max,
+    reference,
+    sum_exp2,
+    sum_shift,
+    softcap,
+    scale,
+    TYPE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """A thread's sums with a tile more, as it lies in memory."""
+    u = capped(values(words, TYPE), softcap, HAS_SOFTCAP)
+    row_max, reference, sum_exp2, sum_shift, _rescale, _e = accumulate(
+        u, row_max, reference, sum_exp2, sum_shift, scale
+    )
+    return row_max, reference, sum_exp2, sum_shift
+
+
+@triton.jit
 def sweep(
     row_ptr,
+    words,
     V,
     softcap,
     scale,
     HAS_SOFTCAP: tl.constexpr,
     ALIGNED: tl.constexpr,
+    METHOD: tl.constexpr,
     TILES: tl.constexpr,
     THREADS: tl.constexpr,
 ):
-    """row_max, sum_exp2 and sum_shift of one row, read front to back and wanted again."""
-    VECTOR: tl.constexpr = 128 // row_ptr.dtype.element_ty.primitive_bitwidth
+    """row_max, sum_exp2 and sum_shift of one row, read front to back and wanted again.
+
+    METHOD: "tiles" loads a tile and computes it; "ahead" loads the next one before it computes a
+    tile; "held" has all of the row in `words`.
+    """
+    TYPE: tl.constexpr = row_ptr.dtype.element_ty
+    VECTOR: tl.constexpr = 128 // TYPE.primitive_bitwidth
     ROUND: tl.constexpr = THREADS * VECTOR
+    TILE: tl.constexpr = TILES * ROUND
     head, count = split_row(row_ptr, V, ALIGNED)
     row_max = lowest(scale) + tl.zeros([THREADS], tl.float32)
     sum_exp2 = tl.zeros([THREADS], tl.float32)
@@ -218,13 +255,40 @@ def sweep(
         sum_shift = at_first(end_shift, 0.0, THREADS)
     reference = reference_of(row_max, scale)
     whole_ptr = on_boundary(row_ptr, head, ALIGNED)
-    full = count // (TILES * ROUND) * (TILES * ROUND)
-    for start in range(0, full, TILES * ROUND):
-        x = load_tile(whole_ptr + start, TILES, THREADS, "evict_last")
-        u = capped(x, softcap, HAS_SOFTCAP)
-        row_max, reference, sum_exp2, sum_shift, _rescale, _e = accumulate(
-            u, row_max, reference, sum_exp2, sum_shift, scale
+    full = count // TILE * TILE
+    if METHOD == "held":
+        full = count
+        row_max, reference, sum_exp2, sum_shift = accumulate_words(
+            words, row_max, reference, sum_exp2, sum_shift, softcap, scale, TYPE, HAS_SOFTCAP
         )
+    elif METHOD == "ahead":
+        if full > 0:
+            near = load_words(whole_ptr, TILES, THREADS, "evict_last")
+            # Two tiles a turn, so that none is copied from one register to another.
+            for start in range(TILE, full - TILE, 2 * TILE):
+                far = load_words(whole_ptr + start, TILES, THREADS, "evict_last")
+                row_max, reference, sum_exp2, sum_shift = accumulate_words(
+                    near, row_max, reference, sum_exp2, sum_shift, softcap, scale, TYPE, HAS_SOFTCAP
+                )
+                near = load_words(whole_ptr + start + TILE, TILES, THREADS, "evict_last")
+                row_max, reference, sum_exp2, sum_shift = accumulate_words(
+                    far, row_max, reference, sum_exp2, sum_shift, softcap, scale, TYPE, HAS_SOFTCAP
+                )
+            row_max, reference, sum_exp2, sum_shift = accumulate_words(
+                near, row_max, reference, sum_exp2, sum_shift, softcap, scale, TYPE, HAS_SOFTCAP
+            )
+            if full // TILE % 2 == 0:
+                far = load_words(whole_ptr + full - TILE, TILES, THREADS, "evict_last")
+                row_max, reference, sum_exp2, sum_shift = accumulate_words(
+                    far, row_max, reference, sum_exp2, sum_shift, softcap, scale, TYPE, HAS_SOFTCAP
+                )
+    else:
+        for start in range(0, full, TILE):
+            x = load_tile(whole_ptr + start, TILES, THREADS, "evict_last")
+            u = capped(x, softcap, HAS_SOFTCAP)
+            row_max, reference, sum_exp2, sum_shift, _rescale, _e = accumulate(
+                u, row_max, reference, sum_exp2, sum_shift, scale
+            )
     for start in range(full, count, ROUND):
         inside = is_whole(start, count, THREADS, VECTOR)
         x = load_last(whole_ptr + start, inside, THREADS, "evict_last")
@@ -238,11 +302,13 @@ def sweep(
 @triton.jit
 def row_statistics(
     row_ptr,
+    words,
     V,
     softcap,
     log2_scale,
     HAS_SOFTCAP: tl.constexpr,
     ALIGNED: tl.constexpr,
+    METHOD: tl.constexpr,
     TILES: tl.constexpr,
     THREADS: tl.constexpr,
 ):
@@ -256,7 +322,7 @@ def row_statistics(
     while sweeps < 3:
         scale = held
         row_max, sum_exp2, sum_shift = sweep(
-            row_ptr, V, softcap, scale, HAS_SOFTCAP, ALIGNED, TILES, THREADS
+            row_ptr, words, V, softcap, scale, HAS_SOFTCAP, ALIGNED, METHOD, TILES, THREADS
         )
         held = next_scale(row_max, scale, log2_scale)
         sweeps = tl.where(held == scale, 3, sweeps + 1)
@@ -293,3 +359,27 @@ def finish_statistics(u_sampled, row_max, sum_exp, mean_shift, tau):
     logprob = tl.div_rn(u_sampled - row_max, tau) - log_sum_exp
     entropy = tl.where(sum_exp == 0, 0.0, log_sum_exp - mean_shift * LN2)
     return tl.where(sum_exp == 0, MASKED, logprob), entropy, log_sum_exp
+
+
+@triton.jit
+def row_logprob(
+    row_ptr,
+    words,
+    token,
+    V,
+    softcap,
+    tau,
+    HAS_SOFTCAP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    METHOD: tl.constexpr,
+    TILES: tl.constexpr,
+    THREADS: tl.constexpr,
+):
+    """Log-prob of the sampled token and entropy of a row; its row_max and sum_exp."""
+    u = sampled_logit(row_ptr, token, V, softcap, HAS_SOFTCAP)
+    scale = log2_scale_of(tau)
+    row_max, sum_exp, mean_shift = row_statistics(
+        row_ptr, words, V, softcap, scale, HAS_SOFTCAP, ALIGNED, METHOD, TILES, THREADS
+    )
+    logprob, entropy, _ = finish_statistics(u, row_max, sum_exp, mean_shift, tau)
+    return logprob, entropy, row_max, sum_exp

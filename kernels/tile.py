@@ -64,6 +64,50 @@ def pairs(words):
 
 
 @triton.jit
+def values(words, dtype: tl.constexpr):
+    """The logits of words as they lie in memory, in float32."""
+    if dtype == tl.bfloat16:
+        return pairs(words)
+    elif dtype == tl.float16:
+        even = words.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        odd = (words >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        both = tl.join(even, odd)
+        return tl.reshape(both, [words.shape[0], words.shape[1], 2 * words.shape[2]])
+    else:
+        return words.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_words(ptr, TILES: tl.constexpr, THREADS: tl.constexpr, POLICY: tl.constexpr):
+    """A tile as it lies in memory, at an address that 16 divides: four words of each vector."""
+    words_ptr = ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    return tl.load(words_ptr + tile_offsets(TILES, THREADS, 4), eviction_policy=POLICY)
+
+
+@triton.jit
+def is_in_row(count, TILES: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr):
+    """Which vectors are among the row's, in a tile that is as long as the row or longer."""
+    tile = tl.arange(0, TILES)[:, None, None] * (THREADS * VECTOR)
+    return tile + tl.arange(0, THREADS)[None, :, None] * VECTOR < count
+
+
+@triton.jit
+def load_row(row_ptr, V, ALIGNED: tl.constexpr, TILES: tl.constexpr, THREADS: tl.constexpr):
+    """All whole vectors of a row as they lie in memory; logits of -inf behind its last."""
+    BITS: tl.constexpr = row_ptr.dtype.element_ty.primitive_bitwidth
+    head, count = split_row(row_ptr, V, ALIGNED)
+    words_ptr = on_boundary(row_ptr, head, ALIGNED).to(tl.pointer_type(tl.int32), bitcast=True)
+    masked = -8388608
+    if row_ptr.dtype.element_ty == tl.bfloat16:  # two of -inf
+        masked = -8323200
+    elif row_ptr.dtype.element_ty == tl.float16:
+        masked = -67044352
+    inside = is_in_row(count, TILES, THREADS, 128 // BITS)
+    offsets = tile_offsets(TILES, THREADS, 4)
+    return tl.load(words_ptr + offsets, mask=inside, other=masked, eviction_policy="evict_first")
+
+
+@triton.jit
 def load_tile(
     ptr, TILES: tl.constexpr, THREADS: tl.constexpr, POLICY: tl.constexpr, WIDE: tl.constexpr = True
 ):

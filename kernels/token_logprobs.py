@@ -4,18 +4,22 @@ A program goes over one row, or over every num_programs-th. Logits are those of 
 onwards, a chunk; what is one a token is whole.
 """
 
+import triton
 import triton.language as tl
 
 from fastppo.kernels.compilation import kernel
 from fastppo.kernels.gradient import write_gradient
-from fastppo.kernels.row import (
-    finish_statistics,
-    log2_scale_of,
-    row_statistics,
-    row_temperature,
-    sampled_logit,
-)
+from fastppo.kernels.row import row_logprob, row_temperature
 from fastppo.kernels.tile import fill_zero, row_of
+
+
+@triton.jit
+def takes_part(token, ignore_index, live_ptr, row):
+    """`live_ptr` is a weight a row, 0 where the row takes no part, or None: the token decides."""
+    live = token != ignore_index
+    if live_ptr is not None:
+        live = live & (tl.load(live_ptr + row).to(tl.float32) != 0)
+    return live
 
 
 @kernel("ignore_index", "first_row", "n_rows", "V", "x_stride")
@@ -37,29 +41,35 @@ def token_logprobs_kernel(
     HAS_SOFTCAP: tl.constexpr,
     TEMPERATURE_KIND: tl.constexpr,
     ALIGNED: tl.constexpr,
+    METHOD: tl.constexpr,
     TILES: tl.constexpr,
     THREADS: tl.constexpr,
 ):
-    """`live_ptr` is a weight a row, 0 where the row takes no part, or None: the token decides."""
+    """Statistics of the rows that take part."""
     for own in range(tl.program_id(0), n_rows, tl.num_programs(0)):
         own = tl.cast(own, tl.int64)
         row = first_row + own
         token = tl.load(token_ptr + row)
-        live = token != ignore_index
-        if live_ptr is not None:
-            live = live & (tl.load(live_ptr + row).to(tl.float32) != 0)
         logprob = 0.0
         entropy = 0.0
         row_max = 0.0
         sum_exp = 1.0
-        if live:
+        if takes_part(token, ignore_index, live_ptr, row):
             row_ptr = row_of(x_ptr, own, x_stride, ALIGNED)
             tau = row_temperature(temperature, row, TEMPERATURE_KIND)
-            u = sampled_logit(row_ptr, token, V, softcap, HAS_SOFTCAP)
-            row_max, sum_exp, mean_shift = row_statistics(
-                row_ptr, V, softcap, log2_scale_of(tau), HAS_SOFTCAP, ALIGNED, TILES, THREADS
+            logprob, entropy, row_max, sum_exp = row_logprob(
+                row_ptr,
+                None,
+                token,
+                V,
+                softcap,
+                tau,
+                HAS_SOFTCAP,
+                ALIGNED,
+                METHOD,
+                TILES,
+                THREADS,
             )
-            logprob, entropy, _ = finish_statistics(u, row_max, sum_exp, mean_shift, tau)
         tl.store(logprob_ptr + row, logprob)
         tl.store(entropy_ptr + row, entropy)
         tl.store(row_max_ptr + row, row_max)
@@ -89,6 +99,7 @@ def token_logprobs_backward_kernel(
     HAS_SOFTCAP: tl.constexpr,
     TEMPERATURE_KIND: tl.constexpr,
     ALIGNED: tl.constexpr,
+    METHOD: tl.constexpr,
     TOGETHER: tl.constexpr,
     TILES: tl.constexpr,
     THREADS: tl.constexpr,
@@ -98,11 +109,8 @@ def token_logprobs_backward_kernel(
         own = tl.cast(own, tl.int64)
         row = first_row + own
         token = tl.load(token_ptr + row)
-        live = token != ignore_index
-        if live_ptr is not None:
-            live = live & (tl.load(live_ptr + row).to(tl.float32) != 0)
         out_ptr = row_of(dx_ptr, own, dx_stride, ALIGNED)
-        if live:
+        if takes_part(token, ignore_index, live_ptr, row):
             tau = row_temperature(temperature, row, TEMPERATURE_KIND)
             g = 0.0
             if g_ptr is not None:
@@ -114,6 +122,7 @@ def token_logprobs_backward_kernel(
                 h = tl.load(h_ptr + row).to(tl.float32)
             write_gradient(
                 row_of(x_ptr, own, x_stride, ALIGNED),
+                None,
                 out_ptr,
                 V,
                 token,
@@ -127,6 +136,7 @@ def token_logprobs_backward_kernel(
                 HAS_SOFTCAP,
                 h_ptr is not None,
                 ALIGNED,
+                METHOD,
                 TOGETHER,
                 TILES,
                 THREADS,

@@ -22,14 +22,12 @@ Launch = Callable[[], None]
 
 def launch_sizes(kernel: str, itemsize: int, vocab: int) -> tuple[dict[str, RowConfig], str]:
     """The sizes that may be tried for a kernel, by label, and the label of the table's."""
-    pair = kernel == "score_tokens"
+    pair, twice = kernel == "score_tokens", kernel == "policy_loss"
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
-    table = row_config(
-        itemsize, vocab, pair=pair, twice=kernel == "policy_loss", device=device_of(device)
-    )
-    tried = (table, *candidates(itemsize, vocab, pair=pair))
+    table = row_config(itemsize, vocab, pair=pair, twice=twice, device=device_of(device))
+    tried = (table, *candidates(itemsize, vocab, pair=pair, twice=twice))
     return {str(config): config for config in tried}, str(table)
 
 

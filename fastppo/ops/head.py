@@ -105,6 +105,7 @@ class Head:
     def logits(self, hidden_ND: Tensor, into_NV: Tensor) -> Tensor:
         """Logits of some tokens, in the dtype of `into_NV`, whatever the GEMM's operands are."""
         out, vocab, weight_VD = into_NV, self.weight_VD.shape[0], self.weight_VD
+        bias_V = None if self.bias_V is None else self.bias_V.to(out.dtype)
         wider = out.dtype != weight_VD.dtype
         if wider and widens(weight_VD, out.dtype):
             torch.mm(hidden_ND, weight_VD.T, out_dtype=out.dtype, out=out)
@@ -113,12 +114,16 @@ class Head:
             for first in range(0, vocab, _WORDS):
                 own = slice(first, first + _WORDS)
                 torch.mm(wide_ND, weight_VD[own].T.to(out.dtype), out=out[:, own])
+        elif bias_V is not None and out.device.type == "cuda":
+            # In the GEMM's epilogue: no pass over the logits, and 16 bits are rounded to once.
+            torch.addmm(bias_V, hidden_ND, weight_VD.T, out=out)
+            bias_V = None
         else:
             torch.mm(hidden_ND, weight_VD.T, out=out)
         if self.lora is not None:
             low = hidden_ND.to(self.lora.A_RD.dtype) @ self.lora.A_RD.T
             add_product(out, low, self.lora.B_VR.T, alpha=self.lora.scaling)
-        return out if self.bias_V is None else out.add_(self.bias_V.to(out.dtype))
+        return out if bias_V is None else out.add_(bias_V)
 
 
 def chunk_slices(
@@ -245,7 +250,7 @@ class LinearRows:
         if lora is not None:
             if d_low_NR is None:
                 d_low_NR = dx_NV.to(lora.B_VR.dtype) @ lora.B_VR * lora.scaling
-            into_ND += (d_low_NR @ lora.A_RD).to(into_ND.dtype)
+            add_product(into_ND, d_low_NR, lora.A_RD)
 
     def _gradient_dtype(self) -> torch.dtype:
         """That of the GEMM's operands, or a wider one where something of the head trains in it."""
@@ -267,10 +272,10 @@ class LinearRows:
             d_low_NR = lora_dx_NV @ lora.B_VR * lora.scaling
             hidden_lora = hidden.to(lora.A_RD.dtype)
             if d_a is not None:
-                d_a.add_(d_low_NR.T @ hidden_lora)
+                add_product(d_a, d_low_NR.T, hidden_lora)
             if d_b is not None:
                 low_NR = hidden_lora @ lora.A_RD.T
-                d_b.add_(lora_dx_NV.T @ low_NR, alpha=lora.scaling)
+                add_product(d_b, lora_dx_NV.T, low_NR, alpha=lora.scaling)
         if d_hidden is not None:
             self.to_hidden(dx_NV, d_hidden[chunk], d_low_NR)
         if d_weight is not None:

@@ -12,6 +12,7 @@ from benchmarks.gpu import candidates
 from fastppo.ops import policy_loss, token_logprobs
 from fastppo.ops.arguments import loss_arguments, row_arguments
 from fastppo.ops.backends import triton
+from fastppo.ops.backends.sizes import forced
 from fastppo.ops.policy_loss import empty_loss_rows
 from tests.ops.oracle import check, place
 from tests.ops.registry import OPS, Shape
@@ -71,6 +72,20 @@ def test_the_rule_at_real_vocabularies(name, dtype, vocab):
     check(OPS[name], OPS[name].make_inputs(Shape(n=SIZES.rows, vocab=vocab), dtype, 0), "triton")
 
 
+@on_a_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("vocab", [32000, 50257])
+def test_the_rule_by_every_method(dtype, vocab):
+    """That a launch may have besides a tile at a time, before any of them is timed."""
+    inputs = OPS["policy_loss"].make_inputs(Shape(n=SIZES.rows, vocab=vocab), dtype, 0)
+    tried = candidates.launch_sizes("policy_loss", dtype.itemsize, vocab)[0].values()
+    methods = {config.method: config for config in tried if config.method != "tiles"}
+    assert {"ahead", "two launches"} <= set(methods)
+    for config in methods.values():
+        with forced(config):
+            check(OPS["policy_loss"], inputs, "triton")
+
+
 @pytest.mark.parametrize("name", ["linear_token_logprobs", "linear_policy_loss"])
 def test_the_rule_from_hidden_states(name):
     check(OPS[name], OPS[name].make_inputs(SIZES.hidden, torch.float32, 1), "triton")
@@ -124,13 +139,22 @@ def test_scans_of_every_length(name):
         assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
 
 
-@pytest.mark.parametrize("share", [0, 0.5, 1] if CUDA else [0])
-@pytest.mark.parametrize("vocab", SIZES.raced)
-def test_in_place_is_no_race(vocab, share):
-    """200 repeats, bit for bit, sampled tokens at both ends and at the borders of tiles."""
+def raced(vocab: int) -> list[str]:
+    """Labels of launches: the table's, and the last candidate of each method."""
     sizes, table = candidates.launch_sizes("policy_loss", 2, vocab)
-    names = [table, *(name for name in sizes if name != table)]
-    config = sizes[names[int(share * (len(names) - 1))]]
+    if not CUDA:
+        return [table]
+    return list(dict.fromkeys([table, *{c.method: label for label, c in sizes.items()}.values()]))
+
+
+RACED = [(vocab, label) for vocab in SIZES.raced for label in raced(vocab)]
+
+
+@pytest.mark.parametrize(("vocab", "label"), RACED)
+def test_in_place_is_no_race(vocab, label):
+    """200 repeats, bit for bit, sampled tokens at both ends and at the borders of tiles."""
+    sizes, _ = candidates.launch_sizes("policy_loss", 2, vocab)
+    config = sizes[label]
     borders = [0, vocab - 1, *(x for x in (1023, 1024, 2047, 2048, 4095) if x < vocab), vocab // 2]
     n = SIZES.raced_rows
     inputs = place(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastppo.ops import head, products
+from fastppo.ops.config import HeadLora
 
 MM = torch.mm
 
@@ -102,6 +103,41 @@ def test_a_gradient_of_16_bit_operands_is_added_up_in_float32(addmm, monkeypatch
     exact = addmm is addmm_of_cuda
     assert total.item() == (3 + 3 * (1 + 2.0**-9) if exact else 6.0)
     assert calls == ([(16, 16), (1, 1), (1, 1)] if exact else [])
+
+
+def addmm_of_a_bias(bias_V: Tensor, a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+    """A GPU's: the bias is added to the accumulators, which are float32."""
+    assert bias_V.dtype == a.dtype == b.dtype == out.dtype
+    calls.append(tuple(out.shape))
+    return out.copy_(MM(a.float(), b.float()) + bias_V.float())
+
+
+def test_a_bias_is_added_before_16_bit_logits_are_rounded(monkeypatch):
+    """By the GEMM: 1 + 2^-8 + 2^-8 is a bfloat16, and 1 + 2^-8 is not and rounds to 1."""
+    monkeypatch.setattr(torch, "addmm", addmm_of_a_bias)
+    calls.clear()
+    there = (torch.tensor([[1.0, 2.0**-8]]), torch.ones(1, 2), torch.tensor([2.0**-8]))
+    hidden_ND, weight_VD, bias_V = (x.bfloat16().as_subclass(OnCuda) for x in there)
+    into_NV = torch.full((1, 1), float("nan")).bfloat16().as_subclass(OnCuda)
+    found = head.Head(weight_VD, bias_V).logits(hidden_ND, into_NV)
+    assert found.item() == 1 + 2.0**-7
+    assert calls == [(1, 1)]
+
+
+def test_an_adapters_share_of_a_gradient_is_not_rounded_before_it_is_added():
+    """1 of the weight, 2^-8 + 2^-20 of a float32 adapter: more than half of the way to 1 + 2^-7."""
+    lora = HeadLora(torch.tensor([[2.0**-8 + 2.0**-20]]), torch.ones(1, 1), 1.0)
+    rows = head.LinearRows(
+        torch.ones(1, 1).bfloat16(),
+        head.Head(torch.ones(1, 1).bfloat16(), None, lora),
+        torch.float32,
+        torch.float32,
+        None,
+        None,
+    )
+    into_ND = torch.empty(1, 1).bfloat16()
+    rows.to_hidden(torch.ones(1, 1), into_ND)
+    assert into_ND.item() == 1 + 2.0**-7
 
 
 def test_rows_of_whole_waves_by_hand():

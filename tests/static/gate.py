@@ -19,20 +19,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.static.gate_cases import GREEDY, Case, cases
+from tests.static.gate_cases import GREEDY, Case, candidate_cases, cases, one_of_each_method
 
-# A target takes half a minute to compile for: the fast suite has the one whose limits are below,
-# the slow one every target.
+# A target takes half a minute to compile for: the fast suite has the one whose limits are tested,
+# with what is launched by default; the slow one every target, and every candidate.
 FAST = ("sm_90",)
-SLOW = ("gfx942", "sm_80", "sm_86", "sm_89", "sm_100", "sm_120")
+CANDIDATES = "sm_90, candidates"
+SLOW = (CANDIDATES, "gfx942", "sm_80", "sm_86", "sm_89", "sm_100", "sm_120")
 
 
 # The interpreter is chosen when a kernel is defined; here the compiler is wanted.
 COMPILED = {**os.environ, "TRITON_INTERPRET": "0"}
 
 
-# Vocabularies that a whole row is counted for: one that 8 divides, and one that nothing does.
-VOCABULARIES = (151936, 50257)
+# Vocabularies that a whole row is counted for: one that 8 divides, one that nothing does, and the
+# longest that is held in registers.
+VOCABULARIES = (151936, 50257, 32768)
+
+# Bytes of the stack in which scalars of a held row may wait; more would be logits.
+FEW_SCALARS = 64
 
 
 @dataclass(frozen=True)
@@ -221,6 +226,8 @@ class Code:
     loops: list[Loop]
     outside: int
     shared: int  # of these, shuffles, barriers, loads and stores of shared memory
+    all: int
+    local: int  # loads and stores of the stack, in loops and outside of them
 
 
 def read_code(sass: str) -> Code:
@@ -246,7 +253,8 @@ def read_code(sass: str) -> Code:
             loops.append(Loop(len(body), specials, len(vectors), masked, local))
     before_end = [text for address, text in code if not ends or address <= max(ends)]
     shared = sum(re.search(r"\b(LDS|STS|SHFL|BAR)\b", text) is not None for text in before_end)
-    return Code(loops, len(before_end) - inside, shared)
+    local = sum(re.search(r"\b(LDL|STL)\b", text) is not None for text in before_end)
+    return Code(loops, len(before_end) - inside, shared, len(before_end), local)
 
 
 def of_whole_row(case: Case, code: Code, vocab: int) -> float:
@@ -254,6 +262,8 @@ def of_whole_row(case: Case, code: Code, vocab: int) -> float:
     rows = 2 if "score" in case.kernel else 1
     threads = 32 * case.warps
     vector = 16 // case.itemsize
+    if case.method == "held":
+        return code.all * threads / vocab if vocab <= threads * vector * case.tiles else 0.0
     rounds = -(-vocab // (threads * vector))
     whole = rounds // case.tiles * case.tiles if vocab >= threads * vector * case.tiles else 0
     total = float(code.outside)
@@ -315,6 +325,8 @@ def read_nvidia(case: Case, target: str, usage: str, sass: str) -> Reading:
     # Read and wanted again, read for the last time, written and not read again.
     first = r"LDG\S*\.EF" if "score" in case.kernel else r"LDG\S*\.EL"
     wanted = [r"LDG\S*\.EF"] if "backward" in case.kernel else [first]
+    if case.method in ("held", "second launch"):  # a row is read once by this launch
+        wanted = []
     if case.writes:
         wanted += [r"LDG\S*\.EF", r"STG\S*\.EF"]
     if case.bytes_a_logit:
@@ -326,6 +338,10 @@ def read_nvidia(case: Case, target: str, usage: str, sass: str) -> Reading:
         instructions = share * sum(loop.instructions / loop.vectors for loop in full)
         instructions += code.shared * 32 * case.warps / VOCABULARIES[0]
         specials = share * sum(loop.specials / loop.vectors for loop in full)
+        if case.method == "held":  # no loop: all there is, at the longest row
+            instructions = code.all * case.itemsize / (16 * case.tiles)
+            spills = code.local if stack > FEW_SCALARS else 0
+            specials = len(re.findall(r"\bMUFU", sass)) * case.itemsize / (16 * case.tiles)
         whole = tuple(round(of_whole_row(case, code, v), 1) for v in VOCABULARIES)
     stored = "64" if case.gradient else "128"
     return reading(
@@ -347,15 +363,16 @@ def table(readings: list[Reading]) -> str:
     """Markdown, the kernels over logits: size, registers, instructions."""
     lines = [
         "| kernel | warps x vectors | registers | stack | instructions a logit, sweeps "
-        "| whole row, V 151936 | V 50257 | special functions |",
-        "|---|---|---|---|---|---|---|---|",
+        "| whole row, V 151936 | V 50257 | V 32768 | special functions |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in readings:
         if not r.bytes_a_logit:
             continue
-        counted = ("", "", "", "")
+        counted = ("",) * 5
         if r.target.startswith("sm_"):
-            counted = (f"{r.instructions}", *(f"{x}" for x in r.whole), f"{r.specials}")
+            whole = (f"{x}" if x else "" for x in r.whole)
+            counted = (f"{r.instructions}", *whole, f"{r.specials}")
         cells = (r.case, f"{r.warps} x {r.tiles}", f"{r.registers}", f"{r.stack}", *counted)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -372,6 +389,11 @@ def readings(target: str) -> list[Reading]:
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        beyond = [GREEDY] if name == FAST[0] else []
-        for reading in read([*cases(), *beyond], name):
+        if name == CANDIDATES:
+            wanted = candidate_cases()
+        elif name in FAST:
+            wanted = [*cases(), GREEDY]
+        else:
+            wanted = [*cases(), *one_of_each_method()]
+        for reading in read(wanted, name.partition(",")[0]):
             print(json.dumps(asdict(reading)), flush=True)

@@ -30,13 +30,21 @@ class Case:
         return 4 if self.logits == "fp32" else 2
 
     @property
+    def method(self) -> str:
+        """How a row is read: METHOD, or by the second of two launches."""
+        if self.kernel == "policy_loss_kernel" and "row_max_ptr" not in self.absent:
+            return "second launch"
+        return str(self.constants.get("METHOD", "tiles"))
+
+    @property
     def writes(self) -> bool:
         """Whether it writes a gradient in the vectors in which it reads the logits."""
         writers = ("policy_loss_kernel", "token_logprobs_backward_kernel")
         return self.kernel in writers and "dx_ptr" not in self.absent
 
 
-ROW = {"TEMPERATURE_KIND": 0, "HAS_SOFTCAP": False, "ALIGNED": True, "TOGETHER": True}
+PAIR = {"TEMPERATURE_KIND": 0, "HAS_SOFTCAP": False, "ALIGNED": True, "TOGETHER": True}
+ROW = {**PAIR, "METHOD": "tiles"}
 FORWARD = {name: value for name, value in ROW.items() if name != "TOGETHER"}
 # A size far beyond the table's, which does not fit the registers: the gate must say so.
 GREEDY = Case(
@@ -61,6 +69,7 @@ DEFAULT = {
     "HAS_ENTROPY": False,
     "HAS_DUAL_CLIP": False,
 }
+ONE_LAUNCH = ("row_max_ptr", "sum_exp_ptr")
 PLAIN = ("ref_ptr", "importance_ptr")
 ODD = {"ALIGNED": False}
 APART = {"ALIGNED": False, "TOGETHER": False}
@@ -90,7 +99,63 @@ def loss_cases(logits: str, size: int) -> Iterator[Case]:
             moved = size if "dx_ptr" in absent else 2 * size
             given = {**ROW, **constants, "TERMS": TERMS}
             sizes = (config.warps, config.tiles, moved)
+            absent = (*absent, *ONE_LAUNCH)
             yield Case("policy_loss_kernel", logits, given, *sizes, absent, variant)
+
+
+def method_cases(logits: str, size: int) -> Iterator[Case]:
+    """The candidates that are no size: what no model chooses, and a measurement may."""
+    from fastppo.ops.backends.sizes import _MANY, _ONE, HELD_LOGITS, RowConfig, held
+
+    default, heaviest = ("default", DEFAULT, PLAIN), ("heaviest", HEAVIEST, ())
+    aligned: dict[str, Any] = {}
+    few, half, all_of_it = held(size, HELD_LOGITS)
+    listed: list[tuple[str, RowConfig, tuple[Any, ...], dict[str, Any]]] = [
+        ("ahead", _MANY, heaviest, aligned),
+        ("ahead", _ONE, heaviest, aligned),
+        ("held", few, default, aligned),
+        ("held", half, heaviest, aligned),
+        ("held", all_of_it, default, aligned),
+        ("second launch", _MANY, heaviest, aligned),
+    ]
+    if logits == "bf16":
+        listed += [
+            ("ahead", _MANY, default, aligned),
+            ("ahead", _ONE, default, ODD),
+            ("held", few, heaviest, aligned),
+            ("held", half, default, ODD),
+            ("held", all_of_it, heaviest, aligned),
+        ]
+    for variant, config, (name, constants, absent), where in listed:
+        yield loss_by_method(logits, variant, config, name, constants | where, absent)
+    given = FORWARD | {"METHOD": "ahead"}
+    sizes = (_MANY.warps, _MANY.tiles, size)
+    yield Case("token_logprobs_kernel", logits, given, *sizes, ("live_ptr",), "ahead")
+
+
+def loss_by_method(
+    logits: str,
+    variant: str,
+    config: Any,
+    name: str,
+    constants: dict[str, Any],
+    absent: tuple[str, ...],
+) -> Case:
+    from fastppo.ops.surrogate import TERMS
+
+    method = "tiles" if variant == "second launch" else variant
+    without = () if variant == "second launch" else ONE_LAUNCH
+    place = "" if constants.get("ALIGNED", True) else "odd V, "
+    return Case(
+        "policy_loss_kernel",
+        logits,
+        {**ROW, **constants, "TERMS": TERMS, "METHOD": method},
+        config.warps,
+        config.tiles,
+        2 * (4 if logits == "fp32" else 2),
+        (*absent, *without),
+        f"{name}, {place}{variant}",
+    )
 
 
 def token_cases(logits: str, size: int) -> Iterator[Case]:
@@ -129,11 +194,24 @@ def token_cases(logits: str, size: int) -> Iterator[Case]:
     ):
         if full or not variant:
             yield Case(
-                name, logits, ROW | constants, config.warps, config.tiles, 2 * size, (), variant
+                name, logits, PAIR | constants, config.warps, config.tiles, 2 * size, (), variant
             )
 
 
+def candidate_cases() -> list[Case]:
+    """By every method that `sizes.candidates` has besides sizes."""
+    sizes = (("bf16", 2), ("fp16", 2), ("fp32", 4))
+    return [case for logits, size in sizes for case in method_cases(logits, size)]
+
+
+def one_of_each_method() -> list[Case]:
+    """In bf16, for the targets whose table is not on the page."""
+    found = {case.method: case for case in candidate_cases() if case.logits == "bf16"}
+    return list(found.values())
+
+
 def cases() -> Iterator[Case]:
+    """What a launch chooses without a measurement."""
     from fastppo.ops.backends.sizes import ADVANTAGES_SCAN, BLOCK, GAE_SCAN
     from fastppo.ops.surrogate import TERMS
 

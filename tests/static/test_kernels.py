@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.static.gate import FAST, SLOW, Reading, all_kernels, readings, table
-from tests.static.gate_cases import GREEDY, cases
+from tests.static.gate import CANDIDATES, FAST, SLOW, Reading, all_kernels, readings, table
+from tests.static.gate_cases import GREEDY, candidate_cases, cases
 from tests.static.gate_chips import CHIPS, l2_table, limits_table, programs_that_fit
 
 ROOT = Path(__file__).parents[2]
@@ -94,7 +94,7 @@ def test_logits_are_read_and_written_16_bytes_at_a_time(target: str) -> None:
     rows = over_logits(target)
     assert any("odd V" in r.variant for r in rows)
     assert [name(r) for r in rows if not r.wide_loads] == []
-    written = {case.name for case in cases() if case.writes}
+    written = {case.name for case in [*cases(), *candidate_cases()] if case.writes}
     writers = [r for r in rows if r.case in written and "apart" not in r.variant]
     assert writers
     assert [name(r) for r in writers if not r.wide_stores] == []
@@ -138,6 +138,16 @@ def test_the_loss_costs_few_instructions_a_logit(variant: str) -> None:
             assert r.whole[0] <= MOST_OF_LOSS[variant] + 2, name(r)
 
 
+@pytest.mark.slow  # every candidate is compiled
+def test_a_load_ahead_keeps_the_limit() -> None:
+    """What is loaded a tile before it is computed is in no register that is copied from another."""
+    ahead = [r for r in over_logits(CANDIDATES) if r.kernel == "policy_loss_kernel"]
+    ahead = [r for r in ahead if "ahead" in r.variant]
+    assert ahead
+    over = [r for r in ahead if r.instructions > MOST_OF_LOSS[r.variant.split(",")[0]]]
+    assert [name(r) for r in over] == []
+
+
 def test_memory_and_not_arithmetic_limits_a_chip() -> None:
     """Loops of every kernel without a softcap, on every chip with an H100's code."""
     counted = [r for r in over_logits("sm_90") if not r.softcap and r.tiles > 1]
@@ -165,8 +175,8 @@ def test_a_spill_would_be_seen() -> None:
     f"triton=={version('triton')}" not in (ROOT / "constraints.txt").read_text(),
     reason="docs/kernels.md quotes the code of the pinned triton",
 )
-def test_the_page_shows_the_table(capsys: pytest.CaptureFixture[str]) -> None:
-    target = FAST[0]
+@pytest.mark.parametrize("target", [FAST[0], pytest.param(CANDIDATES, marks=pytest.mark.slow)])
+def test_the_page_shows_the_table(target: str, capsys: pytest.CaptureFixture[str]) -> None:
     page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
     shown = table(of(target))
     with capsys.disabled():  # what the gate read is its result, passed or not

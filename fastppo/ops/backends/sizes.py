@@ -11,14 +11,23 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 
 AUTOTUNE: Final = os.environ.get("FASTPPO_AUTOTUNE") == "1"
 VECTOR_BYTES: Final = 16  # of a thread's load
+
+# How a row of logits is read for its loss and its gradient: a tile at a time, twice; the same with
+# the next tile on its way while one is computed; once, and held in registers until the gradient is
+# written; by two launches, of which the first leaves the row's statistics in memory.
+Method = Literal["tiles", "ahead", "held", "two launches"]
+# The longest row that is held: in float32 it takes half of a multiprocessor's registers. Twice as
+# many logits of 16 bits would take no more, but for what they are unpacked to: they spill
+# (docs/kernels.md).
+HELD_LOGITS: Final = 32768
 
 
 @dataclass(frozen=True)
@@ -29,11 +38,13 @@ class RowConfig:
         warps: how many share a row, of 32 threads.
         tiles: vectors of 16 bytes that a thread loads before it computes.
         programs: per multiprocessor; together they go over all rows. 0 is a program for each row.
+        method: how a row is read; a held row is no longer than one tile.
     """
 
     warps: int
     tiles: int
     programs: int = 0
+    method: Method = "tiles"
 
     @property
     def threads(self) -> int:
@@ -41,7 +52,12 @@ class RowConfig:
 
     def __str__(self) -> str:
         grid = f", {self.programs} a multiprocessor" if self.programs else ""
-        return f"{self.warps} warps x {self.tiles}{grid}"
+        method = "" if self.method == "tiles" else f", {self.method}"
+        return f"{self.warps} warps x {self.tiles}{grid}{method}"
+
+    def holds(self, itemsize: int, vocab: int) -> bool:
+        """Whether a tile is at least as long as a row."""
+        return vocab * itemsize <= VECTOR_BYTES * self.threads * self.tiles
 
 
 @dataclass(frozen=True)
@@ -164,16 +180,46 @@ CANDIDATES: Final = tuple(
     for programs in (0, 1, 2, 4)
     if programs * warps <= 32
 )
+# Of each other method, what the static model has a reason for. Loads ahead are for where few
+# programs hide a load's latency from each other; two launches, for rows that no cache holds.
+AHEAD: Final = (RowConfig(8, 4), RowConfig(8, 4, 2), RowConfig(16, 4, 1), RowConfig(16, 2, 1))
+TWO_LAUNCHES: Final = (RowConfig(4, 4), RowConfig(8, 4), RowConfig(16, 4))
 
 
-def candidates(itemsize: int, vocab: int, *, pair: bool = False) -> list[RowConfig]:
+def held(itemsize: int, vocab: int) -> list[RowConfig]:
+    """The configurations that hold a row in registers: 8, 16 or 32 warps and the tile they need."""
+    if vocab > HELD_LOGITS:
+        return []
+    found = []
+    for warps in (8, 16, 32):
+        vectors = -(-vocab * itemsize // (VECTOR_BYTES * 32 * warps))
+        found.append(RowConfig(warps, 1 << (vectors - 1).bit_length(), method="held"))
+    return found
+
+
+def candidates(
+    itemsize: int, vocab: int, *, pair: bool = False, twice: bool = False
+) -> list[RowConfig]:
     """The configurations worth timing for a size: `with forced(candidate): policy_loss(...)`.
 
-    Two launches in place of one are `token_logprobs` and its backward, with the same candidates.
+    Those of two launches and of a held row only where a row is read `twice`.
     """
     longest = vocab * itemsize // VECTOR_BYTES  # vectors of a row
     found = [c for c in CANDIDATES if not (pair and c.warps * c.tiles > 32)]
-    return [c for c in found if c.threads * c.tiles <= longest] or [_SMALL]
+    if not pair:
+        found += [replace(c, method="ahead") for c in AHEAD]
+    if twice:
+        found += [replace(c, method="two launches") for c in TWO_LAUNCHES]
+    found = [c for c in found if c.threads * c.tiles <= longest] or [_SMALL]
+    return [*found, *held(itemsize, vocab)] if twice else found
+
+
+def for_one_read(config: RowConfig, *, pair: bool) -> RowConfig:
+    """The configuration of a launch that reads a row once, or two rows at once."""
+    if config.method == "tiles" or (config.method == "ahead" and not pair):
+        return config
+    most = _PAIR.tiles if pair else _MANY.tiles
+    return replace(config, tiles=min(config.tiles, most), method="tiles")
 
 
 BLOCK: Final = 1024  # tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastppo.kernels import policy_loss as policy_loss_kernels
@@ -13,7 +14,14 @@ from fastppo.ops.arguments import LossArguments, RowArguments, rows_of
 from fastppo.ops.backends import LossRows, Scores, Statistics
 from fastppo.ops.backends.definition import token_kl_backward as token_kl_backward
 from fastppo.ops.backends.launch import multiprocessors, placement, start
-from fastppo.ops.backends.sizes import AUTOTUNE, RowConfig, chosen, tuned, warps_of
+from fastppo.ops.backends.sizes import (
+    AUTOTUNE,
+    RowConfig,
+    chosen,
+    for_one_read,
+    tuned,
+    warps_of,
+)
 from fastppo.ops.backends.triton_tokens import advantages as advantages
 from fastppo.ops.backends.triton_tokens import gae as gae
 from fastppo.ops.backends.triton_tokens import moments as moments
@@ -25,6 +33,25 @@ from fastppo.ops.backends.triton_tokens import whiten as whiten
 from fastppo.ops.surrogate import RATIO_MAX, TERMS
 
 
+def _config(
+    given: RowConfig | None, x_NV: Tensor, *, pair: bool = False, twice: bool = False
+) -> RowConfig | None:
+    """The configuration that is given, or the launch table's; None where autotuning finds it."""
+    itemsize, vocab, device = x_NV.element_size(), x_NV.shape[1], x_NV.device
+    if given is None:
+        if AUTOTUNE and device.type == "cuda":
+            return None
+        given = chosen(itemsize, vocab, pair=pair, twice=twice, device=device)
+    if not twice:
+        return for_one_read(given, pair=pair)
+    if given.method == "held" and not given.holds(itemsize, vocab):
+        raise ValueError(
+            f"'{given}' cannot hold a row of {vocab} logits of {itemsize} bytes: its tile is "
+            "shorter; take one of sizes.candidates"
+        )
+    return given
+
+
 def _launch(
     kernel: Any,
     x_NV: Tensor,
@@ -33,26 +60,24 @@ def _launch(
     config: RowConfig | None,
     **meta: Any,
 ) -> None:
-    """Launch a kernel over the rows of `x_NV`; `other_NV` is their gradient or their reference."""
-    n, vocab = x_NV.shape
+    """Launch a kernel over the rows of `x_NV`; `other_NV` is their gradient or their reference.
+
+    Without a `config` the kernel's first call times some.
+    """
+    n, device = x_NV.shape[0], x_NV.device
     if n == 0:
         return
-    device, where = x_NV.device, placement(x_NV, other_NV)
+    meta |= placement(x_NV, other_NV)
     if kernel is token_logprobs_kernels.token_logprobs_kernel:
-        del where["TOGETHER"]
-    meta |= where
-    if AUTOTUNE and config is None and device.type == "cuda":
+        del meta["TOGETHER"]
+    if kernel is not score_tokens_kernels.score_tokens_kernel:
+        method = "tiles" if config is None else config.method
+        meta["METHOD"] = "tiles" if method == "two launches" else method
+    if config is None:
         start(tuned(kernel), (n,), device, arguments, **meta)
         return
-    size = config or chosen(
-        x_NV.element_size(),
-        vocab,
-        pair=kernel is score_tokens_kernels.score_tokens_kernel,
-        twice=kernel is policy_loss_kernels.policy_loss_kernel and other_NV is not None,
-        device=device,
-    )
-    programs = min(n, size.programs * multiprocessors(device) or n)
-    meta |= {"TILES": size.tiles, "THREADS": size.threads, "num_warps": warps_of(size)}
+    programs = min(n, config.programs * multiprocessors(device) or n)
+    meta |= {"TILES": config.tiles, "THREADS": config.threads, "num_warps": warps_of(config)}
     start(kernel, (programs,), device, arguments, **meta)
 
 
@@ -87,7 +112,7 @@ def token_logprobs(
         *_common(rows, at, x_NV),
     )
     kernel = token_logprobs_kernels.token_logprobs_kernel
-    _launch(kernel, x_NV, None, arguments, config, **_kinds(rows))
+    _launch(kernel, x_NV, None, arguments, _config(config, x_NV), **_kinds(rows))
 
 
 def token_logprobs_backward(
@@ -115,7 +140,7 @@ def token_logprobs_backward(
         out_NV.stride(0),
     )
     kernel = token_logprobs_kernels.token_logprobs_backward_kernel
-    _launch(kernel, x_NV, out_NV, arguments, config, **_kinds(rows))
+    _launch(kernel, x_NV, out_NV, arguments, _config(config, x_NV), **_kinds(rows))
 
 
 def policy_loss(
@@ -129,6 +154,13 @@ def policy_loss(
 ) -> None:
     """Write the loss's results for the rows `at`, and their gradient into `out_NV` if given."""
     x_NV = rows_of(x_NV)
+    config = _config(config, x_NV, twice=out_NV is not None)
+    row_max_N = sum_exp_N = None
+    if config is not None and config.method == "two launches":
+        n = rows.token_N.numel()
+        row_max_N, sum_exp_N = x_NV.new_empty((2, n), dtype=torch.float32)
+        stats = Statistics(into.logprob_N, into.entropy_N, row_max_N, sum_exp_N)
+        token_logprobs(x_NV, rows, at, stats, loss.weight_N, config)
     arguments = (
         x_NV,
         out_NV,
@@ -139,6 +171,8 @@ def policy_loss(
         loss.ref_logprob_N,
         loss.importance_weight_N,
         *into,
+        row_max_N,
+        sum_exp_N,
         rows.temperature,
         loss.kl_coef,
         loss.entropy_coef,
@@ -199,4 +233,5 @@ def score_tokens(
         ref_NV.stride(0),
     )
     kernel = score_tokens_kernels.score_tokens_kernel
+    config = _config(config, x_NV, pair=True)
     _launch(kernel, x_NV, ref_NV, arguments, config, **_kinds(rows))
