@@ -53,10 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Answered:
         return 0
     except UserError as error:
-        print(f"fastppo-train: error: {one_line(error)}", file=sys.stderr)
+        tell("error", error)
         return 2
     except TrainingStopped as error:
-        print(f"fastppo-train: stopped: {one_line(error)}", file=sys.stderr)
+        tell("stopped", error)
         return 1
     except Interrupted as stop:
         name = signal.Signals(stop.signal).name
@@ -66,6 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("fastppo-train: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def tell(what: str, error: UserError | TrainingStopped) -> None:
+    """Print an error as one line, unless another process of the run has printed it already."""
+    if not error.told:
+        print(f"fastppo-train: {what}: {one_line(error)}", file=sys.stderr)
 
 
 def read(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -130,11 +136,11 @@ def train(words: list[str]) -> None:
     from pathlib import Path
 
     from fastppo.config import load_config
-    from fastppo.run import record
+    from fastppo.run import record, world
     from fastppo.run.preflight import check
 
     config = load_config(words[0], words[1:])
-    records = check(config)
+    records = check(config, shared=True)
     quieten()
     # Reward functions and judges can be imported from the folder in which the command runs.
     if os.getcwd() not in sys.path:
@@ -147,11 +153,13 @@ def train(words: list[str]) -> None:
         elif not config.trains:
             from fastppo.ppo import evaluate_only as held_out
 
-            held_out.run(config, records)
+            with world.join(config) as processes:
+                held_out.run(config, records, processes)
         else:
             from fastppo.ppo import trainer
 
-            trainer.run(config, records)
+            with world.join(config) as processes:
+                trainer.run(config, records, processes)
 
 
 if __name__ == "__main__":

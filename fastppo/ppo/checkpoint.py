@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
+import platform
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fastppo import seeds
+from fastppo import __version__, seeds
 from fastppo.config.rewards import BASE_RECORD
 from fastppo.errors import Interrupted, UserError
 from fastppo.models.adapters import adapters_to_merge
@@ -135,6 +137,7 @@ MAY_CHANGE = {
     "do_train",
     "do_eval",
     "cache_dir",
+    "ddp_timeout",
 }
 # Keys whose values the checkpoint itself holds: another value in the YAML would have no effect.
 STORED_IN_CHECKPOINT = {
@@ -169,6 +172,46 @@ def environment(state: State) -> dict[str, str]:
         "the number of threads": str(torch.get_num_threads()),
         "FASTPPO_BACKEND": os.environ.get("FASTPPO_BACKEND", ""),
     }
+
+
+def check_processes_agree(state: State, resumed: Path | None) -> None:
+    """Check that all processes run the same: keys, data, versions, weights, checkpoint.
+
+    Raises:
+        UserError: what differs, and in which process.
+    """
+    if state.world.size == 1:
+        return
+    # What the memory plan has decided may differ, as does the memory of the devices.
+    decided = {"source", *state.budgets.decisions()}
+    values = state.config.model_dump(mode="json", exclude=decided)
+    prompts = [[p.ids for p in part] for part in (state.prompts, state.eval_prompts)]
+    ptx = None if state.ptx is None else state.ptx.pairs
+    packages = {name: importlib.metadata.version(name) for name in record.PACKAGES}
+    facts = {
+        **values,
+        "data": [prompts, ptx],
+        "versions of packages": [__version__, platform.python_version(), packages],
+        "weights": sample_of_weights(state),
+        "checkpoint": str(resumed),
+    }
+    digests = {
+        key: hashlib.sha256(json.dumps(value).encode()).hexdigest() for key, value in facts.items()
+    }
+    state.world.agree(
+        digests, "start all of them with the same file, data, checkpoints, weights and packages"
+    )
+
+
+def sample_of_weights(state: State) -> list[list[float]]:
+    """A few numbers of each of the roles' parameters."""
+    found = []
+    for place in state.roles.places.values():
+        for parameter in place.model.parameters():
+            if parameter.device.type != "meta":
+                flat = parameter.detach().flatten()
+                found.append(flat[:: max(1, flat.numel() // 8)].float().tolist())
+    return found
 
 
 def check_same(state: State, saved: dict[str, Any], folder: Path) -> list[str]:
@@ -238,23 +281,34 @@ def resume(state: State, folder: Path) -> list[str]:
 def start(state: State, folder: Path | None, output_dir: Path) -> list[str]:
     """Start a new run in `output_dir`, or resume from `folder`; returns notes for the terminal."""
     notes = []
-    if folder is None:
-        results.clear(output_dir)
-    else:
+    if folder is not None:
         changed = resume(state, folder)
         notes.append(f"resumes after step {state.step} from {folder}")
         if changed:
             notes.append(f"not bit for bit, for these changed since: {', '.join(changed)}")
+    state.world.on_main(begin_files, state, folder, output_dir)
+    return notes
+
+
+def begin_files(state: State, folder: Path | None, output_dir: Path) -> None:
+    """Begin the log and the records in `output_dir`; those of an earlier run are deleted."""
+    if folder is None:
+        results.clear(output_dir)
     evaluated = any(each["step"] == state.step for each in state.evaluations)
     results.begin_log(output_dir, state.step, evaluated=evaluated)
     begin(output_dir, state.budgets.decisions(), state.tracker)
     printed = [*state.notes, *state.roles.notes, *state.config.notes]
     record.begin(state.config, state.roles.device, printed, state.plan)
-    return notes
 
 
 def save_and_stop(state: State, stop: Interrupted, output_dir: Path) -> Interrupted:
-    """Save the last complete step; returns an interruption that names the checkpoint."""
+    """Save the last complete step; returns an interruption that names the checkpoint.
+
+    No process asks another: a step that is not complete has nothing to save, and the last complete
+    one is the same in all of them, so the first process saves it.
+    """
+    if not state.world.main:
+        return Interrupted(stop.signal, "process 0 saves the last complete step")
     if state.step == 0:
         return Interrupted(stop.signal, "no step was finished, so nothing was saved")
     folder = output_dir / f"checkpoint-{state.step}"

@@ -1,4 +1,4 @@
-"""One process: a run that a launcher started several times would write one folder as often."""
+"""Launchers: torchrun's processes share a run of stage ppo; all others are refused."""
 
 from __future__ import annotations
 
@@ -128,12 +128,15 @@ def test_explain_and_plan_run_in_every_process_of_a_launcher(files: Path, monkey
 
 @pytest.mark.slow
 def test_torchrun_itself_writes_nothing(files: Path):
-    """Two real processes. torchrun kills the second where the first has ended before it spoke."""
+    """Two real processes of stage rm, which runs in one.
+
+    torchrun kills the second where the first has ended before it spoke.
+    """
     before = written(files)
     command = ["torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "fastppo.cli"]
     environment: dict[str, Any] = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
     done = subprocess.run(
-        [sys.executable, "-m", *command, "ppo.yaml"],
+        [sys.executable, "-m", *command, "rm.yaml"],
         capture_output=True,
         text=True,
         check=False,
