@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import socket
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,47 @@ import torch
 
 from fastppo.run.world import ALONE, World
 from tests.reliability import runs
+
+
+class Meeting:
+    """Where the threads that stand for the processes of a world leave what they exchange."""
+
+    def __init__(self, size: int) -> None:
+        self.barrier = threading.Barrier(size, timeout=60.0)
+        self.left: list[bytes] = [b""] * size
+
+
+@dataclass(frozen=True)
+class ThreadWorld(World):
+    """A process that is a thread: it computes what a process does, and starts in no time."""
+
+    meeting: Meeting = field(default_factory=lambda: Meeting(1))
+
+    def gather(self, value: Any) -> list[Any]:
+        self.meeting.left[self.rank] = pickle.dumps(value)
+        self.meeting.barrier.wait()
+        found = [pickle.loads(each) for each in self.meeting.left]
+        self.meeting.barrier.wait()
+        return found
+
+    def _reduce(self, x: torch.Tensor, how: str) -> torch.Tensor:
+        parts = torch.stack(self.gather(x))
+        return x.copy_(parts.sum(0) if how == "SUM" else parts.amax(0))
+
+
+def in_threads(function: Callable[..., Any], size: int, *args: Any) -> list[Any]:
+    """What `function(world, *args)` returns in each of `size` threads that share a run."""
+    meeting = Meeting(size)
+
+    def one(rank: int) -> Any:
+        try:
+            return function(ThreadWorld(rank, size, 60.0, meeting), *args)
+        except BaseException:
+            meeting.barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(size) as threads:
+        return list(threads.map(one, range(size)))
 
 
 def free_port() -> int:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fastppo import __version__, seeds
+from fastppo import seeds
 from fastppo.config.rewards import BASE_RECORD
 from fastppo.errors import Interrupted, UserError
 from fastppo.models.adapters import adapters_to_merge
@@ -25,6 +24,7 @@ from fastppo.offload.activations import wrap
 from fastppo.ppo import evaluation, log
 from fastppo.ppo.advantage import RunningScore
 from fastppo.run import durable, record, results, training_state
+from fastppo.run.agreement import check_agreement
 from fastppo.run.save import begin, note_run, save_model, save_weights
 from fastppo.types import Answers
 
@@ -162,10 +162,11 @@ def settings(config: Config) -> dict[str, str]:
 
 
 def environment(state: State) -> dict[str, str]:
-    """What else affects the exact results: the prompts, the device and its libraries."""
-    device = state.roles.device
+    """What else affects the exact results: the prompts, the devices and their libraries."""
+    device, world = state.roles.device, state.world
     ids = json.dumps([prompt.ids for prompt in state.prompts])
     return {
+        **({"the number of processes": str(world.size)} if world.size > 1 else {}),
         "the prompts": hashlib.sha256(ids.encode()).hexdigest(),
         "torch's version": torch.__version__,
         "the device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -180,38 +181,18 @@ def check_processes_agree(state: State, resumed: Path | None) -> None:
     Raises:
         UserError: what differs, and in which process.
     """
-    if state.world.size == 1:
-        return
-    # What the memory plan has decided may differ, as does the memory of the devices.
-    decided = {"source", *state.budgets.decisions()}
-    values = state.config.model_dump(mode="json", exclude=decided)
-    prompts = [[p.ids for p in part] for part in (state.prompts, state.eval_prompts)]
-    ptx = None if state.ptx is None else state.ptx.pairs
-    packages = {name: importlib.metadata.version(name) for name in record.PACKAGES}
-    facts = {
-        **values,
-        "data": [prompts, ptx],
-        "versions of packages": [__version__, platform.python_version(), packages],
-        "weights": sample_of_weights(state),
-        "checkpoint": str(resumed),
-    }
-    digests = {
-        key: hashlib.sha256(json.dumps(value).encode()).hexdigest() for key, value in facts.items()
-    }
-    state.world.agree(
-        digests, "start all of them with the same file, data, checkpoints, weights and packages"
+    demonstrations = () if state.ptx is None else state.ptx.pairs
+    check_agreement(
+        state.world,
+        state.config,
+        decided=state.budgets.decisions(),
+        rows=chain(
+            (prompt.ids for prompt in (*state.prompts, *state.eval_prompts)),
+            chain.from_iterable(demonstrations),
+        ),
+        models=[place.model for place in state.roles.places.values()],
+        resumed=resumed,
     )
-
-
-def sample_of_weights(state: State) -> list[list[float]]:
-    """A few numbers of each of the roles' parameters."""
-    found = []
-    for place in state.roles.places.values():
-        for parameter in place.model.parameters():
-            if parameter.device.type != "meta":
-                flat = parameter.detach().flatten()
-                found.append(flat[:: max(1, flat.numel() // 8)].float().tolist())
-    return found
 
 
 def check_same(state: State, saved: dict[str, Any], folder: Path) -> list[str]:
@@ -235,8 +216,8 @@ def check_same(state: State, saved: dict[str, Any], folder: Path) -> list[str]:
         raise UserError(
             f"{key}: it has rewards {', '.join(sorted(names))}; keep reward_model as it was"
         )
-    present = environment(state)
-    return changed + [name for name in present if present[name] != saved["surroundings"].get(name)]
+    present, before = environment(state), saved["surroundings"]
+    return changed + [x for x in present | before if present.get(x) != before.get(x)]
 
 
 @torch.no_grad()

@@ -84,7 +84,7 @@ def answer_group(state: State, role: Role, group: list[Prompt], first: int) -> A
             **settings(state),
         )
     rollout = roles.with_states(rollout)
-    score_B, parts = state.reward(rollout)
+    score_B, parts = state.rewards_of(rollout, "evaluation", first)
     kl = 0.0 if role == "reference" else total_kl(state, rollout, (score_B, parts))
     if state.world.size > 1:  # the others cannot reach this process's GPU
         parts = {name: part_B.cpu() for name, part_B in parts.items()}

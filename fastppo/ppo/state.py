@@ -97,9 +97,21 @@ class State:
         self.snapshot = Snapshot(self.optimizer, self.scaler)
         self.prompt_order = prompt_order(self.config, len(self.prompts))
 
-    def score_rollout(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-        """Rewards of a step's rollout, as `Reward` returns them; its first response is kept."""
-        score_B, parts = self.reward(rollout)
+    def rewards_of(
+        self, rollout: Rollout, purpose: str, first: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Rewards of rows `first` and following, as `Reward` returns them.
+
+        Of several processes each seeds the global generators first, which reward functions may draw
+        from: a checkpoint has the state of those of one process.
+        """
+        if self.world.size > 1:
+            set_seed(seed_of(self.config.seed, f"rewards/{purpose}", self.step, first) % 2**32)
+        return self.reward(rollout)
+
+    def score_rollout(self, rollout: Rollout, first: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Rewards of a step's rows `first` and following; their first response is kept."""
+        score_B, parts = self.rewards_of(rollout, "step", first)
         self.sample = (rollout.prompts[0].text, rollout.texts[0], score_B[0].item())
         return score_B, parts
 
@@ -208,7 +220,7 @@ def init_state(
         note_on_device(config, device),
         note_on_parts(config, world),
     )
-    config, plan, notes = resolve_auto(config, device)  # the shape is in the hub's cache by now
+    config, plan, notes = resolve_auto(config, device, world.size)  # the hub's cache has the shape
     notes += [line for line in found if line is not None]
     budgets = Budgets.of(config)
     with advice_on_failure(plan, config, budgets, device):

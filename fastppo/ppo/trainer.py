@@ -47,7 +47,8 @@ def step_update(state: State) -> State:
                     roles, mine, seed=seed, first_row=own.start, **settings(state)
                 )
             with clock("score"), world.together():
-                rewards = state.score_rollout(rollout := roles.with_states(rollout))  # no retry
+                rollout = roles.with_states(rollout)
+                rewards = state.score_rollout(rollout, own.start)  # no retry
                 used = partial(largest_micro_batch, rollout, budgets.scoring)
                 scored = retry("score", budgets, used=used)(score)(
                     roles,

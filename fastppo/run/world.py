@@ -15,6 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from fastppo.errors import TrainingStopped, UserError
+from fastppo.memory.units import REDUCED_BYTES
 from fastppo.run.launch import Launched, launched
 
 if TYPE_CHECKING:
@@ -75,8 +76,9 @@ class World:
         return x
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Give every process the sum of all processes' gradients, by one reduction of them all.
+        """Give every process the sum of all processes' gradients.
 
+        One reduction of REDUCED_BYTES of gradients at a time: those of adapters are that few.
         A parameter without a gradient in every process keeps none, so that its optimiser state does
         not change; one with a gradient in some of them counts as 0 in the others.
         """
@@ -86,14 +88,17 @@ class World:
 
         there = [any(which) for which in zip(*self.gather(has_gradients(parameters)), strict=True)]
         shared = [p for p, is_there in zip(parameters, there, strict=True) if is_there]
-        if not shared:
-            return
-        dtype = torch.float64 if any(p.dtype == torch.float64 for p in shared) else torch.float32
-        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in shared]
-        flat = torch.cat([part.flatten().to(dtype) for part in parts])
-        sums = torch.split(self.sum(flat), [p.numel() for p in shared])
-        for parameter, own in zip(shared, sums, strict=True):
-            parameter.grad = own.view_as(parameter).to(parameter.dtype)
+        for parameter in shared:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        for group in groups(shared, REDUCED_BYTES):
+            exact = any(p.dtype == torch.float64 for p in group)
+            dtype = torch.float64 if exact else torch.float32
+            parts = [p.grad.flatten().to(dtype) for p in group]
+            flat = torch.cat(parts) if len(parts) > 1 else parts[0]  # a large one is not copied
+            sums = torch.split(self.sum(flat), [p.numel() for p in group])
+            for parameter, own in zip(group, sums, strict=True):
+                parameter.grad.copy_(own.view_as(parameter))
 
     def agree(self, facts: Mapping[str, str], cure: str) -> None:
         """Check that `facts` (name -> digest) are the same in all processes.
@@ -162,6 +167,20 @@ class World:
 
 
 ALONE: Final = World()
+
+
+def groups(parameters: Sequence[nn.Parameter], size: int) -> Iterator[list[nn.Parameter]]:
+    """Neighbours with gradients of at most `size` bytes, and larger ones alone."""
+    group, held = list[Any](), 0
+    for parameter in parameters:
+        own = parameter.numel() * max(parameter.element_size(), 4)
+        if group and held + own > size:
+            yield group
+            group, held = [], 0
+        group.append(parameter)
+        held += own
+    if group:
+        yield group
 
 
 def has_gradients(parameters: Sequence[nn.Parameter]) -> list[bool]:

@@ -52,7 +52,6 @@ STEP = {
 
 def make_state(world: World, folder: Path, dtype: torch.dtype, **changes: Any) -> State:
     """A run with every adapter stirred, whose responses end at many tokens: of ragged lengths."""
-    plots.draw_curves = lambda rows, path, title: path.write_bytes(b"")
     if changes.get("ptx_coef"):
         answers = [{"instruction": f"Say {i}.", "output": "aeiou " * i} for i in range(1, 4)]
         runs.write_once(folder / "answers.json", answers)
@@ -128,8 +127,23 @@ def steps_of_run(
     }
 
 
+def one_step(world: World, folder: Path, name: str) -> dict[str, Any]:
+    """What a first step leaves, in float64."""
+    state = make_state(world, folder, torch.float64, **{**CASES[name], "critic_warmup": 0})
+    trainer.step_update(state)
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    (row,) = state.metrics.rows
+    return {
+        "parameters": [p.detach().clone() for p in parameters],
+        "kl_coef": state.controller.kl_coef,
+        "running": vars(state.running_score),
+        "row": {k: v for k, v in row.items() if k not in runs.CLOCKS},
+    }
+
+
 def all_cases(world: World, folder: Path) -> dict[str, dict[str, Any]]:
     """Every case in float64; GRPO in float32 too, over ten steps."""
+    plots.draw_curves = lambda rows, path, title: path.write_bytes(b"")
     found = {name: steps_of_run(world, folder, name, torch.float64, 3, {}) for name in CASES}
     long = {"max_steps": 10, "learning_rate": 1e-3}
     found["float32"] = steps_of_run(world, folder, "grpo", torch.float32, 10, long)

@@ -13,10 +13,10 @@ import torch
 
 from fastppo import toy
 from tests import world as processes
-from tests.ppo.parallel_cases import CASES, all_cases
+from tests.ppo.parallel_cases import CASES, all_cases, one_step
+from tests.tiers import slow_unless
 
 SIZES = (2, 3)
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,24 @@ def close(got: Any, wanted: Any, tolerance: float, where: str = "") -> None:
         assert got == wanted, where
 
 
+def close_row(got: dict[str, float], wanted: dict[str, float]) -> None:
+    """Compare the metrics of a step; the sampler's log-probs are float32 in any world."""
+    for key, value in wanted.items():
+        tolerance = 1e-7 if key.startswith(("sampler", "rollout_is")) else 1e-10
+        close(float(got[key]), float(value), tolerance, key)
+
+
+@pytest.mark.parametrize("name", slow_unless(lambda name: name == "grpo", CASES))
+def test_a_step_of_threads_is_that_of_one_process(tmp_path, name):
+    """Threads exchange what processes would, so this part needs none of them."""
+    toy.write_model(tmp_path / "model")
+    (wanted,) = processes.in_threads(one_step, 1, tmp_path, name)
+    for got in processes.in_threads(one_step, 2, tmp_path, name):
+        close_row(got.pop("row"), wanted["row"])
+        close(got, {key: x for key, x in wanted.items() if key != "row"}, 1e-10)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("size", SIZES)
 def test_gradients_losses_advantages_and_metrics_are_those_of_one_process(found, size, name):
@@ -69,14 +87,12 @@ def test_gradients_losses_advantages_and_metrics_are_those_of_one_process(found,
         for key in ("advantages", "returns", "logprobs", "gradients", "parameters", "kl_coef"):
             close(got[key], wanted[key], 1e-10, f"{size} {key}")
         for row, one in zip(got["rows"], wanted["rows"], strict=True):
-            # The sampler's log-probs are float32 in any world.
-            gaps = {k: 1e-7 for k in row if k.startswith(("sampler", "rollout_is"))}
-            for key, value in one.items():
-                close(float(row[key]), float(value), gaps.get(key, 1e-10), f"{size} {key}")
+            close_row(row, one)
         for key in ("running", "before", "after"):
             close(got[key], wanted[key], 1e-10, f"{size} {key}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_float32_agrees_to_rounding_over_ten_steps(found, size):
     (alone,) = found[1]
@@ -89,6 +105,7 @@ def test_float32_agrees_to_rounding_over_ten_steps(found, size):
                 assert row[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_processes_hold_the_same_bits_and_their_own_rows(found, size):
     first, *others = found[size]
@@ -101,6 +118,7 @@ def test_processes_hold_the_same_bits_and_their_own_rows(found, size):
         assert all(own.start % 2 == own.stop % 2 == 0 for own in process["grpo"]["own"])
 
 
+@pytest.mark.slow
 def test_the_cases_reach_what_they_are_there_for(found):
     (alone,) = found[1]
     assert any(row["early_stopped"] for row in alone["early"]["rows"])
@@ -111,6 +129,7 @@ def test_the_cases_reach_what_they_are_there_for(found):
     assert all(gradient is not None for gradient in warmed[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_the_first_process_alone_writes(found, size):
     """Here each has a folder of its own to write into."""
