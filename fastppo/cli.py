@@ -12,7 +12,7 @@ from fastppo import __version__, packages
 from fastppo.errors import Interrupted, TrainingStopped, UserError, one_line
 from fastppo.run.commandline import Answered, Parser, quieten
 
-USAGE = "%(prog)s CONFIG [key=value ...] [--explain | --plan [--gpu SIZE]]"
+USAGE = "%(prog)s CONFIG [key=value ...] [--explain|--plan [--gpu SIZE --gpus N]]"
 ABOUT = f"fastppo {__version__}: PPO for language models on one GPU, from LLaMA-Factory's YAML"
 # FIRST of config/schema.py as text, so that --help need not build it; a test compares the two.
 KEYS = """keys that most runs set:
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.explain:
             return explain(options.words)
         if options.plan:
-            return plan(options.words, options.gpu)
+            return plan(options.words, options.gpu, options.gpus or "1")
         train(options.words)
     except Answered:
         return 0
@@ -75,7 +75,7 @@ def tell(what: str, error: UserError | TrainingStopped) -> None:
 
 
 def read(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line: words (CONFIG and overrides), explain, plan and gpu."""
+    """Parse the command line: words (CONFIG and overrides), explain, plan, gpu and gpus."""
     parser = Parser("fastppo-train", usage=USAGE, description=ABOUT, epilog=KEYS + END)
     parser.add_argument(
         "words",
@@ -88,8 +88,7 @@ def read(argv: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument(
         "--explain",
         action="store_true",
-        help="print every key with its value, where it came from and what it does here, and stop; "
-        "loads no model",
+        help="print every key: its value, where it is from, what it does here",
     )
     what.add_argument(
         "--plan",
@@ -102,7 +101,12 @@ def read(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="?",
         const="",
         metavar="SIZE",
-        help="what it has to fit into, for example 24GiB; the GPU here if left out",
+        help="what it has to fit into, as 24GiB; else the GPU here",
+    )
+    parser.options.add_argument(
+        "--gpus",
+        metavar="N",
+        help="GPUs that share the run; the plan is that of each",
     )
     options = parser.parse(argv)
     if missing := packages.missing_for_training():
@@ -111,6 +115,8 @@ def read(argv: Sequence[str] | None) -> argparse.Namespace:
         del options.words[0]
     if options.gpu is not None and not options.plan:
         raise UserError("--gpu: is the size that --plan has to fit into; add --plan, or drop it")
+    if options.gpus is not None and not options.plan:
+        raise UserError("--gpus: is the number that --plan is for; add --plan, or drop it")
     if not options.words:
         raise UserError("no CONFIG; name a YAML file, for example examples/demo_ppo.yaml")
     return options
@@ -123,12 +129,12 @@ def explain(words: list[str]) -> int:
     return explain.run(words[0], words[1:])
 
 
-def plan(words: list[str], gpu: str | None) -> int:
-    """Run `--plan`, with its `--gpu`; data, rewards and output folders need not exist."""
+def plan(words: list[str], gpu: str | None, gpus: str) -> int:
+    """Run `--plan`, with its `--gpu` and `--gpus`; data, rewards and output folders need not exist."""
     from fastppo.config import load_config
     from fastppo.memory import command as plan
 
-    return plan.run(load_config(words[0], words[1:]), gpu)
+    return plan.run(load_config(words[0], words[1:]), gpu, gpus)
 
 
 def train(words: list[str]) -> None:
@@ -149,7 +155,8 @@ def train(words: list[str]) -> None:
         if config.stage == "rm":
             from fastppo.rm import train as reward_model
 
-            reward_model.run(config, records)
+            with world.join(config) as processes:
+                reward_model.run(config, records, processes)
         elif not config.trains:
             from fastppo.ppo import evaluate_only as held_out
 

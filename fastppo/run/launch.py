@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from fastppo.config.parallel import check_processes
 from fastppo.errors import UserError
 
 if TYPE_CHECKING:
@@ -64,14 +65,12 @@ def check_launcher(config: Config) -> int:
     """The number of processes of this run, which torchrun has started.
 
     Raises:
-        UserError: another launcher started several, the stage is one that runs in one process, or
-            there is not a prompt a step for each of them.
+        UserError: another launcher started several, or there is not a prompt (in stage rm a pair)
+            a step for each of them.
     """
     found, named = launched(), processes()
     if found is None and not named:
         return 1
-    if config.stage == "rm":
-        check_one_process("stage rm", "output_dir")
     if found is None:
         name, count = next(iter(named.items()))
         raise UserError(
@@ -79,12 +78,7 @@ def check_launcher(config: Config) -> int:
             f"to meet: torchrun's variables ({', '.join(TOLD_BY_TORCHRUN)}) are not all set; start "
             f"them by torchrun (docs/scaling.md), or unset {' '.join(named)}"
         )
-    if config.prompts_a_step < found.size:
-        raise UserError(
-            f"WORLD_SIZE: is {found.size}, and a step has {config.prompts_a_step} prompts, so a "
-            f"process would have none; start {config.prompts_a_step}, or raise "
-            "gradient_accumulation_steps or ppo_buffer_size"
-        )
+    check_processes(config, found.size, "WORLD_SIZE")
     return found.size
 
 
@@ -148,7 +142,7 @@ def note_on_device(
     if device.type == "cuda" and launched() is None and (count := torch.cuda.device_count()) > 1:
         return (
             f"this run is one process on one of {count} visible GPUs; torchrun --nproc-per-node "
-            f"{count} -m fastppo CONFIG runs stage ppo on all of them (docs/scaling.md)"
+            f"{count} -m fastppo CONFIG runs it on all of them (docs/scaling.md)"
         )
     if device.type != "cpu" or config.use_cpu or not driver.exists():
         return None

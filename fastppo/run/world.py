@@ -87,18 +87,20 @@ class World:
         import torch
 
         there = [any(which) for which in zip(*self.gather(has_gradients(parameters)), strict=True)]
-        shared = [p for p, is_there in zip(parameters, there, strict=True) if is_there]
-        for parameter in shared:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        for group in groups(shared, REDUCED_BYTES):
-            exact = any(p.dtype == torch.float64 for p in group)
+        gradients = []
+        for parameter, is_there in zip(parameters, there, strict=True):
+            if is_there:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                gradients.append(parameter.grad)
+        for group in groups(gradients, REDUCED_BYTES):
+            exact = any(x.dtype == torch.float64 for x in group)
             dtype = torch.float64 if exact else torch.float32
-            parts = [p.grad.flatten().to(dtype) for p in group]
+            parts = [x.flatten().to(dtype) for x in group]
             flat = torch.cat(parts) if len(parts) > 1 else parts[0]  # a large one is not copied
-            sums = torch.split(self.sum(flat), [p.numel() for p in group])
-            for parameter, own in zip(group, sums, strict=True):
-                parameter.grad.copy_(own.view_as(parameter))
+            sums = torch.split(self.sum(flat), [x.numel() for x in group])
+            for gradient, own in zip(group, sums, strict=True):
+                gradient.copy_(own.view_as(gradient))
 
     def agree(self, facts: Mapping[str, str], cure: str) -> None:
         """Check that `facts` (name -> digest) are the same in all processes.
@@ -169,15 +171,15 @@ class World:
 ALONE: Final = World()
 
 
-def groups(parameters: Sequence[nn.Parameter], size: int) -> Iterator[list[nn.Parameter]]:
-    """Neighbours with gradients of at most `size` bytes, and larger ones alone."""
+def groups(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
+    """Neighbours of at most `size` bytes in float32, and larger ones alone."""
     group, held = list[Any](), 0
-    for parameter in parameters:
-        own = parameter.numel() * max(parameter.element_size(), 4)
+    for tensor in tensors:
+        own = tensor.numel() * max(tensor.element_size(), 4)
         if group and held + own > size:
             yield group
             group, held = [], 0
-        group.append(parameter)
+        group.append(tensor)
         held += own
     if group:
         yield group

@@ -107,6 +107,13 @@ def test_gradients_are_summed_and_what_nobody_has_stays_without_one(found):
         assert nobodys is None
 
 
+def test_large_gradients_are_added_up_by_themselves():
+    tensors = [torch.zeros(n) for n in (1, 2, 30, 1, 4, 5)]  # of 4 bytes
+    sizes = [[x.numel() for x in group] for group in worlds.groups(tensors, 40)]
+    assert sizes == [[1, 2], [30], [1, 4, 5]]
+    assert list(worlds.groups([], 40)) == []
+
+
 def test_parts_are_neighbours_and_hold_everything_once(found):
     parts = [each["parts"] for each in found]
     assert [row for part in parts for row in part] == list(range(7))
