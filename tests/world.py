@@ -68,15 +68,20 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def as_process(rank: int, size: int, port: int) -> None:
-    """Set what torchrun tells each process."""
-    os.environ |= {
+def variables(rank: int, size: int, port: int) -> dict[str, str]:
+    """What torchrun tells each process."""
+    return {
         "RANK": str(rank),
         "WORLD_SIZE": str(size),
         "LOCAL_RANK": str(rank),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+
+
+def as_process(rank: int, size: int, port: int) -> None:
+    """Be one of torchrun's processes."""
+    os.environ.update(variables(rank, size, port))
 
 
 def call(

@@ -14,6 +14,7 @@ from fastppo.errors import UserError
 from fastppo.models.adapters import load_adapter
 from fastppo.models.load import LOAD_ERRORS, check_weights, disable_dropout, first_line
 from fastppo.ppo import lines
+from fastppo.ppo.checkpoint import check_processes_agree
 from fastppo.ppo.evaluation import compare, held_out_prompts, predict, report, summarise
 from fastppo.ppo.state import init_state
 from fastppo.run import console, results
@@ -38,6 +39,7 @@ def run(config: Config, records: Records, world: World = ALONE) -> None:
     config = config.model_copy(update=update)
     state = init_state(config, records, world=world)
     load_policy(state.roles, folder)
+    check_processes_agree(state, folder)
     print_line = console.console.print
     print_line(f"[bold]fastppo {__version__}[/bold], stage ppo, {config.model_name_or_path}")
     print_line(f"  policy: {folder}, reference: {state.roles.places['reference'].words}")

@@ -7,6 +7,7 @@ CPUs and NCCL on GPUs. No torch at import.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from fastppo.errors import TrainingStopped, UserError
+from fastppo.errors import TrainingStopped, UserError, one_line
 from fastppo.memory.units import REDUCED_BYTES
 from fastppo.run.launch import Launched, launched
 
@@ -202,6 +203,9 @@ def join(config: Config) -> Iterator[World]:
     """Meet the other processes that the launcher started; alone, that is a world of size 1.
 
     Inside the block a process other than 0 prints nothing on the console.
+
+    Raises:
+        TrainingStopped: the others have not come within `ddp_timeout`.
     """
     found = launched()
     if found is None:
@@ -216,12 +220,20 @@ def join(config: Config) -> Iterator[World]:
     if on_gpu:
         check_gpus(found, torch.cuda.device_count())
         torch.cuda.set_device(found.local_rank)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-        timeout=timedelta(seconds=config.ddp_timeout),
-        rank=found.rank,
-        world_size=found.size,
-    )
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            timeout=timedelta(seconds=config.ddp_timeout),
+            rank=found.rank,
+            world_size=found.size,
+        )
+    except RuntimeError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise TrainingStopped(
+            f"process {found.rank} of {found.size} has not met the others at {place} within "
+            f"{config.ddp_timeout:g} s (ddp_timeout): {one_line(error)[:200]}; check that process 0 "
+            "runs there, that the port is free, and what the others said"
+        ) from None
     was_quiet, console.quiet = console.quiet, found.rank > 0
     try:
         yield World(found.rank, found.size, config.ddp_timeout)

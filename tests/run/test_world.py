@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from fastppo.config import config_from_dict
 from fastppo.errors import TrainingStopped, UserError
 from fastppo.run import world as worlds
 from fastppo.run.launch import Launched, launched
 from fastppo.run.world import ALONE, World, check_gpus
-from tests.world import as_process, free_port
+from tests.project import PPO
+from tests.world import as_process, free_port, variables
 
 # Forked from this process: nothing here runs a backward pass, whose threads a fork would lose.
 context = multiprocessing.get_context("fork")
@@ -159,6 +162,17 @@ def test_alone_everything_is_given_back_and_torch_distributed_is_not_asked():
     assert not torch.distributed.is_initialized()
 
 
+def test_a_process_whose_others_do_not_come_says_where_it_waited(monkeypatch):
+    port = free_port()
+    for name, value in variables(1, 2, port).items():
+        monkeypatch.setenv(name, value)
+    config = config_from_dict({**PPO, "ddp_timeout": 1, "use_cpu": True})
+    line = f"process 1 of 2 has not met the others at 127.0.0.1:{port} within 1 s"
+    with pytest.raises(TrainingStopped, match=re.escape(line)), worlds.join(config):
+        pass
+    assert not torch.distributed.is_initialized()
+
+
 def test_more_processes_on_a_machine_than_gpus_are_refused():
     check_gpus(Launched(rank=5, size=8, local_rank=1), count=2)
     with pytest.raises(UserError, match=r"LOCAL_RANK: is 2, and 2 GPUs are visible.*start 2"):
@@ -167,7 +181,8 @@ def test_more_processes_on_a_machine_than_gpus_are_refused():
 
 @pytest.mark.parametrize("missing", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"])
 def test_a_process_is_torchruns_where_all_of_its_variables_say_so(monkeypatch, missing):
-    as_process(1, 2, 29500)
+    for name, value in variables(1, 2, 29500).items():
+        monkeypatch.setenv(name, value)
     assert launched() == (1, 2, 1)
     monkeypatch.delenv(missing)
     assert launched() is None
