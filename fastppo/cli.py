@@ -7,12 +7,20 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from fastppo import __version__, packages
 from fastppo.errors import Interrupted, TrainingStopped, UserError, one_line
 from fastppo.run.commandline import Answered, Parser, quieten
 
-USAGE = "%(prog)s CONFIG [key=value ...] [--explain | --plan [--gpu SIZE]]"
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fastppo.config import Config
+    from fastppo.data import Records
+    from fastppo.run.world import World
+
+USAGE = "%(prog)s CONFIG [key=value ...] [--explain|--plan [--gpu SIZE --gpus N]]"
 ABOUT = f"fastppo {__version__}: PPO for language models on one GPU, from LLaMA-Factory's YAML"
 # FIRST of config/schema.py as text, so that --help need not build it; a test compares the two.
 KEYS = """keys that most runs set:
@@ -48,15 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.explain:
             return explain(options.words)
         if options.plan:
-            return plan(options.words, options.gpu)
+            return plan(options.words, options.gpu, options.gpus or "1")
         train(options.words)
     except Answered:
         return 0
     except UserError as error:
-        print(f"fastppo-train: error: {one_line(error)}", file=sys.stderr)
+        tell("error", error)
         return 2
     except TrainingStopped as error:
-        print(f"fastppo-train: stopped: {one_line(error)}", file=sys.stderr)
+        tell("stopped", error)
         return 1
     except Interrupted as stop:
         name = signal.Signals(stop.signal).name
@@ -68,8 +76,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def tell(what: str, error: UserError | TrainingStopped) -> None:
+    """Print an error as one line, unless another process of the run has printed it already."""
+    if not error.told:
+        print(f"fastppo-train: {what}: {one_line(error)}", file=sys.stderr)
+
+
 def read(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line: words (CONFIG and overrides), explain, plan and gpu."""
+    """Parse the command line: words (CONFIG and overrides), explain, plan, gpu and gpus."""
     parser = Parser("fastppo-train", usage=USAGE, description=ABOUT, epilog=KEYS + END)
     parser.add_argument(
         "words",
@@ -82,8 +96,7 @@ def read(argv: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument(
         "--explain",
         action="store_true",
-        help="print every key with its value, where it came from and what it does here, and stop; "
-        "loads no model",
+        help="print every key: its value, where it is from, what it does here",
     )
     what.add_argument(
         "--plan",
@@ -96,7 +109,12 @@ def read(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="?",
         const="",
         metavar="SIZE",
-        help="what it has to fit into, for example 24GiB; the GPU here if left out",
+        help="what it has to fit into, as 24GiB; else the GPU here",
+    )
+    parser.options.add_argument(
+        "--gpus",
+        metavar="N",
+        help="GPUs that share the run; the plan is that of each",
     )
     options = parser.parse(argv)
     if missing := packages.missing_for_training():
@@ -105,6 +123,8 @@ def read(argv: Sequence[str] | None) -> argparse.Namespace:
         del options.words[0]
     if options.gpu is not None and not options.plan:
         raise UserError("--gpu: is the size that --plan has to fit into; add --plan, or drop it")
+    if options.gpus is not None and not options.plan:
+        raise UserError("--gpus: is the number that --plan is for; add --plan, or drop it")
     if not options.words:
         raise UserError("no CONFIG; name a YAML file, for example examples/demo_ppo.yaml")
     return options
@@ -117,12 +137,12 @@ def explain(words: list[str]) -> int:
     return explain.run(words[0], words[1:])
 
 
-def plan(words: list[str], gpu: str | None) -> int:
-    """Run `--plan`, with its `--gpu`; data, rewards and output folders need not exist."""
+def plan(words: list[str], gpu: str | None, gpus: str) -> int:
+    """Run `--plan`, with its `--gpu` and `--gpus`; data, rewards and output folders need not exist."""
     from fastppo.config import load_config
     from fastppo.memory import command as plan
 
-    return plan.run(load_config(words[0], words[1:]), gpu)
+    return plan.run(load_config(words[0], words[1:]), gpu, gpus)
 
 
 def train(words: list[str]) -> None:
@@ -130,29 +150,33 @@ def train(words: list[str]) -> None:
     from pathlib import Path
 
     from fastppo.config import load_config
-    from fastppo.run import hub, record
+    from fastppo.run import hub, record, world
     from fastppo.run.preflight import check
 
     config = load_config(words[0], words[1:])
-    records = check(config)
+    records = check(config, shared=True)
     quieten()
     # Reward functions and judges can be imported from the folder in which the command runs.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     with record.outcome(Path(config.output_dir)):
+        run: Callable[[Config, Records, World], None]
         if config.stage == "rm":
             from fastppo.rm import train as reward_model
 
-            reward_model.run(config, records)
+            run = reward_model.run
         elif not config.trains:
             from fastppo.ppo import evaluate_only as held_out
 
-            held_out.run(config, records)
+            run = held_out.run
         else:
             from fastppo.ppo import trainer
 
-            trainer.run(config, records)
-        hub.push(config)
+            run = trainer.run
+        with world.join(config) as processes:
+            run(config, records, processes)
+        if processes.main:
+            hub.push(config)
 
 
 if __name__ == "__main__":

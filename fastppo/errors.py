@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 LONGEST = 1000  # characters of a message; the middle of a longer one is left out
@@ -10,12 +11,16 @@ LONGEST = 1000  # characters of a message; the middle of a longer one is left ou
 class UserError(Exception):
     """An error that the user can correct: one line that names cause and cure. Exit code 2."""
 
+    told = False  # whether another process of the run has printed it
+
 
 class TrainingStopped(Exception):
     """The run cannot usefully continue: one line that names the likeliest cause.
 
     Exit code 1: the input was valid, but the run failed.
     """
+
+    told = False  # whether another process of the run has printed it
 
 
 class Interrupted(BaseException):
@@ -36,6 +41,11 @@ def one_line(message: object) -> str:
     return text if len(text) <= LONGEST else f"{text[:600]} ... {text[-300:]}"
 
 
-def note(text: str) -> None:
-    """Print one line on stderr: something was ignored or dropped, and the run continues."""
+def note(text: str, *, every_process: bool = False) -> None:
+    """Print one line on stderr: something was ignored or dropped, and the run continues.
+
+    Of several processes (torchrun sets RANK) the first alone prints it, unless `every_process`.
+    """
+    if not every_process and os.environ.get("RANK", "0").strip() not in ("", "0"):
+        return
     print(f"fastppo-train: note: {one_line(text)}", file=sys.stderr)

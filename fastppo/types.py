@@ -94,6 +94,8 @@ class Scored:
     # Each reward's scores (B,), not yet weighted; NaN if it does not apply
     reward_parts: dict[str, Tensor] = field(default_factory=dict)
     kept: Kept | None = None  # the actor's forward, if the update can use it
+    # The rows that this process scored, and runs in the update; None: all, in a run of one process
+    own: range | None = None
 
 
 @dataclass(frozen=True)

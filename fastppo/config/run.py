@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from fastppo.config.key import HF, LF, Keys, key
+from fastppo.config.key import HF, LF, Keys, Positive, key
 
 
 class RunKeys(Keys):
@@ -34,6 +34,12 @@ class RunKeys(Keys):
         None,
         HF,
         "A checkpoint-N, or true for the newest complete one in output_dir; docs/reliability.md.",
+    )
+    ddp_timeout: Positive = key(
+        1800,
+        HF,
+        "Seconds that one of several processes waits for the others (docs/scaling.md): more than "
+        "the longest phase of a step, an evaluation or a checkpoint takes.",
     )
 
     @property

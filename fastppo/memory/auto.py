@@ -34,16 +34,18 @@ def available_memory(device: torch.device) -> int:
     return int(min(total, free + torch.cuda.memory_reserved(device) + CONTEXT))
 
 
-def resolve_auto(config: Config, device: torch.device) -> tuple[Config, Plan | None, list[str]]:
+def resolve_auto(
+    config: Config, device: torch.device, processes: int = 1
+) -> tuple[Config, Plan | None, list[str]]:
     """Replace each `auto` by a value; returns the configuration, its plan, and notes to print.
 
-    If the model's shape is unknown, there is no plan, and a note says so.
+    The plan is that of one of the run's `processes`. If the model's shape is unknown, there is no plan, and a note says so.
 
     Raises:
         UserError: a key is `auto`, but the run cannot be planned.
     """
     try:
-        plan, _ = plan_config(config, "gpu" if device.type == "cuda" else "cpu")
+        plan, _ = plan_config(config, "gpu" if device.type == "cuda" else "cpu", processes)
     except UserError as error:
         if auto := auto_keys(config):
             raise UserError(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from fastppo import __version__
 from fastppo.config import Config
+from fastppo.config.parallel import check_processes, units_a_step
 from fastppo.errors import UserError
 from fastppo.memory.advice import advise, choose_auto, format_settings
 from fastppo.memory.peaks import PHASES, ROWS
@@ -50,16 +51,27 @@ def find_gpu() -> tuple[int, str] | None:
     return None
 
 
-def run(config: Config, gpu: str | None) -> int:
+def parse_count(text: str) -> int:
+    """The number of GPUs in `--gpus`."""
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"--gpus: '{text}' is no number of GPUs; write for example 4")
+    return int(text)
+
+
+def run(config: Config, gpu: str | None, gpus: str = "1") -> int:
     """Print the plan of a configuration on a GPU of size `gpu`; None is this machine's GPU.
+
+    Of several `gpus`, whose processes share the run, it is the plan of each.
 
     Returns:
         The exit code: 3 if the run does not fit; 0 if it fits, or if no size is known.
     """
+    count = parse_count(gpus)
+    check_processes(config, count, "--gpus")
     size, name = parse_size(gpu) if gpu is not None else None, gpu or ""
     if size is None and (found := find_gpu()) is not None:
         size, name = found[0], f"the {found[1]} here, {found[0] / GIB:.1f} GiB"
-    plan, notes = plan_config(config, "cpu" if size is None else "gpu")
+    plan, notes = plan_config(config, "cpu" if size is None else "gpu", count)
     if plan.inputs.auto:
         if size is None:
             notes.append(f"{', '.join(plan.inputs.auto)}: auto, which a run decides by its memory")
@@ -67,6 +79,7 @@ def run(config: Config, gpu: str | None) -> int:
             chosen = choose_auto(plan, size)
             plan = plan.with_changes(**chosen)
             notes.append(f"auto: {format_settings(chosen)}")
+    notes += shares(plan)
     print("\n".join(heading(config, plan, notes)))
     print()
     print("\n".join(table(plan)))
@@ -83,6 +96,28 @@ def heading(config: Config, plan: Plan, notes: Sequence[str]) -> list[str]:
         f"  {config.model_name_or_path}: {shape.parameters:,} parameters, {shape.layers} layers, "
         f"hidden {shape.hidden}, vocabulary {shape.vocab}",
         *(f"  {note}" for note in notes),
+    ]
+
+
+def shares(plan: Plan) -> list[str]:
+    """Lines on what each of several processes has of a step, and what they send to each other.
+
+    A ring of n processes sends 2 (n - 1) / n times the bytes of a sum from each of them.
+    Source: Patarasu and Yuan 2009, Bandwidth Optimal All-reduce Algorithms, section 3.
+    """
+    gpus, config = plan.inputs.gpus, plan.inputs.config
+    if gpus == 1:
+        return []
+    count, what = units_a_step(config)
+    most, least = -(-count // gpus), count // gpus
+    each = f"{most}" if most == least else f"{least} or {most}"
+    steps = config.ppo_epochs * config.ppo_buffer_size if config.stage == "ppo" else 1
+    summed = plan.gradient_bytes
+    sent = summed * 2 * (gpus - 1) / gpus
+    return [
+        f"each of {gpus} GPUs has {each} of a step's {count} {what}; the table is one GPU's",
+        f"an optimiser step adds up {summed / MIB:.1f} MiB of gradients, for which a ring sends "
+        f"{sent / MIB:.1f} MiB from each GPU; {steps} a step: {sent * steps / MIB:.1f} MiB",
     ]
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from fastppo.config import Config
 from fastppo.config.memory import longest_sequence, offload_mode
 from fastppo.config.model import run_dtype
+from fastppo.config.parallel import units_a_step
 from fastppo.memory.budgets import as_count
 from fastppo.memory.shapes import ModelShape
 from fastppo.memory.units import MIB
@@ -49,6 +50,7 @@ class PlanInputs:
         auto: keys that the plan decides.
         compiled_ops: whether the operators run as kernels, not as their definition in PyTorch.
         mixed_lengths: whether the sequences of a batch differ in length.
+        gpus: how many processes share the run; the plan is that of the one with most prompts.
     """
 
     config: Config
@@ -62,9 +64,12 @@ class PlanInputs:
     auto: tuple[str, ...] = ()
     compiled_ops: bool = True
     mixed_lengths: bool = True
+    gpus: int = 1
 
     @classmethod
-    def of(cls, config: Config, shape: ModelShape, *, device: Literal["gpu", "cpu"]) -> PlanInputs:
+    def of(
+        cls, config: Config, shape: ModelShape, *, device: Literal["gpu", "cpu"], gpus: int = 1
+    ) -> PlanInputs:
         """The inputs for a configuration whose base has this `shape`."""
         auto = tuple(name for name in AUTO_KEYS if getattr(config, name) == "auto")
         rank, target, source = largest_reward_adapter(config)
@@ -76,6 +81,7 @@ class PlanInputs:
             reward_target=target,
             reward_source=source,
             auto=auto,
+            gpus=gpus,
         )
         if config.adapter_name_or_path is not None and not config.create_new_adapter:
             last = config.adapter_name_or_path.split(",")[-1].strip()
@@ -150,8 +156,10 @@ class PlanInputs:
 
     @property
     def step_rows(self) -> int:
-        """Number of sequences (in stage rm of pairs) in an optimiser step."""
-        return self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
+        """Number of sequences (in stage rm of pairs) in a process's part of an optimiser step."""
+        rows = self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
+        # The rows of an optimiser step are drawn from all: by chance they may all be one process's.
+        return min(rows, self.scored_rows) if self.config.stage == "ppo" else self.units
 
     def largest_micro_batch(self, tokens: int | None) -> tuple[int, int]:
         """Rows and length of the largest micro-batch of stage ppo with a budget of `tokens`.
@@ -184,8 +192,13 @@ class PlanInputs:
 
     @property
     def scored_rows(self) -> int:
-        """Number of sequences in a rollout."""
-        return self.step_rows * self.config.ppo_buffer_size
+        """Number of sequences in a process's part of a rollout."""
+        return self.units * self.config.num_generations
+
+    @property
+    def units(self) -> int:
+        """The most prompts of a step (in stage rm pairs) that a process has."""
+        return -(-units_a_step(self.config)[0] // self.gpus)
 
     @property
     def rollout_rows(self) -> int:
@@ -196,7 +209,8 @@ class PlanInputs:
     @property
     def evaluated_rows(self) -> int:
         """Number of sequences that an evaluation scores at a time."""
-        return min(self.config.per_device_eval_batch_size, self.config.eval_max_samples)
+        most = -(-self.config.eval_max_samples // self.gpus)
+        return min(self.config.per_device_eval_batch_size, most)
 
     @property
     def states_on_host(self) -> bool:

@@ -15,7 +15,7 @@ from fastppo.memory.inputs import PlanInputs
 from fastppo.memory.layer import LayerSetting, trunk_memory
 from fastppo.memory.shapes import ModelShape
 from fastppo.memory.tape import FLOAT32
-from fastppo.memory.units import GIB, PREFILL_TOKENS, RESERVE, SLACK
+from fastppo.memory.units import GIB, PREFILL_TOKENS, REDUCED_BYTES, RESERVE, SLACK
 from fastppo.memory.weights import StaticBytes, Trainable
 
 PHASES: Final = ("load", "rollout", "score", "update")
@@ -277,6 +277,14 @@ class Planner:
         group = max(actor.parameters, critic.parameters) * FLOAT32
         work = {"layer at work": group if inputs.device == "gpu" else 0}
         yield self.peak("update", "the optimiser's step", {**gradients, **work})
+        yield from self.reduction_peaks(gradients)
+
+    def reduction_peaks(self, gradients: dict[str, int]) -> Iterator[Peak]:
+        """The sum of the gradients over several processes, a copy of some of them at a time."""
+        if self.inputs.gpus > 1:
+            copy = min(sum(gradients.values()), REDUCED_BYTES)
+            name = f"the sum of {self.inputs.gpus} processes' gradients"
+            yield self.peak("update", name, {**gradients, "layer at work": copy})
 
     def ptx_peaks(self, gradients: dict[str, int]) -> Iterator[Peak]:
         """PTX loss: a micro-batch of ptx_dataset, while all gradients exist."""
@@ -302,7 +310,8 @@ class Planner:
         inputs, config, memory = self.inputs, self.config, self.activations
         actor = self.static.actor
         gradients = {"actor gradients": FLOAT32 * actor.parameters}
-        rows, length = 2 * config.per_device_train_batch_size, inputs.longest_sequence
+        pairs = min(config.per_device_train_batch_size, inputs.step_rows)
+        rows, length = 2 * pairs, inputs.longest_sequence
         masked = inputs.has_padding(rows)
         yield from self.training_pass_peaks(
             TrainingPass(
@@ -313,11 +322,12 @@ class Planner:
                 gathered=memory.hidden_states(rows * length),  # the head reads one state per row
                 loss=0,
                 chunk=0,
-                gradients_before=gradients if config.gradient_accumulation_steps > 1 else {},
+                gradients_before=gradients if inputs.step_rows > pairs else {},
                 gradients_after=gradients,
             )
         )
         yield self.peak("update", "the optimiser's step", gradients)
+        yield from self.reduction_peaks(gradients)
         rows = 2 * min(config.per_device_eval_batch_size, config.per_device_train_batch_size)
         trunk = memory.trunk(rows, length, "actor", masked=inputs.has_padding(rows))
         yield self.peak(

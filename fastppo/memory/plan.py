@@ -16,6 +16,7 @@ from fastppo.errors import UserError
 from fastppo.memory.inputs import PlanInputs
 from fastppo.memory.peaks import PHASES, Peak, Planner
 from fastppo.memory.shapes import ModelShape, find_shape_and_source, from_config
+from fastppo.memory.tape import FLOAT32
 from fastppo.memory.weights import Shapes, StaticBytes
 
 
@@ -76,6 +77,12 @@ class Plan:
             if peak.phase == "rollout"
         )
 
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of the gradients of an optimiser step, which several processes add up."""
+        static = StaticBytes(self.inputs, self.shapes)
+        return FLOAT32 * (static.actor.parameters + static.critic.parameters)
+
     def fits(self, available_bytes: int) -> bool:
         """Whether the run, including the reserve, fits into `available_bytes`."""
         return self.peak.total <= available_bytes
@@ -93,8 +100,10 @@ def make_plan(inputs: PlanInputs, shapes: Shapes) -> Plan:
     return Plan(inputs, shapes, tuple(planner.peaks()), host)
 
 
-def plan_config(config: Config, device: Literal["gpu", "cpu"]) -> tuple[Plan, list[str]]:
-    """The plan of a configuration, and lines that say what it assumes.
+def plan_config(
+    config: Config, device: Literal["gpu", "cpu"], gpus: int = 1
+) -> tuple[Plan, list[str]]:
+    """The plan of a configuration for each of `gpus` processes, and lines that say what it assumes.
 
     Raises:
         UserError: a model's shape is unknown, or a key trains modules that the plan does not count.
@@ -105,7 +114,7 @@ def plan_config(config: Config, device: Literal["gpu", "cpu"]) -> tuple[Plan, li
             "plan without this key"
         )
     base, source = find_base_shape(config)
-    inputs = PlanInputs.of(config, base, device=device)
+    inputs = PlanInputs.of(config, base, device=device, gpus=gpus)
     notes = [f"shape of the base from {source}"]
     others: dict[str, ModelShape] = {}
     for role, name in other_models(config).items():

@@ -88,7 +88,10 @@ def retry(
                 raise OutOfMemory(
                     f"out of memory in {phase}, which takes on one sequence at a time"
                 )
-            note(f"out of memory in {phase}: tries once more, and goes on, with {change}")
+            note(
+                f"out of memory in {phase}: tries once more, and goes on, with {change}",
+                every_process=True,
+            )
             try:
                 return function(*args, **kwargs)
             except Exception as error:

@@ -16,3 +16,5 @@ PREFILL_TOKENS: Final = 2048
 # Places of a slot of the KV cache beyond the longest row, if rows enter later: all rows are moved
 # back once in so many steps.
 SLACK: Final = 64
+# Gradients that several processes add up at a time, in a copy that has them one after another.
+REDUCED_BYTES: Final = 64 * MIB

@@ -26,6 +26,15 @@ class SharedStates:
         self.on_host = on_host
         self.state_ND: Tensor | None = None
 
+    def among(self, rows: int, first: int) -> SharedStates:
+        """These states as those of sequences `first` and following of `rows`; of others none."""
+        own, rest = len(self.known), rows - first - len(self.known)
+        found = SharedStates([], on_host=self.on_host)
+        found.offsets = [0] * first + self.offsets + self.offsets[-1:] * rest
+        found.known = [False] * first + self.known + [False] * (rows - first - own)
+        found.state_ND = self.state_ND
+        return found
+
     def part(
         self, rows: Sequence[int], lengths: Sequence[int], starts: Sequence[int], size: int
     ) -> StatesOfBatch:

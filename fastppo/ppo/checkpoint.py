@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from fastppo.offload.activations import wrap
 from fastppo.ppo import evaluation, log
 from fastppo.ppo.advantage import RunningScore
 from fastppo.run import durable, record, results, training_state
+from fastppo.run.agreement import check_agreement
 from fastppo.run.save import begin, note_run, save_model, save_weights
 from fastppo.types import Answers
 
@@ -135,6 +137,7 @@ MAY_CHANGE = {
     "do_train",
     "do_eval",
     "cache_dir",
+    "ddp_timeout",
 }
 # Keys whose values the checkpoint itself holds: another value in the YAML would have no effect.
 STORED_IN_CHECKPOINT = {
@@ -159,16 +162,37 @@ def settings(config: Config) -> dict[str, str]:
 
 
 def environment(state: State) -> dict[str, str]:
-    """What else affects the exact results: the prompts, the device and its libraries."""
-    device = state.roles.device
+    """What else affects the exact results: the prompts, the devices and their libraries."""
+    device, world = state.roles.device, state.world
     ids = json.dumps([prompt.ids for prompt in state.prompts])
     return {
+        **({"the number of processes": str(world.size)} if world.size > 1 else {}),
         "the prompts": hashlib.sha256(ids.encode()).hexdigest(),
         "torch's version": torch.__version__,
         "the device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "the number of threads": str(torch.get_num_threads()),
         "FASTPPO_BACKEND": os.environ.get("FASTPPO_BACKEND", ""),
     }
+
+
+def check_processes_agree(state: State, resumed: Path | None) -> None:
+    """Check that all processes run the same: keys, data, versions, weights, checkpoint.
+
+    Raises:
+        UserError: what differs, and in which process.
+    """
+    demonstrations = () if state.ptx is None else state.ptx.pairs
+    check_agreement(
+        state.world,
+        state.config,
+        decided=state.budgets.decisions(),
+        rows=chain(
+            (prompt.ids for prompt in (*state.prompts, *state.eval_prompts)),
+            chain.from_iterable(demonstrations),
+        ),
+        models=[place.model for place in state.roles.places.values()],
+        resumed=resumed,
+    )
 
 
 def check_same(state: State, saved: dict[str, Any], folder: Path) -> list[str]:
@@ -192,8 +216,8 @@ def check_same(state: State, saved: dict[str, Any], folder: Path) -> list[str]:
         raise UserError(
             f"{key}: it has rewards {', '.join(sorted(names))}; keep reward_model as it was"
         )
-    present = environment(state)
-    return changed + [name for name in present if present[name] != saved["surroundings"].get(name)]
+    present, before = environment(state), saved["surroundings"]
+    return changed + [x for x in present | before if present.get(x) != before.get(x)]
 
 
 @torch.no_grad()
@@ -238,23 +262,34 @@ def resume(state: State, folder: Path) -> list[str]:
 def start(state: State, folder: Path | None, output_dir: Path) -> list[str]:
     """Start a new run in `output_dir`, or resume from `folder`; returns notes for the terminal."""
     notes = []
-    if folder is None:
-        results.clear(output_dir)
-    else:
+    if folder is not None:
         changed = resume(state, folder)
         notes.append(f"resumes after step {state.step} from {folder}")
         if changed:
             notes.append(f"not bit for bit, for these changed since: {', '.join(changed)}")
+    state.world.on_main(begin_files, state, folder, output_dir)
+    return notes
+
+
+def begin_files(state: State, folder: Path | None, output_dir: Path) -> None:
+    """Begin the log and the records in `output_dir`; those of an earlier run are deleted."""
+    if folder is None:
+        results.clear(output_dir)
     evaluated = any(each["step"] == state.step for each in state.evaluations)
     results.begin_log(output_dir, state.step, evaluated=evaluated)
     begin(output_dir, state.budgets.decisions(), state.tracker)
     printed = [*state.notes, *state.roles.notes, *state.config.notes]
     record.begin(state.config, state.roles.device, printed, state.plan)
-    return notes
 
 
 def save_and_stop(state: State, stop: Interrupted, output_dir: Path) -> Interrupted:
-    """Save the last complete step; returns an interruption that names the checkpoint."""
+    """Save the last complete step; returns an interruption that names the checkpoint.
+
+    No process asks another: a step that is not complete has nothing to save, and the last complete
+    one is the same in all of them, so the first process saves it.
+    """
+    if not state.world.main:
+        return Interrupted(stop.signal, "process 0 saves the last complete step")
     if state.step == 0:
         return Interrupted(stop.signal, "no step was finished, so nothing was saved")
     folder = output_dir / f"checkpoint-{state.step}"

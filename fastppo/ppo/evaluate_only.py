@@ -14,9 +14,11 @@ from fastppo.errors import UserError
 from fastppo.models.adapters import load_adapter
 from fastppo.models.load import LOAD_ERRORS, check_weights, disable_dropout, first_line
 from fastppo.ppo import lines
+from fastppo.ppo.checkpoint import check_processes_agree
 from fastppo.ppo.evaluation import compare, held_out_prompts, predict, report, summarise
 from fastppo.ppo.state import init_state
 from fastppo.run import console, results
+from fastppo.run.world import ALONE, World
 
 if TYPE_CHECKING:
     from fastppo.config import Config
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 TRAINED = "trained"  # name of the loaded adapter in the PEFT model
 
 
-def run(config: Config, records: Records) -> None:
+def run(config: Config, records: Records, world: World = ALONE) -> None:
     """Load the trained policy; compare it with its reference and write predictions, as configured.
 
     Only `output_dir` is written to: the metrics of the run that trained the policy stay unchanged.
@@ -35,8 +37,9 @@ def run(config: Config, records: Records) -> None:
     # No critic is needed, so the smallest kind is built; nothing is sent to trackers.
     update = {"critic": "shared", "critic_finetuning_type": None, "report_to": "none"}
     config = config.model_copy(update=update)
-    state = init_state(config, records)
+    state = init_state(config, records, world=world)
     load_policy(state.roles, folder)
+    check_processes_agree(state, folder)
     print_line = console.console.print
     print_line(f"[bold]fastppo {__version__}[/bold], stage ppo, {config.model_name_or_path}")
     print_line(f"  policy: {folder}, reference: {state.roles.places['reference'].words}")

@@ -20,8 +20,7 @@ from fastppo.models.batch import largest_micro_batch
 from fastppo.ppo import lines, log
 from fastppo.ppo.metrics import SAMPLES, SUMMARY
 from fastppo.ppo.observer import Due
-from fastppo.ppo.rollout import sample
-from fastppo.ppo.sampling import Sampling
+from fastppo.ppo.rollout import sample, settings
 from fastppo.ppo.score import score
 from fastppo.rewards.function import call_scores, load_function
 from fastppo.rewards.reward import mean_score
@@ -32,6 +31,7 @@ from fastppo.types import Answers
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from fastppo.config import Config
     from fastppo.data import Records
     from fastppo.models.build import Role
     from fastppo.ppo.observer import Observer
@@ -43,48 +43,72 @@ DRAWING_SHARE = 0.05  # the largest share of a run's time that may be spent on d
 
 
 def answer(state: State, role: Role, prompts: list[Prompt]) -> Answers:
-    """Sample responses of `role` to `prompts`; score them, and with `eval_judge` judge them."""
-    config, roles = state.config, state.roles
-    texts: list[str] = []
-    rewards: list[float] = []
-    parts: list[dict[str, Tensor]] = []
-    lengths: list[int] = []
-    terminated: list[bool] = []
-    kl = 0.0
-    size, budgets = config.per_device_eval_batch_size, state.budgets
-    for start in range(0, len(prompts), size):
-        group = prompts[start : start + size]
-        with roles.use(role):
-            rollout = retry("rollout", budgets, used=partial(len, group))(sample)(
-                roles,
-                group,
-                sampling=Sampling.of(config),
-                template=state.template,
-                tokenizer=state.tokenizer,
-                seed=seed_of(config.seed, "evaluation"),
-                first_row=start,
-                budgets=budgets,
-                plan=state.plan,
-            )
-        texts += rollout.texts
-        lengths += rollout.response_lengths
-        terminated += rollout.terminated
-        rollout = roles.with_states(rollout)
-        score_B, reward_parts = state.reward(rollout)
-        rewards += score_B.tolist()
-        parts.append(reward_parts)
-        if role != "reference":
-            kl += total_kl(state, rollout, (score_B, reward_parts))
-        del rollout  # with the states of its tokens, before the next one is sampled
-    judged = None
-    if config.eval_judge is not None:
-        judge = load_function(config.eval_judge, "eval_judge")
-        scores = call_scores(judge, "eval_judge", [p.text for p in prompts], texts)
-        judged = [score for score in scores if score is not None]
-        if len(judged) < len(scores):
-            raise UserError("eval_judge: gave None for a completion; a judge scores every one")
-    joined = {name: torch.cat([part[name] for part in parts]) for name in state.reward.extra_names}
-    return Answers(texts, rewards, joined, judged, lengths, terminated, kl / len(prompts))
+    """Sample responses of `role` to `prompts`; score them, and with `eval_judge` judge them.
+
+    Of several processes each answers its part of the prompts, and every one gets all answers. The
+    judge is asked in the first alone, for all of them.
+    """
+    world, size = state.world, state.config.per_device_eval_batch_size
+    part = world.part(len(prompts))
+    with world.together():
+        groups = [
+            answer_group(state, role, prompts[start : min(start + size, part.stop)], start)
+            for start in range(part.start, part.stop, size)
+        ]
+    groups = [group for theirs in world.gather(groups) for group in theirs]
+    texts = [text for group in groups for text in group.texts]
+    parts = {
+        name: torch.cat([group.reward_parts[name] for group in groups])
+        for name in state.reward.extra_names
+    }
+    return Answers(
+        texts=texts,
+        rewards=[reward for group in groups for reward in group.rewards],
+        reward_parts=parts,
+        judged=world.on_main(judge, state.config, prompts, texts),
+        lengths=[length for group in groups for length in group.lengths],
+        terminated=[ended for group in groups for ended in group.terminated],
+        kl=sum(group.kl for group in groups) / len(prompts),
+    )
+
+
+def answer_group(state: State, role: Role, group: list[Prompt], first: int) -> Answers:
+    """The answers to prompts `first` and following; their KL is a sum, and nobody judges them."""
+    roles, budgets = state.roles, state.budgets
+    with roles.use(role):
+        rollout = retry("rollout", budgets, used=partial(len, group))(sample)(
+            roles,
+            group,
+            seed=seed_of(state.config.seed, "evaluation"),
+            first_row=first,
+            **settings(state),
+        )
+    rollout = roles.with_states(rollout)
+    score_B, parts = state.rewards_of(rollout, "evaluation", first)
+    kl = 0.0 if role == "reference" else total_kl(state, rollout, (score_B, parts))
+    if state.world.size > 1:  # the others cannot reach this process's GPU
+        parts = {name: part_B.cpu() for name, part_B in parts.items()}
+    return Answers(
+        texts=rollout.texts,
+        rewards=score_B.tolist(),
+        reward_parts=parts,
+        judged=None,
+        lengths=rollout.response_lengths,
+        terminated=rollout.terminated,
+        kl=kl,
+    )
+
+
+def judge(config: Config, prompts: list[Prompt], texts: list[str]) -> list[float] | None:
+    """The scores of `eval_judge`, if there is one."""
+    if config.eval_judge is None:
+        return None
+    function = load_function(config.eval_judge, "eval_judge")
+    scores = call_scores(function, "eval_judge", [p.text for p in prompts], texts)
+    judged = [score for score in scores if score is not None]
+    if len(judged) < len(scores):
+        raise UserError("eval_judge: gave None for a completion; a judge scores every one")
+    return judged
 
 
 def total_kl(state: State, rollout: Rollout, rewards: tuple[Tensor, dict[str, Tensor]]) -> float:
@@ -215,6 +239,8 @@ def draw(state: State, *, share: float = math.inf) -> None:
 
 def draw_all(state: State, output_dir: Path) -> None:
     """Draw the curves of all steps so far, and with `plot_loss` LLaMA-Factory's two plots."""
+    if not state.world.main:
+        return
     draw(state)
     if state.config.plot_loss and state.metrics.rows:
         plots.plot_log(log.log_history(state), ("loss", "reward"), output_dir)
@@ -231,7 +257,8 @@ def draw_at_end(state: State, output_dir: Path) -> Iterator[None]:
         yield
     except (Exception, Interrupted) as error:
         if isinstance(error, UserError) and not state.step and not state.evaluations:
-            results.withdraw(output_dir)
+            if state.world.main:
+                results.withdraw(output_dir)
             raise
         with suppress(Exception):  # the error to report is the one that ended the run
             draw_all(state, output_dir)
@@ -263,6 +290,8 @@ def report(state: State, compared: Comparison, summary: dict[str, Any]) -> dict[
         metrics["epoch"] = state.metrics.rows[-1]["epoch"]
     earlier = [each for each in state.evaluations if each["step"] != state.step]
     state.evaluations = [*earlier, {**metrics, "step": state.step}]
+    if not state.world.main:
+        return metrics
     folder = Path(state.config.output_dir)
     results.save_metrics(folder, "eval", metrics)
     if state.config.trains:
@@ -309,6 +338,8 @@ def predict(state: State, prompts: list[Prompt]) -> dict[str, Any]:
         "predict_runtime": round(seconds, 2),
         "predict_samples_per_second": round(count / max(seconds, 1e-9), 3),
     }
+    if not state.world.main:
+        return metrics
     folder = Path(state.config.output_dir)
     results.save_metrics(folder, "predict", metrics)
     rows = [
@@ -334,9 +365,12 @@ def held_out_prompts(state: State, records: Records) -> list[Prompt]:
 def write_results(state: State, records: Records) -> None:
     """Write train_results.json, predictions (`do_predict`) and the model card at a run's end."""
     folder = Path(state.config.output_dir)
-    results.save_metrics(folder, "train", log.train_metrics(state))
+    if state.world.main:
+        results.save_metrics(folder, "train", log.train_metrics(state))
     if state.config.do_predict:
         predict(state, held_out_prompts(state, records))
+    if not state.world.main:
+        return
     metrics = {k: v for k, v in state.evaluations[-1].items() if k.startswith("eval_")}
     origin = "held-out prompts" if state.eval_is_held_out else "prompts of the training set"
     card.write(

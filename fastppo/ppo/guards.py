@@ -222,8 +222,10 @@ def check_first_pass(mean_log_ratio: float, precision: Precision) -> None:
         )
 
 
-def check_finite(row: Row, experience: Experience, config: Config) -> None:
+def check_finite(row: Row, experience: Experience, config: Config, *, writes: bool = True) -> None:
     """Stop a run after `max_bad_steps` bad optimiser steps in a row, and save their batch.
+
+    With `writes=False` (a process other than the first) the batch is not saved.
 
     Raises:
         TrainingStopped: there were `max_bad_steps` bad steps in a row.
@@ -231,8 +233,9 @@ def check_finite(row: Row, experience: Experience, config: Config) -> None:
     if not 0 < config.max_bad_steps <= row["nonfinite_run"]:
         return
     path = Path(config.output_dir) / f"bad_batch_step_{row['step']:.0f}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_batch(experience, path)
+    if writes:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_batch(experience, path)
     cause = "learning_rate, or scores that are huge"
     if config.fp16:
         cause += "; or this model overflows float16, and bf16: true would not"

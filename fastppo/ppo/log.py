@@ -40,6 +40,8 @@ def log_step(state: State) -> None:
 
 def log_entry(state: State, entry: Mapping[str, Any]) -> None:
     """Append an entry (a step or an evaluation) to `trainer_log.jsonl`."""
+    if not state.world.main:
+        return
     folder, steps = Path(state.config.output_dir), state.total_steps
     results.log_line(folder, entry, step=state.step, total_steps=steps, seconds=state.seconds())
 

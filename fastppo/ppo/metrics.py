@@ -25,6 +25,7 @@ from fastppo.types import Experience
 if TYPE_CHECKING:
     from fastppo.config import Config
     from fastppo.ppo.state import State
+    from fastppo.run.world import World
 
 CSV, CURVES, SUMMARY, SAMPLES = (
     "training_metrics.csv",
@@ -48,6 +49,13 @@ class Clock:
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()  # what was queued belongs to the phase that queued it
         self.seconds[phase] = time.monotonic() - began
+
+    def slowest(self, world: World) -> Clock:
+        """Each phase's seconds in the process that it took longest in."""
+        if world.size > 1:
+            everywhere = world.gather(self.seconds)
+            self.seconds = {phase: max(s[phase] for s in everywhere) for phase in self.seconds}
+        return self
 
     def columns(self, response_tokens: float, update_tokens: float) -> dict[str, float]:
         """The seconds of each phase and of the step, and the tokens per second, by column."""
@@ -81,6 +89,26 @@ class Totals:
         """Add every sum of `other`."""
         for name, value in other.sums.items():
             self.add(name, value)
+
+    def reduce(self, world: World, device: torch.device) -> Totals:
+        """The sums over all processes, in float64; alone they stay as they are.
+
+        A process without rows has no sums, and one without a loss none of that.
+        """
+        if world.size == 1:
+            return self
+        names = sorted(set().union(*world.gather(set(self.sums))))
+        maxima = [name for name in names if name.endswith("_max")]
+        found: dict[str, Tensor] = {}
+        for kind, nothing, reduce in (
+            ([name for name in names if name not in maxima], 0.0, world.sum),
+            (maxima, -math.inf, world.max),
+        ):
+            empty = torch.full((), nothing, dtype=torch.float64, device=device)
+            values = [self.sums.get(name, empty).double() for name in kind]
+            if kind:
+                found |= dict(zip(kind, reduce(torch.stack(values)).unbind(), strict=True))
+        return Totals(found)
 
     def losses_finite(self) -> Tensor:
         """Whether every loss of an optimiser step is finite (0-d bool, on the device)."""
@@ -212,17 +240,27 @@ def step_row(
         **sampler_columns(experience, config),
         **({"ptx_loss": 0.0} if state.ptx is not None else {}),
         **learned,
-        **clock.columns(sum(rollout.response_lengths), learned["update_tokens"]),
+        **clock.slowest(state.world).columns(
+            sum(rollout.response_lengths), learned["update_tokens"]
+        ),
     }
 
 
 class MetricsWriter:
-    """Writes one row per step; files of an earlier run are renamed, never appended to."""
+    """Writes one row per step; files of an earlier run are renamed, never appended to.
+
+    With `writes=False` (a process other than the first) it keeps the rows and writes no file.
+    """
 
     def __init__(
-        self, folder: Path, rewards: Sequence[str] = (), absent: Collection[str] = ()
+        self,
+        folder: Path,
+        rewards: Sequence[str] = (),
+        absent: Collection[str] = (),
+        *,
+        writes: bool = True,
     ) -> None:
-        self.folder = folder
+        self.folder, self.writes = folder, writes
         self.columns = [name for name in COLUMNS if name not in absent]
         self.reward_columns = [REWARD_COLUMN.format(name=name) for name in rewards]
         self.rows: list[dict[str, float]] = []
@@ -231,7 +269,7 @@ class MetricsWriter:
 
     def ensure_open(self) -> None:
         """Open the file at the first write, so that a run that fails earlier changes no file."""
-        if not self.is_open:
+        if not self.is_open and self.writes:
             self.is_open = True
             self._open()
 
@@ -266,6 +304,9 @@ class MetricsWriter:
 
     def resume(self, rows: Sequence[Mapping[str, float]]) -> None:
         """Resume after `rows`: a file that begins with them is cut there, another is renamed."""
+        self.rows = [dict(row) for row in rows]
+        if not self.writes:
+            return
         text = self.text(rows)
         path = self.folder / CSV
         same = path.is_file() and path.read_bytes().startswith(text.encode())
@@ -273,7 +314,6 @@ class MetricsWriter:
         if not same:
             self._open()
         write_text(path, text)
-        self.rows = [dict(row) for row in rows]
 
     def add(self, row: Mapping[str, float]) -> None:
         """Append the row of one step."""
@@ -283,11 +323,15 @@ class MetricsWriter:
         assert not missing, missing
         assert not unknown, unknown
         self.rows.append(dict(row))
+        if not self.writes:
+            return
         with (self.folder / CSV).open("a", newline="", encoding="utf-8") as file:
             csv.writer(file).writerow(self.cells(row))
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file into `metrics_dir`, atomically."""
+        if not self.writes:
+            return
         write_text(
             self.folder / name,
             json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
@@ -301,7 +345,12 @@ class MetricsWriter:
         """
         path, began = self.folder / CURVES, time.monotonic()
         current = self.drawn == len(self.rows) and path.is_file()
-        if not self.rows or current or began - self.drawn_at < self.drawing / share:
+        if (
+            not self.writes
+            or not self.rows
+            or current
+            or began - self.drawn_at < self.drawing / share
+        ):
             return
         with replace_atomically(path) as place:
             plots.draw_curves(self.rows, place, title)

@@ -39,6 +39,13 @@ def next_prompts(state: State) -> list[Prompt]:
     return [state.prompts[i] for i in state.prompt_order(state.step) for _ in copies]
 
 
+def own_rows(state: State, rows: int) -> slice:
+    """The rows of a step that this process samples: all responses to its part of the prompts."""
+    copies = state.config.num_generations
+    part = state.world.part(rows // copies)
+    return slice(part.start * copies, part.stop * copies)
+
+
 def cache_bytes(roles: Roles) -> int:
     """Bytes of one token's keys and values in all layers, as if no layer had a sliding window.
 
@@ -183,6 +190,23 @@ def sample(
     return make_rollout(prompts, answers, template, tokenizer, roles.device)
 
 
+def settings(state: State) -> dict[str, Any]:
+    """The arguments of `sample` that are the same in the whole run."""
+    return {
+        "sampling": Sampling.of(state.config),
+        "template": state.template,
+        "tokenizer": state.tokenizer,
+        "budgets": state.budgets,
+        "plan": state.plan,
+    }
+
+
+def pad_right(rows: list[list[int]], pad_id: int, device: torch.device) -> Tensor:
+    """Token ids (B, T), each row filled up with `pad_id` on the right."""
+    width = max(map(len, rows))
+    return torch.tensor([row + [pad_id] * (width - len(row)) for row in rows], device=device)
+
+
 def make_rollout(
     prompts: list[Prompt],
     answers: list[Answer],
@@ -192,11 +216,9 @@ def make_rollout(
 ) -> Rollout:
     """The rollout of these answers: each row is a prompt and its response, padded on the right."""
     rows = [prompt.ids + answer.ids for prompt, answer in zip(prompts, answers, strict=True)]
-    width = max(map(len, rows))
-    padded = [row + [template.pad_id] * (width - len(row)) for row in rows]
     return Rollout(
         prompts=prompts,
-        input_ids_BT=torch.tensor(padded, device=device),
+        input_ids_BT=pad_right(rows, template.pad_id, device),
         prompt_lengths=[len(prompt.ids) for prompt in prompts],
         response_lengths=[len(answer.ids) for answer in answers],
         terminated=[answer.terminated for answer in answers],

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,11 +12,14 @@ from fastppo.errors import UserError
 from fastppo.memory.budgets import Budget
 from fastppo.models.batch import Batch, Order, batches
 from fastppo.ops import linear_score_tokens, linear_token_logprobs
+from fastppo.ppo.rollout import pad_right
 from fastppo.types import Kept, Rollout, Scored
 
 if TYPE_CHECKING:
     from fastppo.models.build import Roles
     from fastppo.ops import Scores, TokenLogprobs
+    from fastppo.run.world import World
+    from fastppo.types import Prompt
 
 
 def token_scores(
@@ -156,3 +160,73 @@ def keep_forward(roles: Roles, batch: Batch) -> Tensor:
         hidden_BTD = roles.hidden(**batch.inputs)
     roles.eval()
     return hidden_BTD
+
+
+# What `gather_scored` sends of each process: fields with an entry a row or a token.
+OF_ROLLOUT = ("prompt_lengths", "response_lengths", "terminated", "texts")
+OF_SCORED = (
+    "logprob_N",
+    "ref_logprob_N",
+    "entropy_N",
+    "score_B",
+    "value_N",
+    "final_value_B",
+    "exact_kl_N",
+)
+
+
+def gather_scored(
+    scored: Scored, prompts: list[Prompt], first: int, pad_id: int, world: World
+) -> Scored:
+    """The scored rollout of the whole step, in every process; alone it is `scored` itself.
+
+    Every process then computes the same rewards, advantages and metrics from all tokens of the
+    step. These are a few numbers a token: only forwards and backwards are worth sharing out.
+
+    Args:
+        scored: this process's rows.
+        prompts: of all rows.
+        first: the number of this process's first row.
+        pad_id: fills the input ids up.
+    """
+    if world.size == 1:
+        return scored
+    rollout, device = scored.rollout, scored.score_B.device
+    lengths, ids = rollout.lengths, rollout.input_ids_BT.tolist()
+    lists = {name: getattr(rollout, name) for name in OF_ROLLOUT}
+    lists["ids"] = [row[:length] for row, length in zip(ids, lengths, strict=True)]
+    tensors = {name: getattr(scored, name) for name in OF_SCORED}
+    tensors["sampler_logprob_N"] = rollout.sampler_logprob_N
+    lists, tensors, parts = join(world, lists, tensors, scored.reward_parts)
+    rows, states, kept = lists.pop("ids"), rollout.states, scored.kept
+    if kept is not None:
+        kept.rows = [first + row for row in kept.rows]
+    starts = torch.tensor([0, *lists["response_lengths"]]).cumsum(0)
+    return replace(
+        scored,
+        rollout=Rollout(
+            prompts=prompts,
+            input_ids_BT=pad_right(rows, pad_id, device),
+            sampler_logprob_N=tensors.pop("sampler_logprob_N"),
+            states=None if states is None else states.among(len(rows), first),
+            **lists,
+        ),
+        offsets=starts.to(torch.int32).to(device),
+        reward_parts=parts,
+        kept=kept,
+        own=range(first, first + len(lengths)),
+        **tensors,
+    )
+
+
+def join(world: World, lists: dict[str, list[Any]], *groups: dict[str, Any]) -> tuple[Any, ...]:
+    """Lists, and groups of tensors (or None) by name, each as all processes' in one, by rank."""
+    tensors = [{k: x for k, x in each.items() if x is not None} for each in groups]
+    on_host = [{k: x.cpu() for k, x in each.items()} for each in tensors]
+    found = world.gather((lists, on_host))
+    joined = {name: [x for theirs, _ in found for x in theirs[name]] for name in lists}
+    cats = [
+        {k: torch.cat([theirs[i][k] for _, theirs in found]).to(x.device) for k, x in each.items()}
+        for i, each in enumerate(tensors)
+    ]
+    return joined, *cats

@@ -47,6 +47,7 @@ from fastppo.run.launch import choose_device, note_on_device
 from fastppo.run.preflight import check
 from fastppo.run.stopping import Stop
 from fastppo.run.tracking import Trackers
+from fastppo.run.world import ALONE, World
 from fastppo.seeds import random_state, seed_of
 from fastppo.templates import Template, get_template
 from fastppo.types import Prompt
@@ -88,6 +89,7 @@ class State:
         default_factory=random_state
     )  # state of the random number generators after `step` steps
     stop: Stop = field(default_factory=Stop)
+    world: World = ALONE  # the processes of the run; one alone unless torchrun started more
     saved_step: int = -1  # the step of the last checkpoint that this run wrote
     sample: tuple[str, str, float] | None = None  # prompt, response and score, of the last rollout
 
@@ -95,9 +97,21 @@ class State:
         self.snapshot = Snapshot(self.optimizer, self.scaler)
         self.prompt_order = prompt_order(self.config, len(self.prompts))
 
-    def score_rollout(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-        """Rewards of a step's rollout, as `Reward` returns them; its first response is kept."""
-        score_B, parts = self.reward(rollout)
+    def rewards_of(
+        self, rollout: Rollout, purpose: str, first: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Rewards of rows `first` and following, as `Reward` returns them.
+
+        Of several processes each seeds the global generators first, which reward functions may draw
+        from: a checkpoint has the state of those of one process.
+        """
+        if self.world.size > 1:
+            set_seed(seed_of(self.config.seed, f"rewards/{purpose}", self.step, first) % 2**32)
+        return self.reward(rollout)
+
+    def score_rollout(self, rollout: Rollout, first: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Rewards of a step's rows `first` and following; their first response is kept."""
+        score_B, parts = self.rewards_of(rollout, "step", first)
         self.sample = (rollout.prompts[0].text, rollout.texts[0], score_B[0].item())
         return score_B, parts
 
@@ -119,6 +133,17 @@ def total_steps(config: Config, n_prompts: int) -> int:
     return max(1, math.ceil(steps - 1e-9))  # 0.1 * 30 / 3 is above 1 by rounding alone
 
 
+def note_on_parts(config: Config, world: World) -> str | None:
+    """A line where a step's prompts are not divided evenly among the processes; else None."""
+    whole, over = divmod(config.prompts_a_step, world.size)
+    if not over:
+        return None
+    return (
+        f"{config.prompts_a_step} prompts a step on {world.size} processes: {over} of them have "
+        f"{whole + 1}, the others {whole}, and wait for those"
+    )
+
+
 def prompt_order(config: Config, n_prompts: int) -> Callable[[int], list[int]]:
     """A function from the step to the indices of its prompts.
 
@@ -137,6 +162,7 @@ def init_state(
     config: Config | str | Path | None = None,
     records: Records | None = None,
     resumed: Path | None = None,
+    world: World = ALONE,
 ) -> State:
     """Load everything that a run needs.
 
@@ -144,6 +170,7 @@ def init_state(
         config: a configuration, the path of a YAML file, or None for the built-in toy.
         records: the data, if they have been read already.
         resumed: the checkpoint that the run resumes from; trackers then continue its curves.
+        world: the processes of the run (`fastppo.run.world.join`), which share its steps.
     """
     if config is None:
         from fastppo import toy
@@ -152,7 +179,7 @@ def init_state(
     elif not isinstance(config, Config):
         config = load_config(config)
     if records is None:
-        records = check(config)
+        records = check(config, shared=world.size > 1)
     device = choose_device(config)
     set_seed(config.seed)
     if config.eval_judge is not None:
@@ -191,8 +218,9 @@ def init_state(
         note_beyond_training(config, longest),
         note_on_16_bits(device, autocast_dtype(config, device)),
         note_on_device(config, device),
+        note_on_parts(config, world),
     )
-    config, plan, notes = resolve_auto(config, device)  # the shape is in the hub's cache by now
+    config, plan, notes = resolve_auto(config, device, world.size)  # the hub's cache has the shape
     notes += [line for line in found if line is not None]
     budgets = Budgets.of(config)
     with advice_on_failure(plan, config, budgets, device):
@@ -212,6 +240,8 @@ def init_state(
         )
     optimizer = make_optimizer(config, roles)
     scheduler = make_scheduler(config, optimizer, total_steps(config, len(prompts)))
+    with world.together():
+        tracker = Trackers.of(config, resumed) if world.main else None
     reward = make_reward(config, roles, template, tokenizer, prompts, budgets)
     return State(
         config=config,
@@ -228,11 +258,17 @@ def init_state(
             config.init_kl_coef, config.ppo_target, config.horizon, config.adap_kl_ctrl
         ),
         running_score=RunningScore(),
-        metrics=MetricsWriter(Path(config.metrics_dir), reward.extra_names, absent_columns(config)),
-        tracker=Trackers.of(config, resumed),
+        metrics=MetricsWriter(
+            Path(config.metrics_dir),
+            reward.extra_names,
+            absent_columns(config),
+            writes=world.main,
+        ),
+        tracker=tracker,
         budgets=budgets,
         plan=plan,
         notes=notes,
         ptx=ptx,
         scaler=make_scaler(roles.autocast, device),
+        world=world,
     )

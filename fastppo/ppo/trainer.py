@@ -15,13 +15,13 @@ from fastppo.ppo import checkpoint, evaluation, guards, lines, log
 from fastppo.ppo.advantage import estimate
 from fastppo.ppo.metrics import Clock, step_row
 from fastppo.ppo.observer import Observer
-from fastppo.ppo.rollout import next_prompts, sample
-from fastppo.ppo.sampling import Sampling
-from fastppo.ppo.score import score
+from fastppo.ppo.rollout import next_prompts, own_rows, sample, settings
+from fastppo.ppo.score import gather_scored, score
 from fastppo.ppo.snapshot import interruptible_update, undo_if_interrupted
 from fastppo.ppo.state import State, init_state
 from fastppo.ppo.update import shares_first_pass, update
 from fastppo.run import durable, live, save
+from fastppo.run.world import ALONE, World
 from fastppo.seeds import random_state, seed_of
 
 if TYPE_CHECKING:
@@ -38,21 +38,17 @@ def step_update(state: State) -> State:
     rows, signals = state.metrics.rows, state.stop.active  # can a signal interrupt the step?
     seed = seed_of(config.seed, "step", state.step + 1)
     prompts, train_actor = next_prompts(state), state.step >= config.critic_warmup
+    own, world = own_rows(state, len(prompts)), state.world
     with undo_if_interrupted(state) if signals else nullcontext():
         with state.stop.at_once() if signals else nullcontext():
             with clock("rollout"), roles.use("actor"):
-                rollout = retry("rollout", budgets, used=lambda: len(prompts))(sample)(
-                    roles,
-                    prompts,
-                    sampling=Sampling.of(config),
-                    template=state.template,
-                    tokenizer=state.tokenizer,
-                    seed=seed,
-                    budgets=budgets,
-                    plan=state.plan,
+                mine = prompts[own]
+                rollout = retry("rollout", budgets, used=lambda: len(mine))(sample)(
+                    roles, mine, seed=seed, first_row=own.start, **settings(state)
                 )
-            with clock("score"):
-                rewards = state.score_rollout(rollout := roles.with_states(rollout))  # no retry
+            with clock("score"), world.together():
+                rollout = roles.with_states(rollout)
+                rewards = state.score_rollout(rollout, own.start)  # no retry
                 used = partial(largest_micro_batch, rollout, budgets.scoring)
                 scored = retry("score", budgets, used=used)(score)(
                     roles,
@@ -65,6 +61,7 @@ def step_update(state: State) -> State:
                     chunk_bytes=budgets.chunk_bytes,
                 )
             with clock("advantage"):
+                scored = gather_scored(scored, prompts, own.start, state.template.pad_id, world)
                 experience = estimate(scored, config, state.controller, state.running_score)
         with clock("update"), interruptible_update(state) if signals else nullcontext():
             first = state.step * config.ppo_epochs * config.ppo_buffer_size
@@ -79,6 +76,7 @@ def step_update(state: State) -> State:
                 budgets=budgets,
                 nonfinite_run=rows[-1]["nonfinite_run"] if rows else 0.0,
                 scaler=state.scaler,
+                world=world,
             )
     state.step += 1
     row = step_row(state, experience, learned, clock)
@@ -90,13 +88,14 @@ def step_update(state: State) -> State:
     state.metrics.add(row)
     if state.tracker is not None:
         state.tracker.log(row, state.step)
-    guards.check_finite(row, experience, config)
+    guards.check_finite(row, experience, config, writes=world.main)
     state.random = random_state()
     return state
 
 
 def train(state: State, output_dir: Path, observer: Observer) -> None:
     """Run all remaining steps, with the evaluations and checkpoints between them."""
+    world = state.world
     observer.train_begin(state)
     if evaluation.is_due(state):
         evaluation.evaluate_between_steps(state, observer)
@@ -114,24 +113,25 @@ def train(state: State, output_dir: Path, observer: Observer) -> None:
             if due.evaluate:
                 evaluation.evaluate_between_steps(state, observer)
             if due.save:
-                checkpoint.save_between_steps(state, output_dir)
+                world.on_main(checkpoint.save_between_steps, state, output_dir)
                 observer.saved(state)
     state.stop.check()
 
 
-def run(config: Config, records: Records) -> None:
+def run(config: Config, records: Records, world: World = ALONE) -> None:
     """Stage ppo: load, train, evaluate, and write everything into output_dir and metrics_dir."""
     start = folder, _ = durable.checkpoint_to_resume(config)
     if config.resume_from_checkpoint:
         config = save.with_decisions(config, folder or Path(config.output_dir))
-    fit(init_state(config, records, folder), records, start, Observer())
+    fit(init_state(config, records, folder, world), records, start, Observer())
 
 
 def fit(state: State, records: Records, start: durable.Start, observer: Observer) -> None:
     """Train what is loaded, on from the checkpoint that `start` names, and write all files."""
     (folder, notes), output_dir = start, Path(state.config.output_dir)
     lines.first_lines(state, state.total_steps)
-    save.prepare_output_dir(output_dir)
+    checkpoint.check_processes_agree(state, folder)
+    state.world.on_main(save.prepare_output_dir, output_dir)
     advice = advice_on_failure(state.plan, state.config, state.budgets, state.roles.device)
     with durable.stop_on_full_disk(output_dir), state.stop, advice:
         lines.notes([*notes, *checkpoint.start(state, folder, output_dir)])
@@ -140,7 +140,7 @@ def fit(state: State, records: Records, start: durable.Start, observer: Observer
                 train(state, output_dir, observer)
                 summary = evaluation.evaluate(state)
                 observer.evaluated(state)
-                checkpoint.save_final(state, output_dir)
+                state.world.on_main(checkpoint.save_final, state, output_dir)
                 evaluation.write_results(state, records)
             except Interrupted as stop:
                 raise checkpoint.save_and_stop(state, stop, output_dir) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -16,57 +16,27 @@ from torch.amp import GradScaler
 from fastppo.config.ppo import KL_KIND
 from fastppo.memory.budgets import Budgets
 from fastppo.memory.retry import retry
-from fastppo.models.batch import Batch, batches, largest_micro_batch, to_device, token_index
+from fastppo.models.batch import (
+    Batch,
+    MiniBatch,
+    batches,
+    largest_micro_batch,
+    mini_batches,
+    to_device,
+    token_index,
+)
 from fastppo.models.scaler import current_scale, overflows
 from fastppo.ops import PolicyLoss, PolicyLossConfig, linear_policy_loss, value_loss
 from fastppo.ppo.guards import check_first_pass
 from fastppo.ppo.metrics import Totals, means
 from fastppo.ppo.ptx import ptx_backward
+from fastppo.run.world import ALONE, World
 from fastppo.seeds import seed_of
 from fastppo.types import Experience, Kept
 
 if TYPE_CHECKING:
     from fastppo.config import Config
     from fastppo.models.build import Roles
-
-
-@dataclass(frozen=True)
-class MiniBatch:
-    """The rows of one optimiser step, the loss weight of each row's tokens, and their number."""
-
-    rows: list[int]
-    weights: dict[int, float]
-    tokens: int
-
-
-def token_weights(lengths: Sequence[int], mode: str, max_new_tokens: int, /) -> list[float]:
-    """Loss weight of each sequence's tokens in an optimiser step, by verl's `loss_agg_mode`.
-
-    The weights depend on the whole optimiser step, so that splitting it into micro-batches changes
-    only rounding.
-    """
-    n = len(lengths)
-    return {
-        "token-mean": lambda: [1 / sum(lengths)] * n,
-        "seq-mean-token-mean": lambda: [1 / (n * length) for length in lengths],
-        "seq-mean-token-sum": lambda: [1 / n] * n,
-        "seq-mean-token-sum-norm": lambda: [1 / (n * max_new_tokens)] * n,
-    }[mode]()
-
-
-def mini_batches(experience: Experience, config: Config, seed: int) -> list[MiniBatch]:
-    """One epoch's mini-batches: all rows of the rollout, shuffled by `seed`."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = experience.scored.rollout.response_lengths
-    order = torch.randperm(len(lengths), generator=generator).tolist()
-    size = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    minis = []
-    for start in range(0, len(order), size):
-        rows = order[start : start + size]
-        own = [lengths[row] for row in rows]
-        weights = token_weights(own, config.loss_agg_mode, config.max_new_tokens)
-        minis.append(MiniBatch(rows, dict(zip(rows, weights, strict=True)), sum(own)))
-    return minis
 
 
 def policy_loss_config(config: Config) -> PolicyLossConfig:
@@ -224,13 +194,15 @@ def accumulate_gradients(
 ) -> Totals:
     """Forward, loss and backward of one optimiser step, in micro-batches within `budgets.update`.
 
-    Gradients are added to the `grad` of the parameters.
+    Gradients are added to the `grad` of the parameters. Of several processes each runs its own
+    rows of the mini-batch, possibly none.
 
     Returns:
         The sums of the step's metrics.
     """
-    totals = Totals()
-    for batch in batches(experience.scored.rollout, mini.rows, budgets.update):
+    totals, own = Totals(), experience.scored.own
+    rows = mini.rows if own is None else [row for row in mini.rows if row in own]
+    for batch in batches(experience.scored.rollout, rows, budgets.update):
         forward_backward(
             roles,
             experience,
@@ -314,6 +286,7 @@ def update(
     budgets: Budgets | None = None,
     nonfinite_run: float = 0.0,
     scaler: GradScaler | None = None,
+    world: World = ALONE,
 ) -> dict[str, float]:
     """Train on a rollout: `ppo_epochs` passes over it, one optimiser step for each mini-batch.
 
@@ -332,6 +305,7 @@ def update(
         budgets: limits of micro-batches; None uses the configuration's.
         nonfinite_run: number of skipped steps in a row before this update.
         scaler: the loss scaler, with fp16.
+        world: the run's processes; gradients, losses and decisions are those of all their rows.
 
     Returns:
         The step's metrics, by the names of docs/metrics.md.
@@ -343,10 +317,11 @@ def update(
     accumulate = retry(
         "update",
         budgets,
-        used=partial(largest_micro_batch, scored.rollout, budgets.update),
+        used=partial(largest_micro_batch, scored.rollout, budgets.update, scored.own),
         clean=partial(release, optimizer, scored.kept),
     )(accumulate_gradients)
     totals, first_pass, steps, early_stopped, tokens = Totals(), 0.0, 0, False, 0
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     bad_run = torch.tensor(nonfinite_run, device=experience.return_N.device)
     limit = config.max_bad_steps or math.inf
     seeds = [seed_of(seed, "mini-batches", epoch) for epoch in range(config.ppo_epochs)]
@@ -358,12 +333,15 @@ def update(
         sums = accumulate(
             roles, experience, mini, config, budgets, train_actor=train_actor, loss_scale=scale
         )
+        if ptx is not None and train_actor:
+            batch = next(ptx)
+            if passes % world.size == world.rank:
+                sums.add("ptx_loss", ptx_backward(roles, batch, config.ptx_coef, loss_scale=scale))
+        sums = sums.reduce(world, bad_run.device)
+        world.sum_gradients(parameters)
         if passes == 1:
             first_pass = sums["log_ratio_abs"].item() / mini.tokens
             check_first_pass(first_pass, roles.product_precision)
-        if ptx is not None and train_actor:
-            batch = next(ptx)
-            sums.add("ptx_loss", ptx_backward(roles, batch, config.ptx_coef, loss_scale=scale))
         totals.merge(sums)
         if config.early_stopping:
             early_stopped = sums["policy_kl"].item() / mini.tokens > 1.5 * config.target_kl

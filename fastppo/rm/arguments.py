@@ -50,8 +50,13 @@ SAME_NAME = (
 
 
 @hide_launcher_variables()
-def training_arguments(config: Config, train_pairs: int) -> TrainingArguments:
-    """transformers' arguments for a run over `train_pairs` pairs, on one device."""
+def training_arguments(
+    config: Config, train_pairs: int, device: torch.device | None = None
+) -> TrainingArguments:
+    """transformers' arguments for a run over `train_pairs` pairs, on one device.
+
+    Of several processes each has its own `device`; to transformers it is alone.
+    """
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
     steps = max(1, -(-train_pairs // per_step))
     total = config.max_steps if config.max_steps > 0 else math.ceil(steps * config.num_train_epochs)
@@ -74,18 +79,22 @@ def training_arguments(config: Config, train_pairs: int) -> TrainingArguments:
     # With several GPUs the Trainer would use nn.DataParallel and multiply the batch by their
     # number, and replicas would recompute their checkpointed layers on the first device.
     arguments._n_gpu = min(arguments.n_gpu, 1)
+    if device is not None and device.index is not None:
+        arguments.__dict__["_setup_devices"] = device  # its cached property: the first GPU
+        torch.cuda.set_device(device)
     return arguments
 
 
-def fit_micro_batches(config: Config, budgets: Budgets) -> Config:
+def fit_micro_batches(config: Config, budgets: Budgets, processes: int = 1) -> Config:
     """`config` with the largest micro-batches that the budget allows.
 
     The number of pairs in an optimiser step, per_device_train_batch_size x
-    gradient_accumulation_steps, stays the same.
+    gradient_accumulation_steps, stays the same. Each of several processes has its part of a
+    micro-batch, and the budget is that of a part.
     """
     step = config.per_device_train_batch_size * config.gradient_accumulation_steps
     most = max(1, (budgets.update.tokens or 0) // (2 * config.cutoff_len))
-    pairs = next(n for n in range(min(most, step), 0, -1) if step % n == 0)
+    pairs = next(n for n in range(min(most * processes, step), 0, -1) if step % n == 0)
     return config.model_copy(
         update={
             "per_device_train_batch_size": pairs,

@@ -174,7 +174,8 @@ class SkipNonfiniteSteps(TrainerCallback):
             )
         if 0 < trainer.max_bad_steps <= trainer.bad_run:
             path = Path(args.output_dir) / f"bad_batch_step_{step}.safetensors"
-            save_file({name: x.cpu().contiguous() for name, x in trainer.inputs.items()}, path)
+            if trainer.world.main:
+                save_file({name: x.cpu().contiguous() for name, x in trainer.inputs.items()}, path)
             raise TrainingStopped(
                 f"{trainer.bad_run} steps in a row had a gradient that is not finite "
                 f"(max_bad_steps); the last batch is in {path}; the likeliest cause: learning_rate"

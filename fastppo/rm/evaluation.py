@@ -31,14 +31,15 @@ def evaluate(trainer: PairTrainer, config: Config, pairs: Pairs, *, finished: bo
         trainer.save_metrics("eval", evaluated)
     if finished:
         trainer.save_state()
-        card.write(
-            folder,
-            config,
-            steps=trainer.state.global_step,
-            metrics=quality_metrics(evaluated),
-            held_out=f"{count} held-out pairs",
-            place=SCORED_TOKENS[trainer.record["score_at"]],
-        )
+        if trainer.world.main:
+            card.write(
+                folder,
+                config,
+                steps=trainer.state.global_step,
+                metrics=quality_metrics(evaluated),
+                held_out=f"{count} held-out pairs",
+                place=SCORED_TOKENS[trainer.record["score_at"]],
+            )
         console.console.print(f"  reward model: {folder}")
     if config.do_predict:
         predict(trainer, pairs, folder)
@@ -59,5 +60,6 @@ def predict(trainer: PairTrainer, pairs: Pairs, folder: Path) -> None:
         {"chosen": round(chosen, 6), "rejected": round(rejected, 6)}
         for chosen, rejected in np.asarray(predicted.predictions).tolist()
     ]
-    results.write_jsonl(path, rows)
+    if trainer.world.main:
+        results.write_jsonl(path, rows)
     console.console.print(f"  predictions: {path}")

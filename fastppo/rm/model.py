@@ -1,4 +1,4 @@
-"""A reward model, its loss on pairs, and the calibration of its scores."""
+"""A reward model, its loss on pairs, the calibration of its scores, and a copy of its weights."""
 
 from __future__ import annotations
 
@@ -55,3 +55,18 @@ def calibrate(head: nn.Linear, score_N: Tensor) -> None:
     mean, std = score_N.mean(), score_N.std().clamp_min(1e-6)
     head.bias.copy_((head.bias - mean) / std)
     head.weight.div_(std)
+
+
+class ParameterCopy:
+    """Host copy of the trainable parameters, restored if training is retried."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.values = [p.detach().to("cpu", copy=True) for p in self.parameters]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Copy the values back, and delete the gradients."""
+        for parameter, value in zip(self.parameters, self.values, strict=True):
+            parameter.copy_(value)
+            parameter.grad = None

@@ -33,6 +33,16 @@ class Pairs(Dataset[Pair]):
         return self.pairs[index]
 
 
+def part_of(inputs: dict[str, Tensor], part: range) -> dict[str, Tensor]:
+    """The pairs `part` (not empty) of a micro-batch, padded to the longest of them."""
+    count = len(inputs["input_ids"]) // 2
+    if len(part) == count:
+        return inputs
+    rows = [*part, *(count + pair for pair in part)]
+    width = int(inputs["attention_mask"][rows].sum(1).max())
+    return {name: x[rows, :width] for name, x in inputs.items()}
+
+
 def collate(pairs: list[Pair], pad_id: int) -> dict[str, Tensor]:
     """A micro-batch: all chosen answers, then all rejected ones, padded right to the longest."""
     rows = [pair.prompt_ids + pair.chosen_ids for pair in pairs]

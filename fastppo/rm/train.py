@@ -54,13 +54,15 @@ from fastppo.rewards.adapter import read_score_at
 from fastppo.rm.arguments import fit_micro_batches, lora_plus, training_arguments
 from fastppo.rm.callbacks import LogFile, LogToTrackers, PrintLogs, ProgressBar
 from fastppo.rm.evaluation import evaluate
-from fastppo.rm.model import RewardModel, calibrate
+from fastppo.rm.model import ParameterCopy, RewardModel, calibrate
 from fastppo.rm.pairs import Pairs, collate
 from fastppo.rm.trainer import PairTrainer, compute_metrics
 from fastppo.run import console, durable, record, results, save
+from fastppo.run.agreement import check_agreement
 from fastppo.run.launch import choose_device, hide_launcher_variables, note_on_device
 from fastppo.run.stopping import Stop
 from fastppo.run.tracking import Trackers
+from fastppo.run.world import ALONE, World
 from fastppo.templates import Template, get_template
 
 if TYPE_CHECKING:
@@ -106,21 +108,6 @@ def load_finished(config: Config, folder: Path, device: torch.device) -> nn.Modu
     return load_peft_model(merged, str(folder), "adapter_name_or_path", train=False)
 
 
-class ParameterCopy:
-    """Host copy of the trainable parameters, restored if training is retried."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.values = [p.detach().to("cpu", copy=True) for p in self.parameters]
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Copy the values back, and delete the gradients."""
-        for parameter, value in zip(self.parameters, self.values, strict=True):
-            parameter.copy_(value)
-            parameter.grad = None
-
-
 @dataclass(frozen=True)
 class Setup:
     """Everything that a run of stage rm needs to train or evaluate."""
@@ -140,9 +127,10 @@ class Setup:
     resumed: Path | None  # the checkpoint that training continues from
     notes: list[str]  # about the configuration, to be printed
     resume_notes: list[str]
+    world: World  # the run's processes
 
 
-def run(config: Config, records: Records) -> None:
+def run(config: Config, records: Records, world: World = ALONE) -> None:
     """Train a reward model on the pairs, evaluate it on those held out, and save it.
 
     Without training it evaluates a finished model of fastppo or LLaMA-Factory. If the disk is full
@@ -150,9 +138,21 @@ def run(config: Config, records: Records) -> None:
     """
     output_dir = Path(config.output_dir)
     with durable.stop_on_full_disk(output_dir):
-        setup = set_up(config, records)
+        setup = set_up(config, records, world)
         print_first_lines(setup)
-        save.prepare_output_dir(output_dir)
+        check_agreement(
+            world,
+            setup.config,
+            decided=setup.budgets.decisions(),
+            rows=(
+                ids
+                for pair in (*setup.train_pairs.pairs, *setup.eval_pairs.pairs)
+                for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
+            ),
+            models=[setup.model],
+            resumed=setup.resumed,
+        )
+        world.on_main(save.prepare_output_dir, output_dir)
         with Stop() as stop:  # earlier, there is nothing to save
             if setup.evaluated is None:
                 train(setup, stop)
@@ -160,7 +160,7 @@ def run(config: Config, records: Records) -> None:
                 evaluate(make_trainer(setup, stop), setup.config, setup.eval_pairs, finished=False)
 
 
-def set_up(config: Config, records: Records) -> Setup:
+def set_up(config: Config, records: Records, world: World) -> Setup:
     """Encode the pairs, resolve `auto` keys, and load the model."""
     resumed, resume_notes = durable.checkpoint_to_resume(config)
     if config.resume_from_checkpoint:
@@ -206,7 +206,7 @@ def set_up(config: Config, records: Records) -> Setup:
         note_on_16_bits(device, autocast_dtype(config, device)),
         note_on_device(config, device),
     )
-    config, plan, auto_notes = resolve_auto(config, device)
+    config, plan, auto_notes = resolve_auto(config, device, world.size)
     auto_notes += [line for line in found if line is not None]
     budgets = Budgets.of(config)
     set_seed(config.seed)
@@ -243,6 +243,7 @@ def set_up(config: Config, records: Records) -> Setup:
             *head_notes(config, start, evaluated),
         ],
         resume_notes=resume_notes,
+        world=world,
     )
 
 
@@ -279,10 +280,11 @@ def print_first_lines(setup: Setup) -> None:
 @hide_launcher_variables()
 def make_trainer(setup: Setup, stop: Stop) -> PairTrainer:
     """The trainer over the pairs, with fastppo's callbacks and checkpoints."""
-    config, template = setup.config, setup.template
+    config, template, world = setup.config, setup.template, setup.world
+    fitted = fit_micro_batches(config, setup.budgets, world.size)
     trainer = PairTrainer(
         model=setup.model,
-        args=training_arguments(fit_micro_batches(config, setup.budgets), len(setup.train_pairs)),
+        args=training_arguments(fitted, len(setup.train_pairs), setup.device),
         train_dataset=setup.train_pairs,
         eval_dataset=setup.eval_pairs if len(setup.eval_pairs) else None,
         data_collator=lambda pairs: collate(pairs, template.pad_id),
@@ -290,13 +292,14 @@ def make_trainer(setup: Setup, stop: Stop) -> PairTrainer:
         callbacks=[
             PrintLogs(setup.plan, setup.device, setup.train_pairs.longest),
             ProgressBar(config),
-            LogFile(),
+            *([LogFile()] if world.main else []),
         ],
         optimizers=(lora_plus(config, setup.model) if setup.evaluated is None else None, None),
         stop=stop,
         max_bad_steps=config.max_bad_steps,
         scaler=make_scaler(setup.model.autocast, setup.device),
         decisions=setup.budgets.decisions(),
+        world=world,
     )
     trainer.tokenizer, trainer.template = setup.tokenizer, template
     trainer.in_order = config.disable_shuffling
@@ -312,11 +315,12 @@ def make_trainer(setup: Setup, stop: Stop) -> PairTrainer:
 
 
 def train(setup: Setup, stop: Stop) -> None:
-    """Train (again with half of the micro-batch if memory runs out), then evaluate and save."""
-    config, budgets = setup.config, setup.budgets
-    trackers = Trackers.of(config, setup.resumed)
+    """Train (alone again with half of the micro-batch if memory runs out), evaluate and save."""
+    config, budgets, world = setup.config, setup.budgets, setup.world
+    with world.together():
+        trackers = Trackers.of(config, setup.resumed) if world.main else None
     with advice_on_failure(setup.plan, config, budgets, setup.device):
-        if config.finetuning_type == "lora":
+        if config.finetuning_type == "lora" and world.size == 1:
             start = ParameterCopy(setup.model)
             trainer = retry(
                 "update",
@@ -324,7 +328,7 @@ def train(setup: Setup, stop: Stop) -> None:
                 used=lambda: budgets.update.tokens or 0,
                 clean=start.restore,
             )(fit)(setup, stop, trackers)
-        else:  # the parameters are too large to copy
+        else:  # the parameters are too large to copy, or other processes would not start again
             trainer = fit(setup, stop, trackers)
         try:
             evaluate(trainer, config, setup.eval_pairs, finished=True)
@@ -339,17 +343,14 @@ def train(setup: Setup, stop: Stop) -> None:
 
 def fit(setup: Setup, stop: Stop, trackers: Trackers | None) -> PairTrainer:
     """Train from the start or from a checkpoint, and save; returns the trainer."""
-    config, output_dir = setup.config, Path(setup.config.output_dir)
+    config = setup.config
     trainer = make_trainer(setup, stop)
     trainer.trackers = trackers
     if config.early_stopping_steps is not None:
         trainer.add_callback(EarlyStoppingCallback(config.early_stopping_steps))
     if trackers is not None:
         trainer.add_callback(LogToTrackers(trackers))
-    if setup.resumed is None:
-        results.clear(output_dir)
-    save.begin(output_dir, trainer.decisions, trackers)
-    record.begin(config, setup.device, setup.notes, setup.plan)
+    setup.world.on_main(begin_files, setup, trackers)
     checkpoint = None if setup.resumed is None else str(setup.resumed)
     scores = None
     try:
@@ -371,13 +372,24 @@ def fit(setup: Setup, stop: Stop, trackers: Trackers | None) -> PairTrainer:
         raise TrainingStopped("the reward model's head is not finite; lower learning_rate")
     if scores is not None:
         calibrate(head, torch.as_tensor(scores).flatten())
-    trainer.save_model()
+    setup.world.on_main(trainer.save_model)
     trainer.save_metrics("train", result.metrics)
     return trainer
 
 
+def begin_files(setup: Setup, trackers: Trackers | None) -> None:
+    """Begin the records in output_dir; those of an earlier run are deleted."""
+    output_dir = Path(setup.config.output_dir)
+    if setup.resumed is None:
+        results.clear(output_dir)
+    save.begin(output_dir, setup.budgets.decisions(), trackers)
+    record.begin(setup.config, setup.device, setup.notes, setup.plan)
+
+
 def save_and_stop(trainer: PairTrainer, interrupted: Interrupted) -> Interrupted:
     """Save the last complete step; returns an interruption that says how to resume."""
+    if not trainer.world.main:
+        return Interrupted(interrupted.signal, "process 0 saves the last complete step")
     folder = trainer.save_last_step()
     with suppress(Exception):
         trainer.draw()

@@ -24,8 +24,10 @@ from fastppo.models.optim import start_warmup_above_zero
 from fastppo.rm.callbacks import RestoreSums, SkipNonfiniteSteps
 from fastppo.rm.metrics import pair_metrics
 from fastppo.rm.model import pair_loss
+from fastppo.rm.pairs import part_of
 from fastppo.run import durable, plots, save, training_state
 from fastppo.run.stopping import Stop
+from fastppo.run.world import ALONE, World
 
 if TYPE_CHECKING:
     from fastppo.run.tracking import Trackers
@@ -48,8 +50,10 @@ class ResumableTrainer(Trainer):
         max_bad_steps: int,
         decisions: dict[str, Any],
         scaler: GradScaler | None = None,
+        world: World = ALONE,
         **kwargs: Any,
     ) -> None:
+        self.world = world  # the run's processes, of which transformers knows nothing
         super().__init__(*args, **kwargs)
         # accelerate creates none on a CPU. With this one accelerate scales the loss in backward and
         # skips steps that overflow, and transformers stores its state in checkpoints.
@@ -82,16 +86,30 @@ class ResumableTrainer(Trainer):
             start_warmup_above_zero(scheduler, warmup)
         return scheduler
 
+    def is_world_process_zero(self) -> bool:
+        """Whether this process writes transformers' files of metrics and state."""
+        return self.world.main
+
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """transformers' step, which a signal may interrupt."""
+        """transformers' step, which a signal may interrupt; the loss is that of all processes."""
         self.inputs = inputs
         with self.stop.at_once():
-            loss = super().training_step(model, inputs, *args, **kwargs)
+            loss = self.world.sum(self.own_step(model, inputs, *args, **kwargs))
         self.finite_loss = self.finite_loss and bool(loss.isfinite())
         return loss
 
+    def own_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """transformers' step with this process's part of the micro-batch."""
+        return super().training_step(model, inputs, *args, **kwargs)
+
     def unscale_gradients(self) -> float:
-        """Divide the gradients by the loss scale, before clipping; returns the scale, 1 if none."""
+        """Add up all processes' gradients, and divide them by the loss scale, before clipping.
+
+        Returns:
+            The loss scale, 1 if there is none.
+        """
+        with self.stop.at_once():
+            self.world.sum_gradients(list(self.trainable_parameters().values()))
         scaler = self.accelerator.scaler
         if scaler is None:
             return 1.0
@@ -156,10 +174,11 @@ class ResumableTrainer(Trainer):
     def save_last_step(self) -> Path | None:
         """Save the last complete step after a signal; returns its folder, or None without a step.
 
-        Weights and optimiser are as after that step, because only a complete step changes them.
+        Weights and optimiser are as after that step, because only a complete step changes them. No
+        process asks another: the first alone saves.
         """
         end = self.step_end
-        if end is None or not self.state.global_step:
+        if end is None or not self.state.global_step or not self.world.main:
             return self.saved
         if self.saved_at == self.state.global_step and not self.args.save_only_model:
             return self.saved
@@ -168,7 +187,7 @@ class ResumableTrainer(Trainer):
             setattr(self, name, value)
         self.current_flos, self.bad_run = end["flos"], end["bad_run"]
         self.args.save_only_model = False  # otherwise the run could not be resumed
-        self._save_checkpoint(self.model, None)
+        self.note_saved(self.write_checkpoint(self.model, None))
         return self.saved
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -184,6 +203,14 @@ class ResumableTrainer(Trainer):
         return super()._get_output_dir(trial) if self.place is None else str(self.place)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.note_saved(self.world.on_main(self.write_checkpoint, model, trial))
+
+    def note_saved(self, folder: Path) -> None:
+        """Note the checkpoint of this step."""
+        self.place, self.saved, self.saved_at = None, folder, self.state.global_step
+
+    def write_checkpoint(self, model: nn.Module, trial: Any) -> Path:
+        """Write `checkpoint-N`, completely or not at all; returns its folder."""
         output_dir = Path(self.args.output_dir)
         folder = output_dir / f"checkpoint-{self.state.global_step}"
         self.place = durable.partial_folder(folder)
@@ -203,8 +230,8 @@ class ResumableTrainer(Trainer):
             training_state.write(tree, written)
         durable.publish(written, folder)
         self.place.rmdir()
-        self.place, self.saved, self.saved_at = None, folder, self.state.global_step
         durable.keep_newest(output_dir, self.args.save_total_limit)
+        return folder
 
     @torch.no_grad()
     def _load_from_checkpoint(self, folder: str, model: nn.Module | None = None) -> None:
@@ -226,6 +253,8 @@ class PairTrainer(ResumableTrainer):
     tokenizer: Any
     template: Template
     record: dict[str, Any]  # saved with the model: the token that is scored, among other facts
+    step_pairs = 0  # pairs of the optimiser step
+    micro_batch = 0  # number of the micro-batch in it
     in_order = False  # disable_shuffling
     plots = False  # plot_loss
 
@@ -234,22 +263,57 @@ class PairTrainer(ResumableTrainer):
             return SequentialSampler(train_dataset or self.train_dataset)
         return super()._get_train_sampler(train_dataset)
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' micro-batches of an optimiser step; their pairs are counted."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        self.step_pairs = sum(len(inputs["input_ids"]) // 2 for inputs in batches)
+        self.micro_batch = 0
+        return batches, items
+
+    def own_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """transformers' step with this process's part of the micro-batch, possibly none.
+
+        Of several processes each seeds dropout first, as a checkpoint has the state of one.
+        """
+        if self.world.size == 1:
+            return super().own_step(model, inputs, *args, **kwargs)
+        part, device = self.world.part(len(inputs["input_ids"]) // 2), self.args.device
+        self.micro_batch += 1
+        if not part:
+            return torch.zeros((), device=device)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            place = (self.state.global_step, self.micro_batch, part.start)
+            torch.manual_seed(seeds.seed_of(self.args.seed, "dropout", *place))
+            return super().own_step(model, part_of(inputs, part), *args, **kwargs)
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
     ) -> Any:
-        """The pairwise loss of a micro-batch."""
+        """The pairwise loss of a micro-batch, or of this process's part of it."""
         scores = model(**inputs)
         loss = pair_loss(scores)
+        if self.world.size > 1:  # so that the sum over the processes is the mean over the step
+            share = len(scores) / 2 / self.step_pairs
+            loss = loss * (share * self.current_gradient_accumulation_steps)
         return (loss, {"scores": scores}) if return_outputs else loss
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss, and the chosen and rejected scores as one tensor (B, 2)."""
-        with torch.no_grad():
-            scores = model(**self._prepare_inputs(inputs))
-        both_B2 = torch.stack(scores.chunk(2), dim=1)
-        return pair_loss(scores), both_B2, torch.zeros(len(both_B2))
+        """The loss, and the chosen and rejected scores as one tensor (B, 2).
+
+        Of several processes each scores its part, and every one gets all scores.
+        """
+        prepared = self._prepare_inputs(inputs)
+        part, device = self.world.part(len(prepared["input_ids"]) // 2), self.args.device
+        both_B2 = torch.zeros((0, 2), device=device)
+        if part:
+            with torch.no_grad():
+                scores = model(**part_of(prepared, part))
+            both_B2 = torch.stack(scores.chunk(2), dim=1)
+        if self.world.size > 1:
+            both_B2 = torch.cat(self.world.gather(both_B2.cpu())).to(device)
+        return pair_loss(both_B2.T.flatten()), both_B2, torch.zeros(len(both_B2))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
@@ -264,7 +328,7 @@ class PairTrainer(ResumableTrainer):
 
     def draw(self) -> None:
         """Draw LLaMA-Factory's pictures of everything logged so far (`plot_loss`)."""
-        if self.plots:
+        if self.plots and self.world.main:
             plots.plot_log(self.state.log_history, PLOTTED, Path(self.args.output_dir))
 
 

@@ -1,4 +1,4 @@
-"""One process, one device: which device a run takes, and what a launcher's variables mean to it.
+"""Which device a run takes, and what the variables of a launcher mean to it.
 
 No torch at import.
 """
@@ -9,8 +9,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
+from fastppo.config.parallel import check_processes
 from fastppo.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,6 +38,48 @@ def processes() -> dict[str, int]:
     """The variables that say that this process is one of several, and of how many."""
     said = {name: os.environ.get(name, "") for name in SIZES}
     return {name: int(x) for name, x in said.items() if x.isdecimal() and int(x) > 1}
+
+
+class Launched(NamedTuple):
+    """One of the processes that torchrun started, on this machine and on others."""
+
+    rank: int
+    size: int
+    local_rank: int  # among those of this machine
+
+
+# What torchrun tells each process; accelerate launch tells the same.
+TOLD_BY_TORCHRUN: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def launched() -> Launched | None:
+    """Which process of torchrun's this is; None for a process alone."""
+    said = {name: os.environ.get(name, "") for name in TOLD_BY_TORCHRUN}
+    rank, size, local_rank = (said[name] for name in TOLD_BY_TORCHRUN[:3])
+    if not all(said.values()) or not all(x.isdecimal() for x in (rank, size, local_rank)):
+        return None
+    return Launched(int(rank), int(size), int(local_rank)) if int(size) > 1 else None
+
+
+def check_launcher(config: Config) -> int:
+    """The number of processes of this run, which torchrun has started.
+
+    Raises:
+        UserError: another launcher started several, or there is not a prompt (in stage rm a pair)
+            a step for each of them.
+    """
+    found, named = launched(), processes()
+    if found is None and not named:
+        return 1
+    if found is None:
+        name, count = next(iter(named.items()))
+        raise UserError(
+            f"{name}: is {count}, so a launcher started {count} processes, which do not know how "
+            f"to meet: torchrun's variables ({', '.join(TOLD_BY_TORCHRUN)}) are not all set; start "
+            f"them by torchrun (docs/scaling.md), or unset {' '.join(named)}"
+        )
+    check_processes(config, found.size, "WORLD_SIZE")
+    return found.size
 
 
 def check_one_process(command: str, key: str) -> None:
@@ -75,14 +118,19 @@ def choose_device(config: Config) -> torch.device:
 
     if config.tf32 is not None:
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
-    on_gpu = torch.cuda.is_available() and not config.use_cpu
-    return torch.device("cuda" if on_gpu else "cpu")
+    if not torch.cuda.is_available() or config.use_cpu:
+        return torch.device("cpu")
+    found = launched()
+    return torch.device("cuda") if found is None else torch.device("cuda", found.local_rank)
 
 
 def note_on_device(
     config: Config, device: torch.device, driver: Path = Path("/proc/driver/nvidia/version")
 ) -> str | None:
-    """A line where a run is on the CPU beside an NVIDIA GPU that torch does not see; else None.
+    """A line where a run leaves GPUs unused; else None.
+
+    That is one on the CPU beside an NVIDIA GPU that torch does not see, or one process beside
+    several GPUs.
 
     Args:
         config: the run's; `use_cpu` asks for the CPU, and nothing is said.
@@ -91,6 +139,11 @@ def note_on_device(
     """
     import torch
 
+    if device.type == "cuda" and launched() is None and (count := torch.cuda.device_count()) > 1:
+        return (
+            f"this run is one process on one of {count} visible GPUs; torchrun --nproc-per-node "
+            f"{count} -m fastppo CONFIG runs it on all of them (docs/scaling.md)"
+        )
     if device.type != "cpu" or config.use_cpu or not driver.exists():
         return None
     why = "look at nvidia-smi, at CUDA_VISIBLE_DEVICES, and whether the driver is old for torch"

@@ -87,6 +87,8 @@ class LiveView(Progress):
 
 def is_shown(config: Config) -> bool:
     """Whether the view is drawn: on a terminal unless `disable_tqdm: true`; with false always."""
+    if terminal.console.quiet:
+        return False
     if config.disable_tqdm is not None:
         return not config.disable_tqdm
     return terminal.console.is_terminal and not terminal.console.is_dumb_terminal

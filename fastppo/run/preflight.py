@@ -17,7 +17,7 @@ from fastppo.config.weights import BIN, SAFETENSORS, find_head, folder_shapes, w
 from fastppo.data import Records, read_records
 from fastppo.errors import UserError
 from fastppo.run import durable, hub
-from fastppo.run.launch import check_one_process
+from fastppo.run.launch import check_launcher, check_one_process
 from fastppo.run.sizes import check_sizes, read_header
 from fastppo.templates import check_name
 
@@ -25,12 +25,18 @@ if TYPE_CHECKING:
     from fastppo.config import Config
 
 
-def check(config: Config, records: Records | None = None) -> Records:
+def check(config: Config, records: Records | None = None, *, shared: bool = False) -> Records:
     """Raise UserError for a run that cannot work; return the records that were read on the way.
 
-    `records` are not read if a program gives them.
+    Args:
+        config: the run's.
+        records: are not read if a program gives them.
+        shared: whether the run may be shared by several processes, as that of a command may.
     """
-    check_one_process("fastppo-train" if records is None else config.source, "output_dir")
+    if shared:
+        check_launcher(config)
+    else:
+        check_one_process("init_state" if records is None else config.source, "output_dir")
     if config.hf_hub_token:
         os.environ["HF_TOKEN"] = config.hf_hub_token  # where all of the hub's clients look
     if config.swanlab_api_key and "swanlab" in config.trackers:

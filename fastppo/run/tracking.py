@@ -18,6 +18,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from fastppo.errors import UserError, one_line
 from fastppo.run.console import console
 from fastppo.run.durable import NUMBERED, RUN
+from fastppo.run.launch import hide_launcher_variables
 
 if TYPE_CHECKING:
     from fastppo.config import Config
@@ -53,7 +54,9 @@ class Trackers:
         self.trackers, self.runs = [], dict[str, str]()
         self.without_tables = set[str]()  # trackers whose table failed
         if config.trackers:
-            PartialState(cpu=config.use_cpu)  # accelerate's classes log, and its logger asks for it
+            with hide_launcher_variables():
+                # accelerate's classes log, and its logger asks for it.
+                PartialState(cpu=config.use_cpu)
         for name in config.trackers:
             make, run = LOGGER_TYPE_TO_CLASS[name], (runs or {}).get(name)
             shown = config.run_name or config.output_dir

@@ -54,10 +54,12 @@ You need not change anything: the YAML or JSON file of a `stage: rm` or `stage: 
 - **The last prompts of a run** are not dropped: the number of PPO steps is rounded up.
 - **A `horizon` shorter than a PPO step** acts like one step ([ppo.md](ppo.md)), so beta is never
   negative.
-- **A run is one process on one device**, the first visible one; LLaMA-Factory uses all devices.
-  `CUDA_VISIBLE_DEVICES` selects another. `torchrun`, `accelerate launch`, `mpirun` and `srun` with
-  more than one process are refused, for training and for `fastppo-export`: every process would
-  write the same folder. `--explain` and `--plan` write nothing and always run.
+- **A run is one process on one device**, the first visible one, unless `torchrun` or
+  `accelerate launch` starts several, which then share it ([scaling.md](scaling.md)); LLaMA-Factory
+  starts torchrun by itself. `CUDA_VISIBLE_DEVICES` selects another device. The batch keys are those
+  of the whole run: in LLaMA-Factory each process has that many. `mpirun` and `srun` with
+  more than one process are refused, and so is `fastppo-export` in several. `--explain` and
+  `--plan` write nothing and always run.
 - **Each PPO step** is a line on the terminal unless `logging_steps` is set, and always a row in
   `training_metrics.csv`.
 

@@ -20,7 +20,7 @@ def run_yaml(project):
         **PPO,
         "learning_rate": 1e-6,
         "target": 3.0,  # TRL's name
-        "ddp_timeout": 180000000,
+        "ddp_backend": "nccl",
         "pure_bf16": False,
         "hf_hub_token": "hf_secret",
         "lf_sampling": True,
@@ -35,7 +35,7 @@ def test_every_key_is_there_once_with_its_value_and_where_it_is_from(run_yaml):
     by_name = {line.name: line for line in found}
     assert len(by_name) == len(found)
     keys = {name for name, field in Config.model_fields.items() if field.description}
-    assert set(by_name) == keys | {"ddp_timeout", "pure_bf16"}
+    assert set(by_name) == keys | {"ddp_backend", "pure_bf16"}
     told = {name: tuple(by_name[name][1:3]) for name in by_name}
     assert told["seed"] == ("7", "command line")
     assert told["learning_rate"] == ("2e-06", "command line")
@@ -43,7 +43,7 @@ def test_every_key_is_there_once_with_its_value_and_where_it_is_from(run_yaml):
     assert told["ppo_epochs"] == ("4", "default")
     assert told["cache_dir"] == ("null", "default")
     assert (told["temperature"], told["top_k"]) == (("0.95", "lf_sampling"), ("5", "file"))
-    assert by_name["ddp_timeout"].meaning == "Nothing: one process on one device."
+    assert by_name["ddp_backend"].meaning == "Nothing: a process has one device, and nothing is sharded."
     assert by_name["pure_bf16"].meaning.startswith("Nothing with this value")
     assert by_name["calibrate_reward"].meaning.startswith("Nothing in stage ppo. In rm: ")
     assert by_name["ppo_epochs"].meaning == Config.model_fields["ppo_epochs"].description

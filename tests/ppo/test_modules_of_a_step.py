@@ -11,7 +11,7 @@ from fastppo import toy
 from fastppo.ppo import trainer
 
 PACKAGE = Path(trainer.__file__).parents[1]
-MOST = 24
+MOST = 25
 
 
 def modules_entered(function: Any, *args: Any) -> set[str]:
@@ -52,6 +52,8 @@ def test_a_step_enters_few_modules(tmp_path, monkeypatch):
     - Any phase may run out of memory, so each is called through `retry`, which keeps the state of
       the random numbers (seeds).
     - `rewards.reward` adds up the rewards; `rewards.function` calls one that is a function.
+    - `run.world` says which rows are this process's, and what all processes have: alone it gives
+      back what it was given.
     - `types` is what passes between the phases, and `config.ppo` has the keys that follow from
       others (the two sides of the clip range, whether advantages are whitened).
 

@@ -1,4 +1,4 @@
-"""One process: a run that a launcher started several times would write one folder as often."""
+"""Launchers: torchrun's processes share a run; those of others are refused."""
 
 from __future__ import annotations
 
@@ -128,12 +128,15 @@ def test_explain_and_plan_run_in_every_process_of_a_launcher(files: Path, monkey
 
 @pytest.mark.slow
 def test_torchrun_itself_writes_nothing(files: Path):
-    """Two real processes. torchrun kills the second where the first has ended before it spoke."""
+    """Two real processes, and a prompt a step for one of them.
+
+    torchrun kills the second where the first has ended before it spoke.
+    """
     before = written(files)
     command = ["torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "fastppo.cli"]
     environment: dict[str, Any] = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
     done = subprocess.run(
-        [sys.executable, "-m", *command, "ppo.yaml"],
+        [sys.executable, "-m", *command, "ppo.yaml", "per_device_train_batch_size=1"],
         capture_output=True,
         text=True,
         check=False,
