@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 EACH := $(PYTEST) -n logical --dist loadfile --no-loadscope-reorder -p no:benchmark
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-data demo-seeds test test-all test-peers peers-suites dist lint bench gpu gpu-rehearse clean
+.PHONY: help venv demo demo-data demo-seeds learn learn-full test test-all test-peers peers-suites dist lint bench gpu gpu-rehearse clean
 
 help:
 	@echo "make demo       install, then reward model, PPO and the comparison on a real model (two cores, 10 to 25 min)"
@@ -24,6 +24,8 @@ help:
 	@echo "make gpu-rehearse  the same at toy sizes without a GPU: it measures nothing"
 	@echo "make demo-data  make the demo's preference pairs anew"
 	@echo "make demo-seeds the demo's PPO over three seeds, into benchmarks/results"
+	@echo "make learn      what docs/learning.md reports, as far as an hour on two cores goes; into output/learn"
+	@echo "make learn-full all of it, in several hours; what was cut off goes on where it was"
 	@echo "make clean      remove what builds, tests and linters left; results in output/ stay"
 
 venv: $(VENV)/.installed
@@ -45,6 +47,18 @@ demo-data: venv
 
 demo-seeds: venv
 	$(BIN)/python examples/demo_seeds.py
+
+# A run has a thread; --no-deps: a task of reasoning-gym needs no other package.
+LEARN := OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.learn --jobs 2
+
+learn: venv
+	$(BIN)/python -m pip install --quiet --no-deps reasoning-gym==0.1.25
+	$(BIN)/python examples/demo_model.py
+	$(LEARN) --only compare controller
+	$(LEARN) --only problems --seeds 1
+
+learn-full: learn
+	$(LEARN) --full
 
 test: venv
 	$(EACH) -m "not slow and not alone and not peers"
