@@ -9,11 +9,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
 from benchmarks.learn import problems, runs
 from benchmarks.learn.tokens import TASKS
 
-RESULTS = report.RESULTS / "learn"
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE, PICTURE = DOCS / "learning.md", DOCS / "learning.png"
 ENOUGH = 0.95  # of the way from the start to the optimum
@@ -21,7 +19,7 @@ NEAR = 0.25  # of the controller's target
 Found = dict[str, Any]
 
 
-def read(folder: Path = RESULTS) -> dict[str, list[Found]]:
+def read(folder: Path = runs.RESULTS) -> dict[str, list[Found]]:
     """The JSON of every run that is there, by section."""
     by_section: dict[str, list[Found]] = defaultdict(list)
     for path in sorted(folder.glob("*.json")):
@@ -163,14 +161,12 @@ def rates_lines(rows: Sequence[Found]) -> list[str]:
         ("% of the way", *(f"{rate:g}" for rate in runs.RATES)),
         (
             (
-                f"{task}, {name}",
+                name,
                 *(
-                    f"{100 * own[0]['share']:.1f}" if own else ""
+                    shares(of(rows, task="alphabet", name=f"{name} {rate:g}"))
                     for rate in runs.RATES
-                    for own in [of(rows, task=task, name=f"{name} {rate:g}")]
                 ),
             )
-            for task in TASKS
             for name in runs.ESTIMATORS
         ),
     )
@@ -207,7 +203,7 @@ def machines(found: dict[str, list[Found]]) -> str:
     where = sorted({f"{r['machine']['cores']} cores of {r['machine']['cpu']}" for r in every})
     days = sorted({row["date"] for row in every})
     torch = sorted({row["machine"]["torch"] for row in every})
-    return f"{', '.join(days)}, {' and '.join(where)}, torch {', '.join(torch)}, one thread a run"
+    return f"{', '.join(days)}, {' and '.join(where)}, torch {', '.join(torch)}, one thread a run, FASTPPO_BACKEND=torch"
 
 
 def verdict(compared: Sequence[Found]) -> str:
@@ -225,8 +221,8 @@ def markdown(found: dict[str, list[Found]]) -> str:
         "# Does it learn",
         "",
         "```",
-        "make learn        # the first three sections, about an hour on two cores; into output/learn",
-        "make learn-full   # all of it, several hours; what was cut off goes on where it was",
+        "make learn        # all but the table of settings; into output/learn",
+        "make learn-full   # all of it; what was cut off goes on where it was",
         "```",
         "",
         "Every run is fastppo's own loop (`init_state`, `step_update`) and leaves a JSON. The numbers here are those in",
@@ -237,7 +233,7 @@ def markdown(found: dict[str, list[Found]]) -> str:
         "",
         "## Against the best policy there is",
         "",
-        "A language of four letters, a random Llama of two layers (LoRA on all linear layers), a prompt of one letter. There are so few",
+        "A language of four letters, a random Llama of one layer (LoRA on its linear layers), a prompt of one letter. There are so few",
         "responses that the best policy can be computed: at a fixed beta, J = E[reward] - beta KL is at most beta log Z with",
         "Z = E_reference[exp(reward / beta)]. J of the trained policy is computed in the same way, over all responses, so that no number below",
         f"has noise of sampling. beta is {runs.BETA:g}; a run is {runs.STEPS} steps of {runs.BATCH} responses, {runs.STEPS * runs.BATCH:,} in",

@@ -49,13 +49,13 @@ def alphabet(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
 
 
 def beginning(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-    """The first 2 letters of 8 count; whatever comes after them changes nothing."""
+    """The first 2 letters of 6 count; whatever comes after them changes nothing."""
     return [follows(p, c, 2) for p, c in zip(prompts, completions, strict=True)]
 
 
 TASKS = {
     task.name: task
-    for task in (TokenTask("alphabet", 6, alphabet), TokenTask("beginning", 8, beginning))
+    for task in (TokenTask("alphabet", 6, alphabet), TokenTask("beginning", 6, beginning))
 }
 
 
@@ -69,14 +69,18 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS)
 
 
-def write_files(folder: Path) -> dict[str, Any]:
-    """Write model, tokenizer and prompts into `folder`; returns the keys that name them."""
+def write_files(folder: Path, prompts_a_step: int) -> dict[str, Any]:
+    """Write model, tokenizer and prompts into `folder`; returns the keys that name them.
+
+    Every step has each prompt equally often, equal ones side by side: the sampler then runs each
+    prompt once.
+    """
     tokenizer = make_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=2,
         max_position_embeddings=16,
@@ -84,7 +88,7 @@ def write_files(folder: Path) -> dict[str, Any]:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         # Large enough that the reference prefers some letters by far.
-        initializer_range=0.3,
+        initializer_range=0.2,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(MODEL_SEED)
@@ -92,5 +96,11 @@ def write_files(folder: Path) -> dict[str, Any]:
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     prompts = folder / "prompts.json"
-    prompts.write_text(json.dumps([{"instruction": letter} for letter in LETTERS]), "utf-8")
-    return {"model_name_or_path": str(folder / "model"), "dataset": str(prompts)}
+    equal = prompts_a_step // len(LETTERS)
+    records = [{"instruction": letter} for letter in LETTERS for _ in range(equal)]
+    prompts.write_text(json.dumps(records), encoding="utf-8")
+    return {
+        "model_name_or_path": str(folder / "model"),
+        "dataset": str(prompts),
+        "disable_shuffling": True,
+    }

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.learn import __main__ as command
-from benchmarks.learn import exact, runs
+from benchmarks.learn import exact, problems, runs
 from benchmarks.learn.tokens import LETTERS, TASKS, alphabet, beginning
 
 
@@ -93,7 +93,7 @@ def test_the_rewards_pay_for_the_letters_that_they_name():
 def test_every_run_has_a_file_of_its_own():
     every = [run for section in runs.SECTIONS.values() for run in section(runs.SEEDS)]
     assert len({run.file for run in every}) == len(every) > 50
-    assert all(run.task in TASKS for run in every)
+    assert {run.task for run in every} == {*TASKS, problems.TASK}
     assert len(LETTERS) == 4
 
 
@@ -113,7 +113,7 @@ def test_a_quick_walk_leaves_a_json_a_run_and_goes_on_where_it_was(tmp_path, cap
             assert found["start"]["kl"] == pytest.approx(0.0, abs=1e-6)
             assert found["start"]["objective"] < found["optimum"]["objective"]
             assert found["end"]["objective"] < found["optimum"]["objective"]
-            assert found["curve"][-1]["samples"] == 32
+            assert found["curve"][-1]["samples"] == 64
     files[0].unlink()
     monkeypatch.setattr(runs, "EVERY", 1)
     capsys.readouterr()
