@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -158,7 +159,7 @@ def choices_lines(rows: Sequence[Found], compared: Sequence[Found]) -> list[str]
 def rates_lines(rows: Sequence[Found]) -> list[str]:
     """Each estimator at each learning rate, on the seed that no other table has."""
     return table(
-        ("% of the way", *(f"{rate:g}" for rate in runs.RATES)),
+        ("learning rate", *(f"{rate:g}" for rate in runs.RATES)),
         (
             (
                 name,
@@ -203,58 +204,87 @@ def machines(found: dict[str, list[Found]]) -> str:
     where = sorted({f"{r['machine']['cores']} cores of {r['machine']['cpu']}" for r in every})
     days = sorted({row["date"] for row in every})
     torch = sorted({row["machine"]["torch"] for row in every})
-    return f"{', '.join(days)}, {' and '.join(where)}, torch {', '.join(torch)}, one thread a run, FASTPPO_BACKEND=torch"
+    threads = sorted({str(row["machine"]["threads"]) for row in every})
+    backend = sorted({f"FASTPPO_BACKEND={row['machine']['backend']}" for row in every})
+    return (
+        f"{', '.join(days)}, {' and '.join(where)}, torch {', '.join(torch)}, "
+        f"threads of a run: {', '.join(threads)}, {', '.join(backend)}"
+    )
 
 
 def verdict(compared: Sequence[Found]) -> str:
-    """How many runs of PPO came near enough."""
-    own = of(compared, name="PPO")
-    near = sum(row["share"] >= ENOUGH for row in own)
-    return f"PPO ends within 5% of (optimum - start) in {near} of {len(own)} runs"
+    """How many runs of each estimator came near enough."""
+    counts = []
+    for name in runs.ESTIMATORS:
+        own = of(compared, name=name)
+        near = sum(row["share"] >= ENOUGH for row in own)
+        counts.append(f"{name} in {near} of {len(own)} runs")
+    return f"Within 5% of (optimum - start) end {', '.join(counts)}."
+
+
+def paragraph(*sentences: str) -> str:
+    """Sentences as lines of the page."""
+    return textwrap.fill(" ".join(sentences), 118, break_long_words=False, break_on_hyphens=False)
+
+
+HEAD = """# Does it learn
+
+```
+make learn        # all but the tables of settings and learning rates; into output/learn
+make learn-full   # all of it; what was cut off goes on where it was
+```
+"""
+NOT_RUN = "This has not been run yet: a test walks through it with a random model, to no measurement."
 
 
 def markdown(found: dict[str, list[Found]]) -> str:
     """The page."""
-    chosen = json.loads(json.dumps(problems.PROBLEMS[problems.TASK][1]))
-    settings = ", ".join(f"{key} {value}" for key, value in chosen.items())
+    controlled = runs.CONTROLLED
+    settings = ", ".join(f"`{k}: {v}`" for k, v in problems.PROBLEMS[problems.TASK][1].items())
+    low, high = problems.QUALIFIES
     lines = [
-        "# Does it learn",
-        "",
-        "```",
-        "make learn        # all but the table of settings; into output/learn",
-        "make learn-full   # all of it; what was cut off goes on where it was",
-        "```",
-        "",
-        "Every run is fastppo's own loop (`init_state`, `step_update`) and leaves a JSON. The numbers here are those in",
-        f"`benchmarks/results/learn`: {machines(found)}.",
-        "`python -m benchmarks.learn --page` writes this page and its picture from them.",
+        HEAD,
+        paragraph(
+            "Every run is fastppo's own loop (`init_state`, `step_update`) and leaves a JSON. The",
+            f"numbers here are those in `benchmarks/results/learn`: {machines(found)}.",
+            "`python -m benchmarks.learn --page` writes this page and its picture from them.",
+        ),
         "",
         "![objective over samples, and the controller's KL](learning.png)",
         "",
         "## Against the best policy there is",
         "",
-        "A language of four letters, a random Llama of one layer (LoRA on its linear layers), a prompt of one letter. There are so few",
-        "responses that the best policy can be computed: at a fixed beta, J = E[reward] - beta KL is at most beta log Z with",
-        "Z = E_reference[exp(reward / beta)]. J of the trained policy is computed in the same way, over all responses, so that no number below",
-        f"has noise of sampling. beta is {runs.BETA:g}; a run is {runs.STEPS} steps of {runs.BATCH} responses, {runs.STEPS * runs.BATCH:,} in",
-        "all, the same for each estimator. GRPO and RLOO have 8 responses a prompt. `% of the way` is",
-        "(J - J at the start) / (optimum - J at the start).",
+        paragraph(
+            "A language of four letters, a random Llama of one layer (LoRA on its linear layers),",
+            "a prompt of one letter. There are so few responses that the best policy can be",
+            "computed: at a fixed beta, J = E[reward] - beta KL is at most beta log Z with",
+            "Z = E[exp(reward / beta)] over the reference's responses. J of the trained policy is",
+            "computed in the same way, over all responses, so no number below has the noise of",
+            f"sampling. beta is {runs.BETA:g}; a run is {runs.STEPS} steps of {runs.BATCH}",
+            f"responses, {runs.STEPS * runs.BATCH:,} in all, the same for each estimator; GRPO and",
+            f"RLOO have {runs.GROUP} responses to a prompt. The % of the way is",
+            "(J - J at the start) / (optimum - J at the start). Reward and KL are means over seeds.",
+        ),
         "",
-        f"{verdict(found['compare'])}.",
+        verdict(found["compare"]),
         *compare_lines(found["compare"]),
         "",
         "Responses until the mean of the seeds is that far:",
         "",
         *speed_lines(found["compare"]),
         "",
-        "Learning rates were chosen on a seed that is in no other table:",
+        "The learning rates were chosen on a seed that is in no other table, % of the way:",
         "",
         *rates_lines(found["rates"]),
         "",
         "## The KL controller",
         "",
-        f"`alphabet` with `adap_kl_ctrl: true` from `init_kl_coef: {runs.CONTROLLED['init_kl_coef']}`, "
-        f"{runs.CONTROLLED['max_steps']} steps of {runs.BATCH} responses; KL is the mean over the last {runs.WITHIN}.",
+        paragraph(
+            f"`alphabet` with `ppo_target: {controlled['ppo_target']:g}` (nats), from",
+            f"`init_kl_coef: {controlled['init_kl_coef']}`, {controlled['max_steps']} steps of",
+            f"{controlled['per_device_train_batch_size']} responses. KL is the mean over the last",
+            f"{runs.WITHIN} steps.",
+        ),
         "",
         *controller_lines(found["controller"]),
         "",
@@ -264,17 +294,17 @@ def markdown(found: dict[str, list[Found]]) -> str:
         "",
         "## Problems that can be checked",
         "",
-        f"`{problems.TASK}` of reasoning-gym {problems.VERSION} ({settings}) with SmolLM2-135M-Instruct. The reward is 1 if the",
-        f"whole response is the answer, {problems.FORMAT_SHARE} if it is another whole number, else 0; reasoning-gym's own score also pays for",
-        "answers that are nearly right. Accuracy is exact match on problems of another seed, with Wilson's 95% interval; by chance",
-        "is an answer drawn from those of the training problems. A task qualifies if the untrained model solves "
-        f"{problems.QUALIFIES[0]:.0%} to {problems.QUALIFIES[1]:.0%}.",
-        "",
-        *(
-            problems_lines(found["problems"])
-            if found["problems"]
-            else ["This has not been run yet: a test walks through it with a random model, which measures nothing."]
+        paragraph(
+            f"`{problems.TASK}` of reasoning-gym {problems.VERSION} ({settings}) with",
+            "SmolLM2-135M-Instruct. The reward is 1 if the whole response is the answer,",
+            f"{problems.FORMAT_SHARE} if it is another whole number, else 0; reasoning-gym's own",
+            "score also pays for answers that are nearly right. Accuracy is exact match on",
+            f"{problems.HELD_OUT} problems of another seed, with Wilson's 95% interval; by chance",
+            "is an answer drawn from those of the training problems. A task qualifies if the",
+            f"untrained model solves {low:.0%} to {high:.0%}.",
         ),
+        "",
+        *(problems_lines(found["problems"]) if found["problems"] else [NOT_RUN]),
     ]
     return "\n".join(lines) + "\n"
 

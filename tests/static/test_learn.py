@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import statistics
 from itertools import product
 
 import pytest
 import torch
 
 from benchmarks.learn import __main__ as command
-from benchmarks.learn import exact, problems, runs
+from benchmarks.learn import exact, page, problems, runs
 from benchmarks.learn.tokens import LETTERS, TASKS, alphabet, beginning
 
 
@@ -52,7 +54,8 @@ def test_the_optimum_of_one_letter_by_hand():
     best, policy = exact.best_policy(tree, reference, 0.5)
     assert best == pytest.approx(0.5 * math.log((math.e**2 + 2) / 3))
     chance = math.e**2 / (math.e**2 + 2)
-    assert policy[0][0, 0].exp().tolist() == pytest.approx([(1 - chance) / 2, chance, (1 - chance) / 2])
+    rest = (1 - chance) / 2
+    assert policy[0][0, 0].exp().tolist() == pytest.approx([rest, chance, rest])
 
 
 def test_no_policy_is_above_the_optimum_and_each_is_as_far_below_as_its_kl_to_the_best():
@@ -121,3 +124,80 @@ def test_a_quick_walk_leaves_a_json_a_run_and_goes_on_where_it_was(tmp_path, cap
     said = capsys.readouterr().out
     assert f"{len(files)} runs, {len(files) - 1} of them done" in said
     assert files[0].is_file()
+
+
+def test_a_whole_response_is_the_answer_or_it_is_not():
+    """reasoning-gym pays for "12." and for a sentence with the answer in it."""
+    texts = ["12", " 12\n", "12.", "It is 12", "13", "-4", "", "1 2", "\u0661\u0662"]
+    paid = [1.0, 1.0, 0.0, 0.0, 0.1, 0.1, 0.0, 0.0, 0.0]
+    assert problems.reward(texts, ["12"] * len(texts)) == paid
+
+
+def test_the_interval_is_wilsons():
+    # Worked out by hand for 10 of 100: (0.1 + 0.01921) / 1.03841, plus or minus 0.05957.
+    assert problems.interval(10, 100) == pytest.approx((0.0552, 0.1744), abs=1e-4)
+    assert problems.interval(0, 10)[0] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_chance_is_the_match_of_an_answer_drawn_from_the_training_problems():
+    assert problems.by_chance(["1", "1", "2", "3"], ["1", "2", "9"]) == pytest.approx(0.25)
+
+
+@pytest.mark.slow
+def test_the_problems_are_walked_through_with_a_random_model(tmp_path, monkeypatch):
+    def sums(task, seed, size):
+        pairs = [(i % 10, (i + seed) % 7) for i in range(min(size, 32))]
+        return [{"instruction": f"{a} + {b} =", "answer": str(a + b)} for a, b in pairs]
+
+    monkeypatch.setattr(problems, "make_records", sums)
+    asked = ["--quick", "--only", "problems", "--seeds", "1", "--out", str(tmp_path)]
+    assert command.main(asked) == 0
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in tmp_path.glob("*.json")]
+    assert {row["name"] for row in found} == {"PPO", "GRPO"}
+    for row in found:
+        assert row["held_out"] == 16
+        assert row["interval_after"][0] <= row["accuracy_after"] <= row["interval_after"][1]
+        assert len(row["scores"]) == 2
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("reasoning_gym") is None,
+    reason=f"pip install --no-deps reasoning-gym=={problems.VERSION}",
+)
+def test_problems_are_reasoning_gyms():
+    for task in problems.PROBLEMS:
+        first, second = (problems.make_records(task, seed, 8) for seed in (1, 1001))
+        assert first != second
+        assert all(row["instruction"].endswith(problems.ASK) for row in first)
+        assert problems.reward([row["answer"] for row in first], [row["answer"] for row in first])
+
+
+FOUND = page.read()
+
+
+def test_the_page_is_made_of_the_committed_runs():
+    assert page.PAGE.read_text(encoding="utf-8") == page.markdown(FOUND)
+
+
+def test_a_committed_run_is_of_the_settings_in_the_code_and_adds_up():
+    every = {run.file: run for section in runs.SECTIONS.values() for run in section(runs.SEEDS)}
+    for path in runs.RESULTS.glob("*.json"):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        assert found["settings"] == every[path.name].settings, path.name
+        assert found["date"].startswith("20")
+        assert found["command"].startswith("python -m benchmarks.learn")
+        if "share" in found:
+            start, best, end = (found[x]["objective"] for x in ("start", "optimum", "end"))
+            assert found["share"] == pytest.approx((end - start) / (best - start))
+            assert end < best
+            assert end == pytest.approx(found["end"]["reward"] - runs.BETA * found["end"]["kl"])
+        if "kl_last" in found:
+            last = found["kl_by_step"][-runs.WITHIN :]
+            assert found["kl_last"] == pytest.approx(statistics.mean(last), abs=1e-3)
+
+
+def test_samples_are_equal_and_the_seed_of_the_learning_rates_is_no_other():
+    samples = {row["curve"][-1]["samples"] for row in FOUND["compare"]}
+    assert len(samples) == 1
+    assert {row["seed"] for row in FOUND["rates"]} == {runs.TUNING_SEED}
+    assert runs.TUNING_SEED not in {row["seed"] for row in FOUND["compare"]}
