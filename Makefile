@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 EACH := $(PYTEST) -n logical --dist loadfile --no-loadscope-reorder -p no:benchmark
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-data demo-seeds test test-all test-peers peers-suites dist docs lint bench gpu gpu-rehearse clean
+.PHONY: help venv demo demo-data demo-seeds learn learn-full test test-all test-peers peers-suites dist docs lint bench gpu gpu-rehearse clean
 
 help:
 	@echo "make demo       install, then reward model, PPO and the comparison on a real model (two cores, 10 to 25 min)"
@@ -25,6 +25,8 @@ help:
 	@echo "make gpu-rehearse  the same at toy sizes without a GPU: it measures nothing"
 	@echo "make demo-data  make the demo's preference pairs anew"
 	@echo "make demo-seeds the demo's PPO over three seeds, into benchmarks/results"
+	@echo "make learn      runs of docs/learning.md, an hour on two cores; into output/learn"
+	@echo "make learn-full all of them; what was cut off goes on where it was"
 	@echo "make clean      remove what builds, tests and linters left; results in output/ stay"
 
 venv: $(VENV)/.installed
@@ -46,6 +48,20 @@ demo-data: venv
 
 demo-seeds: venv
 	$(BIN)/python examples/demo_seeds.py
+
+# A run has a thread. PyTorch's backend samples the tiny model's responses in one batch; SmolLM2 has the native one.
+LEARN := OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.learn --jobs 2
+TINY := FASTPPO_BACKEND=torch $(LEARN)
+
+learn: venv
+	$(BIN)/python -m pip install --quiet --no-deps reasoning-gym==0.1.25  # its tasks here need no other package
+	$(BIN)/python examples/demo_model.py
+	$(TINY) --only compare controller
+	$(LEARN) --only problems --seeds 1
+
+learn-full: learn
+	$(TINY) --only rates choices
+	$(LEARN) --only problems
 
 test: venv
 	$(EACH) -m "not slow and not alone and not peers"
