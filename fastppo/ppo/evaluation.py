@@ -20,8 +20,7 @@ from fastppo.models.batch import largest_micro_batch
 from fastppo.ppo import lines, log
 from fastppo.ppo.metrics import SAMPLES, SUMMARY
 from fastppo.ppo.observer import Due
-from fastppo.ppo.rollout import sample
-from fastppo.ppo.sampling import Sampling
+from fastppo.ppo.rollout import sample, settings
 from fastppo.ppo.score import score
 from fastppo.rewards.function import call_scores, load_function
 from fastppo.rewards.reward import mean_score
@@ -58,13 +57,9 @@ def answer(state: State, role: Role, prompts: list[Prompt]) -> Answers:
             rollout = retry("rollout", budgets, used=partial(len, group))(sample)(
                 roles,
                 group,
-                sampling=Sampling.of(config),
-                template=state.template,
-                tokenizer=state.tokenizer,
                 seed=seed_of(config.seed, "evaluation"),
                 first_row=start,
-                budgets=budgets,
-                plan=state.plan,
+                **settings(state),
             )
         texts += rollout.texts
         lengths += rollout.response_lengths

@@ -35,6 +35,7 @@ from fastppo.models.scaler import make_scaler
 from fastppo.models.shared_layers import share_layers
 from fastppo.ppo.advantage import KLController, RunningScore
 from fastppo.ppo.columns import absent_columns
+from fastppo.ppo.engine_start import start_engine
 from fastppo.ppo.metrics import MetricsWriter
 from fastppo.ppo.optimizer import make_optimizer, make_scheduler
 from fastppo.ppo.ptx import Demonstrations
@@ -54,6 +55,7 @@ from fastppo.types import Prompt
 if TYPE_CHECKING:
     from fastppo.data import Records
     from fastppo.memory.plan import Plan
+    from fastppo.ppo.engine import Engine
     from fastppo.types import Answers, Rollout
 
 
@@ -80,6 +82,7 @@ class State:
     notes: list[str]  # to be printed: decisions of the memory plan, tokens, positions
     ptx: Demonstrations | None = None
     scaler: GradScaler | None = None  # of the loss, with fp16
+    engine: Engine | None = None  # samples in place of the model here (use_vllm)
     step: int = 0
     before: Answers | None = None
     evaluations: list[dict[str, Any]] = field(default_factory=list)  # entries of the log
@@ -235,4 +238,5 @@ def init_state(
         notes=notes,
         ptx=ptx,
         scaler=make_scaler(roles.autocast, device),
+        engine=start_engine(config, roles, prompts, longest, template, tokenizer),
     )
