@@ -55,15 +55,18 @@ class Engine:
     Args:
         server: a running one.
         parent: the folder in which the versions are saved, in a folder of this run.
+        shared: whether other users may read that one, as a server on another host may be one.
     """
 
-    def __init__(self, server: VLLMServer, parent: Path) -> None:
+    def __init__(self, server: VLLMServer, parent: Path, *, shared: bool = False) -> None:
         self.server, self.model = server, server.served()
         self.run = uuid.uuid4().hex[:8]
-        self.folder = Path(tempfile.mkdtemp(prefix=f"fastppo-{self.run}-", dir=parent))
+        self.folder = parent / f"fastppo-{self.run}"
+        self.folder.mkdir(mode=0o777 if shared else 0o700)
         self.delete = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self.current: Version | None = None
         self.sent = 0
+        self.words = ""  # for the first lines of a run
 
     def serves(self, roles: Roles) -> bool:
         """Whether the active role is the actor, or the base that the engine has."""
@@ -197,10 +200,15 @@ class Engine:
         return Answer(ids, terminated, logprob_N)
 
 
-def adapter_folder(config: Config) -> Path:
-    """The folder in which the versions of the adapter are saved for the engine."""
+def adapter_folder(config: Config, size: int) -> Path:
+    """The folder in which versions of the adapter, of `size` bytes, are saved for the engine.
+
+    Without `vllm_adapter_dir` it is in memory if there is room: a container's /dev/shm may have
+    64 MiB, and two versions are there at a time.
+    """
     if config.vllm_adapter_dir is None:
-        return MEMORY if MEMORY.is_dir() else Path(tempfile.gettempdir())
+        room = shutil.disk_usage(MEMORY).free if MEMORY.is_dir() else 0
+        return MEMORY if room > 4 * size else Path(tempfile.gettempdir())
     folder = Path(config.vllm_adapter_dir).absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -58,8 +58,10 @@ def start_engine(
     server = VLLMServer(
         config.vllm_server_base_url, timeout=config.vllm_server_timeout, rank=config.lora_rank
     )
-    server.check_version()
-    engine = Engine(server, adapter_folder(config))
+    version = server.check_version()
+    size = sum(parameter.nbytes for parameter in roles.trainable_parameters("actor"))
+    shared = config.vllm_adapter_dir is not None
+    engine = Engine(server, adapter_folder(config, size), shared=shared)
     try:
         room = engine.model.max_length
         if room is not None and room < longest:
@@ -67,7 +69,11 @@ def start_engine(
                 f"{server.key}: has room for {room} tokens, and the longest prompt with "
                 f"max_new_tokens is {longest}; start it with --max-model-len {longest}"
             )
-        Comparison(engine, roles, prompts[:PROMPTS], template, tokenizer).check()
+        gap = Comparison(engine, roles, prompts[:PROMPTS], template, tokenizer).check()
+        engine.words = (
+            f"rollouts by vLLM {version} at {config.vllm_server_base_url}, whose log-probs are "
+            f"{gap:.1g} from the trainer's in the mean"
+        )
     except BaseException:
         engine.close()
         raise
@@ -90,8 +96,8 @@ class Comparison:
         self.limit = LIMITS[roles.product_precision].sampler_gap
 
     @torch.no_grad()
-    def check(self) -> None:
-        """Compare without the adapter, with it, and with a temperature."""
+    def check(self) -> float:
+        """Compare without the adapter, with it, and with a temperature; returns the mean gap."""
         key, roles = self.engine.server.key, self.roles
         with roles.use("reference"):
             base = self.engine.serves(roles)
@@ -115,6 +121,7 @@ class Comparison:
                     f"start it with {self.engine.server.flags} --dtype {self.dtype()}"
                 )
             self.check_processed()
+        return gap
 
     def check_processed(self) -> None:
         """Refuse log-probs of the logits as they are before the temperature."""

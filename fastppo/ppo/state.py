@@ -216,6 +216,8 @@ def init_state(
     optimizer = make_optimizer(config, roles)
     scheduler = make_scheduler(config, optimizer, total_steps(config, len(prompts)))
     reward = make_reward(config, roles, template, tokenizer, prompts, budgets)
+    engine = start_engine(config, roles, prompts, longest, template, tokenizer)
+    notes += [] if engine is None else [engine.words]
     return State(
         config=config,
         roles=roles,
@@ -238,5 +240,5 @@ def init_state(
         notes=notes,
         ptx=ptx,
         scaler=make_scaler(roles.autocast, device),
-        engine=start_engine(config, roles, prompts, longest, template, tokenizer),
+        engine=engine,
     )

@@ -54,7 +54,8 @@ def server(model: Path) -> Iterator[str]:
     environment |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     with (model.parent / "log").open("wb") as log:
         process = subprocess.Popen(
-            [python, "-m", "vllm.entrypoints.cli.main", "serve", model, *flags],
+            # `vllm serve` asks for the metadata of a package `vllm`, which this build is not.
+            [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *flags],
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
@@ -65,8 +66,9 @@ def server(model: Path) -> Iterator[str]:
         wait_for(url, process, model.parent / "log")
         yield url
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(60)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(60)
 
 
 def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
