@@ -63,6 +63,17 @@ def algorithm(config: Config) -> dict[str, str]:
         found |= {"horizon": why, "adap_kl_ctrl": why}
     if not config.early_stopping:
         found["target_kl"] = "no effect without early_stopping: true"
+    if not config.use_vllm:
+        for name in (
+            "vllm_mode",
+            "vllm_server_base_url",
+            "vllm_server_timeout",
+            "vllm_adapter_dir",
+        ):
+            found[name] = "no effect without use_vllm: true"
+    if config.importance_mode is None:
+        for name in ("rollout_is_threshold", "rollout_is_lower"):
+            found[name] = "no effect with rollout_is: none"
     if not config.use_kl_loss:
         found["kl_loss_type"] = (
             "no effect without use_kl_loss: true; in the reward it is kl_penalty"

@@ -56,7 +56,8 @@ _NOTES: dict[str, str] = {
         export_quantization_maxlen export_quantization_nsamples export_size""",
     "nothing is served: sampling is the trainer's own": """chunk_size cpu_infer infer_dtype
         kt_force_think kt_maxlen kt_mode kt_optimize_rule kt_use_cuda_graph mode sglang_config
-        sglang_lora_backend sglang_maxlen sglang_mem_fraction sglang_tp_size vllm_config
+        sglang_lora_backend sglang_maxlen sglang_mem_fraction sglang_tp_size""",
+    "it sizes LLaMA-Factory's engine; the server of use_vllm has flags of its own": """vllm_config
         vllm_enforce_eager vllm_gpu_util vllm_max_lora_rank vllm_maxlen""",
     "sampling always uses a cache": "use_cache use_kv_cache",
     "fused operators are fastppo's own": """enable_liger_kernel liger_kernel_config
@@ -131,7 +132,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "hub_token": ((None,), _TOKEN),
     "infer_backend": (
         ("huggingface", "hf", None),
-        "sampling is the trainer's own; leave it out",
+        "for rollouts by a vLLM server set use_vllm: true; leave it out",
     ),
     "label_smoothing_factor": ((0, None), "no loss here has labels to smooth; leave it out"),
     "load_best_model_at_end": (_OFF, "PPO has no single best; leave it out"),
@@ -190,6 +191,7 @@ NOT_HERE: dict[tuple[str, str], str] = {
     ),
     **_values("finetuning_type", "oft none p_tuning", "not supported; use finetuning_type: lora"),
     ("flash_attn", "fa3"): "not supported; use fa2, or auto",
+    ("vllm_mode", "colocate"): "not supported; start a server, and leave it out",
     ("kl_loss_type", "kl"): "its gradient is 0 on average; use low_var_kl or mse",
     ("kl_loss_type", "full"): "exact KL is for the reward (kl_penalty); use low_var_kl or mse",
     ("lr_scheduler_type", "greedy"): "it follows the loss, which PPO's does not tell; use cosine",

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from fastppo.config.effect import without_effect
 from fastppo.config.elsewhere import IGNORED, OLD_NAMES, REFUSED
+from fastppo.config.engine import TRL_IMPORTANCE
 from fastppo.config.file import override, read_file
 from fastppo.config.old_names import RENAMED
 from fastppo.config.ppo import ALIASES
@@ -58,11 +59,11 @@ def lines(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, list
     source = {name: "command line" if name in touched else "file" for name in data}
     # A key with two names is explained under the name that is used here.
     given, _ = renamed(data, config.source)
-    today = {**ALIASES, **OLD_NAMES, **RENAMED}
+    today = {**ALIASES, **OLD_NAMES, **RENAMED, **TRL_IMPORTANCE}
     origins = {today.get(name, name): where for name, where in source.items()}
     set_lines = [
-        explained(config, name, given[name], origins[name])
-        for name in sorted(given, key=lambda name: origins[name])
+        explained(config, name, given[name], origins.get(name, "file"))
+        for name in sorted(given, key=lambda name: origins.get(name, "file"))
     ]
     rest = [
         explained(config, name, None, "default")

@@ -85,11 +85,20 @@ class LossKeys(Keys):
     sapo_temperature_neg: Above0 = key(
         1.05, GRPO, "policy_loss: sapo where the advantage is negative (verl: tau_neg)."
     )
-    rollout_is_threshold: Above0 | None = key(
+    rollout_is: (
+        Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] | None
+    ) = key(
         None,
         VERL,
-        "Weight tokens by the trainer's probability divided by the sampler's, at most this; "
-        "null is off.",
+        "Weight tokens by the trainer's probability divided by the sampler's, of each token or of "
+        "the whole response; outside the two bounds below it is truncated to them, or the token is "
+        "masked. null is token_truncate with use_vllm or with one of the bounds, otherwise none.",
+    )
+    rollout_is_threshold: Above0 | None = key(
+        None, VERL, "Upper bound of the weights of rollout_is; null is 2."
+    )
+    rollout_is_lower: NonNegative | None = key(
+        None, OWN, "Lower bound of the weights of rollout_is; null is none."
     )
     loss_agg_mode: Literal[
         "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"

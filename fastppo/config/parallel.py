@@ -26,8 +26,13 @@ def check_processes(config: Config, processes: int, name: str) -> None:
         name: the variable or option that says so.
 
     Raises:
-        UserError: there are more processes than prompts.
+        UserError: there are more processes than prompts, or several with an engine.
     """
+    if processes > 1 and config.use_vllm:
+        raise UserError(
+            f"{name}: is {processes}, and use_vllm is a run of one process; start one process, or "
+            "leave use_vllm out"
+        )
     count, what = units_a_step(config)
     if count < processes:
         more = " or ppo_buffer_size" if config.stage == "ppo" else ""

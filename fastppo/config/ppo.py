@@ -290,12 +290,20 @@ ELSEWHERE = {
     "tau_neg": "sapo_temperature_neg",
     "tau_pos": "sapo_temperature_pos",
     "stop_token": "template, whose EOS, stop tokens and stop strings all end a response",
+    "rollout_rs": "rollout_is (token_mask or sequence_mask), with rollout_is_lower and "
+    "rollout_is_threshold",
+    "rollout_rs_threshold": "rollout_is_lower and rollout_is_threshold",
     "tis_imp_ratio_cap": "rollout_is_threshold",
     "total_episodes": "max_steps or num_train_epochs",
     "unsup_coef": "ptx_coef",
     "use_dynamic_bsz": "ppo_max_token_len_per_gpu",
     "value_clip": "cliprange_value",
-    "vllm_importance_sampling_cap": "rollout_is_threshold",
+    "vllm_enable_sleep_mode": "nothing: the server keeps its own memory",
+    "vllm_gpu_memory_utilization": "the server's flag --gpu-memory-utilization",
+    "vllm_max_model_length": "the server's flag --max-model-len",
+    "vllm_server_host": "vllm_server_base_url",
+    "vllm_server_port": "vllm_server_base_url",
+    "vllm_tensor_parallel_size": "the server's flag --tensor-parallel-size",
 }
 # TRL 0.9.6's keys that do not change training.
 TRL_IGNORED = dict.fromkeys(

@@ -161,28 +161,38 @@ def check_function_name(name: str, key: str) -> None:
         )
 
 
-def check_url(url: str) -> None:
-    """Check that a URL is http or https, names a host, and has no password in it."""
+def check_url(
+    url: str,
+    *,
+    key: str = "reward_model",
+    token: str = "FASTPPO_REWARD_TOKEN",
+    example: str = "http://127.0.0.1:8000/v1/score/evaluation",
+) -> None:
+    """Check that a URL is http or https, names a host, and has no password in it.
+
+    Raises:
+        ValueError: the message has `key`, and `example` or the variable `token` as the cure.
+    """
     # The error shows neither the query nor what may be a password.
     shown = url.partition("?")[0].partition("#")[0].rpartition("@")[2]
-    cure = "write for example http://127.0.0.1:8000/v1/score/evaluation"
+    cure = f"write for example {example}"
     try:
         parts = urlsplit(url)
     except ValueError:
-        raise ValueError(f"reward_model: this URL cannot be read; {cure}") from None
+        raise ValueError(f"{key}: this URL cannot be read; {cure}") from None
     if parts.username is not None or parts.password is not None:
         raise ValueError(
-            "reward_model: this URL holds a user name or password, which would end in logs; leave "
-            "it out and set the environment variable FASTPPO_REWARD_TOKEN"
+            f"{key}: this URL holds a user name or password, which would end in logs; leave it out "
+            f"and set the environment variable {token}"
         )
     try:
         parts.port  # noqa: B018 - raises if the port is no number
     except ValueError:
-        raise ValueError(f"reward_model: the port in this URL is no number; {cure}") from None
+        raise ValueError(f"{key}: the port in this URL is no number; {cure}") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"reward_model: '{shown}' is no http(s) URL; {cure}")
+        raise ValueError(f"{key}: '{shown}' is no http(s) URL; {cure}")
     if not url.isascii() or not url.isprintable() or " " in url:
-        raise ValueError(f"reward_model: {shown!r} has characters that a URL cannot have; {cure}")
+        raise ValueError(f"{key}: {shown!r} has characters that a URL cannot have; {cure}")
 
 
 def without_query(url: str) -> str:

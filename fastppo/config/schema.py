@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from fastppo.config.data import DATA_LISTS, DataKeys
 from fastppo.config.elsewhere import IGNORED, NOT_HERE, OLD_NAMES, REFUSED
+from fastppo.config.engine import EngineKeys, check_engine, with_importance_names
 from fastppo.config.file import override, parse_value, read_file
 from fastppo.config.key import Keys
 from fastppo.config.memory import MemoryKeys, StepKeys, check_offload, check_step
@@ -44,6 +45,7 @@ class Config(
     TrainingKeys,
     ReferenceKeys,
     CriticKeys,
+    EngineKeys,
     SamplingKeys,
     RewardKeys,
     DataKeys,
@@ -79,6 +81,20 @@ class Config(
     def prompts_a_step(self) -> int:
         """Number of prompts in a PPO step; each is answered `num_generations` times."""
         return self.rollout_batch_size // self.num_generations
+
+    @property
+    def importance_mode(self) -> str | None:
+        """`mode` of `losses.importance_weights`; None without a correction."""
+        bounded = self.rollout_is_threshold is not None or self.rollout_is_lower is not None
+        default = "token_truncate" if self.use_vllm or bounded else "none"
+        mode = self.rollout_is or default
+        return None if mode == "none" else mode
+
+    @property
+    def importance_bounds(self) -> tuple[float | None, float]:
+        """The lower and the upper bound of the importance weights."""
+        high = self.rollout_is_threshold
+        return self.rollout_is_lower, 2.0 if high is None else high
 
     @property
     def rewards(self) -> tuple[RewardSpec, ...]:
@@ -139,6 +155,7 @@ class Config(
             )
         check_offload(self)
         check_step(self)
+        check_engine(self)
         return self
 
 
@@ -212,7 +229,9 @@ def renamed(data: Mapping[Any, Any], source: str) -> tuple[dict[str, Any], list[
         value = given.pop(alias, None)
         if value is not None and given.setdefault(name, value) != value:
             raise UserError(f"{source}: {alias}: is an older name of {name}; keep one of the two")
-    return with_todays_names(given, source)
+    given, lines = with_importance_names(given, source)
+    found, former = with_todays_names(given, source)
+    return found, [*lines, *former]
 
 
 def config_from_dict(

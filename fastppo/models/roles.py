@@ -203,6 +203,11 @@ class Roles:
         return torch.autocast(self.device.type, dtype=self.autocast)
 
     @property
+    def place(self) -> Place:
+        """What the active role runs on."""
+        return self.places[self._active]
+
+    @property
     def base(self) -> PreTrainedModel:
         """The causal language model of the active role, inside its PEFT wrapper."""
         return self.places[self._active].base

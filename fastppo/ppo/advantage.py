@@ -137,9 +137,15 @@ def estimate(
         )
         advantage_N = whiten(advantage_N) if config.whitens_advantages else advantage_N
     importance_N = None
-    if config.rollout_is_threshold is not None:
+    if config.importance_mode is not None:
+        lower, upper = config.importance_bounds
         importance_N = losses.importance_weights(
-            scored.logprob_N, scored.rollout.sampler_logprob_N, upper=config.rollout_is_threshold
+            scored.logprob_N,
+            scored.rollout.sampler_logprob_N,
+            mode=config.importance_mode,
+            lower=lower,
+            upper=upper,
+            offsets=scored.offsets,
         )
     return Experience(
         scored=scored,

@@ -16,7 +16,7 @@ from torch import nn
 
 from fastppo import seeds
 from fastppo.config.rewards import BASE_RECORD
-from fastppo.errors import Interrupted, UserError
+from fastppo.errors import Interrupted, TrainingStopped, UserError
 from fastppo.models.adapters import adapters_to_merge
 from fastppo.models.load import causal_lm
 from fastppo.models.value_head import VALUE_HEAD_FILE, value_head_state
@@ -126,6 +126,9 @@ MAY_CHANGE = {
     "logging_dir",
     "reward_api_timeout",
     "reward_api_retries",
+    "vllm_server_base_url",
+    "vllm_server_timeout",
+    "vllm_adapter_dir",
     # Decided by the memory plan, and stored in the checkpoint as `decisions`.
     "activation_offloading",
     "chunk_bytes",
@@ -290,9 +293,19 @@ def save_and_stop(state: State, stop: Interrupted, output_dir: Path) -> Interrup
     """
     if not state.world.main:
         return Interrupted(stop.signal, "process 0 saves the last complete step")
+    return Interrupted(stop.signal, save_last_step(state, output_dir))
+
+
+def save_what_is_done(state: State, stopped: TrainingStopped, output_dir: Path) -> TrainingStopped:
+    """Save the last complete step; returns the same stop with the checkpoint's name."""
+    return TrainingStopped(f"{stopped}; {save_last_step(state, output_dir)}")
+
+
+def save_last_step(state: State, output_dir: Path) -> str:
+    """Save the last complete step, unless it is; returns how the run goes on."""
     if state.step == 0:
-        return Interrupted(stop.signal, "no step was finished, so nothing was saved")
+        return "no step was finished, so nothing was saved"
     folder = output_dir / f"checkpoint-{state.step}"
     if state.saved_step != state.step:
         save_to_resume(state, output_dir)
-    return Interrupted(stop.signal, f"resume_from_checkpoint: true goes on from {folder}")
+    return f"resume_from_checkpoint: true goes on from {folder}"

@@ -38,8 +38,12 @@ COLUMNS = {
     "ratio_first_pass": "mean |log ratio| before the first update of the step: 0 but for rounding",
     "sampler_gap": "mean of sampler's minus recomputed log-prob: 0 unless sampling is truncated",
     "sampler_gap_abs": "mean of that difference's absolute value: rounding, and what truncates",
-    "rollout_is_mean": "mean truncated importance weight of a token (with rollout_is_threshold)",
+    "sampler_gap_max": "largest such value of a token (with rollout_is)",
+    "rollout_is_mean": "mean importance weight of a token, truncated or masked (with rollout_is)",
     "rollout_is_capped": "share of tokens whose weight met rollout_is_threshold",
+    "rollout_is_masked": "share of tokens whose weight is 0 (with rollout_is)",
+    "rollout_is_ess": "effective sample size of those weights, as a share of the tokens: 1 where "
+    "all are equal",
     "response_length": "mean tokens of a response, EOS included",
     "response_length_max": "longest response",
     "eos_share": "share of responses that ended by themselves",
@@ -71,6 +75,7 @@ COLUMNS = {
     "guard_value_clip": "1 where value_clipfrac was above a quarter over the last 3 steps",
     "guard_sampler": "1 where sampler_gap_abs is above 1e-3, with tf32 or fp16 1.25e-2, with "
     "bf16 0.1, and nothing truncates",
+    "guard_rollout_is": "1 where rollout_is_ess is below 0.5 (with rollout_is)",
     "seconds_rollout": "sampling (a clock)",
     "seconds_score": "log-probs, reference, values, reward (a clock)",
     "seconds_advantage": "KL reward, GAE, whitening (a clock)",
@@ -128,6 +133,14 @@ CRITIC_COLUMNS = {
     "critic_learning_rate",
     "grad_norm_critic",
 }
+IMPORTANCE_COLUMNS = {
+    "sampler_gap_max",
+    "rollout_is_mean",
+    "rollout_is_capped",
+    "rollout_is_masked",
+    "rollout_is_ess",
+    "guard_rollout_is",
+}
 
 
 def absent_columns(config: Config) -> set[str]:
@@ -139,6 +152,6 @@ def absent_columns(config: Config) -> set[str]:
         absent.add("ptx_loss")
     if not config.fp16:
         absent |= {"overflow_steps", "loss_scale", "guard_overflow"}
-    if config.rollout_is_threshold is None:
-        absent |= {"rollout_is_mean", "rollout_is_capped"}
+    if config.importance_mode is None:
+        absent |= IMPORTANCE_COLUMNS
     return absent

@@ -33,6 +33,7 @@ MIN_EOS = 0.1  # as a share of that first share
 EOS_EXPECTED = 20  # responses with EOS expected in the window: fewer could be missing by chance
 LENGTH_CORRELATION = 0.6
 LENGTH_SAMPLES = 80  # responses in the window: a few correlate by chance
+MIN_EFFECTIVE = 0.5  # share of the tokens that importance weights leave
 MAX_VALUE_CLIPPED, VALUE_STEPS = 0.25, 3  # share of tokens, averaged over so many steps
 
 
@@ -156,8 +157,15 @@ GUARDS = {
     "guard_sampler": Guard(
         sampler_differs,
         "the sampler's log-probs are {sampler_gap_abs:.2g} from the trainer's in the mean",
-        "set rollout_is_threshold: 2, and look for generation settings or kernels that only "
+        "set rollout_is: token_truncate, and look for generation settings or kernels that only "
         "sampling uses",
+    ),
+    "guard_rollout_is": Guard(
+        lambda rows, config, precision: rows[-1]["rollout_is_ess"] < MIN_EFFECTIVE,
+        "the weights of rollout_is leave {rollout_is_ess:.0%} of the tokens in effect, and "
+        "{rollout_is_masked:.0%} are masked",
+        "sampler and trainer run different policies: compare their dtypes, or take rollout_is by "
+        "token rather than by sequence",
     ),
 }
 
@@ -167,6 +175,8 @@ def flags(rows: Sequence[Row], row: Row, config: Config, precision: Precision) -
     so_far, guards = [*rows, row], dict(GUARDS)
     if "overflow_steps" not in row:  # no fp16
         del guards["guard_overflow"]
+    if "rollout_is_ess" not in row:  # no importance weights
+        del guards["guard_rollout_is"]
     return {name: float(guard.fires(so_far, config, precision)) for name, guard in guards.items()}
 
 
@@ -175,7 +185,7 @@ def warnings(rows: Sequence[Row]) -> list[str]:
     return [
         guard.line(name, rows[-1])
         for name, guard in GUARDS.items()
-        if rows[-1].get(name) and not any(row[name] for row in rows[:-1])
+        if rows[-1].get(name) and not any(row.get(name) for row in rows[:-1])
     ]
 
 

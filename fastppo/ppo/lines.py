@@ -42,6 +42,14 @@ def notices(config: Config, steps: int) -> list[str]:
             f"{', '.join(truncating)}: the sampler is not the policy that trains; the column "
             "sampler_gap shows by how much, and KL can turn negative"
         )
+    if config.min_new_tokens:
+        truncating = [*truncating, "min_new_tokens"]
+    if truncating and config.importance_mode is not None:
+        lines.append(
+            f"rollout_is: {config.importance_mode}: with {', '.join(truncating)} the sampler draws "
+            "from another distribution, which the weights correct for the tokens that it can draw, "
+            "and cannot for those that it never does"
+        )
     if config.without_meaning:
         lines.append(
             f"{', '.join(config.without_meaning)}: nothing to advantage: {config.advantage}, and "

@@ -189,15 +189,24 @@ def critic_columns(experience: Experience, rates: dict[str, float]) -> dict[str,
 
 
 def sampler_columns(experience: Experience, config: Config) -> dict[str, float]:
-    """Columns about the truncated importance weights; empty without `rollout_is_threshold`."""
-    weight_N, threshold = experience.importance_weight_N, config.rollout_is_threshold
-    if weight_N is None or threshold is None:
+    """Columns about the importance weights of `rollout_is`; empty without it.
+
+    The effective sample size is Kish's, (sum w)^2 / sum w^2, as a share of the tokens.
+    """
+    weight_N, scored = experience.importance_weight_N, experience.scored
+    if weight_N is None:
         return {}
+    gap_N = (scored.rollout.sampler_logprob_N - scored.logprob_N).abs()
     # exp(log(threshold)) is not exactly threshold.
-    capped_N = weight_N >= threshold * (1 - 1e-6)
+    capped_N = weight_N >= config.importance_bounds[1] * (1 - 1e-6)
+    squares = weight_N.square().sum() * weight_N.numel()
+    effective = weight_N.sum().square() / squares if squares > 0 else squares
     return {
+        "sampler_gap_max": gap_N.max().item(),
         "rollout_is_mean": weight_N.mean().item(),
         "rollout_is_capped": capped_N.float().mean().item(),
+        "rollout_is_masked": (weight_N == 0).float().mean().item(),
+        "rollout_is_ess": effective.item(),
     }
 
 
@@ -298,9 +307,13 @@ class MetricsWriter:
         return file.getvalue()
 
     def cells(self, row: Mapping[str, float]) -> list[str]:
-        """The cells of a row, in the order of the columns."""
-        extra = [_number(row[name]) if name in row else "" for name in self.reward_columns]
-        return [*(_number(row[name]) for name in self.columns), *extra]
+        """The cells of a row, in the order of the columns.
+
+        A cell is empty for a reward that did not apply, and for a column that the version did not
+        have that wrote the row's checkpoint.
+        """
+        names = [*self.columns, *self.reward_columns]
+        return [_number(row[name]) if name in row else "" for name in names]
 
     def resume(self, rows: Sequence[Mapping[str, float]]) -> None:
         """Resume after `rows`: a file that begins with them is cut there, another is renamed."""

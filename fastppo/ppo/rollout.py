@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fastppo.memory.budgets import Budgets
     from fastppo.memory.plan import Plan
     from fastppo.models.build import Roles
+    from fastppo.ppo.engine import Engine
     from fastppo.ppo.state import State
     from fastppo.templates import Template
 
@@ -155,6 +156,7 @@ def sample(
     first_row: int = 0,
     budgets: Budgets | None = None,
     plan: Plan | None = None,
+    engine: Engine | None = None,
 ) -> Rollout:
     """Sample a response of the active role to each prompt.
 
@@ -166,11 +168,16 @@ def sample(
         first_row: the number of the first prompt, if the prompts are a part of a larger set.
         budgets: `generation_batch` limits how many prompts run as one batch; None is no limit.
         plan: says how much memory of the GPU is taken, and so how much the KV cache may take.
+        engine: samples in place of the model here, if it has the active role's policy.
 
     Returns:
         Rows of prompt and response, padded on the right.
     """
     roles.eval()
+    if engine is not None and engine.serves(roles):
+        how: dict[str, Any] = {"sampling": sampling, "template": template, "tokenizer": tokenizer}
+        answers = engine.sample(roles, prompts, seed=seed, first_row=first_row, **how)
+        return make_rollout(prompts, answers, template, tokenizer, roles.device)
     draws, stops = Draws(sampling, seed, first_row), Stops(sampling, template, tokenizer)
     merges = should_merge_adapter(roles, sampling)
     merging = merge_active_adapters(roles.base) if merges else nullcontext()
@@ -198,6 +205,7 @@ def settings(state: State) -> dict[str, Any]:
         "tokenizer": state.tokenizer,
         "budgets": state.budgets,
         "plan": state.plan,
+        "engine": state.engine,
     }
 
 

@@ -35,6 +35,7 @@ from fastppo.models.scaler import make_scaler
 from fastppo.models.shared_layers import share_layers
 from fastppo.ppo.advantage import KLController, RunningScore
 from fastppo.ppo.columns import absent_columns
+from fastppo.ppo.engine_start import start_engine
 from fastppo.ppo.metrics import MetricsWriter
 from fastppo.ppo.optimizer import make_optimizer, make_scheduler
 from fastppo.ppo.ptx import Demonstrations
@@ -55,6 +56,7 @@ from fastppo.types import Prompt
 if TYPE_CHECKING:
     from fastppo.data import Records
     from fastppo.memory.plan import Plan
+    from fastppo.ppo.engine import Engine
     from fastppo.types import Answers, Rollout
 
 
@@ -81,6 +83,7 @@ class State:
     notes: list[str]  # to be printed: decisions of the memory plan, tokens, positions
     ptx: Demonstrations | None = None
     scaler: GradScaler | None = None  # of the loss, with fp16
+    engine: Engine | None = None  # samples in place of the model here (use_vllm)
     step: int = 0
     before: Answers | None = None
     evaluations: list[dict[str, Any]] = field(default_factory=list)  # entries of the log
@@ -243,6 +246,8 @@ def init_state(
     with world.together():
         tracker = Trackers.of(config, resumed) if world.main else None
     reward = make_reward(config, roles, template, tokenizer, prompts, budgets)
+    engine = start_engine(config, roles, prompts, longest, template, tokenizer)
+    notes += [] if engine is None else [engine.words]
     return State(
         config=config,
         roles=roles,
@@ -271,4 +276,5 @@ def init_state(
         ptx=ptx,
         scaler=make_scaler(roles.autocast, device),
         world=world,
+        engine=engine,
     )

@@ -13,6 +13,7 @@ from fastppo.memory.retry import retry
 from fastppo.models.batch import largest_micro_batch
 from fastppo.ppo import checkpoint, evaluation, guards, lines, log
 from fastppo.ppo.advantage import estimate
+from fastppo.ppo.engine import EngineLost, closing
 from fastppo.ppo.metrics import Clock, step_row
 from fastppo.ppo.observer import Observer
 from fastppo.ppo.rollout import next_prompts, own_rows, sample, settings
@@ -133,7 +134,7 @@ def fit(state: State, records: Records, start: durable.Start, observer: Observer
     checkpoint.check_processes_agree(state, folder)
     state.world.on_main(save.prepare_output_dir, output_dir)
     advice = advice_on_failure(state.plan, state.config, state.budgets, state.roles.device)
-    with durable.stop_on_full_disk(output_dir), state.stop, advice:
+    with durable.stop_on_full_disk(output_dir), state.stop, advice, closing(state.engine):
         lines.notes([*notes, *checkpoint.start(state, folder, output_dir)])
         with evaluation.draw_at_end(state, output_dir):
             try:
@@ -144,6 +145,8 @@ def fit(state: State, records: Records, start: durable.Start, observer: Observer
                 evaluation.write_results(state, records)
             except Interrupted as stop:
                 raise checkpoint.save_and_stop(state, stop, output_dir) from None
+            except EngineLost as lost:
+                raise checkpoint.save_what_is_done(state, lost, output_dir) from None
         evaluation.close_trackers(state, summary)
         lines.last_lines(state, summary)
         observer.train_end(state)

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from fastppo.config import Config
 from fastppo.config.elsewhere import IGNORED, NOT_HERE, OLD_NAMES, REFUSED
+from fastppo.config.engine import TRL_IMPORTANCE
 from fastppo.config.old_names import RENAMED
 from fastppo.config.ppo import ALIASES, ELSEWHERE
 from fastppo.config.schema import FIRST, GROUPS
@@ -63,7 +64,8 @@ def page() -> str:
     for group in GROUPS:
         text += table(group.title, group.model_fields)
     text += "\n## Names in other trainers\n\n| name there | key here |\n|---|---|\n"
-    for name, ours in sorted({**ALIASES, **OLD_NAMES, **RENAMED, **ELSEWHERE}.items()):
+    every = {**ALIASES, **OLD_NAMES, **RENAMED, **TRL_IMPORTANCE, **ELSEWHERE}
+    for name, ours in sorted(every.items()):
         also = "" if name in ELSEWHERE else "; accepted"
         also = "; accepted, the opposite" if name == "resume_lora_training" else also
         text += f"| `{name}` | {ours}{also} |\n"

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from fastppo import ops
+from fastppo.config import config_from_dict
 from fastppo.ops import losses
 from tests.peers import theirs
 from tests.peers.theirs import BETA, CLIP, GRPO_LOSSES, HIGH, LENGTH, LOW, Batch, assert_same_loss
+from tests.project import PPO
 
 pytestmark = pytest.mark.peers
 
@@ -156,3 +158,10 @@ def test_log_probs_from_hidden_states_by_tiles(trained):
             return (g * logprob + h * entropy).sum()
 
         assert_same_loss(ours, trls, given[trained], 1e-4)
+
+
+def test_the_correction_by_trls_names_has_trls_defaults():
+    fields = theirs.trl("trainer.grpo_config").GRPOConfig.__dataclass_fields__
+    made = config_from_dict({**PPO, "vllm_importance_sampling_correction": True})
+    assert made.importance_mode == fields["vllm_importance_sampling_mode"].default
+    assert made.importance_bounds[1] == fields["vllm_importance_sampling_clip_max"].default

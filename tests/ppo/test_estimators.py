@@ -17,6 +17,7 @@ from fastppo.ppo.advantage import KLController, RunningScore, estimate
 from fastppo.ppo.columns import CRITIC_COLUMNS
 from fastppo.ppo.evaluation import evaluate
 from fastppo.ppo.lines import notices
+from fastppo.ppo.metrics import sampler_columns
 from fastppo.ppo.optimizer import make_optimizer
 from fastppo.ppo.state import total_steps
 from fastppo.ppo.update import update
@@ -245,6 +246,48 @@ def test_39_sampler_and_trainer_that_disagree_are_measured_and_corrected(scored,
     torch.testing.assert_close(weight_N, expected)
     off = config(advantage="reinforce++")
     assert of(scored, off).importance_weight_N is None
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        # By response the ratios are 3, 1/8, 1/32 and 1/4; the bounds 1/8 - 0.001 and 2.
+        ("token_mask", [0.0] + [0.5] * 10),
+        ("sequence_truncate", [2.0] + [0.125] * 3 + [0.124] * 5 + [0.25] * 2),
+        ("sequence_mask", [0.0] + [0.125] * 3 + [0.0] * 5 + [0.25] * 2),
+    ],
+)
+def test_39_weights_by_token_and_by_response(scored, config, mode, expected):
+    gap_N = torch.full((11,), math.log(0.5), dtype=torch.float64)
+    gap_N[0] = math.log(3.0)
+    rollout = replace(scored.rollout, sampler_logprob_N=scored.logprob_N - gap_N)
+    settings = config(advantage="reinforce++", rollout_is=mode, rollout_is_lower=0.124)
+    experience = of(replace(scored, rollout=rollout), settings)
+    expected_N = torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(experience.importance_weight_N, expected_N)
+    row = sampler_columns(experience, settings)
+    assert row["sampler_gap_max"] == pytest.approx(math.log(3.0))
+    assert row["rollout_is_masked"] == sum(x == 0 for x in expected) / 11
+    assert row["rollout_is_mean"] == pytest.approx(sum(expected) / 11)
+    effective = sum(expected) ** 2 / sum(x * x for x in expected) / 11
+    assert row["rollout_is_ess"] == pytest.approx(effective)
+
+
+def test_39_a_rollout_that_is_masked_whole_has_no_effective_tokens(scored, config):
+    rollout = replace(scored.rollout, sampler_logprob_N=scored.logprob_N - 5.0)
+    settings = config(advantage="reinforce++", rollout_is="token_mask")
+    row = sampler_columns(of(replace(scored, rollout=rollout), settings), settings)
+    assert (row["rollout_is_masked"], row["rollout_is_ess"]) == (1.0, 0.0)
+
+
+def test_39_the_correction_says_what_it_cannot_see(config):
+    def said(**changes):
+        return [line for line in notices(config(**changes), 2) if line.startswith("rollout_is:")]
+
+    (line,) = said(rollout_is="token_mask", top_p=0.9, min_new_tokens=2)
+    assert "with top_p, min_new_tokens the sampler draws" in line
+    assert not said(rollout_is="token_mask")
+    assert not said(top_p=0.9)
 
 
 def test_39_the_weights_and_how_many_met_the_cap_are_logged(state):

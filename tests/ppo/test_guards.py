@@ -33,6 +33,8 @@ HEALTHY = {
     "overflow_steps": 0.0,
     "loss_scale": 65536.0,
     "value_clipfrac": 0.05,
+    "rollout_is_ess": 0.99,
+    "rollout_is_masked": 0.0,
 }
 
 

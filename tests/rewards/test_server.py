@@ -10,14 +10,14 @@ import pytest
 
 from fastppo.cli import main
 from fastppo.errors import UserError
-from fastppo.rewards import server as reward_api
 from fastppo.rewards.server import TOKEN, ApiReward
+from fastppo.servers import client
 from tests.reward_server import Reply, scores, serving
 
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(reward_api, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(client, "FIRST_WAIT", 0.01)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.delenv(TOKEN, raising=False)
     with serving() as made:
@@ -96,11 +96,11 @@ def test_failures_that_pass_are_tried_again(reward, server, status):
 
 def test_waits_double_from_one_attempt_to_the_next(reward, server, monkeypatch):
     waits: list[float] = []
-    monkeypatch.setattr(reward_api.time, "sleep", waits.append)
-    monkeypatch.setattr(reward_api, "FIRST_WAIT", 0.5)
-    monkeypatch.setattr(reward_api, "LONGEST_WAIT", 3.0)
-    reward.retries = 5
-    reward.url = f"http://127.0.0.1:{free_port()}/"
+    monkeypatch.setattr(client.time, "sleep", waits.append)
+    monkeypatch.setattr(client, "FIRST_WAIT", 0.5)
+    monkeypatch.setattr(client, "LONGEST_WAIT", 3.0)
+    reward.client.retries = 5
+    reward.client.url = f"http://127.0.0.1:{free_port()}/"
     with pytest.raises(UserError, match=r"no connection .*, attempt 6 of 6; check the server"):
         reward.scores(["a"])
     assert waits == [0.5, 1.0, 2.0, 3.0, 3.0]
@@ -123,13 +123,13 @@ def test_a_failure_that_stays_ends_in_one_line(reward, server):
     "reply", [Reply(pause=0.6), Reply(trickle=0.05)], ids=["silence", "trickle"]
 )
 def test_a_slow_answer_is_a_failed_attempt(reward, server, reply):
-    reward.timeout, reward.retries = 0.2, 0
+    reward.client.timeout, reward.client.retries = 0.2, 0
     server.script = [reply]
     began = time.monotonic()
     with pytest.raises(UserError, match=r"no answer in 0\.2 s, attempt 1 of 1"):
         reward.scores(["a"])
     assert time.monotonic() - began < 0.55
-    reward.timeout, reward.retries = 5.0, 1
+    reward.client.timeout, reward.client.retries = 5.0, 1
     assert reward.scores(["a"]) == [1.0]
 
 

@@ -15,11 +15,11 @@ from fastppo.errors import UserError
 from fastppo.export.cli import main
 from fastppo.models.batch import Budget
 from fastppo.rewards import function as reward_function
-from fastppo.rewards import server as reward_api
 from fastppo.rewards.adapter import AdapterReward, HeadReward
 from fastppo.rewards.function import FunctionReward
 from fastppo.rewards.model import ClassifierReward, load_full
 from fastppo.rewards.server import ApiReward
+from fastppo.servers.client import Client
 from fastppo.types import Rollout
 from tests.tiny import PROMPTS
 
@@ -112,11 +112,11 @@ def test_all_reward_models_read_the_same_tokens(
 def test_a_server_reads_the_end_token_of_finished_responses_alone(answers, tokenizer, monkeypatch):
     sent: list[str] = []
 
-    def post(self: ApiReward, messages: list[str]) -> bytes:
-        sent.extend(messages)
-        return json.dumps({"scores": [0.0] * len(messages)}).encode()
+    def ask(self: Client, body: dict[str, Any]) -> bytes:
+        sent.extend(body["messages"])
+        return json.dumps({"scores": [0.0] * len(body["messages"])}).encode()
 
-    monkeypatch.setattr(reward_api.ApiReward, "post", post)
+    monkeypatch.setattr(Client, "ask", ask)
     ApiReward("http://x", tokenizer, timeout=1, retries=0, batch_size=4)(answers)
     ends = [
         text if not ended else text + "<|im_end|>" for text, ended in zip(SAID, ENDED, strict=True)

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import save_file
 
 from fastppo.cli import main
-from fastppo.rewards import server as reward_api
 from fastppo.rewards.server import TOKEN
+from fastppo.servers import client
 from tests.bad import HEAVY, Case, cases, put
 from tests.reward_server import Reply, serving
 
@@ -54,7 +54,7 @@ def project(tmp_path, monkeypatch, model_dir, reward_dir) -> Path:
     monkeypatch.delenv(TOKEN, raising=False)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(reward_api, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(client, "FIRST_WAIT", 0.01)
     shutil.copytree(model_dir, tmp_path / "model")
     shutil.copytree(reward_dir, tmp_path / "reward")
     put(tmp_path / "data/prompts.json", [{"instruction": f"Say {i}"} for i in range(4)])

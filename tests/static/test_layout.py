@@ -26,7 +26,7 @@ ROOMS = [
     {"ppo", "rm"},
     {"rewards", "run", "toy"},
     {"models"},
-    {"data", "memory", "templates"},
+    {"data", "memory", "servers", "templates"},
     {"config"},
     {"offload", "ops"},
     {"errors", "seeds", "types", "__init__"},

@@ -9,7 +9,8 @@ import yaml
 
 from fastppo.config import config_from_dict
 from fastppo.export.config import REFUSED, ExportConfig
-from fastppo.rewards.server import FIRST_WAIT, LONGEST_WAIT, MAX_ANSWER, TOKEN
+from fastppo.rewards.server import MAX_ANSWER, TOKEN
+from fastppo.servers.client import FIRST_WAIT, LONGEST_WAIT
 
 ROOT = Path(__file__).resolve().parents[2]
 PPO = (ROOT / "docs" / "ppo.md").read_text(encoding="utf-8")

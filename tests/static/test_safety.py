@@ -22,7 +22,7 @@ IMPORT_BY_NAME = {
     "fastppo/rewards/function.py",
 }
 # The client, and the check of its URL.
-SPEAK_TO_SERVERS = {"fastppo/rewards/server.py", "fastppo/config/rewards.py"}
+SPEAK_TO_SERVERS = {"fastppo/servers/client.py", "fastppo/config/rewards.py"}
 NETWORK = {"requests", "httpx", "aiohttp", "urllib3", "socket", "ftplib", "telnetlib"}
 
 

@@ -1,0 +1,194 @@
+"""Before the first step: does the engine compute what the trainer computes?
+
+The same weights in both is more than the same name: adapters merged into the base, quantisation, a
+resized vocabulary and rope scaling would all differ without an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastppo.errors import UserError
+from fastppo.models.batch import make_batch
+from fastppo.models.rounding import LIMITS
+from fastppo.ppo.draws import Answer
+from fastppo.ppo.engine import Engine, adapter_folder
+from fastppo.ppo.rollout import make_rollout
+from fastppo.ppo.sampling import Sampling
+from fastppo.ppo.score import token_scores
+from fastppo.seeds import seed_of
+from fastppo.servers.vllm import VLLMServer
+
+if TYPE_CHECKING:
+    from fastppo.config import Config
+    from fastppo.models.build import Roles
+    from fastppo.templates import Template
+    from fastppo.types import Prompt, Rollout
+
+PROMPTS, TOKENS = 4, 16  # that are compared
+NOISE = 0.02  # standard deviation that is added to lora_B, doubled until it shows
+SHOWS = 5.0  # a difference of log-probs that shows, in limits
+COLD = 0.5  # temperature at which processed log-probs differ from raw ones
+
+
+def start_engine(
+    config: Config,
+    roles: Roles,
+    prompts: list[Prompt],
+    longest: int,
+    template: Template,
+    tokenizer: Any,
+) -> Engine | None:
+    """Connect to the engine and check it; None without `use_vllm`.
+
+    Args:
+        prompts: of the training; a few of them are sampled.
+        longest: tokens of the longest prompt, and of a response.
+
+    Raises:
+        UserError: there is no server, it is too old, or it does not compute what the trainer does.
+    """
+    if not (config.use_vllm and config.trains):
+        return None
+    server = VLLMServer(
+        config.vllm_server_base_url, timeout=config.vllm_server_timeout, rank=config.lora_rank
+    )
+    version = server.check_version()
+    size = sum(parameter.nbytes for parameter in roles.trainable_parameters("actor"))
+    shared = config.vllm_adapter_dir is not None
+    engine = Engine(server, adapter_folder(config, size), shared=shared)
+    try:
+        room = engine.model.max_length
+        if room is not None and room < longest:
+            raise UserError(
+                f"{server.key}: has room for {room} tokens, and the longest prompt with "
+                f"max_new_tokens is {longest}; start it with --max-model-len {longest}"
+            )
+        gap = Comparison(engine, roles, prompts[:PROMPTS], template, tokenizer).check()
+        engine.words = (
+            f"rollouts by vLLM {version} at {config.vllm_server_base_url}, whose log-probs are "
+            f"{gap:.1g} from the trainer's in the mean"
+        )
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+class Comparison:
+    """Log-probs of the same tokens by the engine and by the trainer."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        roles: Roles,
+        prompts: list[Prompt],
+        template: Template,
+        tokenizer: Any,
+    ) -> None:
+        self.engine, self.roles, self.prompts = engine, roles, prompts
+        self.template, self.tokenizer = template, tokenizer
+        self.limit = LIMITS[roles.product_precision].sampler_gap
+
+    @torch.no_grad()
+    def check(self) -> float:
+        """Compare without the adapter, with it, and with a temperature; returns the mean gap."""
+        key, roles = self.engine.server.key, self.roles
+        with roles.use("reference"):
+            base = self.engine.serves(roles)
+            gap = self.gap(self.sampled()) if base else 0.0
+        if not gap <= self.limit:
+            raise UserError(
+                f"{key}: {gap:.2g} from the trainer's log-probs in the mean, without an adapter "
+                f"(limit {self.limit:g}); serve the model that trains: the same weights with the "
+                "same adapters merged, quantisation, vocabulary and rope scaling, in the same "
+                f"dtype (--dtype {self.dtype()})"
+            )
+        with roles.use("actor"):
+            first = self.sampled()
+            before_N = self.logprobs(first)
+            with moved(roles, lambda: self.shows(first, before_N)):
+                gap = self.gap(self.sampled())
+            if not gap <= self.limit:
+                raise UserError(
+                    f"{key}: {gap:.2g} from the trainer's log-probs in the mean, with an adapter "
+                    f"(limit {self.limit:g}), so it runs adapters in another way or not at all; "
+                    f"start it with {self.engine.server.flags} --dtype {self.dtype()}"
+                )
+            self.check_processed()
+        return gap
+
+    def check_processed(self) -> None:
+        """Refuse log-probs of the logits as they are before the temperature."""
+        cold = self.sampled(COLD)
+        processed, raw = self.gap(cold, COLD), self.gap(cold)
+        if raw < processed:
+            raise UserError(
+                f"{self.engine.server.key}: its log-probs are those before temperature, top_p and "
+                "top_k; start it with --logprobs-mode processed_logprobs"
+            )
+
+    def sampled(self, temperature: float = 1.0) -> Rollout:
+        """Responses by the engine, without a stop."""
+        sampling = Sampling(max_new_tokens=TOKENS, temperature=temperature)
+        seeds = [seed_of(0, "engine", row) for row in range(len(self.prompts))]
+        found = self.engine.complete(self.roles, self.prompts, sampling=sampling, seeds=seeds)
+        device = self.roles.device
+        answers = [
+            Answer(each.ids, False, torch.tensor(each.logprobs, device=device)) for each in found
+        ]
+        return make_rollout(self.prompts, answers, self.template, self.tokenizer, device)
+
+    def logprobs(self, rollout: Rollout, temperature: float = 1.0) -> Tensor:
+        """The trainer's log-probs of the responses, by the forward that training uses."""
+        batch = make_batch(rollout, range(len(rollout.prompts)))
+        hidden_BTD = self.roles.hidden(**batch.inputs)
+        return token_scores(self.roles, hidden_BTD, batch, temperature).logprob_N
+
+    def gap(self, rollout: Rollout, temperature: float = 1.0) -> float:
+        """Mean |difference| of the engine's log-probs and the trainer's."""
+        difference_N = rollout.sampler_logprob_N - self.logprobs(rollout, temperature)
+        return difference_N.abs().mean().item()
+
+    def shows(self, rollout: Rollout, before_N: Tensor) -> bool:
+        """Whether the policy now differs from the one that gave `before_N` by far."""
+        difference_N = self.logprobs(rollout) - before_N
+        return difference_N.abs().mean().item() > SHOWS * self.limit
+
+    def dtype(self) -> str:
+        """vLLM's name of the dtype in which the trainer runs the model."""
+        precision = self.roles.product_precision
+        return "float32" if precision == "tf32" else precision
+
+
+@contextmanager
+def moved(roles: Roles, shows: Any) -> Iterator[None]:
+    """Inside the block the actor's lora_B have noise, so much that `shows()` is true.
+
+    A new adapter's lora_B is 0: an engine that ignores it would give the same log-probs.
+    """
+    weights: list[nn.Parameter] = [
+        parameter
+        for name, parameter in roles.model.named_parameters()
+        if ".lora_B.default." in name
+    ]
+    kept = [weight.detach().clone() for weight in weights]
+    generator = torch.Generator().manual_seed(0)
+    noise = [torch.randn(weight.shape, generator=generator) for weight in weights]
+    scale = NOISE
+    try:
+        for _ in range(8):
+            for weight, was, each in zip(weights, kept, noise, strict=True):
+                weight.copy_(was + scale * each.to(was))
+            if shows():
+                break
+            scale *= 2
+        yield
+    finally:
+        for weight, was in zip(weights, kept, strict=True):
+            weight.copy_(was)

@@ -1,0 +1,142 @@
+"""PPO steps whose responses a real vLLM server samples, on this machine's CPU."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
+import torch
+
+from benchmarks.peers.environments import ENVIRONMENTS
+from fastppo import toy
+from fastppo.ppo import trainer
+from fastppo.ppo.engine_start import Comparison
+from fastppo.ppo.state import State, init_state
+from fastppo.servers.vllm import VLLMServer
+from tests.tiny import stir
+
+pytestmark = pytest.mark.peers
+
+BLOCK = 32  # tokens of a block of its cache
+STARTS_IN = 300  # seconds, at most
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama whose heads are as wide as vLLM's kernels for CPUs want them."""
+    folder = tmp_path_factory.mktemp("vllm") / "model"
+    toy.write_model(folder, hidden_size=128)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(model: Path) -> Iterator[str]:
+    """The address of a server of this model."""
+    python = ENVIRONMENTS["vllm"].python
+    assert python.exists(), "make test-peers installs it"
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    flags = ["--enable-lora", "--max-lora-rank", "8", "--max-loras", "1", "--dtype", "float32"]
+    flags += ["--logprobs-mode", "processed_logprobs", "--max-model-len", "256"]
+    flags += ["--block-size", str(BLOCK), "--host", "127.0.0.1", "--port", str(port)]
+    flags += ["--enable-prefix-caching", "--enforce-eager"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    with (model.parent / "log").open("wb") as log:
+        process = subprocess.Popen(
+            # `vllm serve` asks for the metadata of a package `vllm`, which this build is not.
+            [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *flags],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(url, process, model.parent / "log")
+        yield url
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(60)
+
+
+def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Return when the server answers."""
+    until = time.monotonic() + STARTS_IN
+    while process.poll() is None and time.monotonic() < until:
+        try:
+            with urlopen(f"{url}/health"):
+                return
+        except (URLError, OSError):
+            time.sleep(0.5)
+    raise AssertionError(log.read_text()[-4000:])
+
+
+@pytest.fixture
+def run(server: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> State:
+    """The toy's run on this model, with rollouts by the server."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    config = toy.config(
+        tmp_path,
+        model_name_or_path=str(model),
+        metrics_dir=str(tmp_path / "metrics"),
+        per_device_train_batch_size=8,
+        use_vllm=True,
+        vllm_server_base_url=server,
+        vllm_adapter_dir=str(tmp_path / "adapters"),
+    )
+    made = init_state(config)
+    assert made.engine is not None
+    return made
+
+
+def test_steps_by_a_real_server(run):
+    for _ in range(4):
+        run = trainer.step_update(run)
+    for row in run.metrics.rows:
+        assert row["sampler_gap_abs"] < 1e-3
+        assert row["rollout_is_ess"] > 0.99
+        assert not row["guard_sampler"]
+    assert run.engine.sent == 6, "three versions at the start, and one for each later step"
+    folders = list(run.engine.folder.iterdir())
+    assert [folder.name for folder in folders] == [run.engine.current.name]
+    run.engine.close()
+    assert not run.engine.folder.exists()
+
+
+def test_no_keys_of_an_earlier_policy_are_reused(run):
+    """A prompt of more than two blocks of the cache, which the server has kept."""
+    prompt = max(run.prompts, key=lambda each: len(each.ids))
+    copies = 1 + 3 * BLOCK // len(prompt.ids)
+    long = type(prompt)(prompt.ids * copies, prompt.text)
+    assert len(long.ids) > 2 * BLOCK
+    compared = Comparison(run.engine, run.roles, [long], run.template, run.tokenizer)
+    with run.roles.use("actor"), torch.no_grad():
+        stir(run.roles.trainable_parameters("actor"), 3)
+        first = compared.sampled()
+        again = compared.sampled()
+        before_N = compared.logprobs(first)
+        stir(run.roles.trainable_parameters("actor"), 4)
+        moved = compared.sampled()
+        assert compared.gap(moved) < 1e-3, "as the trainer has it after the adapter moved"
+        assert (compared.logprobs(first) - before_N).abs().mean() > 0.1, "it moved by far"
+    torch.testing.assert_close(first.sampler_logprob_N, before_N, atol=5e-3, rtol=0)
+    assert first.input_ids_BT.tolist() == again.input_ids_BT.tolist(), "a seed repeats"
+    run.engine.close()
+
+
+def test_what_the_server_says_of_an_adapter_that_is_not_there(server, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with pytest.raises(Exception, match="set vllm_adapter_dir to a folder that"):
+        VLLMServer(server, timeout=60).load("fastppo-x-1", Path("/nowhere/at/all"))
