@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 # A piece of training: whether with our functions, then what else it needs. It returns the losses
-# and the seconds that the part which differs took.
+# and the CPU seconds, over all threads, of the part which differs.
 Train = Callable[..., tuple[list[float], float]]
 
 
@@ -21,8 +21,9 @@ class Measured(NamedTuple):
     """What one way of training took."""
 
     losses: list[float]
-    whole: float  # seconds, with imports and the making of the model
-    part: float  # seconds in the part that differs
+    seconds: float  # by the clock, with imports and the making of the model
+    cpu: float  # of the process's CPU time, the same
+    part: float  # of its CPU time, the part that differs
     peak_mib: float  # largest resident set of the process, with its packages and its model
 
 
@@ -31,7 +32,7 @@ def measure(train: Train, ours: bool, *given: Any) -> Measured:
     start = time.perf_counter()
     losses, part = train(ours, *given)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return Measured(losses, time.perf_counter() - start, part, peak)
+    return Measured(losses, time.perf_counter() - start, time.process_time(), part, peak)
 
 
 def send(answer: Connection, *given: Any) -> None:
@@ -60,7 +61,7 @@ def compare(package: str, part: str, train: Train, *given: Any) -> None:
         found = one_way(train, ours, *given)
         shown = ", ".join(f"{loss:.5f}" for loss in found.losses)
         print(
-            f"{name:10}  losses {shown};  {found.whole:.1f} s, of them {found.part:.2f} in {part};"
-            f"  peak {found.peak_mib:.0f} MiB",
+            f"{name:10}  losses {shown};  {found.seconds:.1f} s;  CPU time {found.cpu:.1f} s, "
+            f"of it {found.part:.2f} in {part};  peak {found.peak_mib:.0f} MiB",
             flush=True,
         )

@@ -1,4 +1,4 @@
-"""OpenRLHF's PolicyLoss, ValueLoss and log-probs, and ours in their place: losses, seconds, memory.
+"""OpenRLHF's PolicyLoss, ValueLoss and log-probs, and ours in their place: losses, CPU time, memory.
 
     python examples/openrlhf_loss.py [STEPS]
 
@@ -41,7 +41,7 @@ def load_openrlhf() -> None:
 
 
 def train(ours: bool, steps: int) -> tuple[list[float], float]:
-    """Losses of a few steps, and the seconds from logits to the gradient of the logits."""
+    """Losses of a few steps, and the CPU seconds from logits to the gradient of the logits."""
     load_openrlhf()
     if ours:  # the two lines that are fastppo's
         from fastppo.integrations import openrlhf
@@ -70,13 +70,13 @@ def train(ours: bool, steps: int) -> tuple[list[float], float]:
     losses, seconds = [], 0.0
     for _ in range(steps):
         out = model(ids[:, :-1], output_hidden_states=True)
-        start = time.perf_counter()
+        start = time.process_time()
         log_probs = utils.log_probs_from_logits(out.logits, ids[:, 1:], 0.9)
         if old_log_probs is None:
             old_log_probs = log_probs.detach() + 0.3 * torch.randn_like(log_probs)
         actor, *_ = policy_loss(log_probs, old_log_probs, advantages, mask)
         (gradient,) = torch.autograd.grad(actor, out.logits)
-        seconds += time.perf_counter() - start
+        seconds += time.process_time() - start
         values = value_head(out.hidden_states[-1])[..., 0]
         old_values = values.detach() if old_values is None else old_values
         critic = value_loss(values, old_values, returns, mask)

@@ -1,4 +1,4 @@
-"""verl's fused output head and policy loss, and ours by their names: losses, seconds, memory.
+"""verl's fused output head and policy loss, and ours by their names: losses, CPU time, memory.
 
     python examples/verl_policy_loss.py [STEPS]
 
@@ -22,7 +22,7 @@ VOCAB, ROWS, LENGTH = 32768, 8, 96
 
 
 def train(ours: bool, steps: int) -> tuple[list[float], float]:
-    """Losses of a few steps, and the seconds from hidden states to their gradient."""
+    """Losses of a few steps, and the CPU seconds from hidden states to their gradient."""
     if ours:  # the two lines that are fastppo's
         os.environ["VERL_USE_EXTERNAL_MODULES"] = "fastppo.integrations.verl"
     loss_mode = "fastppo_ppo_clip" if ours else "vanilla"
@@ -57,7 +57,7 @@ def train(ours: bool, steps: int) -> tuple[list[float], float]:
     losses, seconds = [], 0.0
     for _ in range(steps):
         hidden = model.model(ids[:, :-1]).last_hidden_state
-        start = time.perf_counter()
+        start = time.process_time()
         log_prob, entropy = head(hidden, model.lm_head.weight, ids[:, 1:], 0.9)
         if old_log_prob is None:
             old_log_prob = log_prob.detach() + 0.3 * torch.randn_like(log_prob)
@@ -71,7 +71,7 @@ def train(ours: bool, steps: int) -> tuple[list[float], float]:
             rollout_is_weights=None,
         )
         gradients = torch.autograd.grad(loss, [hidden, model.lm_head.weight])
-        seconds += time.perf_counter() - start
+        seconds += time.process_time() - start
         model.lm_head.weight.grad = gradients[1]
         hidden.backward(gradients[0])
         optimizer.step()
