@@ -1,4 +1,4 @@
-"""OpenRLHF's PolicyLoss, ValueLoss and log-probs, and ours in their place: losses, CPU time, memory.
+"""OpenRLHF's PolicyLoss, ValueLoss and log-probs, and ours in their place: losses, time, memory.
 
     python examples/openrlhf_loss.py [STEPS]
 
