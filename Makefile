@@ -74,7 +74,7 @@ test-all: venv
 # Their own trainer and modules, run: LLaMA-Factory's stage rm both ways; the losses, advantages and log-probs of verl,
 # TRL, OpenRLHF, Liger-Kernel and torchrl against ours; and the benchmarks' contenders, whose wrong answers are refused.
 test-peers: venv
-	$(BIN)/python -m benchmarks.peers.environments llamafactory vllm
+	$(BIN)/python -m benchmarks.peers.environments llamafactory verl vllm
 	$(BIN)/python -m benchmarks.peers.install
 	$(PYTEST) -m peers
 	$(BIN)/python -m benchmarks linear --quick

@@ -11,7 +11,17 @@ from typing import Any
 
 import torch
 
-from benchmarks import host, linear, mixed_adapters, ops, report, rollout, seven_b_head, step
+from benchmarks import (
+    host,
+    integrations,
+    linear,
+    mixed_adapters,
+    ops,
+    report,
+    rollout,
+    seven_b_head,
+    step,
+)
 from benchmarks.harness import ROUNDS, Case, measure
 from tests.ops.registry import OPS
 
@@ -56,6 +66,9 @@ def parser() -> argparse.ArgumentParser:
     rollout.add_arguments(
         commands.add_parser("rollout", help=(rollout.__doc__ or "").splitlines()[0])
     )
+    integrations.add_arguments(
+        commands.add_parser("integrations", help=(integrations.__doc__ or "").splitlines()[0])
+    )
     one = commands.add_parser("step", help=(step.__doc__ or "").splitlines()[0])
     one.add_argument("--quick", action="store_true", help="4 tokens and 1 epoch: no measurement")
     one.add_argument("--out", type=Path, metavar="FILE", help="the JSON; a .md goes beside it")
@@ -76,6 +89,8 @@ def main(argv: list[str] | None = None) -> int:
         return step.main(asked, argv)
     if asked.name == "rollout":
         return rollout.main(asked, argv)
+    if asked.name == "integrations":
+        return integrations.main(asked, argv)
     before, load = report.Load(), report.Load()
     with before:
         time.sleep(0.1 if asked.quick else 1.0)

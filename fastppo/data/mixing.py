@@ -106,6 +106,10 @@ def guess_format(source: Source, row: dict[str, object], config: Config) -> Sour
     kinds = {"conversations": "sharegpt", "messages": "openai"}
     found = [kind for column, kind in kinds.items() if column in row]
     info = {**source.info, **({"formatting": found[0]} if found else {})}
+    if not found and "prompt" in row and "instruction" not in row:  # as in TRL: text or messages
+        info["columns"] = {"prompt": "prompt"}
+        if config.stage == "ppo" and isinstance(row["prompt"], list):
+            info |= {"formatting": "openai", "columns": {"messages": "prompt"}}
     if source.path is not None and source.path.suffix == ".txt":
         info["columns"] = {"prompt": "text"}
     return replace(source, info=info)

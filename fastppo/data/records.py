@@ -117,7 +117,7 @@ def to_records(
                 raise BadRow(f"not JSON ({row.content})")
             if not isinstance(row.content, dict):
                 raise BadRow(f"is {kind_of(row.content)}, not an object")
-            records.append(read(row, source))
+            records.append((read_preference if in_messages(row, source) else read)(row, source))
         except BadRow as why:
             dropped.add(row.where, why)
     return records
@@ -126,6 +126,12 @@ def to_records(
 def reader_of(source: Source) -> Callable[[Row, Source], Record]:
     """The function that converts a row of the source's format."""
     return read_alpaca if source.info.get("formatting", "alpaca") == "alpaca" else read_turns
+
+
+def in_messages(row: Row, source: Source) -> bool:
+    """Whether a pair's answers are lists of messages, as in TRL's preference format."""
+    column = (source.info.get("columns") or {}).get("chosen") or "chosen"
+    return source.ranking and isinstance(row.content.get(column), list)
 
 
 def kind_of(value: Any) -> str:
@@ -231,12 +237,7 @@ def read_turns(row: Row, source: Source) -> Record:
     response = None
     if messages and messages[-1]["role"] == "assistant" and not source.ranking:
         response = messages.pop()["content"]
-    order = [message["role"] for message in messages]
-    if order != ["user", "assistant"] * (len(order) // 2) + ["user"]:
-        raise BadRow(
-            f"turns are {', '.join(order) or 'none'}; user and assistant must alternate, and the "
-            "last question must be the user's"
-        )
+    check_order(messages)
     answers: dict[str, str | None] = {}
     if source.ranking:
         for name in ("chosen", "rejected"):
@@ -248,6 +249,61 @@ def read_turns(row: Row, source: Source) -> Record:
                 raise BadRow(f"'{columns.get(name) or name}' is the {answer['role']}'s")
             answers[name] = answer["content"]
     return Record(messages, row.where, system=system, response=response, columns=content, **answers)
+
+
+def check_order(messages: list[Message]) -> None:
+    """Raise BadRow unless user and assistant alternate, from a question to a question."""
+    order = [message["role"] for message in messages]
+    if order != ["user", "assistant"] * (len(order) // 2) + ["user"]:
+        raise BadRow(
+            f"turns are {', '.join(order) or 'none'}; user and assistant must alternate, and the "
+            "last question must be the user's"
+        )
+
+
+def read_preference(row: Row, source: Source) -> Record:
+    """The record of a pair in TRL's preference format, whose answers are lists of messages.
+
+    With an explicit prompt its messages stand in a column of their own (`prompt`). With an implicit
+    one both lists begin with them: the prompt is what they have in common. As in TRL, a prompt that
+    is text beside such lists is not read, unless they have nothing in common.
+    """
+    content: dict[str, Any] = row.content
+    kind = source.info.get("formatting", "alpaca")
+    columns = source.info.get("columns") or {}
+    tags = TAGS["openai" if kind == "alpaca" else kind] | (source.info.get("tags") or {})
+    refuse_tools(content, columns.get("tools"))
+    names = {name: columns.get(name) or name for name in ("chosen", "rejected")}
+    turns: dict[str, list[Message]] = {}
+    for name, column in names.items():
+        if not isinstance(content.get(column), list) or not content[column]:
+            kind = kind_of(content.get(column)) if content.get(column) != [] else "empty"
+            raise BadRow(f"'{column}' is {kind}, and must be a list of messages like the other")
+        turns[name] = [read_turn(turn, tags) for turn in content[column]]
+    prompt = content.get(columns.get("messages") or columns.get("prompt") or "prompt")
+    messages = [read_turn(turn, tags) for turn in prompt] if isinstance(prompt, list) else []
+    shared = 0  # an answer is left where both lists are equal
+    for one, other in zip(turns["chosen"][:-1], turns["rejected"][:-1], strict=False):
+        if one != other:
+            break
+        shared += 1
+    messages += turns["chosen"][:shared]
+    if not messages and isinstance(prompt, str) and prompt.strip():
+        messages = [{"role": "user", "content": prompt}]
+    system = text_of(content, columns.get("system"))
+    if messages and messages[0]["role"] == "system":
+        system = messages.pop(0)["content"] or None
+    if not messages:
+        raise BadRow(f"has no prompt, and '{names['chosen']}' begins otherwise than the other")
+    check_order(messages)
+    answers = {}
+    for name, column in names.items():
+        after = turns[name][shared:]
+        if [turn["role"] for turn in after] != ["assistant"]:
+            roles = ", ".join(turn["role"] for turn in after)
+            raise BadRow(f"'{column}' has {roles} after the prompt, and must have one assistant's")
+        answers[name] = after[0]["content"]
+    return Record(messages, row.where, system=system, columns=content, **answers)
 
 
 def read_turn(turn: Any, tags: dict[str, str]) -> Message:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastppo.integrations.liger import AGGREGATION, FusedLinearGRPOLoss, scaled_cross_entropy
+from fastppo.integrations.grpo import AGGREGATION
+from fastppo.integrations.liger import FusedLinearGRPOLoss, scaled_cross_entropy
 from tests.peers import theirs
 
+LUSPO = {"loss_type": "luspo", "importance_sampling_level": "sequence"}
 VARIANTS = [
-    *({"loss_type": kind} for kind in AGGREGATION),
+    *({"loss_type": kind} for kind in AGGREGATION if kind != "luspo"),
+    LUSPO,
+    {**LUSPO, "beta": 0.0},
+    {"loss_type": "grpo", "importance_sampling_level": "sequence", "use_bias_correction_kl": True},
     {"loss_type": "grpo", "importance_sampling_level": "sequence"},
     {"loss_type": "dapo", "beta": 0.0, "delta": 1.5, "epsilon_high": 0.28},
     {"loss_type": "bnpo", "use_bias_correction_kl": True, "temperature": 0.7},
@@ -53,11 +58,17 @@ def test_loss_metrics_and_gradients_are_ligers(settings):
     ligers = module.LigerFusedLinearGRPOLoss(**settings, compiled=False)
     for seed in range(theirs.ROUNDS):
         given = inputs(seed)
+        by_sequence = settings["loss_type"] == "luspo"
+        if by_sequence and ours.loss.beta != 0:  # Liger's lets padding carry the KL
+            given["attention_mask"] = torch.ones(3, 5)
         if seed % 4 == 1:
             given["old_per_token_logps"] = None
-        if seed % 4 == 2:
-            given["vllm_is_ratio"] = torch.rand(3, 5) + 0.5
-        if seed % 4 == 3 and settings["loss_type"] in ("dapo", "cispo"):
+        if seed % 4 == 2:  # 1 on padding: Liger's vespo counts it there too
+            ratio = torch.rand(3, 1) if by_sequence else torch.rand(3, 5)
+            given["vllm_is_ratio"] = torch.where(given["attention_mask"] != 0, ratio + 0.5, 1)
+            if by_sequence:
+                given["vllm_is_ratio"] = ratio + 0.5
+        if seed % 4 == 3:
             given["num_items_in_batch"] = 40
         for mine, other in zip(results(ours, given), results(ligers, given), strict=True):
             torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
@@ -92,16 +103,13 @@ def test_scaled_cross_entropy_is_ligers(entropy, selected):
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"loss_type": "luspo"}, "loss_type must be one of grpo, .* came 'luspo'"),
+        ({"loss_type": "ppo"}, "loss_type must be one of grpo, .* luspo, came 'ppo'"),
+        ({"loss_type": "luspo"}, "luspo has one ratio a sequence; set importance_sampling_level"),
         ({"loss_type": "dr_grpo"}, "divides by max_completion_length; set it"),
         ({"importance_sampling_level": "row"}, "must be token or sequence, came 'row'"),
         (
             {"loss_type": "sapo", "importance_sampling_level": "sequence"},
-            "sapo has a ratio of each token",
-        ),
-        (
-            {"importance_sampling_level": "sequence", "use_bias_correction_kl": True},
-            "use_bias_correction_kl needs importance_sampling_level token",
+            "not supported for loss_type 'sapo'; set importance_sampling_level='token'",
         ),
     ],
 )
@@ -125,3 +133,33 @@ def test_the_reference_by_its_hidden_states():
         loss(**given)
     by_states = results(loss, {**given, "ref_input": ref_hidden, "ref_weight": ref_weight})
     torch.testing.assert_close(by_states, expected)
+
+
+@pytest.mark.parametrize("kind", AGGREGATION)
+def test_padding_changes_nothing_and_has_no_gradient(kind):
+    """What stands behind the mask, a log-prob of the reference of 1e4 or a hidden state, is unread.
+
+    Liger-Kernel's luspo counts the KL there.
+    """
+    level = "sequence" if kind == "luspo" else "token"
+    loss = FusedLinearGRPOLoss(
+        loss_type=kind, importance_sampling_level=level, max_completion_length=7, beta=0.5
+    )
+    given = inputs(1)
+    outside = given["attention_mask"] == 0
+    assert outside.any()
+    expected = results(loss, given)
+    given["ref_per_token_logps"] = given["ref_per_token_logps"].masked_fill(outside, 1e4)
+    given["_input"] = torch.where(outside[..., None], 3.0, given["_input"])
+    found = results(loss, given)
+    torch.testing.assert_close(found, expected)
+    gradient = found[-3]
+    assert gradient[outside].abs().max() == 0
+    assert gradient[~outside].abs().max() > 1e-3
+
+
+def test_bnpo_divides_by_its_own_batch_and_dapo_by_the_count_that_it_is_given():
+    """Three sequences with 5 tokens each of which all are alive: 15, where dapo is told 30."""
+    given = {**inputs(0), "attention_mask": torch.ones(3, 5), "num_items_in_batch": 30}
+    bnpo, dapo = (results(FusedLinearGRPOLoss(loss_type=k), given)[0] for k in ("bnpo", "dapo"))
+    torch.testing.assert_close(bnpo, 2 * dapo)

@@ -35,7 +35,10 @@ def test_losses_over_20_steps(folder):
     for which in ("theirs", "ours"):
         done = run(folder, which)
         assert done.returncode == 0, done.stderr
-        found[which] = json.loads(done.stdout.splitlines()[-1])
+        lines = [json.loads(x) for x in done.stdout.splitlines() if x.startswith(('[{"', '{"mod'))]
+        names, found[which] = lines
+        assert names["modules"] >= 2  # the one that has the function, and the trainer's
+        assert (names["replaced"], names["restored"]) == (which == "ours", True)
     assert len(found["ours"]) == 20
     assert any(abs(row["loss"]) > 1e-3 for row in found["theirs"])
     for mine, other in zip(found["ours"], found["theirs"], strict=True):

@@ -1,5 +1,7 @@
 """20 steps of TRL's GRPOTrainer on a tiny model, in a process of its own; prints its losses.
 
+Before them it prints whether TRL's own functions were replaced in the block and restored after it.
+
 python -m tests.integrations.trl_run FOLDER ours|theirs|late
 """
 
@@ -22,6 +24,13 @@ from fastppo.integrations.trl import patched
 def letters(completions: list[str], **_: object) -> list[float]:
     """A reward that tells any two completions apart."""
     return [sum(map(ord, text)) % 17 / 8 for text in completions]
+
+
+def heads() -> dict[str, object]:
+    """TRL's modules that have the function which gives a model its head, and that function."""
+    name = "add_fused_lm_head"
+    found = {path: vars(module).get(name) for path, module in list(sys.modules.items())}
+    return {path: head for path, head in found.items() if path.startswith("trl.") and head}
 
 
 def main(folder: str, which: str) -> None:
@@ -56,8 +65,14 @@ def main(folder: str, which: str) -> None:
         trainer = make()
         with patched():
             pass
+    before = heads()
     with patched() if which == "ours" else nullcontext():
         trainer = make()
+        inside = heads()
+    replaced = all(inside[path] is not head for path, head in before.items())
+    after = heads()
+    restored = before.items() <= after.items() and len(set(after.values())) == 1
+    print(json.dumps({"modules": len(before), "replaced": replaced, "restored": restored}))
     trainer.train()
     keys = ("loss", "grad_norm", "kl", "entropy")
     log = [{k: row[k] for k in keys} for row in trainer.state.log_history if "loss" in row]

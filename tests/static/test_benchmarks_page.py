@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks import integrations
+
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGE = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
@@ -242,3 +244,17 @@ def test_the_versions_that_ran_are_those_of_the_result():
     (transformers,) = {row["transformers"] for row in ran}
     (peft,) = {row["peft"] for row in ran}
     assert f"transformers {transformers}, peft {peft}" in words
+
+
+def test_the_table_of_other_trainers_is_the_committed_result():
+    """Where it was measured stands above it, and every row's losses were the same both ways."""
+    found = json.loads((ROOT / "benchmarks" / "results" / "integrations.json").read_text())
+    page = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")
+    assert found["date"] in page
+    assert found["machine"]["cpu"] in page
+    assert [row["case"] for row in found["rows"]] == list(integrations.CASES)
+    for row in found["rows"]:
+        assert integrations.line(row) in page
+        assert row["status"] == "timed"
+    (trl,) = [row for row in found["rows"] if row["case"] == "trl"]
+    assert len(trl["losses"]["ours"]) == 20
