@@ -138,7 +138,7 @@ def explain(words: list[str]) -> int:
 
 
 def plan(words: list[str], gpu: str | None, gpus: str) -> int:
-    """Run `--plan`, with its `--gpu` and `--gpus`; data, rewards and output folders need not exist."""
+    """Run `--plan`, with its `--gpu` and `--gpus`; data and output folders need not exist."""
     from fastppo.config import load_config
     from fastppo.memory import command as plan
 

@@ -20,8 +20,9 @@ OLD_NAMES = {
 
 # Why keys have no effect here -> these keys. They are accepted, with a line that says why.
 _NOTES: dict[str, str] = {
-    "a process has one device, and nothing is sharded": """accelerator_config average_tokens_across_devices
-        ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters
+    "a process has one device, and nothing is sharded": """accelerator_config
+        average_tokens_across_devices ddp_backend ddp_broadcast_buffers
+        ddp_bucket_cap_mb ddp_find_unused_parameters
         ddp_static_graph data_shared_file_system eval_use_gather_object fsdp_config
         fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap hyper_parallel_args local_rank
         log_on_each_node

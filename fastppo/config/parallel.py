@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def units_a_step(config: Config) -> tuple[int, str]:
-    """How many prompts a PPO step has, or in stage rm how many pairs an optimiser step; and which."""
+    """The number of prompts of a PPO step, in stage rm of pairs of an optimiser step; and which."""
     if config.stage == "ppo":
         return config.prompts_a_step, "prompts"
     return config.per_device_train_batch_size * config.gradient_accumulation_steps, "pairs"

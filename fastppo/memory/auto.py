@@ -39,7 +39,8 @@ def resolve_auto(
 ) -> tuple[Config, Plan | None, list[str]]:
     """Replace each `auto` by a value; returns the configuration, its plan, and notes to print.
 
-    The plan is that of one of the run's `processes`. If the model's shape is unknown, there is no plan, and a note says so.
+    The plan is that of one of the run's `processes`. If the model's shape is unknown, there is no
+    plan, and a note says so.
 
     Raises:
         UserError: a key is `auto`, but the run cannot be planned.

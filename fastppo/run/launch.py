@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from fastppo.config.parallel import check_processes
 from fastppo.errors import UserError
 
 if TYPE_CHECKING:
@@ -71,6 +70,8 @@ def check_launcher(config: Config) -> int:
     found, named = launched(), processes()
     if found is None and not named:
         return 1
+    from fastppo.config.parallel import check_processes  # --help builds no configuration
+
     if found is None:
         name, count = next(iter(named.items()))
         raise UserError(

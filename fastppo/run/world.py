@@ -231,8 +231,8 @@ def join(config: Config) -> Iterator[World]:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise TrainingStopped(
             f"process {found.rank} of {found.size} has not met the others at {place} within "
-            f"{config.ddp_timeout:g} s (ddp_timeout): {one_line(error)[:200]}; check that process 0 "
-            "runs there, that the port is free, and what the others said"
+            f"{config.ddp_timeout:g} s (ddp_timeout): {one_line(error)[:200]}; check that process "
+            "0 runs there, that the port is free, and what the others said"
         ) from None
     was_quiet, console.quiet = console.quiet, found.rank > 0
     try:

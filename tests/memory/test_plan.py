@@ -412,7 +412,7 @@ def test_rank_of_the_reward_adapter_is_read_where_it_is(project, capsys):
         (["--plan", "--gpu=-1GiB"], "is no size"),
         (["--gpu", "24GiB"], "--gpu: is the size that --plan has to fit into"),
         (["--plan", "model_name_or_path=nobody/knows-it"], "the shape of nobody/knows-it"),
-        (["--plan", "--gpus"], "unknown option '--gpus'"),
+        (["--plan", "--cards"], "unknown option '--cards'"),
     ],
 )
 def test_bad_plans_are_one_line_and_code_2(arguments, words, capsys):

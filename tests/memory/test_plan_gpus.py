@@ -1,4 +1,4 @@
-"""The memory plan of a run that several GPUs share: what each needs, and what passes between them."""
+"""The memory plan of a run that several GPUs share: what each needs, and what they send."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def test_the_kv_cache_is_that_of_a_gpus_own_prompts():
     """Eight prompts on four GPUs are two on each: as a run of two prompts has."""
     four, _ = plan_config(load_config(FILE, ["per_device_train_batch_size=8"]), "gpu", 4)
     two, _ = plan_config(load_config(FILE, ["per_device_train_batch_size=2"]), "gpu")
-    assert [p.rows["KV cache"] for p in four.peaks if p.phase == "rollout" and not p.evaluation] == [
-        p.rows["KV cache"] for p in two.peaks if p.phase == "rollout" and not p.evaluation
-    ]
+    assert [
+        p.rows["KV cache"] for p in four.peaks if p.phase == "rollout" and not p.evaluation
+    ] == [p.rows["KV cache"] for p in two.peaks if p.phase == "rollout" and not p.evaluation]
 
 
 def test_the_lines_by_hand(capsys):

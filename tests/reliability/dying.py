@@ -1,5 +1,8 @@
-"""A process of a run that ends at a place: `DIES="rank step place" python -m tests.reliability.dying`
-is the command, in which that process kills itself there."""
+"""A process of a run that ends at a place.
+
+`DIES="rank step place" python -m tests.reliability.dying CONFIG` is the command, in which that
+process kills itself there.
+"""
 
 from __future__ import annotations
 

@@ -18,11 +18,18 @@ from fastppo.types import Pair
 from tests import world
 from tests.reliability import runs
 
-PLAIN = {"lora_dropout": 0.0, "calibrate_reward": True, "num_train_epochs": 2}
+# Adam makes a whole step of a gradient that is nothing but rounding; SGD does not.
+PLAIN = {
+    "lora_dropout": 0.0,
+    "calibrate_reward": True,
+    "num_train_epochs": 2,
+    "optim": "sgd",
+    "learning_rate": 0.1,
+}
 CASES: dict[str, dict[str, Any]] = {
     # 14 pairs: the last step of an epoch has 2, so that of three processes one has none.
     "lora": {"do_train": True, "do_predict": True},
-    "full": {"finetuning_type": "full", "learning_rate": 1e-3},
+    "full": {"finetuning_type": "full"},
 }
 
 
@@ -84,10 +91,11 @@ def test_weights_losses_and_evaluations_are_those_of_one_process(found, name, si
     got, wanted = found[name, size], found[name, 1]
     assert got["files"] == wanted["files"]
     for key, x in wanted["weights"].items():
-        torch.testing.assert_close(got["weights"][key], x, atol=2e-4, rtol=1e-3, msg=key)
+        torch.testing.assert_close(got["weights"][key], x, atol=1e-5, rtol=1e-4, msg=key)
     assert len(got["log"]) == len(wanted["log"]) > 3
     for entry, one in zip(got["log"], wanted["log"], strict=True):
         assert entry.keys() == one.keys()
         for key, value in one.items():
-            if isinstance(value, float):
-                assert entry[key] == pytest.approx(value, rel=2e-3, abs=1e-4), key
+            # A fraction of an epoch is counted in micro-batches, which are of several processes.
+            if isinstance(value, float) and key != "epoch":
+                assert entry[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key

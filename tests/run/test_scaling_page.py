@@ -78,7 +78,9 @@ def test_a_command_runs(tmp_path, lines):
     if "--plan" in lines[0]:
         return
     assert "stage ppo" in said[0]
-    assert said[0].count("[bold]fastppo") + said[0].count("stage ppo,") == 1, "the first alone talks"
+    assert said[0].count("[bold]fastppo") + said[0].count("stage ppo,") == 1, (
+        "the first alone talks"
+    )
     assert (tmp_path / "run" / "out" / "adapter_model.safetensors").is_file()
     rows = (tmp_path / "run" / "metrics" / "training_metrics.csv").read_text().splitlines()
     assert len(rows) == 2
