@@ -101,7 +101,7 @@ class Comparison:
         key, roles = self.engine.server.key, self.roles
         with roles.use("reference"):
             base = self.engine.serves(roles)
-            gap = self.gap(self.sampled()) if base else 0.0
+            gap = self.gap(self.sample()) if base else 0.0
         if not gap <= self.limit:
             raise UserError(
                 f"{key}: {gap:.2g} from the trainer's log-probs in the mean, without an adapter "
@@ -110,10 +110,10 @@ class Comparison:
                 f"dtype (--dtype {self.dtype()})"
             )
         with roles.use("actor"):
-            first = self.sampled()
+            first = self.sample()
             before_N = self.logprobs(first)
             with moved(roles, lambda: self.shows(first, before_N)):
-                gap = self.gap(self.sampled())
+                gap = self.gap(self.sample())
             if not gap <= self.limit:
                 raise UserError(
                     f"{key}: {gap:.2g} from the trainer's log-probs in the mean, with an adapter "
@@ -125,7 +125,7 @@ class Comparison:
 
     def check_processed(self) -> None:
         """Refuse log-probs of the logits as they are before the temperature."""
-        cold = self.sampled(COLD)
+        cold = self.sample(COLD)
         processed, raw = self.gap(cold, COLD), self.gap(cold)
         if raw < processed:
             raise UserError(
@@ -133,7 +133,7 @@ class Comparison:
                 "top_k; start it with --logprobs-mode processed_logprobs"
             )
 
-    def sampled(self, temperature: float = 1.0) -> Rollout:
+    def sample(self, temperature: float = 1.0) -> Rollout:
         """Responses by the engine, without a stop."""
         sampling = Sampling(max_new_tokens=TOKENS, temperature=temperature)
         seeds = [seed_of(0, "engine", row) for row in range(len(self.prompts))]

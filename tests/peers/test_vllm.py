@@ -124,11 +124,11 @@ def test_no_keys_of_an_earlier_policy_are_reused(run):
     compared = Comparison(run.engine, run.roles, [long], run.template, run.tokenizer)
     with run.roles.use("actor"), torch.no_grad():
         stir(run.roles.trainable_parameters("actor"), 3)
-        first = compared.sampled()
-        again = compared.sampled()
+        first = compared.sample()
+        again = compared.sample()
         before_N = compared.logprobs(first)
         stir(run.roles.trainable_parameters("actor"), 4)
-        moved = compared.sampled()
+        moved = compared.sample()
         assert compared.gap(moved) < 1e-3, "as the trainer has it after the adapter moved"
         assert (compared.logprobs(first) - before_N).abs().mean() > 0.1, "it moved by far"
     torch.testing.assert_close(first.sampler_logprob_N, before_N, atol=5e-3, rtol=0)

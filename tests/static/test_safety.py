@@ -21,8 +21,12 @@ IMPORT_BY_NAME = {
     "fastppo/models/optim.py",
     "fastppo/rewards/function.py",
 }
-# The client, and the check of its URL.
-SPEAK_TO_SERVERS = {"fastppo/servers/client.py", "fastppo/config/rewards.py"}
+# The client, and the checks of its URLs.
+SPEAK_TO_SERVERS = {
+    "fastppo/servers/client.py",
+    "fastppo/config/engine.py",
+    "fastppo/config/rewards.py",
+}
 NETWORK = {"requests", "httpx", "aiohttp", "urllib3", "socket", "ftplib", "telnetlib"}
 
 
@@ -106,7 +110,7 @@ def test_yaml_is_read_by_a_safe_loader():
             assert loaders == ["_Loader"], (path, ast.unparse(call))
 
 
-def test_only_the_reward_client_speaks_to_servers():
+def test_only_the_client_speaks_to_servers():
     for path in SOURCES:
         assert not imports(path) & NETWORK, path
         if "urllib" in imports(path):
