@@ -20,7 +20,13 @@ from tests.static.test_text import ROOT, files
 
 PAGES = [path for path in files() if path.suffix == ".md"]
 BLOCK = re.compile(r"^([ ]*)```(\w*)\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
-PPO = {"stage": "ppo", "model_name_or_path": "m", "dataset": "d", "output_dir": "o"}
+PPO = {
+    "stage": "ppo",
+    "model_name_or_path": "m",
+    "reward_model": "r",
+    "dataset": "d",
+    "output_dir": "o",
+}
 # Command -> its options, and the keys that it takes as key=value.
 COMMANDS = {
     "fastppo-train": (
