@@ -126,8 +126,8 @@ class Config(
             if not getattr(self, name).strip():
                 raise ValueError(f"{name}: is empty; give it a value")
         check_roles(self)
-        for name in ("min_new_tokens", "min_response_length"):
-            if getattr(self, name) > self.max_new_tokens:
+        for name in ("min_new_tokens", "min_response_length", "overlong_buffer_len"):
+            if (getattr(self, name) or 0) > self.max_new_tokens:
                 raise ValueError(f"{name}: is above max_new_tokens; lower it")
         if self.stage == "ppo" and self.rollout_batch_size % self.num_generations:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Micro-batches of a rollout: the rows of each, and its input ids, mask and indices."""
+"""Mini-batches of a rollout, and their micro-batches: rows, input ids, masks and indices."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from fastppo.errors import UserError
 from fastppo.memory.budgets import Budget
 from fastppo.ops import Packing
 from fastppo.seeds import seed_of
-from fastppo.types import Sequences
+from fastppo.types import Experience, Sequences
 
 if TYPE_CHECKING:
+    from fastppo.config import Config
     from fastppo.models.build import Roles
     from fastppo.models.shared_states import StatesOfBatch
 
@@ -185,6 +186,49 @@ class Order:
         """Results by response token, as one tensor (N, ...) in the rollout's order."""
         joined = torch.cat(list(parts))
         return torch.empty_like(joined).index_copy(0, self.index_N, joined)
+
+
+@dataclass(frozen=True)
+class MiniBatch:
+    """The rows of one optimiser step, the loss weight of each row's tokens, and their number."""
+
+    rows: list[int]
+    weights: dict[int, float]
+    tokens: int
+
+
+def token_weights(
+    lengths: Sequence[int], mode: str, max_new_tokens: int, /, *, left_out: int = 0
+) -> list[float]:
+    """Loss weight of each sequence's tokens in an optimiser step, by verl's `loss_agg_mode`.
+
+    The weights depend on the whole optimiser step, so that splitting it into micro-batches changes
+    only rounding. Means over sequences count the `left_out` ones as 0, as TRL's losses do.
+    """
+    n = len(lengths) + left_out
+    return {
+        "token-mean": lambda: [1 / sum(lengths)] * len(lengths),
+        "seq-mean-token-mean": lambda: [1 / (n * length) for length in lengths],
+        "seq-mean-token-sum": lambda: [1 / n] * len(lengths),
+        "seq-mean-token-sum-norm": lambda: [1 / (n * max_new_tokens)] * len(lengths),
+    }[mode]()
+
+
+def mini_batches(experience: Experience, config: Config, seed: int) -> list[MiniBatch]:
+    """One epoch's mini-batches: the rollout's rows, shuffled by `seed`, but those left out."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = experience.scored.rollout.response_lengths
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    minis = []
+    for start in range(0, len(order), size):
+        rows = [row for row in order[start : start + size] if row not in experience.left_out]
+        if not rows:
+            continue
+        own, out = [lengths[row] for row in rows], len(order[start : start + size]) - len(rows)
+        weights = token_weights(own, config.loss_agg_mode, config.max_new_tokens, left_out=out)
+        minis.append(MiniBatch(rows, dict(zip(rows, weights, strict=True)), sum(own)))
+    return minis
 
 
 def token_index(response_lengths: Sequence[int], rows: Sequence[int]) -> Tensor:

@@ -152,10 +152,12 @@ STORED_IN_CHECKPOINT = {
 def settings(config: Config) -> dict[str, str]:
     """Key -> digest of its value, for the keys that steps depend on; digests hide URLs' secrets."""
     values = config.model_dump(mode="json", exclude=MAY_CHANGE)
-    return {
-        key: hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
-        for key, value in values.items()
-    }
+    return {key: digest(value) for key, value in values.items()}
+
+
+def digest(value: Any) -> str:
+    """A short hash of the value of a key."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def environment(state: State) -> dict[str, str]:
@@ -175,7 +177,10 @@ def check_same(state: State, saved: dict[str, Any], folder: Path) -> list[str]:
     """Check that `folder` can be resumed; returns the names of what has changed since then."""
     key = f"{state.config.source}: resume_from_checkpoint: {folder}"
     now, then = settings(state.config), saved["settings"]
-    changed = sorted(name for name in now if now[name] != then.get(name))
+    fields = type(state.config).model_fields
+    # A key that is newer than the checkpoint was as good as at its default.
+    new = {name: digest(fields[name].default) for name in now if name not in then}
+    changed = sorted(name for name in now if now[name] != {**then, **new}[name])
     for name in changed:
         if name in STORED_IN_CHECKPOINT:
             raise UserError(

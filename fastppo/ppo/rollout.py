@@ -33,10 +33,16 @@ if TYPE_CHECKING:
     from fastppo.templates import Template
 
 
-def next_prompts(state: State) -> list[Prompt]:
-    """The prompts of the next step, each repeated `num_generations` times."""
-    copies = range(state.config.num_generations)
-    return [state.prompts[i] for i in state.prompt_order(state.step) for _ in copies]
+def next_prompts(state: State, ahead: int = 0) -> list[Prompt]:
+    """The prompts of the next step, each repeated `num_generations` times.
+
+    With `filter_groups` they are those after all that earlier steps have read, and `ahead` is the
+    number of batches that the step itself has read. What earlier steps have read follows from the
+    rows of metrics, which a checkpoint holds: a resumed run reads on where it stopped.
+    """
+    refills = sum(int(row.get("refills", 0)) for row in state.metrics.rows)
+    batch, copies = state.step + refills + ahead, range(state.config.num_generations)
+    return [state.prompts[i] for i in state.prompt_order(batch) for _ in copies]
 
 
 def cache_bytes(roles: Roles) -> int:
@@ -181,6 +187,17 @@ def sample(
             sampler = Sampler(roles, draws, stops, slots=number_of_slots(*limits), windows=windows)
             answers = sampler.run(prompts)
     return make_rollout(prompts, answers, template, tokenizer, roles.device)
+
+
+def settings(state: State) -> dict[str, Any]:
+    """The arguments of `sample` that are the same in the whole run."""
+    return {
+        "sampling": Sampling.of(state.config),
+        "template": state.template,
+        "tokenizer": state.tokenizer,
+        "budgets": state.budgets,
+        "plan": state.plan,
+    }
 
 
 def make_rollout(

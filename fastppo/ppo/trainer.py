@@ -13,10 +13,10 @@ from fastppo.memory.retry import retry
 from fastppo.models.batch import largest_micro_batch
 from fastppo.ppo import checkpoint, evaluation, guards, lines, log
 from fastppo.ppo.advantage import estimate
+from fastppo.ppo.filter_groups import refill
 from fastppo.ppo.metrics import Clock, step_row
 from fastppo.ppo.observer import Observer
-from fastppo.ppo.rollout import next_prompts, sample
-from fastppo.ppo.sampling import Sampling
+from fastppo.ppo.rollout import next_prompts, sample, settings
 from fastppo.ppo.score import score
 from fastppo.ppo.snapshot import interruptible_update, undo_if_interrupted
 from fastppo.ppo.state import State, init_state
@@ -42,17 +42,13 @@ def step_update(state: State) -> State:
         with state.stop.at_once() if signals else nullcontext():
             with clock("rollout"), roles.use("actor"):
                 rollout = retry("rollout", budgets, used=lambda: len(prompts))(sample)(
-                    roles,
-                    prompts,
-                    sampling=Sampling.of(config),
-                    template=state.template,
-                    tokenizer=state.tokenizer,
-                    seed=seed,
-                    budgets=budgets,
-                    plan=state.plan,
+                    roles, prompts, seed=seed, **settings(state)
                 )
             with clock("score"):
                 rewards = state.score_rollout(rollout := roles.with_states(rollout))  # no retry
+            if config.filter_groups:
+                rollout, rewards = refill(state, (rollout, rewards), seed, clock)
+            with clock("score"):
                 used = partial(largest_micro_batch, rollout, budgets.scoring)
                 scored = retry("score", budgets, used=used)(score)(
                     roles,
@@ -84,7 +80,7 @@ def step_update(state: State) -> State:
     row = step_row(state, experience, learned, clock)
     row |= guards.flags(rows, row, config, roles.product_precision)
     if train_actor:  # during critic_warmup the KL is 0 for any beta
-        state.controller.update(row["kl_controlled"], len(prompts))
+        state.controller.update(row["kl_controlled"], len(experience.score_B))
     if row["optimizer_steps"] or not row.get("overflow_steps"):  # as in transformers
         state.scheduler.step()
     state.metrics.add(row)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -16,11 +16,19 @@ from torch.amp import GradScaler
 from fastppo.config.ppo import KL_KIND
 from fastppo.memory.budgets import Budgets
 from fastppo.memory.retry import retry
-from fastppo.models.batch import Batch, batches, largest_micro_batch, to_device, token_index
+from fastppo.models.batch import (
+    Batch,
+    MiniBatch,
+    batches,
+    largest_micro_batch,
+    mini_batches,
+    to_device,
+    token_index,
+)
 from fastppo.models.scaler import current_scale, overflows
 from fastppo.ops import PolicyLoss, PolicyLossConfig, linear_policy_loss, value_loss
 from fastppo.ppo.guards import check_first_pass
-from fastppo.ppo.metrics import Totals, means
+from fastppo.ppo.metrics import Totals, means, sums_of_no_pass
 from fastppo.ppo.ptx import ptx_backward
 from fastppo.seeds import seed_of
 from fastppo.types import Experience, Kept
@@ -28,45 +36,6 @@ from fastppo.types import Experience, Kept
 if TYPE_CHECKING:
     from fastppo.config import Config
     from fastppo.models.build import Roles
-
-
-@dataclass(frozen=True)
-class MiniBatch:
-    """The rows of one optimiser step, the loss weight of each row's tokens, and their number."""
-
-    rows: list[int]
-    weights: dict[int, float]
-    tokens: int
-
-
-def token_weights(lengths: Sequence[int], mode: str, max_new_tokens: int, /) -> list[float]:
-    """Loss weight of each sequence's tokens in an optimiser step, by verl's `loss_agg_mode`.
-
-    The weights depend on the whole optimiser step, so that splitting it into micro-batches changes
-    only rounding.
-    """
-    n = len(lengths)
-    return {
-        "token-mean": lambda: [1 / sum(lengths)] * n,
-        "seq-mean-token-mean": lambda: [1 / (n * length) for length in lengths],
-        "seq-mean-token-sum": lambda: [1 / n] * n,
-        "seq-mean-token-sum-norm": lambda: [1 / (n * max_new_tokens)] * n,
-    }[mode]()
-
-
-def mini_batches(experience: Experience, config: Config, seed: int) -> list[MiniBatch]:
-    """One epoch's mini-batches: all rows of the rollout, shuffled by `seed`."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = experience.scored.rollout.response_lengths
-    order = torch.randperm(len(lengths), generator=generator).tolist()
-    size = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    minis = []
-    for start in range(0, len(order), size):
-        rows = order[start : start + size]
-        own = [lengths[row] for row in rows]
-        weights = token_weights(own, config.loss_agg_mode, config.max_new_tokens)
-        minis.append(MiniBatch(rows, dict(zip(rows, weights, strict=True)), sum(own)))
-    return minis
 
 
 def policy_loss_config(config: Config) -> PolicyLossConfig:
@@ -256,10 +225,11 @@ def release(optimizer: torch.optim.Optimizer, kept: Kept | None) -> None:
 def shares_first_pass(config: Config, budgets: Budgets) -> bool:
     """Whether the update can use scoring's forward as its first one.
 
-    It can if both run the same micro-batches: an epoch is one optimiser step, and scoring and
-    update have the same budget.
+    It can if both run the same micro-batches: an epoch is one optimiser step of all rows, and
+    scoring and update have the same budget.
     """
-    return config.ppo_buffer_size == 1 and budgets.update == budgets.scoring
+    whole = config.ppo_buffer_size == 1 and not config.mask_truncated_completions
+    return whole and budgets.update == budgets.scoring
 
 
 def clip_and_step(
@@ -351,6 +321,9 @@ def update(
     limit = config.max_bad_steps or math.inf
     seeds = [seed_of(seed, "mini-batches", epoch) for epoch in range(config.ppo_epochs)]
     minis = [mini for each in seeds for mini in mini_batches(experience, config, each)]
+    passes = 0
+    if not minis:  # all rows are left out
+        totals = sums_of_no_pass(config, bad_run)
     for passes, mini in enumerate(minis, 1):
         tokens += sum(lengths[row] for row in mini.rows)
         optimizer.zero_grad(set_to_none=True)

@@ -10,6 +10,7 @@ import torch
 
 from fastppo import ops
 from fastppo.ops import losses
+from fastppo.ppo.filter_groups import groups_that_differ
 from tests.peers import theirs
 from tests.peers.theirs import ActorConfig, Batch, assert_same_loss
 
@@ -267,3 +268,16 @@ def test_advantages_by_group(kind):
             )
         ours = losses.group_advantages(reward, 3, kind=kind, eps=1e-6)
         torch.testing.assert_close(ours, want[:, 0].double())
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_filter_groups(size):
+    """The groups that verl's replay buffer would drop, on rewards of which many are the same."""
+    generator = torch.Generator().manual_seed(size)
+    for _ in range(theirs.ROUNDS):
+        # Quarters: numpy's deviation of equal ones is exactly 0, as their test of it asks for.
+        score_B = torch.randint(3, (5 * size,), generator=generator) / 4
+        groups = score_B.view(-1, size).tolist()
+        dropped = theirs.verl_filtered_groups({str(i): group for i, group in enumerate(groups)})
+        kept = {row // size for row in groups_that_differ(score_B, size)}
+        assert {str(i) for i in range(5)} - dropped == {str(i) for i in kept}
