@@ -293,6 +293,7 @@ ELSEWHERE = {
     "clip_ratio_low": "cliprange_low",
     "delta": "dual_clip",
     "dynamic_filtering": "filter_groups",
+    "early_stopping_patience": "early_stopping_steps",
     "entropy_coeff": "entropy_coef",
     "entropy_loss_coef": "entropy_coef",
     "eps_clip": "cliprange",

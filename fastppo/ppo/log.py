@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerState
 
+from fastppo.ppo import best
 from fastppo.run import results
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def write_trainer_state(state: State, folder: Path) -> None:
         num_train_epochs=config.num_train_epochs,  # type: ignore[arg-type]  # may be a fraction
         num_input_tokens_seen=tokens_sampled(state),
         log_history=log_history(state),
+        **best.trainer_state(state.evaluations, config, config.output_dir),
     ).save_to_json(str(folder / results.TRAINER_STATE))
 
 

@@ -88,6 +88,7 @@ class State:
         default_factory=random_state
     )  # state of the random number generators after `step` steps
     stop: Stop = field(default_factory=Stop)
+    best_step: int | None = None  # of the policy that load_best_model_at_end has put back
     saved_step: int = -1  # the step of the last checkpoint that this run wrote
     sample: tuple[str, str, float] | None = None  # prompt, response and score, of the last rollout
 

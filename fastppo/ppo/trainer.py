@@ -11,7 +11,7 @@ from fastppo.errors import Interrupted
 from fastppo.memory.auto import advice_on_failure
 from fastppo.memory.retry import retry
 from fastppo.models.batch import largest_micro_batch
-from fastppo.ppo import checkpoint, evaluation, guards, lines, log
+from fastppo.ppo import best, checkpoint, evaluation, guards, lines, log
 from fastppo.ppo.advantage import estimate
 from fastppo.ppo.filter_groups import refill
 from fastppo.ppo.metrics import Clock, step_row
@@ -97,7 +97,7 @@ def train(state: State, output_dir: Path, observer: Observer) -> None:
     if evaluation.is_due(state):
         evaluation.evaluate_between_steps(state, observer)
     with live.LiveView(state.config, state.total_steps, state.step) as view:
-        while state.step < state.total_steps and not observer.stops:
+        while state.step < state.total_steps and not (observer.stops or best.stops_early(state)):
             observer.step_begin(state)
             state = step_update(state)
             due = observer.step_end(state)
@@ -109,7 +109,7 @@ def train(state: State, output_dir: Path, observer: Observer) -> None:
                 observer.logged(state)
             if due.evaluate:
                 evaluation.evaluate_between_steps(state, observer)
-            if due.save:
+            if due.save or best.is_new_best(state):
                 checkpoint.save_between_steps(state, output_dir)
                 observer.saved(state)
     state.stop.check()
@@ -136,10 +136,11 @@ def fit(state: State, records: Records, start: durable.Start, observer: Observer
                 train(state, output_dir, observer)
                 summary = evaluation.evaluate(state)
                 observer.evaluated(state)
+                final = checkpoint.load_best(state, output_dir) or summary
                 checkpoint.save_final(state, output_dir)
                 evaluation.write_results(state, records)
             except Interrupted as stop:
                 raise checkpoint.save_and_stop(state, stop, output_dir) from None
         evaluation.close_trackers(state, summary)
-        lines.last_lines(state, summary)
+        lines.last_lines(state, final)
         observer.train_end(state)
