@@ -29,8 +29,8 @@ def check_best(config: Config) -> None:
     """
     if config.load_best_model_at_end and config.stage == "rm":
         raise ValueError(
-            "load_best_model_at_end: is stage ppo's; in stage rm use early_stopping_steps, and name "
-            "the checkpoint that you want"
+            "load_best_model_at_end: is stage ppo's; in stage rm use early_stopping_steps, and "
+            "name the checkpoint that you want"
         )
     for name, does in (
         ("early_stopping_steps", "counts"),

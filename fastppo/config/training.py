@@ -250,9 +250,9 @@ class LoggingKeys(Keys):
     metric_for_best_model: str | None = key(
         None,
         HF,
-        "By what evaluations are compared: in stage ppo reward, judge, win_rate or reward/NAME (null "
-        "is judge with eval_judge, else reward), in stage rm loss, accuracy or margin (null is "
-        "loss).",
+        "By what evaluations are compared: in stage ppo reward, judge, win_rate or reward/NAME "
+        "(null is judge with eval_judge, else reward), in stage rm loss, accuracy or margin (null "
+        "is loss).",
     )
     greater_is_better: bool | None = key(
         None,

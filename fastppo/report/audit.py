@@ -134,7 +134,9 @@ def judge_gap(run: Run) -> Sign:
         gains = [e[f"eval_{name}"] - e[f"eval_{name}_reference"] for e in judged]
         scale = max(map(abs, gains)) or 1.0
         steps = [float(e["current_steps"]) for e in judged]
-        lines.append(Line(f"{label}, share of its largest change", steps, [g / scale for g in gains]))
+        lines.append(
+            Line(f"{label}, share of its largest change", steps, [g / scale for g in gains])
+        )
     return Sign(JUDGE, title, found, words, tuple(lines))
 
 

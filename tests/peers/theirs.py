@@ -63,6 +63,13 @@ def verl_filtered_groups(score_by_uid: dict[str, list[float]]) -> set[str]:
 
 
 @cache
+def verl_gsm8k() -> Callable[[str, str], float]:
+    """verl's `compute_score` of GSM8K."""
+    found: Any = peers.load("verl", "verl.utils.reward_score.gsm8k")
+    return found.compute_score  # type: ignore[no-any-return]
+
+
+@cache
 def verl_replay_buffer() -> Any:
     """verl.trainer.ppo.v1.replay_buffer.ReplayBuffer."""
     verl()

@@ -88,7 +88,7 @@ def test_the_best_policy_is_left_in_output_dir_with_its_evaluation(run, tmp_path
     assert (state["best_metric"], state["best_global_step"], state["global_step"]) == (3.0, 2, 3)
     judged = [e["eval_judge"] for e in state["log_history"] if "eval_judge" in e]
     assert judged == [1.0, 3.0, 2.0]
-    again = [e for e in state["log_history"] if e["step"] == 2 and "eval_reward" in e][0]
+    again = next(e for e in state["log_history"] if e["step"] == 2 and "eval_reward" in e)
     for name in ("eval_reward", "eval_kl", "eval_length", "eval_win_rate"):
         assert found[name] == again[name], "the same policy on the same prompts and numbers"
     assert "after 2 PPO steps" in (out / "eval_samples.md").read_text()

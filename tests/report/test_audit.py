@@ -33,7 +33,9 @@ def small_letters(prompts, completions, **_):
 
 def letters(prompts, completions, **_):
     """What is wanted of that: letters, of either case."""
-    return [sum(c.isascii() and c.isalpha() for c in text) / max(len(text), 1) for text in completions]
+    return [
+        sum(c.isascii() and c.isalpha() for c in text) / max(len(text), 1) for text in completions
+    ]
 
 
 @pytest.fixture
@@ -88,7 +90,14 @@ def test_a_run_made_to_exploit_its_reward_is_named(run):
 @pytest.mark.slow
 def test_a_healthy_run_is_not_named(run):
     """What raises the reward is what the judge wants, and the KL is held."""
-    out = run("small_letters", "letters", max_steps=30, eval_steps=10, learning_rate=2e-3, init_kl_coef=0.05)
+    out = run(
+        "small_letters",
+        "letters",
+        max_steps=30,
+        eval_steps=10,
+        learning_rate=2e-3,
+        init_kl_coef=0.05,
+    )
     read = read_run(out)
     assert read.evaluation["eval_reward"] > read.evaluation["eval_reward_reference"]
     found = audit(read)
@@ -97,7 +106,9 @@ def test_a_healthy_run_is_not_named(run):
 
 
 def made_up(rows=(), samples=(), evaluations=()) -> Run:
-    return Run(Path("x"), {"stage": "ppo"}, "finished", {}, [*rows], {}, [*samples], [], [*evaluations])
+    return Run(
+        Path("x"), {"stage": "ppo"}, "finished", {}, [*rows], {}, [*samples], [], [*evaluations]
+    )
 
 
 def rows_of(count: int = 30, **columns) -> list[dict[str, float]]:
@@ -176,7 +187,10 @@ def test_the_judge_is_compared_with_chance(judged, found):
 
 def test_a_phrase_that_every_response_has_is_found_and_one_of_the_reference_is_not():
     def both(policy: str, reference: str):
-        texts = [policy.format(i=i) for i in "abcdefgh"], [reference.format(i=i) for i in "ijklmnop"]
+        texts = (
+            [policy.format(i=i) for i in "abcdefgh"],
+            [reference.format(i=i) for i in "ijklmnop"],
+        )
         return [{"policy": p, "reference": r} for p, r in zip(*texts, strict=True)]
 
     plain = "one {i} two {i}{i} three {i} four {i}x five"
