@@ -52,6 +52,19 @@ class Sequences:
 
 
 @dataclass(frozen=True)
+class Sampled:
+    """What a step with `filter_groups` sampled, of which its rollout is a part."""
+
+    batches: int
+    responses: int
+    tokens: int
+    groups: int  # prompts
+    differing: int  # of them, those whose responses did not all score alike
+    kept: int  # of those, as many as a step trains on
+    score: float  # mean of all responses
+
+
+@dataclass(frozen=True)
 class Rollout(Sequences):
     """Sampled responses; the responses to the same prompt are in consecutive rows."""
 
@@ -59,6 +72,7 @@ class Rollout(Sequences):
     terminated: list[bool]  # whether the response ended by itself, not by max_new_tokens
     sampler_logprob_N: Tensor  # float32, log-probs as the sampler computed them
     texts: list[str]  # decoded responses, without special tokens
+    sampled: Sampled | None = None  # None without filter_groups
 
 
 @dataclass
@@ -110,6 +124,7 @@ class Experience:
     kl_N: Tensor  # the estimate that kl_penalty names, even if it is not part of the reward
     kl_coef: float  # the beta of reward_N, or of the loss
     importance_weight_N: Tensor | None = None  # behaviour policy / sampler, truncated
+    left_out: frozenset[int] = frozenset()  # rows that no loss is computed on
 
 
 @dataclass(frozen=True)

@@ -48,11 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         page.write()
         return 0
     command = shlex.join(["python", "-m", "benchmarks.learn", *argv])
-    wanted = [
-        run
-        for name in asked.only
-        for run in runs.SECTIONS[name](tuple(asked.seeds))
-    ]
+    wanted = [run for name in asked.only for run in runs.SECTIONS[name](tuple(asked.seeds))]
     left = [run for run in wanted if not runs.is_done(run, asked.out, asked.quick)]
     print(f"{len(wanted)} runs, {len(wanted) - len(left)} of them done", flush=True)
     end = None if asked.minutes is None else time.monotonic() + 60 * asked.minutes

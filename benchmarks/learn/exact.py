@@ -89,7 +89,7 @@ def logprobs(roles: Roles, role: str, tree: Tree, rows: int = 8192) -> list[Tens
     found = []
     for depth in range(tree.length):
         found.append(every_PLTV[:, ::width, depth])  # one response of those that share the prefix
-        width //= (every_PLTV.shape[-1] - 1)
+        width //= every_PLTV.shape[-1] - 1
     return found
 
 

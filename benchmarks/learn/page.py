@@ -234,7 +234,9 @@ make learn        # all but the tables of settings and learning rates; into outp
 make learn-full   # all of it; what was cut off goes on where it was
 ```
 """
-NOT_RUN = "This has not been run yet: a test walks through it with a random model, to no measurement."
+NOT_RUN = (
+    "This has not been run yet: a test walks through it with a random model, to no measurement."
+)
 
 
 def markdown(found: dict[str, list[Found]]) -> str:

@@ -88,4 +88,12 @@ def algorithm(config: Config) -> dict[str, str]:
             found[name] = "no effect without policy_loss: sapo"
     if not config.penalise_no_eos and not config.min_response_length:
         found["reward_penalty"] = "no effect without penalise_no_eos or min_response_length"
+    if not config.filter_groups:
+        found["max_num_gen_batches"] = "no effect without filter_groups: true"
+    if config.overlong_buffer_len is None:
+        found["overlong_penalty_factor"] = "no effect without overlong_buffer_len"
+    if config.mask_truncated_completions and config.bootstrap_truncated:
+        found["bootstrap_truncated"] = (
+            "no effect with mask_truncated_completions: true, which leaves truncated responses out"
+        )
     return found

@@ -136,7 +136,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         "for rollouts by a vLLM server set use_vllm: true; leave it out",
     ),
     "label_smoothing_factor": ((0, None), "no loss here has labels to smooth; leave it out"),
-    "load_best_model_at_end": (_OFF, "PPO has no single best; leave it out"),
     "mask_history": (_OFF, "the loss is on the last response; leave it out"),
     "mixture_of_depths": ((None,), "leave it out"),
     "moe_aux_loss_coef": ((None, 0), "no router loss is added; leave it out"),

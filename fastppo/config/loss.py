@@ -108,6 +108,12 @@ class LossKeys(Keys):
         "How an optimiser step's loss is aggregated from its tokens; the last mode divides by "
         "max_new_tokens, while verl by default divides by the padded width of its batch.",
     )
+    mask_truncated_completions: bool = key(
+        False,
+        GRPO,
+        "Leave truncated responses out of the loss and of the whitening; they still count among "
+        "the responses that grpo and rloo compare.",
+    )
     cliprange_value: Above0 | None = key(
         0.2,
         TRL,

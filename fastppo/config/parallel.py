@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from fastppo.errors import UserError
 
 if TYPE_CHECKING:
     from fastppo.config.schema import Config
+
+# Keys of runs of one process.
+ALONE: Final = ("use_vllm", "filter_groups", "load_best_model_at_end")
 
 
 def units_a_step(config: Config) -> tuple[int, str]:
@@ -26,13 +29,14 @@ def check_processes(config: Config, processes: int, name: str) -> None:
         name: the variable or option that says so.
 
     Raises:
-        UserError: there are more processes than prompts, or several with an engine.
+        UserError: there are more processes than prompts, or several with a key of `ALONE`.
     """
-    if processes > 1 and config.use_vllm:
-        raise UserError(
-            f"{name}: is {processes}, and use_vllm is a run of one process; start one process, or "
-            "leave use_vllm out"
-        )
+    for key in ALONE:
+        if processes > 1 and getattr(config, key):
+            raise UserError(
+                f"{name}: is {processes}, and {key} is for runs of one process; start one, or "
+                f"leave {key} out"
+            )
     count, what = units_a_step(config)
     if count < processes:
         more = " or ppo_buffer_size" if config.stage == "ppo" else ""

@@ -13,6 +13,7 @@ from pydantic import model_validator
 from fastppo.config.key import (
     GRPO,
     LF,
+    OPENRLHF,
     OWN,
     TRL,
     TRL24,
@@ -43,6 +44,19 @@ class KLKeys(Keys):
     ppo_buffer_size: Positive = key(1, LF, "Size of a rollout in optimiser steps.")
     ppo_epochs: Positive = key(4, LF, "Passes over each rollout.", first=True)
     ppo_target: Above0 = key(6.0, LF, "Target of the KL controller, nats a response.", first=True)
+
+    filter_groups: bool = key(
+        False,
+        VERL,
+        "Leave out prompts whose num_generations responses all score the same, and sample further "
+        "prompts in their place.",
+    )
+    max_num_gen_batches: Positive = key(
+        10,
+        VERL,
+        "With filter_groups: the most batches of prompts that a step samples, the first one "
+        "included; then it goes on with the prompts that it has.",
+    )
 
     init_kl_coef: NonNegative = key(0.2, TRL, "beta at the start of training.")
     adap_kl_ctrl: bool = key(True, TRL, "Let the controller change beta; false keeps it constant.")
@@ -102,6 +116,18 @@ class ScoreKeys(Keys):
         OWN,
         "A truncated response gets the critic's value of its last state instead of its score, "
         "which that value predicts.",
+    )
+    overlong_buffer_len: Positive | None = key(
+        None,
+        OPENRLHF,
+        "Number of tokens before max_new_tokens in which a response's score falls, by "
+        "overlong_penalty_factor at the end; null is off (verl: overlong_buffer.len).",
+    )
+    overlong_penalty_factor: NonNegative = key(
+        1.0,
+        OPENRLHF,
+        "Subtracted from the score of a response of max_new_tokens, less from one that ends within "
+        "overlong_buffer_len.",
     )
     ppo_whiten_rewards: bool = key(
         False, LF, "Whiten rewards before the advantages; their mean is kept."
@@ -235,6 +261,11 @@ class PPOKeys(LossKeys, AdvantageKeys, ScoreKeys, KLKeys):
                 f"num_generations: advantage: {self.advantage} compares responses to one prompt; "
                 "set it to at least 2, for example 8"
             )
+        if self.filter_groups and self.num_generations < 2:
+            raise ValueError(
+                "filter_groups: compares responses to one prompt; set num_generations to at least "
+                "2, for example 8"
+            )
         if not self.has_critic and (self.bootstrap_truncated or self.critic_warmup):
             name = "bootstrap_truncated" if self.bootstrap_truncated else "critic_warmup"
             raise ValueError(
@@ -261,6 +292,8 @@ ELSEWHERE = {
     "clip_ratio_high": "cliprange_high",
     "clip_ratio_low": "cliprange_low",
     "delta": "dual_clip",
+    "dynamic_filtering": "filter_groups",
+    "early_stopping_patience": "early_stopping_steps",
     "entropy_coeff": "entropy_coef",
     "entropy_loss_coef": "entropy_coef",
     "eps_clip": "cliprange",

@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from fastppo.config.best import check_best
 from fastppo.config.data import DATA_LISTS, DataKeys
 from fastppo.config.elsewhere import IGNORED, NOT_HERE, OLD_NAMES, REFUSED
 from fastppo.config.engine import EngineKeys, check_engine, with_importance_names
@@ -127,12 +128,7 @@ class Config(
         for name in ("reward_model_adapters", "reward_model_quantization_bit"):
             if getattr(self, name) is not None and kinds.count("full") != 1:
                 raise ValueError(f"{name}: {only_with_full(self, name, kinds)}")
-        if self.early_stopping_steps and self.stage == "ppo":
-            raise ValueError(
-                "early_stopping_steps: is stage rm's, whose evaluations have a best; use max_steps"
-            )
-        if self.early_stopping_steps and self.eval_strategy == "no":
-            raise ValueError("early_stopping_steps: counts evaluations; set eval_strategy: steps")
+        check_best(self)
         if self.lr_scheduler_type == "reduce_lr_on_plateau" and (
             self.stage == "ppo" or self.eval_strategy == "no"
         ):
@@ -144,8 +140,8 @@ class Config(
             if not getattr(self, name).strip():
                 raise ValueError(f"{name}: is empty; give it a value")
         check_roles(self)
-        for name in ("min_new_tokens", "min_response_length"):
-            if getattr(self, name) > self.max_new_tokens:
+        for name in ("min_new_tokens", "min_response_length", "overlong_buffer_len"):
+            if (getattr(self, name) or 0) > self.max_new_tokens:
                 raise ValueError(f"{name}: is above max_new_tokens; lower it")
         if self.stage == "ppo" and self.rollout_batch_size % self.num_generations:
             raise ValueError(

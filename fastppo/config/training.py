@@ -224,11 +224,20 @@ class LoggingKeys(Keys):
     early_stopping_steps: Positive | None = key(
         None,
         LF,
-        "In stage rm: stop after this number of evaluations without a better "
-        "metric_for_best_model.",
+        "Stop after this number of evaluations without a better metric_for_best_model.",
+    )
+    load_best_model_at_end: bool = key(
+        False,
+        HF,
+        "In stage ppo: also write a checkpoint after each evaluation that is the best so far, and "
+        "leave that policy in output_dir at the end.",
     )
     metric_for_best_model: str | None = key(
-        None, HF, "In stage rm, for early_stopping_steps: loss, accuracy or margin; null is loss."
+        None,
+        HF,
+        "By what evaluations are compared: in stage ppo reward, judge, win_rate or reward/NAME "
+        "(null is judge with eval_judge, else reward), in stage rm loss, accuracy or margin (null "
+        "is loss).",
     )
     greater_is_better: bool | None = key(
         None,

@@ -198,32 +198,36 @@ class MiniBatch:
     tokens: int
 
 
-def token_weights(lengths: Sequence[int], mode: str, max_new_tokens: int, /) -> list[float]:
+def token_weights(
+    lengths: Sequence[int], mode: str, max_new_tokens: int, /, *, left_out: int = 0
+) -> list[float]:
     """Loss weight of each sequence's tokens in an optimiser step, by verl's `loss_agg_mode`.
 
     The weights depend on the whole optimiser step, so that splitting it into micro-batches changes
-    only rounding.
+    only rounding. Means over sequences count the `left_out` ones as 0, as TRL's losses do.
     """
-    n = len(lengths)
+    n = len(lengths) + left_out
     return {
-        "token-mean": lambda: [1 / sum(lengths)] * n,
+        "token-mean": lambda: [1 / sum(lengths)] * len(lengths),
         "seq-mean-token-mean": lambda: [1 / (n * length) for length in lengths],
-        "seq-mean-token-sum": lambda: [1 / n] * n,
-        "seq-mean-token-sum-norm": lambda: [1 / (n * max_new_tokens)] * n,
+        "seq-mean-token-sum": lambda: [1 / n] * len(lengths),
+        "seq-mean-token-sum-norm": lambda: [1 / (n * max_new_tokens)] * len(lengths),
     }[mode]()
 
 
 def mini_batches(experience: Experience, config: Config, seed: int) -> list[MiniBatch]:
-    """One epoch's mini-batches: all rows of the rollout, shuffled by `seed`."""
+    """One epoch's mini-batches: the rollout's rows, shuffled by `seed`, but those left out."""
     generator = torch.Generator().manual_seed(seed)
     lengths = experience.scored.rollout.response_lengths
     order = torch.randperm(len(lengths), generator=generator).tolist()
     size = config.per_device_train_batch_size * config.gradient_accumulation_steps
     minis = []
     for start in range(0, len(order), size):
-        rows = order[start : start + size]
-        own = [lengths[row] for row in rows]
-        weights = token_weights(own, config.loss_agg_mode, config.max_new_tokens)
+        rows = [row for row in order[start : start + size] if row not in experience.left_out]
+        if not rows:
+            continue
+        own, out = [lengths[row] for row in rows], len(order[start : start + size]) - len(rows)
+        weights = token_weights(own, config.loss_agg_mode, config.max_new_tokens, left_out=out)
         minis.append(MiniBatch(rows, dict(zip(rows, weights, strict=True)), sum(own)))
     return minis
 

@@ -69,6 +69,22 @@ class RunningScore:
         return (score_B - (self.mean if centre else 0.0)) / (self.std + 1e-8)
 
 
+def overlong_penalty(
+    length_B: Tensor, *, max_new_tokens: int, buffer_len: int, factor: float
+) -> Tensor:
+    """What each response's score loses for ending in the last `buffer_len` tokens, float64 (B,).
+
+        factor * clip(length - (max_new_tokens - buffer_len), 0, buffer_len) / buffer_len
+
+    Args:
+        length_B: int64 (B,), tokens of each response, EOS included.
+
+    Source: Yu et al. 2025, DAPO, eq. 13; `apply_overlong_penalty` of OpenRLHF.
+    """
+    into_B = (length_B - (max_new_tokens - buffer_len)).clamp(0, buffer_len)
+    return factor * into_B.double() / buffer_len
+
+
 def shape_score(scored: Scored, config: Config, running: RunningScore) -> Tensor:
     """Scores (B,) after normalisation, clipping and penalties, in that order."""
     score_B, rollout = scored.score_B, scored.rollout
@@ -84,6 +100,13 @@ def shape_score(scored: Scored, config: Config, running: RunningScore) -> Tensor
     if config.missing_eos_penalty is not None:
         score_B = torch.where(ended_B, score_B, score_B - config.missing_eos_penalty)
     length_B = torch.tensor(rollout.response_lengths, device=score_B.device)
+    if config.overlong_buffer_len is not None:
+        score_B = score_B - overlong_penalty(
+            length_B,
+            max_new_tokens=config.max_new_tokens,
+            buffer_len=config.overlong_buffer_len,
+            factor=config.overlong_penalty_factor,
+        ).to(score_B.dtype)
     refused_B = length_B < config.min_response_length
     if config.penalise_no_eos:
         refused_B = refused_B | ~ended_B
@@ -94,13 +117,13 @@ def shape_score(scored: Scored, config: Config, running: RunningScore) -> Tensor
 def estimate(
     scored: Scored, config: Config, controller: KLController, running: RunningScore
 ) -> Experience:
-    """Advantages and returns of every response token; whitening uses the whole rollout.
+    """Advantages and returns of every response token; whitening uses all tokens that train.
 
     Without a critic the values are 0, so a token's return is the sum of the rewards from that token
     on. reinforce++ uses that return as the advantage; grpo and rloo compare the returns of whole
     responses.
     """
-    score_B = shape_score(scored, config, running)
+    score_B, left_out = shape_score(scored, config, running), rows_left_out(scored, config)
     by_response = config.advantage in ("grpo", "rloo")
     value_N, bootstrap_B = scored.value_N, None
     if value_N is None:
@@ -122,7 +145,7 @@ def estimate(
         lam=config.lam if config.has_critic else 1.0,
         bootstrap_value_B=bootstrap_B,
         whiten_rewards=config.ppo_whiten_rewards,
-        whiten_advantages=config.whitens_advantages and not by_response,
+        whiten_advantages=config.whitens_advantages and not (by_response or left_out),
     )
     advantage_N = result.advantage_N
     if by_response:
@@ -135,7 +158,8 @@ def estimate(
         advantage_N = advantage_B.repeat_interleave(
             scored.offsets.diff(), output_size=advantage_N.numel()
         )
-        advantage_N = whiten(advantage_N) if config.whitens_advantages else advantage_N
+    if config.whitens_advantages and (by_response or left_out):
+        advantage_N = whiten(advantage_N, weight_N=live_tokens(scored, left_out))
     importance_N = None
     if config.importance_mode is not None:
         lower, upper = config.importance_bounds
@@ -156,4 +180,27 @@ def estimate(
         kl_N=result.kl_N,
         kl_coef=controller.kl_coef,
         importance_weight_N=importance_N,
+        left_out=left_out,
     )
+
+
+def rows_left_out(scored: Scored, config: Config) -> frozenset[int]:
+    """Rows that no loss is computed on: with `mask_truncated_completions` the truncated ones.
+
+    They are all rows if `filter_groups` found no group whose scores differ.
+    """
+    sampled = scored.rollout.sampled
+    if sampled is not None and not sampled.kept:
+        return frozenset(range(len(scored.rollout.terminated)))
+    if not config.mask_truncated_completions:
+        return frozenset()
+    return frozenset(row for row, ended in enumerate(scored.rollout.terminated) if not ended)
+
+
+def live_tokens(scored: Scored, left_out: frozenset[int]) -> Tensor | None:
+    """Which tokens are of rows that are not left out, bool (N,); None if all are."""
+    if not left_out:
+        return None
+    live = [row not in left_out for row in range(len(scored.rollout.terminated))]
+    live_B = torch.tensor(live, device=scored.offsets.device)
+    return live_B.repeat_interleave(scored.offsets.diff(), output_size=scored.logprob_N.numel())

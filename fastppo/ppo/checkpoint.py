@@ -21,7 +21,7 @@ from fastppo.models.adapters import adapters_to_merge
 from fastppo.models.load import causal_lm
 from fastppo.models.value_head import VALUE_HEAD_FILE, value_head_state
 from fastppo.offload.activations import wrap
-from fastppo.ppo import evaluation, log
+from fastppo.ppo import best, evaluation, lines, log
 from fastppo.ppo.advantage import RunningScore
 from fastppo.run import durable, record, results, training_state
 from fastppo.run.agreement import check_agreement
@@ -81,7 +81,41 @@ def save_between_steps(state: State, output_dir: Path) -> None:
     """Write a checkpoint and the curves, and delete checkpoints past `save_total_limit`."""
     save_to_resume(state, output_dir)
     evaluation.draw_all(state, output_dir)
-    durable.keep_newest(output_dir, state.config.save_total_limit)
+    found = best.best(state.evaluations, state.config)
+    keep = found["step"] if found is not None and state.config.load_best_model_at_end else None
+    durable.keep_newest(output_dir, state.config.save_total_limit, keep)
+
+
+@torch.no_grad()
+def load_best(state: State, output_dir: Path) -> dict[str, Any] | None:
+    """With `load_best_model_at_end`, put the policy of the best evaluation in place of the last.
+
+    The last step's checkpoint is written first, so that an interrupted run resumes from it. The
+    evaluation's files are then those of the best policy; the log keeps the last one's.
+
+    Returns:
+        The numbers of summary.json, or None if the last policy is the best.
+    """
+    if not state.config.load_best_model_at_end:
+        return None
+    for found in best.ranked(state.evaluations, state.config):
+        folder = output_dir / f"checkpoint-{found['step']}"
+        if found["step"] == state.step:
+            return None
+        fault = durable.resume_fault(folder, hashes=True)
+        if fault is None:
+            break
+        lines.notes([f"{folder} was the best, but {fault}: the next best is taken"])
+    else:
+        return None
+    if state.saved_step != state.step:
+        save_to_resume(state, output_dir)
+    trained = training_state.read(folder)["trained"]
+    for parameter, value in zip(trainable_parameters(state), trained, strict=True):
+        parameter.copy_(value)
+    state.best_step = found["step"]
+    lines.notes([f"the policy of step {state.best_step} is the best of all that were evaluated"])
+    return evaluation.evaluate(state)
 
 
 def save_final(state: State, output_dir: Path) -> None:
@@ -119,6 +153,10 @@ MAY_CHANGE = {
     "eval_steps",
     "eval_max_samples",
     "eval_judge",
+    "early_stopping_steps",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "greater_is_better",
     "per_device_eval_batch_size",
     "report_to",
     "run_name",
@@ -158,10 +196,12 @@ STORED_IN_CHECKPOINT = {
 def settings(config: Config) -> dict[str, str]:
     """Key -> digest of its value, for the keys that steps depend on; digests hide URLs' secrets."""
     values = config.model_dump(mode="json", exclude=MAY_CHANGE)
-    return {
-        key: hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
-        for key, value in values.items()
-    }
+    return {key: digest(value) for key, value in values.items()}
+
+
+def digest(value: Any) -> str:
+    """A short hash of the value of a key."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def environment(state: State) -> dict[str, str]:
@@ -202,7 +242,10 @@ def check_same(state: State, saved: dict[str, Any], folder: Path) -> list[str]:
     """Check that `folder` can be resumed; returns the names of what has changed since then."""
     key = f"{state.config.source}: resume_from_checkpoint: {folder}"
     now, then = settings(state.config), saved["settings"]
-    changed = sorted(name for name in now if now[name] != then.get(name))
+    fields = type(state.config).model_fields
+    # A key that is newer than the checkpoint was as good as at its default.
+    new = {name: digest(fields[name].default) for name in now if name not in then}
+    changed = sorted(name for name in now if now[name] != {**then, **new}[name])
     for name in changed:
         if name in STORED_IN_CHECKPOINT:
             raise UserError(

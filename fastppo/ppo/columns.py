@@ -63,6 +63,13 @@ COLUMNS = {
     "loss_scale": "what the loss is multiplied by, after the step (with fp16)",
     "early_stopped": "1 where the step's epochs were cut short by target_kl",
     "response_tokens": "response tokens in the rollout",
+    "refills": "batches of prompts sampled after the step's first (with filter_groups)",
+    "groups_alike": "prompts left out, their responses all of one score (with filter_groups)",
+    "groups_trained": "prompts that the step trains on (with filter_groups)",
+    "sampled_responses": "all responses sampled, those left out too (with filter_groups)",
+    "sampled_tokens": "tokens of those responses (with filter_groups)",
+    "score_sampled": "mean score of those responses; score is of those the step trains on (with "
+    "filter_groups)",
     "update_tokens": "tokens that the update ran over in all its passes, prompts included",
     "guard_nonfinite": "1 where a loss or gradient was not finite",
     "guard_overflow": "1 where overflow_steps is above 0 (with fp16)",
@@ -143,6 +150,16 @@ IMPORTANCE_COLUMNS = {
 }
 
 
+FILTER_COLUMNS = {
+    "refills",
+    "groups_alike",
+    "groups_trained",
+    "sampled_responses",
+    "sampled_tokens",
+    "score_sampled",
+}
+
+
 def absent_columns(config: Config) -> set[str]:
     """Columns that are left out of this run's file, because they have no meaning in it."""
     absent = set() if config.has_critic else set(CRITIC_COLUMNS)
@@ -150,6 +167,8 @@ def absent_columns(config: Config) -> set[str]:
         absent.add("kl_loss")
     if config.ptx_dataset is None:
         absent.add("ptx_loss")
+    if not config.filter_groups:
+        absent |= FILTER_COLUMNS
     if not config.fp16:
         absent |= {"overflow_steps", "loss_scale", "guard_overflow"}
     if config.importance_mode is None:

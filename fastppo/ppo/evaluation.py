@@ -173,6 +173,8 @@ def summarise(state: State, compared: Comparison) -> dict[str, Any]:
     if before.judged is not None and after.judged is not None:
         summary["judge_before"] = mean(before.judged)
         summary["judge_after"] = mean(after.judged)
+    if state.best_step is not None:
+        summary["best_step"] = state.best_step
     for name in state.reward.extra_names:
         for when, answers in (("before", before), ("after", after)):
             summary[f"reward/{name}_{when}"] = mean_score(answers.reward_parts[name])
@@ -288,19 +290,21 @@ def report(state: State, compared: Comparison, summary: dict[str, Any]) -> dict[
     }
     if state.metrics.rows:
         metrics["epoch"] = state.metrics.rows[-1]["epoch"]
-    earlier = [each for each in state.evaluations if each["step"] != state.step]
-    state.evaluations = [*earlier, {**metrics, "step": state.step}]
+    if state.best_step is None:  # the best policy's evaluation is there already
+        earlier = [each for each in state.evaluations if each["step"] != state.step]
+        state.evaluations = [*earlier, {**metrics, "step": state.step}]
     if not state.world.main:
         return metrics
     folder = Path(state.config.output_dir)
     results.save_metrics(folder, "eval", metrics)
-    if state.config.trains:
+    if state.best_step is None and state.config.trains:
         log.log_entry(state, metrics)
-    title = f"Samples after {state.step} PPO steps" if state.step else "Samples"
+    steps = state.best_step or state.step
+    title = f"Samples after {steps} PPO steps" if steps else "Samples"
     rows = list(sample_rows(compared))
     samples.write(folder, title, metrics, rows)
     if state.tracker is not None:
-        state.tracker.log_samples(rows, state.step)
+        state.tracker.log_samples(rows, steps)
     return metrics
 
 
@@ -314,6 +318,8 @@ def sample_rows(compared: Comparison) -> Iterator[dict[str, Any]]:
             row[f"reward_{name}"] = answers.rewards[i]
             row[f"length_{name}"] = answers.lengths[i]
             row[f"terminated_{name}"] = answers.terminated[i]
+            if answers.judged is not None:
+                row[f"judge_{name}"] = answers.judged[i]
         row["outcome"] = samples.outcome(after.rewards[i], before.rewards[i])
         if prompt.reference is not None:
             row["label"] = prompt.reference
@@ -371,12 +377,14 @@ def write_results(state: State, records: Records) -> None:
         predict(state, held_out_prompts(state, records))
     if not state.world.main:
         return
-    metrics = {k: v for k, v in state.evaluations[-1].items() if k.startswith("eval_")}
+    steps = state.best_step or state.step
+    shown = next(each for each in reversed(state.evaluations) if each["step"] == steps)
+    metrics = {k: v for k, v in shown.items() if k.startswith("eval_")}
     origin = "held-out prompts" if state.eval_is_held_out else "prompts of the training set"
     card.write(
         folder,
         state.config,
-        steps=state.step,
+        steps=steps,
         metrics=metrics,
         held_out=f"{len(state.eval_prompts)} {origin}",
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerState
 
+from fastppo.ppo import best
 from fastppo.run import results
 
 if TYPE_CHECKING:
@@ -63,9 +64,22 @@ def write_trainer_state(state: State, folder: Path) -> None:
         save_steps=config.save_steps,  # type: ignore[arg-type]  # may be a share of the run
         train_batch_size=config.per_device_train_batch_size,
         num_train_epochs=config.num_train_epochs,  # type: ignore[arg-type]  # may be a fraction
-        num_input_tokens_seen=int(sum(row["response_tokens"] for row in rows)),
+        num_input_tokens_seen=tokens_sampled(state),
         log_history=log_history(state),
+        **best.trainer_state(state.evaluations, config, config.output_dir),
     ).save_to_json(str(folder / results.TRAINER_STATE))
+
+
+def responses_sampled(state: State) -> int:
+    """All responses that the run has sampled for training, those that were left out too."""
+    usual = state.config.rollout_batch_size
+    return int(sum(row.get("sampled_responses", usual) for row in state.metrics.rows))
+
+
+def tokens_sampled(state: State) -> int:
+    """All tokens of those responses."""
+    rows = state.metrics.rows
+    return int(sum(row.get("sampled_tokens", row["response_tokens"]) for row in rows))
 
 
 def read_evaluations(folder: Path) -> list[dict[str, Any]]:
@@ -80,7 +94,7 @@ def read_evaluations(folder: Path) -> list[dict[str, Any]]:
 def train_metrics(state: State) -> dict[str, Any]:
     """The metrics of `train_results.json`: speed, mean loss, and the reward of the last step."""
     rows, seconds = state.metrics.rows, max(state.seconds(), 1e-9)
-    count = state.step * state.config.rollout_batch_size
+    count = responses_sampled(state)
     metrics: dict[str, Any] = {
         "train_runtime": round(seconds, 2),
         "train_samples": count,

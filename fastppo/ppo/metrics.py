@@ -20,7 +20,7 @@ from fastppo.ppo.columns import COLUMNS, REWARD_COLUMN
 from fastppo.rewards.reward import mean_score
 from fastppo.run import plots
 from fastppo.run.durable import replace_atomically, write_text
-from fastppo.types import Experience
+from fastppo.types import Experience, Rollout
 
 if TYPE_CHECKING:
     from fastppo.config import Config
@@ -48,7 +48,7 @@ class Clock:
         yield
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()  # what was queued belongs to the phase that queued it
-        self.seconds[phase] = time.monotonic() - began
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - began
 
     def slowest(self, world: World) -> Clock:
         """Each phase's seconds in the process that it took longest in."""
@@ -124,6 +124,16 @@ class Totals:
         names = list(self.sums)
         values = torch.stack([self.sums[name].double() for name in names]).tolist()
         return dict(zip(names, values, strict=True))
+
+
+def sums_of_no_pass(config: Config, nonfinite_run: Tensor) -> Totals:
+    """The sums of an update that trains on no row: the policy stays as it is, so its ratio is 1."""
+    zero, one = torch.zeros_like(nonfinite_run), torch.ones_like(nonfinite_run)
+    names = ["clipped", "approx_kl", "policy_kl", "policy_loss"]
+    names += ["kl_loss"] if config.use_kl_loss else []
+    names += ["value_loss", "value_clipped"] if config.has_critic else []
+    sums = dict.fromkeys(names, zero) | dict.fromkeys(("count", "ratio", "ratio_max"), one)
+    return Totals({**sums, "nonfinite_run": nonfinite_run})
 
 
 def means(totals: Totals, *, passes: int, steps: int, early_stopped: bool) -> dict[str, float]:
@@ -210,13 +220,34 @@ def sampler_columns(experience: Experience, config: Config) -> dict[str, float]:
     }
 
 
+def columns_of_sampled(rollout: Rollout) -> dict[str, float]:
+    """Columns about what a step sampled besides its rollout; empty without `filter_groups`."""
+    sampled = rollout.sampled
+    if sampled is None:
+        return {}
+    return {
+        "refills": sampled.batches - 1,
+        "groups_alike": sampled.groups - sampled.differing,
+        "groups_trained": sampled.kept,
+        "sampled_responses": sampled.responses,
+        "sampled_tokens": sampled.tokens,
+        "score_sampled": sampled.score,
+    }
+
+
+def passes_over_prompts(state: State, sampled: Mapping[str, float]) -> float:
+    """Passes over the prompts so far, those of refills included."""
+    refills = sum(row.get("refills", 0) for row in [*state.metrics.rows, sampled])
+    return (state.step + refills) * state.config.prompts_a_step / len(state.prompts)
+
+
 def step_row(
     state: State, experience: Experience, learned: dict[str, float], clock: Clock
 ) -> dict[str, float]:
     """The step's row of training_metrics.csv, by the names of `fastppo.ppo.columns.COLUMNS`."""
     scored, config = experience.scored, state.config
     rollout = scored.rollout
-    sequences = len(rollout.prompts)
+    sequences, sampled = len(rollout.prompts), columns_of_sampled(rollout)
     length_B = torch.tensor(rollout.response_lengths, device=scored.score_B.device).float()
     gap_N = rollout.sampler_logprob_N - scored.logprob_N
     # The rate of a role's first group; with LoRA+ its second group has a multiple of it.
@@ -224,7 +255,7 @@ def step_row(
     parts = {name: mean_score(scored.reward_parts[name]) for name in state.reward.extra_names}
     return {
         "step": state.step,
-        "epoch": state.step * (sequences // config.num_generations) / len(state.prompts),
+        "epoch": passes_over_prompts(state, sampled),
         "score": scored.score_B.mean().item(),
         "score_std": spread(scored.score_B),
         **{f"reward/{name}": mean for name, mean in parts.items() if mean is not None},
@@ -247,10 +278,11 @@ def step_row(
         "grad_norm_actor": 0.0,  # if only the critic trained
         **critic_columns(experience, rates),
         **sampler_columns(experience, config),
+        **sampled,
         **({"ptx_loss": 0.0} if state.ptx is not None else {}),
         **learned,
         **clock.slowest(state.world).columns(
-            sum(rollout.response_lengths), learned["update_tokens"]
+            sampled.get("sampled_tokens", sum(rollout.response_lengths)), learned["update_tokens"]
         ),
     }
 
@@ -309,8 +341,8 @@ class MetricsWriter:
     def cells(self, row: Mapping[str, float]) -> list[str]:
         """The cells of a row, in the order of the columns.
 
-        A cell is empty for a reward that did not apply, and for a column that the version did not
-        have that wrote the row's checkpoint.
+        A cell is empty for a reward that did not apply, and in a row from before a resume for what
+        the run did not have then.
         """
         names = [*self.columns, *self.reward_columns]
         return [_number(row[name]) if name in row else "" for name in names]

@@ -34,10 +34,16 @@ if TYPE_CHECKING:
     from fastppo.templates import Template
 
 
-def next_prompts(state: State) -> list[Prompt]:
-    """The prompts of the next step, each repeated `num_generations` times."""
-    copies = range(state.config.num_generations)
-    return [state.prompts[i] for i in state.prompt_order(state.step) for _ in copies]
+def next_prompts(state: State, ahead: int = 0) -> list[Prompt]:
+    """The prompts of the next step, each repeated `num_generations` times.
+
+    With `filter_groups` they are those after all that earlier steps have read, and `ahead` is the
+    number of batches that the step itself has read. What earlier steps have read follows from the
+    rows of metrics, which a checkpoint holds: a resumed run reads on where it stopped.
+    """
+    refills = sum(int(row.get("refills", 0)) for row in state.metrics.rows)
+    batch, copies = state.step + refills + ahead, range(state.config.num_generations)
+    return [state.prompts[i] for i in state.prompt_order(batch) for _ in copies]
 
 
 def own_rows(state: State, rows: int) -> slice:

@@ -93,6 +93,7 @@ class State:
     )  # state of the random number generators after `step` steps
     stop: Stop = field(default_factory=Stop)
     world: World = ALONE  # the processes of the run; one alone unless torchrun started more
+    best_step: int | None = None  # of the policy that load_best_model_at_end has put back
     saved_step: int = -1  # the step of the last checkpoint that this run wrote
     sample: tuple[str, str, float] | None = None  # prompt, response and score, of the last rollout
 

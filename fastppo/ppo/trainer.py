@@ -11,9 +11,10 @@ from fastppo.errors import Interrupted
 from fastppo.memory.auto import advice_on_failure
 from fastppo.memory.retry import retry
 from fastppo.models.batch import largest_micro_batch
-from fastppo.ppo import checkpoint, evaluation, guards, lines, log
+from fastppo.ppo import best, checkpoint, evaluation, guards, lines, log
 from fastppo.ppo.advantage import estimate
 from fastppo.ppo.engine import EngineLost, closing
+from fastppo.ppo.filter_groups import refill
 from fastppo.ppo.metrics import Clock, step_row
 from fastppo.ppo.observer import Observer
 from fastppo.ppo.rollout import next_prompts, own_rows, sample, settings
@@ -50,6 +51,9 @@ def step_update(state: State) -> State:
             with clock("score"), world.together():
                 rollout = roles.with_states(rollout)
                 rewards = state.score_rollout(rollout, own.start)  # no retry
+            if config.filter_groups:
+                rollout, rewards = refill(state, (rollout, rewards), seed, clock)
+            with clock("score"):
                 used = partial(largest_micro_batch, rollout, budgets.scoring)
                 scored = retry("score", budgets, used=used)(score)(
                     roles,
@@ -83,7 +87,7 @@ def step_update(state: State) -> State:
     row = step_row(state, experience, learned, clock)
     row |= guards.flags(rows, row, config, roles.product_precision)
     if train_actor:  # during critic_warmup the KL is 0 for any beta
-        state.controller.update(row["kl_controlled"], len(prompts))
+        state.controller.update(row["kl_controlled"], len(experience.score_B))
     if row["optimizer_steps"] or not row.get("overflow_steps"):  # as in transformers
         state.scheduler.step()
     state.metrics.add(row)
@@ -101,7 +105,7 @@ def train(state: State, output_dir: Path, observer: Observer) -> None:
     if evaluation.is_due(state):
         evaluation.evaluate_between_steps(state, observer)
     with live.LiveView(state.config, state.total_steps, state.step) as view:
-        while state.step < state.total_steps and not observer.stops:
+        while state.step < state.total_steps and not (observer.stops or best.stops_early(state)):
             observer.step_begin(state)
             state = step_update(state)
             due = observer.step_end(state)
@@ -113,7 +117,7 @@ def train(state: State, output_dir: Path, observer: Observer) -> None:
                 observer.logged(state)
             if due.evaluate:
                 evaluation.evaluate_between_steps(state, observer)
-            if due.save:
+            if due.save or best.is_new_best(state):
                 world.on_main(checkpoint.save_between_steps, state, output_dir)
                 observer.saved(state)
     state.stop.check()
@@ -141,6 +145,7 @@ def fit(state: State, records: Records, start: durable.Start, observer: Observer
                 train(state, output_dir, observer)
                 summary = evaluation.evaluate(state)
                 observer.evaluated(state)
+                final = checkpoint.load_best(state, output_dir) or summary
                 state.world.on_main(checkpoint.save_final, state, output_dir)
                 evaluation.write_results(state, records)
             except Interrupted as stop:
@@ -148,5 +153,5 @@ def fit(state: State, records: Records, start: durable.Start, observer: Observer
             except EngineLost as lost:
                 raise checkpoint.save_what_is_done(state, lost, output_dir) from None
         evaluation.close_trackers(state, summary)
-        lines.last_lines(state, summary)
+        lines.last_lines(state, final)
         observer.train_end(state)

@@ -28,7 +28,7 @@ from fastppo.models.batch import (
 from fastppo.models.scaler import current_scale, overflows
 from fastppo.ops import PolicyLoss, PolicyLossConfig, linear_policy_loss, value_loss
 from fastppo.ppo.guards import check_first_pass
-from fastppo.ppo.metrics import Totals, means
+from fastppo.ppo.metrics import Totals, means, sums_of_no_pass
 from fastppo.ppo.ptx import ptx_backward
 from fastppo.run.world import ALONE, World
 from fastppo.seeds import seed_of
@@ -228,10 +228,11 @@ def release(optimizer: torch.optim.Optimizer, kept: Kept | None) -> None:
 def shares_first_pass(config: Config, budgets: Budgets) -> bool:
     """Whether the update can use scoring's forward as its first one.
 
-    It can if both run the same micro-batches: an epoch is one optimiser step, and scoring and
-    update have the same budget.
+    It can if both run the same micro-batches: an epoch is one optimiser step of all rows, and
+    scoring and update have the same budget.
     """
-    return config.ppo_buffer_size == 1 and budgets.update == budgets.scoring
+    whole = config.ppo_buffer_size == 1 and not config.mask_truncated_completions
+    return whole and budgets.update == budgets.scoring
 
 
 def clip_and_step(
@@ -326,6 +327,9 @@ def update(
     limit = config.max_bad_steps or math.inf
     seeds = [seed_of(seed, "mini-batches", epoch) for epoch in range(config.ppo_epochs)]
     minis = [mini for each in seeds for mini in mini_batches(experience, config, each)]
+    passes = 0
+    if not minis:  # all rows are left out
+        totals = sums_of_no_pass(config, bad_run)
     for passes, mini in enumerate(minis, 1):
         tokens += sum(lengths[row] for row in mini.rows)
         optimizer.zero_grad(set_to_none=True)

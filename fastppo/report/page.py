@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
 from fastppo import __version__
 from fastppo.ppo.columns import COLUMNS, WHAT_TO_LOOK_FOR
 from fastppo.report import panels
+from fastppo.report.audit import audit
 from fastppo.report.charts import COLOURS, Line, chart
 from fastppo.report.read import Run
 from fastppo.report.style import STYLE
@@ -36,6 +37,7 @@ def page(run: Run) -> str:
         f"<style>{STYLE}</style></head><body><main>",
         *head(run, name),
         *section("Warnings", warnings(run)),
+        *section("Audit", audited(run)),
         *section("Curves", curves(run)),
         *section(before_title(run), evaluation(run)),
         *section("Samples", samples(run)),
@@ -176,13 +178,7 @@ def curves(run: Run) -> Iterator[str]:
 
 def figure(panel: panels.Panel, lines: list[Line], drawn: str) -> Iterator[str]:
     """A chart with its title, last values, the meaning of its columns and what to do."""
-    yield f"<figure><figcaption>{text(panel.title)}</figcaption>{drawn}"
-    entries = [
-        f'<span><i class="c{i % COLOURS}"></i>{text(line.label)} '
-        f"<b>{number(float(line.y[-1]))}</b></span>"
-        for i, line in enumerate(lines)
-    ]
-    yield f'<p class="legend">{"".join(entries)}</p>'
+    yield f"<figure><figcaption>{text(panel.title)}</figcaption>{drawn}{legend(lines)}"
     meanings = [
         f"<code>{name}</code>: {text(COLUMNS[name])}"
         for name in panel.columns
@@ -194,6 +190,35 @@ def figure(panel: panels.Panel, lines: list[Line], drawn: str) -> Iterator[str]:
         title = "what it means, what to look for"
         yield f"<details><summary>{title}</summary><ul>{items}</ul></details>"
     yield "</figure>"
+
+
+def audited(run: Run) -> Iterator[str]:
+    """Whether the policy exploits its reward: the verdict, and each sign in words and a picture."""
+    if run.stage != "ppo" or not run.rows:
+        return
+    found = audit(run)
+    kind = "bad" if found.exploited else "plain" if found.found else "good"
+    yield f'<p class="status {kind}">{text(found.verdict)}</p><div class="figures">'
+    for sign in found.signs:
+        said = {True: "found", False: "not found", None: "not known"}[sign.found]
+        status = "bad" if sign.found else "dim"
+        yield f"<figure><figcaption>{text(sign.title)}: "
+        yield f'<span class="{status}">{said}</span></figcaption>'
+        if sign.lines:
+            yield chart(sign.title, sign.lines)
+            yield legend(sign.lines)
+        yield f"<p>{text(sign.words)}</p></figure>"
+    yield "</div>"
+
+
+def legend(lines: Sequence[Line]) -> str:
+    """The lines of a chart with their colours and last values."""
+    entries = [
+        f'<span><i class="c{i % COLOURS}"></i>{text(line.label)} '
+        f"<b>{number(float(line.y[-1]))}</b></span>"
+        for i, line in enumerate(lines)
+    ]
+    return f'<p class="legend">{"".join(entries)}</p>'
 
 
 def before_title(run: Run) -> str:

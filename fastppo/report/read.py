@@ -7,7 +7,7 @@ import json
 import math
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Run:
         evaluation: eval_results.json.
         samples: responses of policy and reference to held-out prompts.
         remarks: what could not be read, and why.
+        evaluations: the log's entries of evaluations; `current_steps` is the step.
     """
 
     folder: Path
@@ -42,6 +43,7 @@ class Run:
     evaluation: dict[str, Any]
     samples: list[dict[str, Any]]
     remarks: list[str]
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def stage(self) -> str:
@@ -83,6 +85,7 @@ def read_run(folder: Path) -> Run:
         # Those of an earlier run stay until this one has evaluated.
         samples=read_jsonl(folder / SAMPLES) if evaluation else [],
         remarks=remarks,
+        evaluations=[each for each in log if "eval_reward" in each],
     )
 
 

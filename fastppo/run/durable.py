@@ -154,11 +154,12 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return [path for _, path in sorted((int(m[1]), path) for m, path in numbered if m)]
 
 
-def keep_newest(output_dir: Path, limit: int | None) -> None:
-    """Delete the oldest checkpoint-N past `save_total_limit`."""
+def keep_newest(output_dir: Path, limit: int | None, keep: int | None = None) -> None:
+    """Delete the oldest checkpoint-N past `save_total_limit`, but not that of the step `keep`."""
     if limit is not None:
         for path in checkpoints(output_dir)[:-limit]:
-            remove(path)
+            if path.name != f"checkpoint-{keep}":
+                remove(path)
 
 
 def resume_fault(folder: Path, *, hashes: bool) -> str | None:

@@ -63,8 +63,6 @@ ELSEWHERE: dict[str, str] = {
 HERE: dict[str, tuple[Class, str]] = {
     "activation_checkpointing": ("mapped", "activation_offloading"),
     "gradient_checkpointing": ("mapped", "activation_offloading"),
-    "metric_for_best_model": ("mapped", "for callbacks, such as EarlyStoppingCallback"),
-    "greater_is_better": ("mapped", "for callbacks, such as EarlyStoppingCallback"),
     "do_train": ("harmless", "call train()"),
     "do_eval": ("harmless", "call evaluate()"),
     "do_predict": ("harmless", "call generate_completions()"),
@@ -168,6 +166,10 @@ class _PPOArguments(TrainingArguments):
         super().__post_init__()  # type: ignore[no-untyped-call]
         if raw["eval_steps"] is None and raw["logging_steps"] == DEFAULTS["logging_steps"]:
             self.eval_steps = EVAL_STEPS  # and not each step, as TrainingArguments makes it
+        if raw["load_best_model_at_end"] and raw["metric_for_best_model"] is None:
+            # TrainingArguments takes the loss, which no evaluation of PPO has.
+            self.metric_for_best_model = "judge" if raw["eval_judge"] is not None else "reward"
+            self.greater_is_better = raw["greater_is_better"] is not False
         self.world_size = 1  # type: ignore[misc]  # a field here
         for name, field in OWN.items():
             if name not in BY_ARGUMENTS:

@@ -68,12 +68,12 @@ class CallbackObserver(Observer):
 
     def sync(self, state: State) -> None:
         """Bring the TrainerState up to date with the run."""
-        rows, config = state.metrics.rows, state.config
+        rows = state.metrics.rows
         self.state.global_step = state.step
         self.state.max_steps = state.total_steps
-        self.state.episode = state.step * config.rollout_batch_size
+        self.state.episode = log.responses_sampled(state)
         self.state.epoch = rows[-1]["epoch"] if rows else 0
-        self.state.num_input_tokens_seen = int(sum(row["response_tokens"] for row in rows))
+        self.state.num_input_tokens_seen = log.tokens_sampled(state)
         self.state.log_history = log.log_history(state)
 
     def train_begin(self, state: State) -> None:

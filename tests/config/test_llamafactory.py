@@ -322,7 +322,7 @@ def test_logging_saving_and_evaluating_follow_their_keys():
         ({"save_steps": 2.5}, "save_steps: above 1 it is a count of steps"),
         ({"warmup_steps": 2.5}, "warmup_steps: above 1 it is a count of steps"),
         ({"report_to": "wandb,mlflow"}, "report_to: 'mlflow' is none of tensorboard"),
-        ({"early_stopping_steps": 2}, "early_stopping_steps: is stage rm's"),
+        ({"early_stopping_steps": 2}, "early_stopping_steps: counts evaluations; set eval_str"),
         ({"save_steps": 0}, "save_steps: 0 is wrong; it should be greater than 0"),
     ],
 )

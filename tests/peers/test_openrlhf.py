@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from fastppo import ops
 from fastppo.ops import losses
+from fastppo.ppo.advantage import overlong_penalty
 from tests.peers import theirs
 from tests.peers.theirs import assert_same_loss
 
@@ -154,3 +157,23 @@ def test_their_gae_steps_through_holes():
     ours, _ = ops.gae(torch.tensor([0.0, 8.0]), torch.zeros(2), offsets_of(mask), lam=0.5)
     assert ours.tolist() == [4.0, 8.0]
     assert want[0, [0, 2]].tolist() == [2.0, 8.0]
+
+
+def test_overlong_penalty():
+    """Lengths before and in the buffer, past max_new_tokens too; buffer and factor at random."""
+    apply = theirs.openrlhf_length_penalty()
+    generator = torch.Generator().manual_seed(0)
+
+    def whole(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    for _ in range(theirs.ROUNDS):
+        most = whole(1, 40)
+        buffer_len, factor = whole(1, most), whole(0, 30) / 10
+        length_B = torch.randint(1, most + 3, (7,), generator=generator)
+        reward_B = torch.randn(7, generator=generator, dtype=torch.float64)
+        experience = SimpleNamespace(response_length=length_B, rewards=reward_B.clone())
+        count = apply([experience], most, buffer_len, factor)
+        ours = overlong_penalty(length_B, max_new_tokens=most, buffer_len=buffer_len, factor=factor)
+        torch.testing.assert_close(reward_B - ours, experience.rewards, rtol=0, atol=1e-12)
+        assert count == (length_B > most - buffer_len).sum()

@@ -10,6 +10,7 @@ import torch
 
 from fastppo import ops
 from fastppo.config import config_from_dict
+from fastppo.models.batch import token_weights
 from fastppo.ops import losses
 from tests.peers import theirs
 from tests.peers.theirs import BETA, CLIP, GRPO_LOSSES, HIGH, LENGTH, LOW, Batch, assert_same_loss
@@ -106,6 +107,34 @@ def test_two_sided_clip_and_corrected_kl():
             ),
             lambda x, b=b: trl_loss(x, b, "dapo", "token", delta=1.5, use_bias_correction_kl=True),
             b.logprob,
+        )
+
+
+@pytest.mark.parametrize(("kind", "level"), [k for k in GRPO_LOSSES if k[1] == "token"])
+def test_the_loss_of_grpo_trainer_without_truncated_responses(kind, level):
+    """mask_truncated_completions: GRPOTrainer sets their mask to 0; ours leaves their rows out."""
+    loss, mode = GRPO_LOSSES[kind, level]
+    for b in theirs.batches(holes=False):
+        ended_B = torch.arange(len(b.mask)) % 3 != 1
+        masked = b._replace(mask=b.mask * ended_B[:, None])
+        lengths = [int(n) for n in b.mask.sum(1)[ended_B]]
+        out = int((~ended_B).sum())
+        weight_B = torch.zeros(len(b.mask), dtype=torch.float64)
+        weight_B[ended_B] = torch.tensor(
+            token_weights(lengths, mode, LENGTH, left_out=out), dtype=torch.float64
+        )
+        assert_same_loss(
+            lambda x, b=b, w=weight_B: (
+                w[:, None]
+                * b.mask
+                * (
+                    loss(x, b.old_logprob, b.group, b.mask).loss
+                    + BETA * losses.kl(x, b.ref_logprob, b.mask)
+                )
+            ).sum(),
+            lambda x, b=masked: trl_loss(x, b, kind, level),
+            b.logprob,
+            1e-7 if kind == "sapo" else 1e-9,
         )
 
 

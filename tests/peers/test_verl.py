@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from examples.gsm8k.reward import exact
 from fastppo import ops
 from fastppo.ops import losses
+from fastppo.ppo.filter_groups import groups_that_differ
 from tests.peers import theirs
 from tests.peers.theirs import ActorConfig, Batch, assert_same_loss
 
@@ -267,3 +269,31 @@ def test_advantages_by_group(kind):
             )
         ours = losses.group_advantages(reward, 3, kind=kind, eps=1e-6)
         torch.testing.assert_close(ours, want[:, 0].double())
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_filter_groups(size):
+    """The groups that verl's replay buffer would drop, on rewards of which many are the same."""
+    generator = torch.Generator().manual_seed(size)
+    for _ in range(theirs.ROUNDS):
+        # Quarters: numpy's deviation of equal ones is exactly 0, as their test of it asks for.
+        score_B = torch.randint(3, (5 * size,), generator=generator) / 4
+        groups = score_B.view(-1, size).tolist()
+        dropped = theirs.verl_filtered_groups({str(i): group for i, group in enumerate(groups)})
+        kept = {row // size for row in groups_that_differ(score_B, size)}
+        assert {str(i) for i in range(5)} - dropped == {str(i) for i in kept}
+
+
+def test_the_rule_of_gsm8k():
+    """compute_score of verl on texts with and without marks, commas, points, signs and long tails."""
+    score = theirs.verl_gsm8k()
+    heads = ["", "#### 3 ", "####", "#### "]
+    numbers = ["7", "-7", "1,000", "1000", "0.5", "$7", ".", "7.", "seven"]
+    tails = ["", ".", " apples", "x" * 290, "x" * 310]
+    texts = [
+        f"{a}{mark}{n}{b}" for a in heads for mark in ("", "#### ") for n in numbers for b in tails
+    ]
+    for right in ("7", "-7", "1000", "0.5", "3", "7."):
+        ours = exact(completions=texts, answer=[right] * len(texts))
+        assert ours == [score(text, right) for text in texts]
+        assert 0 < sum(ours) < len(texts)

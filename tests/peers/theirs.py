@@ -7,8 +7,11 @@ use (ray, deepspeed, configuration classes) is a stub. Where a peer is not insta
 
 from __future__ import annotations
 
+import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +36,47 @@ def verl_correction() -> Any:
     """verl.trainer.ppo.rollout_corr_helper."""
     verl()
     return peers.load("verl", "verl.trainer.ppo.rollout_corr_helper")
+
+
+def verl_filtered_groups(score_by_uid: dict[str, list[float]]) -> set[str]:
+    """The groups that verl's ReplayBuffer filters out: prompt -> the rewards of its responses.
+
+    The rewards come from a queue, of which the stub holds what is asked for.
+    """
+    buffer = verl_replay_buffer()
+    rewards = {
+        f"{uid}_{session}_0": torch.tensor([0.0, reward], dtype=torch.float64)
+        for uid, scores in score_by_uid.items()
+        for session, reward in enumerate(scores)
+    }
+    sys.modules["transfer_queue"].kv_batch_get = (  # type: ignore[attr-defined]
+        lambda keys, **_: {"rm_scores": [rewards[key] for key in keys]}
+    )
+    held = SimpleNamespace(
+        filter_groups_metric="reward",
+        finished_keys={"train": set(score_by_uid)},
+        partitions={"train": dict.fromkeys(rewards)},
+        _dapo_classification_cache=defaultdict(dict),
+    )
+    found: set[str] = buffer._dapo_filtered_keys(held, "train")[0]
+    return found
+
+
+@cache
+def verl_gsm8k() -> Callable[[str, str], float]:
+    """verl's `compute_score` of GSM8K."""
+    found: Any = peers.load("verl", "verl.utils.reward_score.gsm8k")
+    return found.compute_score  # type: ignore[no-any-return]
+
+
+@cache
+def verl_replay_buffer() -> Any:
+    """verl.trainer.ppo.v1.replay_buffer.ReplayBuffer."""
+    verl()
+    stub("transfer_queue", KVBatchMeta=object)
+    stub("verl.utils.skip", SkipManager=SimpleNamespace(annotate_tq=lambda *_, **__: lambda x: x))
+    with in_place_of("omegaconf", DictConfig=object):
+        return peers.load("verl", "verl.trainer.ppo.v1.replay_buffer").ReplayBuffer
 
 
 @cache
@@ -66,6 +110,19 @@ def openrlhf_gae() -> Callable[..., Any]:
         module = peers.load("openrlhf", "openrlhf.trainer.ppo_utils.experience_maker")
     (maker,) = (x for x in vars(module).values() if hasattr(x, "get_advantages_and_returns"))
     return lambda *given: maker.get_advantages_and_returns(None, *given)
+
+
+@cache
+def openrlhf_length_penalty() -> Callable[..., int]:
+    """OpenRLHF's `apply_overlong_penalty`; its module is a stub where the GAE alone is loaded."""
+    stub("openrlhf.utils.logging_utils", init_logger=lambda *_: None)
+    name = "openrlhf.trainer.ppo_utils.length_penalty"
+    held = sys.modules.pop(name, None)
+    module = peers.load("openrlhf", name)
+    if held is not None:
+        sys.modules[name] = held
+    found: Callable[..., int] = module.apply_overlong_penalty
+    return found
 
 
 @cache

@@ -8,15 +8,9 @@ from itertools import product
 import pytest
 import torch
 
-from fastppo.models.batch import Budget, batches, make_batch
+from fastppo.models.batch import Budget, batches, make_batch, token_weights
 from fastppo.ops import PolicyLossConfig, head
-from fastppo.ppo.update import (
-    Totals,
-    forward_backward,
-    mini_batches,
-    policy_loss_config,
-    token_weights,
-)
+from fastppo.ppo.update import Totals, forward_backward, mini_batches, policy_loss_config
 from tests.tiers import slow_unless
 
 MODES = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]

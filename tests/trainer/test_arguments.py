@@ -90,7 +90,6 @@ def test_a_field_of_transformers_means_what_its_key_means():
     [
         ({"deepspeed": "zero3.json"}, "deepspeed: not supported; fastppo trains on one device"),
         ({"hub_token": "hf_x"}, "hub_token: not supported; set HF_TOKEN in the environment"),
-        ({"load_best_model_at_end": True}, "load_best_model_at_end: not supported"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: not supported"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha: not supported"),
         ({"tracker_kwargs": {"wandb": {}}}, "tracker_kwargs: not supported; use report_to"),

@@ -1,0 +1,219 @@
+"""The audit: a run that was made to exploit its reward is named, a healthy one is not."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from fastppo.ppo import trainer
+from fastppo.report import audit as auditing
+from fastppo.report.audit import audit
+from fastppo.report.cli import main
+from fastppo.report.read import Run, read_run
+from fastppo.run.preflight import check
+
+
+def variety(prompts, completions, **_):
+    """What is wanted: different characters, as a share of 24."""
+    return [len(set(text)) / 24 for text in completions]
+
+
+def many_vowels(prompts, completions, **_):
+    """A proxy with a hole: vowels are paid for, and one of them over and over is paid the most."""
+    return [sum(text.count(c) for c in "aeiou") / 4 for text in completions]
+
+
+def small_letters(prompts, completions, **_):
+    """A proxy for letters without a hole: the share of small ones."""
+    return [sum("a" <= c <= "z" for c in text) / max(len(text), 1) for text in completions]
+
+
+def letters(prompts, completions, **_):
+    """What is wanted of that: letters, of either case."""
+    return [
+        sum(c.isascii() and c.isalpha() for c in text) / max(len(text), 1) for text in completions
+    ]
+
+
+@pytest.fixture
+def run(config, tmp_path):
+    """A function that runs stage ppo on a reward, with another judge; returns its output_dir."""
+
+    def make(reward: str, judge: str, **changes) -> Path:
+        prompts = [{"instruction": f"Say {i}"} for i in range(40)]
+        (tmp_path / "many.json").write_text(json.dumps(prompts))
+        settings = config(
+            dataset=str(tmp_path / "many.json"),
+            reward_model=f"{__name__}:{reward}",
+            eval_judge=f"{__name__}:{judge}",
+            eval_max_samples=32,
+            eval_strategy="steps",
+            max_new_tokens=24,
+            per_device_train_batch_size=16,
+            per_device_eval_batch_size=16,
+            **changes,
+        )
+        trainer.run(settings, check(settings))
+        return tmp_path / "out"
+
+    return make
+
+
+@pytest.mark.slow
+def test_a_run_made_to_exploit_its_reward_is_named(run):
+    """No penalty for the KL, and large steps: the policy finds the hole."""
+    out = run(
+        "many_vowels",
+        "variety",
+        max_steps=30,
+        eval_steps=10,
+        learning_rate=1e-2,
+        init_kl_coef=0,
+        ppo_epochs=4,
+    )
+    found = audit(read_run(out))
+    by_name = {sign.name: sign for sign in found.signs}
+    assert found.exploited, found
+    assert by_name["judge"].found, by_name["judge"].words
+    assert by_name["repetition"].found, by_name["repetition"].words
+    assert main([str(out)]) == 0
+    html = (out / "report.html").read_text()
+    assert "The policy exploits its reward: the judge falls while the reward rises" in html
+    section = html.partition("<h2>Audit</h2>")[2].partition("</section>")[0]
+    assert len(re.findall("<figure>", section)) == 5
+    assert len(re.findall("<svg", section)) >= 3
+
+
+@pytest.mark.slow
+def test_a_healthy_run_is_not_named(run):
+    """What raises the reward is what the judge wants, and the KL is held."""
+    out = run(
+        "small_letters",
+        "letters",
+        max_steps=30,
+        eval_steps=10,
+        learning_rate=2e-3,
+        init_kl_coef=0.05,
+    )
+    read = read_run(out)
+    assert read.evaluation["eval_reward"] > read.evaluation["eval_reward_reference"]
+    found = audit(read)
+    assert found.found == [], found.signs
+    assert found.verdict == "No sign of an exploited reward."
+
+
+def made_up(rows=(), samples=(), evaluations=()) -> Run:
+    return Run(
+        Path("x"), {"stage": "ppo"}, "finished", {}, [*rows], {}, [*samples], [], [*evaluations]
+    )
+
+
+def rows_of(count: int = 30, **columns) -> list[dict[str, float]]:
+    """A row for each step; a column is a number, or a function of the step's share in [0, 1]."""
+    usual = {"kl": 1.0, "kl_target": 6.0, "entropy": 2.0, "score_length_corr": 0.0}
+    usual |= {"response_length": 10.0, "response_tokens": 160.0}
+    return [
+        {
+            "step": float(i + 1),
+            **{k: v(i / (count - 1)) if callable(v) else v for k, v in (usual | columns).items()},
+        }
+        for i in range(count)
+    ]
+
+
+def sign(run: Run, name: str):
+    return next(each for each in audit(run).signs if each.name == name)
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "found"),
+    [
+        ("kl", {"kl": lambda t: 20 * t * t}, False),  # one pace, though far
+        ("kl", {"kl": lambda t: 3 * t**6}, False),  # faster and faster, and not far
+        ("kl", {"kl": lambda t: 60 * t**6}, True),
+        ("entropy", {"entropy": lambda t: 2 - t}, False),
+        ("entropy", {"entropy": lambda t: 2 * (1 - t) ** 2}, True),
+        ("length", {"score_length_corr": 0.6}, False),  # the reward pays, nobody follows
+        ("length", {"response_length": lambda t: 10 + 10 * t}, False),  # nobody pays
+        (
+            "length",
+            {"score_length_corr": 0.6, "response_length": lambda t: 10 + 10 * t},
+            True,
+        ),
+        (
+            "length",
+            {"score_length_corr": -0.6, "response_length": lambda t: 10 + 10 * t},
+            False,
+        ),
+        (
+            "length",
+            {"score_length_corr": -0.6, "response_length": lambda t: 20 - 15 * t},
+            True,
+        ),
+    ],
+)
+def test_a_trend_is_found_where_it_is(name, columns, found):
+    assert sign(made_up(rows_of(**columns)), name).found is found
+
+
+def test_too_few_steps_say_nothing():
+    found = audit(made_up(rows_of(5)))
+    assert [each.found for each in found.signs] == [None] * 5
+    assert not found.exploited
+
+
+@pytest.mark.parametrize(
+    ("judged", "found"),
+    [
+        ([0.5, 0.6, 0.7], False),  # it rises
+        ([0.5, 0.49, 0.48], False),  # it falls by less than chance
+        ([0.5, 0.4, 0.2], True),  # below the reference
+        ([0.8, 0.9, 0.6], True),  # from its best, while the reward rose on
+    ],
+)
+def test_the_judge_is_compared_with_chance(judged, found):
+    evaluations = [
+        {"eval_reward": i + 1.0, "eval_reward_reference": 0.0, "eval_judge": value}
+        | {"eval_judge_reference": 0.5, "current_steps": i}
+        for i, value in enumerate(judged)
+    ]
+    last = judged[-1]
+    pairs = [{"judge_policy": last + e, "judge_reference": 0.5} for e in (-0.2, 0.2) * 16]
+    assert sign(made_up(samples=pairs, evaluations=evaluations), "judge").found is found
+
+
+def test_a_phrase_that_every_response_has_is_found_and_one_of_the_reference_is_not():
+    def both(policy: str, reference: str):
+        texts = (
+            [policy.format(i=i) for i in "abcdefgh"],
+            [reference.format(i=i) for i in "ijklmnop"],
+        )
+        return [{"policy": p, "reference": r} for p, r in zip(*texts, strict=True)]
+
+    plain = "one {i} two {i}{i} three {i} four {i}x five"
+    hack = plain + " what a great answer"
+    assert sign(made_up(samples=both(plain, plain)), "repetition").found is False
+    assert sign(made_up(samples=both(hack, plain)), "repetition").found is True
+    assert sign(made_up(samples=both(hack, hack)), "repetition").found is False
+    again = "so good so good so good so good so good {i}"
+    assert sign(made_up(samples=both(again, plain)), "repetition").found is True
+
+
+def test_the_share_of_repeated_ngrams_by_hand():
+    # Of abc, bca, cab, abc and bca the last two were there before.
+    assert auditing.repeated("a b c a b c a") == pytest.approx(2 / 5)
+    # Too few words, so characters: aaaa three times.
+    assert auditing.repeated("aaaaaa") == pytest.approx(2 / 3)
+    assert auditing.repeated("") == 0.0
+
+
+def test_one_harmless_sign_names_nobody_and_two_do():
+    one = audit(made_up(rows_of(entropy=lambda t: 2 * (1 - t) ** 2)))
+    assert one.found == ["entropy"]
+    assert not one.exploited
+    assert "alone says little" in one.verdict
+    two = audit(made_up(rows_of(entropy=lambda t: 2 * (1 - t) ** 2, kl=lambda t: 60 * t**6)))
+    assert two.exploited
