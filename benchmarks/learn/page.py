@@ -234,7 +234,9 @@ make learn        # all but the tables of settings and learning rates; into outp
 make learn-full   # all of it; what was cut off goes on where it was
 ```
 """
-NOT_RUN = "This has not been run yet: a test walks through it with a random model, to no measurement."
+NOT_RUN = (
+    "This has not been run yet: a test walks through it with a random model, to no measurement."
+)
 
 
 def markdown(found: dict[str, list[Found]]) -> str:
@@ -263,7 +265,7 @@ def markdown(found: dict[str, list[Found]]) -> str:
             f"sampling. beta is {runs.BETA:g}; a run is {runs.STEPS} steps of {runs.BATCH}",
             f"responses, {runs.STEPS * runs.BATCH:,} in all, the same for each estimator; GRPO and",
             f"RLOO have {runs.GROUP} responses to a prompt. The % of the way is",
-            "(J - J at the start) / (optimum - J at the start). Reward and KL are means over seeds.",
+            "(J - J at the start) / (optimum - J at the start). Reward and KL are means of seeds.",
         ),
         "",
         verdict(found["compare"]),
