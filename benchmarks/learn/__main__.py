@@ -25,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--only", nargs="+", choices=runs.SECTIONS, default=SHORT, help=f"default {' '.join(SHORT)}"
     )
+    made.add_argument("--names", nargs="+", metavar="NAME", help="only runs whose name begins so")
     made.add_argument("--seeds", nargs="+", type=int, default=list(runs.SEEDS))
     made.add_argument("--jobs", type=int, default=1, help="runs at a time, a process each")
     made.add_argument("--minutes", type=float, help="start no run after so long")
@@ -48,7 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         page.write()
         return 0
     command = shlex.join(["python", "-m", "benchmarks.learn", *argv])
-    wanted = [run for name in asked.only for run in runs.SECTIONS[name](tuple(asked.seeds))]
+    wanted = [
+        run
+        for name in asked.only
+        for run in runs.SECTIONS[name](tuple(asked.seeds))
+        if asked.names is None or run.name.startswith(tuple(asked.names))
+    ]
     left = [run for run in wanted if not runs.is_done(run, asked.out, asked.quick)]
     print(f"{len(wanted)} runs, {len(wanted) - len(left)} of them done", flush=True)
     end = None if asked.minutes is None else time.monotonic() + 60 * asked.minutes

@@ -98,7 +98,7 @@ def best_policy(tree: Tree, reference: list[Tensor], beta: float) -> tuple[float
     after_PL = tree.full_PL / beta  # log Z of what comes after each prefix
     best: list[Tensor] = []
     for depth in reversed(range(tree.length)):
-        letters_PLC = after_PL.unflatten(1, reference[depth].shape[1:2] + (-1,))
+        letters_PLC = after_PL.unflatten(1, (*reference[depth].shape[1:2], -1))
         tilt_PLV = torch.cat([tree.ended[depth][..., None] / beta, letters_PLC], dim=-1)
         joint_PLV = reference[depth] + tilt_PLV
         after_PL = joint_PLV.logsumexp(-1)
@@ -110,7 +110,7 @@ def value(tree: Tree, policy: list[Tensor], reference: list[Tensor], beta: float
     """J of a policy, with its two parts."""
     reward_PL, kl_PL = tree.full_PL, torch.zeros_like(tree.full_PL)
     for depth in reversed(range(tree.length)):
-        shape = policy[depth].shape[1:2] + (-1,)
+        shape = (*policy[depth].shape[1:2], -1)
         p_PLV = policy[depth].exp()
         reward_PLV = torch.cat([tree.ended[depth][..., None], reward_PL.unflatten(1, shape)], -1)
         later_PLV = torch.nn.functional.pad(kl_PL.unflatten(1, shape), (1, 0))

@@ -265,7 +265,7 @@ def markdown(found: dict[str, list[Found]]) -> str:
             f"sampling. beta is {runs.BETA:g}; a run is {runs.STEPS} steps of {runs.BATCH}",
             f"responses, {runs.STEPS * runs.BATCH:,} in all, the same for each estimator; GRPO and",
             f"RLOO have {runs.GROUP} responses to a prompt. The % of the way is",
-            "(J - J at the start) / (optimum - J at the start). Reward and KL are means over seeds.",
+            "(J - J at the start) / (optimum - J at the start). Reward and KL are means of seeds.",
         ),
         "",
         verdict(found["compare"]),

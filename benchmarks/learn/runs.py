@@ -164,10 +164,11 @@ class Run:
 def best_rate(name: str, folder: Path = RESULTS) -> float:
     """The learning rate at which the estimator comes furthest in the committed runs of `rates`.
 
-    Without such runs it is the first of RATES.
+    Without such runs it is PPO's, and without those the first of RATES.
     """
     found = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("rates-*.json"))]
     of_name = [row for row in found if row["name"].split()[0] == name]
+    of_name = of_name or [row for row in found if row["name"].split()[0] == "PPO"]
     if not of_name:
         return RATES[0]
     rate: float = max(of_name, key=lambda row: row["share"])["settings"]["learning_rate"]
@@ -194,8 +195,8 @@ def controller(seeds: tuple[int, ...]) -> Iterator[Run]:
 def rates(seeds: tuple[int, ...]) -> Iterator[Run]:
     """Every estimator at every learning rate, on the seed that is for this alone."""
     del seeds
-    for rate in RATES:
-        for name, changes in ESTIMATORS.items():
+    for name, changes in ESTIMATORS.items():
+        for rate in RATES:
             keys = {**changes, "learning_rate": rate}
             yield Run("rates", "alphabet", f"{name} {rate:g}", TUNING_SEED, keys)
 

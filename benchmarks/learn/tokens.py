@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,8 @@ class TokenTask:
 
 def follows(prompt: str, response: str, places: int) -> float:
     """The share of the first `places` letters that follow the letter before them."""
-    text = prompt + response
-    return sum(AFTER[a] == b for a, b in zip(text, text[1 : places + 1], strict=False)) / places
+    text = prompt + response[:places]
+    return sum(AFTER[a] == b for a, b in pairwise(text)) / places
 
 
 def alphabet(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:

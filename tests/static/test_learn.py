@@ -29,7 +29,8 @@ def policy_of(tree: exact.Tree, letters: int, seed: int) -> list[torch.Tensor]:
 
 
 def letters_a(prompts, completions):
-    return [text.count("a") / 3 + (text == prompt) for prompt, text in zip(prompts, completions)]
+    pairs = zip(prompts, completions, strict=True)
+    return [text.count("a") / 3 + (text == prompt) for prompt, text in pairs]
 
 
 def responses(policy: list[torch.Tensor], letters: str, prompt: int) -> dict[str, float]:
