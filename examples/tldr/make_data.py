@@ -2,7 +2,8 @@
 
 FOLDER holds prompts-train.jsonl, prompts-test.jsonl (columns `prompt`, `completion`),
 pairs-train.jsonl and pairs-test.jsonl (columns `prompt`, `chosen`, `rejected`); without it
-`trl-lib/tldr` and `trl-lib/tldr-preference` are read from the hub. The files go to output/tldr/data.
+`trl-lib/tldr` and `trl-lib/tldr-preference` are read from the hub.
+The files go to output/tldr/data.
 """
 
 from __future__ import annotations

@@ -285,7 +285,7 @@ def test_filter_groups(size):
 
 
 def test_the_rule_of_gsm8k():
-    """compute_score of verl on texts with and without marks, commas, points, signs and long tails."""
+    """compute_score of verl on texts with and without marks, commas, points, signs, long tails."""
     score = theirs.verl_gsm8k()
     heads = ["", "#### 3 ", "####", "#### "]
     numbers = ["7", "-7", "1,000", "1000", "0.5", "$7", ".", "7.", "seven"]
