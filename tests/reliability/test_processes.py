@@ -62,7 +62,7 @@ def resumed(settings: dict[str, Any]) -> dict[str, Any]:
         ("ppo", 1, "the reduce", 3, "checkpoint-2"),
         ("ppo", 0, "the save", 4, "checkpoint-2"),
         ("ppo", 1, "waiting for the save", 4, "checkpoint-4"),
-        ("rm", 1, "a pair", 11, "checkpoint-4"),
+        ("rm", 1, "a pair", 9, "checkpoint-6"),
     ],
 )
 def test_a_process_that_is_killed_ends_the_others_soon(
