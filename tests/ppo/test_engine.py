@@ -13,7 +13,7 @@ import torch
 from fastppo.cli import main
 from fastppo.config.engine import TOKEN
 from fastppo.errors import UserError
-from fastppo.ppo import trainer
+from fastppo.ppo import engine_start, trainer
 from fastppo.ppo.engine import EngineLost
 from fastppo.servers import client
 from fastppo.servers.vllm import lora_rank
@@ -25,6 +25,7 @@ STARTS = 3  # versions that the checks before the first step load
 @pytest.fixture
 def server(model_dir, monkeypatch):
     monkeypatch.setattr(client, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(engine_start, "TOKENS", 4)  # of each prompt: the server keeps no cache
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.delenv(TOKEN, raising=False)
     with serving(model_dir) as made:
