@@ -26,7 +26,7 @@ from tests.tiny import stir
 pytestmark = pytest.mark.peers
 
 BLOCK = 32  # tokens of a block of its cache
-STARTS_IN = 300  # seconds, at most
+STARTS_IN = 600  # seconds, at most
 
 
 @pytest.fixture(scope="module")

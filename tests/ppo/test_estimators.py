@@ -267,7 +267,7 @@ def test_39_weights_by_token_and_by_response(scored, config, mode, expected):
     torch.testing.assert_close(experience.importance_weight_N, expected_N)
     row = sampler_columns(experience, settings)
     assert row["sampler_gap_max"] == pytest.approx(math.log(3.0))
-    assert row["rollout_is_masked"] == sum(x == 0 for x in expected) / 11
+    assert row["rollout_is_masked"] == pytest.approx(sum(x == 0 for x in expected) / 11)
     assert row["rollout_is_mean"] == pytest.approx(sum(expected) / 11)
     effective = sum(expected) ** 2 / sum(x * x for x in expected) / 11
     assert row["rollout_is_ess"] == pytest.approx(effective)
