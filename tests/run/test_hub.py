@@ -157,9 +157,9 @@ def test_modules_of_the_models_own_go_with_trust_remote_code(config, server):
 
 
 def test_nothing_is_uploaded_unless_asked(config, server):
+    check(config())
     hub.push(saved(config).model_copy(update={"push_to_hub": False}))
     hub.push(config(push_to_hub=True, do_train=False, do_eval=True, val_size=1))
-    check(config())
     assert (server.files, server.created) == ({}, [])
 
 
