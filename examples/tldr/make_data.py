@@ -2,7 +2,8 @@
 
 FOLDER holds prompts-train.jsonl, prompts-test.jsonl (columns `prompt`, `completion`),
 pairs-train.jsonl and pairs-test.jsonl (columns `prompt`, `chosen`, `rejected`); without it
-`trl-lib/tldr` and `trl-lib/tldr-preference` are read from the hub. The files go to output/tldr/data.
+`trl-lib/tldr` and `trl-lib/tldr-preference` are read from the hub. The files go to
+output/tldr/data.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ def main() -> None:
             made = made[:EVALUATED] if split == "test" else made
             name = f"tldr_{kind}_{split}"
             (OUT / f"{name}.json").write_text(json.dumps(made, indent=1), encoding="utf-8")
-            info[name] = {"file_name": f"{name}.json"} | ({"ranking": True} if kind == "pairs" else {})
+            info[name] = {"file_name": f"{name}.json"} | (
+                {"ranking": True} if kind == "pairs" else {}
+            )
             print(f"{len(made)} rows in {OUT / name}.json")
     (OUT / "dataset_info.json").write_text(json.dumps(info, indent=1), encoding="utf-8")
 

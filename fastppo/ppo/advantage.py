@@ -195,6 +195,6 @@ def live_tokens(scored: Scored, left_out: frozenset[int]) -> Tensor | None:
     """Which tokens are of rows that are not left out, bool (N,); None if all are."""
     if not left_out:
         return None
-    live_B = [row not in left_out for row in range(len(scored.rollout.terminated))]
-    live_B = torch.tensor(live_B, device=scored.offsets.device)
+    live = [row not in left_out for row in range(len(scored.rollout.terminated))]
+    live_B = torch.tensor(live, device=scored.offsets.device)
     return live_B.repeat_interleave(scored.offsets.diff(), output_size=scored.logprob_N.numel())

@@ -48,7 +48,8 @@ def groups_that_differ(score_B: Tensor, size: int) -> list[int]:
     """Rows of the groups of `size` responses to a prompt whose scores are not all the same."""
     score_GS = score_B.view(-1, size)
     differs_G = score_GS.amax(1) > score_GS.amin(1)
-    return differs_G.repeat_interleave(size).nonzero().flatten().tolist()
+    rows: list[int] = differs_G.repeat_interleave(size).nonzero().flatten().tolist()
+    return rows
 
 
 def fill(
@@ -104,7 +105,7 @@ def groups_in(kept: Sequence[ScoredRollout], size: int) -> int:
 def rows_of(scored: ScoredRollout, rows: Sequence[int]) -> ScoredRollout:
     """These rows of a batch; hidden states of the whole batch are not kept."""
     rollout, (score_B, parts) = scored
-    tokens = rollout.sampler_logprob_N.split(rollout.response_lengths)
+    tokens = torch.split(rollout.sampler_logprob_N, rollout.response_lengths)
     index_B = torch.tensor(list(rows), dtype=torch.long, device=score_B.device)
     width = max((rollout.lengths[row] for row in rows), default=0)
     picked = Rollout(

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from examples.gsm8k.reward import exact, last_answer
 
+from examples.gsm8k.reward import exact, last_answer
 from fastppo import toy
 from fastppo.cli import main
 
@@ -49,9 +49,7 @@ def results(folder: Path) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["ppo", "grpo"]
-)
+@pytest.mark.parametrize("name", ["ppo", "grpo"])
 def test_gsm8k(folder, name):
     rows = [
         {"question": f"What is {i} and 1000?", "answer": f"It is {i}+1000.\n#### 1,00{i}"}
@@ -77,7 +75,10 @@ def test_tldr(folder):
         {"prompt": f"SUBREDDIT: r/x\n\nPOST: {i}\n\nTL;DR:", "completion": f" Number {i}."}
         for i in range(10)
     ]
-    pairs = [{"prompt": p["prompt"], "chosen": " It.", "rejected": f" No {i}"} for i, p in enumerate(posts)]
+    pairs = [
+        {"prompt": p["prompt"], "chosen": " It.", "rejected": f" No {i}"}
+        for i, p in enumerate(posts)
+    ]
     for split in ("train", "test"):
         write_jsonl(folder / "raw" / f"prompts-{split}.jsonl", posts)
         write_jsonl(folder / "raw" / f"pairs-{split}.jsonl", pairs)
@@ -95,4 +96,10 @@ def test_tldr(folder):
 def test_the_reward_of_gsm8k_by_hand():
     texts = ["so #### 1,234", "#### 5 no, #### 7", "7", "#### 7 and" + 300 * " ", "####7"]
     assert [last_answer(text) for text in texts] == ["1234", "7", None, None, None]
-    assert exact(completions=texts, answer=["1234", "5", "7", "7", "7"]) == [1.0, 0.0, 0.0, 0.0, 0.0]
+    assert exact(completions=texts, answer=["1234", "5", "7", "7", "7"]) == [
+        1.0,
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+    ]

@@ -7,8 +7,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from examples.gsm8k.reward import exact
 
+from examples.gsm8k.reward import exact
 from fastppo import ops
 from fastppo.ops import losses
 from fastppo.ppo.filter_groups import groups_that_differ
@@ -285,12 +285,14 @@ def test_filter_groups(size):
 
 
 def test_the_rule_of_gsm8k():
-    """compute_score of verl on texts with and without marks, commas, points, signs and long tails."""
+    """compute_score of verl on texts with and without marks, commas, signs and long tails."""
     score = theirs.verl_gsm8k()
     heads = ["", "#### 3 ", "####", "#### "]
     numbers = ["7", "-7", "1,000", "1000", "0.5", "$7", ".", "7.", "seven"]
     tails = ["", ".", " apples", "x" * 290, "x" * 310]
-    texts = [f"{a}{mark}{n}{b}" for a in heads for mark in ("", "#### ") for n in numbers for b in tails]
+    texts = [
+        f"{a}{mark}{n}{b}" for a in heads for mark in ("", "#### ") for n in numbers for b in tails
+    ]
     for right in ("7", "-7", "1000", "0.5", "3", "7."):
         ours = exact(completions=texts, answer=[right] * len(texts))
         assert ours == [score(text, right) for text in texts]
