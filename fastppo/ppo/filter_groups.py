@@ -48,7 +48,8 @@ def groups_that_differ(score_B: Tensor, size: int) -> list[int]:
     """Rows of the groups of `size` responses to a prompt whose scores are not all the same."""
     score_GS = score_B.view(-1, size)
     differs_G = score_GS.amax(1) > score_GS.amin(1)
-    return differs_G.repeat_interleave(size).nonzero().flatten().tolist()
+    rows: list[int] = differs_G.repeat_interleave(size).nonzero().flatten().tolist()
+    return rows
 
 
 def fill(
