@@ -237,7 +237,7 @@ make learn-full   # all of it; what was cut off goes on where it was
 ```
 """
 NOT_RUN = (
-    "This has not been run yet: a test walks through it with a random model, to no measurement."
+    "This has not been run yet: a test walks through it with a random model only."
 )
 
 
@@ -254,8 +254,7 @@ def markdown(found: dict[str, list[Found]]) -> str:
             "`python -m benchmarks.learn --page` writes this page and its picture from them.",
         ),
         "",
-        "![objective over samples, and the controller's KL](learning.png)",
-        "",
+        *(["![objective over samples](learning.png)", ""] if PICTURE.is_file() else []),
         "## Against the best policy there is",
         "",
         paragraph(
@@ -364,5 +363,5 @@ def draw(found: dict[str, list[Found]], path: Path) -> None:
 def write() -> None:
     """Write page and picture."""
     found = read()
-    PAGE.write_text(markdown(found), encoding="utf-8")
     draw(found, PICTURE)
+    PAGE.write_text(markdown(found), encoding="utf-8")
