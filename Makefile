@@ -26,7 +26,7 @@ help:
 	@echo "make gpu-rehearse  the same at toy sizes without a GPU: it measures nothing"
 	@echo "make demo-data  make the demo's preference pairs anew"
 	@echo "make demo-seeds the demo's PPO over three seeds, into benchmarks/results"
-	@echo "make learn      runs of docs/learning.md, an hour on two cores; into output/learn"
+	@echo "make learn      the runs of docs/learning.md but for the tables of settings; into output/learn"
 	@echo "make learn-full all of them; what was cut off goes on where it was"
 	@echo "make clean      remove what builds, tests and linters left; results in output/ stay"
 

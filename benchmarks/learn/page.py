@@ -57,7 +57,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def shares(rows: Sequence[Found]) -> str:
     """Each seed's share of the way, in percent."""
-    return ", ".join(f"{100 * row['share']:.1f}" for row in rows)
+    return ", ".join(f"{row['seed']}: {100 * row['share']:.1f}" for row in rows)
 
 
 def compare_lines(rows: Sequence[Found]) -> list[str]:
@@ -96,6 +96,8 @@ def compare_lines(rows: Sequence[Found]) -> list[str]:
 
 def samples_to(own: Sequence[Found], share: float) -> str:
     """Samples after which the mean objective over the seeds first is this share of the way."""
+    if not own:
+        return ""
     start, best = mean(own, "start", "objective"), mean(own, "optimum", "objective")
     for points in zip(*(row["curve"] for row in own), strict=True):
         objective = statistics.mean(point["objective"] for point in points)
@@ -129,7 +131,7 @@ def controller_lines(rows: Sequence[Found]) -> list[str]:
         off = [row["kl_last"] / row["target"] - 1 for row in own]
         return (
             f"`{name}`",
-            ", ".join(f"{row['kl_last']:.2f}" for row in own),
+            ", ".join(f"{row['seed']}: {row['kl_last']:.2f}" for row in own),
             ", ".join(f"{100 * x:+.0f}%" for x in off),
             ", ".join(f"{row['kl_coef_by_step'][-1]:.3f}" for row in own),
             f"{sum(abs(x) <= NEAR for x in off)} of {len(off)}",
@@ -235,7 +237,7 @@ make learn-full   # all of it; what was cut off goes on where it was
 ```
 """
 NOT_RUN = (
-    "This has not been run yet: a test walks through it with a random model, to no measurement."
+    "This has not been run yet: a test walks through it with a random model only."
 )
 
 
@@ -252,8 +254,7 @@ def markdown(found: dict[str, list[Found]]) -> str:
             "`python -m benchmarks.learn --page` writes this page and its picture from them.",
         ),
         "",
-        "![objective over samples, and the controller's KL](learning.png)",
-        "",
+        *(["![objective over samples](learning.png)", ""] if PICTURE.is_file() else []),
         "## Against the best policy there is",
         "",
         paragraph(
@@ -275,7 +276,8 @@ def markdown(found: dict[str, list[Found]]) -> str:
         "",
         *speed_lines(found["compare"]),
         "",
-        "The learning rates were chosen on a seed that is in no other table, % of the way:",
+        "The learning rate is the best of these, on a seed that is in no other table (% of the way); an",
+        "estimator without runs here has PPO's:",
         "",
         *rates_lines(found["rates"]),
         "",
@@ -288,11 +290,19 @@ def markdown(found: dict[str, list[Found]]) -> str:
             f"{runs.WITHIN} steps.",
         ),
         "",
-        *controller_lines(found["controller"]),
+        *(
+            controller_lines(found["controller"])
+            if found["controller"]
+            else ["Not run yet: `make learn` does."]
+        ),
         "",
         "## Settings, one changed at a time",
         "",
-        *choices_lines(found["choices"], found["compare"]),
+        *(
+            choices_lines(found["choices"], found["compare"])
+            if found["choices"]
+            else ["Not run yet: `make learn-full` does."]
+        ),
         "",
         "## Problems that can be checked",
         "",
@@ -329,10 +339,12 @@ def draw(found: dict[str, list[Found]], path: Path) -> None:
             (line,) = axis.plot(x, [statistics.mean(p) for p in zip(*y, strict=True)], label=name)
             low, high = ([f(p) for p in zip(*y, strict=True)] for f in (min, max))
             axis.fill_between(x, low, high, color=line.get_color(), alpha=0.2)
-            best = own[0]["optimum"]["objective"]
-        axis.axhline(best, color="black", linewidth=1, linestyle="--", label="optimum")
+        of_task = of(found["compare"], task=task)
+        if of_task:
+            best = of_task[0]["optimum"]["objective"]
+            axis.axhline(best, color="black", linewidth=1, linestyle="--", label="optimum")
+            axis.legend()
         axis.set(title=f"{task}: J = reward - beta KL", xlabel="responses")
-        axis.legend()
     for name in runs.CONTROLLERS:
         own = of(found["controller"], name=name)
         if not own:
@@ -342,7 +354,8 @@ def draw(found: dict[str, list[Found]], path: Path) -> None:
         (line,) = axes[2].plot(steps, middle, label=name, linewidth=1)
         axes[2].axhline(own[0]["target"], color="black", linewidth=0.8, linestyle=":")
     axes[2].set(title="KL under the controller (nats)", xlabel="step")
-    axes[2].legend(fontsize=8)
+    if found["controller"]:
+        axes[2].legend(fontsize=8)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
 
@@ -350,5 +363,5 @@ def draw(found: dict[str, list[Found]], path: Path) -> None:
 def write() -> None:
     """Write page and picture."""
     found = read()
-    PAGE.write_text(markdown(found), encoding="utf-8")
     draw(found, PICTURE)
+    PAGE.write_text(markdown(found), encoding="utf-8")
