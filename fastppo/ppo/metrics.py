@@ -50,11 +50,9 @@ class Clock:
             torch.cuda.synchronize()  # what was queued belongs to the phase that queued it
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - began
 
-    def slowest(self, world: World) -> Clock:
-        """Each phase's seconds in the process that it took longest in."""
-        if world.size > 1:
-            everywhere = world.gather(self.seconds)
-            self.seconds = {phase: max(s[phase] for s in everywhere) for phase in self.seconds}
+    def of_main(self, world: World) -> Clock:
+        """The phases' seconds in the first process, its waits for the others included."""
+        self.seconds = world.gather(self.seconds)[0]
         return self
 
     def columns(self, response_tokens: float, update_tokens: float) -> dict[str, float]:
@@ -281,7 +279,7 @@ def step_row(
         **sampled,
         **({"ptx_loss": 0.0} if state.ptx is not None else {}),
         **learned,
-        **clock.slowest(state.world).columns(
+        **clock.of_main(state.world).columns(
             sampled.get("sampled_tokens", sum(rollout.response_lengths)), learned["update_tokens"]
         ),
     }

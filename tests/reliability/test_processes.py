@@ -194,4 +194,7 @@ def test_torchruns_agent_ends_the_others_and_the_run_goes_on(settings, together)
     assert newest(mine) == "checkpoint-2"
     code, said = torchrun("fastppo", resumed(mine))
     assert code == 0, said
-    assert runs.differences(runs.result(mine), runs.result(together("ppo", 2))) == []
+    found, wanted = runs.result(mine), runs.result(together("ppo", 2))
+    for each in (found, wanted):  # PEFT writes a set, whose order each Python draws anew
+        each["adapter_config.json"]["target_modules"].sort()
+    assert runs.differences(found, wanted) == []
