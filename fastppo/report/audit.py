@@ -128,12 +128,12 @@ def judge_gap(run: Run) -> Sign:
         f"{error:.2g} over {len(pairs)} prompts)."
     )
     if lost > 0 and best is not last:
-        words += f" The judge's best was after step {best['current_steps']}, {lost:.3g} higher."
+        words += f" The judge's best was after step {best['step']}, {lost:.3g} higher."
     lines = []
     for name, label in (("reward", "reward"), ("judge", "judge")):
         gains = [e[f"eval_{name}"] - e[f"eval_{name}_reference"] for e in judged]
         scale = max(map(abs, gains)) or 1.0
-        steps = [float(e["current_steps"]) for e in judged]
+        steps = [float(e["step"]) for e in judged]
         lines.append(
             Line(f"{label}, share of its largest change", steps, [g / scale for g in gains])
         )

@@ -32,7 +32,7 @@ class Run:
         evaluation: eval_results.json.
         samples: responses of policy and reference to held-out prompts.
         remarks: what could not be read, and why.
-        evaluations: the log's entries of evaluations; `current_steps` is the step.
+        evaluations: of stage ppo, the log entry of each evaluation.
     """
 
     folder: Path
@@ -85,7 +85,7 @@ def read_run(folder: Path) -> Run:
         # Those of an earlier run stay until this one has evaluated.
         samples=read_jsonl(folder / SAMPLES) if evaluation else [],
         remarks=remarks,
-        evaluations=[each for each in log if "eval_reward" in each],
+        evaluations=read_evaluations(folder),
     )
 
 
@@ -144,6 +144,20 @@ def read_rows(
         row["step"] = row.pop("current_steps")
         row.update({"score": row["reward"]} if "reward" in row else {})
     return sorted([*rows, *later], key=lambda row: row.get("step", 0)), remarks
+
+
+def read_evaluations(folder: Path) -> list[dict[str, Any]]:
+    """Every evaluation of stage ppo, by step, with all its numbers.
+
+    They are in trainer_state.json: trainer_log.jsonl has LLaMA-Factory's few names alone. Of a run
+    that has not finished they go as far as its newest checkpoint.
+    """
+    for place in (folder, *reversed(checkpoints(folder))):
+        history = read_json(place / STATE).get("log_history", [])
+        found = [each for each in history if isinstance(each, dict) and "eval_reward" in each]
+        if found:
+            return sorted(found, key=lambda each: each.get("step", 0))
+    return []
 
 
 def read_csv(path: Path) -> list[dict[str, float]]:

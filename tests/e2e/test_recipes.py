@@ -90,7 +90,7 @@ def test_tldr(folder):
     assert "eval_win_rate" in results(out)
     predicted = (out / "generated_predictions.jsonl").read_text().splitlines()
     assert len(predicted) == 10
-    assert json.loads(predicted[2])["label"] == "Number 2."
+    assert json.loads(predicted[2])["label"].strip() == "Number 2."
 
 
 def test_the_reward_of_gsm8k_by_hand():

@@ -52,8 +52,15 @@ def run(config, tmp_path):
             eval_max_samples=32,
             eval_strategy="steps",
             max_new_tokens=24,
-            per_device_train_batch_size=16,
-            per_device_eval_batch_size=16,
+            per_device_train_batch_size=32,
+            per_device_eval_batch_size=32,
+            lora_rank=8,
+            critic="shared",
+            cliprange_value=None,
+            ppo_epochs=4,
+            max_steps=30,
+            eval_steps=10,
+            lr_scheduler_type="constant",
             **changes,
         )
         trainer.run(settings, check(settings))
@@ -65,15 +72,7 @@ def run(config, tmp_path):
 @pytest.mark.slow
 def test_a_run_made_to_exploit_its_reward_is_named(run):
     """No penalty for the KL, and large steps: the policy finds the hole."""
-    out = run(
-        "many_vowels",
-        "variety",
-        max_steps=30,
-        eval_steps=10,
-        learning_rate=1e-2,
-        init_kl_coef=0,
-        ppo_epochs=4,
-    )
+    out = run("many_vowels", "variety", learning_rate=1e-2, critic_learning_rate=3e-3, init_kl_coef=0)
     found = audit(read_run(out))
     by_name = {sign.name: sign for sign in found.signs}
     assert found.exploited, found
@@ -90,14 +89,7 @@ def test_a_run_made_to_exploit_its_reward_is_named(run):
 @pytest.mark.slow
 def test_a_healthy_run_is_not_named(run):
     """What raises the reward is what the judge wants, and the KL is held."""
-    out = run(
-        "small_letters",
-        "letters",
-        max_steps=30,
-        eval_steps=10,
-        learning_rate=2e-3,
-        init_kl_coef=0.05,
-    )
+    out = run("small_letters", "letters", learning_rate=3e-3, init_kl_coef=0.02)
     read = read_run(out)
     assert read.evaluation["eval_reward"] > read.evaluation["eval_reward_reference"]
     found = audit(read)
@@ -177,7 +169,7 @@ def test_too_few_steps_say_nothing():
 def test_the_judge_is_compared_with_chance(judged, found):
     evaluations = [
         {"eval_reward": i + 1.0, "eval_reward_reference": 0.0, "eval_judge": value}
-        | {"eval_judge_reference": 0.5, "current_steps": i}
+        | {"eval_judge_reference": 0.5, "step": i}
         for i, value in enumerate(judged)
     ]
     last = judged[-1]
