@@ -236,9 +236,7 @@ make learn        # all but the tables of settings and learning rates; into outp
 make learn-full   # all of it; what was cut off goes on where it was
 ```
 """
-NOT_RUN = (
-    "This has not been run yet: a test walks through it with a random model only."
-)
+NOT_RUN = "This has not been run yet: a test walks through it with a random model only."
 
 
 def markdown(found: dict[str, list[Found]]) -> str:
@@ -276,8 +274,10 @@ def markdown(found: dict[str, list[Found]]) -> str:
         "",
         *speed_lines(found["compare"]),
         "",
-        "The learning rate is the best of these, on a seed that is in no other table (% of the way); an",
-        "estimator without runs here has PPO's:",
+        paragraph(
+            "The learning rate is the best of these, on a seed that is in no other table (% of the",
+            "way); an estimator without runs here has PPO's:",
+        ),
         "",
         *rates_lines(found["rates"]),
         "",
