@@ -236,9 +236,7 @@ make learn        # all but the tables of settings and learning rates; into outp
 make learn-full   # all of it; what was cut off goes on where it was
 ```
 """
-NOT_RUN = (
-    "This has not been run yet: a test walks through it with a random model only."
-)
+NOT_RUN = "This has not been run yet: a test walks through it with a random model only."
 
 
 def markdown(found: dict[str, list[Found]]) -> str:
@@ -276,8 +274,10 @@ def markdown(found: dict[str, list[Found]]) -> str:
         "",
         *speed_lines(found["compare"]),
         "",
-        "The learning rate is the best of these, on a seed that is in no other table (% of the way); an",
-        "estimator without runs here has PPO's:",
+        paragraph(
+            "The learning rate is the best of these, on a seed that is in no other table (% of the",
+            "way); an estimator without runs here has PPO's:",
+        ),
         "",
         *rates_lines(found["rates"]),
         "",
@@ -322,16 +322,22 @@ def markdown(found: dict[str, list[Found]]) -> str:
 
 
 def draw(found: dict[str, list[Found]], path: Path) -> None:
-    """Objective over samples for both tasks, and KL over steps of the controller's runs."""
+    """Objective over samples of each task, and KL over steps of the controller's runs."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    for axis, task in zip(axes, TASKS, strict=False):
+    tasks = [task for task in TASKS if of(found["compare"], task=task)]
+    panels = len(tasks) + bool(found["controller"])
+    figure, grid = pyplot.subplots(
+        1, panels, figsize=(4.6 * panels, 3.8), squeeze=False, layout="constrained"
+    )
+    axes = list(grid[0])
+    for axis, task in zip(axes, tasks, strict=False):
+        of_task = of(found["compare"], task=task)
         for name in runs.ESTIMATORS:
-            own = of(found["compare"], task=task, name=name)
+            own = of(of_task, name=name)
             if not own:
                 continue
             x = [point["samples"] for point in own[0]["curve"]]
@@ -339,23 +345,21 @@ def draw(found: dict[str, list[Found]], path: Path) -> None:
             (line,) = axis.plot(x, [statistics.mean(p) for p in zip(*y, strict=True)], label=name)
             low, high = ([f(p) for p in zip(*y, strict=True)] for f in (min, max))
             axis.fill_between(x, low, high, color=line.get_color(), alpha=0.2)
-        of_task = of(found["compare"], task=task)
-        if of_task:
-            best = of_task[0]["optimum"]["objective"]
-            axis.axhline(best, color="black", linewidth=1, linestyle="--", label="optimum")
-            axis.legend()
+        best = of_task[0]["optimum"]["objective"]
+        axis.axhline(best, color="black", linewidth=1, linestyle="--", label="optimum")
         axis.set(title=f"{task}: J = reward - beta KL", xlabel="responses")
+        axis.locator_params("x", nbins=5)
+        axis.legend()
     for name in runs.CONTROLLERS:
         own = of(found["controller"], name=name)
         if not own:
             continue
         steps = range(1, len(own[0]["kl_by_step"]) + 1)
         middle = [statistics.mean(p) for p in zip(*(r["kl_by_step"] for r in own), strict=True)]
-        (line,) = axes[2].plot(steps, middle, label=name, linewidth=1)
-        axes[2].axhline(own[0]["target"], color="black", linewidth=0.8, linestyle=":")
-    axes[2].set(title="KL under the controller (nats)", xlabel="step")
-    if found["controller"]:
-        axes[2].legend(fontsize=8)
+        axes[-1].plot(steps, middle, label=name, linewidth=1)
+        axes[-1].axhline(own[0]["target"], color="black", linewidth=0.8, linestyle=":")
+        axes[-1].set(title="KL under the controller (nats)", xlabel="step")
+        axes[-1].legend(fontsize=8)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
 
