@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from benchmarks import peers
 from examples.gsm8k import reward as gsm8k
@@ -117,30 +116,3 @@ def test_the_gsm8k_recipe_walks_on_ten_problems(recipe, tmp_path, monkeypatch):
     records = json.loads((tmp_path / "output" / "gsm8k" / "train.json").read_text())
     assert records[3]["answer"] == "4"
     assert records[3]["instruction"].startswith("What is 3 + 1? Let's think")
-
-
-@pytest.mark.slow
-def test_the_tldr_recipe_walks_on_ten_posts(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    toy.write_model(tmp_path / "model")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    judge = LlamaForSequenceClassification(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_labels=1,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    judge.save_pretrained(tmp_path / "judge")
-    tokenizer.save_pretrained(tmp_path / "judge")
-    (tmp_path / "source").mkdir()
-    rows = [{"prompt": f"POST: {i}\nTL;DR:", "completion": f" {i}"} for i in range(10)]
-    for split in ("train", "validation"):
-        write_lines(tmp_path / "source" / f"{split}.jsonl", rows)
-    models = {"model_name_or_path": "model", "critic_model": "model", "reward_model": "judge"}
-    summary = walk("tldr/ppo.yaml", monkeypatch, tmp_path, **models)
-    assert summary["eval_prompts"] == 4
