@@ -8,7 +8,6 @@ vocabulary of 32768 takes a few steps of PPO, each way in a process of its own.
 
 from __future__ import annotations
 
-import importlib
 import sys
 import time
 import types
@@ -35,8 +34,9 @@ def load_openrlhf() -> None:
         package.__path__ = [f"{spec.submodule_search_locations[0]}/{name[9:]}"]
         sys.modules[name] = package
     sys.modules["deepspeed"] = types.ModuleType("deepspeed")
-    for name in ("loss", "utils"):
-        importlib.import_module(f"openrlhf.models.{name}")
+    import openrlhf.models.loss
+    import openrlhf.models.utils  # noqa: F401 - while deepspeed can be imported
+
     del sys.modules["deepspeed"]
 
 

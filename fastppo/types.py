@@ -63,6 +63,17 @@ class Sampled:
     kept: int  # of those, as many as a step trains on
     score: float  # mean of all responses
 
+    def columns(self) -> dict[str, float]:
+        """What training_metrics.csv says of them."""
+        return {
+            "refills": self.batches - 1,
+            "groups_alike": self.groups - self.differing,
+            "groups_trained": self.kept,
+            "sampled_responses": self.responses,
+            "sampled_tokens": self.tokens,
+            "score_sampled": self.score,
+        }
+
 
 @dataclass(frozen=True)
 class Rollout(Sequences):
@@ -72,7 +83,7 @@ class Rollout(Sequences):
     terminated: list[bool]  # whether the response ended by itself, not by max_new_tokens
     sampler_logprob_N: Tensor  # float32, log-probs as the sampler computed them
     texts: list[str]  # decoded responses, without special tokens
-    sampled: Sampled | None = None  # None without filter_groups
+    filtered_from: Sampled | None = None  # None without filter_groups
 
 
 @dataclass

@@ -221,7 +221,9 @@ def verdict(compared: Sequence[Found]) -> str:
         own = of(compared, name=name)
         near = sum(row["share"] >= ENOUGH for row in own)
         counts.append(f"{name} in {near} of {len(own)} runs")
-    return f"Within 5% of (optimum - start) end {', '.join(counts)}."
+    seeds = len({row["seed"] for row in compared})
+    few = " With one seed, who is ahead may be chance." if seeds == 1 else ""
+    return f"Within 5% of (optimum - start) end {', '.join(counts)}.{few}"
 
 
 def paragraph(*sentences: str) -> str:

@@ -72,10 +72,10 @@ def load(name: str) -> Any:
     Its module is loaded alone: the package's `__init__` imports every data set, with a dozen
     packages that these do not need.
     """
-    spec = importlib.util.find_spec("reasoning_gym")
-    if spec is None or not spec.submodule_search_locations:
-        sys.exit(f"reasoning-gym is not installed; run: pip install reasoning-gym=={VERSION}")
     if "reasoning_gym" not in sys.modules:
+        spec = importlib.util.find_spec("reasoning_gym")
+        if spec is None or not spec.submodule_search_locations:
+            sys.exit(f"reasoning-gym is not installed; run: pip install reasoning-gym=={VERSION}")
         bare("reasoning_gym", spec.submodule_search_locations[0])
     folder, _ = PROBLEMS[name]
     for package in ("coaching", folder):

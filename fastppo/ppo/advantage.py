@@ -189,7 +189,7 @@ def rows_left_out(scored: Scored, config: Config) -> frozenset[int]:
 
     They are all rows if `filter_groups` found no group whose scores differ.
     """
-    sampled = scored.rollout.sampled
+    sampled = scored.rollout.filtered_from
     if sampled is not None and not sampled.kept:
         return frozenset(range(len(scored.rollout.terminated)))
     if not config.mask_truncated_completions:

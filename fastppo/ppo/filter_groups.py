@@ -89,7 +89,7 @@ def fill(
         kept=min(differing, wanted),
         score=score_B.mean().item(),
     )
-    return replace(rollout, sampled=sampled), rewards
+    return replace(rollout, filtered_from=sampled), rewards
 
 
 def chosen(scored: ScoredRollout, config: Config) -> ScoredRollout:

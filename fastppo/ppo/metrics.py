@@ -20,7 +20,7 @@ from fastppo.ppo.columns import COLUMNS, REWARD_COLUMN
 from fastppo.rewards.reward import mean_score
 from fastppo.run import plots
 from fastppo.run.durable import replace_atomically, write_text
-from fastppo.types import Experience, Rollout
+from fastppo.types import Experience
 
 if TYPE_CHECKING:
     from fastppo.config import Config
@@ -218,21 +218,6 @@ def sampler_columns(experience: Experience, config: Config) -> dict[str, float]:
     }
 
 
-def columns_of_sampled(rollout: Rollout) -> dict[str, float]:
-    """Columns about what a step sampled besides its rollout; empty without `filter_groups`."""
-    sampled = rollout.sampled
-    if sampled is None:
-        return {}
-    return {
-        "refills": sampled.batches - 1,
-        "groups_alike": sampled.groups - sampled.differing,
-        "groups_trained": sampled.kept,
-        "sampled_responses": sampled.responses,
-        "sampled_tokens": sampled.tokens,
-        "score_sampled": sampled.score,
-    }
-
-
 def passes_over_prompts(state: State, sampled: Mapping[str, float]) -> float:
     """Passes over the prompts so far, those of refills included."""
     refills = sum(row.get("refills", 0) for row in [*state.metrics.rows, sampled])
@@ -245,7 +230,8 @@ def step_row(
     """The step's row of training_metrics.csv, by the names of `fastppo.ppo.columns.COLUMNS`."""
     scored, config = experience.scored, state.config
     rollout = scored.rollout
-    sequences, sampled = len(rollout.prompts), columns_of_sampled(rollout)
+    sequences, whole = len(rollout.prompts), rollout.filtered_from
+    sampled = {} if whole is None else whole.columns()
     length_B = torch.tensor(rollout.response_lengths, device=scored.score_B.device).float()
     gap_N = rollout.sampler_logprob_N - scored.logprob_N
     # The rate of a role's first group; with LoRA+ its second group has a multiple of it.

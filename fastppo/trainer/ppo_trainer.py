@@ -14,6 +14,7 @@ from fastppo.config import Config
 from fastppo.data import encode_prompts
 from fastppo.errors import Interrupted, UserError
 from fastppo.ppo import checkpoint, evaluation, log, trainer
+from fastppo.ppo.answers import answer
 from fastppo.ppo.state import State, init_state
 from fastppo.run import durable, hub
 from fastppo.run.launch import check_one_process
@@ -229,7 +230,7 @@ class PPOTrainer:
         """
         state = self._state
         prompts = state.eval_prompts if dataset is None else self._encode(dataset)
-        answers = evaluation.answer(state, "actor", prompts)
+        answers = answer(state, "actor", prompts)
         found = zip(prompts, answers.texts, answers.rewards, strict=True)
         return [{"prompt": p.text, "completion": text, "reward": r} for p, text, r in found]
 

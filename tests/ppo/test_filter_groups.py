@@ -49,7 +49,7 @@ def test_batches_are_sampled_until_there_are_enough_and_what_is_over_is_left_out
     for row, length in enumerate(rollout.lengths):
         assert rollout.input_ids_BT[row, length:].eq(0).all()
         assert rollout.input_ids_BT[row, length - 2] == 70 + (0, 2)[row // 2]
-    found = rollout.sampled
+    found = rollout.filtered_from
     assert (found.batches, found.groups, found.differing, found.kept) == (3, 6, 3, 2)
     assert (found.responses, found.tokens) == (12, 4 * (2 + 3 + 4))
     assert found.score == pytest.approx((3 * 1.0 + 3 * 0.5) / 6)
@@ -66,7 +66,7 @@ def test_refills_are_bounded_and_the_step_goes_on_with_fewer(batch, config):
     rollout, _ = fill(batch(0, ALIKE, DIFFER), later, settings, 0)
     assert asked == {1: 1, 2: 1}
     assert [prompt.text for prompt in rollout.prompts] == ["0-1", "0-1"]
-    assert rollout.sampled.kept == 1
+    assert rollout.filtered_from.kept == 1
 
 
 def test_without_any_group_that_differs_the_last_batch_is_shown_and_not_trained_on(batch, config):
@@ -76,7 +76,7 @@ def test_without_any_group_that_differs_the_last_batch_is_shown_and_not_trained_
     )
     assert [prompt.text for prompt in rollout.prompts] == ["1-0", "1-0", "1-1", "1-1"]
     assert score_B.tolist() == [1.0] * 4
-    assert rollout.sampled.kept == 0
+    assert rollout.filtered_from.kept == 0
 
 
 def half(prompts, completions, **_):

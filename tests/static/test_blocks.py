@@ -30,7 +30,7 @@ PPO = {
 # Command -> its options, and the keys that it takes as key=value.
 COMMANDS = {
     "fastppo-train": (
-        {"--explain", "--plan", "--gpu", "--help", "--version"},
+        {"--explain", "--plan", "--gpu", "--gpus", "--help", "--version"},
         {*Config.model_fields, *ALIASES} - INTERNAL,
     ),
     "fastppo-export": ({"--help", "--version"}, {*ExportConfig.model_fields, "stage"}),

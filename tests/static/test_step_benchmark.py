@@ -92,7 +92,8 @@ def test_a_peer_that_is_not_installed_is_a_line_with_its_cure(monkeypatch, tmp_p
 def test_environments_are_pinned_and_ignored_by_git():
     for made in ENVIRONMENTS.values():
         if not made.on_ours:
-            assert {"torch==2.13.0", "transformers==4.57.6"} <= set(made.requirements)
+            assert "torch==2.13.0" in made.requirements
+            assert any(name.startswith("transformers==") for name in made.requirements)
         assert made.folder.name == f".{made.name}"
     assert "benchmarks/peers/.*/" in (step.PEERS.parents[1] / ".gitignore").read_text()
 
