@@ -72,7 +72,9 @@ def run(config, tmp_path):
 @pytest.mark.slow
 def test_a_run_made_to_exploit_its_reward_is_named(run):
     """No penalty for the KL, and large steps: the policy finds the hole."""
-    out = run("many_vowels", "variety", learning_rate=1e-2, critic_learning_rate=3e-3, init_kl_coef=0)
+    out = run(
+        "many_vowels", "variety", learning_rate=1e-2, critic_learning_rate=3e-3, init_kl_coef=0
+    )
     found = audit(read_run(out))
     by_name = {sign.name: sign for sign in found.signs}
     assert found.exploited, found
