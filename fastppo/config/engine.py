@@ -130,7 +130,8 @@ def with_importance_names(
         UserError: a name and the key that it stands for are both given.
     """
     found, lines = dict(given), []
-    if (level := found.get("rollout_is")) in VERL_LEVELS:
+    level = found.get("rollout_is")
+    if isinstance(level, str) and level in VERL_LEVELS:
         found["rollout_is"] = VERL_LEVELS[level]
         lines.append(f"'rollout_is: {level}' is verl's, and read as {found['rollout_is']}")
     names = {name: found.pop(name) for name in TRL_IMPORTANCE if name in found}
