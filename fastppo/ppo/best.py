@@ -56,8 +56,10 @@ def stops_early(state: State) -> bool:
 
 def trainer_state(evaluations: Evaluations, config: Config, output_dir: str) -> dict[str, Any]:
     """What transformers' TrainerState says about the best evaluation; empty if nobody asked."""
+    if not (config.load_best_model_at_end or config.early_stopping_steps):
+        return {}
     found = best(evaluations, config)
-    if found is None or not (config.load_best_model_at_end or config.early_stopping_steps):
+    if found is None:
         return {}
     folder = f"{output_dir}/checkpoint-{found['step']}"
     return {

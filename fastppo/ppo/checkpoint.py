@@ -25,7 +25,7 @@ from fastppo.ppo import best, evaluation, lines, log
 from fastppo.ppo.advantage import RunningScore
 from fastppo.run import durable, record, results, training_state
 from fastppo.run.agreement import check_agreement
-from fastppo.run.save import begin, note_run, save_model, save_weights
+from fastppo.run.save import begin, note_run, prepare_output_dir, save_model, save_weights
 from fastppo.types import Answers
 
 if TYPE_CHECKING:
@@ -81,8 +81,10 @@ def save_between_steps(state: State, output_dir: Path) -> None:
     """Write a checkpoint and the curves, and delete checkpoints past `save_total_limit`."""
     save_to_resume(state, output_dir)
     evaluation.draw_all(state, output_dir)
-    found = best.best(state.evaluations, state.config)
-    keep = found["step"] if found is not None and state.config.load_best_model_at_end else None
+    keep = None
+    if state.config.load_best_model_at_end:
+        found = best.best(state.evaluations, state.config)
+        keep = None if found is None else found["step"]
     durable.keep_newest(output_dir, state.config.save_total_limit, keep)
 
 
@@ -118,8 +120,15 @@ def load_best(state: State, output_dir: Path) -> dict[str, Any] | None:
     return evaluation.evaluate(state)
 
 
-def save_final(state: State, output_dir: Path) -> None:
-    """Save a finished run into `output_dir` itself; each file replaces an older one atomically."""
+def save_final(state: State, output_dir: Path) -> dict[str, Any] | None:
+    """Save the last policy of a finished run, or its best; returns what `load_best` returns."""
+    summary = load_best(state, output_dir)
+    state.world.on_main(replace_final, state, output_dir)
+    return summary
+
+
+def replace_final(state: State, output_dir: Path) -> None:
+    """Save the run into `output_dir` itself; each file replaces an older one atomically."""
     place = durable.partial_folder(output_dir / "checkpoint-final")
     save(state, place)
     durable.move_into(place, output_dir)
@@ -305,6 +314,12 @@ def resume(state: State, folder: Path) -> list[str]:
     return changed
 
 
+def prepare(state: State, folder: Path | None, output_dir: Path) -> None:
+    """Make `output_dir`, if all processes have the same run."""
+    check_processes_agree(state, folder)
+    state.world.on_main(prepare_output_dir, output_dir)
+
+
 def start(state: State, folder: Path | None, output_dir: Path) -> list[str]:
     """Start a new run in `output_dir`, or resume from `folder`; returns notes for the terminal."""
     notes = []
@@ -328,20 +343,21 @@ def begin_files(state: State, folder: Path | None, output_dir: Path) -> None:
     record.begin(state.config, state.roles.device, printed, state.plan)
 
 
-def save_and_stop(state: State, stop: Interrupted, output_dir: Path) -> Interrupted:
-    """Save the last complete step; returns an interruption that names the checkpoint.
+def save_and_stop(
+    state: State, stop: Interrupted | TrainingStopped, output_dir: Path
+) -> Interrupted | TrainingStopped:
+    """Save the last complete step; returns `stop` with the name of the checkpoint.
 
     No process asks another: a step that is not complete has nothing to save, and the last complete
     one is the same in all of them, so the first process saves it.
     """
     if not state.world.main:
-        return Interrupted(stop.signal, "process 0 saves the last complete step")
-    return Interrupted(stop.signal, save_last_step(state, output_dir))
-
-
-def save_what_is_done(state: State, stopped: TrainingStopped, output_dir: Path) -> TrainingStopped:
-    """Save the last complete step; returns the same stop with the checkpoint's name."""
-    return TrainingStopped(f"{stopped}; {save_last_step(state, output_dir)}")
+        said = "process 0 saves the last complete step"
+    else:
+        said = save_last_step(state, output_dir)
+    if isinstance(stop, Interrupted):
+        return Interrupted(stop.signal, said)
+    return TrainingStopped(f"{stop}; {said}")
 
 
 def save_last_step(state: State, output_dir: Path) -> str:

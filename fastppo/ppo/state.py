@@ -54,8 +54,11 @@ from fastppo.templates import Template, get_template
 from fastppo.types import Prompt
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from fastppo.data import Records
     from fastppo.memory.plan import Plan
+    from fastppo.models.batch import Batch
     from fastppo.ppo.engine import Engine
     from fastppo.types import Answers, Rollout
 
@@ -118,6 +121,11 @@ class State:
         score_B, parts = self.rewards_of(rollout, "step", first)
         self.sample = (rollout.prompts[0].text, rollout.texts[0], score_B[0].item())
         return score_B, parts
+
+    def demonstrations(self) -> Iterator[Batch] | None:
+        """The batches of `ptx_dataset` for the next update; None without such a data set."""
+        first = self.step * self.config.ppo_epochs * self.config.ppo_buffer_size
+        return None if self.ptx is None else self.ptx.stream(first, self.roles.device)
 
     def seconds(self) -> float:
         """Wall time since the run began."""

@@ -44,13 +44,11 @@ def step_update(state: State) -> State:
     with undo_if_interrupted(state) if signals else nullcontext():
         with state.stop.at_once() if signals else nullcontext():
             with clock("rollout"), roles.use("actor"):
-                mine = prompts[own]
-                rollout = retry("rollout", budgets, used=lambda: len(mine))(sample)(
-                    roles, mine, seed=seed, first_row=own.start, **settings(state)
+                rollout = retry("rollout", budgets, used=partial(len, prompts[own]))(sample)(
+                    roles, prompts[own], seed=seed, first_row=own.start, **settings(state)
                 )
             with clock("score"), world.together():
-                rollout = roles.with_states(rollout)
-                rewards = state.score_rollout(rollout, own.start)  # no retry
+                rewards = state.score_rollout(rollout := roles.with_states(rollout), own.start)
             if config.filter_groups:
                 rollout, rewards = refill(state, (rollout, rewards), seed, clock)
             with clock("score"):
@@ -69,7 +67,6 @@ def step_update(state: State) -> State:
                 scored = gather_scored(scored, prompts, own.start, state.template.pad_id, world)
                 experience = estimate(scored, config, state.controller, state.running_score)
         with clock("update"), interruptible_update(state) if signals else nullcontext():
-            first = state.step * config.ppo_epochs * config.ppo_buffer_size
             learned = update(
                 roles,
                 experience,
@@ -77,7 +74,7 @@ def step_update(state: State) -> State:
                 state.optimizer,
                 seed=seed,
                 train_actor=train_actor,
-                ptx=None if state.ptx is None else state.ptx.stream(first, roles.device),
+                ptx=state.demonstrations(),
                 budgets=budgets,
                 nonfinite_run=rows[-1]["nonfinite_run"] if rows else 0.0,
                 scaler=state.scaler,
@@ -100,7 +97,6 @@ def step_update(state: State) -> State:
 
 def train(state: State, output_dir: Path, observer: Observer) -> None:
     """Run all remaining steps, with the evaluations and checkpoints between them."""
-    world = state.world
     observer.train_begin(state)
     if evaluation.is_due(state):
         evaluation.evaluate_between_steps(state, observer)
@@ -118,7 +114,7 @@ def train(state: State, output_dir: Path, observer: Observer) -> None:
             if due.evaluate:
                 evaluation.evaluate_between_steps(state, observer)
             if due.save or best.is_new_best(state):
-                world.on_main(checkpoint.save_between_steps, state, output_dir)
+                state.world.on_main(checkpoint.save_between_steps, state, output_dir)
                 observer.saved(state)
     state.stop.check()
 
@@ -135,8 +131,7 @@ def fit(state: State, records: Records, start: durable.Start, observer: Observer
     """Train what is loaded, on from the checkpoint that `start` names, and write all files."""
     (folder, notes), output_dir = start, Path(state.config.output_dir)
     lines.first_lines(state, state.total_steps)
-    checkpoint.check_processes_agree(state, folder)
-    state.world.on_main(save.prepare_output_dir, output_dir)
+    checkpoint.prepare(state, folder, output_dir)
     advice = advice_on_failure(state.plan, state.config, state.budgets, state.roles.device)
     with durable.stop_on_full_disk(output_dir), state.stop, advice, closing(state.engine):
         lines.notes([*notes, *checkpoint.start(state, folder, output_dir)])
@@ -145,13 +140,10 @@ def fit(state: State, records: Records, start: durable.Start, observer: Observer
                 train(state, output_dir, observer)
                 summary = evaluation.evaluate(state)
                 observer.evaluated(state)
-                final = checkpoint.load_best(state, output_dir) or summary
-                state.world.on_main(checkpoint.save_final, state, output_dir)
+                final = checkpoint.save_final(state, output_dir) or summary
                 evaluation.write_results(state, records)
-            except Interrupted as stop:
+            except (Interrupted, EngineLost) as stop:
                 raise checkpoint.save_and_stop(state, stop, output_dir) from None
-            except EngineLost as lost:
-                raise checkpoint.save_what_is_done(state, lost, output_dir) from None
         evaluation.close_trackers(state, summary)
         lines.last_lines(state, final)
         observer.train_end(state)

@@ -11,7 +11,7 @@ from fastppo import toy
 from fastppo.ppo import trainer
 
 PACKAGE = Path(trainer.__file__).parents[1]
-MOST = 25
+MOST = 26
 
 
 def modules_entered(function: Any, *args: Any) -> set[str]:
@@ -55,7 +55,8 @@ def test_a_step_enters_few_modules(tmp_path, monkeypatch):
     - `run.world` says which rows are this process's, and what all processes have: alone it gives
       back what it was given.
     - `types` is what passes between the phases, and `config.ppo` has the keys that follow from
-      others (the two sides of the clip range, whether advantages are whitened).
+      others (the two sides of the clip range, whether advantages are whitened), `config.schema`
+      what follows from keys of several groups (prompts a step, which importance weights).
 
     Signals are not handled here, so nothing is entered that could undo a step.
     """

@@ -250,4 +250,6 @@ def test_evaluation_md_names_what_is_written(trained):
     policy = page.split("## A policy")[1].split("## A reward model")[0]
     table = "\n".join(line for line in policy.splitlines() if line.startswith("|"))
     named = set(re.findall(r"`(eval_\w+)`", table)) - {"eval_judge", "eval_judge_reference"}
-    assert named - {"eval_results"} == set(read(trained / "out" / "eval_results.json")) - {"epoch"}
+    assert named - {"eval_results", "eval_best_step"} == set(
+        read(trained / "out" / "eval_results.json")
+    ) - {"epoch"}
