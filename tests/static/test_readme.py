@@ -75,6 +75,13 @@ def test_every_page_can_be_reached_from_the_readme():
     assert [path.name for path in (ROOT / "docs").glob("*.md") if path not in found] == []
 
 
+def test_the_number_of_faults_is_that_of_their_table():
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\|.*`test_\w+\.py` \| (\d+) \| (\d+) \|$", page, re.MULTILINE)
+    tried, survived = (sum(map(int, column)) for column in zip(*rows, strict=True))
+    assert tried == survived == int(re.search(r"(\d+) faults tried", README)[1])
+
+
 @pytest.mark.parametrize("wrong", ["pip install fastppo", "uvx fastppo", "pip install 'fastppo"])
 def test_no_page_installs_a_name_that_is_not_ours(wrong):
     """The name is free in the index: whoever takes it would run on the reader's machine."""
