@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 from types import FrameType
@@ -15,7 +16,10 @@ MOST = 26
 
 
 def modules_entered(function: Any, *args: Any) -> set[str]:
-    """Modules of fastppo whose functions run in a call; operators and their kernels are one."""
+    """Modules of fastppo whose functions run in a call; operators and their kernels are one.
+
+    Without the collector of garbage, which calls `__del__` of what earlier code has left.
+    """
     files: set[str] = set()  # a path is made of each in the end: a step makes a million calls
 
     def note(frame: FrameType, event: str, _: Any) -> None:
@@ -23,11 +27,13 @@ def modules_entered(function: Any, *args: Any) -> set[str]:
             files.add(frame.f_code.co_filename)
 
     before = sys.getprofile()
+    gc.disable()
     sys.setprofile(note)
     try:
         function(*args)
     finally:
         sys.setprofile(before)
+        gc.enable()
     parts = [
         path.relative_to(PACKAGE).with_suffix("").parts
         for path in map(Path, files)
