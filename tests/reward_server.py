@@ -6,10 +6,12 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, TypeVar
+
+S = TypeVar("S", bound=ThreadingHTTPServer)
 
 
 @dataclass
@@ -77,9 +79,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving() -> Iterator[Server]:
-    """A server for as long as the block runs."""
-    made = Server()
+def running(made: S) -> Iterator[S]:
+    """The server answers for as long as the block runs."""
     thread = threading.Thread(target=made.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
@@ -88,3 +89,8 @@ def serving() -> Iterator[Server]:
         made.shutdown()
         made.server_close()
         thread.join()
+
+
+def serving() -> AbstractContextManager[Server]:
+    """A server for as long as the block runs."""
+    return running(Server())

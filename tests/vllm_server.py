@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+
+from tests.reward_server import running
 
 
 class Faults:
@@ -177,15 +178,6 @@ def error(message: str) -> dict[str, Any]:
     return {"error": {"message": message, "type": "Error", "param": None, "code": 0}}
 
 
-@contextmanager
-def serving(model_dir: Path) -> Iterator[Server]:
+def serving(model_dir: Path) -> AbstractContextManager[Server]:
     """A server for as long as the block runs."""
-    made = Server(model_dir)
-    thread = threading.Thread(target=made.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    try:
-        yield made
-    finally:
-        made.shutdown()
-        made.server_close()
-        thread.join()
+    return running(Server(model_dir))

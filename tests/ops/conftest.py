@@ -62,6 +62,16 @@ def width(request: pytest.FixtureRequest) -> Iterator[None]:
     LIBRARY.fastppo_use_isa(before)
 
 
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each vector width that this processor has; afterwards the one that ran before."""
+    before = LIBRARY.fastppo_isa()
+    if LIBRARY.fastppo_use_isa(ISAS.index(request.param)) < 0:
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    LIBRARY.fastppo_use_isa(before)
+
+
 @pytest.fixture
 def poisoned() -> Iterator[None]:
     """torch.empty gives NaN, so that whatever a kernel forgets to write shows."""

@@ -16,16 +16,6 @@ pytestmark = pytest.mark.skipif(
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(params=native_library.ISAS)
-def isa(request):
-    """Each vector width that this processor has; afterwards the one that ran before."""
-    before = native_library.LIBRARY.fastppo_isa()
-    if native_library.LIBRARY.fastppo_use_isa(native_library.ISAS.index(request.param)) < 0:
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    native_library.LIBRARY.fastppo_use_isa(before)
-
-
 def operands(rows, heads, kv_heads, places, size, value_size, dtype=torch.float32):
     """Keys and values are views into a cache, with NaN where no row may read."""
     torch.manual_seed(rows + heads + places + size)

@@ -35,16 +35,6 @@ KINDS = {
 ROWS, PLACES, WIDTH = 5, 7, 12
 
 
-@pytest.fixture(params=native_library.ISAS)
-def isa(request):
-    """Each vector width that this processor has; afterwards the one that ran before."""
-    before = native_library.LIBRARY.fastppo_isa()
-    if native_library.LIBRARY.fastppo_use_isa(native_library.ISAS.index(request.param)) < 0:
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    native_library.LIBRARY.fastppo_use_isa(before)
-
-
 def make(kind, **changes):
     """A layer of transformers with random weights, norms and biases too, and ours of it."""
     torch.manual_seed(0)

@@ -14,16 +14,6 @@ pytestmark = pytest.mark.skipif(
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(params=native_library.ISAS)
-def isa(request):
-    """Each vector width that this processor has; afterwards the one that ran before."""
-    before = native_library.LIBRARY.fastppo_isa()
-    if native_library.LIBRARY.fastppo_use_isa(native_library.ISAS.index(request.param)) < 0:
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    native_library.LIBRARY.fastppo_use_isa(before)
-
-
 def operands(rows, inputs, outputs, dtype, stride=None):
     torch.manual_seed(rows + inputs + outputs)
     weight = torch.randn(outputs, stride or inputs).to(dtype)[:, :inputs]

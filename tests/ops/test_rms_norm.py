@@ -13,16 +13,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(params=native_library.ISAS)
-def isa(request):
-    """Each vector width that this processor has; afterwards the one that ran before."""
-    before = native_library.LIBRARY.fastppo_isa()
-    if native_library.LIBRARY.fastppo_use_isa(native_library.ISAS.index(request.param)) < 0:
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    native_library.LIBRARY.fastppo_use_isa(before)
-
-
 @pytest.mark.parametrize("size", [1, 5, 32, 64, 576, 1001])
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 def test_it_is_the_norm(isa, size, scale):
