@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -24,7 +23,7 @@ import torch
 
 from benchmarks import peers, report
 from benchmarks.peers.environments import VERL
-from benchmarks.step import MODEL, OthersLoad
+from benchmarks.step import MODEL, OthersLoad, linked
 
 ROOT = Path(__file__).parents[1]
 FOLDER = Path("output/benchmarks/integrations")
@@ -184,13 +183,7 @@ CASES = {
 
 def shorten(model: Path) -> Path:
     """A folder whose model is the first layers of another, with all of its vocabulary."""
-    if not (model / "model.safetensors").is_file():
-        raise SystemExit(f"benchmarks: {model} is not there; run python examples/demo_model.py")
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    place = FOLDER / "model"
-    place.mkdir(parents=True)
-    for path in model.iterdir():
-        (place / path.name).symlink_to(path.resolve())
+    place = linked(model, FOLDER)
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     config["num_hidden_layers"] = LAYERS
     config.pop("layer_types", None)

@@ -101,15 +101,21 @@ class OthersLoad(Load):
         return now, busy - spent.children_user - spent.children_system
 
 
-def prepare(model: Path) -> dict[str, Any]:
-    """Model, prompts and reward model, as every contender's version of its libraries reads them."""
+def linked(model: Path, folder: Path) -> Path:
+    """`folder`, which is made anew, gets a model whose files are links to those of `model`."""
     if not (model / "model.safetensors").is_file():
         raise SystemExit(f"benchmarks: {model} is not there; run python examples/demo_model.py")
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    place = FOLDER / "model"
+    shutil.rmtree(folder, ignore_errors=True)
+    place = folder / "model"
     place.mkdir(parents=True)
     for path in model.iterdir():
         (place / path.name).symlink_to(path.resolve())
+    return place
+
+
+def prepare(model: Path) -> dict[str, Any]:
+    """Model, prompts and reward model, as every contender's version of its libraries reads them."""
+    place = linked(model, FOLDER)
     # transformers 4 knows the base of the rotary embedding, and the tokenizer, by older names; it
     # would silently take others.
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
