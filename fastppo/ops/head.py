@@ -25,10 +25,11 @@ _CHUNK_BYTES_CPU = 80 << 20
 _CHUNK_ROWS_CPU = 128
 _CHUNK_ROWS_TRAINED_CPU = 256
 _CHUNK_BYTES_DEVICE = 512 << 20
-# Words whose logits are made at a time where the weight is widened for them, and on a CPU in
-# float32: of more, what its library has packed of the weight leaves the caches before it is used
-# again, and a sixth of the time with it.
+# Words whose logits are made at a time where the weight is widened for them, which takes memory; and
+# on a CPU in float32. Of more, what its library has packed of the weight leaves the caches before it
+# is used again; of fewer, it packs the hidden states more often than it should.
 _WORDS = 1024
+_WORDS_FLOAT32 = 4096
 
 _WEIGHT = 1  # its place in `LinearRows.wanted`: hidden, weight, bias, A, B
 
@@ -111,8 +112,9 @@ class Head:
             torch.mm(hidden_ND, weight_VD.T, out_dtype=out.dtype, out=out)
         elif wider or (out.device.type == "cpu" and out.dtype == torch.float32):
             wide_ND = hidden_ND.to(out.dtype)
-            for first in range(0, vocab, _WORDS):
-                own = slice(first, first + _WORDS)
+            words = _WORDS if wider else _WORDS_FLOAT32
+            for first in range(0, vocab, words):
+                own = slice(first, first + words)
                 torch.mm(wide_ND, weight_VD[own].T.to(out.dtype), out=out[:, own])
         elif bias_V is not None and out.device.type == "cuda":
             # In the GEMM's epilogue: no pass over the logits, and 16 bits are rounded to once.

@@ -38,6 +38,7 @@ from fastppo.ops.token_logprobs import (
     token_results,
     with_label_logprobs,
 )
+from fastppo.ops.word_blocks import by_words, goes_by_words
 
 
 def linear_token_logprobs(
@@ -211,6 +212,13 @@ def _chunks(a: Arguments | BackwardArguments, wanted: tuple[bool, ...]) -> Linea
 def _forward(a: Arguments) -> Outputs:
     stats, kernels = empty_statistics(a.hidden_ND, a.backend), BACKENDS[a.backend]
     slopes = _empty_slopes(a)
+    head = Head.of(a.head).detach()
+    if not a.entropy_grad and goes_by_words(
+        a.hidden_ND, head, a.rows, a.logits_dtype, a.backend
+    ):
+        slope_ND = slopes[0] if a.by_slope else None
+        by_words(a.hidden_ND.detach(), head, a.rows, a.chunk_bytes, stats, slope_ND)
+        return Outputs(*stats, *slopes)
     if not a.by_slope:
         labelled = with_label_logprobs(stats, a.rows)
 

@@ -191,6 +191,36 @@ class DecoderLayerStruct(_Struct):
     ]
 
 
+class WordBlockStruct(_Struct):
+    """FastppoWordBlock: logits of a block of words for all tokens, and what they are added to."""
+
+    _fields_: ClassVar = [
+        ("x", c_void_p),
+        *((name, c_int64) for name in ("x_stride", "n", "words", "first_word", "vocab")),
+        ("token", c_void_p),
+        ("ignore_index", c_int64),
+        *(
+            (name, c_void_p)
+            for name in (
+                "bias",
+                "tau",
+                "factor",
+                "least",
+                "shift",
+                "row_max",
+                "sampled",
+                "sum_exp",
+                "sum_shifted_exp",
+                "slope",
+            )
+        ),
+        ("slope_stride", c_int64),
+        ("size", c_int64),
+        ("softcap", c_float),
+        ("padding", c_int32),
+    ]
+
+
 # The structs in the order of fastppo_sizeof, which gives the size that the library expects.
 STRUCTS: Final = (
     RowsStruct,
@@ -202,9 +232,10 @@ STRUCTS: Final = (
     FewRowsStruct,
     DecodeAttentionStruct,
     DecoderLayerStruct,
+    WordBlockStruct,
 )
 
-_ROWS, _GRADIENT, _LOSS, _STATISTICS, _SCORES, _ADVANTAGES, _FEW_ROWS, _ATTENTION, _LAYER = (
+_ROWS, _GRADIENT, _LOSS, _STATISTICS, _SCORES, _ADVANTAGES, _FEW_ROWS, _ATTENTION, _LAYER, _WORDS = (
     POINTER(s) for s in STRUCTS
 )
 _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
@@ -229,6 +260,8 @@ _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
     "few_rows": (None, [_FEW_ROWS]),
     "decode_attention": (None, [_ATTENTION]),
     "decoder_layer": (None, [_LAYER]),
+    "word_block": (None, [_WORDS]),
+    "word_block_end": (None, [_WORDS, _STATISTICS, c_void_p]),
     "rms_norm": (None, [c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p]),
     "advise": (None, [c_void_p, c_int64]),
 }

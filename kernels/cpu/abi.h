@@ -60,6 +60,33 @@ struct FastppoStatistics {
   float* sum_exp;
 };
 
+// Float32 logits of the words from `first_word` on, for all tokens. What is one a token is of
+// FASTPPO_TOKENS a tile, the last one too, as is x_stride; slopes are (n, size).
+struct FastppoWordBlock {
+  float* x;  // (words, x_stride)
+  int64_t x_stride;
+  int64_t n;
+  int64_t words;
+  int64_t first_word;
+  int64_t vocab;
+  const int64_t* token;  // (n,)
+  int64_t ignore_index;
+  const float* bias;  // of these words; null: none
+  const float* tau;
+  float* factor;   // what makes an exponential of a difference, see ExpScale
+  float* least;
+  float* shift;    // LOWEST at first
+  float* row_max;  // likewise
+  float* sampled;  // NaN at first
+  double* sum_exp;
+  double* sum_shifted_exp;
+  float* slope;  // null: no exponentials are wanted
+  int64_t slope_stride;
+  int64_t size;
+  float softcap;  // 0: none
+  int32_t padding;
+};
+
 struct FastppoScores {
   float* logprob;
   float* ref_logprob;
@@ -159,6 +186,7 @@ void fastppo_rms_norm(const float*, const float*, float, int64_t, int64_t, float
 }
 
 constexpr int FASTPPO_TERMS = 17;
+constexpr int64_t FASTPPO_TOKENS = 32;
 // Logits below which starting threads costs more than they save.
 constexpr int64_t FASTPPO_ALONE = 1 << 15;
 

@@ -26,6 +26,7 @@ static inline Floats larger(Floats a, Floats b) {
 #endif
 }
 static inline Floats at_least(Floats a, float least) { return larger(all(least), a); }
+static inline Floats at_least(Floats a, Floats least) { return larger(least, a); }
 
 // A register of floats as doubles takes two.
 struct Doubles {
@@ -194,11 +195,18 @@ struct ExpScale {
   inline Floats difference(Floats u, float row_max) const { return at_least(u - row_max, least); }
 };
 
-// exp(d / tau) for `least` <= d <= 0. Relative error below 3.3e-7 + 6e-8 |d / tau| (the second part
+// The same where each lane has a temperature of its own.
+struct LaneScale {
+  Floats factor, least;
+  inline Floats difference(Floats u, Floats shift) const { return at_least(u - shift, least); }
+};
+
+// exp(d / tau) for `least` <= d / tau < 88. Relative error below 3.3e-7 + 6e-8 |d / tau| (the second part
 // is that of rounding d / tau to a float) down to the smallest normal number, then 0.
 // 2^t = 2^n 2^f, n the nearest integer; a polynomial of degree 5 for f in [-1/2, 1/2], fitted to
 // relative error 9.2e-8 with 2^0 exact. NaN stays NaN.
-static inline Floats exp_of(Floats d, ExpScale scale) {
+template <class Scale>
+static inline Floats exp_of(Floats d, const Scale& scale) {
   // 1.5 2^23, so that adding it rounds to an integer; and 127, so that the low bits of the sum are
   // the exponent of 2^n as a float has it.
   const float magic = 12582912.0f + 127.0f;

@@ -1,0 +1,163 @@
+"""Log-probs by blocks of words: whatever the blocks are, they are those of the definition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.harness import allocations, peak_bytes
+from fastppo.ops import backend, linear_token_logprobs, word_blocks
+from tests.ops.oracle import check
+from tests.ops.registry import OPS, Shape
+
+pytestmark = [
+    pytest.mark.skipif("native" not in backend.available("cpu"), reason="needs the C++ kernels"),
+    pytest.mark.usefixtures("poisoned"),
+]
+# So many tokens that they go by words, and not a whole number of tiles.
+SHAPE = Shape(n=70, vocab=331, hidden=16)
+COLUMNS = 96 + 16
+OP = OPS["linear_token_logprobs"]
+# Words of a block: one block, many and a rest, one word each.
+BLOCKS = {"one block": 1 << 20, "many": 40 * 4 * COLUMNS, "one word each": 1}
+
+
+@pytest.fixture(params=BLOCKS)
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(word_blocks, "_BYTES", BLOCKS[request.param])
+
+
+@pytest.fixture
+def went(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of each call that went by words."""
+    calls: list[int] = []
+    inner = word_blocks._some_tokens
+
+    def note(hidden_ND: Tensor, *rest: Any) -> None:
+        calls.append(hidden_ND.shape[0])
+        inner(hidden_ND, *rest)
+
+    monkeypatch.setattr(word_blocks, "_some_tokens", note)
+    return calls
+
+
+def inputs_of(**more: Any) -> dict[str, Any]:
+    inputs = OP.make_inputs(SHAPE, torch.float32, 0)
+    inputs["token_N"][3] = -100
+    return {**inputs, **more}
+
+
+SETTINGS = {
+    "plain": {},
+    "bias": {"bias_V": torch.linspace(-3, 3, SHAPE.vocab)},
+    "softcap": {"softcap": 2.0, "temperature": 0.6},
+    "temperature by row": {"temperature": torch.linspace(0.05, 3, SHAPE.n)},
+    "all": {
+        "bias_V": torch.linspace(3, -3, SHAPE.vocab),
+        "softcap": 4.0,
+        "temperature": torch.linspace(0.5, 2, SHAPE.n),
+    },
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_they_obey_the_rule_at_every_width(isa, went, settings, blocks):
+    inputs = inputs_of(**SETTINGS[settings])
+    check(OP, inputs, "native")
+    assert went == [SHAPE.n]
+
+
+@pytest.mark.parametrize("order", ["rising", "falling", "a peak late"])
+def test_a_largest_logit_may_come_in_any_block(isa, order, blocks):
+    """What was added before it is made smaller by as much; hundreds of nats apart."""
+    inputs = inputs_of()
+    logits_V = torch.linspace(-200, 200, SHAPE.vocab)
+    if order == "falling":
+        logits_V = -logits_V
+    elif order == "a peak late":
+        logits_V = torch.zeros(SHAPE.vocab)
+        logits_V[300] = 90.0
+    bias_V = logits_V + torch.randn(SHAPE.vocab)
+    check(OP, {**inputs, "bias_V": bias_V}, "native")
+
+
+def found(backend: str, **inputs: Any) -> tuple[Tensor, ...]:
+    hidden = inputs.pop("hidden_ND").clone().requires_grad_()
+    result = linear_token_logprobs(hidden, **inputs, backend=backend, return_lse=True)
+    (grad,) = torch.autograd.grad(result.logprob_N.nan_to_num(neginf=0).sum(), hidden)
+    return (*result, grad)
+
+
+def test_masked_words_and_rows_without_any_are_the_definitions(isa, blocks):
+    """Of the first words, of the last, of all but one; a sampled word that is masked."""
+    for masked in (slice(0, 100), slice(100, 331), slice(1, 331)):
+        bias_V = torch.zeros(SHAPE.vocab)
+        bias_V[masked] = float("-inf")
+        inputs = inputs_of(bias_V=bias_V)
+        ours = found("native", **inputs)
+        for mine, right in zip(ours, found("torch", **inputs), strict=True):
+            torch.testing.assert_close(mine, right, atol=2e-5, rtol=1e-5)
+        assert (ours[0] == float("-inf")).any()
+
+
+def test_what_is_not_finite_stays_in_its_row(isa):
+    """Also in a row that is ignored; the others keep their bits."""
+    inputs = inputs_of()
+    clean = found("native", **inputs)
+    inputs["hidden_ND"] = inputs["hidden_ND"].clone()
+    inputs["hidden_ND"][3], inputs["hidden_ND"][9, 2] = float("nan"), float("inf")
+    dirty = found("native", **inputs)
+    others = [i for i in range(SHAPE.n) if i != 9]
+    for was, now in zip(clean, dirty, strict=True):
+        assert torch.equal(was[others], now[others])
+        assert now[9].isnan().any()
+    assert not dirty[3][3].any()
+
+
+def test_neighbours_do_not_change_a_row(isa):
+    """Another row's largest logit comes in another place, and moves nobody else's."""
+    inputs = inputs_of(chunk_bytes=BLOCKS["many"])
+    clean = found("native", **inputs)
+    inputs["hidden_ND"] = inputs["hidden_ND"].clone()
+    inputs["hidden_ND"][1::2] *= 60
+    for was, now in zip(clean, found("native", **inputs), strict=True):
+        assert torch.equal(was[0::2], now[0::2])
+        assert not torch.equal(was[1::2], now[1::2])
+
+
+def test_more_tokens_than_a_part_has(monkeypatch, went):
+    monkeypatch.setattr(word_blocks, "_MOST_TOKENS", 31)
+    check(OP, inputs_of(), "native")
+    assert went == [23, 23, 24]
+
+
+@pytest.mark.parametrize(
+    ("by_words", "change"),
+    [
+        (True, {}),
+        (False, {"entropy_grad": True}),
+        (False, {"logits_dtype": torch.bfloat16, "dtype": torch.bfloat16}),
+        (False, {"n": word_blocks.LEAST_TOKENS - 1}),
+    ],
+)
+def test_which_calls_go_by_words(went, by_words, change):
+    change = dict(change)
+    shape = Shape(n=change.pop("n", SHAPE.n), vocab=331, hidden=16)
+    inputs = OP.make_inputs(shape, change.pop("dtype", torch.float32), 0)
+    linear_token_logprobs(**inputs, **change, backend="native")
+    assert bool(went) == by_words
+
+
+def test_the_memory_is_that_of_a_block():
+    """Not of the logits, (N, V); nor of the vocabulary, whatever its size."""
+    shape = Shape(n=256, vocab=20000, hidden=8)
+    inputs = OP.make_inputs(shape, torch.float32, 0)
+    inputs["hidden_ND"].requires_grad_()
+    budget = 1 << 20
+    call = lambda: linear_token_logprobs(**inputs, chunk_bytes=budget, backend="native")  # noqa: E731
+    peak = peak_bytes(allocations(call))
+    small = 40 * shape.n * 8 + 4 * shape.n * shape.hidden * 4
+    assert budget / 2 < peak < budget + small
