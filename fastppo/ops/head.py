@@ -25,9 +25,9 @@ _CHUNK_BYTES_CPU = 80 << 20
 _CHUNK_ROWS_CPU = 128
 _CHUNK_ROWS_TRAINED_CPU = 256
 _CHUNK_BYTES_DEVICE = 512 << 20
-# Words whose logits are made at a time where the weight is widened for them, which takes memory; and
-# on a CPU in float32. Of more, what its library has packed of the weight leaves the caches before it
-# is used again; of fewer, it packs the hidden states more often than it should.
+# Words whose logits are made at a time where the weight is widened for them, which takes memory;
+# and on a CPU in float32. Of more, what its library has packed of the weight leaves the caches
+# before it is used again; of fewer, it packs the hidden states more often than it should.
 _WORDS = 1024
 _WORDS_FLOAT32 = 4096
 

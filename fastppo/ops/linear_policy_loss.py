@@ -18,7 +18,7 @@ from fastppo.ops.arguments import (
     row_arguments,
     stat_dtype,
 )
-from fastppo.ops.backends import BACKENDS
+from fastppo.ops.backends import BACKENDS, Backend, Statistics
 from fastppo.ops.config import HeadLora, PolicyLossConfig
 from fastppo.ops.gradient_made import (
     GradientMade,
@@ -39,8 +39,9 @@ from fastppo.ops.losses import POLICY_LOSSES
 from fastppo.ops.operands import check_chunk_bytes, logits_dtype_of, operands
 from fastppo.ops.policy_loss import PolicyLoss, fake_outputs, sweep, unpack
 from fastppo.ops.registered import register
-from fastppo.ops.surrogate import OwnLoss, sweep_by_slope, sweep_by_token
+from fastppo.ops.surrogate import OwnLoss, filled, sweep_by_token, token_gradient, totals
 from fastppo.ops.token_logprobs import empty_statistics
+from fastppo.ops.word_blocks import LEAST_TOKENS, by_words, goes_by_words
 
 
 def linear_policy_loss(
@@ -246,7 +247,11 @@ def _forward(a: Arguments, own: OwnLoss | None = None) -> Outputs:
     head, live_N = Head.of(a.head).detach(), live_rows(a.rows, a.loss.weight_N)
     hidden_ND, stat = a.hidden_ND.detach(), stat_dtype(a.hidden_ND)
     chunks = LinearRows(hidden_ND, head, stat, a.logits_dtype, a.chunk_bytes, live_N, a.wanted)
-    hidden_alone = a.wanted[0] and not any(a.wanted[1:])
+    # Where the hidden states alone want a gradient, that of a log-prob does not depend on the loss.
+    many, by_sequence = hidden_ND.shape[0] >= LEAST_TOKENS, a.loss.by_sequence
+    by_slope = (many or by_sequence) and not any(a.wanted[1:])
+    by_slope = by_slope and not (a.wanted[0] and a.loss.has_entropy)
+    at_words = many and by_slope and goes_by_words(chunks, a.rows, a.backend)
     kernels, need_grad = BACKENDS[a.backend], any(a.wanted)
     if own is not None:
         stats = empty_statistics(hidden_ND, a.backend)
@@ -254,13 +259,46 @@ def _forward(a: Arguments, own: OwnLoss | None = None) -> Outputs:
             kernels, chunks, a.rows, a.loss, stats, need_grad, own
         )
         outputs = LossOutputs(total, stats.logprob_N, stats.entropy_N, kl_N, metrics)
-    elif a.loss.by_sequence and hidden_alone and not a.loss.has_entropy:
+    elif at_words or (by_slope and by_sequence and need_grad):
         stats = empty_statistics(hidden_ND, a.backend)
-        total, kl_N, metrics = sweep_by_slope(kernels, chunks, a.rows, a.loss, stats)
+        total, kl_N, metrics = _sweep_by_slope(kernels, chunks, a.rows, a.loss, stats, at_words)
         outputs = LossOutputs(total, stats.logprob_N, stats.entropy_N, kl_N, metrics)
     else:
         outputs = sweep(chunks, a.rows, a.loss, hidden_ND, need_grad, a.backend)
     return Outputs(*outputs, *chunks.results())
+
+
+def _sweep_by_slope(
+    kernels: Backend,
+    chunks: LinearRows,
+    rows: RowArguments,
+    loss: LossArguments,
+    stats: Statistics,
+    at_words: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`totals` of any loss without entropy, of which only the hidden states may want a gradient.
+
+    d logprob / d hidden does not depend on the loss, so one pass makes it beside the log-probs, and
+    g is multiplied in at the end. In the slope's dtype nothing underflows: it is of order 1.
+    """
+    weight_N, slope_ND = loss.weight_N, chunks.grads[0]
+    live_N = live_rows(rows, weight_N)
+    if at_words:
+        token_N = rows.token_N.masked_fill(~live_N, rows.ignore_index)
+        by_words(chunks, rows._replace(token_N=token_N), stats, slope_ND)
+    else:
+        assert slope_ND is not None
+        one_N = torch.ones_like(stats.logprob_N)
+        for at, x_NV, dx_NV in chunks.made(slope_ND.dtype):
+            assert dx_NV is not None
+            kernels.token_logprobs(x_NV, rows, at, stats, weight_N)
+            kernels.token_logprobs_backward(x_NV, dx_NV, rows, at, stats, one_N, None, weight_N)
+            chunks.to_hidden(dx_NV, slope_ND[at])
+    whole = filled(loss, live_N, stats.logprob_N.dtype)
+    if slope_ND is not None:
+        g_N, _ = token_gradient(whole, live_N, stats.logprob_N)
+        torch.mul(slope_ND, (loss.grad_scale * g_N)[:, None], out=slope_ND)
+    return totals(whole, live_N, stats.logprob_N, stats.entropy_N)
 
 
 def _forward_donated(a: Arguments) -> Outputs:

@@ -38,7 +38,7 @@ from fastppo.ops.token_logprobs import (
     token_results,
     with_label_logprobs,
 )
-from fastppo.ops.word_blocks import by_words, goes_by_words
+from fastppo.ops.word_blocks import LEAST_TOKENS, by_words, goes_by_words
 
 
 def linear_token_logprobs(
@@ -212,12 +212,10 @@ def _chunks(a: Arguments | BackwardArguments, wanted: tuple[bool, ...]) -> Linea
 def _forward(a: Arguments) -> Outputs:
     stats, kernels = empty_statistics(a.hidden_ND, a.backend), BACKENDS[a.backend]
     slopes = _empty_slopes(a)
-    head = Head.of(a.head).detach()
-    if not a.entropy_grad and goes_by_words(
-        a.hidden_ND, head, a.rows, a.logits_dtype, a.backend
-    ):
-        slope_ND = slopes[0] if a.by_slope else None
-        by_words(a.hidden_ND.detach(), head, a.rows, a.chunk_bytes, stats, slope_ND)
+    chunks = _chunks(a, (False,) * 5)
+    many = a.hidden_ND.shape[0] >= LEAST_TOKENS
+    if many and not a.entropy_grad and goes_by_words(chunks, a.rows, a.backend):
+        by_words(chunks, a.rows, stats, slopes[0] if a.by_slope else None)
         return Outputs(*stats, *slopes)
     if not a.by_slope:
         labelled = with_label_logprobs(stats, a.rows)
@@ -227,14 +225,13 @@ def _forward(a: Arguments) -> Outputs:
             if a.rows.labels_NK is not None:
                 labelled.logprob_N[at] = label_logprobs(x_NV, a.rows, at, stats)
 
-        _chunks(a, (False,) * 5).visit(kernel, write=False)
+        chunks.visit(kernel, write=False)
         return Outputs(*labelled, *slopes)
     one_N = torch.ones_like(stats.logprob_N)
     # Only the last one may overwrite the logits.
     derived: list[tuple[Tensor, Tensor | None, Tensor | None]] = [(slopes[0], one_N, None)]
     if a.entropy_grad:
         derived.insert(0, (slopes[1], None, one_N))
-    chunks = _chunks(a, (False,) * 5)
     for at, x_NV, dx_NV in chunks.made(a.hidden_ND.dtype, apart=a.entropy_grad):
         assert dx_NV is not None
         kernels.token_logprobs(x_NV, a.rows, at, stats)

@@ -235,9 +235,18 @@ STRUCTS: Final = (
     WordBlockStruct,
 )
 
-_ROWS, _GRADIENT, _LOSS, _STATISTICS, _SCORES, _ADVANTAGES, _FEW_ROWS, _ATTENTION, _LAYER, _WORDS = (
-    POINTER(s) for s in STRUCTS
-)
+(
+    _ROWS,
+    _GRADIENT,
+    _LOSS,
+    _STATISTICS,
+    _SCORES,
+    _ADVANTAGES,
+    _FEW_ROWS,
+    _ATTENTION,
+    _LAYER,
+    _WORDS,
+) = (POINTER(s) for s in STRUCTS)
 _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
     "isa": (c_int, []),
     "use_isa": (c_int, [c_int]),

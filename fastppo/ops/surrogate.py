@@ -25,7 +25,6 @@ from fastppo.ops.metrics import Entry, Metrics
 
 if TYPE_CHECKING:
     from fastppo.ops.backends import Backend, Statistics
-    from fastppo.ops.head import LinearRows
     from fastppo.ops.rows import Chunks
 
 # A caller's own loss: log-probs and entropies of some tokens, and which those are.
@@ -353,32 +352,4 @@ def sweep_by_sequence(
             kernels.token_logprobs_backward(x_NV, out_NV, rows, at, stats, g_N, h_N, weight_N)
 
         chunks.visit(backward, write=True)
-    return totals(whole, live_N, stats.logprob_N, stats.entropy_N)
-
-
-def sweep_by_slope(
-    kernels: Backend,
-    chunks: LinearRows,
-    rows: RowArguments,
-    loss: LossArguments,
-    stats: Statistics,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`totals` of any loss without entropy, of which only the hidden states want a gradient.
-
-    d logprob / d hidden does not depend on the loss, so one pass makes it beside the log-probs, and
-    g is multiplied in at the end. In the slope's dtype nothing underflows: it is of order 1.
-    """
-    weight_N, slope_ND = loss.weight_N, chunks.grads[0]
-    assert slope_ND is not None
-    assert not loss.has_entropy
-    one_N = torch.ones_like(stats.logprob_N)
-    for at, x_NV, dx_NV in chunks.made(slope_ND.dtype):
-        assert dx_NV is not None
-        kernels.token_logprobs(x_NV, rows, at, stats, weight_N)
-        kernels.token_logprobs_backward(x_NV, dx_NV, rows, at, stats, one_N, None, weight_N)
-        chunks.to_hidden(dx_NV, slope_ND[at])
-    live_N = live_rows(rows, weight_N)
-    whole = filled(loss, live_N, stats.logprob_N.dtype)
-    g_N, _ = token_gradient(whole, live_N, stats.logprob_N)
-    torch.mul(slope_ND, (loss.grad_scale * g_N)[:, None], out=slope_ND)
     return totals(whole, live_N, stats.logprob_N, stats.entropy_N)

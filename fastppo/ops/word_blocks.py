@@ -1,10 +1,10 @@
 """Log-probs from hidden states on a CPU, by blocks of words for all tokens.
 
 As attention reads its keys: the logits of some words, (words, N), are made, added to each token's
-normaliser, and turned into their part of sum_v exp(z_v - shift) W_v while they and their rows of the
-weight are in the last cache. The weight is read from memory once and logits are not read from it at
-all, where chunks of rows read the weight twice a chunk. That sum needs no gradient of a loss, so it
-is d logprob / d hidden (see `linear_token_logprobs`), in two GEMMs.
+normaliser, and turned into their part of sum_v exp(z_v - shift) W_v while they and their rows of
+the weight are in the last cache. The weight is read from memory once and logits are not read from
+it at all, where chunks of rows read the weight twice a chunk. That sum needs no gradient of a loss,
+so it is d logprob / d hidden (see `linear_token_logprobs`), in two GEMMs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastppo.ops.arguments import RowArguments
 from fastppo.ops.backends import Statistics
-from fastppo.ops.head import Head, full_precision
+from fastppo.ops.head import Head, LinearRows, full_precision
 from fastppo.ops.native_library import LIBRARY, StatisticsStruct, WordBlockStruct
 from fastppo.ops.workspace import fresh
 
@@ -31,28 +31,25 @@ _BYTES: Final = 16 << 20
 _LOWEST: Final = torch.finfo(torch.float32).min
 
 
-def goes_by_words(
-    hidden_ND: Tensor, head: Head, rows: RowArguments, logits_dtype: torch.dtype, backend: str
-) -> bool:
-    """Whether `by_words` can do it: in float32, with one label a row and no adapter on the head."""
+def goes_by_words(chunks: LinearRows, rows: RowArguments, backend: str) -> bool:
+    """Whether `by_words` can do it: in float32, with one label a row and no adapter on the head.
+
+    It pays from LEAST_TOKENS on, which callers look at first: a call for few is to cost little.
+    """
+    hidden_ND, head = chunks.hidden_ND, chunks.head
     return (
         backend == "native"
-        and hidden_ND.dtype == head.weight_VD.dtype == logits_dtype == torch.float32
-        and hidden_ND.shape[0] >= LEAST_TOKENS
+        and hidden_ND.dtype == head.weight_VD.dtype == chunks.logits_dtype == torch.float32
         and head.lora is None
         and rows.labels_NK is None
     )
 
 
 def by_words(
-    hidden_ND: Tensor,
-    head: Head,
-    rows: RowArguments,
-    chunk_bytes: int | None,
-    into: Statistics,
-    slope_ND: Tensor | None,
+    chunks: LinearRows, rows: RowArguments, into: Statistics, slope_ND: Tensor | None
 ) -> None:
     """Write the statistics of all rows into `into`, and d logprob / d hidden into `slope_ND`."""
+    hidden_ND = chunks.hidden_ND
     n = hidden_ND.shape[0]
     parts = -(-n // _MOST_TOKENS)
     with full_precision(hidden_ND.device):
@@ -60,7 +57,7 @@ def by_words(
             at = slice(i * n // parts, (i + 1) * n // parts)
             own = None if slope_ND is None else slope_ND[at]
             statistics = Statistics(*(result[at] for result in into))
-            _some_tokens(hidden_ND[at], head, rows, at, chunk_bytes, statistics, own)
+            _some_tokens(hidden_ND[at], chunks.head, rows, at, chunks.chunk_bytes, statistics, own)
 
 
 def _some_tokens(

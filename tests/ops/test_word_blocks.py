@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import allocations, peak_bytes
-from fastppo.ops import backend, linear_token_logprobs, word_blocks
+from fastppo.ops import backend, linear_policy_loss, linear_token_logprobs, word_blocks
 from tests.ops.oracle import check
 from tests.ops.registry import OPS, Shape
 
@@ -126,6 +128,67 @@ def test_neighbours_do_not_change_a_row(isa):
     for was, now in zip(clean, found("native", **inputs), strict=True):
         assert torch.equal(was[0::2], now[0::2])
         assert not torch.equal(was[1::2], now[1::2])
+
+
+LOSS = OPS["linear_policy_loss"]
+
+
+def loss_inputs(**more: Any) -> dict[str, Any]:
+    inputs = LOSS.make_inputs(replace(SHAPE, batch=3), torch.float32, 0)
+    inputs["entropy_coef"] = 0.0
+    inputs["token_N"][3] = -100
+    inputs["weight_N"][5] = 0.0
+    return {**inputs, **more}
+
+
+@pytest.mark.parametrize("trains", ["hidden states", "nothing"])
+def test_a_loss_of_log_probs_goes_by_words_too(isa, blocks, went, trains):
+    with torch.set_grad_enabled(trains == "hidden states"):
+        inputs = loss_inputs()
+        if trains == "hidden states":
+            check(LOSS, inputs, "native")
+        else:
+            loss = linear_policy_loss(**inputs, backend="native").loss
+            right = linear_policy_loss(**inputs, backend="torch").loss
+            torch.testing.assert_close(loss, right)
+    assert went == [SHAPE.n]
+
+
+@pytest.mark.parametrize("name", ["ppo_clip", "cispo", "gspo"])
+def test_a_loss_is_the_one_of_chunks_of_rows(monkeypatch, went, name):
+    """Loss, gradient, log-probs, KL and every metric; rows of weight 0 hold what is not finite."""
+    inputs = loss_inputs(loss=name, offsets=torch.tensor([0, 20, 45, SHAPE.n]))
+    inputs["hidden_ND"][5] = float("nan")
+
+    def run() -> list[Tensor]:
+        hidden_ND = inputs["hidden_ND"].clone().requires_grad_()
+        made = linear_policy_loss(**{**inputs, "hidden_ND": hidden_ND}, backend="native")
+        made.loss.backward()
+        assert hidden_ND.grad is not None
+        values = [made.loss.detach(), made.logprob_N, made.entropy_N, made.kl_N, hidden_ND.grad]
+        return [*values, *(getattr(made.metrics, key) for key in made.metrics._fields)]
+
+    words = run()
+    assert len(went) == 1
+    # The package has the function by the module's name.
+    module = sys.modules["fastppo.ops.linear_policy_loss"]
+    monkeypatch.setattr(module, "LEAST_TOKENS", SHAPE.n + 1)
+    for mine, right in zip(words, run(), strict=True):
+        torch.testing.assert_close(mine, right, atol=1e-6, rtol=1e-5)
+    assert len(went) == 1
+    assert not words[4][[3, 5]].any()
+
+
+@pytest.mark.parametrize("change", ["entropy_coef", "weight", "bias"])
+def test_a_loss_that_needs_the_logits_gradient_goes_by_rows(went, change):
+    inputs = loss_inputs(bias_V=torch.zeros(SHAPE.vocab))
+    inputs["hidden_ND"].requires_grad_()
+    if change == "entropy_coef":
+        inputs["entropy_coef"] = 0.01
+    else:
+        inputs[{"weight": "weight_VD", "bias": "bias_V"}[change]].requires_grad_()
+    linear_policy_loss(**inputs, backend="native")
+    assert not went
 
 
 def test_more_tokens_than_a_part_has(monkeypatch, went):
