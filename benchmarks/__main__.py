@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks import (
+    before_after,
     host,
     integrations,
     linear,
@@ -69,6 +70,9 @@ def parser() -> argparse.ArgumentParser:
     integrations.add_arguments(
         commands.add_parser("integrations", help=(integrations.__doc__ or "").splitlines()[0])
     )
+    before_after.add_arguments(
+        commands.add_parser("before_after", help=(before_after.__doc__ or "").splitlines()[0])
+    )
     one = commands.add_parser("step", help=(step.__doc__ or "").splitlines()[0])
     one.add_argument("--quick", action="store_true", help="4 tokens and 1 epoch: no measurement")
     one.add_argument("--out", type=Path, metavar="FILE", help="the JSON; a .md goes beside it")
@@ -89,6 +93,8 @@ def main(argv: list[str] | None = None) -> int:
         return step.main(asked, argv)
     if asked.name == "rollout":
         return rollout.main(asked, argv)
+    if asked.name == "before_after":
+        return before_after.main(asked, argv)
     if asked.name == "integrations":
         return integrations.main(asked, argv)
     before, load = report.Load(), report.Load()

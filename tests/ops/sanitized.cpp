@@ -1,5 +1,6 @@
 // The CPU kernels over many shapes, with nothing around them: built with the address and
 // undefined-behaviour sanitizers, it ends with 0 if no kernel touches what is not its own.
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <vector>
@@ -25,6 +26,8 @@ void fastppo_gae(
     const float*, const float*, const int64_t*, int64_t, const float*, double, double, float*, float*);
 void fastppo_advantages(const FastppoAdvantages*);
 void fastppo_decoder_layer(const FastppoDecoderLayer*);
+void fastppo_word_block(const FastppoWordBlock*);
+void fastppo_word_block_end(const FastppoWordBlock*, const FastppoStatistics*, const float*);
 }
 
 using Bytes = std::vector<unsigned char>;
@@ -155,6 +158,32 @@ static void decoder_layer(int64_t rows, int64_t width, int64_t wide, int64_t siz
   fastppo_decoder_layer(&all);
 }
 
+static void word_blocks(int64_t n, int64_t vocab, int64_t size, float softcap, bool biased, bool slopes) {
+  const int64_t stride = (n + FASTPPO_TOKENS - 1) / FASTPPO_TOKENS * FASTPPO_TOKENS, most = 7;
+  auto bias = floats(vocab), slope = floats(n * size), own = floats(n * size);
+  std::vector<float> tau(stride, 0.7f), factor(stride), least(stride), sampled(stride);
+  std::vector<float> shift(stride, -3.4e38f), highest(stride, -3.4e38f);
+  std::vector<double> total(stride), shifted(stride);
+  std::vector<int64_t> token(n);
+  for (int64_t i = 0; i < n; i++) token[i] = i % 5 == 4 ? -100 : (i * 7919) % vocab;
+  std::vector<float> logprob(n), entropy(n), row_max(n), sum_exp(n);
+  FastppoWordBlock block = {
+      nullptr, stride, n, 0, 0, vocab, token.data(), -100, nullptr, tau.data(), factor.data(),
+      least.data(), shift.data(), highest.data(), sampled.data(), total.data(), shifted.data(),
+      slopes ? slope.data() : nullptr, size, size, softcap, 0};
+  for (int64_t first = 0; first < vocab; first += most) {
+    block.first_word = first;
+    block.words = std::min(most, vocab - first);
+    auto x = floats(block.words * stride);
+    for (float& logit : x) logit *= 1 + first;  // so that later ones are larger by far
+    block.x = x.data();
+    block.bias = biased ? bias.data() + first : nullptr;
+    fastppo_word_block(&block);
+  }
+  FastppoStatistics into = {logprob.data(), entropy.data(), row_max.data(), sum_exp.data()};
+  fastppo_word_block_end(&block, &into, own.data());
+}
+
 int main() {
   int widths = 0;
   for (int isa = FASTPPO_PORTABLE; isa <= FASTPPO_AVX512; isa++) {
@@ -172,6 +201,11 @@ int main() {
       for (int64_t inputs : {1, 7, 16, 33, 256})
         for (int64_t outputs : {1, 3, 4, 5, 150})
           for (int dtype : {FASTPPO_F32, FASTPPO_BF16, FASTPPO_F16}) few_rows(n, inputs, outputs, dtype);
+    for (int64_t n : {1, 31, 32, 70})
+      for (int64_t vocab : {1, 7, 40, 100})
+        for (float softcap : {0.0f, 30.0f})
+          for (bool biased : {false, true})
+            for (bool slopes : {false, true}) word_blocks(n, vocab, 5, softcap, biased, slopes);
     for (int64_t rows : {1, 3, 4})
       for (int64_t wide : {1, 40, 200})
         for (int64_t size : {2, 20, 64})

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import contenders, peers, report
+from benchmarks import before_after, contenders, peers, report
 from benchmarks.harness import Case, Contender, allocations, distance, measure, peak_bytes
 from tests.ops.registry import OPS, Shape
 from tests.tiers import slow_unless
@@ -174,6 +174,14 @@ def test_what_a_loss_takes_is_said_in_units_of_its_gemms(tmp_path):
         assert set(re.findall(r"torch, linear_token_logprobs [\d.]+ x (\d)", trained)) == {"4"}
         wanted = {"3"} if loss == "PPO" else set()
         assert set(re.findall(r"torch, linear_policy_loss [\d.]+ x (\d)", trained)) == wanted
+
+
+def test_two_checkouts_are_compared_call_by_call(capsys):
+    """With itself as the other one: both have every call, each in a process of its own."""
+    assert command.main(["before_after", str(before_after.ROOT), "--quick"]) == 0
+    shown = capsys.readouterr().out
+    assert "| `policy_loss 4 x 64 bfloat16` | " in shown
+    assert shown.count("\n| `") == 16
 
 
 def test_the_rollouts_benchmark_walks_through_all_its_contenders(capsys):
