@@ -24,7 +24,7 @@ from fastppo.ops.losses.tokens import importance_ratio, tokens
 from fastppo.ops.metrics import Entry, Metrics
 
 if TYPE_CHECKING:
-    from fastppo.ops.backends import Backend, Statistics
+    from fastppo.ops.backends import Statistics, TokenKernels
     from fastppo.ops.head import LinearRows
     from fastppo.ops.rows import Chunks
 
@@ -291,7 +291,7 @@ def totals(
 
 
 def sweep_by_token(
-    kernels: Backend,
+    kernels: TokenKernels,
     chunks: Chunks,
     rows: RowArguments,
     loss: LossArguments,
@@ -330,7 +330,7 @@ def sweep_by_token(
 
 
 def sweep_by_sequence(
-    kernels: Backend,
+    kernels: TokenKernels,
     chunks: Chunks,
     rows: RowArguments,
     loss: LossArguments,
@@ -357,7 +357,7 @@ def sweep_by_sequence(
 
 
 def sweep_by_slope(
-    kernels: Backend,
+    kernels: TokenKernels,
     chunks: LinearRows,
     rows: RowArguments,
     loss: LossArguments,
