@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Barrier, Lock
 from typing import Any
 
 import pytest
@@ -9,7 +13,12 @@ import torch
 from torch import Tensor
 
 from fastppo.ops import linear_policy_loss, linear_token_logprobs
+from fastppo.ops.arguments import RowArguments
+from fastppo.ops.backends import BACKENDS, Statistics, TokenKernels
+from fastppo.ops.sharded_head import ShardedKernels, VocabShard
+from fastppo.ops.token_logprobs import empty_statistics
 from tests.ops import ranks
+from tests.ops.oracle import device_of
 from tests.ops.ranks import BY_WORD, CASES, DTYPES, F64, LOSSES, ROWS, SHARES, TRAINED, D, N, V, budget
 
 SHARED = [(size, sizes) for size, shares in SHARES.items() for sizes in shares]
@@ -195,3 +204,72 @@ def test_a_compiled_caller_breaks_its_graph_there(tmp_path):
     for found in ranks.on_ranks(ranks.compiled, 2, tmp_path):
         assert found["broken"]
         assert "group= needs tensors with values" in found["whole"]
+
+
+class Turns:
+    """Threads that stand for ranks run one at a time, and meet to exchange a tensor."""
+
+    def __init__(self, size: int) -> None:
+        self.turn, self.meeting = Lock(), Barrier(size, timeout=60.0)
+        self.left = [torch.empty(0)] * size
+
+    def exchange(self, rank: int, x: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+        self.left[rank] = x.clone()
+        self.turn.release()
+        self.meeting.wait()
+        found = reduce(torch.stack(self.left))
+        self.meeting.wait()
+        self.turn.acquire()
+        return x.copy_(found)
+
+
+@dataclass(frozen=True)
+class ThreadShard(VocabShard):
+    rank: int
+    turns: Turns
+
+    def sum(self, x: Tensor) -> Tensor:
+        return self.turns.exchange(self.rank, x, lambda parts: parts.sum(0))
+
+    def max(self, x: Tensor) -> Tensor:
+        return self.turns.exchange(self.rank, x, lambda parts: parts.amax(0))
+
+
+def test_kernels_of_parts_of_rows_give_what_those_of_whole_rows_do(backend):
+    """On every backend. One row is masked in one part, one in the other, and one is ignored."""
+    n, vocab, sizes, device = 6, 37, (30, 7), device_of(backend)
+    dtype = F64 if backend == "torch" else torch.float32
+    generator = torch.Generator().manual_seed(2)
+    x_NV = (3 * torch.randn(n, vocab, generator=generator, dtype=F64)).to(device, dtype)
+    x_NV[1, 30:], x_NV[2, :30] = -float("inf"), -float("inf")
+    token_N = torch.tensor([3, 12, 31, -100, 36, 29], device=device)
+    tau_N = torch.linspace(0.5, 2, n, device=device, dtype=dtype)
+    g_N, h_N = torch.randn(2, n, generator=generator, dtype=F64).to(device, dtype)
+    rows, at = RowArguments(token_N, tau_N, 6.0, -100), slice(0, n)
+
+    def found(kernels: TokenKernels, part_NV: Tensor) -> tuple[Statistics, Tensor]:
+        stats, out_NV = empty_statistics(part_NV, backend), torch.empty_like(part_NV)
+        kernels.token_logprobs(part_NV, rows, at, stats)
+        kernels.token_logprobs_backward(part_NV, out_NV, rows, at, stats, g_N, h_N)
+        return stats, out_NV
+
+    turns = Turns(len(sizes))
+
+    def one(rank: int) -> tuple[Statistics, Tensor]:
+        start = sum(sizes[:rank])
+        size: Any = (None, start, sizes[rank], vocab, max(sizes), True, rank, turns)
+        with turns.turn:
+            part_NV = x_NV[:, start : start + sizes[rank]].contiguous()
+            return found(ShardedKernels(ThreadShard(*size), rows, backend), part_NV)
+
+    stats, out_NV = found(BACKENDS[backend], x_NV)
+    with ThreadPoolExecutor(len(sizes)) as threads:
+        parts = list(threads.map(one, range(len(sizes))))
+    live_N = token_N != -100
+    close = {"atol": 1e-12, "rtol": 1e-12} if dtype == F64 else {"atol": 3e-6, "rtol": 1e-5}
+    for part, _ in parts:
+        for whole_N, part_N in zip(stats, part, strict=True):
+            torch.testing.assert_close(part_N[live_N], whole_N[live_N], **close)
+        assert not part.logprob_N[~live_N].any()
+        assert not part.entropy_N[~live_N].any()
+    torch.testing.assert_close(torch.cat([part for _, part in parts], 1), out_NV, **close)
