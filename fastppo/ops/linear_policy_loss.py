@@ -266,9 +266,7 @@ class Outputs(NamedTuple):
         return (self.d_hidden_ND, *head)
 
 
-def _forward(
-    a: Arguments, own: OwnLoss | None = None, shard: VocabShard | None = None
-) -> Outputs:
+def _forward(a: Arguments, own: OwnLoss | None = None, shard: VocabShard | None = None) -> Outputs:
     head, live_N = Head.of(a.head).detach(), live_rows(a.rows, a.loss.weight_N)
     hidden_ND, stat = a.hidden_ND.detach(), stat_dtype(a.hidden_ND)
     given = (hidden_ND, head, stat, a.logits_dtype, a.chunk_bytes, live_N, a.wanted)

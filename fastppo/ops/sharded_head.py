@@ -10,8 +10,8 @@ head's. Then two reductions of a few numbers a row give every rank the statistic
 with d_r = (m_r - m) / tau and e_r = exp(d_r). Of a rank's logits x, m_r is the maximum, s_r the sum
 of exp((x - m_r) / tau), t_r that of the same times (x - m_r) / tau, and u_r the label's, or 0 where
 the label is another's. With m, s and the entropy of whole rows a kernel makes the gradient of the
-rank's logits. That of the hidden states is a sum over words, so over ranks: one reduction of (n, D) a chunk.
-Gradients of weight, bias and the adapter's B are each rank's own.
+rank's logits. That of the hidden states is a sum over words, so over ranks: one reduction of
+(n, D) a chunk. Gradients of weight, bias and the adapter's B are each rank's own.
 
 All ranks have to make the same reductions, or they wait for each other for ever: n follows from
 the largest shard, which the ranks tell each other once a call, with what else it depends on.
@@ -94,8 +94,8 @@ def vocab_shard(
         raise ValueError(f"{op}: group must hold this process; call it in the group's ranks alone")
     if is_traced(hidden_ND):
         raise ValueError(
-            f"{op}: group= needs tensors with values, and does not go through torch.compile; call "
-            "it outside of it"
+            f"{op}: group= needs tensors with values, and does not go through torch.compile; wrap "
+            f"it in torch.compiler.disable({op})"
         )
     check_flag(op, "reduce_hidden_grad", reduce_hidden_grad)
     tensors = (hidden_ND, *head.tensors())
@@ -118,9 +118,7 @@ def vocab_shard(
     words = [max(0, min(size, vocab - start)) for size, start in zip(sizes, starts, strict=True)]
     if words[rank] != sizes[rank]:
         head = head.first_words(words[rank])
-    shard = VocabShard(
-        group, starts[rank], words[rank], vocab, max(words), reduce_hidden_grad
-    )
+    shard = VocabShard(group, starts[rank], words[rank], vocab, max(words), reduce_hidden_grad)
     if check is True and isinstance(token_N, Tensor):
         token = token_N.long()
         most, least = shard.max(torch.stack([token, -token]))
@@ -277,9 +275,7 @@ class ShardedRows(LinearRows):
         return super().results()
 
 
-def kernels_of(
-    backend: str, rows: RowArguments, shard: VocabShard | None
-) -> TokenKernels:
+def kernels_of(backend: str, rows: RowArguments, shard: VocabShard | None) -> TokenKernels:
     """The functions of rows of logits: a backend's, or those of a shard."""
     return BACKENDS[backend] if shard is None else ShardedKernels(shard, rows, backend)
 
