@@ -52,7 +52,7 @@ def gather_weight(weight: Tensor, *, reduce: str = "mean") -> Tensor:
     whole: Tensor = sharded.full_tensor(grad_placements=[Partial()] * mesh.ndim)
     if reduce == "mean" and whole.requires_grad:
         size = mesh.size()
-        whole.register_hook(lambda grad: grad / size)
+        whole.register_hook(lambda grad: grad / size)  # type: ignore[no-untyped-call]
     return whole
 
 
