@@ -30,7 +30,7 @@ IMPORTS = 60.0  # seconds that the first process may need to import everything
 N, V, D = 13, 97, 8
 ROWS = 3  # in a chunk
 DTYPES = {"float64": F64, "float32": torch.float32, "bfloat16": torch.bfloat16}
-SHARES = {2: [(90, 7)], 3: [(33, 32, 32), (60, 0, 37)]}
+SHARES = [(90, 7), (60, 0, 37)]  # words of each rank
 HEAD = ("weight_VD", "bias_V", "A_RD", "B_VR")
 BY_WORD = ("weight_VD", "bias_V", "B_VR")  # cut by vocabulary; A is the same on every rank
 # What asks for a gradient, of what a case has.
@@ -41,6 +41,15 @@ TRAINED: dict[str, tuple[str, ...]] = {
     "everything": ("hidden_ND", *HEAD),
     "the head alone": HEAD,
 }
+
+
+# What is computed in a dtype, by name: of float64 everything.
+COMPUTED = [
+    (kind, what)
+    for kind in DTYPES
+    for what in TRAINED
+    if kind == "float64" or what in ("hidden states", "everything")
+]
 
 
 def _random(seed: int, *shape: int) -> Tensor:
@@ -225,13 +234,12 @@ def budget(sizes: tuple[int, ...], dtype: torch.dtype) -> int:
 def everything(group: Any, rank: int, sizes: tuple[int, ...]) -> dict[Any, Any]:
     """All cases of a share-out in one rank: results, and what was exchanged for them."""
     found: dict[Any, Any] = {}
-    for kind, dtype in DTYPES.items():
-        more = {"group": group, "chunk_bytes": budget(sizes, dtype)}
+    for kind, what in COMPUTED:
+        more = {"group": group, "chunk_bytes": budget(sizes, DTYPES[kind])}
         for name in CASES:
-            for what in TRAINED:
-                given = cut(inputs_of(name, dtype), sizes, rank)
-                with recorded() as exchanged:
-                    found[kind, name, what] = logprobs(given, what, **more), exchanged
+            given = cut(inputs_of(name, DTYPES[kind]), sizes, rank)
+            with recorded() as exchanged:
+                found[kind, name, what] = logprobs(given, what, **more), exchanged
     more = {"group": group, "chunk_bytes": budget(sizes, F64)}
     for name in LOSSES:
         for what in TRAINED:

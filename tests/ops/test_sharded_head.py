@@ -22,6 +22,7 @@ from tests.ops.oracle import device_of
 from tests.ops.ranks import (
     BY_WORD,
     CASES,
+    COMPUTED,
     DTYPES,
     F64,
     LOSSES,
@@ -34,7 +35,6 @@ from tests.ops.ranks import (
     budget,
 )
 
-SHARED = [(size, sizes) for size, shares in SHARES.items() for sizes in shares]
 # Of a dtype: how far log-probs and gradients may be from those of the operator over all words.
 CLOSE = {
     "float64": ({"atol": 1e-11, "rtol": 1e-11}, {"atol": 1e-11, "rtol": 1e-11}),
@@ -44,11 +44,11 @@ CLOSE = {
 }
 
 
-@pytest.fixture(scope="module", params=SHARED, ids=lambda shared: str(shared[1]))
-def shared(request, tmp_path_factory) -> tuple[tuple[int, ...], list[dict[Any, Any]]]:
-    size, sizes = request.param
-    out = tmp_path_factory.mktemp("ranks")
-    return sizes, ranks.on_ranks(ranks.everything, size, out, sizes)
+@pytest.fixture(scope="module", params=SHARES, ids=str)
+def shared(request, tmp_path_factory) -> list[dict[Any, Any]]:
+    """What each rank computes, by case."""
+    sizes, out = request.param, tmp_path_factory.mktemp("ranks")
+    return ranks.on_ranks(ranks.everything, len(sizes), out, sizes)
 
 
 def merged(results: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -77,12 +77,11 @@ def same(got: dict[str, Tensor], want: dict[str, Tensor], kind: str = "float64")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_compute_what_the_operator_does_over_all_words(shared, name):
-    _, results = shared
-    for kind, dtype in DTYPES.items():
-        for what in TRAINED:
-            got = merged([each[kind, name, what][0] for each in results])
-            rows = {"chunk_bytes": budget((V,), dtype)}  # a bf16 product rounds by their number
-            same(got, ranks.logprobs(ranks.inputs_of(name, dtype), what, **rows), kind)
+    for kind, what in COMPUTED:
+        dtype = DTYPES[kind]
+        got = merged([each[kind, name, what][0] for each in shared])
+        rows = {"chunk_bytes": budget((V,), dtype)}  # a bf16 product rounds by their number
+        same(got, ranks.logprobs(ranks.inputs_of(name, dtype), what, **rows), kind)
 
 
 def definition(inputs: dict[str, Any], what: str) -> dict[str, Tensor]:
@@ -124,37 +123,33 @@ def definition(inputs: dict[str, Any], what: str) -> dict[str, Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_compute_the_definition_in_float64(shared, name):
-    _, results = shared
     for what in TRAINED:
-        got = merged([each["float64", name, what][0] for each in results])
+        got = merged([each["float64", name, what][0] for each in shared])
         same(got, definition(ranks.inputs_of(name), what))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_metrics_and_gradients_are_those_over_all_words(shared, name):
-    _, results = shared
     for what in TRAINED:
-        got = merged([each["loss", name, what][0] for each in results])
+        got = merged([each["loss", name, what][0] for each in shared])
         same(got, ranks.losses(ranks.loss_inputs(name), what, chunk_bytes=budget((V,), F64)))
 
 
 @pytest.mark.slow
 def test_every_rank_makes_the_same_reductions_however_unequal_the_shards(shared):
     """Of one with 90 words and one with 7, each would cut its tokens into other chunks."""
-    _, results = shared
-    for case in results[0]:
-        first, *others = [each[case][1] for each in results]
+    for case in shared[0]:
+        first, *others = [each[case][1] for each in shared]
         assert all(other == first for other in others), case
 
 
 @pytest.mark.slow
 def test_a_chunk_costs_two_reductions_of_rows_and_one_of_hidden_states(shared):
-    _, results = shared
     agreement, chunks = 1, -(-N // ROWS)
 
     def counts(case: tuple[str, str, str]) -> tuple[int, int]:
-        shapes = [shape for _, shape in results[0][case][1]]
+        shapes = [shape for _, shape in shared[0][case][1]]
         wide = sum(len(shape) == 2 and shape[1] == D for shape in shapes)
         return len(shapes) - agreement - wide, wide
 
