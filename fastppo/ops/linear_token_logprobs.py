@@ -105,7 +105,7 @@ def linear_token_logprobs(
             their gradient is 0. The weight is not copied. None is V.
         group: ranks that share the vocabulary out in their order; weight, bias and the adapter's B
             are this rank's shard, of any number of words. All else is the same on every rank, and
-            so must the loss be. Tokens are ids of the whole vocabulary. Eager only.
+            so must the loss be. Tokens are ids of the whole vocabulary. Eager only, experimental.
         reduce_hidden_grad: whether the gradient of hidden states is summed over the group. If not,
             it is this rank's part, for hidden states whose own backward adds up the parts.
         entropy_grad: whether the entropy is differentiable; if not, it is detached.

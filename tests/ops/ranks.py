@@ -43,6 +43,7 @@ TRAINED: dict[str, tuple[str, ...]] = {
 }
 
 
+LOSS_TRAINED = ("nothing", "hidden states", "everything")
 # What is computed in a dtype, by name: of float64 everything.
 COMPUTED = [
     (kind, what)
@@ -242,7 +243,7 @@ def everything(group: Any, rank: int, sizes: tuple[int, ...]) -> dict[Any, Any]:
                 found[kind, name, what] = logprobs(given, what, **more), exchanged
     more = {"group": group, "chunk_bytes": budget(sizes, F64)}
     for name in LOSSES:
-        for what in TRAINED:
+        for what in LOSS_TRAINED:
             given = cut(loss_inputs(name), sizes, rank)
             with recorded() as exchanged:
                 found["loss", name, what] = losses(given, what, **more), exchanged

@@ -25,6 +25,7 @@ from tests.ops.ranks import (
     COMPUTED,
     DTYPES,
     F64,
+    LOSS_TRAINED,
     LOSSES,
     ROWS,
     SHARES,
@@ -131,7 +132,7 @@ def test_ranks_compute_the_definition_in_float64(shared, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_metrics_and_gradients_are_those_over_all_words(shared, name):
-    for what in TRAINED:
+    for what in LOSS_TRAINED:
         got = merged([each["loss", name, what][0] for each in shared])
         same(got, ranks.losses(ranks.loss_inputs(name), what, chunk_bytes=budget((V,), F64)))
 
