@@ -5,9 +5,10 @@
         actor_rollout_ref.model.fused_kernel_options.impl_backend=torch
         actor_rollout_ref.actor.policy_loss.loss_mode=fastppo_ppo_clip
 
-The head is verl's FusedLinearForPPO under `impl_backend: torch`. The losses are those of
-`fastppo.ops.losses.POLICY_LOSSES`, with `fastppo_` before the name. Both read verl's own settings,
-and verl's `agg_loss` does the sums over tokens.
+The head is verl's FusedLinearForPPO under `impl_backend: torch`, and in its Megatron engine, whose
+ranks share the vocabulary out (tensor parallel), its `linear_cross_entropy`. The losses are those
+of `fastppo.ops.losses.POLICY_LOSSES`, with `fastppo_` before the name. All read verl's own
+settings, and verl's `agg_loss` does the sums over tokens.
 """
 
 from __future__ import annotations
@@ -16,17 +17,20 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from verl.trainer.ppo import core_algos
 from verl.utils.experimental import torch_functional
+from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
 
 from fastppo.integrations.head import logprobs_and_entropy
-from fastppo.integrations.patching import check_version
+from fastppo.integrations.patching import check_version, replace
 from fastppo.ops import losses
 
 check_version("verl")
 
 THEIRS = torch_functional.FusedLinearForPPO.forward
+THEIR_CROSS_ENTROPY = linear_cross_entropy
 PREFIX = "fastppo_"
 # What each loss reads of verl's ActorConfig: our argument -> their field.
 CLIP = {"clip_low": "clip_ratio_low", "clip_high": "clip_ratio_high"}
@@ -55,6 +59,40 @@ def fused_head(
         return THEIRS(self, hidden_states, vocab_weights, input_ids, temperature)  # type: ignore[no-any-return]
     return logprobs_and_entropy(
         hidden_states, vocab_weights, input_ids.to(torch.int64), temperature=temperature
+    )
+
+
+def sharded_head(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float = 1.0,
+    reduction: str = "none",
+    dist_process_group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """verl's linear_cross_entropy as its Megatron engine calls it: a rank has some of the words.
+
+    The hidden states were gathered from parts of a sequence. Their own backward adds up the ranks'
+    gradients, so they are not reduced here, as they are not in verl.
+
+    Args:
+        hidden: (..., D), the same on every rank.
+        weight: (V / ranks, D), this rank's words.
+        labels: (...), ids of the whole vocabulary.
+
+    Returns:
+        Log-probs and entropies in nats, (N,).
+    """
+    if dist_process_group is None or reduction != "none":
+        given = (hidden, weight, labels, temperature, reduction, dist_process_group)
+        return THEIR_CROSS_ENTROPY(*given)  # type: ignore[no-any-return]
+    return logprobs_and_entropy(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        labels.reshape(-1).to(torch.int64),
+        temperature=temperature,
+        group=dist_process_group,
+        reduce_hidden_grad=False,
     )
 
 
@@ -112,5 +150,6 @@ def policy_loss(
 
 
 torch_functional.FusedLinearForPPO.forward = fused_head
+replace("verl", "linear_cross_entropy", THEIR_CROSS_ENTROPY, sharded_head)
 for name in SETTINGS:
     core_algos.register_policy_loss(PREFIX + name)(partial(policy_loss, name=name))

@@ -4,6 +4,7 @@ from fastppo.ops import losses
 from fastppo.ops.advantages import Advantages, advantages
 from fastppo.ops.backends import Scores
 from fastppo.ops.config import HeadLora, PolicyLossConfig
+from fastppo.ops.dtensors import gather_weight
 from fastppo.ops.gae import gae
 from fastppo.ops.linear_policy_loss import linear_policy_loss
 from fastppo.ops.linear_score_tokens import linear_score_tokens
@@ -31,6 +32,7 @@ __all__ = [
     "ValueMetrics",
     "advantages",
     "gae",
+    "gather_weight",
     "linear_policy_loss",
     "linear_score_tokens",
     "linear_token_logprobs",

@@ -31,7 +31,7 @@ _CHUNK_BYTES_DEVICE = 512 << 20
 _WORDS = 1024
 _WORDS_FLOAT32 = 4096
 
-_WEIGHT = 1  # its place in `LinearRows.wanted`: hidden, weight, bias, A, B
+WEIGHT = 1  # its place in `LinearRows.wanted`: hidden, weight, bias, A, B
 
 
 class HeadArguments(NamedTuple):
@@ -185,7 +185,7 @@ class LinearRows:
         if hidden:
             self.grads[0] = torch.empty_like(self.hidden_ND, memory_format=torch.contiguous_format)
         for i, (needed, tensor) in enumerate(zip(head, self.head.tensors(), strict=True), 1):
-            if needed and i == _WEIGHT and self.hidden_ND.shape[0]:
+            if needed and i == WEIGHT and self.hidden_ND.shape[0]:
                 # The first chunk writes it: zeros would be one more pass over the largest of all.
                 vocab, size = self.head.weight_VD.shape
                 self.grads[i] = fresh((vocab, size), self.dtype, self.hidden_ND.device)
@@ -204,7 +204,7 @@ class LinearRows:
             self.logits_dtype,
             self.hidden_ND.device,
             self.chunk_bytes,
-            trained=self.wanted[_WEIGHT],
+            trained=self.wanted[WEIGHT],
             hidden=self.hidden_ND.shape[1],
         )
 
@@ -248,7 +248,11 @@ class LinearRows:
         `d_low_NR` is the gradient of the adapter's inner activations where somebody has it.
         """
         weight_VD, lora = self.head.weight_VD, self.head.lora
-        torch.mm(dx_NV.to(weight_VD.dtype), weight_VD, out=into_ND)
+        small_NV = dx_NV.to(weight_VD.dtype)
+        if into_ND.dtype == weight_VD.dtype:
+            torch.mm(small_NV, weight_VD, out=into_ND)
+        else:
+            first_product(into_ND, small_NV, weight_VD)
         if lora is not None:
             if d_low_NR is None:
                 d_low_NR = dx_NV.to(lora.B_VR.dtype) @ lora.B_VR * lora.scaling

@@ -44,11 +44,25 @@ def _tau_at(rows: RowArguments, at: slice) -> float | Tensor:
 
 def label_logprobs(x_NV: Tensor, rows: RowArguments, at: slice, stats: Statistics) -> Tensor:
     """Log-probs (n, K) of the labels of the rows `at`, whose logits and statistics are given."""
-    labels, dtype = _labels_at(rows, at, x_NV.shape[1]), stats.sum_exp_N.dtype
+    u_NK = label_logits(x_NV, rows, at, stats.sum_exp_N.dtype)
+    return logprobs_of(u_NK, rows, at, stats, x_NV.shape[1])
+
+
+def label_logits(x_NV: Tensor, rows: RowArguments, at: slice, dtype: torch.dtype) -> Tensor:
+    """Logits (n, K) of the labels of the rows `at`, after the softcap; 0 for what is no word."""
+    labels = _labels_at(rows, at, x_NV.shape[1])
     u_NK = x_NV.gather(1, labels.index_NK).to(dtype)
     if rows.softcap is not None:
         capped_NK = rows.softcap * torch.tanh(u_NK / rows.softcap)
         u_NK = torch.where(u_NK == float("-inf"), u_NK, capped_NK)
+    return torch.where(labels.known_NK, u_NK, 0)
+
+
+def logprobs_of(
+    u_NK: Tensor, rows: RowArguments, at: slice, stats: Statistics, vocab: int
+) -> Tensor:
+    """Log-probs (n, K) of labels of `vocab` words, whose logits after the softcap are given."""
+    labels, dtype = _labels_at(rows, at, vocab), stats.sum_exp_N.dtype
     row_max_N1, sum_exp_N1 = stats.row_max_N[at, None], stats.sum_exp_N[at, None]
     logprob_NK = (u_NK - row_max_N1) / _tau_at(rows, at) - sum_exp_N1.log()
     # A row of nothing but masked vocabulary has no probabilities.
@@ -77,7 +91,7 @@ class LabelGradient(NamedTuple):
         g_NK = torch.where(live_NK, g_NK[at].to(dtype), 0)
         g_N = g_NK.new_zeros(logprob_NK.shape[0])
         g_N[at] = g_NK.sum(1)
-        own_NK = g_NK / _tau_at(rows, at)
+        own_NK = torch.where(labels.known_NK, g_NK, 0) / _tau_at(rows, at)
         if rows.softcap is not None:
             t_NK = torch.tanh(x_NV.gather(1, labels.index_NK).to(dtype) / rows.softcap)
             own_NK = own_NK * (1 - t_NK * t_NK)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastppo.ops.arguments import (
@@ -18,7 +19,7 @@ from fastppo.ops.arguments import (
     row_arguments,
     stat_dtype,
 )
-from fastppo.ops.backends import BACKENDS, Backend, Statistics
+from fastppo.ops.backends import Statistics, TokenKernels
 from fastppo.ops.config import HeadLora, PolicyLossConfig
 from fastppo.ops.gradient_made import (
     GradientMade,
@@ -28,17 +29,12 @@ from fastppo.ops.gradient_made import (
     save_settings,
     scaled_donated,
 )
-from fastppo.ops.head import (
-    Head,
-    HeadArguments,
-    LinearRows,
-    asked,
-    fake_results,
-)
+from fastppo.ops.head import Head, HeadArguments, LinearRows, asked, fake_results
 from fastppo.ops.losses import POLICY_LOSSES
 from fastppo.ops.operands import check_chunk_bytes, logits_dtype_of, operands
 from fastppo.ops.policy_loss import PolicyLoss, fake_outputs, sweep, unpack
 from fastppo.ops.registered import register
+from fastppo.ops.sharded_head import VocabShard, kernels_of, linear_rows, vocab_shard
 from fastppo.ops.surrogate import OwnLoss, filled, sweep_by_token, token_gradient, totals
 from fastppo.ops.token_logprobs import empty_statistics
 from fastppo.ops.word_blocks import LEAST_TOKENS, by_words, goes_by_words
@@ -65,6 +61,8 @@ def linear_policy_loss(
     softcap: float | None = None,
     logit_scale: float | None = None,
     vocab_size: int | None = None,
+    group: dist.ProcessGroup | None = None,
+    reduce_hidden_grad: bool = True,
     kl_coef: float | Tensor | None = None,
     entropy_coef: float | Tensor | None = None,
     config: PolicyLossConfig | None = None,
@@ -108,7 +106,8 @@ def linear_policy_loss(
         head_lora: an adapter on the head, see HeadLora.
         offsets: int32 (B+1,), where each sequence starts; needed by gspo and gspo_token unless the
             tokens are (B, T).
-        chunk_bytes, logits_dtype, vocab_size: as in `linear_token_logprobs`.
+        chunk_bytes, logits_dtype, vocab_size, group, reduce_hidden_grad: as in
+            `linear_token_logprobs`; every rank of the group has the whole loss.
         mask, ref_logprob_N, importance_weight_N, kl_weight_N, entropy_weight_N, temperature,
             softcap, logit_scale, kl_coef, entropy_coef, config, grad_scale, check, backend: as in
             `policy_loss`.
@@ -117,8 +116,8 @@ def linear_policy_loss(
         PolicyLoss(loss, logprob_N, entropy_N, kl_N, metrics), float32 (float64 for float64 input).
 
     Raises:
-        ValueError: an unknown loss, shapes that disagree, a setting out of range, a missing
-            reference or offsets, a function whose result is not one loss a token.
+        ValueError: an unknown loss, shapes or ranks that disagree, a setting out of range, a
+            missing reference or offsets, a function whose result is not one loss a token.
         TypeError: inputs of the wrong kind, hidden states and weight of different dtypes.
 
     Source: as `policy_loss`, and each loss's own.
@@ -131,23 +130,10 @@ def linear_policy_loss(
             f"{op}: loss must be a function or one of {', '.join(POLICY_LOSSES)}, came {loss!r}"
         )
     hidden_ND, head, lead = operands(
-        op, hidden_ND, Head(weight_VD, bias_V, head_lora), vocab_size=vocab_size
+        op, hidden_ND, Head(weight_VD, bias_V, head_lora), vocab_size=vocab_size, group=group
     )
     chosen = chosen_backend(op, backend, hidden_ND)
     check_chunk_bytes(op, chunk_bytes)
-    rows = row_arguments(
-        op,
-        token_N,
-        hidden_ND,
-        head.weight_VD.shape[0],
-        temperature=temperature,
-        softcap=softcap,
-        ignore_index=ignore_index,
-        check=check,
-        lead=lead,
-        mask=mask,
-        logit_scale=logit_scale,
-    )
     terms = loss_arguments(
         op,
         hidden_ND,
@@ -166,25 +152,54 @@ def linear_policy_loss(
         name=name,
         lead=lead,
     )
+    dtype = logits_dtype_of(op, hidden_ND, logits_dtype)
+    shard, vocab = None, head.weight_VD.shape[0]
+    if group is not None:
+        ranks = (group, hidden_ND, head, token_N, vocab_size, reduce_hidden_grad, check)
+        settings = {
+            "loss": "a function" if own is not None else terms.name,
+            "entropy_coef": terms.has_entropy,
+            "chunk_bytes": chunk_bytes,
+            "logits_dtype": dtype,
+        }
+        head, shard = vocab_shard(op, *ranks, settings)
+        vocab = shard.vocab
+    rows = row_arguments(
+        op,
+        token_N,
+        hidden_ND,
+        vocab,
+        temperature=temperature,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        check=check,
+        lead=lead,
+        mask=mask,
+        logit_scale=logit_scale,
+    )
     enabled = torch.is_grad_enabled()
     tensors = (hidden_ND, *head.tensors())
     wanted = tuple(enabled and tensor is not None and tensor.requires_grad for tensor in tensors)
-    dtype = logits_dtype_of(op, hidden_ND, logits_dtype)
     given = Arguments(hidden_ND, head.arguments(), rows, terms, dtype, chunk_bytes, wanted, chosen)
     if own is not None:
         # Not a decorator: that would import torch's compiler with every import of fastppo.ops.
         call = _eager
         if torch.compiler.is_compiling():
             call = torch.compiler.disable(_eager)  # type: ignore[no-untyped-call]
-        return unpack(call(given, tensors, own), lead)
+        return unpack(call(given, tensors, own, shard), lead)
     if is_traced(hidden_ND):
         return unpack(_registered(given).outputs(), lead)
-    return unpack(_made(given, tensors, None), lead)
+    return unpack(_made(given, tensors, None, shard), lead)
 
 
-def _made(given: Arguments, tensors: tuple[Tensor | None, ...], own: OwnLoss | None) -> LossOutputs:
+def _made(
+    given: Arguments,
+    tensors: tuple[Tensor | None, ...],
+    own: OwnLoss | None,
+    shard: VocabShard | None,
+) -> LossOutputs:
     """The loss of an eager call, as a function of the tensors that want a gradient."""
-    found = _forward(given, own)
+    found = _forward(given, own, shard)
     outputs = found.outputs()
     if any(given.wanted):
         grads = asked(given.wanted, found.gradients())
@@ -194,14 +209,19 @@ def _made(given: Arguments, tensors: tuple[Tensor | None, ...], own: OwnLoss | N
     return outputs
 
 
-def _eager(given: Arguments, tensors: tuple[Tensor | None, ...], own: OwnLoss) -> LossOutputs:
+def _eager(
+    given: Arguments,
+    tensors: tuple[Tensor | None, ...],
+    own: OwnLoss,
+    shard: VocabShard | None,
+) -> LossOutputs:
     """`_made` with the caller's own loss, which a registered operator cannot hold."""
     if is_traced(given.hidden_ND):
         raise ValueError(
             "linear_policy_loss: loss=callable needs tensors with values; give a loss's name, or "
             "apply the function to linear_token_logprobs"
         )
-    return _made(given, tensors, own)
+    return _made(given, tensors, own, shard)
 
 
 class Arguments(NamedTuple):
@@ -243,16 +263,18 @@ class Outputs(NamedTuple):
         return (self.d_hidden_ND, *head)
 
 
-def _forward(a: Arguments, own: OwnLoss | None = None) -> Outputs:
+def _forward(a: Arguments, own: OwnLoss | None = None, shard: VocabShard | None = None) -> Outputs:
     head, live_N = Head.of(a.head).detach(), live_rows(a.rows, a.loss.weight_N)
     hidden_ND, stat = a.hidden_ND.detach(), stat_dtype(a.hidden_ND)
-    chunks = LinearRows(hidden_ND, head, stat, a.logits_dtype, a.chunk_bytes, live_N, a.wanted)
+    given = (hidden_ND, head, stat, a.logits_dtype, a.chunk_bytes, live_N, a.wanted)
+    chunks = linear_rows(shard, *given)
     # Where the hidden states alone want a gradient, that of a log-prob does not depend on the loss.
-    many, by_sequence = hidden_ND.shape[0] >= LEAST_TOKENS, a.loss.by_sequence
+    many = shard is None and hidden_ND.shape[0] >= LEAST_TOKENS
+    by_sequence = a.loss.by_sequence
     by_slope = (many or by_sequence) and not any(a.wanted[1:])
     by_slope = by_slope and not (a.wanted[0] and a.loss.has_entropy)
     at_words = many and by_slope and goes_by_words(chunks, a.rows, a.backend)
-    kernels, need_grad = BACKENDS[a.backend], any(a.wanted)
+    kernels, need_grad = kernels_of(a.backend, a.rows, shard), any(a.wanted)
     if own is not None:
         stats = empty_statistics(hidden_ND, a.backend)
         total, kl_N, metrics = sweep_by_token(
@@ -264,12 +286,13 @@ def _forward(a: Arguments, own: OwnLoss | None = None) -> Outputs:
         total, kl_N, metrics = _sweep_by_slope(kernels, chunks, a.rows, a.loss, stats, at_words)
         outputs = LossOutputs(total, stats.logprob_N, stats.entropy_N, kl_N, metrics)
     else:
-        outputs = sweep(chunks, a.rows, a.loss, hidden_ND, need_grad, a.backend)
+        parts = None if shard is None else kernels
+        outputs = sweep(chunks, a.rows, a.loss, hidden_ND, need_grad, a.backend, parts)
     return Outputs(*outputs, *chunks.results())
 
 
 def _sweep_by_slope(
-    kernels: Backend,
+    kernels: TokenKernels,
     chunks: LinearRows,
     rows: RowArguments,
     loss: LossArguments,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastppo.ops.arguments import (
@@ -17,20 +18,14 @@ from fastppo.ops.arguments import (
     row_arguments,
     stat_dtype,
 )
-from fastppo.ops.backends import BACKENDS, Statistics
+from fastppo.ops.backends import Statistics
 from fastppo.ops.checks import check_flag
 from fastppo.ops.config import HeadLora
-from fastppo.ops.head import (
-    Head,
-    HeadArguments,
-    HeadGradients,
-    LinearRows,
-    asked,
-    fake_results,
-)
+from fastppo.ops.head import Head, HeadArguments, HeadGradients, LinearRows, asked, fake_results
 from fastppo.ops.labels import label_logprobs
 from fastppo.ops.operands import check_chunk_bytes, logits_dtype_of, operands
 from fastppo.ops.registered import register
+from fastppo.ops.sharded_head import VocabShard, kernels_of, linear_rows, vocab_shard
 from fastppo.ops.token_logprobs import (
     TokenLogprobs,
     backward_at,
@@ -53,6 +48,8 @@ def linear_token_logprobs(
     softcap: float | None = None,
     logit_scale: float | None = None,
     vocab_size: int | None = None,
+    group: dist.ProcessGroup | None = None,
+    reduce_hidden_grad: bool = True,
     entropy_grad: bool = False,
     return_lse: bool = False,
     chunk_bytes: int | None = None,
@@ -100,6 +97,11 @@ def linear_token_logprobs(
             Granite's `logits_scaling`); None for none.
         vocab_size: number of words of a padded head: rows of the weight past it are no tokens, and
             their gradient is 0. The weight is not copied. None is V.
+        group: ranks that share the vocabulary out in their order; weight, bias and the adapter's B
+            are this rank's shard, of any number of words. All else is the same on every rank, and
+            so must the loss be. Tokens are ids of the whole vocabulary. Eager only, experimental.
+        reduce_hidden_grad: whether the gradient of hidden states is summed over the group. If not,
+            it is this rank's part, for hidden states whose own backward adds up the parts.
         entropy_grad: whether the entropy is differentiable; if not, it is detached.
         return_lse: whether to give log sum exp of the scaled, capped and tempered logits too.
         chunk_bytes: largest number of bytes of logits at a time; their gradient takes as many with
@@ -115,22 +117,29 @@ def linear_token_logprobs(
         TokenLogprobs(logprob_N, entropy_N, lse_N), float32 (float64 for float64 hidden states).
 
     Raises:
-        ValueError: shapes that disagree, a setting out of range, a backend that cannot run.
+        ValueError: shapes or ranks differ, a setting is out of range, a backend cannot run.
         TypeError: inputs of the wrong kind, hidden states and weight of different dtypes.
     """
     op = "linear_token_logprobs"
     hidden_ND, head, lead = operands(
-        op, hidden_ND, Head(weight_VD, bias_V, head_lora), vocab_size=vocab_size
+        op, hidden_ND, Head(weight_VD, bias_V, head_lora), vocab_size=vocab_size, group=group
     )
     chosen = chosen_backend(op, backend, hidden_ND)
     check_flag(op, "entropy_grad", entropy_grad)
     check_flag(op, "return_lse", return_lse)
     check_chunk_bytes(op, chunk_bytes)
+    dtype, enabled = logits_dtype_of(op, hidden_ND, logits_dtype), torch.is_grad_enabled()
+    shard, vocab = None, head.weight_VD.shape[0]
+    if group is not None:
+        ranks = (group, hidden_ND, head, token_N, vocab_size, reduce_hidden_grad, check)
+        settings = {"entropy_grad": entropy_grad, "chunk_bytes": chunk_bytes, "logits_dtype": dtype}
+        head, shard = vocab_shard(op, *ranks, settings)
+        vocab = shard.vocab
     rows = row_arguments(
         op,
         token_N,
         hidden_ND,
-        head.weight_VD.shape[0],
+        vocab,
         temperature=temperature,
         softcap=softcap,
         ignore_index=ignore_index,
@@ -140,7 +149,6 @@ def linear_token_logprobs(
         logit_scale=logit_scale,
         labels=True,
     )
-    dtype, enabled = logits_dtype_of(op, hidden_ND, logits_dtype), torch.is_grad_enabled()
     tensors = (hidden_ND, *head.tensors())
     wanted = tuple(enabled and tensor is not None and tensor.requires_grad for tensor in tensors)
     given = Arguments(
@@ -149,9 +157,9 @@ def linear_token_logprobs(
     if is_traced(hidden_ND):
         found = _registered(given)
     elif any(wanted):
-        found = _LinearTokenLogprobs.apply(*tensors, given, return_lse)  # type: ignore[no-untyped-call]
+        found = _LinearTokenLogprobs.apply(*tensors, given, return_lse, shard)  # type: ignore[no-untyped-call]
     else:
-        found = _forward(given)
+        found = _forward(given, shard)
     logprob_N, entropy_N, *rest = found
     entropy_N = entropy_N if entropy_grad else entropy_N.detach()
     return token_results(rows, (logprob_N, entropy_N, *rest), lead, return_lse)
@@ -202,18 +210,22 @@ class BackwardArguments(NamedTuple):
     backend: str
 
 
-def _chunks(a: Arguments | BackwardArguments, wanted: tuple[bool, ...]) -> LinearRows:
+def _chunks(
+    a: Arguments | BackwardArguments, wanted: tuple[bool, ...], shard: VocabShard | None
+) -> LinearRows:
     head = Head.of(a.head).detach()
     live_N = live_rows(a.rows) if any(wanted) else None
     hidden_ND, stat = a.hidden_ND.detach(), stat_dtype(a.hidden_ND)
-    return LinearRows(hidden_ND, head, stat, a.logits_dtype, a.chunk_bytes, live_N, wanted)
+    given = (hidden_ND, head, stat, a.logits_dtype, a.chunk_bytes, live_N, wanted)
+    return linear_rows(shard, *given)
 
 
-def _forward(a: Arguments) -> Outputs:
-    stats, kernels = empty_statistics(a.hidden_ND, a.backend), BACKENDS[a.backend]
+def _forward(a: Arguments, shard: VocabShard | None = None) -> Outputs:
+    stats = empty_statistics(a.hidden_ND, a.backend)
+    kernels = kernels_of(a.backend, a.rows, shard)
     slopes = _empty_slopes(a)
-    chunks = _chunks(a, (False,) * 5)
-    many = a.hidden_ND.shape[0] >= LEAST_TOKENS
+    chunks = _chunks(a, (False,) * 5, shard)
+    many = shard is None and a.hidden_ND.shape[0] >= LEAST_TOKENS
     if many and not a.entropy_grad and goes_by_words(chunks, a.rows, a.backend):
         by_words(chunks, a.rows, stats, slopes[0] if a.by_slope else None)
         return Outputs(*stats, *slopes)
@@ -221,8 +233,8 @@ def _forward(a: Arguments) -> Outputs:
         labelled = with_label_logprobs(stats, a.rows)
 
         def kernel(at: slice, x_NV: Tensor, _: Tensor | None) -> None:
-            kernels.token_logprobs(x_NV, a.rows, at, stats)
-            if a.rows.labels_NK is not None:
+            kernels.token_logprobs(x_NV, a.rows, at, stats if shard is None else labelled)
+            if a.rows.labels_NK is not None and shard is None:
                 labelled.logprob_N[at] = label_logprobs(x_NV, a.rows, at, stats)
 
         chunks.visit(kernel, write=False)
@@ -250,13 +262,17 @@ def _empty_slopes(a: Arguments) -> tuple[Tensor, Tensor]:
     )
 
 
-def _backward(a: BackwardArguments) -> HeadGradients:
+def _backward(a: BackwardArguments, shard: VocabShard | None = None) -> HeadGradients:
     """The wanted gradients; the logits are computed again, chunk by chunk."""
-    chunks, kernels = _chunks(a, a.wanted), BACKENDS[a.backend]
+    chunks, kernels = _chunks(a, a.wanted, shard), kernels_of(a.backend, a.rows, shard)
 
     def kernel(at: slice, x_NV: Tensor, out_NV: Tensor | None) -> None:
         assert out_NV is not None
-        backward_at(kernels, x_NV, out_NV, a.rows, at, a.stats, a.g_N, a.h_N)
+        given = (x_NV, out_NV, a.rows, at, a.stats, a.g_N, a.h_N)
+        if shard is None:
+            backward_at(kernels, *given)
+        else:
+            kernels.token_logprobs_backward(*given)
 
     chunks.visit(kernel, write=True)
     return chunks.results()
@@ -306,8 +322,10 @@ def _gradients(ctx: Any, g_N: Tensor | None, h_N: Tensor | None) -> tuple[Tensor
             Statistics(*outputs[:4]),
             ctx.backend,
         )
-        backward = _registered_backward if is_traced(hidden_ND) else _backward
-        grads = asked(wanted, backward(given))
+        if is_traced(hidden_ND):
+            grads = asked(wanted, _registered_backward(given))
+        else:
+            grads = asked(wanted, _backward(given, getattr(ctx, "shard", None)))
     return grads if d_hidden_ND is None else (d_hidden_ND, *grads[1:])
 
 
@@ -340,8 +358,10 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         lora_B_VR: Tensor | None,
         a: Arguments,
         with_statistics: bool,
+        shard: VocabShard | None,
     ) -> tuple[Tensor, ...]:
-        found = _forward(a)
+        found = _forward(a, shard)
+        ctx.shard = shard
         ctx.set_materialize_grads(False)
         _save(ctx, a, found)
         if not with_statistics:
@@ -354,7 +374,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
     def backward(
         ctx: Any, g_N: Tensor | None, h_N: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
-        return (*_gradients(ctx, g_N, h_N), None, None)
+        return (*_gradients(ctx, g_N, h_N), None, None, None)
 
 
 _registered = register(

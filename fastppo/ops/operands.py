@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastppo.ops.arguments import rows_and_lead
@@ -17,6 +18,7 @@ from fastppo.ops.checks import (
     wrong_kind,
 )
 from fastppo.ops.config import HeadLora
+from fastppo.ops.dtensors import local_head, refuse_dtensor
 from fastppo.ops.head import Head
 from fastppo.ops.shapes import checked_vocab_size
 
@@ -36,15 +38,19 @@ def operands(
     *,
     vocab_size: int | None = None,
     prefix: str = "",
+    group: dist.ProcessGroup | None = None,
 ) -> Operands:
     """Hidden states (..., D) and a head, checked, under autocast cast as `nn.Linear` casts them.
 
     With `vocab_size` the head is a view of its first rows; autograd gives the others 0. `prefix`
-    is that of the arguments' names: "ref_" for the reference's.
+    is that of the arguments' names: "ref_" for the reference's. With `group` the head is a shard of
+    the group's, and what lies past `vocab_size` is cut off when all its shards are known.
     """
+    refuse_dtensor(op, f"{prefix}hidden_ND", hidden_ND)
+    head = local_head(op, head, group, prefix)
     hidden_ND, lead = rows_and_lead(op, f"{prefix}hidden_ND", hidden_ND)
     check_kinds(op, hidden_ND, head, prefix)
-    if vocab_size is not None:
+    if vocab_size is not None and group is None:
         head = head.first_words(checked_vocab_size(op, vocab_size, head.weight_VD.shape[0]))
     device = hidden_ND.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):

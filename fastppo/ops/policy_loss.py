@@ -20,7 +20,7 @@ from fastppo.ops.arguments import (
     rows_and_lead,
     stat_dtype,
 )
-from fastppo.ops.backends import BACKENDS, LossRows
+from fastppo.ops.backends import BACKENDS, LossRows, TokenKernels
 from fastppo.ops.checks import check_flag, check_inplace
 from fastppo.ops.config import PolicyLossConfig
 from fastppo.ops.gradient_made import (
@@ -238,17 +238,19 @@ def sweep(
     like: Tensor,
     need_grad: bool,
     backend: str,
+    parts: TokenKernels | None = None,
 ) -> LossOutputs:
     """Compute the loss over all rows; the gradient, if needed, is written to where `chunks` says.
 
     With a loss by token one pass over the rows gives statistics and gradient. A loss by sequence
-    needs all log-probs of the sequence first, so there is a second pass.
+    needs all log-probs of the sequence first, so there is a second pass. `parts` are the kernels of
+    rows that are parts of longer ones, which have no fused loss.
     """
     kernels = BACKENDS[backend]
-    if not loss.fused:
+    if parts is not None or not loss.fused:
         stats = empty_statistics(like, backend)
         go = sweep_by_sequence if loss.by_sequence else sweep_by_token
-        found = go(kernels, chunks, rows, loss, stats, need_grad)
+        found = go(parts or kernels, chunks, rows, loss, stats, need_grad)
         return LossOutputs(found[0], stats.logprob_N, stats.entropy_N, *found[1:])
     into = empty_loss_rows(like, backend)
     chunks.visit(

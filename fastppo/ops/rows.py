@@ -22,7 +22,7 @@ from torch import Tensor
 from fastppo.ops.arguments import RowArguments
 
 # Below this exp is 0 in float32 and in float64, and 0 * this is 0 where 0 * -inf would be NaN.
-_FLOOR = -1e4
+FLOOR = -1e4
 
 _BLOCK_BYTES_CPU = 2 << 20
 _BLOCK_BYTES_DEVICE = 256 << 20
@@ -74,24 +74,34 @@ class RowStats(NamedTuple):
     slope: Tensor | None  # (n, V), 1 - tanh^2, with a softcap
 
 
-def statistics(x_NV: Tensor, spec: RowSpec) -> RowStats:
-    """Log-prob and entropy of each row, in nats. `x_NV` is overwritten."""
-    slope = None
-    if spec.softcap is not None:
-        masked = x_NV == float("-inf")
-        capped = x_NV.div_(spec.softcap).tanh_()
-        slope = 1 - capped * capped
-        x_NV = capped.mul_(spec.softcap).masked_fill_(masked, float("-inf"))
-    tau = spec.temperature
+def _softcapped(x_NV: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+    """Logits after the softcap, in place, and its slope; masked vocabulary stays -inf."""
+    if softcap is None:
+        return x_NV, None
+    masked = x_NV == float("-inf")
+    capped = x_NV.div_(softcap).tanh_()
+    slope = 1 - capped * capped
+    return capped.mul_(softcap).masked_fill_(masked, float("-inf")), slope
+
+
+def _tempered(x_NV: Tensor, tau: float | Tensor) -> Tensor:
+    """Logits divided by the temperature, in place."""
     if isinstance(tau, Tensor):
         x_NV.div_(tau[:, None] if tau.ndim else tau)
     elif tau != 1.0:
         x_NV.div_(tau)
+    return x_NV
+
+
+def statistics(x_NV: Tensor, spec: RowSpec) -> RowStats:
+    """Log-prob and entropy of each row, in nats. `x_NV` is overwritten."""
+    x_NV, slope = _softcapped(x_NV, spec.softcap)
+    x_NV = _tempered(x_NV, spec.temperature)
     row_max = x_NV.amax(-1, keepdim=True)
     # A row of nothing but masked vocabulary has no probabilities: lp -inf, entropy 0, no NaN.
     x_NV.sub_(row_max.masked_fill_(row_max == float("-inf"), 0.0))
     sampled = x_NV.gather(1, spec.token_N.clamp(min=0)[:, None])
-    x_NV.clamp_(min=_FLOOR)
+    x_NV.clamp_(min=FLOOR)
     exp = x_NV.exp()
     total = exp.sum(-1, keepdim=True)
     sum_exp = total.masked_fill(total == 0, 1.0)
@@ -108,6 +118,35 @@ def statistics(x_NV: Tensor, spec: RowSpec) -> RowStats:
         sum_exp=sum_exp,
         log_sum_exp=log_sum_exp,
         row_entropy=entropy,
+        slope=slope,
+    )
+
+
+def known_statistics(
+    x_NV: Tensor,
+    spec: RowSpec,
+    logprob_N: Tensor,
+    entropy_N: Tensor,
+    row_max_N: Tensor,
+    sum_exp_N: Tensor,
+) -> RowStats:
+    """What `gradient` needs of rows whose statistics are known. `x_NV` is overwritten.
+
+    They may be those of a row of which `x_NV` is a part. `row_max_N` is before the temperature.
+    """
+    x_NV, slope = _softcapped(x_NV, spec.softcap)
+    shifted = _tempered(x_NV.sub_(row_max_N[:, None]), spec.temperature).clamp_(min=FLOOR)
+    sum_exp = sum_exp_N.masked_fill(sum_exp_N == 0, 1.0)[:, None]
+    return RowStats(
+        logprob=logprob_N,
+        entropy=entropy_N,
+        row_max=row_max_N[:, None],
+        shifted=shifted,
+        exp=shifted.exp(),
+        total=sum_exp_N[:, None],
+        sum_exp=sum_exp,
+        log_sum_exp=sum_exp.log(),
+        row_entropy=entropy_N[:, None],
         slope=slope,
     )
 

@@ -24,7 +24,7 @@ from fastppo.ops.losses.tokens import importance_ratio, tokens
 from fastppo.ops.metrics import Entry, Metrics
 
 if TYPE_CHECKING:
-    from fastppo.ops.backends import Backend, Statistics
+    from fastppo.ops.backends import Statistics, TokenKernels
     from fastppo.ops.rows import Chunks
 
 # A caller's own loss: log-probs and entropies of some tokens, and which those are.
@@ -290,7 +290,7 @@ def totals(
 
 
 def sweep_by_token(
-    kernels: Backend,
+    kernels: TokenKernels,
     chunks: Chunks,
     rows: RowArguments,
     loss: LossArguments,
@@ -329,7 +329,7 @@ def sweep_by_token(
 
 
 def sweep_by_sequence(
-    kernels: Backend,
+    kernels: TokenKernels,
     chunks: Chunks,
     rows: RowArguments,
     loss: LossArguments,

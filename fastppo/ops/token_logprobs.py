@@ -17,7 +17,7 @@ from fastppo.ops.arguments import (
     rows_and_lead,
     stat_dtype,
 )
-from fastppo.ops.backends import BACKENDS, Backend, Statistics
+from fastppo.ops.backends import BACKENDS, Statistics, TokenKernels
 from fastppo.ops.checks import check_flag
 from fastppo.ops.labels import LabelGradient, for_kernels, label_logprobs, log_sum_exp
 from fastppo.ops.registered import register
@@ -196,7 +196,7 @@ def _backward(a: BackwardArguments) -> Gradient:
 
 
 def backward_at(
-    kernels: Backend,
+    kernels: TokenKernels,
     x_NV: Tensor,
     out_NV: Tensor,
     rows: RowArguments,

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from benchmarks import peers
+from tests.integrations import verl_ranks
+from tests.ops.ranks import on_ranks
 from tests.peers import theirs
 from tests.peers.theirs import ActorConfig
 
@@ -37,6 +39,8 @@ def loaded():
         ours = importlib.import_module("fastppo.integrations.verl")
     yield core, functional, own, ours
     functional.FusedLinearForPPO.forward = own
+    module = peers.load("verl", "verl.utils.kernel.linear_cross_entropy")
+    module.linear_cross_entropy = ours.THEIR_CROSS_ENTROPY
 
 
 def results(loss, b, config, weights):
@@ -105,3 +109,24 @@ def test_another_backend_stays_verls(loaded, monkeypatch):
     monkeypatch.setattr(ours, "THEIRS", lambda *_: "theirs")
     head = functional.FusedLinearForPPO(impl_backend="liger")
     assert head(torch.randn(1, 2, 3), torch.randn(5, 3), torch.zeros(1, 2)) == "theirs"
+
+
+def test_the_head_of_ranks_that_share_the_vocabulary_out(tmp_path):
+    """What verl's Megatron engine calls, against verl's head over all words."""
+    one, other = on_ranks(verl_ranks.heads, 2, tmp_path)
+    for found in (one, other):
+        for mine, whole in zip(found["ours"][:2], found["verl"][:2], strict=True):
+            torch.testing.assert_close(mine, whole, rtol=1e-4, atol=1e-5)
+    # Their engine gathers hidden states of parts of a sequence, and that adds up the gradients.
+    hidden = one["ours"][2] + other["ours"][2]
+    weight = torch.cat([one["ours"][3], other["ours"][3]])
+    for mine, whole in zip((hidden, weight), one["verl"][2:], strict=True):
+        torch.testing.assert_close(mine, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_the_head_without_ranks_stays_verls(loaded, monkeypatch):
+    *_, ours = loaded
+    monkeypatch.setattr(ours, "THEIR_CROSS_ENTROPY", lambda *_: "theirs")
+    module = peers.load("verl", "verl.utils.kernel.linear_cross_entropy")
+    assert module.linear_cross_entropy is ours.sharded_head
+    assert ours.sharded_head(torch.randn(2, 3), torch.randn(5, 3), torch.zeros(2)) == "theirs"

@@ -77,6 +77,16 @@ def test_a_label_of_masked_vocabulary_is_impossible_and_passes_no_gradient(backe
     torch.testing.assert_close(grad[0], torch.stack([1 - p[0], torch.tensor(0.0), -p[1]]))
 
 
+def test_a_label_that_is_no_word_makes_no_word_likelier(backend):
+    logits = torch.tensor([[0.5, 2.0, 1.0]], requires_grad=True)
+    given = place({"logits_NV": logits, "token_N": torch.tensor([[1, 7]])}, backend)
+    got = token_logprobs(**given, backend=backend).logprob_N
+    assert got[0, 1].isnan()
+    (grad,) = torch.autograd.grad(got.sum(), logits)
+    p = torch.tensor([0.5, 2.0, 1.0]).softmax(0)
+    torch.testing.assert_close(grad[0], torch.tensor([0.0, 1.0, 0.0]) - 2 * p)
+
+
 @pytest.mark.parametrize("name", ["token_logprobs", "linear_token_logprobs"])
 @pytest.mark.parametrize("labels", [False, True])
 @pytest.mark.parametrize("grad", [False, True])

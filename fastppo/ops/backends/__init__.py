@@ -14,10 +14,7 @@ from fastppo.ops.arguments import LossArguments, RowArguments
 
 
 class Statistics(NamedTuple):
-    """Results of each row (N,); several labels of a row make log-probs (N, K).
-
-    The definition leaves row_max and sum_exp empty.
-    """
+    """Results of each row (N,); several labels of a row make log-probs (N, K)."""
 
     logprob_N: Tensor
     entropy_N: Tensor
@@ -76,8 +73,8 @@ class AdvantagesArguments(NamedTuple):
     backend: str
 
 
-class Backend(Protocol):
-    """The functions that each of the three modules has."""
+class TokenKernels(Protocol):
+    """What a loss of log-probs and entropies needs of rows of logits."""
 
     def token_logprobs(
         self,
@@ -100,7 +97,14 @@ class Backend(Protocol):
         h_N: Tensor | None,
         weight_N: Tensor | None = None,
     ) -> None:
-        """Write the gradient of the rows `at` into `out_NV`, which may be `x_NV` itself."""
+        """Write the gradient of the rows `at` into `out_NV`, which may be `x_NV` itself.
+
+        `stats` may be those of a row of which `x_NV` is a part.
+        """
+
+
+class Backend(TokenKernels, Protocol):
+    """The functions that each of the three modules has."""
 
     def policy_loss(
         self,

@@ -18,6 +18,7 @@ from fastppo.ops.rows import (
     RowStats,
     block_slices,
     gradient,
+    known_statistics,
     private,
     row_spec,
     statistics,
@@ -75,11 +76,12 @@ def token_logprobs_backward(
     """Write the gradient of the rows `at` into `out_NV`, which may be `x_NV` itself."""
     dtype = stats.logprob_N.dtype
     spec = _spec(rows, at, dtype, weight_N)
+    own = Statistics(*(each_N[at] for each_N in stats))
     own_g = None if g_N is None else g_N[at]
     own_h = None if h_N is None else h_N[at]
     for block in block_slices(x_NV, dtype):
-        here = spec.at(block)
-        found = statistics(private(x_NV[block], dtype), here)
+        here, known = spec.at(block), (each_N[block] for each_N in own)
+        found = known_statistics(private(x_NV[block], dtype), here, *known)
         g = torch.zeros_like(found.logprob) if own_g is None else own_g[block]
         out_NV[block] = gradient(found, here, g, None if own_h is None else own_h[block])
 
