@@ -19,7 +19,7 @@ from fastppo.ops.arguments import (
     row_arguments,
     stat_dtype,
 )
-from fastppo.ops.backends import Statistics, TokenKernels
+from fastppo.ops.backends import BACKENDS, Statistics, TokenKernels
 from fastppo.ops.config import HeadLora, PolicyLossConfig
 from fastppo.ops.gradient_made import (
     GradientMade,
@@ -34,7 +34,7 @@ from fastppo.ops.losses import POLICY_LOSSES
 from fastppo.ops.operands import check_chunk_bytes, logits_dtype_of, operands
 from fastppo.ops.policy_loss import PolicyLoss, fake_outputs, sweep, unpack
 from fastppo.ops.registered import register
-from fastppo.ops.sharded_head import VocabShard, kernels_of, linear_rows, vocab_shard
+from fastppo.ops.sharded_head import ShardedRows, VocabShard, vocab_shard
 from fastppo.ops.surrogate import OwnLoss, filled, sweep_by_token, token_gradient, totals
 from fastppo.ops.token_logprobs import empty_statistics
 from fastppo.ops.word_blocks import LEAST_TOKENS, by_words, goes_by_words
@@ -267,14 +267,15 @@ def _forward(a: Arguments, own: OwnLoss | None = None, shard: VocabShard | None 
     head, live_N = Head.of(a.head).detach(), live_rows(a.rows, a.loss.weight_N)
     hidden_ND, stat = a.hidden_ND.detach(), stat_dtype(a.hidden_ND)
     given = (hidden_ND, head, stat, a.logits_dtype, a.chunk_bytes, live_N, a.wanted)
-    chunks = linear_rows(shard, *given)
+    chunks = LinearRows(*given) if shard is None else ShardedRows(*given, shard=shard)
     # Where the hidden states alone want a gradient, that of a log-prob does not depend on the loss.
     many = shard is None and hidden_ND.shape[0] >= LEAST_TOKENS
     by_sequence = a.loss.by_sequence
     by_slope = (many or by_sequence) and not any(a.wanted[1:])
     by_slope = by_slope and not (a.wanted[0] and a.loss.has_entropy)
     at_words = many and by_slope and goes_by_words(chunks, a.rows, a.backend)
-    kernels, need_grad = kernels_of(a.backend, a.rows, shard), any(a.wanted)
+    kernels = BACKENDS[a.backend] if shard is None else shard.kernels(a.rows, a.backend)
+    need_grad = any(a.wanted)
     if own is not None:
         stats = empty_statistics(hidden_ND, a.backend)
         total, kl_N, metrics = sweep_by_token(

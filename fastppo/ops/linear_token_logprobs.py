@@ -18,14 +18,14 @@ from fastppo.ops.arguments import (
     row_arguments,
     stat_dtype,
 )
-from fastppo.ops.backends import Statistics
+from fastppo.ops.backends import BACKENDS, Statistics
 from fastppo.ops.checks import check_flag
 from fastppo.ops.config import HeadLora
 from fastppo.ops.head import Head, HeadArguments, HeadGradients, LinearRows, asked, fake_results
 from fastppo.ops.labels import label_logprobs
 from fastppo.ops.operands import check_chunk_bytes, logits_dtype_of, operands
 from fastppo.ops.registered import register
-from fastppo.ops.sharded_head import VocabShard, kernels_of, linear_rows, vocab_shard
+from fastppo.ops.sharded_head import ShardedRows, VocabShard, vocab_shard
 from fastppo.ops.token_logprobs import (
     TokenLogprobs,
     backward_at,
@@ -217,12 +217,12 @@ def _chunks(
     live_N = live_rows(a.rows) if any(wanted) else None
     hidden_ND, stat = a.hidden_ND.detach(), stat_dtype(a.hidden_ND)
     given = (hidden_ND, head, stat, a.logits_dtype, a.chunk_bytes, live_N, wanted)
-    return linear_rows(shard, *given)
+    return LinearRows(*given) if shard is None else ShardedRows(*given, shard=shard)
 
 
 def _forward(a: Arguments, shard: VocabShard | None = None) -> Outputs:
     stats = empty_statistics(a.hidden_ND, a.backend)
-    kernels = kernels_of(a.backend, a.rows, shard)
+    kernels = BACKENDS[a.backend] if shard is None else shard.kernels(a.rows, a.backend)
     slopes = _empty_slopes(a)
     chunks = _chunks(a, (False,) * 5, shard)
     many = shard is None and a.hidden_ND.shape[0] >= LEAST_TOKENS
@@ -264,7 +264,8 @@ def _empty_slopes(a: Arguments) -> tuple[Tensor, Tensor]:
 
 def _backward(a: BackwardArguments, shard: VocabShard | None = None) -> HeadGradients:
     """The wanted gradients; the logits are computed again, chunk by chunk."""
-    chunks, kernels = _chunks(a, a.wanted, shard), kernels_of(a.backend, a.rows, shard)
+    chunks = _chunks(a, a.wanted, shard)
+    kernels = BACKENDS[a.backend] if shard is None else shard.kernels(a.rows, a.backend)
 
     def kernel(at: slice, x_NV: Tensor, out_NV: Tensor | None) -> None:
         assert out_NV is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,9 @@ from fastppo.ops.config import HeadLora
 from fastppo.ops.dtensors import local_head, refuse_dtensor
 from fastppo.ops.head import Head
 from fastppo.ops.shapes import checked_vocab_size
+
+# What is no DTensor, by a look at the type alone.
+_PLAIN: Final = {Tensor, torch.nn.Parameter, type(None)}
 
 
 class Operands(NamedTuple):
@@ -46,8 +49,10 @@ def operands(
     is that of the arguments' names: "ref_" for the reference's. With `group` the head is a shard of
     the group's, and what lies past `vocab_size` is cut off when all its shards are known.
     """
-    refuse_dtensor(op, f"{prefix}hidden_ND", hidden_ND)
-    head = local_head(op, head, group, prefix)
+    kinds = {type(hidden_ND), type(head.weight_VD), type(head.bias_V)}
+    if group is not None or head.lora is not None or not kinds <= _PLAIN:
+        refuse_dtensor(op, f"{prefix}hidden_ND", hidden_ND)
+        head = local_head(op, head, group, prefix)
     hidden_ND, lead = rows_and_lead(op, f"{prefix}hidden_ND", hidden_ND)
     check_kinds(op, hidden_ND, head, prefix)
     if vocab_size is not None and group is None:

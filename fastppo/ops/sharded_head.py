@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastppo.ops.arguments import RowArguments, is_traced
-from fastppo.ops.backends import BACKENDS, Statistics, TokenKernels
+from fastppo.ops.backends import BACKENDS, Statistics
 from fastppo.ops.checks import check_flag, wrong_kind
 from fastppo.ops.head import WEIGHT, Head, HeadGradients, LinearRows, chunk_slices
 from fastppo.ops.labels import label_logits, logprobs_of
@@ -61,6 +61,10 @@ class VocabShard:
         """The maximum over the ranks, in place."""
         dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
         return x
+
+    def kernels(self, rows: RowArguments, backend: str) -> ShardedKernels:
+        """A backend's functions of rows of logits, for a rank's words."""
+        return ShardedKernels(self, rows, backend)
 
     def own_ids(self, token: Tensor, ignore_index: int) -> Tensor:
         """Ids of the whole vocabulary as those of this rank's words, _OTHERS or _IGNORED."""
@@ -273,13 +277,3 @@ class ShardedRows(LinearRows):
         if d_a is not None:
             self.shard.sum(d_a)
         return super().results()
-
-
-def kernels_of(backend: str, rows: RowArguments, shard: VocabShard | None) -> TokenKernels:
-    """The functions of rows of logits: a backend's, or those of a shard."""
-    return BACKENDS[backend] if shard is None else ShardedKernels(shard, rows, backend)
-
-
-def linear_rows(shard: VocabShard | None, *given: Any) -> LinearRows:
-    """LinearRows of these arguments, or those of a shard."""
-    return LinearRows(*given) if shard is None else ShardedRows(*given, shard=shard)
