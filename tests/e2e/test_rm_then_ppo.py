@@ -136,7 +136,7 @@ def test_pairs_to_reward_model_to_better_policy(project, capsys):
 @pytest.mark.parametrize(
     ("stage", "precision"),
     [
-        ("reward", []),
+        pytest.param("reward", [], marks=pytest.mark.slow),  # which the next one runs too
         ("ppo", []),
         pytest.param("ppo", ["bf16=false", "fp16=true"], marks=pytest.mark.slow),  # for a T4
     ],

@@ -176,6 +176,7 @@ def test_what_a_loss_takes_is_said_in_units_of_its_gemms(tmp_path):
         assert set(re.findall(r"torch, linear_policy_loss [\d.]+ x (\d)", trained)) == wanted
 
 
+@pytest.mark.slow  # every contender samples
 def test_the_rollouts_benchmark_walks_through_all_its_contenders(capsys):
     assert command.main(["rollout", "--quick", "--case", "1"]) == 0
     rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if "prompts" in line]
