@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import importlib.metadata
 import os
 import random
 import signal
@@ -22,6 +24,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Triton's interpreter is chosen at import.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A version is read from up to 140 kB of a package's description, and a command asks for eleven.
+importlib.metadata.version = functools.cache(importlib.metadata.version)
 
 # Which test runs, and where torch.compile found its cache to be.
 NOTES = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"}
