@@ -52,9 +52,7 @@ def wide_dir(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    "bits", slow_unless(lambda bits: bits == BITS[0], BITS), ids=str
-)
+@pytest.mark.parametrize("bits", slow_unless(lambda bits: bits == BITS[0], BITS), ids=str)
 def test_a_quantised_run_starts_at_kl_0_learns_saves_and_resumes(
     config, wide_dir, tmp_path, bits, rollout
 ):

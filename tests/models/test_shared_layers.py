@@ -86,12 +86,16 @@ def count_passes(made) -> list[list[int]]:
 @pytest.mark.parametrize(
     ("changes", "count", "roles"),
     slow_unless(
-        # By LoRA and by layers that train whole, for all roles, and where one trains the embeddings.
+        # By LoRA and by layers that train whole, for all roles, and where embeddings train too.
         lambda changes, *_: len(changes) == 1 or "critic" in changes or "embed" in str(changes),
         [
             ({"lora_layers": 1}, 3, ("actor", "reference", "critic")),
             ({"lora_layers": 3, "critic": "shared"}, 1, ("actor", "reference")),
-            ({"lora_layers": 1, "advantage": "grpo", "num_generations": 2}, 3, ("actor", "reference")),
+            (
+                {"lora_layers": 1, "advantage": "grpo", "num_generations": 2},
+                3,
+                ("actor", "reference"),
+            ),
             ({"lora_layers": 1, "use_dora": True}, 3, ("actor", "reference", "critic")),
             ({**FREEZE, "critic": "shared"}, 2, ("actor", "reference")),
             # The critic adapts all layers of the copy.
@@ -99,7 +103,11 @@ def count_passes(made) -> list[list[int]]:
             ({**FREEZE, "lora_layers": 3}, 1, ("actor", "reference", "critic")),
             ({"finetuning_type": "full", "lora_layers": 1}, 3, ("reference", "critic")),
             ({**FREEZE, "freeze_trainable_modules": "mlp"}, 2, ("actor", "reference")),
-            ({"lora_layers": 1, "additional_target": "lm_head"}, 3, ("actor", "reference", "critic")),
+            (
+                {"lora_layers": 1, "additional_target": "lm_head"},
+                3,
+                ("actor", "reference", "critic"),
+            ),
             # The critic's adapter does not train the embeddings.
             (
                 {"lora_layers": 1, "additional_target": "embed_tokens"},

@@ -26,7 +26,11 @@ DENSE = ("token_logprobs", "policy_loss", "score_tokens")
 ITEMSIZE = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 
 # The fast tier has each kernel and each dtype once.
-ONE = {"token_logprobs": torch.float32, "policy_loss": torch.bfloat16, "score_tokens": torch.float16}
+ONE = {
+    "token_logprobs": torch.float32,
+    "policy_loss": torch.bfloat16,
+    "score_tokens": torch.float16,
+}
 EVERY_KERNEL = pytest.mark.parametrize(
     ("name", "dtype"),
     slow_unless(lambda name, dtype: ONE[name] is dtype, product(DENSE, ITEMSIZE)),

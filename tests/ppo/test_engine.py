@@ -135,7 +135,10 @@ def test_a_response_ends_where_the_trainers_own_would(state, server, settings, m
             ({"version": "0.9.1"}, r"is vLLM '0\.9\.1', whose answers have no token ids"),
             ({"no_lora_route": True}, "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 .*--max-lora-rank 8"),
             ({"raw": True}, "--logprobs-mode processed_logprobs"),
-            ({"without_adapters": True}, "from the trainer's log-probs in the mean, with an adapter"),
+            (
+                {"without_adapters": True},
+                "from the trainer's log-probs in the mean, with an adapter",
+            ),
             ({"other_base": True}, "in the mean, without an adapter .*--dtype float32"),
             ({"max_model_len": 20}, "has room for 20 tokens, .*start it with --max-model-len"),
             ({"key": "k"}, f"HTTP 401; set the environment variable {TOKEN} to its token"),
