@@ -120,6 +120,7 @@ def test_a_policy_of_every_kind_prints_its_roles_and_resumes(sft, capsys, settin
     assert "resumes after step 1" in capsys.readouterr().out
 
 
+@pytest.mark.slow  # two runs
 def test_a_whole_reward_model_is_reward_and_critic_of_a_policy_that_trains_whole(sft, capsys):
     rm = write(sft / "rm.yaml", {**RM, "finetuning_type": "full"})
     assert main([rm]) == 0

@@ -113,6 +113,7 @@ def test_a_loss_that_is_not_finite_is_no_overflow(train, monkeypatch):
 @pytest.mark.parametrize(
     "optim", ["adamw_torch_fused", pytest.param("adamw_torch", marks=pytest.mark.slow)]
 )
+@pytest.mark.slow  # the fast tier resumes in another precision, below
 def test_a_run_resumes_to_the_bit_with_its_scale(train, tmp_path, optim):
     unbroken, weights = train("run", scale=FIRST, save_steps=3, optim=optim)
     (tmp_path / "on").mkdir()
