@@ -64,12 +64,18 @@ LONGEST = (
     "ops/test_linear_costs.py",
     "models/test_shared_layers.py",
     "static/test_gpu_suite.py",
+    "config/test_bad_input.py",
     "config/test_fuzz.py",
     "memory/test_plan_measured.py",
     "memory/test_retry.py",
     "models/test_roles_starts.py",
     "e2e/test_rm_then_ppo.py",
     "e2e/test_finetuning_types.py",
+    "run/test_bad_models.py",
+    "run/test_training_keys.py",
+    "trainer/test_callbacks.py",
+    "trainer/test_objects.py",
+    "trainer/test_ppo_trainer.py",
 )
 
 
