@@ -37,7 +37,7 @@ WITHOUT_TRAINER = ("ops", "gpu")  # folders that need torch and no more
 
 def pytest_configure(config: pytest.Config) -> None:
     """The trainer's fixtures: `tests.tiny` (a tiny model), `tests.project` (a user's files)."""
-    if getattr(config.option, "tx", None):
+    if getattr(config.option, "tx", None) and not hasattr(config, "workerinput"):
         return  # xdist's other processes run the tests, and wait for what this one imports
     named = [Path(argument.partition("::")[0]).resolve() for argument in config.args]
     if all(any(part in WITHOUT_TRAINER for part in path.parts) for path in named):
