@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import importlib.metadata
 import os
 import random
 import signal
@@ -23,6 +25,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# A version is read from up to 140 kB of a package's description, and a command asks for eleven.
+importlib.metadata.version = functools.cache(importlib.metadata.version)
+
 # Which test runs, and where torch.compile found its cache to be.
 NOTES = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"}
 
@@ -32,6 +37,8 @@ WITHOUT_TRAINER = ("ops", "gpu")  # folders that need torch and no more
 
 def pytest_configure(config: pytest.Config) -> None:
     """The trainer's fixtures: `tests.tiny` (a tiny model), `tests.project` (a user's files)."""
+    if getattr(config.option, "tx", None) and not hasattr(config, "workerinput"):
+        return  # xdist's other processes run the tests, and wait for what this one imports
     named = [Path(argument.partition("::")[0]).resolve() for argument in config.args]
     if all(any(part in WITHOUT_TRAINER for part in path.parts) for path in named):
         return
@@ -57,12 +64,18 @@ LONGEST = (
     "ops/test_linear_costs.py",
     "models/test_shared_layers.py",
     "static/test_gpu_suite.py",
+    "config/test_bad_input.py",
     "config/test_fuzz.py",
     "memory/test_plan_measured.py",
     "memory/test_retry.py",
     "models/test_roles_starts.py",
     "e2e/test_rm_then_ppo.py",
     "e2e/test_finetuning_types.py",
+    "run/test_bad_models.py",
+    "run/test_training_keys.py",
+    "trainer/test_callbacks.py",
+    "trainer/test_objects.py",
+    "trainer/test_ppo_trainer.py",
 )
 
 

@@ -16,3 +16,12 @@ def slow_unless(fast: Callable[..., bool], values: Iterable[Any]) -> list[Any]:
         marks = () if fast(*parts) else (pytest.mark.slow,)
         marked.append(pytest.param(*parts, marks=marks))
     return marked
+
+
+def interpreted(fast: Callable[..., bool]) -> pytest.MarkDecorator:
+    """Of a test's cases under Triton's interpreter `make test` runs those for which `fast` holds.
+
+    It is called with the parameters of the case that it names. The interpreter takes 20 ms a row
+    and the other backends next to nothing, which run every case; and so does a GPU.
+    """
+    return pytest.mark.interpreted(fast=fast)

@@ -30,6 +30,7 @@ import importlib.util
 import json
 import re
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ import pytest
 import yaml
 
 FOLDER = Path(__file__).parent
+# Five modules of tests read the table when they are imported, and PyYAML's own parser takes seconds
+# for it; libyaml's is there in PyYAML's wheels.
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # Area -> its heading on the page.
 AREAS = {
     "command_line": "Command line and file",
@@ -142,10 +146,16 @@ def put(path: Path, content: Any) -> None:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
+def table(path: Path) -> Any:
+    """What a file of the table holds."""
+    return yaml.load(path.read_text(encoding="utf-8"), LOADER)
+
+
+@cache
+def cases_of(area: str) -> tuple[Case, ...]:
+    return tuple(Case(area, **entry) for entry in table(FOLDER / f"{area}.yaml"))
+
+
 def cases(*areas: str) -> list[Case]:
     """The cases of these areas, in the order of the page."""
-    return [
-        Case(area, **entry)
-        for area in areas
-        for entry in yaml.safe_load((FOLDER / f"{area}.yaml").read_text(encoding="utf-8"))
-    ]
+    return [case for area in areas for case in cases_of(area)]

@@ -13,14 +13,14 @@ from typing import Any
 import yaml
 
 from fastppo.config import Config
-from tests.bad import FOLDER, Case
+from tests.bad import FOLDER, Case, table
 
 FIELDS = {"keys", "entry", "files", "without", "heads", "folders"}
 
 
 def written_cures() -> dict[tuple[str, str], dict[str, Any]]:
     """Area and wrong -> the fields of the case that the user changes."""
-    found = yaml.safe_load((FOLDER / "cured.yaml").read_text(encoding="utf-8"))
+    found = table(FOLDER / "cured.yaml")
     return {(area, wrong): cure for area, cures in found.items() for wrong, cure in cures.items()}
 
 

@@ -57,9 +57,13 @@ def sft(project):  # noqa: F811
 @pytest.mark.parametrize(
     ("settings", "whole"),
     [
-        ({"finetuning_type": "full"}, True),
+        pytest.param({"finetuning_type": "full"}, True, marks=pytest.mark.slow),
         pytest.param({"finetuning_type": "full", "bf16": True}, True, marks=pytest.mark.slow),
-        ({"finetuning_type": "freeze", "freeze_trainable_layers": 1, "fp16": True}, True),
+        pytest.param(
+            {"finetuning_type": "freeze", "freeze_trainable_layers": 1, "fp16": True},
+            True,
+            marks=pytest.mark.slow,
+        ),
         pytest.param(SFT, False, marks=pytest.mark.slow),
         ({**SFT, "create_new_adapter": True, "additional_target": "norm"}, False),
         pytest.param({"loraplus_lr_ratio": 4, "use_dora": True}, False, marks=pytest.mark.slow),
@@ -116,6 +120,7 @@ def test_a_policy_of_every_kind_prints_its_roles_and_resumes(sft, capsys, settin
     assert "resumes after step 1" in capsys.readouterr().out
 
 
+@pytest.mark.slow  # two runs
 def test_a_whole_reward_model_is_reward_and_critic_of_a_policy_that_trains_whole(sft, capsys):
     rm = write(sft / "rm.yaml", {**RM, "finetuning_type": "full"})
     assert main([rm]) == 0

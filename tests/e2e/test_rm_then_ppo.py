@@ -16,7 +16,6 @@ from fastppo import toy
 from fastppo.cli import main
 from fastppo.ppo.columns import COLUMNS, FILTER_COLUMNS, IMPORTANCE_COLUMNS
 
-pytestmark = pytest.mark.pictures
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures"
 
@@ -56,6 +55,7 @@ def write(path: Path, settings: dict) -> str:
     return str(path)
 
 
+@pytest.mark.pictures
 def test_pairs_to_reward_model_to_better_policy(project, capsys):
     common = {"model_name_or_path": "model", "finetuning_type": "lora", "template": "chatml"}
     reward = write(
@@ -136,7 +136,7 @@ def test_pairs_to_reward_model_to_better_policy(project, capsys):
 @pytest.mark.parametrize(
     ("stage", "precision"),
     [
-        ("reward", []),
+        pytest.param("reward", [], marks=pytest.mark.slow),  # which the next one runs too
         ("ppo", []),
         pytest.param("ppo", ["bf16=false", "fp16=true"], marks=pytest.mark.slow),  # for a T4
     ],

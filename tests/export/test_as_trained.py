@@ -84,7 +84,7 @@ def exported_score(folder, answer):
 @pytest.mark.parametrize(
     "keys",
     slow_unless(
-        lambda keys: keys in ({}, {"template": None}) or "enable_thinking" in keys,
+        lambda keys: "enable_thinking" in keys,
         [
             {},
             {"default_system": "Be brief."},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import product
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from fastppo.models.value_head import load_value_head
 from fastppo.ppo import trainer
 from fastppo.rewards.adapter import AdapterReward
 from fastppo.rewards.model import load_full
+from tests.tiers import slow_unless
 from tests.tiny import PROMPTS, stir
 
 NEAR = {"atol": 1e-4, "rtol": 1e-4}  # float32, merged in another order
@@ -118,8 +120,13 @@ def classified(folder, how):
         return torch.cat([model(**tokenizer(text, **settings)).logits[0] for text in texts])
 
 
-@pytest.mark.parametrize("how", ["single", "right-padded"])
-@pytest.mark.parametrize("score_at", ["eos", "suffix"])
+@pytest.mark.parametrize(
+    ("score_at", "how"),
+    slow_unless(
+        lambda score_at, how: (score_at == "eos") == (how == "right-padded"),
+        product(["eos", "suffix"], ["single", "right-padded"]),
+    ),
+)
 def test_a_reward_model_becomes_a_classifier_with_its_scores(
     reward_dir, tmp_path, scores_of, how, score_at, capsys
 ):

@@ -12,6 +12,7 @@ import pytest
 from fastppo.integrations import patching
 
 
+@pytest.mark.slow  # a process that imports torch
 def test_nothing_of_another_trainer_is_imported_before_its_module_is():
     script = (
         "import sys, fastppo, fastppo.ops, fastppo.integrations, fastppo.integrations.liger\n"

@@ -144,12 +144,20 @@ TINY = {
 }
 
 
+# The plain trunk, 16 bits recomputed with fused layers, eager attention, DoRA, sliding windows.
+ONE_OF_A_KIND = (
+    (LlamaConfig, torch.float32, "sdpa", False, "peft"),
+    (LlamaConfig, torch.bfloat16, "sdpa", True, "fused"),
+    (LlamaConfig, torch.float32, "eager", False, "peft"),
+    (LlamaConfig, torch.float32, "sdpa", False, "dora"),
+    (Gemma3TextConfig, torch.float32, "sdpa", True, "peft"),
+)
+
+
 @pytest.mark.parametrize(
     ("kind", "dtype", "attention", "checkpointing", "layers"),
     slow_unless(
-        lambda kind, dtype, attention, checkpointing, layers: (
-            dtype is torch.float32 or checkpointing == (dtype is not torch.float16)
-        ),
+        lambda *case: case in ONE_OF_A_KIND,
         [
             (LlamaConfig, torch.float32, "sdpa", False, "peft"),
             (LlamaConfig, torch.bfloat16, "sdpa", True, "peft"),
@@ -224,13 +232,10 @@ def test_a_trunk_allocates_what_its_layers_are_written_to(
     assert total == pytest.approx(ahead.end + back.peak, rel=tolerance)
 
 
-PLAIN = ({}, {"critic": "shared"}, {"fp16": True})
-
-
 @pytest.mark.parametrize(
     ("prompts", "changes"),
     slow_unless(
-        lambda prompts, changes: "lora_layers" in changes or changes in PLAIN,
+        lambda prompts, changes: changes in ({}, {"lora_layers": 2, "critic": "shared"}),
         [
             ([90, 61, 40, 83], {}),
             ([90] * 4, {"disable_gradient_checkpointing": False}),

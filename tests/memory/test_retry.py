@@ -108,7 +108,7 @@ def steps(made: trainer.State) -> tuple[list[torch.Tensor], list[dict[str, float
     ("phase", "module", "name", "at"),
     [
         ("rollout", draws.Draws, "draw", 1),
-        ("score", score, "token_scores", 2),
+        pytest.param("score", score, "token_scores", 2, marks=pytest.mark.slow),
         ("update", update, "forward_backward", 1),
     ],
 )
@@ -159,7 +159,7 @@ def counting(prompts: list[str], completions: list[str]) -> list[float]:
     return [len(ASKED) + 0.01 * sum(drawn()) for _ in completions]
 
 
-@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize("at", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_rewards_are_asked_once_where_scoring_runs_out_of_memory(at, state, monkeypatch):
     """The first step's scores are those of a run that never ran out of memory."""
     asked = {"reward_model": f"{__name__}:counting", "reward_model_type": "function"}
@@ -176,6 +176,7 @@ def test_rewards_are_asked_once_where_scoring_runs_out_of_memory(at, state, monk
         assert scores[0] == scores[-1]
 
 
+@pytest.mark.slow  # as a function is asked, above
 def test_a_server_is_billed_once_where_scoring_runs_out_of_memory(state, monkeypatch):
     with serving() as server:
         made = state(reward_model=server.url, reward_model_type="api")

@@ -43,7 +43,7 @@ def large_vocabulary(tmp_path, state, monkeypatch):
     return make
 
 
-@pytest.mark.parametrize("critic", ["adapter", "shared"])
+@pytest.mark.parametrize("critic", ["adapter", pytest.param("shared", marks=pytest.mark.slow)])
 def test_no_step_allocates_a_row_of_logits_for_every_token(large_vocabulary, critic):
     made = large_vocabulary(critic=critic)
     prompts = made.config.per_device_train_batch_size

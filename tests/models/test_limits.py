@@ -18,6 +18,7 @@ from fastppo.export.cli import main as export
 from fastppo.models import build as roles
 from fastppo.run.sizes import check_adapter_fits
 from tests import zoo
+from tests.tiers import slow_unless
 from tests.tiny import make_config
 
 CPU = torch.device("cpu")
@@ -90,6 +91,7 @@ def test_padding_with_eos_is_padding_with_any_other_token(padded):
     assert logs[0] == logs[1]
 
 
+@pytest.mark.slow  # a classifier that pads with it is below
 def test_a_reward_model_whose_padding_token_has_no_row_is_exported_and_scores(padded, capsys):
     assert run(RM) == 0
     shutil.copy("model/tokenizer_config.json", "out")  # as a run before this note would leave it
@@ -165,7 +167,9 @@ def test_positions_end_where_the_family_says_so(tmp_path):
                 model(input_ids=torch.zeros(1, most + 1, dtype=torch.long))
 
 
-@pytest.mark.parametrize("family", sorted(set(zoo.FAMILIES) - POSITIONS.keys()))
+@pytest.mark.parametrize(
+    "family", slow_unless(zoo.KINDS.__contains__, sorted(set(zoo.FAMILIES) - POSITIONS.keys()))
+)
 def test_other_families_go_on_past_what_they_were_trained_for(family, tmp_path):
     changes = {"max_position_embeddings": 16} if family not in ("bloom", "gemma3") else {}
     if family == "gemma3":

@@ -52,9 +52,7 @@ def wide_dir(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    "bits", slow_unless(lambda bits: bits in (BITS[0], BITS[-1]), BITS), ids=str
-)
+@pytest.mark.parametrize("bits", slow_unless(lambda bits: bits == BITS[0], BITS), ids=str)
 def test_a_quantised_run_starts_at_kl_0_learns_saves_and_resumes(
     config, wide_dir, tmp_path, bits, rollout
 ):
@@ -90,7 +88,9 @@ def test_a_quantised_run_starts_at_kl_0_learns_saves_and_resumes(
     assert PeftModel.from_pretrained(base, str(tmp_path / "checkpoint-1")).peft_config
 
 
-@pytest.mark.parametrize("more", [{}, {"use_dora": True}], ids=str)
+@pytest.mark.parametrize(
+    "more", [pytest.param({}, marks=pytest.mark.slow), {"use_dora": True}], ids=str
+)
 def test_a_quantised_reference_model_and_a_quantised_critic_model(
     tiny_roles, wide_dir, tmp_path, more
 ):

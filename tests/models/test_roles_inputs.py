@@ -36,7 +36,9 @@ def run(dtype: torch.dtype, *, left: bool) -> tuple[torch.Tensor, dict[str, torc
     return found[0], first, peak
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)]
+)
 def test_hidden_states_and_gradients_are_the_same_to_the_bit_and_less_is_held(dtype):
     hidden, gradient, peak = run(dtype, left=False)
     hidden_left, gradient_left, peak_left = run(dtype, left=True)

@@ -47,7 +47,11 @@ def gradients(made, batch, role):
     return [None if p.grad is None else p.grad.clone() for p in everything]
 
 
-@pytest.mark.parametrize("order", [("actor", "critic"), ("critic", "actor")], ids="-".join)
+@pytest.mark.parametrize(
+    "order",
+    [pytest.param(("actor", "critic"), marks=pytest.mark.slow), ("critic", "actor")],
+    ids="-".join,
+)
 @pytest.mark.parametrize(
     "made", named(KINDS, *FEW, disable_gradient_checkpointing=False), indirect=True
 )

@@ -63,7 +63,10 @@ def test_10_kl_is_0_before_the_first_update(request, made, scored):
         assert all(p.requires_grad == (p in trained) for p in everything), role
 
 
-HALF = [*named(NAMES, *BF16, bf16=True), *named(["dora", "full shared"], fp16=True)]
+HALF = [
+    *named(NAMES, "sft with modules_to_save", "freeze shared", bf16=True),
+    *named(["dora", "full shared"], "dora", fp16=True),
+]
 
 
 @pytest.mark.parametrize("made", HALF, indirect=True)
@@ -234,7 +237,7 @@ def test_tied_embeddings_are_never_untied_in_silence(tiny_roles, tmp_path):
     assert full.lm_head.weight_VD is full.base.get_input_embeddings().weight
 
 
-@pytest.mark.parametrize("adapters", [None, "both"])
+@pytest.mark.parametrize("adapters", [None, pytest.param("both", marks=pytest.mark.slow)])
 def test_a_streamed_reference_model_says_what_it_says_on_the_device(
     tiny_roles, model_dir, sft_dirs, rollout, scored, adapters
 ):

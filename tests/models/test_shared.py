@@ -32,7 +32,7 @@ def weights(made: roles.Roles) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "changes", slow_unless(lambda changes: changes not in (KINDS[1], KINDS[4]), KINDS), ids=str
+    "changes", slow_unless(lambda changes: changes in (KINDS[2], KINDS[3]), KINDS), ids=str
 )
 def test_a_copy_is_what_building_anew_gives(config, tmp_path, changes):
     settings, device, built = config(**changes), torch.device("cpu"), BuiltOnce()

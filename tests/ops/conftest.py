@@ -5,6 +5,7 @@ One that asks for `traced` does too, but for one backend in the slow tier alone.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -37,12 +38,31 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if "width" not in metafunc.fixturenames:
             metafunc.parametrize(name, backends)
             continue
+        # The widest is what runs here; the others are the same code with shorter vectors.
+        fast = widths() if metafunc.definition.get_closest_marker("every_width") else widths()[-1:]
         pairs = [
-            pytest.param(backend, width, id=f"{backend}-{width}" if width else backend)
+            pytest.param(
+                backend,
+                width,
+                id=f"{backend}-{width}" if width else backend,
+                marks=() if width in (None, *fast) else pytest.mark.slow,
+            )
             for backend in backends
             for width in (widths() if backend == "native" else [None])
         ]
         metafunc.parametrize((name, "width"), pairs, indirect=["width"])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Cases that the interpreter runs in the slow tier alone: see `tests.tiers.interpreted`."""
+    for item in items:
+        mark = item.get_closest_marker("interpreted")
+        given = getattr(item, "callspec", None) and item.callspec.params
+        if mark is None or DEVICE != "cpu" or "triton" not in map(given.get, ("backend", "fused")):
+            continue
+        fast = mark.kwargs["fast"]
+        if not fast(*(given[name] for name in inspect.signature(fast).parameters)):
+            item.add_marker(pytest.mark.slow)
 
 
 def widths() -> Sequence[str]:

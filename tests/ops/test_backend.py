@@ -24,6 +24,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow  # in an environment with torch alone they compute: tests/packaging
 def test_the_ops_need_torch_and_nothing_else_that_is_installed():
     """And import, to begin with, no module but their own."""
     # Whatever fastppo asks for is looked at, loaded by torch already or not (numpy is), at import

@@ -1,6 +1,7 @@
 """Every op x backend x edge, from the registry, by the oracle's rule.
 
-The native kernels are a backend for each vector width that the processor has.
+The native kernels are a backend for each vector width that the processor has; in the fast tier the
+widest one runs every test, and the others what is marked `every_width`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from fastppo.ops import PolicyLossConfig, workspace
 from tests.ops.oracle import check, few, place, run
 from tests.ops.registry import OPS, Op, Shape
-from tests.tiers import slow_unless
+from tests.tiers import interpreted, slow_unless
 
 pytestmark = pytest.mark.usefixtures("poisoned", "width")
 
@@ -31,6 +32,8 @@ ROWS = [op for op in OPS.values() if "token_N" in op.make_inputs(SMALL, torch.fl
 DENSE = [op for op in ROWS if not op.name.startswith("linear")]
 OF_ROWS = pytest.mark.parametrize("op", ROWS, ids=lambda op: op.name)
 OF_DENSE = pytest.mark.parametrize("op", DENSE, ids=lambda op: op.name)
+# From hidden states a kernel is given chunks of logits, which are logits like any others.
+INTERPRETED_DENSE = interpreted(lambda op: op in DENSE)
 
 
 def logits_of(inputs: Inputs) -> list[str]:
@@ -58,6 +61,15 @@ def one_of_16_bits(op: Op, dtype: torch.dtype) -> bool:
     return dtype in (torch.float32, wanted)
 
 
+def most_of_a_kernel(op: Op, dtype: torch.dtype) -> bool:
+    """Each kernel in float32, the loss in bfloat16 and through a head too."""
+    if op.name.startswith("linear"):
+        return op.name == "linear_policy_loss" and dtype is torch.float16
+    return dtype is torch.float32 or op.name == "policy_loss"
+
+
+@pytest.mark.every_width
+@interpreted(most_of_a_kernel)
 @pytest.mark.parametrize(
     ("op", "dtype"),
     slow_unless(one_of_16_bits, product(OPS.values(), FLOATS)),
@@ -87,6 +99,7 @@ def test_no_tokens(op, backend):
 @OF_DENSE
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("mask", [float("-inf"), -1e35], ids=["-inf", "low"])
+@interpreted(lambda mask, dtype: dtype is (torch.float32 if mask < -1e36 else torch.bfloat16))
 def test_masked_vocabulary(op, dtype, mask, backend):
     """-inf, or what some put in its place: nothing of it is left in sums or gradients."""
     inputs = op.make_inputs(SMALL, dtype, 3)
@@ -134,6 +147,7 @@ def test_a_row_of_nothing_but_masked_vocabulary_is_no_nan(op, backend):
 
 
 @OF_ROWS
+@INTERPRETED_DENSE
 def test_ignored_rows_are_not_read(op, backend):
     """NaN in them does not leak; they give 0 and no gradient."""
     inputs = op.make_inputs(SMALL, torch.float32, 6)
@@ -150,6 +164,7 @@ def test_ignored_rows_are_not_read(op, backend):
 
 
 @pytest.mark.parametrize("name", ["policy_loss", "linear_policy_loss"])
+@interpreted(lambda name: name == "policy_loss")
 def test_rows_of_weight_0_are_not_read(name, backend):
     op = OPS[name]
     inputs = op.make_inputs(SMALL, torch.float32, 7)
@@ -167,6 +182,7 @@ def test_rows_of_weight_0_are_not_read(name, backend):
 
 @OF_DENSE
 @pytest.mark.parametrize("how", ["columns", "rows", "transposed"])
+@interpreted(lambda how: how == "columns")
 def test_strides_change_no_bit(op, how, backend):
     """Triton's kernels load 16 bytes at once: rows of 40 that begin at another address differ by
     rounding (test_placement.py), and a row that begins 16 bytes on does not."""
@@ -188,6 +204,7 @@ def test_strides_change_no_bit(op, how, backend):
 
 
 @OF_ROWS
+@INTERPRETED_DENSE
 @pytest.mark.parametrize(
     ("softcap", "kind"),
     slow_unless(
@@ -220,6 +237,7 @@ SETTINGS: dict[str, Inputs] = {
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
+@interpreted(lambda name: name == "policy_loss")
 @pytest.mark.parametrize(
     ("name", "dtype"),
     slow_unless(
@@ -251,6 +269,7 @@ def test_metrics_are_those_of_the_definition(setting, fused):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("vocab", [37, 4113])
+@interpreted(lambda dtype, vocab: dtype is (torch.bfloat16 if vocab == 37 else torch.float32))
 def test_in_place_is_the_same_to_the_bit(dtype, vocab, backend):
     op = OPS["policy_loss"]
     inputs = place(op.make_inputs(Shape(n=5, vocab=vocab), dtype, 12), backend)
@@ -267,6 +286,7 @@ def test_in_place_is_the_same_to_the_bit(dtype, vocab, backend):
 
 @pytest.mark.parametrize("name", ["policy_loss", "linear_policy_loss"])
 @pytest.mark.parametrize("on_device", [False, True])
+@interpreted(lambda name: name == "policy_loss")
 def test_grad_scale_and_grad_output_cancel(name, on_device, backend):
     op = OPS[name]
     inputs = place(op.make_inputs(SMALL, torch.float32, 13), backend)
@@ -282,6 +302,8 @@ def test_grad_scale_and_grad_output_cancel(name, on_device, backend):
 
 
 @EVERY
+@pytest.mark.every_width
+@interpreted(lambda op: not op.name.startswith("linear"))
 def test_the_same_bits_twice(op, backend):
     shape = Shape(n=few(33, backend, 4), vocab=1500, hidden=9, batch=4)
     inputs = place(op.make_inputs(shape, torch.float32, 14), backend)
@@ -305,6 +327,7 @@ def test_a_tokens_result_does_not_depend_on_the_batch_around_it(op, backend):
 
 
 @pytest.mark.parametrize("op", [op for op in ROWS if op not in DENSE], ids=lambda op: op.name)
+@interpreted(lambda op: op.name == "linear_policy_loss")
 def test_the_batch_around_a_hidden_state_moves_its_result_by_rounding_alone(op, backend):
     """To the bit it is not: a library's GEMM adds a row up in an order that its rows decide."""
     n = few(65, backend, 9)

@@ -9,6 +9,7 @@ from torch import Tensor
 from fastppo.ops import token_logprobs
 from tests.ops.oracle import place
 from tests.ops.registry import OPS, Shape
+from tests.tiers import interpreted
 
 F64 = torch.float64
 SHAPE = Shape(n=6, vocab=19, hidden=5)
@@ -25,6 +26,7 @@ def top_labels(shape: Shape, k: int) -> Tensor:
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("name", ["token_logprobs", "linear_token_logprobs"])
 @pytest.mark.parametrize("trained", [False, True])
+@interpreted(lambda name, trained: not (trained or name.startswith("linear")))
 def test_several_labels_a_row_are_gathered_from_one_softmax(name, softcap, trained, backend):
     op, label = OPS[name], top_labels(SHAPE, 3)
     dtype = F64 if backend == "torch" else torch.float32
@@ -90,6 +92,7 @@ def test_a_label_that_is_no_word_makes_no_word_likelier(backend):
 @pytest.mark.parametrize("name", ["token_logprobs", "linear_token_logprobs"])
 @pytest.mark.parametrize("labels", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
+@interpreted(lambda name, labels, grad: labels == grad and not name.startswith("linear"))
 def test_lse_is_the_normaliser_of_what_the_softmax_sees(name, labels, grad, backend):
     op = OPS[name]
     inputs = place(op.make_inputs(SHAPE, torch.float32, 7), backend)

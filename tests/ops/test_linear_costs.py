@@ -123,8 +123,13 @@ def flops_of(event):
     return event.flops if event.name in products else 0
 
 
-@pytest.mark.parametrize("on", HERE)
-@pytest.mark.parametrize(("name", "mode"), MODES)
+@pytest.mark.parametrize(
+    ("name", "mode", "on"),
+    slow_unless(
+        lambda name, mode, on: on != "torch" or of_a_kind(name, mode),
+        [(*mode, on) for mode in MODES for on in HERE],
+    ),
+)
 def test_it_costs_that_many_gemms_and_no_more(name, mode, on):
     shape = Shape(n=24, vocab=67, hidden=16)
     step = step_of(name, mode, shape, on)
@@ -144,8 +149,16 @@ def test_memory_does_not_grow_with_the_logits(name, mode, on, monkeypatch):
     assert many - few <= 32 * 32 * 4  # vectors by the dozen; one row of logits is more
 
 
-@pytest.mark.parametrize("on", ON_CPU)
-@pytest.mark.parametrize(("name", "mode"), slow_unless(of_a_kind, ONE_CHUNK))
+@pytest.mark.parametrize(
+    ("name", "mode", "on"),
+    slow_unless(
+        # The definition goes over blocks of a row, and takes ten times as long.
+        lambda name, mode, on: (
+            of_a_kind(name, mode) if on != "torch" else mode in ("trained", "gspo trained")
+        ),
+        [(*mode, on) for mode in ONE_CHUNK for on in ON_CPU],
+    ),
+)
 def test_memory_above_inputs_and_outputs_is_one_chunk(name, mode, on, monkeypatch):
     assert BUDGET <= above(name, mode, on, 64, monkeypatch) <= BUDGET + SMALL
 

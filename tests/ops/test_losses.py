@@ -42,16 +42,15 @@ def test_the_clipped_surrogate_by_hand(ratio, advantage, loss, slope):
 def fused(ratio_N: Tensor, advantage_N: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """Loss of each token and its slope in the ratio, from logits of two words and a fused kernel.
 
-    Both words have log-prob log 1/2; the behaviour policy had what makes the ratio. A token's
-    weight is 1 where its own loss is asked for.
+    Both words have log-prob log 1/2; the behaviour policy had what makes the ratio.
     """
     device, n = device_of(backend), ratio_N.numel()
     token_N = torch.zeros(n, dtype=torch.long, device=device)
     behaviour_N = (math.log(0.5) - ratio_N.log()).to(device)
     losses = []
-    for weight_N in torch.eye(n, device=device):
-        logits_NV = torch.zeros(n, 2, device=device)
-        given = (logits_NV, token_N, behaviour_N, advantage_N.to(device), weight_N)
+    for i in range(n):
+        one = (x[i : i + 1] for x in (token_N, behaviour_N, advantage_N.to(device)))
+        given = (torch.zeros(1, 2, device=device), *one, torch.ones(1, device=device))
         losses.append(policy_loss(*given, config=PolicyLossConfig(**CLIP), backend=backend).loss)
     leaf = torch.zeros(n, 2, device=device, requires_grad=True)
     ones_N = torch.ones(n, device=device)

@@ -141,6 +141,7 @@ def test_sums_over_any_number_of_tokens_are_right(n):
         torch.testing.assert_close(mine.double(), right, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow  # a process that imports torch
 def test_there_is_one_openmp_runtime():
     """Two pools of threads would spin against each other."""
     done = python(

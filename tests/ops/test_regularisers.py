@@ -14,6 +14,7 @@ from fastppo.ops.losses import POLICY_LOSSES, SEQUENCE_LOSSES
 from tests.ops.oracle import device_of, place
 from tests.ops.references import linear_token_logprobs_reference
 from tests.ops.test_surrogate import N, gradients, make
+from tests.tiers import interpreted
 
 F64 = torch.float64
 LEVEL = {"gspo": "sequence", "gspo_token": "sequence_token"}
@@ -78,6 +79,7 @@ def test_from_hidden_states_they_are_the_public_functions(name, settings, traine
 
 
 @pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
+@interpreted(lambda settings: settings is CASES["both"])
 def test_from_logits_they_are_those_from_hidden_states(settings, backend):
     inputs, config = place(with_weights(torch.float32), backend), PolicyLossConfig(**settings)
     want = linear_policy_loss(**inputs, config=config, backend=backend)

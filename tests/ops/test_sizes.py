@@ -87,7 +87,12 @@ def test_a_forced_configuration_is_chosen_inside_the_block_alone():
 
 
 @CAN_RUN
-@pytest.mark.parametrize("name", ["token_logprobs", "policy_loss", "score_tokens"])
+@pytest.mark.parametrize(
+    "name",
+    slow_unless(
+        lambda name: name == "policy_loss", ["token_logprobs", "policy_loss", "score_tokens"]
+    ),
+)
 def test_programs_that_share_the_rows_give_the_same_bits(name):
     """Eleven rows among the interpreter's four multiprocessors."""
     op = OPS[name]

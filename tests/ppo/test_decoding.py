@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -27,6 +29,7 @@ from fastppo.ppo.sampling import (
 )
 from fastppo.templates import get_template
 from fastppo.types import Prompt
+from tests.tiers import slow_unless
 
 TEXTS = ["Hi", "What is rain?", "A line on tea, please.", "Tell me of the sea and of bread."]
 
@@ -52,8 +55,13 @@ def answer(template, tokenizer):
     return make
 
 
-@pytest.mark.parametrize("merge", [False, True])
-@pytest.mark.parametrize("role", ["actor", "reference"])
+@pytest.mark.parametrize(
+    ("role", "merge"),
+    slow_unless(
+        lambda role, merge: merge == (role == "actor"),
+        product(["actor", "reference"], [False, True]),
+    ),
+)
 def test_greedy_generation_is_the_same_alone_and_in_a_batch(tiny_roles, answer, merge, role):
     made = tiny_roles()
     together, _, _ = answer(made, role=role, merge_adapter=merge, max_new_tokens=24)

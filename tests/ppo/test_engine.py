@@ -17,6 +17,7 @@ from fastppo.ppo import engine_start, trainer
 from fastppo.ppo.engine import EngineLost
 from fastppo.servers import client
 from fastppo.servers.vllm import lora_rank
+from tests.tiers import slow_unless
 from tests.vllm_server import serving
 
 STARTS = 3  # versions that the checks before the first step load
@@ -128,16 +129,22 @@ def test_a_response_ends_where_the_trainers_own_would(state, server, settings, m
 
 @pytest.mark.parametrize(
     ("fault", "words"),
-    [
-        ({"version": "0.9.1"}, r"is vLLM '0\.9\.1', whose answers have no token ids"),
-        ({"no_lora_route": True}, "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 .*--max-lora-rank 8"),
-        ({"raw": True}, "--logprobs-mode processed_logprobs"),
-        ({"without_adapters": True}, "from the trainer's log-probs in the mean, with an adapter"),
-        ({"other_base": True}, "in the mean, without an adapter .*--dtype float32"),
-        ({"max_model_len": 20}, "has room for 20 tokens, .*start it with --max-model-len"),
-        ({"key": "k"}, f"HTTP 401; set the environment variable {TOKEN} to its token"),
-        ({"fails_after": 2}, "refuses .HTTP 500, 'EngineCore encountered an issue"),
-    ],
+    slow_unless(
+        lambda fault, _: fault.keys() & {"version", "no_lora_route", "raw", "key"},
+        [
+            ({"version": "0.9.1"}, r"is vLLM '0\.9\.1', whose answers have no token ids"),
+            ({"no_lora_route": True}, "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 .*--max-lora-rank 8"),
+            ({"raw": True}, "--logprobs-mode processed_logprobs"),
+            (
+                {"without_adapters": True},
+                "from the trainer's log-probs in the mean, with an adapter",
+            ),
+            ({"other_base": True}, "in the mean, without an adapter .*--dtype float32"),
+            ({"max_model_len": 20}, "has room for 20 tokens, .*start it with --max-model-len"),
+            ({"key": "k"}, f"HTTP 401; set the environment variable {TOKEN} to its token"),
+            ({"fails_after": 2}, "refuses .HTTP 500, 'EngineCore encountered an issue"),
+        ],
+    ),
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_an_engine_that_does_not_do_is_refused_at_the_start(

@@ -23,7 +23,6 @@ from fastppo.ppo.state import total_steps
 from fastppo.ppo.update import update
 from fastppo.run.preflight import check
 from fastppo.types import Scored
-from tests.tiers import slow_unless
 
 CRITICLESS = ["grpo", "rloo", "reinforce++"]
 
@@ -110,8 +109,14 @@ def test_reinforce_plus_plus_is_the_reward_to_go_whitened(scored, config):
     assert whitened.std().item() == pytest.approx(1.0, abs=1e-7)
 
 
-@pytest.mark.pictures
-@pytest.mark.parametrize("advantage", slow_unless(lambda name: name == "grpo", CRITICLESS))
+@pytest.mark.parametrize(
+    "advantage",
+    [
+        # Its curves are drawn in the slow tier, by the others.
+        pytest.param(name, marks=() if name == "grpo" else (pytest.mark.slow, pytest.mark.pictures))
+        for name in CRITICLESS
+    ],
+)
 def test_without_a_critic_none_is_built_trained_saved_or_logged(state, tmp_path, advantage):
     changes = {"advantage": advantage, "num_generations": 2, "max_steps": 3}
     run = state(metrics_dir=str(tmp_path / "straight"), **changes)

@@ -252,7 +252,7 @@ def test_a_dropped_update_leaves_the_scale_as_it_was(fp16_state, monkeypatch):
 @pytest.mark.parametrize(
     "more",
     slow_unless(
-        lambda more: "padding_free" not in more,
+        lambda more: "critic" in more,
         [{"bf16": False}, {"padding_free": True}, {"critic": "shared"}],
     ),
 )

@@ -184,7 +184,7 @@ def cut_off_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "step_update", step_update)
 
 
-@pytest.mark.parametrize("saved", [2, None])
+@pytest.mark.parametrize("saved", [2, pytest.param(None, marks=pytest.mark.slow)])
 def test_a_resumed_run_goes_on_in_the_trackers_own_runs(config, services, monkeypatch, saved):
     """It died after step 3 with a checkpoint of step 2, or with none: then it begins again."""
     changes = {"save_steps": 2} if saved else {"save_strategy": "no"}

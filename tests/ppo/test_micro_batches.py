@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from fastppo.models.batch import (
 from fastppo.ppo.optimizer import make_optimizer
 from fastppo.ppo.score import score
 from fastppo.ppo.update import Totals, forward_backward, mini_batches, shares_first_pass, update
+from tests.tiers import slow_unless
 
 SPLITS = {
     "1 row": Budget(rows=1),
@@ -194,8 +195,13 @@ def test_order_puts_rows_and_tokens_back(rollout):
     assert tokens.tolist() == make_batch(rollout, range(4)).token_N.tolist()
 
 
-@pytest.mark.parametrize("critic", ["adapter", "shared"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("checkpointing", "critic"),
+    slow_unless(
+        lambda checkpointing, critic: checkpointing == (critic == "adapter"),
+        product([False, True], ["adapter", "shared"]),
+    ),
+)
 def test_the_first_pass_that_scoring_kept_is_the_update_to_the_bit(
     tiny_roles, config, rollout, experience_of, vowels, critic, checkpointing
 ):

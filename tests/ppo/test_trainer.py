@@ -53,7 +53,7 @@ def test_36_a_seeded_run_twice_is_identical(state, tmp_path):
     assert without_clocks(other.metrics.rows)[0] != without_clocks(runs[0].metrics.rows)[0]
 
 
-@pytest.mark.parametrize("critic", ["adapter", "shared"])
+@pytest.mark.parametrize("critic", ["adapter", pytest.param("shared", marks=pytest.mark.slow)])
 def test_19_a_resumed_run_is_the_unbroken_one_bit_for_bit(state, tmp_path, critic):
     changes = {"critic": critic, "ppo_score_norm": True, "horizon": 50, "max_steps": 4}
     changes["lr_scheduler_type"] = "cosine"

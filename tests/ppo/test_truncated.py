@@ -53,7 +53,11 @@ def test_a_longer_response_of_the_same_score_never_earns_more(
     assert (by_length[0], by_length[-1]) == (1.0, 0.5)
 
 
-@pytest.mark.parametrize("more", [{}, {"advantage": "reinforce++"}], ids=["gae", "reinforce++"])
+@pytest.mark.parametrize(
+    "more",
+    [{}, pytest.param({"advantage": "reinforce++"}, marks=pytest.mark.slow)],
+    ids=["gae", "reinforce++"],
+)
 def test_what_a_masked_response_earned_changes_no_weight(
     tiny_roles, config, rollout, experience_of, more
 ):

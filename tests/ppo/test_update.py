@@ -188,7 +188,7 @@ def test_43_responses_of_nothing_but_eos_train_without_nan(
     assert flat(made).isfinite().all()
 
 
-@pytest.mark.parametrize("early_stopping", [False, True])
+@pytest.mark.parametrize("early_stopping", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_host_reads_the_device_no_more_than_once_an_optimiser_step(
     tiny_roles, config, rollout, monkeypatch, early_stopping, experience_of
 ):
@@ -252,7 +252,10 @@ def test_an_update_raises_what_was_better_and_lowers_what_was_worse(
     assert change[advantage.argmax()] > 0 > change[advantage.argmin()]
 
 
-@pytest.mark.parametrize(("low", "high", "limit"), [(0.1, 10.0, 0.0), (0.1, 10.0, 1e-3)])
+@pytest.mark.parametrize(
+    ("low", "high", "limit"),
+    [pytest.param(0.1, 10.0, 0.0, marks=pytest.mark.slow), (0.1, 10.0, 1e-3)],
+)
 @pytest.mark.parametrize(("critic", "acts"), [("adapter", False), ("shared", True)])
 def test_vf_coef_acts_on_a_trunk_that_actor_and_critic_share(
     tiny_roles, config, rollout, critic, acts, experience_of, low, high, limit

@@ -178,9 +178,11 @@ def test_one_weight_may_be_a_number_and_one_type_is_all_types():
     assert [spec.kind for spec in two.rewards] == ["function", "function"]
 
 
-@pytest.mark.pictures
+@pytest.mark.parametrize(
+    "curves", ["not drawn", pytest.param("drawn", marks=(pytest.mark.slow, pytest.mark.pictures))]
+)
 def test_each_reward_is_a_column_and_in_summary_samples_and_terminal(
-    several, config, tmp_path, capsys, reward_dir
+    several, config, tmp_path, capsys, reward_dir, curves
 ):
     settings = config(**several, max_steps=2, critic="shared", eval_max_samples=2)
     data = settings.model_dump(exclude_none=True)

@@ -78,7 +78,7 @@ def assert_same(run: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
     assert all(torch.equal(run[name], other[name]) for name in run)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_reward_model_is_the_same_however_many_gpus_are_visible(
     train, wrapped, monkeypatch, checkpointing
 ):
@@ -106,7 +106,7 @@ def test_a_batch_is_per_device_train_batch_size_pairs(model_dir, tmp_path, monke
     assert (made.train_batch_size, made.eval_batch_size, made.n_gpu) == (2, 3, 1)
 
 
-@pytest.mark.parametrize("use_cpu", [False, True])
+@pytest.mark.parametrize("use_cpu", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_launchers_only_process_trains_as_any_other(train, wrapped, monkeypatch, use_cpu):
     """No process group, no DDP around the model, and no precision but the file's."""
     plain = train("plain", use_cpu=use_cpu)

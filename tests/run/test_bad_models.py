@@ -1,6 +1,7 @@
 """What only a model, a server or somebody's module shows wrong: still exit code 2, nothing written.
 
-The cases are in tests/bad; each runs as a command in a project with tiny models.
+The cases are in tests/bad; each runs as a command in a project with tiny models. The fast tier has
+every third of them: a command that loads a model takes as long as ten that do not.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from fastppo.rewards.server import TOKEN
 from fastppo.servers import client
 from tests.bad import HEAVY, Case, cases, put
 from tests.reward_server import Reply, serving
+from tests.tiers import slow_unless
 
 PPO = {
     "stage": "ppo",
@@ -87,7 +89,14 @@ def files(project: Path) -> set[Path]:
     return {path for path in project.rglob("*") if "__pycache__" not in path.parts}
 
 
-@pytest.mark.parametrize("case", cases(*HEAVY), ids=lambda case: f"{case.area}-{case.wrong}")
+TABLE = cases(*HEAVY)
+
+
+@pytest.mark.parametrize(
+    "case",
+    slow_unless(TABLE[::3].__contains__, TABLE),
+    ids=lambda case: f"{case.area}-{case.wrong}",
+)
 def test_bad_models_servers_and_functions(project, capsys, case: Case):
     with serving() as server:
         server.script = [reply(**answer) for answer in case.answers]

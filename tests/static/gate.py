@@ -2,6 +2,8 @@
 
     TRITON_INTERPRET=0 python -m tests.static.gate TARGET ...    (one JSON line a compilation)
 
+Without targets it takes them from its input, one a line, and ends each with an empty line.
+
 No GPU is asked. A kernel's numbers are the interpreter's business; here is what only the machine
 code shows: spills, the width of loads and stores, eviction hints, registers, and how much
 arithmetic a logit costs.
@@ -21,8 +23,9 @@ from typing import Any
 
 from tests.static.gate_cases import GREEDY, Case, candidate_cases, cases, one_of_each_method
 
-# A target takes half a minute to compile for: the fast suite has the one whose limits are tested,
-# with what is launched by default; the slow one every target, and every candidate.
+# A target takes long to compile for: the fast suite has the one whose limits are tested, with what
+# is launched by default; the slow one every target, and of the candidates all for that one, which
+# the page shows, and one of each method for AMD's.
 FAST = ("sm_90",)
 CANDIDATES = "sm_90, candidates"
 SLOW = (CANDIDATES, "gfx942", "sm_80", "sm_86", "sm_89", "sm_100", "sm_120")
@@ -378,22 +381,48 @@ def table(readings: list[Reading]) -> str:
     return "\n".join(lines)
 
 
-def readings(target: str) -> list[Reading]:
-    """In a process of its own, since this one may have chosen the interpreter."""
-    command = [sys.executable, "-m", "tests.static.gate", target]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=COMPILED)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    return [Reading(**{**one, "whole": tuple(one["whole"])}) for one in found]
+class Compiler:
+    """A process that compiles for one target after the other: this one may have the interpreter.
+
+    It starts with the first target, and all of them share what starting takes: torch and Triton.
+    """
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[str] | None = None
+
+    def readings(self, target: str) -> list[Reading]:
+        if self.process is None:
+            command = [sys.executable, "-m", "tests.static.gate"]
+            pipe = subprocess.PIPE
+            self.process = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, text=True, env=COMPILED
+            )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(target, file=self.process.stdin, flush=True)
+        found = []
+        while (line := self.process.stdout.readline()) != "\n":
+            assert line, f"the process that compiles for {target} ended; its error is on stderr"
+            one = json.loads(line)
+            found.append(Reading(**{**one, "whole": tuple(one["whole"])}))
+        return found
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.communicate()  # the end of its input
+            self.process = None
+
+
+def wanted(target: str) -> list[Case]:
+    """What is compiled: the launches of the table, and candidates where their code is looked at."""
+    if target == CANDIDATES:
+        return candidate_cases()
+    extra = {"sm_90": [GREEDY], "gfx942": one_of_each_method()}
+    return [*cases(), *extra.get(target, [])]
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        if name == CANDIDATES:
-            wanted = candidate_cases()
-        elif name in FAST:
-            wanted = [*cases(), GREEDY]
-        else:
-            wanted = [*cases(), *one_of_each_method()]
-        for reading in read(wanted, name.partition(",")[0]):
-            print(json.dumps(asdict(reading)), flush=True)
+    for name in sys.argv[1:] or map(str.strip, sys.stdin):
+        for found in read(wanted(name), name.partition(",")[0]):
+            print(json.dumps(asdict(found)))
+        print(flush=True)

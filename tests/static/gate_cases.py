@@ -205,7 +205,7 @@ def candidate_cases() -> list[Case]:
 
 
 def one_of_each_method() -> list[Case]:
-    """In bf16, for the targets whose table is not on the page."""
+    """In bf16, for a target whose table is not on the page."""
     found: dict[str, Case] = {}
     for case in method_cases("bf16", 2):
         found.setdefault(case.method, case)

@@ -176,6 +176,7 @@ def test_what_a_loss_takes_is_said_in_units_of_its_gemms(tmp_path):
         assert set(re.findall(r"torch, linear_policy_loss [\d.]+ x (\d)", trained)) == wanted
 
 
+@pytest.mark.slow  # two processes
 def test_two_checkouts_are_compared_call_by_call(capsys):
     """With itself as the other one: both have every call, each in a process of its own."""
     assert command.main(["before_after", str(before_after.ROOT), "--quick"]) == 0
@@ -184,6 +185,7 @@ def test_two_checkouts_are_compared_call_by_call(capsys):
     assert shown.count("\n| `") == 16
 
 
+@pytest.mark.slow  # every contender samples
 def test_the_rollouts_benchmark_walks_through_all_its_contenders(capsys):
     assert command.main(["rollout", "--quick", "--case", "1"]) == 0
     rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if "prompts" in line]

@@ -79,6 +79,7 @@ def with_limit(name: str, limit: float) -> runner.Section:
     return dataclasses.replace(BY_NAME[name], limit=limit)
 
 
+@pytest.mark.slow  # it waits until one is cut off
 def test_one_that_fails_and_one_that_is_cut_off_leave_the_others_results(tmp_path):
     sections = [BY_NAME["trainer"], with_limit("sampler", 3), BY_NAME["launch"]]
     ran = runner.run_sections(sections, fake(tmp_path, trainer="fail", sampler="hang"))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
-from tests.static.gate import CANDIDATES, FAST, SLOW, Reading, all_kernels, readings, table
+from tests.static.gate import CANDIDATES, FAST, SLOW, Compiler, Reading, all_kernels, table
 from tests.static.gate_cases import GREEDY, candidate_cases, cases
 from tests.static.gate_chips import CHIPS, l2_table, limits_table, programs_that_fit
 
@@ -22,7 +22,14 @@ EVERY = pytest.mark.parametrize("target", TARGETS)
 # a product, two more for the entropy's gradient; conversions, loads, and a tile's rescaling.
 MOST_OF_LOSS = {"heaviest": 17.0, "default": 14.0}
 
-read = cache(readings)
+COMPILER = Compiler()
+read = cache(COMPILER.readings)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiler_ends() -> Iterator[None]:
+    yield
+    COMPILER.close()
 
 
 def of(target: str) -> list[Reading]:

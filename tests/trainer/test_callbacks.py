@@ -66,7 +66,7 @@ def test_events_come_in_order_and_a_step_is_a_ppo_step(trainer):
     assert [entry["step"] for entry in made.state.log_history] == [1, 2, 2, 3, 3]
 
 
-@pytest.mark.parametrize("event", ["on_step_end", "on_log"])
+@pytest.mark.parametrize("event", ["on_step_end", pytest.param("on_log", marks=pytest.mark.slow)])
 def test_a_callback_that_stops_training_is_obeyed(trainer, tmp_path, event):
     recorder = Recorder(should_training_stop=(event, 2, True))
     made = trainer({"max_steps": 9}, callbacks=[recorder])

@@ -26,7 +26,7 @@ def rows_of(folder):
         return [{k: v for k, v in row.items() if k not in CLOCKS} for row in csv.DictReader(file)]
 
 
-@pytest.mark.parametrize("tuning", ["lora", "full"])
+@pytest.mark.parametrize("tuning", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_the_same_run_by_yaml_and_by_class_has_the_same_numbers(
     trainer, model_dir, tmp_path, tuning
 ):
@@ -47,6 +47,7 @@ def test_the_same_run_by_yaml_and_by_class_has_the_same_numbers(
     assert [summaries[0][n] for n in names] == [summaries[1][n] for n in names]
 
 
+@pytest.mark.slow  # ten steps of 32 prompts
 def test_it_learns_and_the_given_model_is_what_trains(trainer, model):
     """A random model writes ASCII in half of its characters, from step to step within 0.03."""
 
