@@ -12,8 +12,9 @@ import secrets
 import shutil
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -37,6 +38,7 @@ begins from the newest complete checkpoint-N in output_dir. Exit codes: 0 done, 
 run failed more often than --max-failures, 2 bad input (nothing was written), 130 and
 143 interrupted (Ctrl-C, SIGTERM); resume_from_checkpoint: true goes on.
 """
+GOES_ON: Final = "resume_from_checkpoint: true goes on from the newest checkpoint in output_dir"
 LOG_SECONDS = 1.0  # in which the last lines of the workers reach the driver
 
 
@@ -56,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = signal.Signals(stop.signal).name
         print(f"{COMMAND}: stopped by {name}; {one_line(stop)}", file=sys.stderr)
         return 128 + stop.signal
+    except KeyboardInterrupt:
+        print(f"{COMMAND}: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -115,15 +120,15 @@ def launch(options: argparse.Namespace) -> None:
     """Check the run, start or join Ray, and train until the run ends or fails too often."""
     config = checked(options)
     ray = import_ray()
-    with interruptible():
-        connect(ray, options)
-        try:
+    connect(ray, options)
+    try:
+        with interruptible():  # after Ray has set a handler of its own
             gpus = gpus_per_worker(ray, config, options)
             with shared_folder(config, options.storage) as (storage, token):
                 fit(config, options, gpus, storage, token)
-        finally:
-            time.sleep(LOG_SECONDS)
-            ray.shutdown()
+    finally:
+        time.sleep(LOG_SECONDS)
+        ray.shutdown()
     print(f"{COMMAND}: finished; {config.output_dir}", flush=True)
 
 
@@ -263,7 +268,6 @@ def fit(config: Config, options: argparse.Namespace, gpus: int, storage: str, to
     Raises:
         UserError: a worker found bad input.
         TrainingStopped: the workers failed more often than they may.
-        Interrupted: Ctrl-C, or SIGTERM.
     """
     from ray.train import (
         CheckpointConfig,
@@ -299,45 +303,63 @@ def fit(config: Config, options: argparse.Namespace, gpus: int, storage: str, to
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-    on = "resume_from_checkpoint: true goes on from the newest checkpoint in output_dir"
     try:
-        trainer.fit()
+        in_thread(trainer.fit)
     except ControllerError as error:
         if isinstance(error.controller_failure, UserError):
             raise error.controller_failure from None
-        raise TrainingStopped(f"Ray Train failed: {one_line(error)[:300]}; {on}") from None
+        raise TrainingStopped(f"Ray Train failed: {one_line(error)[:300]}; {GOES_ON}") from None
     except TrainingFailedError as error:
         failures = told(getattr(error, "worker_failures", {}))
         raise TrainingStopped(
             f"the workers failed more often than --max-failures {options.max_failures}; the last "
-            f"time: {failures or one_line(error)[:300]}; {on}"
+            f"time: {failures or one_line(error)[:300]}; {GOES_ON}"
         ) from None
-    except (KeyboardInterrupt, SystemExit):  # Ray Train's answer to Ctrl-C is to exit
-        raise Interrupted(signal.SIGINT, on) from None
+
+
+def in_thread(function: Callable[[], object]) -> None:
+    """Call `function` in a thread, while this one hears signals.
+
+    In the main thread Ray Train would handle Ctrl-C itself, and Ray's waiting loses what a handler
+    raises.
+    """
+    failed: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            function()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    if failed:
+        raise failed[0]
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Inside the block SIGTERM raises Interrupted; handlers, Ray's too, are restored after it."""
+    """Inside the block the first Ctrl-C or SIGTERM raises Interrupted; the next acts as usual."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise Interrupted(signal.SIGINT) from None
-    finally:
+
+    def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        del frame
+        restore()
+        raise Interrupted(number, GOES_ON)
 
-def interrupt(number: int, frame: FrameType | None) -> None:
-    """Handle SIGTERM.
-
-    Raises:
-        Interrupted: always; the workers end with the driver's connection to Ray.
-    """
-    del frame
-    raise Interrupted(number, "resume_from_checkpoint: true goes on from the newest checkpoint")
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as a shell starts a background job
+            signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        restore()
 
 
 if __name__ == "__main__":

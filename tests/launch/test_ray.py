@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
+import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -239,9 +242,8 @@ def test_every_key_that_names_a_path_is_made_absolute():
         (WorkerGroupError("lost"), 1, "--max-failures 3; the last time: worker 1: the node died;"),
         (ControllerError(RuntimeError("no room")), 1, "stopped: Ray Train failed: no room"),
         (ControllerError(UserError("process 1 of 2 has another seed")), 2, "has another seed"),
-        (SystemExit(0), 130, "stopped by SIGINT; resume_from_checkpoint: true goes on"),
     ],
-    ids=["failures used up", "Ray itself", "bad input in a worker", "Ctrl-C"],
+    ids=["failures used up", "Ray itself", "bad input in a worker"],
 )
 def test_how_training_ended_is_a_line_and_an_exit_code(run, ray, project, outcome, code, words):
     ray.outcome = outcome
@@ -249,6 +251,22 @@ def test_how_training_ended_is_a_line_and_an_exit_code(run, ray, project, outcom
     assert (found, said.count("\n")) == (code, 1)
     assert words in said
     assert not list(project.glob("out/.driver-*"))
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_driver_ends_its_waiting(run, ray, monkeypatch, number):
+    def fit() -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+
+    monkeypatch.setattr(ray, "fit", fit)
+    before, began = signal.getsignal(number), time.monotonic()
+    code, said = run(*TWO)
+    assert (code, said.count("\n")) == (128 + number, 1)
+    assert f"stopped by {number.name}; resume_from_checkpoint: true goes on" in said
+    assert signal.getsignal(number) == before
+    assert time.monotonic() - began < 4
 
 
 def test_what_ray_train_is_asked_for(run, ray, project):
