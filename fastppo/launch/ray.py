@@ -21,7 +21,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
 from fastppo import packages
-from fastppo.errors import Interrupted, TrainingStopped, UserError, one_line
+from fastppo.errors import Interrupted, TrainingStopped, UserError, note, one_line
 from fastppo.run.commandline import Answered, Parser, quieten
 
 if TYPE_CHECKING:
@@ -187,12 +187,17 @@ def import_ray() -> Any:
     return ray
 
 
+def address_of(options: argparse.Namespace) -> str | None:
+    """Where a cluster runs; None is to start Ray here."""
+    return options.address or os.environ.get("RAY_ADDRESS") or None
+
+
 def connect(ray: Any, options: argparse.Namespace) -> None:
     """Join the cluster at --address (or RAY_ADDRESS), or start Ray on this machine.
 
     On one machine the processes may be more than its cores, as under torchrun.
     """
-    address = options.address or os.environ.get("RAY_ADDRESS")
+    address = address_of(options)
     try:
         if address:
             ray.init(address=address)
@@ -211,7 +216,8 @@ def gpus_per_worker(ray: Any, config: Config, options: argparse.Namespace) -> in
     """GPUs of each worker, 0 or 1: by the option, by `use_cpu`, or by what the cluster has.
 
     Raises:
-        UserError: there are fewer GPUs than workers, for which Ray would wait.
+        UserError: this machine has fewer GPUs than workers, for which Ray would wait. A cluster
+            may grow, so there it is a note.
     """
     there = int(ray.cluster_resources().get("GPU", 0))
     if options.gpus_per_worker is None:
@@ -223,10 +229,10 @@ def gpus_per_worker(ray: Any, config: Config, options: argparse.Namespace) -> in
                 "--gpus-per-worker: is 1, and use_cpu is true; leave one of the two out"
             )
     if gpus * options.workers > there:
-        raise UserError(
-            f"--workers: is {options.workers}, and Ray has {there} GPUs: a worker needs one of its "
-            f"own; start {max(there, 1)}, or set use_cpu: true"
-        )
+        short = f"--workers: is {options.workers}, and Ray has {there} GPUs: a worker needs one"
+        if address_of(options) is None:
+            raise UserError(f"{short} of its own; start {max(there, 1)}, or set use_cpu: true")
+        note(f"{short} of its own, and Ray waits until there are more")
     return gpus
 
 
@@ -239,8 +245,9 @@ def shared_folder(config: Config, storage: str | None) -> Iterator[tuple[str, st
     from fastppo.launch.ray_worker import token_file
     from fastppo.run.save import prepare_output_dir
 
-    output_dir, own = Path(config.output_dir), storage is None
+    output_dir = Path(config.output_dir)
     made = not output_dir.exists()
+    own = storage is None and not (output_dir / "ray").exists()
     if storage is None:
         storage = str(output_dir / "ray")
     elif "://" not in storage:
