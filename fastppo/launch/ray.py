@@ -206,9 +206,12 @@ def connect(ray: Any, options: argparse.Namespace) -> None:
             cpus = max(wanted, os.cpu_count() or 1)
             ray.init(num_cpus=cpus, include_dashboard=False)
     except (ConnectionError, ValueError) as error:
+        why = one_line(error)[:200]
+        if not address:
+            raise TrainingStopped(f"Ray did not start on this machine: {why}") from None
         raise UserError(
-            f"--address: no Ray at {address} ({one_line(error)[:200]}); see `ray status`, or leave "
-            "it out to start Ray on this machine"
+            f"--address: no Ray at {address} ({why}); see `ray status`, or leave it out (and "
+            "RAY_ADDRESS) to start Ray on this machine"
         ) from None
 
 
