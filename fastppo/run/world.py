@@ -207,9 +207,7 @@ def retold(kind: str, message: str) -> UserError | TrainingStopped:
 
 
 @contextmanager
-def join(
-    config: Config, on_checkpoint: Callable[[Path], None] | None = None
-) -> Iterator[World]:
+def join(config: Config, on_checkpoint: Callable[[Path], None] | None = None) -> Iterator[World]:
     """Meet the other processes that the launcher started; alone, that is a world of size 1.
 
     A process group that the launcher has made is used, and left to it. Inside the block a process

@@ -29,7 +29,7 @@ from fastppo.launch import paths
 from fastppo.launch import ray as command
 from fastppo.run import durable, preflight
 from fastppo.run.world import ALONE
-from tests.project import PPO, write_json
+from tests.project import PPO
 from tests.reliability import runs
 
 
