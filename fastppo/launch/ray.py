@@ -197,14 +197,16 @@ def connect(ray: Any, options: argparse.Namespace) -> None:
 
     On one machine the processes may be more than its cores, as under torchrun.
     """
-    address = address_of(options)
+    from fastppo.launch.ray_logs import SETUP_HOOK
+
+    address, environment = address_of(options), {"worker_process_setup_hook": SETUP_HOOK}
     try:
         if address:
-            ray.init(address=address)
+            ray.init(address=address, runtime_env=environment)
         else:
             wanted = options.workers * options.cpus_per_worker
             cpus = max(wanted, os.cpu_count() or 1)
-            ray.init(num_cpus=cpus, include_dashboard=False)
+            ray.init(num_cpus=cpus, include_dashboard=False, runtime_env=environment)
     except (ConnectionError, ValueError) as error:
         why = one_line(error)[:200]
         if not address:

@@ -161,7 +161,8 @@ def told(failures: dict[int, Exception]) -> str:
     others = {
         rank: error for rank, error in failures.items() if not isinstance(error, TrainingStopped)
     }
-    return ", ".join(
-        f"worker {rank}: {one_line(error)[:300] or type(error).__name__}"
-        for rank, error in (others or failures).items()
-    )
+    found = []
+    for rank, error in (others or failures).items():
+        cause = getattr(error, "health_check_failure", error)  # Ray wraps what it found dead
+        found.append(f"worker {rank}: {one_line(cause)[:160] or type(cause).__name__}")
+    return ", ".join(found)

@@ -39,7 +39,13 @@ class ControllerError(Exception):
         self.controller_failure = failure
 
 
-LOST = {1: RuntimeError("the node died"), 0: TrainingStopped("has lost another")}
+class Dead(Exception):
+    """As Ray wraps it, with a page of words around it."""
+
+    health_check_failure = RuntimeError("the node died")
+
+
+LOST = {1: Dead("Worker info: ..."), 0: TrainingStopped("has lost another")}
 
 
 class WorkerGroupError(Exception):
