@@ -197,16 +197,14 @@ def connect(ray: Any, options: argparse.Namespace) -> None:
 
     On one machine the processes may be more than its cores, as under torchrun.
     """
-    from fastppo.launch.ray_logs import SETUP_HOOK
-
-    address, environment = address_of(options), {"worker_process_setup_hook": SETUP_HOOK}
+    address = address_of(options)
     try:
         if address:
-            ray.init(address=address, runtime_env=environment)
+            ray.init(address=address)
         else:
             wanted = options.workers * options.cpus_per_worker
             cpus = max(wanted, os.cpu_count() or 1)
-            ray.init(num_cpus=cpus, include_dashboard=False, runtime_env=environment)
+            ray.init(num_cpus=cpus, include_dashboard=False)
     except (ConnectionError, ValueError) as error:
         why = one_line(error)[:200]
         if not address:
