@@ -16,7 +16,7 @@ help:
 	@echo "make test       install, then the fast tests, on all cores"
 	@echo "make test-all   all tests of this environment, the slow ones too"
 	@echo "make test-torch TORCH=2.8.0  the fast tests on another torch, in an environment of its own below .venv-torch"
-	@echo "make test-peers LLaMA-Factory, vLLM, TRL, verl, OpenRLHF, Liger-Kernel, torchrl: their code with or against ours, in environments that it builds (6 GiB)"
+	@echo "make test-peers LLaMA-Factory, Ray, vLLM, TRL, verl, OpenRLHF, Liger-Kernel, torchrl: their code with or against ours, in environments that it builds (6 GiB)"
 	@echo "make peers-suites SRC=DIR  Liger-Kernel's, verl's, torchrl's and OpenRLHF's own tests with our functions, on their checkouts in DIR"
 	@echo "make dist       sdist and wheel, into dist; the wheel runs where glibc is 2.28 or newer"
 	@echo "make docs       the documentation as a site, into site/index.html; it needs no network to be read"
@@ -89,7 +89,7 @@ test-torch:
 # Their own trainer and modules, run: LLaMA-Factory's stage rm both ways; the losses, advantages and log-probs of verl,
 # TRL, OpenRLHF, Liger-Kernel and torchrl against ours; and the benchmarks' contenders, whose wrong answers are refused.
 test-peers: venv
-	$(BIN)/python -m benchmarks.peers.environments llamafactory verl vllm
+	$(BIN)/python -m benchmarks.peers.environments llamafactory ray verl vllm
 	$(BIN)/python -m benchmarks.peers.install
 	$(PYTEST) -m peers
 	$(BIN)/python -m benchmarks linear --quick

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastppo import __version__, packages
@@ -146,35 +147,43 @@ def plan(words: list[str], gpu: str | None, gpus: str) -> int:
 
 
 def train(words: list[str]) -> None:
-    """Check everything that can be checked without torch, then import it and run the stage."""
-    from pathlib import Path
-
+    """Run the stage that a configuration names, with overrides behind it."""
     from fastppo.config import load_config
+
+    run(load_config(words[0], words[1:]))
+
+
+def run(config: Config, on_checkpoint: Callable[[Path], None] | None = None) -> None:
+    """Check everything that can be checked without torch, then import it and run the stage.
+
+    Args:
+        config: the run's.
+        on_checkpoint: what a launcher wants called in every process after each checkpoint-N.
+    """
     from fastppo.run import hub, record, world
     from fastppo.run.preflight import check
 
-    config = load_config(words[0], words[1:])
     records = check(config, shared=True)
     quieten()
     # Reward functions and judges can be imported from the folder in which the command runs.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     with record.outcome(Path(config.output_dir)):
-        run: Callable[[Config, Records, World], None]
+        stage: Callable[[Config, Records, World], None]
         if config.stage == "rm":
             from fastppo.rm import train as reward_model
 
-            run = reward_model.run
+            stage = reward_model.run
         elif not config.trains:
             from fastppo.ppo import evaluate_only as held_out
 
-            run = held_out.run
+            stage = held_out.run
         else:
             from fastppo.ppo import trainer
 
-            run = trainer.run
-        with world.join(config) as processes:
-            run(config, records, processes)
+            stage = trainer.run
+        with world.join(config, on_checkpoint) as processes:
+            stage(config, records, processes)
         if processes.main:
             hub.push(config)
 

@@ -2,7 +2,8 @@
 
     python -m benchmarks.peers.environments [NAME ...]
 
-About 1.5 GiB each, `verl` 0.5. What decides whether they run, and how fast, is pinned.
+About 1.5 GiB each, `verl` 0.5 and `ray` 0.3. What decides whether they run, and how fast, is
+pinned.
 """
 
 from __future__ import annotations
@@ -117,7 +118,9 @@ VERL = Environment(
     ("verl==0.9.1",),
     on_ours=True,
 )
-ENVIRONMENTS = {made.name: made for made in (LLAMAFACTORY, TRL, VERL, VLLM)}
+# The extra `ray` of pyproject.toml, in the version with which fastppo.launch.ray has run.
+RAY = Environment("ray", ("ray[train]==2.60.0",), on_ours=True)
+ENVIRONMENTS = {made.name: made for made in (LLAMAFACTORY, RAY, TRL, VERL, VLLM)}
 
 
 def main() -> int:

@@ -77,6 +77,12 @@ def save_to_resume(state: State, output_dir: Path) -> Path:
     return folder
 
 
+def save_together(state: State, output_dir: Path) -> None:
+    """Write a checkpoint in process 0, and report it to the launcher from every process."""
+    state.world.on_main(save_between_steps, state, output_dir)
+    state.world.report_checkpoint(output_dir / f"checkpoint-{state.step}")
+
+
 def save_between_steps(state: State, output_dir: Path) -> None:
     """Write a checkpoint and the curves, and delete checkpoints past `save_total_limit`."""
     save_to_resume(state, output_dir)

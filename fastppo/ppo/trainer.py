@@ -114,7 +114,7 @@ def train(state: State, output_dir: Path, observer: Observer) -> None:
             if due.evaluate:
                 evaluation.evaluate_between_steps(state, observer)
             if due.save or best.is_new_best(state):
-                state.world.on_main(checkpoint.save_between_steps, state, output_dir)
+                checkpoint.save_together(state, output_dir)
                 observer.saved(state)
     state.stop.check()
 

@@ -203,7 +203,9 @@ class ResumableTrainer(Trainer):
         return super()._get_output_dir(trial) if self.place is None else str(self.place)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.note_saved(self.world.on_main(self.write_checkpoint, model, trial))
+        folder = self.world.on_main(self.write_checkpoint, model, trial)
+        self.note_saved(folder)
+        self.world.report_checkpoint(folder)
 
     def note_saved(self, folder: Path) -> None:
         """Note the checkpoint of this step."""

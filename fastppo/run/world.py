@@ -11,8 +11,9 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from fastppo.errors import TrainingStopped, UserError, one_line
@@ -37,6 +38,8 @@ class World:
     rank: int = 0
     size: int = 1
     timeout: float = 0.0  # seconds that a process waits for the others
+    # What a launcher wants called in every process after each checkpoint-N.
+    on_checkpoint: Callable[[Path], None] | None = field(default=None, kw_only=True)
 
     @property
     def main(self) -> bool:
@@ -149,6 +152,11 @@ class World:
         found: T = self.gather(result)[0]  # type: ignore[assignment]
         return found
 
+    def report_checkpoint(self, folder: Path) -> None:
+        """Tell the launcher, in every process, that process 0 has written a checkpoint."""
+        if self.on_checkpoint is not None:
+            self.on_checkpoint(folder)
+
     @contextmanager
     def lost_peer_stops(self) -> Iterator[None]:
         """Turn the failure of an exchange into one line.
@@ -199,17 +207,18 @@ def retold(kind: str, message: str) -> UserError | TrainingStopped:
 
 
 @contextmanager
-def join(config: Config) -> Iterator[World]:
+def join(config: Config, on_checkpoint: Callable[[Path], None] | None = None) -> Iterator[World]:
     """Meet the other processes that the launcher started; alone, that is a world of size 1.
 
-    Inside the block a process other than 0 prints nothing on the console.
+    A process group that the launcher has made is used, and left to it. Inside the block a process
+    other than 0 prints nothing on the console.
 
     Raises:
         TrainingStopped: the others have not come within `ddp_timeout`.
     """
     found = launched()
     if found is None:
-        yield World()
+        yield World(on_checkpoint=on_checkpoint)
         return
     import torch
     import torch.distributed as dist
@@ -220,13 +229,15 @@ def join(config: Config) -> Iterator[World]:
     if on_gpu:
         check_gpus(found, torch.cuda.device_count())
         torch.cuda.set_device(found.local_rank)
+    joined = dist.is_initialized()
     try:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            timeout=timedelta(seconds=config.ddp_timeout),
-            rank=found.rank,
-            world_size=found.size,
-        )
+        if not joined:
+            dist.init_process_group(
+                backends(gpus=on_gpu),
+                timeout=timedelta(seconds=config.ddp_timeout),
+                rank=found.rank,
+                world_size=found.size,
+            )
     except RuntimeError as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise TrainingStopped(
@@ -236,10 +247,16 @@ def join(config: Config) -> Iterator[World]:
         ) from None
     was_quiet, console.quiet = console.quiet, found.rank > 0
     try:
-        yield World(found.rank, found.size, config.ddp_timeout)
+        yield World(found.rank, found.size, config.ddp_timeout, on_checkpoint=on_checkpoint)
     finally:
         console.quiet = was_quiet
-    dist.destroy_process_group()  # after a failure the others may be gone, and it would wait
+    if not joined:
+        dist.destroy_process_group()  # after a failure the others may be gone, and it would wait
+
+
+def backends(*, gpus: bool) -> str:
+    """What torch.distributed talks through: gloo, and NCCL for tensors on GPUs."""
+    return "cpu:gloo,cuda:nccl" if gpus else "gloo"
 
 
 def check_gpus(found: Launched, count: int) -> None:

@@ -186,3 +186,23 @@ def test_a_process_is_torchruns_where_all_of_its_variables_say_so(monkeypatch, m
     assert launched() == (1, 2, 1)
     monkeypatch.delenv(missing)
     assert launched() is None
+
+
+def test_a_group_that_the_launcher_has_made_is_used_and_left_to_it(monkeypatch):
+    """Ray Train meets before it calls anybody, and parts afterwards."""
+    import torch.distributed as dist
+
+    def refused(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("it is the launcher's")
+
+    for name, value in variables(1, 2, free_port()).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "init_process_group", refused)
+    monkeypatch.setattr(dist, "destroy_process_group", refused)
+    seen: list[Path] = []
+    with worlds.join(config_from_dict({**PPO, "use_cpu": True}), seen.append) as world:
+        assert (world.rank, world.size) == (1, 2)
+        world.report_checkpoint(Path("checkpoint-4"))
+    assert seen == [Path("checkpoint-4")]
+    ALONE.report_checkpoint(Path("checkpoint-5"))  # nobody wants to know
