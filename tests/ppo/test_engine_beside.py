@@ -101,13 +101,13 @@ def test_weights_that_were_not_restored_are_seen_before_the_first_step(
         ({"other_base": True}, "in the mean, without an adapter .*vllm_mode: server"),
         ({"without_adapters": True}, "in the mean, with an adapter .*vllm_mode: server"),
         ({"raw": True}, "are those before temperature"),
-        ({"fails_after": 1}, r"failed .EngineDeadError: EngineCore encountered an issue\.. ; its"),
+        ({"fails_after": 1}, r"failed \(EngineDeadError: EngineCore encountered an issue\.\); its"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_a_vllm_that_does_not_do_is_refused_at_the_start(state, vllm, settings, fault, words):
     vars(vllm.faults).update(fault)
-    with pytest.raises(UserError, match=words.replace(" ;", ";")) as caught:
+    with pytest.raises(UserError, match=words) as caught:
         state(**settings)
     assert str(caught.value).startswith("vllm_mode: colocate: ")
     assert vllm.shut
