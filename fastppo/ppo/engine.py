@@ -112,34 +112,13 @@ class Engine:
         stop_ids: Sequence[int] = (),
         stop_strings: Sequence[str] = (),
     ) -> list[Completion]:
-        """The active role's response to each prompt, by a request with a seed of its own.
-
-        Everything that the server has a default for is named: by itself it takes the model's
-        generation_config.json.
-        """
+        """The active role's response to each prompt, by a request with a seed of its own."""
         adapter = roles.place.adapter is not None
-        common = {
-            "model": self.send(roles.model) if adapter else self.model.name,
-            "max_tokens": sampling.max_new_tokens,
-            "min_tokens": sampling.min_new_tokens,
-            "temperature": sampling.temperature if sampling.do_sample else 0.0,
-            "top_p": sampling.top_p if sampling.do_sample else 1.0,
-            "top_k": sampling.top_k if sampling.do_sample else 0,
-            "min_p": 0.0,
-            "repetition_penalty": sampling.repetition_penalty,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
-            "ignore_eos": True,  # stop_token_ids has it
-            "stop_token_ids": list(stop_ids),
-            "stop": list(stop_strings),
-            "skip_special_tokens": False,  # a stop string may have one
-            "add_special_tokens": False,
-            "logprobs": 0,  # of the sampled token alone
-            "return_token_ids": True,
-        }
+        model = self.send(roles.model) if adapter else self.model.name
+        common = request_fields(sampling, stop_ids, stop_strings)
         return self.server.complete_all(
             [
-                {**common, "prompt": prompt.ids, "seed": seed}
+                {**common, "model": model, "prompt": prompt.ids, "seed": seed}
                 for prompt, seed in zip(prompts, seeds, strict=True)
             ]
         )
@@ -200,6 +179,34 @@ class Engine:
                 )
         logprob_N = torch.tensor(found.logprobs[: len(ids)], dtype=torch.float32, device=device)
         return Answer(ids, terminated, logprob_N)
+
+
+def request_fields(
+    sampling: Sampling, stop_ids: Sequence[int] = (), stop_strings: Sequence[str] = ()
+) -> dict[str, Any]:
+    """A request's fields but for its model, prompt and seed.
+
+    Everything that vLLM has a default for is named: by itself a server takes the model's
+    generation_config.json.
+    """
+    return {
+        "max_tokens": sampling.max_new_tokens,
+        "min_tokens": sampling.min_new_tokens,
+        "temperature": sampling.temperature if sampling.do_sample else 0.0,
+        "top_p": sampling.top_p if sampling.do_sample else 1.0,
+        "top_k": sampling.top_k if sampling.do_sample else 0,
+        "min_p": 0.0,
+        "repetition_penalty": sampling.repetition_penalty,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "ignore_eos": True,  # stop_token_ids has it
+        "stop_token_ids": list(stop_ids),
+        "stop": list(stop_strings),
+        "skip_special_tokens": False,  # a stop string may have one
+        "add_special_tokens": False,
+        "logprobs": 0,  # of the sampled token alone
+        "return_token_ids": True,
+    }
 
 
 def adapter_folder(config: Config, size: int) -> Path:
