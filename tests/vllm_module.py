@@ -106,7 +106,8 @@ class Package(Policies):
 
     def one(self, prompt: dict[str, Any], params: SamplingParams, adapter: Any) -> Any:
         run = self.answering("" if adapter is None else adapter.lora_name)
-        ids, logprobs, reason = self.draw(run, {**vars(params), "prompt": prompt["prompt_token_ids"]})
+        body = {**vars(params), "prompt": prompt["prompt_token_ids"]}
+        ids, logprobs, reason = self.draw(run, body)
         steps = [{t: SimpleNamespace(logprob=x)} for t, x in zip(ids, logprobs, strict=True)]
         if self.faults.stale == "said" and adapter is not None:
             adapter = LoRARequest(run, 1, "elsewhere")

@@ -86,7 +86,8 @@ def check_engine(config: Config) -> None:
     if not config.use_vllm or config.stage != "ppo":
         return
     beside = config.vllm_mode == "colocate"
-    sent = f"use_vllm: {'vLLM' if beside else 'the server'} is sent an adapter before each step, and"
+    who = "vLLM" if beside else "the server"
+    sent = f"use_vllm: {who} is sent an adapter before each step, and"
     if config.finetuning_type != "lora":
         raise ValueError(
             f"{sent} finetuning_type: {config.finetuning_type} trains the model itself; use "

@@ -253,7 +253,7 @@ def child_processes() -> Iterator[None]:
     """Inside the block, environment and signals as vLLM's child processes should inherit them.
 
     vLLM sets variables for them (LD_PRELOAD on a CPU), which no other child of the run should get.
-    Ctrl-C reaches every process of a terminal: blocked, it stays the trainer's, which ends its step.
+    Ctrl-C reaches every process of a terminal; blocked in these, it is the trainer's alone.
     """
     before = dict(os.environ)
     for name, value in QUIET.items():

@@ -83,4 +83,5 @@ def test_a_share_that_holds_no_base_is_named_with_the_one_that_does(capsys):
     ) in said
     cured = ["vllm_gpu_memory_utilization=0.31"]
     assert main([FILE, *BESIDE, *cured, "--plan", "--gpu", "48GiB"]) == 0
-    assert "beside the trainer: vllm_gpu_memory_utilization: 0.31 is 14.88" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "beside the trainer: vllm_gpu_memory_utilization: 0.31 is 14.88" in said
