@@ -57,10 +57,10 @@ def start_engine(
     """
     if not (config.use_vllm and config.trains):
         return None
-    server = connect(config, roles, longest)
     size = sum(parameter.nbytes for parameter in roles.trainable_parameters("actor"))
-    shared = config.vllm_adapter_dir is not None
-    engine = Engine(server, adapter_folder(config, size), shared=shared)
+    folder, shared = adapter_folder(config, size), config.vllm_adapter_dir is not None
+    server = connect(config, roles, longest)
+    engine = Engine(server, folder, shared=shared)
     try:
         room = engine.model.max_length
         if room is not None and room < longest:
