@@ -67,6 +67,7 @@ class Package(Policies):
     def start(self, **arguments: Any) -> Package:
         assert set(arguments) <= ARGUMENTS, set(arguments) - ARGUMENTS
         self.arguments = arguments
+        self.ids, self.shut = {}, False  # another engine's than the last run's
         self.llm_engine = SimpleNamespace(
             add_lora=self.add_lora,
             remove_lora=self.remove_lora,

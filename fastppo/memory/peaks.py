@@ -19,6 +19,7 @@ from fastppo.memory.tape import FLOAT32
 from fastppo.memory.units import CONTEXT, GIB, PREFILL_TOKENS, REDUCED_BYTES, RESERVE, SLACK
 from fastppo.memory.weights import StaticBytes, Trainable
 
+
 @dataclass(frozen=True)
 class TrainingPass:
     """Forward and backward of a trainable trunk over one micro-batch.
