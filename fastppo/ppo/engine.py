@@ -175,7 +175,7 @@ class Engine:
             if not terminated:
                 raise UserError(
                     f"{self.server.key}: ended a response after {len(ids)} of "
-                    f"{stops.sampling.max_new_tokens} tokens; {self.server.cure('room', '')}"
+                    f"{stops.sampling.max_new_tokens} tokens; {self.server.cure_of('room', '')}"
                 )
         logprob_N = torch.tensor(found.logprobs[: len(ids)], dtype=torch.float32, device=device)
         return Answer(ids, terminated, logprob_N)

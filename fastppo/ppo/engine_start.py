@@ -164,7 +164,7 @@ class Comparison:
         server = self.engine.server
         return UserError(
             f"{server.key}: {gap:.2g} from the trainer's log-probs in the mean, {when} (limit "
-            f"{self.limit:g}){why}; {server.cure(fault, vllm_dtype(self.roles))}"
+            f"{self.limit:g}){why}; {server.cure_of(fault, vllm_dtype(self.roles))}"
         )
 
     def check_processed(self) -> None:
@@ -175,7 +175,7 @@ class Comparison:
             server = self.engine.server
             raise UserError(
                 f"{server.key}: its log-probs are those before temperature, top_p and top_k; "
-                f"{server.cure('raw', vllm_dtype(self.roles))}"
+                f"{server.cure_of('raw', vllm_dtype(self.roles))}"
             )
 
     def sample(self, temperature: float = 1.0) -> Rollout:

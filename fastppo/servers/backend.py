@@ -69,7 +69,7 @@ class Backend(Protocol):
     def wake(self) -> None:
         """Take the device's memory again after `sleep`."""
 
-    def cure(self, fault: Fault, dtype: str) -> str:
+    def cure_of(self, fault: Fault, dtype: str) -> str:
         """What a user does about a fault; `dtype` is the trainer's."""
 
     def close(self, adapter: str | None) -> None:

@@ -191,7 +191,7 @@ class VLLMInProcess:
         if response.finish_reason not in ("stop", "length") or not ids or len(ids) != len(steps):
             raise UserError(
                 f"{self.key}: a response ended by {response.finish_reason} after {len(ids)} tokens "
-                f"with {len(steps)} log-probs; {self.cure('room', '')}"
+                f"with {len(steps)} log-probs; {self.cure_of('room', '')}"
             )
         logprobs = [float(step[token].logprob) for token, step in zip(ids, steps, strict=True)]
         return Completion(ids, logprobs, response.finish_reason)
@@ -214,7 +214,7 @@ class VLLMInProcess:
                 self.llm.wake_up()
             self.is_asleep = False
 
-    def cure(self, fault: Fault, dtype: str) -> str:
+    def cure_of(self, fault: Fault, dtype: str) -> str:
         """The other ways to sample: what vLLM does here follows from the run's own keys."""
         del fault, dtype
         return f"leave use_vllm out, {INSTEAD}"

@@ -137,7 +137,7 @@ class VLLMServer(Client):
     def wake(self) -> None:
         """A server has its memory."""
 
-    def cure(self, fault: Fault, dtype: str) -> str:
+    def cure_of(self, fault: Fault, dtype: str) -> str:
         """The flags to start it with, or the model to serve."""
         return {
             "base": "serve the model that trains: the same weights with the same adapters merged, "

@@ -89,7 +89,7 @@ def test_weights_that_were_not_restored_are_seen_before_the_first_step(
 ):
     monkeypatch.setattr("fastppo.ppo.state.check_colocated", lambda *_: None)
     vllm.faults.forgets = True
-    with pytest.raises(UserError, match="after its first waking .*memory was not restored"):
+    with pytest.raises(UserError, match=r"after its first waking .*memory was not restored"):
         state(vllm_enable_sleep_mode=True, **settings)
     assert vllm.shut
     assert not written(tmp_path / "adapters")
