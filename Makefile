@@ -86,12 +86,16 @@ test-torch:
 	OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest -n logical --dist loadfile --no-loadscope-reorder -p no:benchmark -m "not slow and not alone and not peers"
 	OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest -m "alone and not slow and not peers"
 
+# The loop, the toy's class and rollouts by vLLM, with the versions that vLLM takes (constraints-vllm.txt).
+BESIDE := tests/ppo/test_trainer.py tests/ppo/test_one_page.py tests/ppo/test_engine.py tests/ppo/test_engine_beside.py tests/trainer/test_ppo_trainer.py
+
 # Their own trainer and modules, run: LLaMA-Factory's stage rm both ways; the losses, advantages and log-probs of verl,
 # TRL, OpenRLHF, Liger-Kernel and torchrl against ours; and the benchmarks' contenders, whose wrong answers are refused.
 test-peers: venv
 	$(BIN)/python -m benchmarks.peers.environments llamafactory ray verl vllm
 	$(BIN)/python -m benchmarks.peers.install
 	$(PYTEST) -m peers
+	OMP_NUM_THREADS=1 benchmarks/peers/.vllm/bin/python -m pytest $(BESIDE) -m "not slow and not alone and not peers"
 	$(BIN)/python -m benchmarks linear --quick
 	$(BIN)/python -m benchmarks ops --quick --only gae linear_token_logprobs
 

@@ -3,7 +3,8 @@
 All contenders sample from the same model in one process, in turns: `fastppo` is the sampler of a
 rollout; `generate, merged` is transformers' generate with merged adapters, linear layers for few
 rows and the log-probs recorded, which is what a rollout was sampled by before; `generate` and
-`generate_batch` are transformers' own on the model as it is.
+`generate_batch` are transformers' own on the model as it is. `vllm`, where it is installed, is
+timed after them, because its processes keep their cores busy while they wait.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from benchmarks import report
+from benchmarks import report, rollout_vllm
 from fastppo.models.roles import Place, Roles
 from fastppo.ops.few_rows import few_rows_linear, suits
 from fastppo.ppo.cpu_layers import use_cpu_layers
@@ -236,10 +237,8 @@ def add_arguments(one: argparse.ArgumentParser) -> None:
     one.add_argument("--case", nargs="+", type=int, metavar="N", help="numbers of cases, from 0")
 
 
-def main(asked: Any, argv: list[str]) -> int:
-    """Measure; print the table, and keep it unless it was a walk."""
-    roles, words = load(asked.model, asked.quick)
-    runs = {k: v for k, v in contenders(roles).items() if not asked.only or k in asked.only}
+def measure(runs: dict[str, Contender], asked: Any) -> list[dict[str, Any]]:
+    """Tokens a second of each contender in each case, in turns."""
     rows: list[dict[str, Any]] = []
     new = 4 if asked.quick else asked.new
     rounds = 1 if asked.quick else asked.rounds
@@ -265,11 +264,31 @@ def main(asked: Any, argv: list[str]) -> int:
                 "tokens_per_second": statistics.median(own),
                 "least": min(own),
                 "most": max(own),
-                "tokens_per_cpu_second": statistics.median(own_rates[name]),
+                # vLLM's work is in its own processes.
+                "tokens_per_cpu_second": None
+                if name == rollout_vllm.NAME
+                else statistics.median(own_rates[name]),
             }
             for name, own in rates.items()
         ]
-    print(table(rows))
+    return rows
+
+
+def main(asked: Any, argv: list[str]) -> int:
+    """Measure; print the table, and keep it unless it was a walk."""
+    roles, words = load(asked.model, asked.quick)
+    runs = {k: v for k, v in contenders(roles).items() if not asked.only or k in asked.only}
+    rows, notes = measure(runs, asked) if runs else [], []
+    if not asked.only or rollout_vllm.NAME in asked.only:
+        if (why := rollout_vllm.why_left_out(asked.quick)) is not None:
+            notes.append(f"{rollout_vllm.NAME} is left out: {why}")
+        else:
+            with rollout_vllm.started(roles, asked.model) as run:
+                rows += measure({rollout_vllm.NAME: run}, asked)
+    order = list(dict.fromkeys(row["case"] for row in rows))
+    rows.sort(key=lambda row: order.index(row["case"]))
+    text = table(rows) + "".join(f"\n{line}\n" for line in notes)
+    print(text)
     if not asked.quick:
         found = {
             "name": "rollout",
@@ -278,10 +297,11 @@ def main(asked: Any, argv: list[str]) -> int:
             "model": words,
             "machine": report.machine(),
             "rows": rows,
+            "notes": notes,
         }
         out = asked.out or report.RESULTS / f"rollout-{report.slug(found['machine'])}.json"
         out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        out.with_suffix(".md").write_text(table(rows), encoding="utf-8")
+        out.with_suffix(".md").write_text(text, encoding="utf-8")
         print(out)
     return 0
 
@@ -297,6 +317,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         cells = [row["case"], row["contender"]]
         for kind in ("tokens_per_second", "tokens_per_cpu_second"):
+            if row[kind] is None:
+                cells += ["", ""]
+                continue
             cells.append(f"{row[kind]:.1f}")
             if kind == "tokens_per_second":
                 cells.append(f"{row['least']:.1f} to {row['most']:.1f}")

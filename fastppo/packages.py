@@ -34,6 +34,8 @@ def install(extra: str) -> str:
     """
     if extra == "flash-attn":
         return "pip install --no-build-isolation flash-attn"
+    if extra == "vllm":  # it decides which transformers there may be
+        return "pip install --constraint constraints-vllm.txt '.[vllm]' in fastppo's checkout"
     return f"pip install '.[{extra}]' in fastppo's checkout"
 
 

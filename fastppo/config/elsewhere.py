@@ -133,7 +133,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "hub_token": ((None,), _TOKEN),
     "infer_backend": (
         ("huggingface", "hf", None),
-        "for rollouts by a vLLM server set use_vllm: true; leave it out",
+        "for rollouts by vLLM set use_vllm: true; leave it out",
     ),
     "label_smoothing_factor": ((0, None), "no loss here has labels to smooth; leave it out"),
     "mask_history": (_OFF, "the loss is on the last response; leave it out"),
@@ -191,7 +191,6 @@ NOT_HERE: dict[tuple[str, str], str] = {
     ),
     **_values("finetuning_type", "oft none p_tuning", "not supported; use finetuning_type: lora"),
     ("flash_attn", "fa3"): "not supported; use fa2, or auto",
-    ("vllm_mode", "colocate"): "not supported; start a server, and leave it out",
     ("kl_loss_type", "kl"): "its gradient is 0 on average; use low_var_kl or mse",
     ("kl_loss_type", "full"): "exact KL is for the reward (kl_penalty); use low_var_kl or mse",
     ("lr_scheduler_type", "greedy"): "it follows the loss, which PPO's does not tell; use cosine",

@@ -33,10 +33,14 @@ class EngineKeys(Keys):
     use_vllm: bool = key(
         False,
         GRPO,
-        "Sample responses by a vLLM server, which is sent the adapter before each step "
-        "(docs/rollouts.md).",
+        "Sample responses by vLLM, which is sent the adapter before each step (docs/rollouts.md).",
     )
-    vllm_mode: Literal["server"] = key("server", GRPO, "server: vLLM runs as a server of its own.")
+    vllm_mode: Literal["server", "colocate"] = key(
+        "server",
+        GRPO,
+        "server: vLLM runs as a server of its own. colocate (experimental): the run starts vLLM on "
+        "its own device, beside the trainer.",
+    )
     vllm_server_base_url: str = key(
         ADDRESS,
         GRPO,
@@ -50,6 +54,21 @@ class EngineKeys(Keys):
         OWN,
         "Folder for the adapter, which server and trainer see under the same path; null is "
         "/dev/shm, or the system's folder for temporary files, for a server on this machine.",
+    )
+    vllm_gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = key(
+        0.3,
+        GRPO,
+        "With colocate: share of the device's memory that vLLM takes for its copy of the base and "
+        "its cache; on a CPU of the machine's memory.",
+    )
+    vllm_enable_sleep_mode: bool = key(
+        False,
+        GRPO,
+        "With colocate on a GPU: between rollouts vLLM's base waits in host memory, and its cache "
+        "is given back.",
+    )
+    vllm_tensor_parallel_size: Annotated[int, Field(ge=1)] = key(
+        1, GRPO, "With colocate: number of GPUs that vLLM splits its copy of the base over."
     )
 
 
@@ -66,7 +85,9 @@ def check_engine(config: Config) -> None:
         )
     if not config.use_vllm or config.stage != "ppo":
         return
-    sent = "use_vllm: the server is sent an adapter before each step, and"
+    beside = config.vllm_mode == "colocate"
+    who = "vLLM" if beside else "the server"
+    sent = f"use_vllm: {who} is sent an adapter before each step, and"
     if config.finetuning_type != "lora":
         raise ValueError(
             f"{sent} finetuning_type: {config.finetuning_type} trains the model itself; use "
@@ -79,6 +100,30 @@ def check_engine(config: Config) -> None:
             f"{sent} the modules of additional_target are no part of it; leave it out, or "
             "additional_target"
         )
+    if beside:
+        check_beside(config)
+    else:
+        check_address(config)
+
+
+def check_beside(config: Config) -> None:
+    """Raise ValueError if vLLM beside the trainer would load another base than the trainer's."""
+    loads = "vllm_mode: colocate: vLLM loads model_name_or_path as it is, and"
+    if config.quantization_bit is not None:
+        raise ValueError(
+            f"{loads} quantization_bit: {config.quantization_bit} changes the trainer's; leave one "
+            "of them out, or use vllm_mode: server"
+        )
+    folders = config.adapter_name_or_path
+    if folders is not None and (config.create_new_adapter or "," in folders):
+        raise ValueError(
+            f"{loads} the trainer merges {folders} into its own; merge it with fastppo-export and "
+            "name the result in model_name_or_path, or use vllm_mode: server"
+        )
+
+
+def check_address(config: Config) -> None:
+    """Raise ValueError if the server's address lacks something, or has too much."""
     url = config.vllm_server_base_url
     check_url(url, key="vllm_server_base_url", token=TOKEN, example=ADDRESS)
     parts = urlsplit(url)

@@ -331,12 +331,10 @@ ELSEWHERE = {
     "unsup_coef": "ptx_coef",
     "use_dynamic_bsz": "ppo_max_token_len_per_gpu",
     "value_clip": "cliprange_value",
-    "vllm_enable_sleep_mode": "nothing: the server keeps its own memory",
-    "vllm_gpu_memory_utilization": "the server's flag --gpu-memory-utilization",
-    "vllm_max_model_length": "the server's flag --max-model-len",
+    "vllm_max_model_length": "the server's flag --max-model-len; colocate takes the longest prompt "
+    "and max_new_tokens",
     "vllm_server_host": "vllm_server_base_url",
     "vllm_server_port": "vllm_server_base_url",
-    "vllm_tensor_parallel_size": "the server's flag --tensor-parallel-size",
 }
 # TRL 0.9.6's keys that do not change training.
 TRL_IGNORED = dict.fromkeys(

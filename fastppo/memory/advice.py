@@ -112,12 +112,28 @@ def set_to(key: str, value: Any) -> Reduction:
     return lambda plan: {} if getattr(plan.inputs.config, key) == value else {key: value}
 
 
+def sleep_between_rollouts(plan: Plan) -> Settings:
+    """Have vLLM beside the trainer leave the GPU between rollouts."""
+    possible = plan.inputs.colocates and plan.inputs.device == "gpu"
+    sleeps = plan.inputs.config.vllm_enable_sleep_mode
+    return {"vllm_enable_sleep_mode": True} if possible and not sleeps else {}
+
+
+def own_sampler(plan: Plan) -> Settings:
+    """Sample by the trainer, whose base is the one that trains."""
+    return {"use_vllm": False} if plan.inputs.colocates else {}
+
+
 def quantize(bits: int) -> Reduction:
-    """A reduction that quantises the base, unless it trains or adapters are merged into it."""
+    """A reduction that quantises the base, unless it trains or adapters are merged into it.
+
+    vLLM beside the trainer loads the base as it is.
+    """
 
     def reduction(plan: Plan) -> Settings:
         config = plan.inputs.config
-        possible = config.finetuning_type == "lora" and not plan.inputs.merges_adapters
+        merges = plan.inputs.merges_adapters or plan.inputs.colocates
+        possible = config.finetuning_type == "lora" and not merges
         fewer = (config.quantization_bit or 16) > bits
         return {"quantization_bit": bits} if possible and fewer else {}
 
@@ -136,7 +152,9 @@ REDUCTIONS: tuple[Reduction, ...] = (
     halve_micro_batch,
     halve_generation_batch,
     set_to("disable_gradient_checkpointing", False),
+    sleep_between_rollouts,
     set_to("activation_offloading", "checkpoint+offload"),
+    own_sampler,
     halve_weights,
     halve("lora_rank", 8),
     set_to("critic", "shared"),

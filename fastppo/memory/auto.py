@@ -14,14 +14,13 @@ from fastppo.memory.advice import advise, choose_auto, format_settings
 from fastppo.memory.inputs import AUTO_KEYS
 from fastppo.memory.plan import plan_config
 from fastppo.memory.retry import OutOfMemory, out_of_memory
-from fastppo.memory.units import GIB
+from fastppo.memory.units import CONTEXT, GIB
 
 if TYPE_CHECKING:
     from fastppo.config import Config
     from fastppo.memory.budgets import Budgets
     from fastppo.memory.plan import Plan
 
-CONTEXT = GIB // 2  # GPU memory that CUDA's context has taken, which the plan's reserve includes
 HOST_RESERVE = GIB  # host memory for all other processes
 
 
@@ -46,7 +45,9 @@ def resolve_auto(
         UserError: a key is `auto`, but the run cannot be planned.
     """
     try:
-        plan, _ = plan_config(config, "gpu" if device.type == "cuda" else "cpu", processes)
+        on_gpu = device.type == "cuda"
+        card = torch.cuda.mem_get_info(device)[1] if on_gpu else None
+        plan, _ = plan_config(config, "gpu" if on_gpu else "cpu", processes, card)
     except UserError as error:
         if auto := auto_keys(config):
             raise UserError(

@@ -14,7 +14,7 @@ from fastppo.config import Config
 from fastppo.config.parallel import check_processes, units_a_step
 from fastppo.errors import UserError
 from fastppo.memory.advice import advise, choose_auto, format_settings
-from fastppo.memory.peaks import PHASES, ROWS
+from fastppo.memory.peak import PHASES, ROWS
 from fastppo.memory.plan import Plan, plan_config
 from fastppo.memory.units import GIB, KIB, MIB
 
@@ -71,7 +71,7 @@ def run(config: Config, gpu: str | None, gpus: str = "1") -> int:
     size, name = parse_size(gpu) if gpu is not None else None, gpu or ""
     if size is None and (found := find_gpu()) is not None:
         size, name = found[0], f"the {found[1]} here, {found[0] / GIB:.1f} GiB"
-    plan, notes = plan_config(config, "cpu" if size is None else "gpu", count)
+    plan, notes = plan_config(config, "cpu" if size is None else "gpu", count, size)
     if plan.inputs.auto:
         if size is None:
             notes.append(f"{', '.join(plan.inputs.auto)}: auto, which a run decides by its memory")
@@ -85,7 +85,8 @@ def run(config: Config, gpu: str | None, gpus: str = "1") -> int:
     print("\n".join(table(plan)))
     print()
     print("\n".join(verdict(plan, size, name)))
-    return 0 if size is None or plan.fits(size) else DOES_NOT_FIT
+    starts = plan.engine is None or plan.engine.starts
+    return 0 if size is None or (plan.fits(size) and starts) else DOES_NOT_FIT
 
 
 def heading(config: Config, plan: Plan, notes: Sequence[str]) -> list[str]:
@@ -152,6 +153,8 @@ def verdict(plan: Plan, size: int | None, name: str) -> list[str]:
     for what, count in plan.host.items():
         if count:
             lines.append(f"host memory for {what}: {count / unit:.2f} {label}")
+    if plan.engine is not None:
+        lines.append(plan.engine.line(size, unit, label))
     if size is None:
         lines.append("no GPU here: this is a run on the CPU; --gpu 24GiB plans one on a GPU")
         return lines

@@ -51,6 +51,8 @@ class PlanInputs:
         compiled_ops: whether the operators run as kernels, not as their definition in PyTorch.
         mixed_lengths: whether the sequences of a batch differ in length.
         gpus: how many processes share the run; the plan is that of the one with most prompts.
+        card_bytes: memory of a GPU, of which vLLM beside the trainer takes a share; None if no size
+            is known.
     """
 
     config: Config
@@ -65,6 +67,7 @@ class PlanInputs:
     compiled_ops: bool = True
     mixed_lengths: bool = True
     gpus: int = 1
+    card_bytes: int | None = None
 
     @classmethod
     def of(
@@ -123,6 +126,18 @@ class PlanInputs:
         """Whether training continues an adapter; the reference then has a frozen copy of it."""
         config = self.config
         return config.adapter_name_or_path is not None and not config.create_new_adapter
+
+    @property
+    def colocates(self) -> bool:
+        """Whether vLLM samples on the trainer's device."""
+        config = self.config
+        beside = config.use_vllm and config.vllm_mode == "colocate"
+        return beside and config.stage == "ppo" and config.trains
+
+    @property
+    def samples_a_reference(self) -> bool:
+        """Whether an evaluation samples a reference with weights that vLLM does not have."""
+        return self.config.ref_model is not None or self.continues_adapter
 
     @property
     def actor_rank(self) -> int:

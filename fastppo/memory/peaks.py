@@ -7,54 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final
 
 from fastppo.memory.activations import Activations
 from fastppo.memory.budgets import as_count
+from fastppo.memory.engine import EngineMemory
 from fastppo.memory.inputs import PlanInputs
 from fastppo.memory.layer import LayerSetting, trunk_memory
+from fastppo.memory.peak import ROWS, Peak
 from fastppo.memory.shapes import ModelShape
 from fastppo.memory.tape import FLOAT32
-from fastppo.memory.units import GIB, PREFILL_TOKENS, REDUCED_BYTES, RESERVE, SLACK
+from fastppo.memory.units import CONTEXT, GIB, PREFILL_TOKENS, REDUCED_BYTES, RESERVE, SLACK
 from fastppo.memory.weights import StaticBytes, Trainable
-
-PHASES: Final = ("load", "rollout", "score", "update")
-ROWS: Final = (
-    "base weights",
-    "reference weights",
-    "reward weights",
-    "critic weights",
-    "actor adapter",
-    "reference adapter",
-    "reward adapter",
-    "critic adapter",
-    "actor optimiser",
-    "critic optimiser",
-    "actor gradients",
-    "critic gradients",
-    "merged weights",
-    "KV cache",
-    "shared states",
-    "kept activations",
-    "layer at work",
-    "head chunk",
-    "reserve",
-)
-
-
-@dataclass(frozen=True)
-class Peak:
-    """A point of a run at which memory may be highest, with the bytes in memory by row."""
-
-    phase: str
-    name: str
-    rows: dict[str, int]
-    evaluation: bool = False
-
-    @property
-    def total(self) -> int:
-        """The sum of all rows, in bytes."""
-        return sum(self.rows.values())
 
 
 @dataclass(frozen=True)
@@ -92,6 +55,7 @@ class Planner:
         self.inputs, self.config = inputs, inputs.config
         self.shape, self.static = shape, static
         self.activations = Activations(inputs, shape, static)
+        self.engine = EngineMemory.of(inputs, shape)
 
     def peaks(self) -> Iterator[Peak]:
         """All peaks that can be the highest."""
@@ -99,11 +63,15 @@ class Planner:
         if self.config.stage == "rm":
             yield from self.reward_model_peaks()
             return
-        yield from self.rollout_peaks(self.inputs.scored_rows)
+        if self.engine is None:
+            yield from self.rollout_peaks(self.inputs.scored_rows)
+        else:
+            yield self.peak("rollout", "vLLM samples", {})
         # An evaluation scores in the same micro-batches as training, so only its sampling is added,
         # and the states that it keeps if it has more sequences.
         evaluated = self.inputs.evaluated_rows
-        yield from self.rollout_peaks(evaluated, evaluation=True)
+        if self.engine is None or self.inputs.samples_a_reference:
+            yield from self.rollout_peaks(evaluated, evaluation=True)
         yield from self.score_peaks()
         if self.activations.shared_states(evaluated) > self.shared_states("score"):
             yield from self.score_peaks(evaluation=True)
@@ -113,10 +81,11 @@ class Planner:
         self, phase: str, name: str, added: dict[str, int], *, evaluation: bool = False
     ) -> Peak:
         """A peak: everything that stays on the device, plus `added` (row -> bytes)."""
-        rows = {**self.static.rows, **added}
+        engine = {} if self.engine is None else self.engine.rows(phase)
+        rows = {**self.static.rows, **engine, **added}
         rows["shared states"] = self.shared_states(phase, evaluation=evaluation)
         if self.inputs.device == "gpu":
-            rows["reserve"] = RESERVE
+            rows["reserve"] = RESERVE + CONTEXT * (self.engine is not None)
         elif phase != "load":
             rows.setdefault("head chunk", self.activations.reused_chunk)
         assert set(rows) <= set(ROWS), sorted(set(rows) - set(ROWS))

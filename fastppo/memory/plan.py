@@ -13,8 +13,10 @@ from typing import Any, Literal
 from fastppo.config import Config
 from fastppo.config.below import base_of
 from fastppo.errors import UserError
+from fastppo.memory.engine import EngineMemory
 from fastppo.memory.inputs import PlanInputs
-from fastppo.memory.peaks import PHASES, Peak, Planner
+from fastppo.memory.peak import ENGINE_ROWS, PHASES, Peak
+from fastppo.memory.peaks import Planner
 from fastppo.memory.shapes import ModelShape, find_shape_and_source, from_config
 from fastppo.memory.tape import FLOAT32
 from fastppo.memory.weights import Shapes, StaticBytes
@@ -61,8 +63,13 @@ class Plan:
 
     @property
     def step_peak(self) -> int:
-        """Bytes of tensors at the highest peak of a training step, without the reserve."""
-        return max(m.total - m.rows.get("reserve", 0) for m in self.peaks if not m.evaluation)
+        """Bytes of tensors at the highest peak of a training step, without reserve and vLLM."""
+        others = ("reserve", *ENGINE_ROWS)
+        return max(
+            peak.total - sum(peak.rows.get(row, 0) for row in others)
+            for peak in self.peaks
+            if not peak.evaluation
+        )
 
     @property
     def stays_in_rollout(self) -> int:
@@ -76,6 +83,11 @@ class Plan:
             for peak in self.peaks
             if peak.phase == "rollout"
         )
+
+    @property
+    def engine(self) -> EngineMemory | None:
+        """vLLM beside the trainer, or None."""
+        return EngineMemory.of(self.inputs, self.shapes.base)
 
     @property
     def gradient_bytes(self) -> int:
@@ -97,13 +109,17 @@ def make_plan(inputs: PlanInputs, shapes: Shapes) -> Plan:
     if inputs.states_on_host:
         rows = max(inputs.scored_rows, inputs.evaluated_rows)
         host["shared states"] = activations.shared_states(rows)
+    if planner.engine is not None and planner.engine.sleeps:
+        host["vLLM's weights while it sleeps"] = planner.engine.weights
     return Plan(inputs, shapes, tuple(planner.peaks()), host)
 
 
 def plan_config(
-    config: Config, device: Literal["gpu", "cpu"], gpus: int = 1
+    config: Config, device: Literal["gpu", "cpu"], gpus: int = 1, card: int | None = None
 ) -> tuple[Plan, list[str]]:
     """The plan of a configuration for each of `gpus` processes, and lines that say what it assumes.
+
+    `card` is the memory of a GPU in bytes, if it is known.
 
     Raises:
         UserError: a model's shape is unknown, or a key trains modules that the plan does not count.
@@ -114,7 +130,7 @@ def plan_config(
             "plan without this key"
         )
     base, source = find_base_shape(config)
-    inputs = PlanInputs.of(config, base, device=device, gpus=gpus)
+    inputs = PlanInputs.of(config, base, device=device, gpus=gpus).with_changes(card_bytes=card)
     notes = [f"shape of the base from {source}"]
     others: dict[str, ModelShape] = {}
     for role, name in other_models(config).items():

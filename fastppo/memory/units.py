@@ -9,6 +9,8 @@ MIB: Final = 1 << 20
 GIB: Final = 1 << 30
 # On a GPU, for the context, the libraries' workspaces, and fragments that the allocator cannot use.
 RESERVE: Final = 5 * GIB // 4
+# What CUDA's context of a process has taken of a GPU; of the trainer's process it is in RESERVE.
+CONTEXT: Final = GIB // 2
 
 # Tokens of prompts that sampling runs at a time. A GPU's matrix products are at full speed with
 # fewer; more would only take memory.

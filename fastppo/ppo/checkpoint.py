@@ -179,9 +179,13 @@ MAY_CHANGE = {
     "logging_dir",
     "reward_api_timeout",
     "reward_api_retries",
+    "vllm_mode",
     "vllm_server_base_url",
     "vllm_server_timeout",
     "vllm_adapter_dir",
+    "vllm_gpu_memory_utilization",
+    "vllm_enable_sleep_mode",
+    "vllm_tensor_parallel_size",
     # Decided by the memory plan, and stored in the checkpoint as `decisions`.
     "activation_offloading",
     "chunk_bytes",

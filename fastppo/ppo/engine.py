@@ -1,4 +1,4 @@
-"""Rollouts by a vLLM server, which is sent the actor's adapter whenever that has changed."""
+"""Rollouts by vLLM, which is sent the actor's adapter whenever that has changed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastppo.ppo.draws import Answer, Stops
 from fastppo.run import durable
 from fastppo.run.save import save_weights
 from fastppo.seeds import seed_of
-from fastppo.servers.vllm import Completion, VLLMServer
+from fastppo.servers.backend import Backend, Completion
 
 if TYPE_CHECKING:
     from fastppo.config import Config
@@ -46,19 +46,19 @@ class Version:
 
 
 class Engine:
-    """Samples responses by a vLLM server.
+    """Samples responses by vLLM.
 
-    Each version of the adapter has a new name and a new folder: the server keeps keys and values of
+    Each version of the adapter has a new name and a new folder: vLLM keeps keys and values of
     prompts by the adapter's name and path, and under an old name it would reuse those of an earlier
     policy. A version's folder is deleted once the next one is in.
 
     Args:
-        server: a running one.
+        server: vLLM, running as a server or beside the trainer.
         parent: the folder in which the versions are saved, in a folder of this run.
         shared: whether other users may read that one, as a server on another host may be one.
     """
 
-    def __init__(self, server: VLLMServer, parent: Path, *, shared: bool = False) -> None:
+    def __init__(self, server: Backend, parent: Path, *, shared: bool = False) -> None:
         self.server, self.model = server, server.served()
         self.run = uuid.uuid4().hex[:8]
         self.folder = parent / f"fastppo-{self.run}"
@@ -97,9 +97,9 @@ class Engine:
             self.current = None
 
     def close(self) -> None:
-        """Unload the adapter, and delete the run's folder."""
-        self.server.retries, self.server.timeout = 0, min(self.server.timeout, 5.0)
-        self.drop()
+        """Unload the adapter, delete the run's folder, and end what the run has started."""
+        self.server.close(None if self.current is None else self.current.name)
+        self.current = None
         self.delete()
 
     def complete(
@@ -112,34 +112,13 @@ class Engine:
         stop_ids: Sequence[int] = (),
         stop_strings: Sequence[str] = (),
     ) -> list[Completion]:
-        """The active role's response to each prompt, by a request with a seed of its own.
-
-        Everything that the server has a default for is named: by itself it takes the model's
-        generation_config.json.
-        """
+        """The active role's response to each prompt, by a request with a seed of its own."""
         adapter = roles.place.adapter is not None
-        common = {
-            "model": self.send(roles.model) if adapter else self.model.name,
-            "max_tokens": sampling.max_new_tokens,
-            "min_tokens": sampling.min_new_tokens,
-            "temperature": sampling.temperature if sampling.do_sample else 0.0,
-            "top_p": sampling.top_p if sampling.do_sample else 1.0,
-            "top_k": sampling.top_k if sampling.do_sample else 0,
-            "min_p": 0.0,
-            "repetition_penalty": sampling.repetition_penalty,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
-            "ignore_eos": True,  # stop_token_ids has it
-            "stop_token_ids": list(stop_ids),
-            "stop": list(stop_strings),
-            "skip_special_tokens": False,  # a stop string may have one
-            "add_special_tokens": False,
-            "logprobs": 0,  # of the sampled token alone
-            "return_token_ids": True,
-        }
+        model = self.send(roles.model) if adapter else self.model.name
+        common = request_fields(sampling, stop_ids, stop_strings)
         return self.server.complete_all(
             [
-                {**common, "prompt": prompt.ids, "seed": seed}
+                {**common, "model": model, "prompt": prompt.ids, "seed": seed}
                 for prompt, seed in zip(prompts, seeds, strict=True)
             ]
         )
@@ -155,12 +134,13 @@ class Engine:
         seed: int,
         first_row: int,
     ) -> list[Answer]:
-        """The active role's response to each prompt.
+        """The active role's response to each prompt; then the engine leaves the device's memory.
 
         Raises:
             EngineLost: the engine did not answer, or not with this version of the policy.
         """
         try:
+            self.server.wake()
             found = self.complete(
                 roles,
                 prompts,
@@ -169,6 +149,7 @@ class Engine:
                 stop_ids=template.stop_ids,
                 stop_strings=template.stop_strings,
             )
+            self.server.sleep()
             stops = Stops(sampling, template, tokenizer)
             return [
                 self.answer(prompt, each, stops, roles.device)
@@ -194,10 +175,38 @@ class Engine:
             if not terminated:
                 raise UserError(
                     f"{self.server.key}: ended a response after {len(ids)} of "
-                    f"{stops.sampling.max_new_tokens} tokens; raise its --max-model-len"
+                    f"{stops.sampling.max_new_tokens} tokens; {self.server.cure_of('room', '')}"
                 )
         logprob_N = torch.tensor(found.logprobs[: len(ids)], dtype=torch.float32, device=device)
         return Answer(ids, terminated, logprob_N)
+
+
+def request_fields(
+    sampling: Sampling, stop_ids: Sequence[int] = (), stop_strings: Sequence[str] = ()
+) -> dict[str, Any]:
+    """A request's fields but for its model, prompt and seed.
+
+    Everything that vLLM has a default for is named: by itself a server takes the model's
+    generation_config.json.
+    """
+    return {
+        "max_tokens": sampling.max_new_tokens,
+        "min_tokens": sampling.min_new_tokens,
+        "temperature": sampling.temperature if sampling.do_sample else 0.0,
+        "top_p": sampling.top_p if sampling.do_sample else 1.0,
+        "top_k": sampling.top_k if sampling.do_sample else 0,
+        "min_p": 0.0,
+        "repetition_penalty": sampling.repetition_penalty,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "ignore_eos": True,  # stop_token_ids has it
+        "stop_token_ids": list(stop_ids),
+        "stop": list(stop_strings),
+        "skip_special_tokens": False,  # a stop string may have one
+        "add_special_tokens": False,
+        "logprobs": 0,  # of the sampled token alone
+        "return_token_ids": True,
+    }
 
 
 def adapter_folder(config: Config, size: int) -> Path:

@@ -22,6 +22,8 @@ from fastppo.ppo.rollout import make_rollout
 from fastppo.ppo.sampling import Sampling
 from fastppo.ppo.score import token_scores
 from fastppo.seeds import seed_of
+from fastppo.servers.backend import Backend, Fault
+from fastppo.servers.in_process import VLLMInProcess
 from fastppo.servers.vllm import VLLMServer
 
 if TYPE_CHECKING:
@@ -55,13 +57,10 @@ def start_engine(
     """
     if not (config.use_vllm and config.trains):
         return None
-    server = VLLMServer(
-        config.vllm_server_base_url, timeout=config.vllm_server_timeout, rank=config.lora_rank
-    )
-    version = server.check_version()
     size = sum(parameter.nbytes for parameter in roles.trainable_parameters("actor"))
-    shared = config.vllm_adapter_dir is not None
-    engine = Engine(server, adapter_folder(config, size), shared=shared)
+    folder, shared = adapter_folder(config, size), config.vllm_adapter_dir is not None
+    server = connect(config, roles, longest)
+    engine = Engine(server, folder, shared=shared)
     try:
         room = engine.model.max_length
         if room is not None and room < longest:
@@ -69,15 +68,47 @@ def start_engine(
                 f"{server.key}: has room for {room} tokens, and the longest prompt with "
                 f"max_new_tokens is {longest}; start it with --max-model-len {longest}"
             )
-        gap = Comparison(engine, roles, prompts[:PROMPTS], template, tokenizer).check()
-        engine.words = (
-            f"rollouts by vLLM {version} at {config.vllm_server_base_url}, whose log-probs are "
-            f"{gap:.1g} from the trainer's in the mean"
+        compared = Comparison(
+            engine,
+            roles,
+            prompts[:PROMPTS],
+            template,
+            tokenizer,
+            tokens=min(TOKENS, config.max_new_tokens),
         )
+        gap = compared.check()
+        engine.words = (
+            f"rollouts by {server.words}, whose log-probs are {gap:.1g} from the trainer's in the "
+            "mean"
+        )
+        server.sleep()
     except BaseException:
         engine.close()
         raise
     return engine
+
+
+def connect(config: Config, roles: Roles, longest: int) -> Backend:
+    """The server that is there, or with `vllm_mode: colocate` vLLM started beside the trainer."""
+    rank = adapter_rank(roles)
+    if config.vllm_mode == "colocate":
+        return VLLMInProcess(config, rank=rank, length=longest, dtype=vllm_dtype(roles))
+    url, timeout = config.vllm_server_base_url, config.vllm_server_timeout
+    server = VLLMServer(url, timeout=timeout, rank=rank)
+    server.check_version()
+    return server
+
+
+def adapter_rank(roles: Roles) -> int:
+    """The largest rank of the actor's adapter, which `rank_pattern` may give single layers."""
+    weights = roles.model.named_parameters()
+    return max(weight.shape[0] for name, weight in weights if ".lora_A.default." in name)
+
+
+def vllm_dtype(roles: Roles) -> str:
+    """vLLM's name of the dtype in which the trainer runs the model."""
+    precision = roles.product_precision
+    return "float32" if precision == "tf32" else precision
 
 
 class Comparison:
@@ -90,52 +121,66 @@ class Comparison:
         prompts: list[Prompt],
         template: Template,
         tokenizer: Any,
+        tokens: int = TOKENS,
     ) -> None:
         self.engine, self.roles, self.prompts = engine, roles, prompts
-        self.template, self.tokenizer = template, tokenizer
+        self.template, self.tokenizer, self.tokens = template, tokenizer, tokens
         self.limit = LIMITS[roles.product_precision].sampler_gap
 
     @torch.no_grad()
     def check(self) -> float:
         """Compare without the adapter, with it, and with a temperature; returns the mean gap."""
-        key, roles = self.engine.server.key, self.roles
+        roles = self.roles
         with roles.use("reference"):
             base = self.engine.serves(roles)
             gap = self.gap(self.sample()) if base else 0.0
         if not gap <= self.limit:
-            raise UserError(
-                f"{key}: {gap:.2g} from the trainer's log-probs in the mean, without an adapter "
-                f"(limit {self.limit:g}); serve the model that trains: the same weights with the "
-                "same adapters merged, quantisation, vocabulary and rope scaling, in the same "
-                f"dtype (--dtype {self.dtype()})"
-            )
+            raise self.error(gap, "without an adapter", "", "base")
         with roles.use("actor"):
             first = self.sample()
             before_N = self.logprobs(first)
             with moved(roles, lambda: self.shows(first, before_N)):
                 gap = self.gap(self.sample())
+                woken = self.gap_after_sleep()
             if not gap <= self.limit:
-                raise UserError(
-                    f"{key}: {gap:.2g} from the trainer's log-probs in the mean, with an adapter "
-                    f"(limit {self.limit:g}), so it runs adapters in another way or not at all; "
-                    f"start it with {self.engine.server.flags} --dtype {self.dtype()}"
-                )
+                why = ", so it runs adapters in another way or not at all"
+                raise self.error(gap, "with an adapter", why, "adapter")
+            if not woken <= self.limit:
+                why = f", after {gap:.2g} before it slept, so its memory was not restored"
+                raise self.error(woken, "after its first waking", why, "base")
             self.check_processed()
         return gap
+
+    def gap_after_sleep(self) -> float:
+        """The gap after the engine has slept and woken for the first time; 0 if it never sleeps."""
+        if not self.engine.server.sleeps:
+            return 0.0
+        self.engine.server.sleep()
+        self.engine.server.wake()
+        return self.gap(self.sample())
+
+    def error(self, gap: float, when: str, why: str, fault: Fault) -> UserError:
+        """The error for a mean gap above the limit."""
+        server = self.engine.server
+        return UserError(
+            f"{server.key}: {gap:.2g} from the trainer's log-probs in the mean, {when} (limit "
+            f"{self.limit:g}){why}; {server.cure_of(fault, vllm_dtype(self.roles))}"
+        )
 
     def check_processed(self) -> None:
         """Refuse log-probs of the logits as they are before the temperature."""
         cold = self.sample(COLD)
         processed, raw = self.gap(cold, COLD), self.gap(cold)
         if raw < processed:
+            server = self.engine.server
             raise UserError(
-                f"{self.engine.server.key}: its log-probs are those before temperature, top_p and "
-                "top_k; start it with --logprobs-mode processed_logprobs"
+                f"{server.key}: its log-probs are those before temperature, top_p and top_k; "
+                f"{server.cure_of('raw', vllm_dtype(self.roles))}"
             )
 
     def sample(self, temperature: float = 1.0) -> Rollout:
         """Responses by the engine, without a stop."""
-        sampling = Sampling(max_new_tokens=TOKENS, temperature=temperature)
+        sampling = Sampling(max_new_tokens=self.tokens, temperature=temperature)
         seeds = [seed_of(0, "engine", row) for row in range(len(self.prompts))]
         found = self.engine.complete(self.roles, self.prompts, sampling=sampling, seeds=seeds)
         device = self.roles.device
@@ -159,11 +204,6 @@ class Comparison:
         """Whether the policy now differs from the one that gave `before_N` by far."""
         difference_N = self.logprobs(rollout) - before_N
         return difference_N.abs().mean().item() > SHOWS * self.limit
-
-    def dtype(self) -> str:
-        """vLLM's name of the dtype in which the trainer runs the model."""
-        precision = self.roles.product_precision
-        return "float32" if precision == "tf32" else precision
 
 
 @contextmanager

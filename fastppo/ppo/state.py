@@ -50,6 +50,7 @@ from fastppo.run.stopping import Stop
 from fastppo.run.tracking import Trackers
 from fastppo.run.world import ALONE, World
 from fastppo.seeds import random_state, seed_of
+from fastppo.servers.in_process import check_colocated
 from fastppo.templates import Template, get_template
 from fastppo.types import Prompt
 
@@ -193,6 +194,7 @@ def init_state(
     if records is None:
         records = check(config, shared=world.size > 1)
     device = choose_device(config)
+    check_colocated(config, device.type)
     set_seed(config.seed)
     if config.eval_judge is not None:
         load_function(config.eval_judge, "eval_judge")

@@ -1,1 +1,1 @@
-"""Servers that a run asks over HTTP: a reward's, and vLLM's."""
+"""What a run asks: a reward server over HTTP, and vLLM as a server or beside the trainer."""

@@ -7,17 +7,17 @@ import math
 import re
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from fastppo.config.engine import TOKEN
 from fastppo.errors import UserError
+from fastppo.servers.backend import Completion, Fault, Served, lora_rank
 from fastppo.servers.client import Client, TransientError
 
 OLDEST = (0, 11)  # before it, answers have no token ids
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of `--max-lora-rank`
 RETRIES = 3
 LARGEST = 64 << 20  # bytes of an answer; a token takes about 200
 MOST_REQUESTS = 256  # at a time; vLLM's own limit of sequences in a batch
@@ -32,28 +32,6 @@ class Refusal(UserError):
         self.status, self.reason = status, reason
 
 
-@dataclass(frozen=True)
-class Served:
-    """The model that a server was started with."""
-
-    name: str
-    max_length: int | None  # tokens of prompt and response; None if the server does not say
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A response: its tokens, the sampler's log-prob of each, and why it ended."""
-
-    ids: list[int]
-    logprobs: list[float]
-    finish_reason: str  # "stop" or "length"
-
-
-def lora_rank(rank: int) -> int:
-    """The smallest `--max-lora-rank` that an adapter of this rank fits into."""
-    return next((size for size in RANKS if size >= rank), RANKS[-1])
-
-
 class VLLMServer(Client):
     """A running vLLM server; every failure is one line that begins with its URL.
 
@@ -63,6 +41,8 @@ class VLLMServer(Client):
         retries: number of attempts after the first.
         rank: of the adapters that are sent, for the flags that a message names.
     """
+
+    sleeps = False
 
     def __init__(self, url: str, *, timeout: float, retries: int = RETRIES, rank: int = 8) -> None:
         super().__init__(
@@ -76,6 +56,7 @@ class VLLMServer(Client):
             wanted="a response's tokens",
         )
         self.flags = f"{FLAGS} --max-lora-rank {lora_rank(rank)}"
+        self.words = f"vLLM at {self.url}"
 
     def status_error(self, status: int, answer: Any) -> Exception:
         """As for any server, but a refusal has the reason that vLLM gives."""
@@ -120,6 +101,7 @@ class VLLMServer(Client):
                 f"{self.key}: is vLLM {self.quote(version)}, whose answers have no token ids; it "
                 f"needs {oldest} or newer"
             )
+        self.words = f"vLLM {version} at {self.url}"
         return version
 
     def served(self) -> Served:
@@ -148,6 +130,29 @@ class VLLMServer(Client):
     def unload(self, name: str) -> None:
         """Forget an adapter."""
         self.ask({"lora_name": name}, "/v1/unload_lora_adapter")
+
+    def sleep(self) -> None:
+        """A server keeps its memory."""
+
+    def wake(self) -> None:
+        """A server has its memory."""
+
+    def cure_of(self, fault: Fault, dtype: str) -> str:
+        """The flags to start it with, or the model to serve."""
+        return {
+            "base": "serve the model that trains: the same weights with the same adapters merged, "
+            f"quantisation, vocabulary and rope scaling, in the same dtype (--dtype {dtype})",
+            "adapter": f"start it with {self.flags} --dtype {dtype}",
+            "raw": "start it with --logprobs-mode processed_logprobs",
+            "room": "raise its --max-model-len",
+        }[fault]
+
+    def close(self, adapter: str | None) -> None:
+        """Forget the run's adapter, without waiting long for a server that may be gone."""
+        self.retries, self.timeout = 0, min(self.timeout, 5.0)
+        if adapter is not None:
+            with suppress(UserError):
+                self.unload(adapter)
 
     def complete(self, body: dict[str, Any]) -> Completion:
         """The response to one prompt.

@@ -21,7 +21,7 @@ from fastppo.memory import command as command
 from fastppo.memory import units
 from fastppo.memory.advice import REDUCTIONS, advise, format_settings, with_reductions
 from fastppo.memory.inputs import PlanInputs
-from fastppo.memory.peaks import PHASES
+from fastppo.memory.peak import PHASES
 from fastppo.memory.plan import make_plan, plan_config
 from fastppo.memory.shapes import TABLE, find_shape_and_source, from_config, from_table
 from fastppo.memory.units import GIB, RESERVE

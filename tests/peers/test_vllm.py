@@ -1,7 +1,8 @@
-"""PPO steps whose responses a real vLLM server samples, on this machine's CPU."""
+"""PPO steps whose responses a real vLLM samples on this machine's CPU: a server, and beside us."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -25,6 +26,7 @@ from tests.tiny import stir
 
 pytestmark = pytest.mark.peers
 
+ROOT = Path(__file__).resolve().parents[2]
 BLOCK = 32  # tokens of a block of its cache
 STARTS_IN = 600  # seconds, at most
 
@@ -140,3 +142,29 @@ def test_what_the_server_says_of_an_adapter_that_is_not_there(server, monkeypatc
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with pytest.raises(Exception, match="set vllm_adapter_dir to a folder that"):
         VLLMServer(server, timeout=60).load("fastppo-x-1", Path("/nowhere/at/all"))
+
+
+def test_steps_with_vllm_beside_the_trainer(tmp_path):
+    """In the environment that has both: two steps, and an adapter that moves by far."""
+    python = ENVIRONMENTS["vllm"].python
+    assert python.exists(), "make test-peers installs it"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = [python, "-m", "tests.peers.colocated", tmp_path]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=STARTS_IN
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert "by vLLM 0.32.0 beside the trainer (experimental), whose log-probs are" in found["words"]
+    for row in found["rows"]:
+        assert row["sampler_gap_abs"] < 1e-3
+        assert row["rollout_is_ess"] > 0.99
+        assert not row["guard_sampler"]
+    # Three at the start, the second step's, what that has trained, and the one that moved.
+    assert found["sent"] == 6
+    assert found["repeats"], "a seed repeats"
+    assert found["moved_by"] > 0.1, "the adapter moved by far"
+    assert found["moved_gap"] < 1e-3, "and vLLM with it"
+    assert len(set(found["threads"])) == 1, "vLLM's threads are its own processes'"
+    assert not found["process_group"]
+    assert not found["left"]
