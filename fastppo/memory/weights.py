@@ -50,6 +50,16 @@ def streamed_bytes(shape: ModelShape, item: int) -> tuple[int, int]:
     return (rest + 2 * layer) * item, shape.layers * layer * item
 
 
+def sharded_bytes(shape: ModelShape, item: int, processes: int) -> int:
+    """Bytes in each process of a frozen model whose decoder layers are sharded (`fsdp`).
+
+    Besides its part a process has all weights outside the layers, and room for two whole layers:
+    the one that runs, and the one that is gathered next.
+    """
+    layer, rest = shape.layer_parameters, shape.parameters - shape.layers * shape.layer_parameters
+    return (-(-shape.layers * layer // processes) + 2 * layer + rest) * item
+
+
 @dataclass(frozen=True)
 class Trainable:
     """The trainable part of a role.
@@ -108,6 +118,8 @@ class StaticBytes:
         self.actor = self.trainable(self.shape, config.finetuning_type, *own)
         self.double = config.double_quantization
         base = weight_bytes(self.shape, item, config.quantization_bit, double=self.double)
+        if inputs.shards:
+            base = sharded_bytes(self.shape, item, inputs.gpus)
         if self.actor.trains_base:  # trainable weights are float32 instead of the base's dtype
             base += self.actor.parameters * (FLOAT32 - item)
         self.rows["base weights"] = base

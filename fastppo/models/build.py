@@ -109,7 +109,8 @@ class RolesBuilder:
 def build(config: Config, device: torch.device) -> Roles:
     """Load each model that the configuration names once, and assign the roles to the models."""
     builder = RolesBuilder(config, device)
-    base = base_model(config, device, bits=config.quantization_bit)
+    bits, waits = config.quantization_bit, config.shards
+    base = base_model(config, device, bits=bits, on_host=waits)  # until it is sharded
     builder.notes += experts_note(base, config.finetuning_type)
     if config.finetuning_type == "lora":
         place_on_adapters(builder, base)
@@ -121,7 +122,7 @@ def build(config: Config, device: torch.device) -> Roles:
     for model in {id(model): model for model, _, _ in builder.assigned.values()}.values():
         disable_dropout(model)
         disable_input_cast(model)
-        if not is_in_place(causal_lm(model)):
+        if not waits and not is_in_place(causal_lm(model)):
             model.to(device)
         model.eval()
     places = {role: builder.make_place(role) for role in builder.assigned}
