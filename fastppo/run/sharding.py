@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any
+import os
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,11 @@ if TYPE_CHECKING:
     from fastppo.models.roles import Roles
     from fastppo.run.world import World
 
+# What accelerate's configuration asks for, as LLaMA-Factory's examples do, and the file does not.
+ACCELERATES: Final = (
+    "ACCELERATE_USE_FSDP: accelerate's own settings of FSDP are not read, and each process has the "
+    "whole base; fsdp: full_shard in this run's file shards it"
+)
 # Since torch 2.13 the first name warns.
 all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -119,13 +125,14 @@ def shard_base(config: Config, roles: Roles, budgets: Budgets, world: World) -> 
     In one process they are put there whole. Sets `roles.sharding`.
 
     Returns:
-        Lines for the start of the run; none without `fsdp`.
+        Lines for the start of the run.
 
     Raises:
         UserError: a process has other weights, or the model has no decoder layers to shard.
     """
     if not config.shards:
-        return []
+        asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+        return [ACCELERATES] if asked else []
     models = {id(place.model): place.model for place in roles.places.values()}.values()
     if world.size == 1:
         for model in models:

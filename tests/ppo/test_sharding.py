@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,12 @@ from safetensors.torch import load_file
 from fastppo import toy
 from fastppo.models.build import build
 from fastppo.ppo import update
-from fastppo.run import save
+from fastppo.run import durable, save
 from tests import world as processes
 from tests.ppo.sharding_cases import CASES, LAYERS, all_cases
 from tests.ppo.test_parallel import close
 from tests.reliability import runs
+from tests.reliability.test_signals import lines, wait_for
 from tests.tiny import make_config, stir
 
 SECONDS = 60.0  # that a process waits for the others: one that hangs fails
@@ -108,8 +111,9 @@ def test_the_first_lines_say_what_each_holds_and_that_it_is_experimental(found):
 
 def settings(folder: Path, **changes: Any) -> dict[str, Any]:
     """The command's settings, for a run whose layers can be sharded."""
-    exact = {"reward_model": "fastppo.toy:vowels", "eval_judge": "fastppo.toy:vowels"}
-    return runs.ppo(folder, **exact, lr_scheduler_type="constant", ddp_timeout=60, use_cpu=True, **changes)
+    own = {"reward_model": "fastppo.toy:vowels", "eval_judge": "fastppo.toy:vowels"}
+    own |= {"lr_scheduler_type": "constant", "ddp_timeout": 60, "use_cpu": True}
+    return runs.ppo(folder, **own, **changes)
 
 
 def test_a_run_of_one_process_goes_on_sharded_and_alone_again(tmp_path):
@@ -151,3 +155,21 @@ def test_memory_that_runs_out_in_one_process_ends_all_with_a_line_each(tmp_path)
     assert "the smallest changes that help" in said or "no setting makes it smaller" in said
     assert "has lost another" in said
     assert "Traceback" not in said
+
+
+def slow(rank: int) -> None:
+    runs.slow_steps(0.3)
+
+
+@pytest.mark.alone
+def test_a_signal_to_all_saves_the_last_whole_step(tmp_path):
+    mine = settings(tmp_path / "run", max_steps=50, **SHARDED)
+    rows = Path(mine["metrics_dir"]) / "training_metrics.csv"
+    started = processes.start(mine, 2, slow)
+    wait_for(lambda: lines(rows) >= 1 + 3)
+    for process in started:
+        os.kill(process.pid, signal.SIGTERM)
+    assert [runs.finish(process) for process in started] == [143, 143]
+    newest = durable.checkpoints(Path(mine["output_dir"]))[-1]
+    assert durable.checkpoint_fault(newest) is None
+    assert int(newest.name.rpartition("-")[2]) >= 3
