@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -45,9 +46,9 @@ FSDP_IDLE: Final = (
 # Keys that do not go with `fsdp`, those of their values that do, and why.
 FSDP_WITHOUT: Final[dict[str, tuple[tuple[Any, ...], str]]] = {
     "finetuning_type": (("lora",), "a frozen base is sharded, and this one trains"),
-    "critic": (("adapter", "shared"), "one base is sharded, and all roles are on it"),
-    "ref_model": ((None,), "one base is sharded, and all roles are on it"),
+    "critic_finetuning_type": ((None, "lora"), "a frozen base is sharded, and this one trains"),
     "quantization_bit": ((None,), "weights of few bits are not sharded"),
+    "ref_model_quantization_bit": ((None,), "weights of few bits are not sharded"),
     "additional_target": ((None,), "modules that train whole are not sharded"),
     "use_dora": ((False,), "its norms were not tried on sharded weights"),
     "use_vllm": ((False,), "its server has the whole base"),
@@ -67,7 +68,7 @@ def units_a_step(config: Config) -> tuple[int, str]:
 def fsdp_settings(config: Mapping[str, Any] | str | None) -> dict[str, Any]:
     """`fsdp_config`, or the JSON file that it names, without the prefix that its keys may have."""
     if isinstance(config, str):
-        if not Path(config).is_file():
+        if not os.path.isfile(config):  # no error for a name that no file can have
             raise ValueError(f"fsdp_config: no file {config}; check the path")
         config = read_json(Path(config), "fsdp_config")
     return {str(name).removeprefix("fsdp_"): value for name, value in (config or {}).items()}

@@ -174,6 +174,8 @@ class StaticBytes:
         """
         double = self.double or row == "reward weights"
         size = weight_bytes(shape, self.inputs.itemsize, bits, double=double)
+        if self.inputs.shards and row == "reference weights":
+            size = sharded_bytes(shape, self.inputs.itemsize, self.inputs.gpus)
         if self.inputs.config.stream_frozen and bits is None and not stays:
             size, away = streamed_bytes(shape, self.inputs.itemsize)
             self.host[row] = self.host.get(row, 0) + away
@@ -219,6 +221,8 @@ class StaticBytes:
             bits = config.quantization_bit if kind == "lora" else None
             critic = self.trainable(shape, kind, config.lora_rank, config.lora_target)
             weights = weight_bytes(shape, inputs.itemsize, bits, double=self.double)
+            if inputs.shards:
+                weights = sharded_bytes(shape, inputs.itemsize, inputs.gpus)
             if critic.trains_base:
                 weights += critic.parameters * (FLOAT32 - inputs.itemsize)
             self.rows["critic weights"] = weights

@@ -245,7 +245,9 @@ def place_reference_model(builder: RolesBuilder, name: str) -> None:
     check_same_tokens(config, "ref_model", name, model)
     folders = comma_list(config.ref_model_adapters)
     adapter = None
-    if bits is None:
+    if bits is None and config.shards:
+        model = merge_adapters(model, folders, "ref_model_adapters").requires_grad_(False)
+    elif bits is None:
         model = merge_adapters(model, folders, "ref_model_adapters")
         streamed, folder = reference_streams(config), config.offload_dir
         layers = find_layers(text_model(model)) if streamed else None
@@ -325,7 +327,9 @@ def place_critic_model(builder: RolesBuilder) -> nn.Linear:
     bits = config.quantization_bit if kind == "lora" else None
     key = name and "critic_model"
     below = None if name is None else base_of(Path(name))  # of an adapter with a value head
-    model: nn.Module = base_model(config, builder.device, below or name, bits, key=key)
+    model: nn.Module = base_model(
+        config, builder.device, below or name, bits, key=key, on_host=config.shards
+    )
     if below is not None and name is not None:
         model = merge_adapters(model, [name], "critic_model")
     head = new_head(builder, model)

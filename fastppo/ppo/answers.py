@@ -94,11 +94,12 @@ def join_group(state: State, role: Role) -> None:
     assert sharding is not None
     state.roles.eval()
     with torch.no_grad():
-        sharding.join_passes()
+        with state.roles.use(role):
+            sharding.join_passes()
         with state.world.together():
             state.reward.join_passes(sharding)
         if role != "reference":
-            sharding.idle(sharding.missing(0) * sharding.scoring_passes)
+            sharding.idle_scoring(sharding.missing(0))
 
 
 def judge(config: Config, prompts: list[Prompt], texts: list[str]) -> list[float] | None:

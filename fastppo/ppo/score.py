@@ -138,7 +138,7 @@ def score(
             values.append(roles.value(batch.packing.gather(actor_BTD)))
             finals.append(roles.value(batch.last(actor_BTD)))
     if sharding is not None:
-        sharding.idle(missing * sharding.scoring_passes)
+        sharding.idle_scoring(missing)
     order = Order.of(rollout, made)
     starts = torch.tensor([0, *rollout.response_lengths]).cumsum(0)
     return Scored(

@@ -218,7 +218,7 @@ def accumulate_gradients(
             loss_scale=loss_scale,
         )
     if sharding is not None:
-        sharding.idle_micro_batches(missing, train_actor=train_actor)
+        sharding.idle_update(missing, train_actor=train_actor)
     return totals
 
 

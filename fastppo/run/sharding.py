@@ -82,8 +82,17 @@ class Sharding:
             if hidden_BTD.requires_grad:
                 (hidden_BTD * 0.0).sum().backward()  # type: ignore[no-untyped-call]
 
-    def idle_micro_batches(self, count: int, *, train_actor: bool) -> None:
-        """The passes of `count` micro-batches of the update, over one token each."""
+    def idle_scoring(self, count: int) -> None:
+        """The passes of `count` micro-batches of scoring, over one token each, in its order."""
+        roles = self.roles
+        own_critic = roles.has_critic and not roles.shares_trunk
+        for _ in range(count):
+            for role in ("reference", *(("critic",) if own_critic else ()), "actor"):
+                with roles.use(role):
+                    self.idle(1)
+
+    def idle_update(self, count: int, *, train_actor: bool) -> None:
+        """The passes of `count` micro-batches of the update, over one token each, in its order."""
         roles = self.roles
         for _ in range(count):
             with roles.use("actor"):
@@ -91,11 +100,6 @@ class Sharding:
             if roles.has_critic and not roles.shares_trunk:
                 with roles.use("critic"):
                     self.idle(1, backward=True)
-
-    @property
-    def scoring_passes(self) -> int:
-        """How many passes a micro-batch of scoring takes: reference, actor, a separate critic."""
-        return 2 + (self.roles.has_critic and not self.roles.shares_trunk)
 
 
 class AllGather:

@@ -49,10 +49,12 @@ CASES: dict[str, dict[str, Any]] = {
         "padding_free": True,
         "generation_batch": 1,
     },
+    # Reference and critic are models of their own, with other layers than the actor's.
+    "models": {"ref_model": "other", "critic": "model", "critic_model": "other"},
     # The reward is an adapter too.
     "reward": {"reward_model_type": "lora", "disable_gradient_checkpointing": False},
 }
-LAYERS = 3
+LAYERS, OTHER_LAYERS = 3, 2
 
 
 def make_state(world: World, folder: Path, name: str, **changes: Any) -> State:
@@ -64,6 +66,9 @@ def make_state(world: World, folder: Path, name: str, **changes: Any) -> State:
         answers = [{"instruction": f"Say {i}.", "output": "aeiou " * i} for i in range(1, 4)]
         runs.write_once(own / "answers.json", answers)
         settings["ptx_dataset"] = str(own / "answers.json")
+    for key, value in settings.items():
+        if value == "other":
+            settings[key] = str(folder / "other")
     if settings.get("reward_model_type") == "lora":
         settings["reward_model"] = str(folder / "reward")
     state = init_state(make_config(folder / "model", own, **settings), world=world)
@@ -77,13 +82,21 @@ def make_state(world: World, folder: Path, name: str, **changes: Any) -> State:
     return state
 
 
+def models_of(state: State) -> list[torch.nn.Module]:
+    """The models of all roles, each once."""
+    places = state.roles.places.values()
+    return list({id(place.model): place.model for place in places}.values())
+
+
 def frozen_of_layers(state: State) -> list[torch.nn.Parameter]:
-    """The base's own weights in its decoder layers, as they are at this moment."""
-    model = state.roles.model
-    adapters = {id(parameter) for parameter in all_adapters(model)}
-    layers = find_layers(text_model(model))
-    assert len(layers) == LAYERS
-    return [p for p in layers.parameters() if id(p) not in adapters]
+    """The models' own weights in their decoder layers, as they are at this moment."""
+    found: list[torch.nn.Parameter] = []
+    for model in models_of(state):
+        adapters = {id(parameter) for parameter in all_adapters(model)}
+        layers = find_layers(text_model(model))
+        assert len(layers) in (LAYERS, OTHER_LAYERS)
+        found += [p for p in layers.parameters() if id(p) not in adapters]
+    return found
 
 
 def steps_of_run(
@@ -125,14 +138,16 @@ def steps_of_run(
         trainer.step_update(state)
     compared = evaluation.compare(state)
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
-    model = state.roles.model
     frozen = sum(p.nbytes for p in frozen_of_layers(state))
     return {
         "sharded": dict(sharded),
         "whole inside": all(whole),
         "bytes": (before, held_bytes(state)),
         # Of a DTensor nbytes is that of the whole weight.
-        "layers and all": (frozen, sum(p.nbytes for p in model.parameters())),
+        "layers and all": (
+            frozen,
+            sum(p.nbytes for model in models_of(state) for p in model.parameters()),
+        ),
         "texts": texts,
         "parameters": [p.detach().clone() for p in parameters],
         "rows": [
@@ -146,7 +161,7 @@ def steps_of_run(
 
 def held_bytes(state: State) -> int:
     """Bytes of the storages of the model's weights in this process."""
-    parameters: list[Any] = list(state.roles.model.parameters())
+    parameters: list[Any] = [p for model in models_of(state) for p in model.parameters()]
     local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
     storages = [x.untyped_storage() for x in local]
     return sum({each.data_ptr(): each.nbytes() for each in storages}.values())

@@ -17,7 +17,7 @@ from fastppo.models.build import build
 from fastppo.ppo import update
 from fastppo.run import durable, save
 from tests import world as processes
-from tests.ppo.sharding_cases import CASES, LAYERS, all_cases
+from tests.ppo.sharding_cases import CASES, LAYERS, OTHER_LAYERS, all_cases
 from tests.ppo.test_parallel import close
 from tests.reliability import runs
 from tests.reliability.test_signals import lines, wait_for
@@ -33,6 +33,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
     """What each process has of a run alone, of two without sharding, and of two with it."""
     folder = tmp_path_factory.mktemp("sharded")
     toy.write_model(folder / "model", layers=LAYERS)
+    toy.write_model(folder / "other", seed=5, layers=OTHER_LAYERS)
     toy_reward(folder)
     results = {}
     for name, size, changes in (("alone", 1, {}), ("whole", 2, {}), ("sharded", 2, SHARDED)):
