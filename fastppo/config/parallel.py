@@ -69,7 +69,7 @@ def fsdp_settings(config: Mapping[str, Any] | str | None) -> dict[str, Any]:
     """`fsdp_config`, or the JSON file that it names, without the prefix that its keys may have."""
     if isinstance(config, str):
         if not os.path.isfile(config):  # no error for a name that no file can have
-            raise ValueError(f"fsdp_config: no file {config}; check the path")
+            raise ValueError(f"fsdp_config: no file {config[:200]}; check the path")
         config = read_json(Path(config), "fsdp_config")
     return {str(name).removeprefix("fsdp_"): value for name, value in (config or {}).items()}
 
@@ -82,18 +82,20 @@ def check_fsdp(value: bool | str, settings: Mapping[str, Any]) -> None:
     """
     for word in str(value).lower().replace(",", " ").split():
         if word not in FSDP_WORDS:
-            raise ValueError(f"fsdp: {word}: not supported; use fsdp: full_shard, or leave it out")
+            raise ValueError(
+                f"fsdp: {word[:80]}: not supported; use fsdp: full_shard, or leave it out"
+            )
     for name, wanted in settings.items():
         if name in FSDP_IDLE:
             continue
         if name not in FSDP_VALUES:
             known = ", ".join(FSDP_VALUES)
             raise ValueError(
-                f"fsdp_config: {name}: is unknown; take it out, or use one of {known}"
+                f"fsdp_config: {name[:80]}: is unknown; take it out, or use one of {known}"
             )
         words = FSDP_VALUES[name]
         if (given := str(wanted).lower()) not in words:
-            raise ValueError(f"fsdp_config: {name}: {given}: not supported; use {words[0]}")
+            raise ValueError(f"fsdp_config: {name}: {given[:80]}: not supported; use {words[0]}")
 
 
 def check_sharding(config: Config) -> None:
