@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,13 @@ def as_process(rank: int, size: int, port: int) -> None:
 
 
 def call(
-    function: Callable[..., Any], rank: int, size: int, port: int, out: Path, args: Any
+    function: Callable[..., Any],
+    rank: int,
+    size: int,
+    port: int,
+    out: Path,
+    args: Any,
+    seconds: float,
 ) -> None:
     """In a child: what `function(world, *args)` returns goes into a file."""
     import torch.distributed as dist
@@ -94,19 +101,24 @@ def call(
     world = ALONE
     if size > 1:
         as_process(rank, size, port)
-        dist.init_process_group("gloo")
-        world = World(rank, size, 60.0)
+        dist.init_process_group("gloo", timeout=timedelta(seconds=seconds))
+        world = World(rank, size, seconds)
     torch.save(function(world, *args), out / f"{size}-{rank}.pt")
     if size > 1:
         dist.destroy_process_group()
 
 
-def results(function: Callable[..., Any], size: int, out: Path, *args: Any) -> list[Any]:
-    """What `function(world, *args)` returns in each of `size` processes."""
+def results(
+    function: Callable[..., Any], size: int, out: Path, *args: Any, seconds: float = 1800.0
+) -> list[Any]:
+    """What `function(world, *args)` returns in each of `size` processes.
+
+    One that waits for the others longer than `seconds` fails.
+    """
     out.mkdir(parents=True, exist_ok=True)
     port = free_port()
     processes = [
-        runs.context.Process(target=call, args=(function, rank, size, port, out, args))
+        runs.context.Process(target=call, args=(function, rank, size, port, out, args, seconds))
         for rank in range(size)
     ]
     for process in processes:

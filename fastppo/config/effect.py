@@ -24,6 +24,8 @@ def without_effect(config: Config) -> dict[str, str]:
     found: dict[str, str] = {}
     if config.stage == "ppo":
         found |= algorithm(config)
+    if config.fsdp_config and not config.shards:
+        found["fsdp_config"] = "no effect without fsdp: full_shard"
     if "swanlab" not in config.trackers:
         swanlab = "no effect without use_swanlab: true, or swanlab in report_to"
         found |= {name: swanlab for name in type(config).model_fields if name[:8] == "swanlab_"}

@@ -20,15 +20,15 @@ OLD_NAMES = {
 
 # Why keys have no effect here -> these keys. They are accepted, with a line that says why.
 _NOTES: dict[str, str] = {
-    "a process has one device, and nothing is sharded": """accelerator_config
+    "a process has one device": """accelerator_config
         average_tokens_across_devices ddp_backend ddp_broadcast_buffers
         ddp_bucket_cap_mb ddp_find_unused_parameters
-        ddp_static_graph data_shared_file_system eval_use_gather_object fsdp_config
-        fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap hyper_parallel_args local_rank
-        log_on_each_node
+        ddp_static_graph data_shared_file_system eval_use_gather_object
+        hyper_parallel_args local_rank log_on_each_node
         log_level_replica mp_parameters parallelism_config placement_strategy ray_init_kwargs
         ray_num_workers ray_run_name ray_scope ray_storage_filesystem ray_storage_path
         resources_per_worker save_on_each_node tpu_metrics_debug tpu_num_cores""",
+    "fsdp shards each decoder layer": "fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap",
     "records are encoded once, at the start": """dataloader_drop_last dataloader_in_order
         dataloader_multiprocessing_context dataloader_num_workers dataloader_persistent_workers
         dataloader_pin_memory dataloader_prefetch_factor preprocessing_batch_size
@@ -127,7 +127,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         "evaluation is over all of eval_dataset together; evaluate one set a run",
     ),
     "fp8": (_OFF, "use bf16: true"),
-    "fsdp": ((None, "", False), "fastppo trains on one device; leave it out"),
     "full_determinism": (_OFF, "seed fixes everything random; leave it out"),
     "hub_revision": ((None,), "push_to_hub uploads to main; leave it out"),
     "hub_token": ((None,), _TOKEN),

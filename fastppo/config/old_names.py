@@ -86,7 +86,7 @@ NEEDLESS: dict[str, str] = {
     "data is read whole, and nothing is cached": "dataset_shards",
     "SwanLab gets the run's own configuration": "swanlab_config swanlab_description",
     "swanlab_run_name names SwanLab's run": "swanlab_experiment_name swanlab_name",
-    "a process has one device, and nothing is sharded": "num_workers",
+    "a process has one device": "num_workers",
 }
 
 # A former value of a key -> today's.

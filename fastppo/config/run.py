@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from fastppo.config.key import HF, LF, Keys, Positive, key
+from fastppo.config.old_names import meant
+from fastppo.config.parallel import FSDP_IDLE, check_fsdp, fsdp_settings
 
 
 class RunKeys(Keys):
@@ -41,6 +43,40 @@ class RunKeys(Keys):
         "Seconds that one of several processes waits for the others (docs/scaling.md): more than "
         "the longest phase of a step, an evaluation or a checkpoint takes.",
     )
+    fsdp: bool | str | None = key(
+        None,
+        HF,
+        "true or full_shard: of several processes each holds a part of the frozen base's decoder "
+        "layers (FSDP2), in stage ppo with LoRA; experimental. docs/scaling.md.",
+    )
+    fsdp_config: dict[str, Any] | str | None = key(
+        None,
+        HF,
+        "What transformers reads with fsdp, or the path of a JSON file of it: fsdp_version 2, with "
+        "reshard_after_forward and without cpu_offload; a line names what else has no effect.",
+    )
+
+    @property
+    def shards(self) -> bool:
+        """Whether `fsdp` asks for a base that is sharded over the processes of the run."""
+        return self.fsdp is not None
+
+    @property
+    def fsdp_without_effect(self) -> list[str]:
+        """The keys of `fsdp_config` that do nothing here."""
+        return [name for name in fsdp_settings(self.fsdp_config) if name in FSDP_IDLE]
+
+    @field_validator("fsdp", mode="before")
+    @classmethod
+    def _fsdp_off_is_null(cls, value: Any) -> Any:
+        words = " ".join(map(str, value)) if isinstance(value, list) else value
+        return None if meant(words) in (None, False, "", 0) else words
+
+    @model_validator(mode="after")
+    def _fsdp_is_one_that_is_done(self) -> RunKeys:
+        if self.fsdp is not None:
+            check_fsdp(self.fsdp, fsdp_settings(self.fsdp_config))
+        return self
 
     @property
     def trains(self) -> bool:

@@ -24,6 +24,7 @@ from fastppo.config.memory import MemoryKeys, StepKeys, check_offload, check_ste
 from fastppo.config.model import ModelKeys
 from fastppo.config.objects import Objects
 from fastppo.config.old_names import meant, with_todays_names
+from fastppo.config.parallel import check_sharding
 from fastppo.config.ppo import ALIASES, ELSEWHERE, PPOKeys
 from fastppo.config.rewards import RewardKeys, RewardSpec, reward_specs, split
 from fastppo.config.rm import RMKeys
@@ -150,6 +151,7 @@ class Config(
                 "gradient_accumulation_steps x ppo_buffer_size); change one of them"
             )
         check_offload(self)
+        check_sharding(self)
         check_step(self)
         check_engine(self)
         return self

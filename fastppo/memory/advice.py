@@ -18,6 +18,7 @@ from fastppo.memory.plan import Plan
 from fastppo.memory.units import MIB
 
 MIN_CHUNK_BYTES = 16 * MIB
+NOT_WITH_FSDP = {"activation_offloading", "quantization_bit"}
 MIN_LENGTH = 256  # lengths are not reduced below this: that would be a different task
 Settings = dict[str, Any]
 # A function from a plan to settings that reduce its memory; empty if it cannot reduce anything.
@@ -192,6 +193,8 @@ def reduce_until_it_fits(
     """Apply reductions until the run fits or none helps; index in REDUCTIONS -> settings."""
     reduced: dict[int, Settings] = {}
     now = plan
+    if plan.inputs.config.shards:
+        known = set(known) - NOT_WITH_FSDP
     while not now.fits(available_bytes):
         for index, reduction in enumerate(REDUCTIONS):
             settings = reduction(now)
@@ -239,7 +242,8 @@ def offload_modes(plan: Plan) -> list[Any]:
 
     `offload` is never chosen: it copies about 30 times as much as `checkpoint+offload`.
     """
-    has_host = plan.inputs.device == "gpu" or plan.inputs.config.offload_dir
+    config = plan.inputs.config
+    has_host = (plan.inputs.device == "gpu" or config.offload_dir) and not config.shards
     return ["none", "checkpoint", *(["checkpoint+offload"] if has_host else [])]
 
 

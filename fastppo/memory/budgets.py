@@ -54,6 +54,7 @@ class Budgets:
         generation_batch: number of sequences that are sampled at a time; None is all of them.
         chunk_bytes: bytes of logits that exist at a time; None is the operators' default.
         activation_offloading: none, checkpoint, offload or checkpoint+offload.
+        retries: whether a phase that ran out of memory is tried again with half of its budget.
     """
 
     update: Budget
@@ -61,6 +62,7 @@ class Budgets:
     generation_batch: int | None = None
     chunk_bytes: int | None = None
     activation_offloading: str = "checkpoint"
+    retries: bool = True
 
     @classmethod
     def of(cls, config: Config) -> Budgets:

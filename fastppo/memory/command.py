@@ -17,6 +17,7 @@ from fastppo.memory.advice import advise, choose_auto, format_settings
 from fastppo.memory.peak import PHASES, ROWS
 from fastppo.memory.plan import Plan, plan_config
 from fastppo.memory.units import GIB, KIB, MIB
+from fastppo.memory.weights import sharded_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -119,6 +120,22 @@ def shares(plan: Plan) -> list[str]:
         f"each of {gpus} GPUs has {each} of a step's {count} {what}; the table is one GPU's",
         f"an optimiser step adds up {summed / MIB:.1f} MiB of gradients, for which a ring sends "
         f"{sent / MIB:.1f} MiB from each GPU; {steps} a step: {sent * steps / MIB:.1f} MiB",
+        *shards(plan),
+    ]
+
+
+def shards(plan: Plan) -> list[str]:
+    """A line on what each of several processes has of a base that is sharded over them."""
+    inputs, shape = plan.inputs, plan.shapes.base
+    if not inputs.shards:
+        return []
+    item, gpus = inputs.itemsize, inputs.gpus
+    layers = shape.layers * shape.layer_parameters * item
+    held, whole = sharded_bytes(shape, item, gpus), shape.parameters * item
+    return [
+        f"fsdp: each GPU holds {held / MIB:.1f} of the base's {whole / MIB:.1f} MiB, two whole "
+        f"layers among them; a pass, and a step of decoding is one, receives "
+        f"{layers * (gpus - 1) / gpus / MIB:.1f} MiB"
     ]
 
 

@@ -150,6 +150,11 @@ class PlanInputs:
         return self.config.lora_target if self.start_rank is None else self.start_target
 
     @property
+    def shards(self) -> bool:
+        """Whether each process has a part of the base's decoder layers (`fsdp`)."""
+        return self.config.shards and self.gpus > 1
+
+    @property
     def reward_kinds(self) -> tuple[str, ...]:
         """The `reward_model_type` of each reward."""
         return tuple(spec.kind for spec in self.config.rewards)
@@ -255,7 +260,7 @@ class PlanInputs:
     def samples_from_merged_copy(self) -> bool:
         """Whether sampling uses merged copies of the adapted weights, unless they are too large."""
         config = self.config
-        if config.finetuning_type != "lora" or config.quantization_bit is not None:
+        if config.finetuning_type != "lora" or config.quantization_bit is not None or self.shards:
             return False
         merge = config.rollout_merge_adapter
         return self.itemsize == 4 if merge is None else merge
@@ -266,7 +271,7 @@ class PlanInputs:
         It is what `fastppo.models.shared_layers` finds once the models are loaded.
         """
         config = self.config
-        if config.stage != "ppo" or config.quantization_bit == 8:
+        if config.stage != "ppo" or config.quantization_bit == 8 or self.shards:
             return 0
         adapted = depth - min(config.lora_layers or depth, depth)  # layers below a new adapter
         upper = config.freeze_trainable_layers

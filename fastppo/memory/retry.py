@@ -81,6 +81,11 @@ def retry(
                     raise
             # Outside the `except` block: the traceback keeps all tensors of the failed call alive.
             clean()
+            if not budgets.retries:
+                raise OutOfMemory(
+                    f"out of memory in {phase}, which no process can try again while others wait "
+                    "for it (fsdp)"
+                )
             set_random_state(random)
             release_memory()
             change = budgets.halve(phase, used())

@@ -50,6 +50,16 @@ def streamed_bytes(shape: ModelShape, item: int) -> tuple[int, int]:
     return (rest + 2 * layer) * item, shape.layers * layer * item
 
 
+def sharded_bytes(shape: ModelShape, item: int, processes: int) -> int:
+    """Bytes in each process of a frozen model whose decoder layers are sharded (`fsdp`).
+
+    Besides its part a process has all weights outside the layers, and room for two whole layers:
+    the one that runs, and the one that is gathered next.
+    """
+    layer, rest = shape.layer_parameters, shape.parameters - shape.layers * shape.layer_parameters
+    return (-(-shape.layers * layer // processes) + 2 * layer + rest) * item
+
+
 @dataclass(frozen=True)
 class Trainable:
     """The trainable part of a role.
@@ -108,6 +118,8 @@ class StaticBytes:
         self.actor = self.trainable(self.shape, config.finetuning_type, *own)
         self.double = config.double_quantization
         base = weight_bytes(self.shape, item, config.quantization_bit, double=self.double)
+        if inputs.shards:
+            base = sharded_bytes(self.shape, item, inputs.gpus)
         if self.actor.trains_base:  # trainable weights are float32 instead of the base's dtype
             base += self.actor.parameters * (FLOAT32 - item)
         self.rows["base weights"] = base
@@ -162,6 +174,8 @@ class StaticBytes:
         """
         double = self.double or row == "reward weights"
         size = weight_bytes(shape, self.inputs.itemsize, bits, double=double)
+        if self.inputs.shards and row == "reference weights":
+            size = sharded_bytes(shape, self.inputs.itemsize, self.inputs.gpus)
         if self.inputs.config.stream_frozen and bits is None and not stays:
             size, away = streamed_bytes(shape, self.inputs.itemsize)
             self.host[row] = self.host.get(row, 0) + away
@@ -207,6 +221,8 @@ class StaticBytes:
             bits = config.quantization_bit if kind == "lora" else None
             critic = self.trainable(shape, kind, config.lora_rank, config.lora_target)
             weights = weight_bytes(shape, inputs.itemsize, bits, double=self.double)
+            if inputs.shards:
+                weights = sharded_bytes(shape, inputs.itemsize, inputs.gpus)
             if critic.trains_base:
                 weights += critic.parameters * (FLOAT32 - inputs.itemsize)
             self.rows["critic weights"] = weights

@@ -109,7 +109,8 @@ class RolesBuilder:
 def build(config: Config, device: torch.device) -> Roles:
     """Load each model that the configuration names once, and assign the roles to the models."""
     builder = RolesBuilder(config, device)
-    base = base_model(config, device, bits=config.quantization_bit)
+    bits, waits = config.quantization_bit, config.shards
+    base = base_model(config, device, bits=bits, on_host=waits)  # until it is sharded
     builder.notes += experts_note(base, config.finetuning_type)
     if config.finetuning_type == "lora":
         place_on_adapters(builder, base)
@@ -121,7 +122,7 @@ def build(config: Config, device: torch.device) -> Roles:
     for model in {id(model): model for model, _, _ in builder.assigned.values()}.values():
         disable_dropout(model)
         disable_input_cast(model)
-        if not is_in_place(causal_lm(model)):
+        if not waits and not is_in_place(causal_lm(model)):
             model.to(device)
         model.eval()
     places = {role: builder.make_place(role) for role in builder.assigned}
@@ -244,7 +245,9 @@ def place_reference_model(builder: RolesBuilder, name: str) -> None:
     check_same_tokens(config, "ref_model", name, model)
     folders = comma_list(config.ref_model_adapters)
     adapter = None
-    if bits is None:
+    if bits is None and config.shards:
+        model = merge_adapters(model, folders, "ref_model_adapters").requires_grad_(False)
+    elif bits is None:
         model = merge_adapters(model, folders, "ref_model_adapters")
         streamed, folder = reference_streams(config), config.offload_dir
         layers = find_layers(text_model(model)) if streamed else None
@@ -324,7 +327,9 @@ def place_critic_model(builder: RolesBuilder) -> nn.Linear:
     bits = config.quantization_bit if kind == "lora" else None
     key = name and "critic_model"
     below = None if name is None else base_of(Path(name))  # of an adapter with a value head
-    model: nn.Module = base_model(config, builder.device, below or name, bits, key=key)
+    model: nn.Module = base_model(
+        config, builder.device, below or name, bits, key=key, on_host=config.shards
+    )
     if below is not None and name is not None:
         model = merge_adapters(model, [name], "critic_model")
     head = new_head(builder, model)

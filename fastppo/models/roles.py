@@ -24,6 +24,7 @@ from fastppo.types import Sequences
 if TYPE_CHECKING:
     from fastppo.models.shared_layers import SharedLayers
     from fastppo.models.shared_states import StatesOfBatch
+    from fastppo.run.sharding import Sharding
 
 Role = Literal["actor", "reference", "reward", "critic"]
 SomeSequences = TypeVar("SomeSequences", bound=Sequences)
@@ -78,6 +79,7 @@ class Roles:
     autocast: torch.dtype | None  # of the base and of products; None: float32
     notes: list[str] = field(default_factory=list)  # for the first lines of a run
     shared: SharedLayers | None = None  # the lowest layers, if they run once per rollout
+    sharding: Sharding | None = None  # of the base over the processes of a run (fsdp)
 
     def __post_init__(self) -> None:
         # PEFT changes requires_grad when it switches adapters; _switch restores it from this set.

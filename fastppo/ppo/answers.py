@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -31,12 +32,17 @@ def answer(state: State, role: Role, prompts: list[Prompt]) -> Answers:
     judge is asked in the first alone, for all of them.
     """
     world, size = state.world, state.config.per_device_eval_batch_size
-    part = world.part(len(prompts))
-    with world.together():
+    part, sharding = world.part(len(prompts)), state.roles.sharding
+    starts = range(part.start, part.stop, size)
+    missing = 0 if sharding is None else sharding.missing(len(starts))
+    # Sharded, a group needs the others while it runs: then it is its reward that may fail.
+    with world.together() if sharding is None else nullcontext():
         groups = [
             answer_group(state, role, prompts[start : min(start + size, part.stop)], start)
-            for start in range(part.start, part.stop, size)
+            for start in starts
         ]
+    for _ in range(missing):
+        join_group(state, role)
     groups = [group for theirs in world.gather(groups) for group in theirs]
     texts = [text for group in groups for text in group.texts]
     parts = {
@@ -66,7 +72,8 @@ def answer_group(state: State, role: Role, group: list[Prompt], first: int) -> A
             **settings(state),
         )
     rollout = roles.with_states(rollout)
-    score_B, parts = state.rewards_of(rollout, "evaluation", first)
+    with nullcontext() if roles.sharding is None else state.world.together():
+        score_B, parts = state.rewards_of(rollout, "evaluation", first)
     kl = 0.0 if role == "reference" else total_kl(state, rollout, (score_B, parts))
     if state.world.size > 1:  # the others cannot reach this process's GPU
         parts = {name: part_B.cpu() for name, part_B in parts.items()}
@@ -79,6 +86,20 @@ def answer_group(state: State, role: Role, group: list[Prompt], first: int) -> A
         terminated=rollout.terminated,
         kl=kl,
     )
+
+
+def join_group(state: State, role: Role) -> None:
+    """Take part in the passes of a group of other processes, for one that has no such group."""
+    sharding = state.roles.sharding
+    assert sharding is not None
+    state.roles.eval()
+    with torch.no_grad():
+        with state.roles.use(role):
+            sharding.join_passes()
+        with state.world.together():
+            state.reward.join_passes(sharding)
+        if role != "reference":
+            sharding.idle_scoring(sharding.missing(0))
 
 
 def judge(config: Config, prompts: list[Prompt], texts: list[str]) -> list[float] | None:

@@ -141,6 +141,8 @@ def should_merge_adapter(roles: Roles, sampling: Sampling) -> bool:
     quarter of the device's total memory (not of the free memory, so that a repeated run decides in
     the same way).
     """
+    if roles.sharding is not None:
+        return False  # a merged copy would be of the whole weights
     if sampling.merge_adapter is not None:
         return sampling.merge_adapter
     if roles.device.type == "cuda":
@@ -187,7 +189,8 @@ def sample(
     draws, stops = Draws(sampling, seed, first_row), Stops(sampling, template, tokenizer)
     merges = should_merge_adapter(roles, sampling)
     merging = merge_active_adapters(roles.base) if merges else nullcontext()
-    with merging, use_cpu_layers(roles.base), roles.precision():
+    faster = use_cpu_layers(roles.base) if roles.sharding is None else nullcontext()
+    with merging, faster, roles.precision():
         budget = cache_budget(roles, sampling, plan)
         most = most_rows(roles, budgets)
         windows = windows_of(roles.one_token_cache())

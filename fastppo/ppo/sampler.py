@@ -53,8 +53,9 @@ class Forward:
     """Calls the base of the active role: the logits of the last position, float32 (B, V)."""
 
     def __init__(self, roles: Roles) -> None:
-        self.base, self.device = roles.base, roles.device
-        self.own_attention: bool | None = None  # None until the first step
+        self.base, self.device, self.sharding = roles.base, roles.device, roles.sharding
+        # None until the first step. Sharded layers must not stop in the midst of a pass.
+        self.own_attention: bool | None = None if self.sharding is None else True
         taken = inspect.signature(self.base.forward).parameters
         self.takes_positions = "position_ids" in taken
         self.keep = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
@@ -63,6 +64,8 @@ class Forward:
         self, ids_BT: Tensor, mask: Tensor | None, positions_BT: Tensor, cache: Any
     ) -> Tensor:
         positions = {"position_ids": positions_BT} if self.takes_positions else {}
+        if self.sharding is not None:
+            self.sharding.begin_pass()
         out = self.base(
             input_ids=ids_BT,
             attention_mask=mask,
@@ -170,6 +173,8 @@ class Sampler:
     def run(self, prompts: list[Prompt]) -> list[Answer]:
         """The answers to the prompts, in their order."""
         self.sample_rows([Row(i, prompt.ids) for i, prompt in enumerate(prompts)])
+        if self.forward.sharding is not None:
+            self.forward.sharding.join_passes()
         return [self.answers[i] for i in range(len(prompts))]
 
     def sample_rows(self, rows: list[Row]) -> None:

@@ -102,7 +102,8 @@ def score(
     roles.eval()
     score_B, reward_parts = rewards
     made = batches(rollout, range(len(rollout.prompts)), budget)
-    kept = None
+    sharding, kept = roles.sharding, None
+    missing = 0 if sharding is None else sharding.missing(len(made))
     logprobs, refs, entropies, kls, values, finals = [], [], [], [], [], []
     for batch in made:
         with roles.use("reference"):
@@ -118,7 +119,7 @@ def score(
             finals.append(roles.value(batch.last(critic_BTD)))
             del critic_BTD
         with roles.use("actor"):
-            if keep and len(made) == 1:
+            if keep and len(made) == 1 and sharding is None:
                 hidden_BTD = keep_forward(roles, batch)
                 kept, actor_BTD = Kept(batch.rows, hidden_BTD), hidden_BTD.detach()
             else:
@@ -136,6 +137,8 @@ def score(
         if roles.has_critic and roles.shares_trunk:
             values.append(roles.value(batch.packing.gather(actor_BTD)))
             finals.append(roles.value(batch.last(actor_BTD)))
+    if sharding is not None:
+        sharding.idle_scoring(missing)
     order = Order.of(rollout, made)
     starts = torch.tensor([0, *rollout.response_lengths]).cumsum(0)
     return Scored(

@@ -17,6 +17,7 @@ from transformers import set_seed
 
 from fastppo.config import Config, load_config
 from fastppo.data import encode_prompts
+from fastppo.errors import UserError
 from fastppo.memory.auto import advice_on_failure, resolve_auto
 from fastppo.memory.budgets import Budgets
 from fastppo.models.batch import check_packing, shuffled_batch
@@ -46,6 +47,7 @@ from fastppo.rewards.function import load_function
 from fastppo.rewards.reward import Reward, make_reward
 from fastppo.run.launch import choose_device, note_on_device
 from fastppo.run.preflight import check
+from fastppo.run.sharding import shard_base
 from fastppo.run.stopping import Stop
 from fastppo.run.tracking import Trackers
 from fastppo.run.world import ALONE, World
@@ -239,12 +241,17 @@ def init_state(
     budgets = Budgets.of(config)
     with advice_on_failure(plan, config, budgets, device):
         roles = build(config, device)
+        notes += shard_base(config, roles, budgets, world)
     roles.check_head(prompts[0].ids)
     Sampling.of(config).check(device)
-    notes += [] if (note := row_batch_note(roles)) is None else [note]
+    if (note := row_batch_note(roles)) is not None:
+        if roles.sharding is not None:
+            raise UserError(f"{config.source}: fsdp: {note}, which is not sharded; leave fsdp out")
+        notes.append(note)
     if config.padding_free:
         check_packing(roles, prompts[0].ids)
-    if config.quantization_bit != 8:  # 8-bit kernels may choose outliers by batch
+    # 8-bit kernels may choose outliers by batch; a sharded layer that is left out has no hooks.
+    if config.quantization_bit != 8 and roles.sharding is None:
         share_layers(
             roles,
             prompts[0].ids,

@@ -202,7 +202,9 @@ def accumulate_gradients(
     """
     totals, own = Totals(), experience.scored.own
     rows = mini.rows if own is None else [row for row in mini.rows if row in own]
-    for batch in batches(experience.scored.rollout, rows, budgets.update):
+    made, sharding = batches(experience.scored.rollout, rows, budgets.update), roles.sharding
+    missing = 0 if sharding is None else sharding.missing(len(made))
+    for batch in made:
         forward_backward(
             roles,
             experience,
@@ -215,6 +217,8 @@ def accumulate_gradients(
             chunk_bytes=budgets.chunk_bytes,
             loss_scale=loss_scale,
         )
+    if sharding is not None:
+        sharding.idle_update(missing, train_actor=train_actor)
     return totals
 
 
@@ -341,6 +345,9 @@ def update(
             batch = next(ptx)
             if passes % world.size == world.rank:
                 sums.add("ptx_loss", ptx_backward(roles, batch, config.ptx_coef, loss_scale=scale))
+            elif roles.sharding is not None:
+                with roles.use("actor"):
+                    roles.sharding.idle(1, backward=True)
         sums = sums.reduce(world, bad_run.device)
         world.sum_gradients(parameters)
         if passes == 1:

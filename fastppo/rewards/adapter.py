@@ -18,6 +18,7 @@ from fastppo.types import Rollout
 
 if TYPE_CHECKING:
     from fastppo.models.build import Roles
+    from fastppo.run.sharding import Sharding
     from fastppo.templates import Template
 
 
@@ -37,6 +38,7 @@ class HeadReward:
         template: the policy's, for its suffix and padding.
         budget: limits of a micro-batch.
         packs: whether `hidden` accepts packed micro-batches.
+        sharding: of the model that `hidden` runs, whose passes all processes make together.
     """
 
     def __init__(
@@ -48,8 +50,9 @@ class HeadReward:
         budget: Budget,
         *,
         packs: bool = True,
+        sharding: Sharding | None = None,
     ) -> None:
-        self.hidden, self.head, self.packs = hidden, head, packs
+        self.hidden, self.head, self.packs, self.sharding = hidden, head, packs, sharding
         self.template, self.budget = template, budget
         recorded = "eos" if folder is None else read_score_at(folder)
         self.score_at = recorded or ("suffix" if template.suffix_ids else "eos")
@@ -60,9 +63,12 @@ class HeadReward:
             rollout = append_suffix(rollout, list(self.template.suffix_ids), self.template.pad_id)
         budget = self.budget if self.packs else self.budget.padded
         micro_batches = batches(rollout, range(len(rollout.prompts)), budget)
+        missing = 0 if self.sharding is None else self.sharding.missing(len(micro_batches))
         scores = [
             self.head(batch.last(self.hidden(batch)).float()).squeeze(-1) for batch in micro_batches
         ]
+        if self.sharding is not None:
+            self.sharding.idle(missing)
         return Order.of(rollout, micro_batches).rows(scores)
 
 
@@ -76,7 +82,8 @@ class AdapterReward(HeadReward):
         self, roles: Roles, folder: Path, template: Template, budget: Budget, role: str = "reward"
     ) -> None:
         self.roles, self.role = roles, role
-        super().__init__(self._hidden, roles.reward_heads[role], folder, template, budget)
+        head, sharding = roles.reward_heads[role], roles.sharding
+        super().__init__(self._hidden, head, folder, template, budget, sharding=sharding)
 
     def _hidden(self, batch: Batch) -> Tensor:
         with self.roles.use(self.role):

@@ -27,6 +27,7 @@ from fastppo.types import Prompt, Rollout
 if TYPE_CHECKING:
     from fastppo.config import Config
     from fastppo.models.build import Roles
+    from fastppo.run.sharding import Sharding
     from fastppo.templates import Template
 
 RewardFunction = Callable[[Rollout], Tensor]  # scores (B,), NaN if it does not apply
@@ -104,6 +105,12 @@ class Reward:
             return part(rollout)
         used = partial(largest_micro_batch, rollout, self.budgets.scoring)
         return retry("score", self.budgets, used=used)(part)(rollout)
+
+    def join_passes(self, sharding: Sharding) -> None:
+        """Take part in other processes' passes over the sharded base, without rows to score."""
+        for spec in self.specs:
+            if spec.kind == "lora":
+                sharding.idle(sharding.missing(0))
 
     def table(self) -> str:
         """A line for each reward with its weight and description, for the first lines of a run."""

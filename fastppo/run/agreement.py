@@ -73,7 +73,8 @@ def sample(model: nn.Module) -> list[list[float]]:
     """A few numbers of each of a model's parameters."""
     found = []
     for parameter in model.parameters():
-        if parameter.device.type != "meta":
+        # Of a weight that is sharded (a DTensor, which has a mesh) each process has another part.
+        if parameter.device.type != "meta" and not hasattr(parameter, "device_mesh"):
             flat = parameter.detach().flatten()
             found.append(flat[:: max(1, flat.numel() // 8)].float().tolist())
     return found

@@ -103,9 +103,7 @@ HARMLESS: dict[str, TrlName] = {
     "num_sample_generations": TrlName(
         int, NEW, 10, "each evaluation writes samples: eval_strategy, eval_steps"
     ),
-    "ds3_gather_for_generation": TrlName(
-        bool, NEW, True, "a process has one device, and nothing is sharded"
-    ),
+    "ds3_gather_for_generation": TrlName(bool, NEW, True, "a process has one device"),
 }
 # Name -> the cure; a value that is not empty is an error.
 REFUSED: dict[str, TrlName] = {

@@ -43,10 +43,7 @@ def test_every_key_is_there_once_with_its_value_and_where_it_is_from(run_yaml):
     assert told["ppo_epochs"] == ("4", "default")
     assert told["cache_dir"] == ("null", "default")
     assert (told["temperature"], told["top_k"]) == (("0.95", "lf_sampling"), ("5", "file"))
-    assert (
-        by_name["ddp_backend"].meaning
-        == "Nothing: a process has one device, and nothing is sharded."
-    )
+    assert by_name["ddp_backend"].meaning == "Nothing: a process has one device."
     assert by_name["pure_bf16"].meaning.startswith("Nothing with this value")
     assert by_name["calibrate_reward"].meaning.startswith("Nothing in stage ppo. In rm: ")
     assert by_name["ppo_epochs"].meaning == Config.model_fields["ppo_epochs"].description

@@ -66,3 +66,28 @@ def test_one_gpu_has_no_lines_on_others(capsys):
     assert main([FILE, "--plan", "--gpu", "80GiB"]) == 0
     assert capsys.readouterr().out == alone
     assert "GPUs" not in alone
+
+
+FSDP = ("reward_model_type=function", "reward_model=fastppo.toy:vowels", "fsdp=full_shard")
+
+
+@pytest.mark.parametrize("gpus", [2, 4, 7])
+def test_each_gpu_holds_its_part_of_the_layers_and_two_whole_ones(gpus):
+    """By hand: Qwen2.5-7B has 28 layers of 233,057,792 numbers, and 7,615,616,512 in all."""
+    plan, _ = plan_config(load_config(FILE, list(FSDP)), "gpu", gpus)
+    shape = plan.shapes.base
+    assert (shape.layers, shape.layer_parameters) == (28, 233_057_792)
+    rest = 7_615_616_512 - 28 * 233_057_792
+    part = -(-28 * 233_057_792 // gpus)
+    held = {peak.rows["base weights"] for peak in plan.peaks}
+    assert held == {2 * (part + 2 * 233_057_792 + rest)}
+    alone, _ = plan_config(load_config(FILE, list(FSDP)), "gpu", 1)
+    assert {peak.rows["base weights"] for peak in alone.peaks} == {2 * 7_615_616_512}
+
+
+def test_the_line_on_shards_says_what_a_pass_receives(capsys):
+    """Three quarters of 28 x 233,057,792 numbers of two bytes come from the other three GPUs."""
+    assert main([FILE, *FSDP, "--plan", "--gpu", "80GiB", "--gpus", "4"]) == 0
+    said = capsys.readouterr().out
+    assert f"receives {28 * 233_057_792 * 2 * 3 / 4 / MIB:.1f} MiB" in said
+    assert "the base's 14525.6 MiB" in said

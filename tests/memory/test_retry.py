@@ -45,6 +45,21 @@ def full() -> Exception:
     return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
+@pytest.mark.parametrize("phase", ["rollout", "score", "update"])
+def test_where_processes_wait_for_each_other_nothing_is_tried_again(phase):
+    """A second call would be one pass more than the others make: they would wait for ever."""
+    budgets, calls = Budgets(Budget(64), Budget(64), 4, retries=False), []
+
+    def fail() -> None:
+        calls.append(phase)
+        raise full()
+
+    with pytest.raises(OutOfMemory, match=f"out of memory in {phase}, which no process can try"):
+        retry(phase, budgets, used=lambda: 4)(fail)()
+    assert calls == [phase]
+    assert budgets == Budgets(Budget(64), Budget(64), 4, retries=False)
+
+
 def test_which_errors_are_about_memory():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)

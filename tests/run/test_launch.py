@@ -160,3 +160,15 @@ def test_a_gpu_that_torch_does_not_see_gets_a_line(tmp_path, monkeypatch):
     assert "look at nvidia-smi" in launch.note_on_device(config, cpu, driver)
     assert launch.note_on_device(config_from_dict({**PPO, "use_cpu": True}), cpu, driver) is None
     assert launch.note_on_device(config, torch.device("cuda"), driver) is None
+
+
+def test_what_accelerate_was_told_of_fsdp_is_not_read_and_a_line_says_so(monkeypatch):
+    from fastppo.run.sharding import shard_base
+
+    config: Any = config_from_dict(PPO)
+    nothing: Any = None
+    assert shard_base(config, nothing, nothing, nothing) == []
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    (line,) = shard_base(config, nothing, nothing, nothing)
+    assert "ACCELERATE_USE_FSDP" in line
+    assert "fsdp: full_shard" in line

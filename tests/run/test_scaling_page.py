@@ -27,7 +27,8 @@ COMMANDS = [
 
 def test_the_page_shows_every_way_to_start_a_run():
     text = "\n".join(line for block in BLOCKS for line in block)
-    for words in ("torchrun", "accelerate launch", "--nnodes 2", "--no-python", "--gpus 4"):
+    ways = ("torchrun", "accelerate launch", "--nnodes 2", "--no-python", "--gpus 4", "fsdp=")
+    for words in ways:
         assert words in text
 
 
