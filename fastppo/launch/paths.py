@@ -23,6 +23,8 @@ FOLDERS: Final = (
     "cache_dir",
     "vllm_adapter_dir",
 )
+# Mappings, too: a path is a text.
+FILES: Final = ("fsdp_config",)
 # Names on the hub, too: a path is what is there.
 MODELS: Final = ("model_name_or_path", "ref_model", "critic_model")
 # Lists of such names; among rewards are functions and URLs, too.
@@ -42,9 +44,10 @@ def with_absolute_paths(config: Config) -> Config:
 
     def change(keys: Sequence[str], absolute: Callable[[str], str]) -> None:
         found = {key: getattr(config, key) for key in keys}
-        changes.update({key: absolute(text) for key, text in found.items() if text is not None})
+        texts = {key: text for key, text in found.items() if isinstance(text, str)}
+        changes.update({key: absolute(text) for key, text in texts.items()})
 
-    change(FOLDERS, os.path.abspath)
+    change((*FOLDERS, *FILES), os.path.abspath)
     if not config.dataset_dir.startswith(("ONLINE", "REMOTE:")):
         change(["dataset_dir"], os.path.abspath)
     change(MODELS, lambda name: os.path.abspath(name) if os.path.exists(name) else name)

@@ -231,9 +231,19 @@ def test_names_that_are_no_paths_stay(project):
     ]
 
 
+def test_a_path_to_settings_of_fsdp_is_made_absolute_and_a_mapping_left_alone(project):
+    (project / "fsdp.json").write_text('{"version": 2}')
+    keys = {**PPO, "fsdp": "full_shard"}
+    found = paths.with_absolute_paths(config_from_dict({**keys, "fsdp_config": "fsdp.json"}))
+    assert found.fsdp_config == str(project / "fsdp.json")
+    mapping = {"fsdp_version": 2}
+    found = paths.with_absolute_paths(config_from_dict({**keys, "fsdp_config": mapping}))
+    assert found.fsdp_config == mapping
+
+
 def test_every_key_that_names_a_path_is_made_absolute():
     words = re.compile(r"\b[Ff]older|\bpaths?\b|^Where .* go\b|^Adapters |^Data sets ")
-    made = {*paths.FOLDERS, *paths.MODELS, *paths.LISTS, *paths.DATA, "dataset_dir"}
+    made = {*paths.FOLDERS, *paths.FILES, *paths.MODELS, *paths.LISTS, *paths.DATA, "dataset_dir"}
     assert made <= Config.model_fields.keys()
     named = {
         name for name, field in Config.model_fields.items() if words.search(field.description or "")
