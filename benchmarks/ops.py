@@ -121,6 +121,10 @@ def make_case(
         if op.name == "policy_loss":
             case.add(in_place(inputs, backend))
             case.add(into_given(inputs, backend))
+        if op.name in ("token_logprobs", "policy_loss") and backend != "torch":
+            # As part of a graph: the registered operator, whose gradient a tracer has seen.
+            label = f"fastppo {backend}, within torch.compile"
+            add(label, compiled(op.function, quick), bound=GIVEN, **ours)
     case.absent |= {f"fastppo {name}": why for name, why in others.items()}
     add("eager", eager.EAGER[op.name])
     if op.name in eager.NOT_COMPILED:

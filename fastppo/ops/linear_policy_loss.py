@@ -20,6 +20,7 @@ from fastppo.ops.arguments import (
     stat_dtype,
 )
 from fastppo.ops.backends import BACKENDS, Statistics, TokenKernels
+from fastppo.ops.checks import check_flag
 from fastppo.ops.config import HeadLora, PolicyLossConfig
 from fastppo.ops.gradient_made import (
     GradientMade,
@@ -134,6 +135,8 @@ def linear_policy_loss(
     )
     chosen = chosen_backend(op, backend, hidden_ND)
     check_chunk_bytes(op, chunk_bytes)
+    if reduce_hidden_grad is not True:
+        check_flag(op, "reduce_hidden_grad", reduce_hidden_grad)
     terms = loss_arguments(
         op,
         hidden_ND,

@@ -79,7 +79,6 @@ def linear_token_logprobs(
 
     Under torch.autocast hidden states, weight, bias and adapter are cast as `nn.Linear` casts them;
     gradients come back in the dtypes that were given.
-
     N stands for the tokens' shape, whatever it is. Give the hidden states of all positions, and
     shifted tokens whose last is ignored: `token = F.pad(input_ids[:, 1:], (0, 1), value=-100)`.
 
@@ -127,6 +126,8 @@ def linear_token_logprobs(
     chosen = chosen_backend(op, backend, hidden_ND)
     check_flag(op, "entropy_grad", entropy_grad)
     check_flag(op, "return_lse", return_lse)
+    if reduce_hidden_grad is not True:
+        check_flag(op, "reduce_hidden_grad", reduce_hidden_grad)
     check_chunk_bytes(op, chunk_bytes)
     dtype, enabled = logits_dtype_of(op, hidden_ND, logits_dtype), torch.is_grad_enabled()
     shard, vocab = None, head.weight_VD.shape[0]

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fastppo.ops.arguments import RowArguments, is_traced
 from fastppo.ops.backends import BACKENDS, Statistics
-from fastppo.ops.checks import check_flag, wrong_kind
+from fastppo.ops.checks import wrong_kind
 from fastppo.ops.head import WEIGHT, Head, HeadGradients, LinearRows, chunk_slices
 from fastppo.ops.labels import label_logits, logprobs_of
 from fastppo.ops.rows import FLOOR
@@ -101,7 +101,6 @@ def vocab_shard(
             f"{op}: group= needs tensors with values, and does not go through torch.compile; wrap "
             f"it in torch.compiler.disable({op})"
         )
-    check_flag(op, "reduce_hidden_grad", reduce_hidden_grad)
     tensors = (hidden_ND, *head.tensors())
     facts = {
         "shape of hidden_ND": tuple(hidden_ND.shape),

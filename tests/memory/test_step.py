@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.harness import allocations, peak_bytes
 from fastppo import toy
-from fastppo.ops import head, rows
+from fastppo.ops import head, rows, word_blocks
 from fastppo.ppo import trainer
 from fastppo.ppo.rollout import sample
 from fastppo.ppo.sampling import Sampling
@@ -28,6 +28,7 @@ def large_vocabulary(tmp_path, state, monkeypatch):
     LlamaForCausalLM(config).save_pretrained(folder)
     monkeypatch.setattr(head, "_CHUNK_BYTES_CPU", 2 * ROW)
     monkeypatch.setattr(head, "_CHUNK_ROWS_CPU", 1)
+    monkeypatch.setattr(word_blocks, "_BYTES", 2 * ROW)
     monkeypatch.setattr(rows, "_BLOCK_BYTES_CPU", ROW)
 
     def make(**changes):
