@@ -120,7 +120,11 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "add_special_tokens": ((None,), "add them to the tokenizer and model before training"),
     "add_tokens": ((None,), "add them to the tokenizer and model before training"),
     "auto_find_batch_size": (_OFF, "fastppo-train CONFIG --plan says what fits"),
-    "deepspeed": ((None,), "fastppo trains on one device; leave it out"),
+    "deepspeed": (
+        (None,),
+        "fastppo has no DeepSpeed; leave it out: torchrun starts several GPUs, and "
+        "fsdp: full_shard shards a base that fits none of them",
+    ),
     "freeze_language_model": (_OFF, "it is what trains here; leave it out"),
     "eval_on_each_dataset": (
         _OFF,
@@ -165,10 +169,10 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_apollo": (_OFF, _OPTIMISER),
     "use_badam": (_OFF, _OPTIMISER),
     "use_galore": (_OFF, _OPTIMISER),
-    "use_hyper_parallel": (_OFF, "fastppo trains on one device; leave it out"),
+    "use_hyper_parallel": (_OFF, "several GPUs are data parallel here, by torchrun; leave it out"),
     "use_kt": (_OFF, "leave it out"),
     "use_llama_pro": (_OFF, "use finetuning_type: lora with lora_layers"),
-    "use_mca": (_OFF, "fastppo trains on one device; leave it out"),
+    "use_mca": (_OFF, "several GPUs are data parallel here, by torchrun; leave it out"),
     "use_mps_device": (_OFF, "training runs on CUDA, ROCm or the CPU; leave it out"),
     "use_muon": (_OFF, "use optim: adamw_torch, or leave it out"),
     "use_unsloth": (_OFF, "leave it out"),

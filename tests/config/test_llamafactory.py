@@ -12,6 +12,7 @@ from fastppo.config import Config, load_config
 from fastppo.config.elsewhere import IGNORED, NOT_HERE, OLD_NAMES, REFUSED
 from fastppo.config.file import read_file
 from fastppo.config.old_names import RENAMED
+from fastppo.config.parallel import FSDP_WORDS
 from fastppo.config.ppo import ALIASES, ELSEWHERE
 from fastppo.config.schema import COMMA_LISTS, INTERNAL, STAGE_KEYS, config_from_dict, suggest_key
 from fastppo.config.tracking import TRACKERS
@@ -87,7 +88,7 @@ def test_a_key_without_effect_is_named(name):
 
 def test_no_cure_names_a_key_that_is_not_there():
     words = " ".join(cure for _, cure in REFUSED.values()) + " ".join(NOT_HERE.values())
-    known = {*Config.model_fields, *REFUSED, *ELSEWHERE, *ALIASES}
+    known = {*Config.model_fields, *REFUSED, *ELSEWHERE, *ALIASES, *FSDP_WORDS}
     options = set(str({x for f in Config.model_fields.values() for x in [f.annotation]}).split("'"))
     for word in re.findall(r"\b[a-z]+_[a-z_0-9]+\b", words):
         assert word in known | options, word

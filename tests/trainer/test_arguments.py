@@ -88,7 +88,7 @@ def test_a_field_of_transformers_means_what_its_key_means():
 @pytest.mark.parametrize(
     ("given", "line"),
     [
-        ({"deepspeed": "zero3.json"}, "deepspeed: not supported; fastppo trains on one device"),
+        ({"deepspeed": "zero3.json"}, "deepspeed: not supported; fastppo has no DeepSpeed"),
         ({"hub_token": "hf_x"}, "hub_token: not supported; set HF_TOKEN in the environment"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: not supported"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha: not supported"),
