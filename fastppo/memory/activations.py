@@ -5,7 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from fastppo.memory.inputs import REUSED_FROM, REUSED_TO, WORDS_CPU, PlanInputs
+from fastppo.memory.budgets import as_count
+from fastppo.memory.inputs import (
+    MOST_TOKENS,
+    MOST_WORDS,
+    REUSED_FROM,
+    REUSED_TO,
+    WORD_BLOCK,
+    WORD_COLUMNS,
+    WORD_TILE,
+    WORDS_CPU,
+    WORDS_FROM,
+    PlanInputs,
+)
 from fastppo.memory.layer import LayerSetting, TrunkMemory, trunk_memory
 from fastppo.memory.shapes import ModelShape
 from fastppo.memory.tape import FLOAT32
@@ -109,14 +121,32 @@ class Activations:
         # The definition uses float32 blocks of 2 MiB: a copy, its exponentials, a product.
         blocks = 0 if inputs.compiled_ops else 3 * min(2 * MIB, tokens * vocab * FLOAT32)
         buffers = self._chunk_buffers(tokens, gradient=gradient)
+        if self._by_words(tokens, gradient=gradient):
+            # With a gradient also the words that were sampled, in the GEMM's operands.
+            return buffers[0] + gradient * self.hidden_states(tokens)
         # On a CPU the float32 product is one of upcast hidden states and words.
         rows = buffers[0] // (vocab * FLOAT32) + min(WORDS_CPU, vocab)
         upcasts = inputs.device != "gpu" and inputs.itemsize != FLOAT32
         return sum(buffers) + upcasts * rows * self.shape.hidden * FLOAT32 + blocks
 
+    def _by_words(self, tokens: int, *, gradient: bool) -> bool:
+        """Whether the logits go by blocks of words for all tokens, and not by chunks of rows."""
+        inputs, config = self.inputs, self.inputs.config
+        here = inputs.device == "cpu" and inputs.compiled_ops and inputs.itemsize == FLOAT32
+        if not here or tokens < WORDS_FROM:
+            return False
+        if gradient:
+            return not inputs.trains_head and config.entropy_coef == 0
+        return config.kl_penalty != "full"
+
     def _chunk_buffers(self, tokens: int, *, gradient: bool) -> list[int]:
         """Bytes of the logits of a chunk and, if it needs memory of its own, of their gradient."""
         inputs, vocab = self.inputs, self.shape.vocab
+        if self._by_words(tokens, gradient=gradient):
+            part = -(-tokens // -(-tokens // MOST_TOKENS))
+            columns = -(-part // WORD_TILE) * WORD_TILE + WORD_COLUMNS
+            words = (as_count(inputs.config.chunk_bytes) or WORD_BLOCK) // (columns * FLOAT32)
+            return [min(max(1, words), MOST_WORDS, vocab) * columns * FLOAT32]
         most = max(inputs.min_chunk_rows, inputs.chunk_bytes // (vocab * FLOAT32))
         rows = -(-tokens // -(-tokens // most))  # all chunks have nearly the same length
         apart = gradient and inputs.itemsize != FLOAT32
@@ -127,9 +157,15 @@ class Activations:
         """Bytes of the chunk of logits that the operators keep between calls on a CPU."""
         if self.inputs.config.stage != "ppo":
             return 0
-        most = max(self.inputs.score_batch, self.inputs.update_batch, key=lambda b: b[0] * b[1])
-        buffers = self._chunk_buffers(self.response_tokens(*most), gradient=True)
-        return sum(size for size in buffers if REUSED_FROM <= size <= REUSED_TO)
+        score, update = self.inputs.score_batch, self.inputs.update_batch
+        kept = (
+            sum(size for size in buffers if REUSED_FROM <= size <= REUSED_TO)
+            for buffers in (
+                self._chunk_buffers(self.response_tokens(*score), gradient=False),
+                self._chunk_buffers(self.response_tokens(*update), gradient=True),
+            )
+        )
+        return max(kept)
 
     def saved_for_backward(self, trunk: TrunkMemory, layers: int) -> int:
         """Bytes that `layers` layers, except the top one, save on the device for the backward."""

@@ -21,6 +21,10 @@ CHUNK_BYTES_CPU, CHUNK_BYTES_GPU = 80 * MIB, 512 * MIB
 CHUNK_ROWS_CPU = 128
 CHUNK_ROWS_TRAINED_CPU = 256
 WORDS_CPU = 1024  # rows of a 16-bit head that are upcast at a time
+# Of fastppo/ops/word_blocks.py: from how many tokens on float32 logits go by blocks of words; of
+# how many bytes, words and tokens a block is at most. Its columns are tiles of tokens, and a few.
+WORDS_FROM, WORD_BLOCK, MOST_WORDS, MOST_TOKENS = 64, 16 * MIB, 8192, 2048
+WORD_TILE, WORD_COLUMNS = 32, 16
 # From fastppo/ops/workspace.py: on a CPU, buffers for logits are reused if their size is between.
 REUSED_FROM, REUSED_TO = MIB, 256 * MIB
 ADAPTER_FILE = "adapter_config.json"
@@ -250,6 +254,13 @@ class PlanInputs:
         """Bytes of logits that exist at a time: `chunk_bytes`, or the operators' default."""
         default = CHUNK_BYTES_GPU if self.device == "gpu" else CHUNK_BYTES_CPU
         return as_count(self.config.chunk_bytes) or default
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether the output head has a gradient."""
+        targets = self.config.additional_target or ""
+        own = any(name in targets for name in ("lm_head", "embed"))
+        return self.config.finetuning_type == "full" or own
 
     @property
     def offload_mode(self) -> str:

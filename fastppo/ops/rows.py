@@ -64,7 +64,7 @@ class RowStats(NamedTuple):
 
     logprob: Tensor  # (n,), 0 on rows that are not live
     entropy: Tensor  # (n,), likewise
-    row_max: Tensor  # (n, 1), max z
+    row_max: Tensor  # (n, 1), max z tau; 0 on rows of nothing but masked vocabulary
     shifted: Tensor  # (n, V), z - max z, no -inf left in it
     exp: Tensor  # (n, V), exp(z - max z)
     total: Tensor  # (n, 1), sum exp(z - max z)
@@ -96,10 +96,10 @@ def _tempered(x_NV: Tensor, tau: float | Tensor) -> Tensor:
 def statistics(x_NV: Tensor, spec: RowSpec) -> RowStats:
     """Log-prob and entropy of each row, in nats. `x_NV` is overwritten."""
     x_NV, slope = _softcapped(x_NV, spec.softcap)
-    x_NV = _tempered(x_NV, spec.temperature)
     row_max = x_NV.amax(-1, keepdim=True)
     # A row of nothing but masked vocabulary has no probabilities: lp -inf, entropy 0, no NaN.
-    x_NV.sub_(row_max.masked_fill_(row_max == float("-inf"), 0.0))
+    row_max.masked_fill_(row_max == float("-inf"), 0.0)
+    x_NV = _tempered(x_NV, spec.temperature).sub_(_tempered(row_max.clone(), spec.temperature))
     sampled = x_NV.gather(1, spec.token_N.clamp(min=0)[:, None])
     x_NV.clamp_(min=FLOOR)
     exp = x_NV.exp()
@@ -135,7 +135,8 @@ def known_statistics(
     They may be those of a row of which `x_NV` is a part. `row_max_N` is before the temperature.
     """
     x_NV, slope = _softcapped(x_NV, spec.softcap)
-    shifted = _tempered(x_NV.sub_(row_max_N[:, None]), spec.temperature).clamp_(min=FLOOR)
+    top = _tempered(row_max_N[:, None].clone(), spec.temperature)
+    shifted = _tempered(x_NV, spec.temperature).sub_(top).clamp_(min=FLOOR)
     sum_exp = sum_exp_N.masked_fill(sum_exp_N == 0, 1.0)[:, None]
     return RowStats(
         logprob=logprob_N,

@@ -25,6 +25,8 @@ from fastppo.ops.workspace import fresh
 LEAST_TOKENS: Final = 64
 _MOST_TOKENS: Final = 2048
 _TILE: Final = 32  # FASTPPO_TOKENS of kernels/cpu/abi.h
+# A line more than the tiles need: a power of two would put all words on the same few lines.
+_COLUMNS: Final = 16
 # Of more words a GEMM is no faster, and their logits leave the cache before they are read again.
 _MOST_WORDS: Final = 8192
 _BYTES: Final = 16 << 20
@@ -71,8 +73,7 @@ def _some_tokens(
 ) -> None:
     n, size = hidden_ND.shape
     weight_VD, vocab = head.weight_VD, head.weight_VD.shape[0]
-    # A line more than the tiles need: a power of two would put all words on the same few lines.
-    columns = -(-n // _TILE) * _TILE + 16
+    columns = -(-n // _TILE) * _TILE + _COLUMNS
     words = (_BYTES if chunk_bytes is None else chunk_bytes) // (4 * columns)
     words = min(max(1, words), _MOST_WORDS, vocab)
     x_VN = fresh((words, columns), torch.float32, hidden_ND.device)

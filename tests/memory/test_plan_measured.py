@@ -34,9 +34,15 @@ from fastppo.memory.inputs import (
     CHUNK_BYTES_GPU,
     CHUNK_ROWS_CPU,
     CHUNK_ROWS_TRAINED_CPU,
+    MOST_TOKENS,
+    MOST_WORDS,
     REUSED_FROM,
     REUSED_TO,
+    WORD_BLOCK,
+    WORD_COLUMNS,
+    WORD_TILE,
     WORDS_CPU,
+    WORDS_FROM,
     PlanInputs,
 )
 from fastppo.memory.layer import LayerSetting, trunk_memory
@@ -47,7 +53,7 @@ from fastppo.models.adapters import disable_input_cast
 from fastppo.models.batch import Budget
 from fastppo.models.fused_lora import fuse_lora_layers
 from fastppo.offload.activations import wrap
-from fastppo.ops import head, workspace
+from fastppo.ops import head, word_blocks, workspace
 from fastppo.ops.backend import choose
 from fastppo.ppo import trainer
 from fastppo.ppo.advantage import estimate
@@ -336,6 +342,10 @@ def test_the_head_chunks_of_the_plan_are_those_of_the_operators():
     assert (workspace.SMALLEST, workspace.LARGEST) == (REUSED_FROM, REUSED_TO)
     shape = TABLE["Qwen/Qwen2.5-7B"]
     assert head._WORDS == WORDS_CPU
+    assert word_blocks.LEAST_TOKENS == WORDS_FROM
+    assert (word_blocks._BYTES, word_blocks._MOST_WORDS) == (WORD_BLOCK, MOST_WORDS)
+    assert (word_blocks._MOST_TOKENS, word_blocks._TILE) == (MOST_TOKENS, WORD_TILE)
+    assert word_blocks._COLUMNS == WORD_COLUMNS
     # Logits are float32, and their gradient has the 16 bits of the head.
     chunks = head.chunk_slices(4096, shape.vocab, torch.float32, torch.device("cuda"), None)
     rows = max(chunk.stop - chunk.start for chunk in chunks)

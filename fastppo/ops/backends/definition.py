@@ -58,8 +58,8 @@ def token_logprobs(
         found = statistics(private(x_NV[block], dtype), here)
         own.logprob_N[block], own.entropy_N[block] = found.logprob, found.entropy
         # Of logits as they are before the temperature, as the kernels leave it.
-        row_max, dead = found.row_max.squeeze(1) * here.temperature, ~here.live_N
-        own.row_max_N[block] = row_max.masked_fill(dead, 0.0)
+        dead = ~here.live_N
+        own.row_max_N[block] = found.row_max.squeeze(1).masked_fill(dead, 0.0)
         own.sum_exp_N[block] = found.total.squeeze(1).masked_fill(dead, 0.0)
 
 
