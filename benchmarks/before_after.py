@@ -129,13 +129,14 @@ def in_process(checkout: Path, quick: bool) -> dict[str, float]:
 
 def compare(before: Path, quick: bool) -> list[dict[str, Any]]:
     """A row a call: the median of each process, and the ratio of their medians, now to before."""
-    taken: dict[Path, list[dict[str, float]]] = {before: [], ROOT: []}
+    olds: list[dict[str, float]] = []
+    news: list[dict[str, float]] = []
     for _ in range(1 if quick else PROCESSES):
-        for checkout, found in taken.items():
+        for checkout, found in ((before, olds), (ROOT, news)):
             found.append(in_process(checkout, quick))
     rows = []
-    for name in taken[ROOT][0]:
-        old, new = ([one[name] for one in found] for found in taken.values())
+    for name in news[0]:
+        old, new = ([one[name] for one in found] for found in (olds, news))
         ratio = statistics.median(new) / statistics.median(old)
         rows.append({"call": name, "before_ms": old, "now_ms": new, "ratio": ratio})
     return rows
