@@ -74,10 +74,8 @@ def check_shared(output_dir: Path, token: str) -> None:
 
 def newest(output_dir: Path) -> Path | None:
     """The newest checkpoint-N that is complete, or None."""
-    for folder in reversed(durable.checkpoints(output_dir)):
-        if durable.resume_fault(folder, hashes=True) is None:
-            return folder
-    return None
+    folder, _ = durable.newest_complete(output_dir, hashes=True)
+    return folder
 
 
 def resumed(config: Config, world: World) -> Config:

@@ -170,6 +170,17 @@ def resume_fault(folder: Path, *, hashes: bool) -> str | None:
     return wrong
 
 
+def newest_complete(output_dir: Path, *, hashes: bool) -> Start:
+    """The newest checkpoint-N that is complete, or None; and a note on each that is passed over."""
+    passed: list[str] = []
+    for folder in reversed(checkpoints(output_dir)):
+        wrong = resume_fault(folder, hashes=hashes)
+        if wrong is None:
+            return folder, passed
+        passed.append(f"{folder} is torn and passed over: {wrong}")
+    return None, passed
+
+
 def checkpoint_to_resume(config: Config, *, hashes: bool = True) -> Start:
     """The checkpoint that `resume_from_checkpoint` names, and notes on those that were skipped.
 
@@ -193,12 +204,10 @@ def checkpoint_to_resume(config: Config, *, hashes: bool = True) -> Start:
                 f"{key}: {folder} is no whole checkpoint: {wrong}; name another checkpoint-N"
             )
         return folder, []
-    output_dir, passed = Path(config.output_dir), list[str]()
-    for folder in reversed(checkpoints(output_dir)):
-        wrong = resume_fault(folder, hashes=hashes)
-        if wrong is None:
-            return folder, passed
-        passed.append(f"{folder} is torn and passed over: {wrong}")
+    output_dir = Path(config.output_dir)
+    newest, passed = newest_complete(output_dir, hashes=hashes)
+    if newest is not None:
+        return newest, passed
     if passed:
         raise UserError(f"{key}: {passed[0]}; there is none before it; start anew without this key")
     if not (output_dir / RUN).is_file():

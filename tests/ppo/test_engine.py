@@ -180,6 +180,28 @@ def test_the_checks_leave_the_policy_as_it_was(state, settings):
     assert run.roles.trainable_parameters("actor")[0].requires_grad
 
 
+def check_a_loss(argv, faults, fails_after, line, tmp_path, capsys):
+    """After a whole run of `argv`: one that loses its vLLM stops with `line`, then ends as it."""
+    metrics = tmp_path / "metrics" / "training_metrics.csv"
+    whole = metrics.read_text().splitlines()
+    faults.fails_after = fails_after
+    out = str(tmp_path / "out2")
+    capsys.readouterr()
+    assert main([*argv, f"output_dir={out}"]) == 1
+    err = capsys.readouterr().err
+    assert re.fullmatch(
+        rf"fastppo-train: stopped: {line}; "
+        rf"resume_from_checkpoint: true goes on from {out}/checkpoint-1\n",
+        err,
+    )
+    assert not written(tmp_path / "adapters")
+    faults.fails_after = None
+    assert main([*argv, f"output_dir={out}", "resume_from_checkpoint=true"]) == 0
+    resumed = metrics.read_text().splitlines()
+    scores = [[line.split(",")[2] for line in rows] for rows in (whole, resumed)]
+    assert scores[0] == scores[1]
+
+
 @pytest.mark.slow
 def test_a_server_that_is_lost_in_mid_run_leaves_a_checkpoint(
     config, server, settings, tmp_path, capsys
@@ -187,25 +209,11 @@ def test_a_server_that_is_lost_in_mid_run_leaves_a_checkpoint(
     changes = {**settings, "max_steps": 3, "save_strategy": "no", "eval_max_samples": 1}
     argv = command(config, tmp_path, **changes)
     assert main(argv) == 0
-    whole = (tmp_path / "metrics" / "training_metrics.csv").read_text().splitlines()
     asked = len(server.seen)
     start = asked - 3 * 4 - 2  # three steps of four, and an evaluation of two policies
-    server.faults.fails_after = asked + start + 6  # in the second step
-    out = str(tmp_path / "out2")
-    capsys.readouterr()
-    assert main([*argv, f"output_dir={out}"]) == 1
-    err = capsys.readouterr().err
-    assert re.fullmatch(
-        rf"fastppo-train: stopped: vllm_server_base_url: {server.url}: refuses .*EngineCore.*; "
-        rf"resume_from_checkpoint: true goes on from {out}/checkpoint-1\n",
-        err,
-    )
-    assert not written(tmp_path / "adapters")
-    server.faults.fails_after = None
-    assert main([*argv, f"output_dir={out}", "resume_from_checkpoint=true"]) == 0
-    resumed = (tmp_path / "metrics" / "training_metrics.csv").read_text().splitlines()
-    scores = [[line.split(",")[2] for line in rows] for rows in (whole, resumed)]
-    assert scores[0] == scores[1]
+    in_second_step = asked + start + 6
+    line = rf"vllm_server_base_url: {server.url}: refuses .*EngineCore.*"
+    check_a_loss(argv, server.faults, in_second_step, line, tmp_path, capsys)
 
 
 def test_the_key_is_sent_and_is_in_no_file(config, server, settings, tmp_path, monkeypatch, capsys):

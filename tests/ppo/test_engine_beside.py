@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +15,7 @@ from fastppo.errors import UserError
 from fastppo.ppo import engine_start, trainer
 from fastppo.ppo.engine import EngineLost
 from fastppo.servers import in_process
-from tests.ppo.test_engine import STARTS, command, written
+from tests.ppo.test_engine import STARTS, check_a_loss, command, written
 from tests.vllm_module import Package, install
 
 SETTINGS = {"use_vllm": True, "vllm_mode": "colocate"}
@@ -154,22 +153,8 @@ def test_a_vllm_that_is_lost_in_mid_run_leaves_a_checkpoint(
     changes = {**settings, "max_steps": 3, "save_strategy": "no", "eval_max_samples": 1}
     argv = command(config, tmp_path, **changes)
     assert main(argv) == 0
-    whole = (tmp_path / "metrics" / "training_metrics.csv").read_text().splitlines()
     calls = vllm.events.count("generate")
     start = calls - 3 - 2  # three steps, and an evaluation of two policies
-    vllm.faults.fails_after = calls + start + 1  # in the second step
-    out = str(tmp_path / "out2")
-    capsys.readouterr()
-    assert main([*argv, f"output_dir={out}"]) == 1
-    err = capsys.readouterr().err
-    assert re.fullmatch(
-        r"fastppo-train: stopped: vllm_mode: colocate: vLLM failed \(EngineDeadError: .*use "
-        rf"vllm_mode: server; resume_from_checkpoint: true goes on from {out}/checkpoint-1\n",
-        err,
-    )
-    assert not written(tmp_path / "adapters")
-    vllm.faults.fails_after = None
-    assert main([*argv, f"output_dir={out}", "resume_from_checkpoint=true"]) == 0
-    resumed = (tmp_path / "metrics" / "training_metrics.csv").read_text().splitlines()
-    scores = [[line.split(",")[2] for line in rows] for rows in (whole, resumed)]
-    assert scores[0] == scores[1]
+    in_second_step = calls + start + 1
+    line = r"vllm_mode: colocate: vLLM failed \(EngineDeadError: .*use vllm_mode: server"
+    check_a_loss(argv, vllm.faults, in_second_step, line, tmp_path, capsys)
