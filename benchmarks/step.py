@@ -15,9 +15,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import save_file
 
 from benchmarks import report
 from benchmarks.peers.environments import LLAMAFACTORY, TRL, Environment
@@ -34,6 +37,7 @@ QUESTIONS = (
     "Why is the sky blue? Explain it to a child of six who likes the sea and asks a lot.",
 )
 LIMIT = 1500  # seconds for one contender
+UPPER = 10  # of 30 layers
 PHASES = ("generate", "score", "update", "backward")
 
 
@@ -44,11 +48,13 @@ class Setting:
     checkpointing: bool
     batch: int
     accumulation: int
+    finetuning: str = "lora"
 
     @property
     def words(self) -> str:
         """As YAML says it."""
-        return f"batch {self.batch} x accumulation {self.accumulation}"
+        cut = f"batch {self.batch} x accumulation {self.accumulation}"
+        return cut if self.finetuning == "lora" else f"{cut}, {self.finetuning}"
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class Contender:
     environment: Environment | None
     settings: tuple[Setting, ...]
     critic: str
+    extra: dict[str, Any] = field(default_factory=dict)  # further keys of fastppo's YAML
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,30 @@ def cases(
             trl = Contender("TRL 0.24 PPOTrainer", "trl", TRL, (cut[-1],), "adapter")
             made.append(Case(f"{head}: a critic on the actor's trunk", (theirs, shared)))
             made.append(Case(f"{head}: a critic of its own", (trl, own)))
+            if count == 4:
+                made.append(frozen(head, again))
     return made
+
+
+def frozen(head: str, checkpointing: bool) -> Case:
+    """Two upper layers train, which is LLaMA-Factory's default for `freeze`.
+
+    There it takes no adapter as reward model with `freeze`, so for both that is a model of its own.
+    """
+    one, lora = Setting(checkpointing, 1, 4, "freeze"), Setting(checkpointing, 1, 4)
+    theirs = Contender(
+        "LLaMA-Factory 0.9.5, TRL 0.9.6", "llamafactory", LLAMAFACTORY, (one,), "shared"
+    )
+    ours = Contender("fastppo, critic: shared", "fastppo", None, (one,), "shared")
+    upper = Contender(
+        f"fastppo, critic: shared, lora_layers: {UPPER}",
+        "fastppo",
+        None,
+        (lora,),
+        "shared",
+        {"lora_layers": UPPER},
+    )
+    return Case(f"{head}: the upper layers", (theirs, ours, upper))
 
 
 class OthersLoad(Load):
@@ -130,9 +160,19 @@ def prepare(model: Path) -> dict[str, Any]:
     ):
         path.unlink(missing_ok=True)
         path.write_text(json.dumps(value), encoding="utf-8")
+    full = FOLDER / "reward-full"
+    shutil.rmtree(full, ignore_errors=True)
+    shutil.copytree(place, full, symlinks=True)
+    width = config["hidden_size"]
+    head = {
+        "v_head.summary.weight": torch.full((1, width), 0.02),
+        "v_head.summary.bias": torch.zeros(1),
+    }
+    save_file(head, full / "value_head.safetensors")
     return {
         "model": str(place.resolve()),
         "reward": str((FOLDER / "reward").resolve()),
+        "full_reward": str(full.resolve()),
         "dataset": "step_prompts",
         "dataset_dir": str(FOLDER.resolve()),
         "template": "smollm",
@@ -200,7 +240,7 @@ def rows(
 ) -> Iterator[dict[str, Any]]:
     """Every contender of every case, one at a time."""
     common = {**prepare(model), **changes}
-    first = {**common, "batch": 1, "accumulation": 1, "checkpointing": False, "critic": "shared"}
+    first = {**common, **asdict(Setting(False, 1, 1)), "critic": "shared"}
     write_prompts(common["model"], len(QUESTIONS))
     made = spawn("fastppo", None, {**first, "make_reward": True})
     if made["status"] != "timed":
@@ -209,7 +249,8 @@ def rows(
         for who in case.contenders:
             for setting in who.settings:
                 prompts = write_prompts(common["model"], setting.batch * setting.accumulation)
-                cut = {**setting.__dict__, "critic": who.critic, "prompts": prompts}
+                cut = {**asdict(setting), "critic": who.critic, "prompts": prompts}
+                cut["extra"] = {**common["extra"], **who.extra}
                 settings = {**common, **cut}
                 began = time.perf_counter()
                 with load:
@@ -245,7 +286,11 @@ def summary(found: dict[str, Any], tokens: int) -> dict[str, Any]:
 
 def optimised(found: Sequence[dict[str, Any]]) -> list[str]:
     """How many parameters each contender's optimiser holds."""
-    counts = {(r["what"], r["optimised"]) for r in found if "optimised" in r}
+    counts = {
+        (r["what"] + (", freeze" if r["setting"].endswith("freeze") else ""), r["optimised"])
+        for r in found
+        if "optimised" in r
+    }
     return [f"{what}: the optimiser holds {count:,} parameters" for what, count in sorted(counts)]
 
 
@@ -257,10 +302,11 @@ def markdown(found: dict[str, Any]) -> str:
         "",
         f"{where['cpu']}, {where['cores']} cores, {where['memory_gib']} GiB; torch "
         f"{where['torch']}, {where['threads']} threads; `{found['command']}`. SmolLM2-135M, "
-        "float32, LoRA rank 8 on all linear layers, 64 new tokens a prompt, 4 epochs. Seconds of a "
-        "step: median, least and most; the phases are those of the median step: sampling; forwards "
-        "without gradient and rewards; backwards; and all else, which is the update's forwards, "
-        "losses and the optimiser. Memory is the most that the process ever had.",
+        "float32, LoRA rank 8 on all linear layers (`freeze`: the last two layers), 64 new tokens "
+        "a prompt, 4 epochs. Seconds of a step: median, least and most; the phases are those of "
+        "the median step: sampling; forwards without gradient and rewards; backwards; and all "
+        "else, which is the update's forwards, losses and the optimiser. Memory is the most that "
+        "the process ever had.",
         "",
         *(f"- {note}" for note in found["notes"]),
     ]

@@ -23,11 +23,17 @@ KNOWN = ("peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_mo
 
 def keys(settings: dict[str, Any]) -> dict[str, Any]:
     """The YAML, as LLaMA-Factory's; `critic` and `min_new_tokens` are fastppo's."""
+    method = {"lora_rank": settings["rank"], "reward_model": settings["reward"]}
+    if settings.get("finetuning") == "freeze":
+        method = {
+            "finetuning_type": "freeze",
+            "reward_model": settings["full_reward"],
+            "reward_model_type": "full",
+        }
     return {
         "stage": "ppo",
         "model_name_or_path": settings["model"],
-        "lora_rank": settings["rank"],
-        "reward_model": settings["reward"],
+        **method,
         "critic": settings["critic"],
         "dataset": settings["dataset"],
         "dataset_dir": settings["dataset_dir"],

@@ -16,17 +16,36 @@ from typing import Any
 from watch import Watch, main, scoring, trainable
 
 
+def lora(settings: dict[str, Any]) -> dict[str, Any]:
+    """Adapters on one base: policy, reference and reward model."""
+    return {
+        "finetuning_type": "lora",
+        "lora_rank": settings["rank"],
+        "lora_target": "all",
+        "reward_model": settings["reward"],
+        "reward_model_type": "lora",
+    }
+
+
+def freeze(settings: dict[str, Any]) -> dict[str, Any]:
+    """The last two layers train; no adapter is taken as reward model."""
+    return {
+        "finetuning_type": "freeze",
+        "reward_model": settings["full_reward"],
+        "reward_model_type": "full",
+    }
+
+
+METHODS = {"lora": lora, "freeze": freeze}
+
+
 def keys(settings: dict[str, Any]) -> dict[str, Any]:
     """The YAML."""
     return {
         "stage": "ppo",
         "do_train": True,
         "model_name_or_path": settings["model"],
-        "finetuning_type": "lora",
-        "lora_rank": settings["rank"],
-        "lora_target": "all",
-        "reward_model": settings["reward"],
-        "reward_model_type": "lora",
+        **METHODS[settings["finetuning"]](settings),
         "dataset": settings["dataset"],
         "dataset_dir": settings["dataset_dir"],
         "template": settings["template"],

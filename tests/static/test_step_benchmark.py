@@ -24,7 +24,7 @@ from fastppo.rewards.reward import Reward
 
 
 def test_llamafactory_meets_a_shared_critic_and_trl_one_of_its_own():
-    made = step.cases()
+    made = [case for case in step.cases() if "upper layers" not in case.title]
     assert len(made) == 8  # 4 and 8 prompts, checkpointing on and off, two peers
     for case in made:
         theirs, ours = case.contenders
@@ -39,6 +39,17 @@ def test_llamafactory_meets_a_shared_critic_and_trl_one_of_its_own():
     assert {s.accumulation for c in step.cases([8]) for w in c.contenders for s in w.settings} == {
         8
     }
+
+
+def test_both_freeze_the_same_layers_and_lora_on_the_upper_ones_is_beside():
+    made = [case for case in step.cases() if "upper layers" in case.title]
+    assert len(made) == 2  # checkpointing on and off
+    for case in made:
+        theirs, ours, upper = case.contenders
+        assert theirs.settings == ours.settings
+        assert {setting.finetuning for setting in ours.settings} == {"freeze"}
+        assert [setting.finetuning for setting in upper.settings] == ["lora"]
+        assert upper.extra == {"lora_layers": step.UPPER}
 
 
 def test_a_phase_within_another_takes_its_time_away(monkeypatch, tmp_path):
