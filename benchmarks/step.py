@@ -322,7 +322,24 @@ def markdown(found: dict[str, Any]) -> str:
             "|---|---|---|---|---|---|---|---|---|---|",
         ]
         lines += ["| " + " | ".join(cells(row, ours)) + " |" for row in same]
+        lines += [share(row) for row in same if "products" in row]
     return "\n".join(lines) + "\n"
+
+
+def share(row: dict[str, Any]) -> str:
+    """How much of each phase its matrix products alone would take, in one line."""
+    alone, phases = row["products"], row["phases"]
+    update = phases["update"] + phases["backward"]
+    parts = {
+        "decoding and prompts": (alone["generate"], phases["generate"]),
+        "scoring": (alone["score"], phases["score"]),
+        "update": (alone["update"] + alone["backward"], update),
+    }
+    words = ", ".join(f"{name} {a / b:.0%} of {b:.1f} s" for name, (a, b) in parts.items())
+    return (
+        f"\nThe matrix products alone ({alone['gflops']:.0f} GFLOP/s; in decoding the weights read "
+        f"at {alone['gb_per_second']:.0f} GB/s) take, {row['what']}: {words}."
+    )
 
 
 def cells(row: dict[str, Any], ours: float | None) -> list[str]:
@@ -354,7 +371,7 @@ def main(asked: argparse.Namespace, argv: Sequence[str]) -> int:
         for case in cases(asked.prompts, [word == "on" for word in asked.checkpointing])
         if asked.peer is None or case.contenders[0].script in asked.peer
     ]
-    changes: dict[str, Any] = {"steps": asked.steps}
+    changes: dict[str, Any] = {"steps": asked.steps, "products": True}
     if asked.quick:
         changes |= {"steps": 1, "new_tokens": 4, "epochs": 1}
     notes = ["4 tokens and 1 epoch: a walk, no measurement"] if asked.quick else []

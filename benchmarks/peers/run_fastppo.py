@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from watch import Watch, main, trainable
+from products import Products, bytes_per_second, decoding_bytes
+from watch import Finished, Watch, main, trainable
 
 from fastppo.config import config_from_dict
 from fastppo.config.rewards import RECORD
@@ -16,6 +18,9 @@ from fastppo.models.load import load_tokenizer
 from fastppo.ppo import trainer
 from fastppo.rewards.reward import Reward
 from fastppo.run import save
+
+if TYPE_CHECKING:
+    from fastppo.ppo.trainer import TrainState
 
 # What every version of PEFT and LLaMA-Factory reads of an adapter_config.json.
 KNOWN = ("peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "bias")
@@ -86,10 +91,30 @@ def run(settings: dict[str, Any], watch: Watch) -> None:
     watch.facts["trainable"] = trainable(state.roles.model, *heads)
     watch.facts["optimised"] = sum(p.numel() for p in held)
     watch.begin()
-    while True:
+    try:
+        while True:
+            state = trainer.step_update(state)
+            watch.facts["response_tokens"] = state.metrics.rows[-1]["response_tokens"]
+            watch.lap()
+    except Finished:
+        if settings.get("products"):
+            watch.facts["products"] = products_of_a_step(state, watch)
+        raise
+
+
+def products_of_a_step(state: TrainState, watch: Watch) -> dict[str, float]:
+    """One more step, its products counted, and each timed by itself."""
+    made = Products(watch.current)
+    model = state.roles.model
+    with made.counting(model):
         state = trainer.step_update(state)
-        watch.facts["response_tokens"] = state.metrics.rows[-1]["response_tokens"]
-        watch.lap()
+    longest = state.metrics.rows[-1]["response_length_max"]
+    head_VD = state.roles.lm_head.weight_VD
+    speed = bytes_per_second()
+    read = decoding_bytes(model, head_VD) * (longest - 1) / speed
+    phases = defaultdict(float, made.seconds())
+    phases["generate"] += read
+    return {**phases, "gb_per_second": speed / 1e9}
 
 
 if __name__ == "__main__":

@@ -61,6 +61,10 @@ class Watch:
 
         setattr(owner, name, timed)
 
+    def current(self) -> str:
+        """The phase that runs now."""
+        return str(self._stack[-1][0]) if self._stack else "update"
+
     def begin(self) -> None:
         """The first step starts now."""
         self.facts["load_seconds"] = time.perf_counter() - self.began

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import report, step
-from benchmarks.peers import watch
+from benchmarks.peers import products, watch
 from benchmarks.peers.environments import ENVIRONMENTS, LLAMAFACTORY
 from fastppo import toy
 from fastppo.ppo import trainer
@@ -75,6 +75,18 @@ def test_a_forward_without_gradient_is_scoring():
     assert watch.scoring() is None
     with torch.no_grad():
         assert watch.scoring() == "score"
+
+
+def test_products_of_a_linear_layer_are_its_forward_and_the_gradient_of_its_input():
+    made = products.Products(lambda: "now")
+    frozen = torch.nn.Linear(3, 5, bias=False).requires_grad_(False)
+    with made.counting(torch.nn.Sequential(frozen)):
+        frozen(torch.zeros(9, 3))  # nobody asks for a gradient
+        frozen(torch.zeros(9, 3, requires_grad=True)).sum().backward()
+        frozen(torch.zeros(4, 3))  # as in decoding: counted by the bytes of the weights
+    assert made.counts == {"now": {(9, 3, 5): 2, (9, 5, 3): 1}}
+    frozen(torch.zeros(9, 3))
+    assert made.counts["now"][9, 3, 5] == 2
 
 
 def test_a_contender_that_is_not_float32_is_no_contender():
@@ -137,6 +149,16 @@ def test_the_table_has_times_against_ours_and_says_what_failed():
     assert "failed: a \\| b" in text
     assert "wrong: 255 response tokens in place of 256" in text
     assert "- a note" in text
+    assert "matrix products" not in text
+
+
+def test_the_share_of_the_products_is_of_the_median_steps_phases():
+    alone = {"generate": 0.5, "score": 1.0, "update": 2.0, "backward": 3.0}
+    rates = {"gflops": 150.0, "gb_per_second": 20.0}
+    row = {"what": "ours", **timed(15.0, products={**alone, **rates})}
+    text = step.share(row)
+    assert "decoding and prompts 50% of 1.0 s, scoring 50% of 2.0 s, update 71% of 7.0 s" in text
+    assert "150 GFLOP/s" in text
 
 
 def test_the_command_runs_what_was_asked_for_and_adds_to_what_is_there(
@@ -154,7 +176,7 @@ def test_the_command_runs_what_was_asked_for_and_adds_to_what_is_there(
     base = ["step", "--quick", "--out", str(out), "--prompts", "4", "--checkpointing", "on"]
     assert command.main([*base, "--peer", "trl"]) == 0
     assert command.main([*base, "--peer", "llamafactory", "--add"]) == 0
-    assert asked[0][1] == {"steps": 1, "new_tokens": 4, "epochs": 1}
+    assert asked[0][1] == {"steps": 1, "new_tokens": 4, "epochs": 1, "products": True}
     titles = [row["case"] for row in json.loads(out.read_text())["rows"]]
     assert titles == [*asked[0][0], *asked[1][0]]
     assert len(set(titles)) == 2
@@ -192,16 +214,19 @@ def check_timed(found):
 def test_our_own_contender_runs_to_its_end_with_time_in_every_phase(toy_settings, monkeypatch):
     """Its script names functions of the trainer; here in this process, which has imported them."""
     monkeypatch.setitem(sys.modules, "watch", watch)
+    monkeypatch.setitem(sys.modules, "products", products)
     script = runpy.run_path(str(step.PEERS / "run_fastppo.py"))
     # What `Watch.phase` replaces is put back after the test.
     for owner, name in ((trainer, "sample"), (trainer, "score"), (Reward, "__call__")):
         monkeypatch.setattr(owner, name, getattr(owner, name))
     monkeypatch.setattr(torch.Tensor, "backward", torch.Tensor.backward)
     settings = Path(toy_settings["folder"]) / "settings.json"
-    settings.write_text(json.dumps(toy_settings))
+    settings.write_text(json.dumps({**toy_settings, "products": True}))
     monkeypatch.setattr(sys, "argv", ["run_fastppo.py", str(settings)])
     watch.main(script["run"])
-    check_timed(json.loads(Path(toy_settings["result"]).read_text()))
+    found = json.loads(Path(toy_settings["result"]).read_text())
+    check_timed(found)
+    assert all(found["products"][name] > 0 for name in ("generate", "score", "update", "backward"))
 
 
 @pytest.mark.slow  # imports everything again
