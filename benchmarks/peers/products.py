@@ -1,10 +1,9 @@
 """The matrix products of a step alone: which they are, and how long they take by themselves.
 
-A step of fastppo is run once more and its products are counted: of every linear layer with a frozen
-weight the forward, and its input's gradient where that is asked for; of the output head those of
-`linear_token_logprobs` and `linear_policy_loss`. Then each is run by itself, between matrices of
-the same shapes, into memory that is there. Adapters' own small products, attention, norms and
-activations are not among them: what they take is what is missing from 100%.
+A step of fastppo is run once more and its products are counted: PyTorch's, and those of the output
+head within `linear_token_logprobs` and `linear_policy_loss`. Then each is run by itself, between
+matrices of the same shapes, into memory that is there. Attention, norms, activations and losses are
+not among them: what they take is what is missing from 100%.
 
 A step of decoding has few rows, so it is bounded by reading the weights, not by arithmetic.
 """
@@ -20,58 +19,64 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastppo.ppo import score, update
 
 Shape = tuple[int, int, int]  # rows, inputs, outputs
 ROUNDS = 5
 LEAST_ROWS = 9  # fewer are a step of decoding
+aten = torch.ops.aten
+FACTORS = {aten.mm: 0, aten.addmm: 1, aten.addmm_: 1}  # the place of the first of two matrices
 
 
-class Products:
-    """How often each product ran, by phase."""
+class Products(TorchDispatchMode):
+    """How often each product ran, by phase, while this is active."""
 
     def __init__(self, phase: Callable[[], str]) -> None:
+        super().__init__()
         self.phase = phase
         self.counts: defaultdict[str, Counter[Shape]] = defaultdict(Counter)
+        self._in_head = False
 
-    def _linear(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        columns, width = layer.weight.shape
-        rows = inputs[0].numel() // width
-        if rows < LEAST_ROWS:
-            return
-        self.counts[self.phase()][rows, width, columns] += 1
-        if output.requires_grad and inputs[0].requires_grad:
-            # The gradient of the input: rows x outputs times outputs x inputs.
-            output.register_hook(
-                lambda _: self.counts[self.phase()].update([(rows, columns, width)])
-            )
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        first = FACTORS.get(func.overloadpacket)
+        if first is not None and not self._in_head:
+            (rows, inner), columns = args[first].shape, args[first + 1].shape[1]
+            if rows >= LEAST_ROWS:
+                self.counts[self.phase()][rows, inner, columns] += 1
+        return func(*args, **(kwargs or {}))
 
     def _head(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """An operator from hidden states: a frozen head's products are inside the kernel."""
+
         def counted(hidden_ND: Tensor, weight_VD: Tensor, *args: Any, **kwargs: Any) -> Any:
             (rows, width), words = hidden_ND.shape, weight_VD.shape[0]
             now = self.counts[self.phase()]
             now[rows, width, words] += 1
             if hidden_ND.requires_grad and torch.is_grad_enabled():
                 now[rows, words, width] += 1
-            return original(hidden_ND, weight_VD, *args, **kwargs)
+            self._in_head = True
+            try:
+                return original(hidden_ND, weight_VD, *args, **kwargs)
+            finally:
+                self._in_head = False
 
         return counted
 
     @contextmanager
-    def counting(self, model: nn.Module) -> Iterator[None]:
+    def counting(self) -> Iterator[None]:
         """Count what runs inside the block."""
-        layers = [m for m in model.modules() if type(m) is nn.Linear and not m.weight.requires_grad]
-        handles = [layer.register_forward_hook(self._linear) for layer in layers]
         heads = ((score, "linear_token_logprobs"), (update, "linear_policy_loss"))
         originals = [getattr(owner, name) for owner, name in heads]
         for (owner, name), original in zip(heads, originals, strict=True):
             setattr(owner, name, self._head(original))
         try:
-            yield
+            with self:
+                yield
         finally:
-            for handle in handles:
-                handle.remove()
             for (owner, name), original in zip(heads, originals, strict=True):
                 setattr(owner, name, original)
 

@@ -105,13 +105,12 @@ def run(settings: dict[str, Any], watch: Watch) -> None:
 def products_of_a_step(state: TrainState, watch: Watch) -> dict[str, float]:
     """One more step, its products counted, and each timed by itself."""
     made = Products(watch.current)
-    model = state.roles.model
-    with made.counting(model):
+    with made.counting():
         state = trainer.step_update(state)
     longest = state.metrics.rows[-1]["response_length_max"]
     head_VD = state.roles.lm_head.weight_VD
     speed = bytes_per_second()
-    read = decoding_bytes(model, head_VD) * (longest - 1) / speed
+    read = decoding_bytes(state.roles.model, head_VD) * (longest - 1) / speed
     phases = defaultdict(float, made.seconds())
     phases["generate"] += read
     return {**phases, "gb_per_second": speed / 1e9}
