@@ -81,7 +81,8 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--prompts", type=int, nargs="+", choices=(4, 8), default=[4, 8])
     one.add_argument("--checkpointing", nargs="+", choices=("on", "off"), default=["on", "off"])
     one.add_argument("--peer", nargs="+", choices=("llamafactory", "trl"), help="only against it")
-    one.add_argument("--add", action="store_true", help="to the cases that the JSON has already")
+    one.add_argument("--ours", action="store_true", help="fastppo alone")
+    one.add_argument("--add", action="store_true", help="to the rows that the JSON has already")
     return made
 
 

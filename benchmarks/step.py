@@ -236,9 +236,9 @@ def spawn(script: str, environment: Environment | None, settings: dict[str, Any]
 
 
 def rows(
-    wanted: Sequence[Case], model: Path, load: Load, changes: dict[str, Any]
+    wanted: Sequence[Case], model: Path, load: Load, changes: dict[str, Any], ours: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Every contender of every case, one at a time."""
+    """Every contender of every case, or `ours` alone, one at a time."""
     common = {**prepare(model), **changes}
     first = {**common, **asdict(Setting(False, 1, 1)), "critic": "shared"}
     write_prompts(common["model"], len(QUESTIONS))
@@ -247,6 +247,8 @@ def rows(
         raise SystemExit(f"benchmarks: the reward model: {made['note']}; see {FOLDER}/fastppo.log")
     for case in wanted:
         for who in case.contenders:
+            if ours and who.environment is not None:
+                continue
             for setting in who.settings:
                 prompts = write_prompts(common["model"], setting.batch * setting.accumulation)
                 cut = {**asdict(setting), "critic": who.critic, "prompts": prompts}
@@ -375,12 +377,14 @@ def main(asked: argparse.Namespace, argv: Sequence[str]) -> int:
     if asked.quick:
         changes |= {"steps": 1, "new_tokens": 4, "epochs": 1}
     notes = ["4 tokens and 1 epoch: a walk, no measurement"] if asked.quick else []
-    found_rows = list(rows(wanted, asked.model, load, changes))
+    found_rows = list(rows(wanted, asked.model, load, changes, asked.ours))
     out = asked.out or (None if asked.quick else report.RESULTS / "step.json")
     if asked.add and out is not None and out.is_file():
-        done = {row["case"] for row in found_rows}
+        done = {(row["case"], row["what"], row["setting"]) for row in found_rows}
         earlier = json.loads(out.read_text(encoding="utf-8"))
-        found_rows = [r for r in earlier["rows"] if r["case"] not in done] + found_rows
+        found_rows = [
+            row for row in earlier["rows"] if (row["case"], row["what"], row["setting"]) not in done
+        ] + found_rows
         notes += [note for note in earlier["notes"] if note not in notes]
     notes += [n for n in optimised(found_rows) if n not in notes]
     found = report.result("step", found_rows, before, load, notes, argv)

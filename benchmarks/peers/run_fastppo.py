@@ -98,6 +98,7 @@ def run(settings: dict[str, Any], watch: Watch) -> None:
             watch.lap()
     except Finished:
         if settings.get("products"):
+            watch.facts["peak_gib"] = watch.peak_gib()  # without the matrices of what follows
             watch.facts["products"] = products_of_a_step(state, watch)
         raise
 

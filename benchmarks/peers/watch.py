@@ -82,11 +82,14 @@ class Watch:
         if len(self.steps) == self.settings["steps"]:
             raise Finished
 
+    def peak_gib(self) -> float:
+        """The most memory that the process ever had."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
     def write(self) -> None:
         """Steps, facts and the process's peak memory, into the file that the settings name."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
-        found = {"steps": self.steps, "peak_gib": peak, "threads": torch.get_num_threads()}
-        text = json.dumps({**found, **self.facts})
+        found = {"steps": self.steps, "threads": torch.get_num_threads()}
+        text = json.dumps({"peak_gib": self.peak_gib(), **found, **self.facts})
         Path(self.settings["result"]).write_text(text, encoding="utf-8")
 
 

@@ -166,7 +166,7 @@ def test_the_command_runs_what_was_asked_for_and_adds_to_what_is_there(
 ):
     asked = []
 
-    def rows(wanted, model, load, changes):
+    def rows(wanted, model, load, changes, ours):
         asked.append(([case.title for case in wanted], changes))
         for case in wanted:
             yield {"case": case.title, "what": "x", "ours": True, "setting": "s", **timed(1.0)}
@@ -184,6 +184,11 @@ def test_the_command_runs_what_was_asked_for_and_adds_to_what_is_there(
     )  # against LLaMA-Factory: all layers, and the upper ones
     assert "no measurement" in capsys.readouterr().out
     assert out.with_suffix(".md").is_file()
+    assert command.main([*base, "--peer", "trl", "--ours", "--add"]) == 0
+    again = [row["case"] for row in json.loads(out.read_text())["rows"]]
+    assert sorted(again) == sorted(
+        titles
+    )  # a row that is measured again takes the place of the old one
 
 
 @pytest.fixture
