@@ -25,7 +25,7 @@ help:
 	@echo "make gpu        where there is a GPU: its tests and measurements, at most 6 minutes, into benchmarks/results"
 	@echo "make gpu-rehearse  the same at toy sizes without a GPU: it measures nothing"
 	@echo "make demo-data  make the demo's preference pairs anew"
-	@echo "make demo-seeds the demo's PPO over three seeds, into benchmarks/results"
+	@echo "make demo-seeds the demo's PPO over five seeds and 128 held-out prompts, into benchmarks/results"
 	@echo "make learn      the runs of docs/learning.md but for the tables of settings; into output/learn"
 	@echo "make learn-full all of them; what was cut off goes on where it was"
 	@echo "make clean      remove what builds, tests and linters left; results in output/ stay"
@@ -48,7 +48,7 @@ demo-data: venv
 	$(BIN)/python examples/make_demo_data.py
 
 demo-seeds: venv
-	$(BIN)/python examples/demo_seeds.py
+	$(BIN)/python -m benchmarks demo_seeds
 
 # A run has a thread. PyTorch's backend samples the tiny model's responses in one batch; SmolLM2 has the native one.
 LEARN := OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.learn --jobs 2

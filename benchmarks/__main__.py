@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import (
     before_after,
+    demo_seeds,
     host,
     integrations,
     linear,
@@ -73,6 +74,9 @@ def parser() -> argparse.ArgumentParser:
     before_after.add_arguments(
         commands.add_parser("before_after", help=(before_after.__doc__ or "").splitlines()[0])
     )
+    demo_seeds.add_arguments(
+        commands.add_parser("demo_seeds", help=(demo_seeds.__doc__ or "").splitlines()[0])
+    )
     one = commands.add_parser("step", help=(step.__doc__ or "").splitlines()[0])
     one.add_argument("--quick", action="store_true", help="4 tokens and 1 epoch: no measurement")
     one.add_argument("--out", type=Path, metavar="FILE", help="the JSON; a .md goes beside it")
@@ -94,6 +98,8 @@ def main(argv: list[str] | None = None) -> int:
         return step.main(asked, argv)
     if asked.name == "rollout":
         return rollout.main(asked, argv)
+    if asked.name == "demo_seeds":
+        return demo_seeds.main(asked, argv)
     if asked.name == "before_after":
         return before_after.main(asked, argv)
     if asked.name == "integrations":

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import pytest
 import torch
 
-from benchmarks.peers.environments import ENVIRONMENTS
+from benchmarks.peers.environments import VLLM
+from benchmarks.peers.vllm_server import STARTS_IN, serving
 from fastppo import toy
 from fastppo.ppo import trainer
 from fastppo.ppo.engine_start import Comparison
@@ -28,7 +24,6 @@ pytestmark = pytest.mark.peers
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = 32  # tokens of a block of its cache
-STARTS_IN = 600  # seconds, at most
 
 
 @pytest.fixture(scope="module")
@@ -42,47 +37,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(model: Path) -> Iterator[str]:
     """The address of a server of this model."""
-    python = ENVIRONMENTS["vllm"].python
-    assert python.exists(), "make test-peers installs it"
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
-    flags = ["--enable-lora", "--max-lora-rank", "8", "--max-loras", "1", "--dtype", "float32"]
-    flags += ["--logprobs-mode", "processed_logprobs", "--max-model-len", "256"]
-    flags += ["--block-size", str(BLOCK), "--host", "127.0.0.1", "--port", str(port)]
-    flags += ["--enable-prefix-caching", "--enforce-eager"]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    environment |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    with (model.parent / "log").open("wb") as log:
-        process = subprocess.Popen(
-            # `vllm serve` asks for the metadata of a package `vllm`, which this build is not.
-            [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *flags],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait_for(url, process, model.parent / "log")
+    assert VLLM.python.exists(), "make test-peers installs it"
+    flags = ["--block-size", str(BLOCK), "--enable-prefix-caching"]
+    with serving(model, model.parent / "log", rank=8, length=256, flags=flags) as url:
         yield url
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait(60)
-
-
-def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Return when the server answers."""
-    until = time.monotonic() + STARTS_IN
-    while process.poll() is None and time.monotonic() < until:
-        try:
-            with urlopen(f"{url}/health"):
-                return
-        except (URLError, OSError):
-            time.sleep(0.5)
-    raise AssertionError(log.read_text()[-4000:])
 
 
 @pytest.fixture
@@ -146,10 +104,9 @@ def test_what_the_server_says_of_an_adapter_that_is_not_there(server, monkeypatc
 
 def test_steps_with_vllm_beside_the_trainer(tmp_path):
     """In the environment that has both: two steps, and an adapter that moves by far."""
-    python = ENVIRONMENTS["vllm"].python
-    assert python.exists(), "make test-peers installs it"
+    assert VLLM.python.exists(), "make test-peers installs it"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    command = [python, "-m", "tests.peers.colocated", tmp_path]
+    command = [VLLM.python, "-m", "tests.peers.colocated", tmp_path]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=STARTS_IN
     )

@@ -11,29 +11,20 @@ from typing import Any
 
 import pytest
 
-from benchmarks import integrations, step
+from benchmarks import demo_seeds, integrations, step
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+SEEDS_IN_WORDS = {3: "three", 5: "five"}
 PAGE = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
 
 
 def test_the_table_of_seeds_is_the_committed_result():
     result = json.loads((ROOT / "benchmarks" / "results" / "demo_seeds.json").read_text())
-    rows = []
-    for run in result["runs"]:
-        cells = [
-            f"{run['judge_before']:+.2f}",
-            f"{run['judge_after']:+.2f}",
-            f"{run['reward_before']:+.2f}",
-            f"{run['reward_after']:+.2f}",
-            f"{run['kl']:.1f}",
-            f"{run['length_before']:.0f}",
-            f"{run['length_after']:.0f}",
-        ]
-        rows.append(f"| {run['seed']} | " + " | ".join(cells) + " |")
-    for row in rows:
+    for row in demo_seeds.rows(result):
         assert row in PAGE
+    for sentence in demo_seeds.sentences(result):
+        assert sentence in " ".join(PAGE.split())
     assert result["machine"] in PAGE
     assert result["date"] in PAGE
     before, after = (
@@ -188,8 +179,19 @@ def test_benchmarks_readme_lists_every_result_its_day_and_its_command():
         assert day == found["date"], name
         assert f"`{found['command']}`" in made_by, name
     seeds = json.loads(files["demo_seeds.json"].read_text(encoding="utf-8"))["runs"]
-    assert len(seeds) == 3
-    assert "three seeds" in rows["demo_seeds.json"]
+    assert f"{SEEDS_IN_WORDS[len(seeds)]} seeds" in rows["demo_seeds.json"]
+
+
+def test_the_page_of_rollouts_has_the_demo_by_both_samplers():
+    """Or says that it was not measured, as long as there is no result."""
+    page = (ROOT / "docs" / "rollouts.md").read_text(encoding="utf-8")
+    result = ROOT / "benchmarks" / "results" / "demo_samplers.json"
+    nothing = "This has not been measured yet."
+    assert (nothing in page) != result.exists()
+    if result.exists():
+        said = demo_seeds.markdown(json.loads(result.read_text(encoding="utf-8")))
+        assert said == result.with_suffix(".md").read_text(encoding="utf-8")
+        assert " ".join(said.split()) in " ".join(page.split())
 
 
 def step_rows() -> Iterator[str]:
