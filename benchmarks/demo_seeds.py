@@ -223,8 +223,9 @@ def sentences(found: dict[str, Any]) -> Iterator[str]:
         (low, high), seeds = rise["95"], sum(one["sampler"] == who for one in found["runs"])
         yield (
             f"Sampled by {SAMPLERS[who]}, the judge's score rises by {rise['mean']:.2f} in the "
-            f"mean of {seeds} seeds and {found['prompts']} held-out prompts (95% interval "
-            f"{low:.2f} to {high:.2f}), from {rise['least']:.2f} to {rise['most']:.2f} in a seed."
+            f"mean of {seeds} seed{'s' * (seeds > 1)} and {found['prompts']} held-out prompts (95% "
+            f"interval {low:.2f} to {high:.2f}), from {rise['least']:.2f} to {rise['most']:.2f} in "
+            "a seed."
         )
     if gap := found.get("server_minus_ours"):
         low, high = gap["95"]
