@@ -15,6 +15,7 @@ from fastppo.memory.inputs import AUTO_KEYS
 from fastppo.memory.plan import plan_config
 from fastppo.memory.retry import OutOfMemory, out_of_memory
 from fastppo.memory.units import CONTEXT, GIB
+from fastppo.ops.backend import choose
 
 if TYPE_CHECKING:
     from fastppo.config import Config
@@ -54,6 +55,8 @@ def resolve_auto(
                 f"{error}; or give {', '.join(auto)} a value in place of auto"
             ) from None
         return config, None, [f"no memory plan: {error}"]
+    if not on_gpu and choose("linear", None, torch.empty(0)) != "native":
+        plan = plan.with_changes(compiled_ops=False)
     notes = []
     if plan.inputs.auto:
         chosen = choose_auto(plan, available_memory(device))

@@ -27,6 +27,8 @@ WORDS_FROM, WORD_BLOCK, MOST_WORDS, MOST_TOKENS = 64, 16 * MIB, 8192, 2048
 WORD_TILE, WORD_COLUMNS = 32, 16
 # From fastppo/ops/workspace.py: on a CPU, buffers for logits are reused if their size is between.
 REUSED_FROM, REUSED_TO = MIB, 256 * MIB
+# From fastppo/ops/few_rows.py: the most sequences that native layers on a CPU sample at a time.
+FEW_ROWS = 32
 ADAPTER_FILE = "adapter_config.json"
 # Keys whose `auto` the plan decides; first those whose wrong value costs most time.
 AUTO_KEYS = (
@@ -224,11 +226,17 @@ class PlanInputs:
         """The most prompts of a step (in stage rm pairs) that a process has."""
         return -(-units_a_step(self.config)[0] // self.gpus)
 
+    def sampled_rows(self, total: int) -> int:
+        """Number of sequences, of `total`, that are sampled at a time if the cache has room."""
+        most = as_count(self.config.generation_batch) or total
+        if self.device == "cpu" and self.compiled_ops:
+            most = min(most, FEW_ROWS)
+        return min(total, most)
+
     @property
     def rollout_rows(self) -> int:
-        """Number of sequences that are sampled at a time."""
-        rows = self.scored_rows
-        return min(rows, as_count(self.config.generation_batch) or rows)
+        """Number of sequences of a rollout that are sampled at a time."""
+        return self.sampled_rows(self.scored_rows)
 
     @property
     def evaluated_rows(self) -> int:

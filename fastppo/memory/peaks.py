@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fastppo.memory.activations import Activations
-from fastppo.memory.budgets import as_count
 from fastppo.memory.engine import EngineMemory
 from fastppo.memory.inputs import PlanInputs
 from fastppo.memory.layer import LayerSetting, trunk_memory
@@ -109,12 +108,13 @@ class Planner:
         prompt, longest = config.cutoff_len, config.cutoff_len + config.max_new_tokens
         token = 2 * shape.kv_heads * shape.head_dim * inputs.itemsize * shape.layers
         static = config.cache_implementation == "static"  # transformers' own, all rows together
-        rows = min(total, as_count(config.generation_batch) or total)
+        # As the sampler chooses its slots, which are wider if rows enter later.
+        rows, spare = inputs.sampled_rows(total), 0 if static else SLACK
         if config.rollout_kv_cache_gib is not None:
             room = int(config.rollout_kv_cache_gib * GIB)
-            if total * token * longest > room:
-                rows = max(1, min(rows, room // (token * (longest + SLACK))))
-        width = longest + SLACK * (rows < total and not static)
+            if rows * token * (longest + spare * (rows < total)) > room:
+                rows = max(1, room // (token * (longest + spare)))
+        width = longest + spare * (rows < total)
         # Merged copies of the weights, for samples of the policy; the reference samples unmerged.
         linear = sum(a * b for a, b in shape.targets(inputs.actor_target).values())
         layers = min(config.lora_layers or shape.layers, shape.layers)
