@@ -6,6 +6,7 @@ Its log-probs are those of a real model; fields and arguments that vLLM does not
 from __future__ import annotations
 
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -63,10 +64,12 @@ class Package(Policies):
         self.arguments: dict[str, Any] = {}
         self.ids: dict[int, str] = {}
         self.asleep = self.shut = False
+        self.released = threading.Event()
 
     def start(self, **arguments: Any) -> Package:
         assert set(arguments) <= ARGUMENTS, set(arguments) - ARGUMENTS
         self.arguments = arguments
+        self.released = threading.Event()
         self.ids, self.shut = {}, False  # another engine's than the last run's
         self.llm_engine = SimpleNamespace(
             add_lora=self.add_lora,
@@ -78,6 +81,7 @@ class Package(Policies):
     def add_lora(self, adapter: LoRARequest) -> bool:
         assert not self.asleep
         assert adapter.lora_int_id not in self.ids
+        self.hang("add_lora")
         self.ids[adapter.lora_int_id] = adapter.lora_name
         self.add(adapter.lora_name, Path(adapter.lora_path))
         return True
@@ -89,6 +93,15 @@ class Package(Policies):
     def shutdown(self, timeout: float) -> None:
         assert timeout > 0
         self.shut = True
+        self.released.set()
+
+    def hang(self, where: str) -> None:
+        """Where that is asked for: no answer until it is shut down, as a call of a lost child."""
+        after = self.faults.hangs_after
+        late = after is not None and self.events.count("generate") > after
+        if self.faults.hangs == where or (late and where == "generate"):
+            self.released.wait()
+            raise EngineDeadError("EngineCore encountered an issue.")
 
     def generate(
         self,
@@ -101,6 +114,7 @@ class Package(Policies):
         assert not self.asleep
         assert not use_tqdm
         self.events.append("generate")
+        self.hang("generate")
         fails = self.faults.fails_after
         if fails is not None and self.events.count("generate") > fails:
             raise EngineDeadError("EngineCore encountered an issue.\nIts traceback")

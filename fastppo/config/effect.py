@@ -96,16 +96,17 @@ def algorithm(config: Config) -> dict[str, str]:
 
 def engine(config: Config) -> dict[str, str]:
     """The keys of rollouts by vLLM among them."""
-    of_a_server = ("vllm_server_base_url", "vllm_server_timeout")
+    address = "vllm_server_base_url"
     of_colocate = (
         "vllm_gpu_memory_utilization",
         "vllm_enable_sleep_mode",
         "vllm_tensor_parallel_size",
     )
     if not config.use_vllm:
-        names = ("vllm_mode", *of_a_server, "vllm_adapter_dir", *of_colocate)
+        of_both = ("vllm_mode", "vllm_server_timeout", "vllm_adapter_dir")
+        names = (*of_both, address, *of_colocate)
         return dict.fromkeys(names, "no effect without use_vllm: true")
     if config.vllm_mode == "colocate":
-        return dict.fromkeys(of_a_server, "no effect with vllm_mode: colocate")
+        return {address: "no effect with vllm_mode: colocate"}
     why = "no effect with vllm_mode: server, whose own flags say it"
     return dict.fromkeys(of_colocate, why)

@@ -47,7 +47,10 @@ class EngineKeys(Keys):
         "Address of the server; its key is read from the environment variable VLLM_API_KEY.",
     )
     vllm_server_timeout: Annotated[float, Field(gt=0.0, le=86400.0)] = key(
-        240.0, GRPO, "Seconds in which each request must be answered; then the attempt has failed."
+        240.0,
+        GRPO,
+        "Seconds in which each request must be answered; then the attempt has failed. With "
+        "colocate, seconds of each 256 responses of a rollout; then the run stops.",
     )
     vllm_adapter_dir: str | None = key(
         None,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, Protocol
 
 RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)  # of `--max-lora-rank`
+MOST_REQUESTS: Final = 256  # at a time; vLLM's own limit of sequences in a batch
 # What the comparison with the trainer, or a response, may show to be wrong.
 Fault = Literal["base", "adapter", "raw", "room"]
 

@@ -1,22 +1,27 @@
 """vLLM beside the trainer, on the trainer's own device: `vllm_mode: colocate` (experimental).
 
 vLLM runs its engine in a child process. In the trainer's own process it would set the number of
-threads, the default process group and the global seed, all of which are the trainer's.
+threads, the default process group and the global seed, all of which are the trainer's. A call that
+waits for that process has a time limit.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import Distribution, PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from fastppo.errors import UserError
 from fastppo.packages import install, numbers
-from fastppo.servers.backend import Completion, Fault, Served, lora_rank
+from fastppo.servers.backend import MOST_REQUESTS, Completion, Fault, Served, lora_rank
 
 if TYPE_CHECKING:
     from fastppo.config import Config
@@ -111,13 +116,46 @@ class VLLMInProcess:
         self.model = Served(config.model_name_or_path, length)
         self.adapters: dict[str, Any] = {}
         self.loaded, self.is_asleep = 0, False
+        self.timeout, self.late = config.vllm_server_timeout, ""
         empty_cache()
+        others = set(multiprocessing.active_children())
         with self.failures("did not start"), child_processes():
             from vllm import LLM, SamplingParams
             from vllm.lora.request import LoRARequest
 
             self.make_params, self.make_adapter = SamplingParams, LoRARequest
             self.llm = LLM(**arguments(config, rank=rank, length=length, dtype=dtype))
+        self.children = set(multiprocessing.active_children()) - others
+
+    def ask(self, call: Callable[[], Any], requests: int = 1) -> Any:
+        """The result of `call`, for which each batch of requests has `vllm_server_timeout` seconds.
+
+        It runs in a thread, which is left waiting if vLLM hangs; then nothing is asked again.
+        """
+        if self.late:
+            raise UserError(self.late)
+        answer: list[Any] = []
+        failure: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                answer.append(call())
+            except BaseException as error:  # raised again in the thread that asks
+                failure.append(error)
+
+        seconds = self.timeout * -(-requests // MOST_REQUESTS)
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        thread.join(seconds)
+        if thread.is_alive():
+            self.late = (
+                f"{self.key}: vLLM has not answered in {seconds:g} s; raise vllm_server_timeout, "
+                f"{INSTEAD}"
+            )
+            raise UserError(self.late)
+        if failure:
+            raise failure[0]
+        return answer[0]
 
     @contextmanager
     def failures(self, what: str) -> Iterator[None]:
@@ -144,24 +182,24 @@ class VLLMInProcess:
         self.loaded += 1
         adapter = self.make_adapter(name, self.loaded, str(folder))
         with self.failures("does not take the adapter"):
-            self.llm.llm_engine.add_lora(adapter)
+            self.ask(lambda: self.llm.llm_engine.add_lora(adapter))
         self.adapters[name] = adapter
 
     def unload(self, name: str) -> None:
         """Forget an adapter."""
         adapter = self.adapters.pop(name)
         with self.failures("does not forget an adapter"):
-            self.llm.llm_engine.remove_lora(adapter.lora_int_id)
+            self.ask(lambda: self.llm.llm_engine.remove_lora(adapter.lora_int_id))
 
     def complete_all(self, bodies: Sequence[dict[str, Any]]) -> list[Completion]:
         """The response to each request, all in one batch that vLLM schedules."""
         adapters = [self.adapter(body["model"]) for body in bodies]
         with self.failures("failed"):
-            found = self.llm.generate(
-                [{"prompt_token_ids": body["prompt"]} for body in bodies],
-                [self.params(body) for body in bodies],
-                lora_request=adapters,
-                use_tqdm=False,
+            prompts = [{"prompt_token_ids": body["prompt"]} for body in bodies]
+            params = [self.params(body) for body in bodies]
+            found = self.ask(
+                lambda: self.llm.generate(prompts, params, lora_request=adapters, use_tqdm=False),
+                len(bodies),
             )
             return [self.completion(*pair) for pair in zip(bodies, found, strict=True)]
 
@@ -204,7 +242,7 @@ class VLLMInProcess:
         """
         if self.sleeps and not self.is_asleep:
             with self.failures("does not sleep"):
-                self.llm.sleep(level=1)
+                self.ask(lambda: self.llm.sleep(level=1))
             self.is_asleep = True
 
     def wake(self) -> None:
@@ -212,7 +250,7 @@ class VLLMInProcess:
         if self.is_asleep:
             empty_cache()
             with self.failures("does not wake"):
-                self.llm.wake_up()
+                self.ask(self.llm.wake_up)
             self.is_asleep = False
 
     def cure_of(self, fault: Fault, dtype: str) -> str:
@@ -221,10 +259,29 @@ class VLLMInProcess:
         return f"leave use_vllm out, {INSTEAD}"
 
     def close(self, adapter: str | None) -> None:
-        """End vLLM's processes, and with them the adapter."""
+        """End vLLM's processes, and with them the adapter; those that do not end are killed."""
         del adapter
-        with suppress(Exception):  # the run is over, and they end with it
-            self.llm.llm_engine.engine_core.shutdown(timeout=ENDS_IN)
+
+        def shut_down() -> None:
+            with suppress(Exception):  # the run is over, and they end with it
+                self.llm.llm_engine.engine_core.shutdown(timeout=ENDS_IN)
+
+        thread = threading.Thread(target=shut_down, daemon=True)
+        thread.start()
+        thread.join(2 * ENDS_IN)
+        for child in self.children:
+            if child.is_alive():
+                kill(child.pid)
+                child.join(ENDS_IN)
+
+
+def kill(pid: int | None) -> None:
+    """Kill a process and its descendants."""
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for each in (*process.children(recursive=True), process):
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
 
 
 def arguments(config: Config, *, rank: int, length: int, dtype: str) -> dict[str, Any]:

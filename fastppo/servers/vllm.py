@@ -14,13 +14,12 @@ from typing import Any
 
 from fastppo.config.engine import TOKEN
 from fastppo.errors import UserError
-from fastppo.servers.backend import Completion, Fault, Served, lora_rank
+from fastppo.servers.backend import MOST_REQUESTS, Completion, Fault, Served, lora_rank
 from fastppo.servers.client import Client, TransientError
 
 OLDEST = (0, 11)  # before it, answers have no token ids
 RETRIES = 3
 LARGEST = 64 << 20  # bytes of an answer; a token takes about 200
-MOST_REQUESTS = 256  # at a time; vLLM's own limit of sequences in a batch
 FLAGS = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve MODEL --enable-lora"
 
 

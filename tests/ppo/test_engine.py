@@ -180,11 +180,11 @@ def test_the_checks_leave_the_policy_as_it_was(state, settings):
     assert run.roles.trainable_parameters("actor")[0].requires_grad
 
 
-def check_a_loss(argv, faults, fails_after, line, tmp_path, capsys):
+def check_a_loss(argv, faults, fails_after, line, tmp_path, capsys, fault="fails_after"):
     """After a whole run of `argv`: one that loses its vLLM stops with `line`, then ends as it."""
     metrics = tmp_path / "metrics" / "training_metrics.csv"
     whole = metrics.read_text().splitlines()
-    faults.fails_after = fails_after
+    setattr(faults, fault, fails_after)
     out = str(tmp_path / "out2")
     capsys.readouterr()
     assert main([*argv, f"output_dir={out}"]) == 1
@@ -195,7 +195,7 @@ def check_a_loss(argv, faults, fails_after, line, tmp_path, capsys):
         err,
     )
     assert not written(tmp_path / "adapters")
-    faults.fails_after = None
+    setattr(faults, fault, None)
     assert main([*argv, f"output_dir={out}", "resume_from_checkpoint=true"]) == 0
     resumed = metrics.read_text().splitlines()
     scores = [[line.split(",")[2] for line in rows] for rows in (whole, resumed)]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import sys
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -146,15 +149,76 @@ def test_children_get_vllms_variables_and_the_run_keeps_its_own(monkeypatch):
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
-@pytest.mark.slow
-def test_a_vllm_that_is_lost_in_mid_run_leaves_a_checkpoint(
-    config, vllm, settings, tmp_path, capsys
-):
-    changes = {**settings, "max_steps": 3, "save_strategy": "no", "eval_max_samples": 1}
-    argv = command(config, tmp_path, **changes)
+@pytest.mark.parametrize("call", ["generate", "add_lora"])
+def test_a_vllm_that_hangs_does_not_hang_the_run(state, vllm, settings, call):
+    run = trainer.step_update(state(**settings))
+    before = [p.detach().clone() for p in run.roles.trainable_parameters("actor")]
+    run.engine.server.timeout, vllm.faults.hangs = 0.2, call
+    line = r"^vllm_mode: colocate: vLLM has not answered in 0\.2 s; raise vllm_server_timeout, or "
+    for _ in range(2):  # and it is not waited for again
+        with pytest.raises(EngineLost, match=line):
+            trainer.step_update(run)
+        run.engine.server.timeout = 3600.0
+    after = run.roles.trainable_parameters("actor")
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    run.engine.close()
+    assert vllm.shut
+
+
+def test_a_rollout_has_the_time_of_each_batch_of_requests(state, vllm, settings, monkeypatch):
+    """As 256 requests to a server have it, all of which begin together."""
+    monkeypatch.setattr(in_process, "MOST_REQUESTS", 2)
+    run = state(**settings)
+    run.engine.server.timeout, vllm.faults.hangs = 0.1, "generate"
+    with pytest.raises(EngineLost, match=r"has not answered in 0\.2 s"):
+        trainer.step_update(run)  # of four responses
+    run.engine.close()
+
+
+def test_a_vllm_that_does_not_end_is_killed(state, vllm, settings, monkeypatch):
+    monkeypatch.setattr(in_process, "ENDS_IN", 0.1)
+    children = []
+
+    def start(**arguments):
+        child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600.0,))
+        child.start()
+        children.append(child)
+        return vllm.start(**arguments)
+
+    monkeypatch.setattr(sys.modules["vllm"], "LLM", start)
+    monkeypatch.setattr(vllm, "shutdown", lambda timeout: vllm.released.wait())
+    run = state(**settings)
+    assert children[0].is_alive()
+    run.engine.close()
+    vllm.released.set()
+    assert not children[0].is_alive()
+    assert children[0] not in multiprocessing.active_children()
+
+
+def lost_in_mid_run(config, vllm, settings, tmp_path, capsys, line, fault, **changes):
+    """The second step's rollout fails: a checkpoint of the first, and on from there."""
+    few = {"max_steps": 3, "save_strategy": "no", "eval_max_samples": 1}
+    argv = command(config, tmp_path, **settings, **few, **changes)
     assert main(argv) == 0
     calls = vllm.events.count("generate")
     start = calls - 3 - 2  # three steps, and an evaluation of two policies
     in_second_step = calls + start + 1
+    check_a_loss(argv, vllm.faults, in_second_step, line, tmp_path, capsys, fault)
+
+
+@pytest.mark.slow
+def test_a_vllm_that_is_lost_in_mid_run_leaves_a_checkpoint(
+    config, vllm, settings, tmp_path, capsys
+):
     line = r"vllm_mode: colocate: vLLM failed \(EngineDeadError: .*use vllm_mode: server"
-    check_a_loss(argv, vllm.faults, in_second_step, line, tmp_path, capsys)
+    lost_in_mid_run(config, vllm, settings, tmp_path, capsys, line, "fails_after")
+
+
+@pytest.mark.slow
+def test_a_vllm_that_hangs_in_mid_run_leaves_a_checkpoint(config, vllm, settings, tmp_path, capsys):
+    line = (
+        r"vllm_mode: colocate: vLLM has not answered in 10 s; raise vllm_server_timeout, or use "
+        "vllm_mode: server"
+    )
+    changes = {"vllm_server_timeout": 10.0}
+    lost_in_mid_run(config, vllm, settings, tmp_path, capsys, line, "hangs_after", **changes)
