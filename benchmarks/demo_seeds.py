@@ -243,8 +243,8 @@ def markdown(found: dict[str, Any]) -> str:
     head += ["length before", "after"]
     if both:
         head += ["gap of log-probs: mean, largest", "least effective share", "sampling, s"]
-    versions = ", ".join(f"{name} {found[name]}" for name in PACKAGES)
-    versions += f", {found['vllm']}" * ("vllm" in found)
+    made = [f"{name} {found[name]}" for name in PACKAGES]
+    versions = ", ".join([*made, *([found["vllm"]] if "vllm" in found else [])])
     where = f"`{found['command']}`, {found['date']}, {found['machine']}, {versions}."
     table = [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *rows(found)]
     return "\n".join([where, *sentences(found), "", *table]) + "\n"

@@ -45,7 +45,7 @@ def caches(monkeypatch) -> list[SlotCache]:
         (FEW_ROWS + 8, True, FEW_ROWS + 4, None, FEW_ROWS),
         (FEW_ROWS + 8, True, 5, None, 5),
         (FEW_ROWS + 8, False, None, None, FEW_ROWS + 8),
-        (8, True, None, 3.5 * (PROMPT + NEW + SLACK), 3),
+        (FEW_ROWS + 8, True, None, 3.5 * (PROMPT + NEW + SLACK), 3),
         (8, True, None, 8.0 * (PROMPT + NEW), 8),  # none enters later: no slack
         (9, True, 8, 8.0 * (PROMPT + NEW), 1),  # the ninth does, and slots are wider
     ],

@@ -27,7 +27,8 @@ def test_the_interval_is_that_of_subjects_and_seeds_and_not_of_wordings():
     wordings = alike + np.array([-0.4, 0.4, -0.1, 0.1])
     assert demo_seeds.interval(wordings) == [0.2, 0.2]
     # 32 subjects of standard deviation 1: that of their mean is 1 / sqrt(32), 95% is 1.96 of it.
-    subjects = np.tile([1.0, -1.0], 16)[None, :, None] * np.ones((5, 1, 4))
+    spread = np.linspace(-1, 1, 32)
+    subjects = (spread / spread.std())[None, :, None] * np.ones((5, 1, 4))
     low, high = demo_seeds.interval(subjects)
     assert -low == pytest.approx(1.96 / 32**0.5, rel=0.06)
     assert high == pytest.approx(1.96 / 32**0.5, rel=0.06)
