@@ -6,6 +6,7 @@ huggingface_hub reads it; no line and no file of a run has it. No torch here.
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,8 +73,8 @@ def check(config: Config) -> None:
         raise UserError(f"{where} the hub refuses the login ({kind(error)}); {cure}") from None
     except Exception as error:  # whatever a network raises
         raise UserError(
-            f"{where} the hub cannot be reached ({kind(error)}); leave it out, and upload "
-            "output_dir later with `hf upload`"
+            f"{where} the hub cannot be reached ({kind(error)}); leave it out, and upload the "
+            "model later (docs/export.md has the command)"
         ) from None
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise UserError(f"{where} the login's token may only read; {cure} with one that may write")
@@ -85,19 +86,29 @@ def kind(error: Exception) -> str:
     return type(error).__name__ + (f", HTTP {status}" if status else "")
 
 
-def files_to_upload(folder: Path, custom_code: bool = False) -> list[Path]:
-    """The files in `folder` that are the model; nothing of its folders.
+def patterns(config: Config) -> list[str]:
+    """The names of files to upload; with `trust_remote_code` the model's own modules too."""
+    return [*PATTERNS, *(["*.py"] if config.trust_remote_code else [])]
 
-    Args:
-        folder: a run's output_dir.
-        custom_code: whether modules of the model's own (`trust_remote_code`) are among them.
-    """
-    patterns = (*PATTERNS, *(("*.py",) if custom_code else ()))
+
+def files_to_upload(config: Config) -> list[Path]:
+    """The files in output_dir that are the model; nothing of its folders."""
+    folder = Path(config.output_dir)
     return sorted(
         path
-        for path in folder.iterdir()
-        if path.is_file() and any(path.match(pattern) for pattern in patterns)
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if path.is_file() and any(path.match(pattern) for pattern in patterns(config))
     )
+
+
+def command(config: Config, name: str) -> str:
+    """The hub's own command that uploads the files of `files_to_upload`, and no others."""
+    paths = files_to_upload(config)
+    found = [each for each in patterns(config) if any(path.match(each) for path in paths)]
+    # The client compares a pattern with the whole path, and its * takes slashes too.
+    words = ["hf", "upload", name, config.output_dir, "--exclude", "*/*"]
+    words += ["--private"] if config.hub_private_repo else []
+    return shlex.join([*words, *(word for each in found for word in ("--include", each))])
 
 
 def push(config: Config) -> None:
@@ -120,7 +131,7 @@ def upload(config: Config) -> None:
 
     folder = Path(config.output_dir)
     name = repository(config)
-    paths = files_to_upload(folder, config.trust_remote_code) if folder.is_dir() else []
+    paths = files_to_upload(config)
     if not any(path.suffix == ".safetensors" for path in paths):
         raise UserError(f"push_to_hub: there is no model in {folder}; train or save it first")
     files: dict[str, str | bytes] = {path.name: str(path) for path in paths}
@@ -140,6 +151,6 @@ def upload(config: Config) -> None:
     except Exception as error:  # whatever the hub and a network raise
         raise TrainingStopped(
             f"push_to_hub: {name} was not uploaded ({kind(error)}); the model is whole in "
-            f"{folder}, and `hf upload {name} {folder} --exclude 'checkpoint-*'` uploads it"
+            f"{folder}, and this uploads it: {command(config, name)}"
         ) from None
     console.print(f"  uploaded to {name} on the hub", markup=False)

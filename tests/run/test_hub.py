@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shlex
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +15,8 @@ from typing import Any, ClassVar
 
 import huggingface_hub
 import pytest
+from click.testing import CliRunner
+from huggingface_hub.cli.hf import app
 
 from fastppo.config import Config
 from fastppo.errors import TrainingStopped, UserError
@@ -206,6 +209,29 @@ def test_an_upload_that_fails_says_where_the_model_is(config, server, part, stat
         hub.push(settings)
     assert f"the model is whole in {settings.output_dir}" in str(caught.value)
     assert TOKEN not in str(caught.value)
+
+
+@pytest.mark.parametrize("changes", [{}, {"trust_remote_code": True, "hub_private_repo": True}])
+def test_the_command_of_a_failed_upload_uploads_what_it_would_have(
+    config, server, tmp_path, changes
+):
+    """Run by the hub's own client: no log, no sample, no checkpoint, no record of the machine."""
+    settings = saved(config, output_dir=str(tmp_path / "my out"), hub_model_id="me/out", **changes)
+    server.fails = {"/commit/": 500}
+    with pytest.raises(TrainingStopped) as caught:
+        hub.push(settings)
+    (line,) = re.findall(r"this uploads it: (.*)$", str(caught.value))
+    assert line.startswith(f"hf upload me/out '{tmp_path}/my out' --exclude '*/*'")
+    server.fails, server.created[:] = {}, []
+    done = CliRunner().invoke(app, shlex.split(line)[1:])
+    assert done.exit_code == 0, done.output
+    wanted = {path.name for path in hub.files_to_upload(settings)}
+    assert set(server.files) == wanted > {"README.md", "adapter_model.safetensors"}
+    assert ("modeling_own.py" in wanted) == bool(changes)
+    private = [
+        made.get("private") or made.get("visibility") == "private" for made in server.created
+    ]
+    assert any(private) == bool(changes)
 
 
 def test_a_folder_without_a_model_is_not_uploaded(config, server):
