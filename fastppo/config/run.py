@@ -31,11 +31,16 @@ class RunKeys(Keys):
         None, HF, "Write generated_predictions.jsonl for all held-out data."
     )
     output_dir: str = key(..., HF, "Where adapters, heads and checkpoints go.", first=True)
-    overwrite_output_dir: bool = key(False, LF, "Allow an output_dir that is not empty.")
+    overwrite_output_dir: bool = key(
+        False,
+        LF,
+        "Allow an output_dir that is not empty; checkpoints of earlier runs stay in it.",
+    )
     resume_from_checkpoint: bool | str | None = key(
         None,
         HF,
-        "A checkpoint-N, or true for the newest complete one in output_dir; docs/reliability.md.",
+        "A checkpoint-N, or true for the newest complete one of the run in output_dir; "
+        "docs/reliability.md.",
     )
     ddp_timeout: Positive = key(
         1800,

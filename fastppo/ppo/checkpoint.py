@@ -71,7 +71,7 @@ def save_to_resume(state: State, output_dir: Path) -> Path:
         "surroundings": environment(state),
     }
     training_state.write(tree, place)
-    note_run(place, state.budgets.decisions(), state.tracker)
+    note_run(place, state.budgets.decisions(), state.tracker, durable.identity_of(output_dir))
     durable.publish(place, folder)
     state.saved_step = state.step
     return folder
@@ -110,7 +110,8 @@ def load_best(state: State, output_dir: Path) -> dict[str, Any] | None:
         folder = output_dir / f"checkpoint-{found['step']}"
         if found["step"] == state.step:
             return None
-        fault = durable.resume_fault(folder, hashes=True)
+        own = durable.is_own(folder, output_dir)
+        fault = durable.resume_fault(folder, hashes=True) if own else "it is of another run"
         if fault is None:
             break
         lines.notes([f"{folder} was the best, but {fault}: the next best is taken"])
@@ -338,19 +339,23 @@ def start(state: State, folder: Path | None, output_dir: Path) -> list[str]:
         notes.append(f"resumes after step {state.step} from {folder}")
         if changed:
             notes.append(f"not bit for bit, for these changed since: {', '.join(changed)}")
-    state.world.on_main(begin_files, state, folder, output_dir)
-    return notes
+    return [*notes, *state.world.on_main(begin_files, state, folder, output_dir)]
 
 
-def begin_files(state: State, folder: Path | None, output_dir: Path) -> None:
-    """Begin the log and the records in `output_dir`; those of an earlier run are deleted."""
+def begin_files(state: State, folder: Path | None, output_dir: Path) -> list[str]:
+    """Begin the log and the records in `output_dir`; those of an earlier run are deleted.
+
+    Returns:
+        A note if checkpoints of an earlier run stay beside those of a new one.
+    """
     if folder is None:
         results.clear(output_dir)
     evaluated = any(each["step"] == state.step for each in state.evaluations)
     results.begin_log(output_dir, state.step, evaluated=evaluated)
-    begin(output_dir, state.budgets.decisions(), state.tracker)
+    begin(output_dir, state.budgets.decisions(), state.tracker, folder)
     printed = [*state.notes, *state.roles.notes, *state.config.notes]
     record.begin(state.config, state.roles.device, printed, state.plan)
+    return durable.others_line(output_dir) if folder is None else []
 
 
 def save_and_stop(

@@ -350,7 +350,8 @@ def fit(setup: Setup, stop: Stop, trackers: Trackers | None) -> PairTrainer:
         trainer.add_callback(EarlyStoppingCallback(config.early_stopping_steps))
     if trackers is not None:
         trainer.add_callback(LogToTrackers(trackers))
-    setup.world.on_main(begin_files, setup, trackers)
+    for line in setup.world.on_main(begin_files, setup, trackers):
+        console.console.print(f"  {line}", markup=False)
     checkpoint = None if setup.resumed is None else str(setup.resumed)
     scores = None
     try:
@@ -377,13 +378,18 @@ def fit(setup: Setup, stop: Stop, trackers: Trackers | None) -> PairTrainer:
     return trainer
 
 
-def begin_files(setup: Setup, trackers: Trackers | None) -> None:
-    """Begin the records in output_dir; those of an earlier run are deleted."""
+def begin_files(setup: Setup, trackers: Trackers | None) -> list[str]:
+    """Begin the records in output_dir; those of an earlier run are deleted.
+
+    Returns:
+        A note if checkpoints of an earlier run stay beside those of a new one.
+    """
     output_dir = Path(setup.config.output_dir)
     if setup.resumed is None:
         results.clear(output_dir)
-    save.begin(output_dir, setup.budgets.decisions(), trackers)
+    save.begin(output_dir, setup.budgets.decisions(), trackers, setup.resumed)
     record.begin(setup.config, setup.device, setup.notes, setup.plan)
+    return durable.others_line(output_dir) if setup.resumed is None else []
 
 
 def save_and_stop(trainer: PairTrainer, interrupted: Interrupted) -> Interrupted:

@@ -219,7 +219,8 @@ class ResumableTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         self.state.best_model_checkpoint = None  # it would name the folder that is renamed below
         written = self.place / folder.name
-        save.note_run(written, self.decisions, self.trackers)
+        identity = durable.identity_of(output_dir)
+        save.note_run(written, self.decisions, self.trackers, identity)
         if not self.args.save_only_model:
             sums = {name: getattr(self, name) for name in SUMS}
             tree = {

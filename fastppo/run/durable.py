@@ -12,11 +12,12 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastppo.errors import TrainingStopped, UserError
 
@@ -149,15 +150,79 @@ def checkpoint_fault(folder: Path, *, hashes: bool = True) -> str | None:
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """The folders checkpoint-N of a run, the oldest first."""
+    """The folders checkpoint-N in `output_dir`, of whatever run, the lowest N first."""
     numbered = [(NUMBERED.fullmatch(path.name), path) for path in output_dir.glob("checkpoint-*")]
     return [path for _, path in sorted((int(m[1]), path) for m, path in numbered if m)]
 
 
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """The record of the run in output_dir or a checkpoint; None if it has none that can be read."""
+    try:
+        found = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def new_identity(resumed: Path | None) -> dict[str, Any]:
+    """What tells the checkpoints of a run that starts now from those of others in output_dir.
+
+    `run` is its id, and `before` has the last step that counts of each run that it goes on from:
+    a run that resumes from checkpoint-50 does not have that run's checkpoint-100. Runs of versions
+    without an id have the empty one.
+    """
+    record = None if resumed is None else read_run(resumed)
+    before: dict[str, Any] = {}
+    if resumed is not None and record is not None:
+        numbered = NUMBERED.fullmatch(resumed.name)
+        last = int(numbered[1]) if numbered else 0
+        before = {**record.get("before", {}), record.get("run", ""): last}
+    return {"run": secrets.token_hex(4), "before": before}
+
+
+def identity_of(output_dir: Path) -> dict[str, Any]:
+    """The identity of the run in `output_dir`, for its checkpoints."""
+    record = read_run(output_dir) or {}
+    return {key: record[key] for key in ("run", "before") if key in record}
+
+
+def is_own(folder: Path, output_dir: Path) -> bool:
+    """Whether the checkpoint in `folder` is of the run in `output_dir`; if nothing tells, it is."""
+    own, record = read_run(output_dir), read_run(folder)
+    if own is None or record is None:
+        return True
+    name = record.get("run", "")
+    if name == own.get("run", ""):
+        return True
+    last, numbered = own.get("before", {}).get(name), NUMBERED.fullmatch(folder.name)
+    return last is not None and numbered is not None and int(numbered[1]) <= last
+
+
+def own_checkpoints(output_dir: Path) -> list[Path]:
+    """The folders checkpoint-N of the run in `output_dir`, the oldest first.
+
+    With `overwrite_output_dir` those of earlier runs stay in the folder, whatever their number.
+    """
+    return [folder for folder in checkpoints(output_dir) if is_own(folder, output_dir)]
+
+
+def others_line(output_dir: Path) -> list[str]:
+    """A line on the checkpoints in `output_dir` that are not of its run, if there are any."""
+    own = own_checkpoints(output_dir)
+    others = [folder for folder in checkpoints(output_dir) if folder not in own]
+    if not others:
+        return []
+    more = f" and {len(others) - 1} more are" if len(others) > 1 else " is"
+    return [
+        f"{others[-1]}{more} not of this run: resume_from_checkpoint: true passes over what is "
+        "not, and save_total_limit leaves it"
+    ]
+
+
 def keep_newest(output_dir: Path, limit: int | None, keep: int | None = None) -> None:
-    """Delete the oldest checkpoint-N past `save_total_limit`, but not that of the step `keep`."""
+    """Delete the run's oldest checkpoint-N past `save_total_limit`, but not that of step `keep`."""
     if limit is not None:
-        for path in checkpoints(output_dir)[:-limit]:
+        for path in own_checkpoints(output_dir)[:-limit]:
             if path.name != f"checkpoint-{keep}":
                 remove(path)
 
@@ -171,9 +236,9 @@ def resume_fault(folder: Path, *, hashes: bool) -> str | None:
 
 
 def newest_complete(output_dir: Path, *, hashes: bool) -> Start:
-    """The newest checkpoint-N that is complete, or None; and a note on each that is passed over."""
+    """The run's newest complete checkpoint-N, or None; and a note on each that is passed over."""
     passed: list[str] = []
-    for folder in reversed(checkpoints(output_dir)):
+    for folder in reversed(own_checkpoints(output_dir)):
         wrong = resume_fault(folder, hashes=hashes)
         if wrong is None:
             return folder, passed
@@ -184,8 +249,8 @@ def newest_complete(output_dir: Path, *, hashes: bool) -> Start:
 def checkpoint_to_resume(config: Config, *, hashes: bool = True) -> Start:
     """The checkpoint that `resume_from_checkpoint` names, and notes on those that were skipped.
 
-    True means the newest complete one in `output_dir`; the result is None if a run was killed
-    before its first checkpoint.
+    True means the newest complete one of the run in `output_dir`; the result is None if that was
+    killed before its first checkpoint.
 
     Raises:
         UserError: a named folder is no complete checkpoint, or there is nothing to resume.
@@ -206,13 +271,14 @@ def checkpoint_to_resume(config: Config, *, hashes: bool = True) -> Start:
         return folder, []
     output_dir = Path(config.output_dir)
     newest, passed = newest_complete(output_dir, hashes=hashes)
+    others = others_line(output_dir)
     if newest is not None:
-        return newest, passed
+        return newest, passed + others
     if passed:
         raise UserError(f"{key}: {passed[0]}; there is none before it; start anew without this key")
     if not (output_dir / RUN).is_file():
         raise UserError(f"{key}: {output_dir} has no checkpoint-N; leave it out")
-    return None, [f"{output_dir} has no checkpoint yet: the run starts from its beginning"]
+    return None, [f"{output_dir} has no checkpoint yet: the run starts from its beginning", *others]
 
 
 def disk_full_message(error: BaseException) -> str | None:
@@ -238,9 +304,8 @@ def stop_on_full_disk(output_dir: Path) -> Iterator[None]:
         if reason is None:
             raise
         delete_partial(output_dir)  # gives back what the half-written one took
-        whole = [
-            path for path in checkpoints(output_dir) if checkpoint_fault(path, hashes=False) is None
-        ]
+        own = own_checkpoints(output_dir)
+        whole = [path for path in own if checkpoint_fault(path, hashes=False) is None]
         kept = (
             f"{whole[-1]} is whole: free some space, then set resume_from_checkpoint: true"
             if whole

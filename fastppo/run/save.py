@@ -109,10 +109,15 @@ def save_with_value_head(
     torch.save(saved, folder / BIN)
 
 
-def note_run(folder: Path, decisions: dict[str, Any], trackers: Trackers | None = None) -> None:
+def note_run(
+    folder: Path,
+    decisions: dict[str, Any],
+    trackers: Trackers | None = None,
+    identity: Mapping[str, Any] | None = None,
+) -> None:
     """Write the run's record into `folder`: fastppo's version, the values chosen for `auto` keys,
-    and the run's names in its trackers."""
-    record = {"fastppo": __version__, "decisions": decisions}
+    the run's names in its trackers, and its `identity` among the runs in output_dir."""
+    record = {"fastppo": __version__, "decisions": decisions, **(identity or {})}
     if trackers is not None:
         record["trackers"] = trackers.runs
     durable.write_text(folder / durable.RUN, json.dumps(record) + "\n")
@@ -133,10 +138,18 @@ def with_decisions(config: Config, folder: Path) -> Config:
     )
 
 
-def begin(output_dir: Path, decisions: dict[str, Any], trackers: Trackers | None = None) -> None:
-    """Write the run's record into `output_dir`, so that it is known before its first checkpoint."""
+def begin(
+    output_dir: Path,
+    decisions: dict[str, Any],
+    trackers: Trackers | None = None,
+    resumed: Path | None = None,
+) -> None:
+    """Write the run's record into `output_dir`, so that it is known before its first checkpoint.
+
+    `resumed` is the checkpoint from which it goes on.
+    """
     durable.delete_partial(output_dir)
-    note_run(output_dir, decisions, trackers)
+    note_run(output_dir, decisions, trackers, durable.new_identity(resumed))
 
 
 def prepare_output_dir(output_dir: Path) -> None:
