@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 EACH := $(PYTEST) -n logical --dist loadfile --no-loadscope-reorder -p no:benchmark
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-data demo-seeds learn learn-full test test-all test-torch test-peers peers-suites dist docs lint bench gpu gpu-rehearse clean
+.PHONY: help venv demo demo-data demo-page demo-seeds learn learn-full test test-all test-torch test-peers peers-suites dist docs lint bench gpu gpu-rehearse clean
 
 help:
 	@echo "make demo       install, then reward model, PPO and the comparison on a real model (two cores, 10 to 25 min)"
@@ -25,6 +25,7 @@ help:
 	@echo "make gpu        where there is a GPU: its tests and measurements, at most 6 minutes, into benchmarks/results"
 	@echo "make gpu-rehearse  the same at toy sizes without a GPU: it measures nothing"
 	@echo "make demo-data  make the demo's preference pairs anew"
+	@echo "make demo-page  what the pages show of the demo (README's table, picture, report), from what make demo left"
 	@echo "make demo-seeds the demo's PPO over five seeds and 128 held-out prompts, into benchmarks/results"
 	@echo "make learn      the runs of docs/learning.md but for the tables of settings; into output/learn"
 	@echo "make learn-full all of them; what was cut off goes on where it was"
@@ -46,6 +47,9 @@ demo: venv
 demo-data: venv
 	$(BIN)/python examples/demo_model.py
 	$(BIN)/python examples/make_demo_data.py
+
+demo-page: venv
+	$(BIN)/python docs/tools/demo_page.py
 
 demo-seeds: venv
 	$(BIN)/python -m benchmarks demo_seeds

@@ -16,6 +16,13 @@ HERE = Path(__file__).parent
 REWARD, PPO = HERE / "demo_reward.yaml", HERE / "demo_ppo.yaml"
 REWARD_DIR = Path("output/demo/reward")
 METRICS = Path("output/ppo_metrics")
+HEAD = ("held-out prompts", "before", "after")
+TITLES = {
+    "judge": "judge (never seen in training), -1 to 1",
+    "reward": "reward model",
+    "length": "length (tokens)",
+    "eos_share": "ended by themselves",
+}
 console = Console(highlight=False)
 
 
@@ -35,19 +42,21 @@ def reward_model_is_there() -> bool:
     return made.is_file() and all(made.stat().st_mtime > path.stat().st_mtime for path in sources)
 
 
+def rows(summary: dict[str, float]) -> list[tuple[str, str, str]]:
+    """What was measured, before and after, as it is shown; README.md has these rows too."""
+    found = [
+        (title, f"{summary[f'{name}_before']:.2f}", f"{summary[f'{name}_after']:.2f}")
+        for name, title in TITLES.items()
+    ]
+    return [*found, ("KL to the reference (nats a response)", "0.00", f"{summary['kl']:.2f}")]
+
+
 def show(seconds: float) -> None:
     """The table, three pairs of samples, and where the files are."""
     summary = json.loads((METRICS / "summary.json").read_text(encoding="utf-8"))
-    table = Table("held-out prompts", "before", "after", title="What PPO changed")
-    rows = [
-        ("judge (never seen in training), -1 to 1", "judge_before", "judge_after"),
-        ("reward model", "reward_before", "reward_after"),
-        ("length (tokens)", "length_before", "length_after"),
-        ("ended by themselves", "eos_share_before", "eos_share_after"),
-    ]
-    for title, before, after in rows:
-        table.add_row(title, f"{summary[before]:.2f}", f"{summary[after]:.2f}")
-    table.add_row("KL to the reference (nats a response)", "0.00", f"{summary['kl']:.2f}")
+    table = Table(*HEAD, title="What PPO changed")
+    for row in rows(summary):
+        table.add_row(*row)
     console.print()
     console.print(table)
     samples = json.loads((METRICS / "samples.json").read_text(encoding="utf-8"))
