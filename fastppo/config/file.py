@@ -54,8 +54,14 @@ def _parse(text: str, path: Path) -> Any:
     return yaml.load(text, _Loader)
 
 
-def read_file(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML or JSON file; UTF-8, with or without a byte order mark."""
+NEEDED = "stage, model_name_or_path, dataset, output_dir"  # by a training
+
+
+def read_file(path: Path, needed: str = NEEDED) -> dict[str, Any]:
+    """The mapping in a YAML or JSON file; UTF-8, with or without a byte order mark.
+
+    `needed` are the keys that it must have, for the error if it is empty.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -84,9 +90,7 @@ def read_file(path: Path) -> dict[str, Any]:
         why = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: cannot be read: {why}; mend the file") from None
     if data is None:
-        raise UserError(
-            f"{path}: is empty; it needs at least stage, model_name_or_path, dataset, output_dir"
-        )
+        raise UserError(f"{path}: is empty; it needs at least {needed}")
     if not isinstance(data, dict):
         raise UserError(
             f"{path}: is a {type(data).__name__}, not a mapping; write 'key: value' lines"

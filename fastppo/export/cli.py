@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from fastppo import packages
-from fastppo.errors import UserError, one_line
+from fastppo.errors import TrainingStopped, UserError, one_line
 from fastppo.run.commandline import Answered, Parser, quieten
 from fastppo.run.launch import check_one_process
 
@@ -26,7 +26,10 @@ label, whose score is the reward model's. docs/export.md has the keys.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one export; returns the exit code: 2 for bad input, with one line on stderr."""
+    """Run one export; returns the exit code: 2 for bad input, with one line on stderr.
+
+    1 is for want of memory or room on the disk.
+    """
     parser = Parser("fastppo-export", usage=USAGE, description=ABOUT, epilog=END)
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     try:
@@ -49,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"fastppo-export: error: {one_line(error)}", file=sys.stderr)
         return 2
+    except TrainingStopped as error:
+        print(f"fastppo-export: stopped: {one_line(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("fastppo-export: interrupted", file=sys.stderr)
         return 130

@@ -15,8 +15,9 @@ from fastppo.config.file import override, read_file, read_json
 from fastppo.config.key import HF, LF, Positive, key
 from fastppo.config.old_names import GONE, meant, with_todays_names
 from fastppo.config.rewards import split
-from fastppo.config.schema import explain_in, suggest
+from fastppo.config.schema import explain_in, suggest, unwritable
 from fastppo.errors import UserError
+from fastppo.run.durable import checkpoints
 
 
 class ExportConfig(BaseModel):
@@ -83,6 +84,8 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 # What LLaMA-Factory's export called its keys until 2023.
 EXPORT_NAMES = {"max_shard_size": "here that is export_size, a number of gigabytes"}
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # of an adapter
+PARTIAL = ".export.partial"  # in export_dir, until the export is complete
 MEANINGLESS = {
     "do_train",
     "export_quantization_dataset",
@@ -99,19 +102,44 @@ def read_export(arguments: Sequence[str]) -> tuple[ExportConfig, list[str]]:
     `arguments` are CONFIG, or FOLDER and EXPORT_DIR; overrides `key=value` may be among them.
     """
     names = [text for text in arguments if "=" not in text]
-    if len(names) == 2:
-        data, source = from_folder(Path(names[0])), "fastppo-export"
-        data["export_dir"] = names[1]
-    elif len(names) == 1 and not Path(names[0]).is_dir():
-        data, source = read_file(Path(names[0])), names[0]
-    else:
-        raise UserError(
-            "wants CONFIG, or a FOLDER of a run and the EXPORT_DIR to write; see --help"
-        )
-    for text in arguments:
-        if "=" in text:
+    settings = [text for text in arguments if "=" in text]
+    try:
+        data, source = read_names(names, settings)
+        for text in settings:
             override(data, text)
-    return parse_export(data, source)
+        return parse_export(data, source)
+    except OSError as error:
+        where = str(error.filename)[:200]
+        raise UserError(f"{where}: {error.strerror}; check the path and its permissions") from None
+
+
+def read_names(names: Sequence[str], settings: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """The keys that `names` give, which are CONFIG or FOLDER and EXPORT_DIR; and their source."""
+    if not names:
+        raise UserError(
+            "no FOLDER and no CONFIG; name a run's output_dir and the folder to write, for "
+            "example saves/ppo merged"
+        )
+    if len(names) > 2:
+        raise UserError(
+            f"{len(names)} names, and {names[2]!r} is one too many; name a run's output_dir and "
+            "the folder to write, and settings as key=value"
+        )
+    first = Path(names[0])
+    if len(names) == 1 and not first.is_dir():
+        if not first.exists():
+            raise UserError(
+                f"no file or folder {first}; name a CONFIG, or a run's output_dir and the folder "
+                "to write"
+            )
+        needed = "model_name_or_path or adapter_name_or_path, export_dir"
+        return read_file(first, needed), names[0]
+    data = from_folder(first)
+    if len(names) == 2:
+        data["export_dir"] = names[1]
+    elif not any(text.startswith("export_dir=") for text in settings):
+        raise UserError(f"no EXPORT_DIR; name the folder to write after {first}, as {first} merged")
+    return data, "fastppo-export"
 
 
 def parse_export(data: Mapping[str, Any], source: str) -> tuple[ExportConfig, list[str]]:
@@ -120,6 +148,11 @@ def parse_export(data: Mapping[str, Any], source: str) -> tuple[ExportConfig, li
     The base is filled in if no key names it. `source` is the file's name, for errors.
     """
     given, notes = with_todays_names(dict(data), source)
+    if "output_dir" in given:
+        raise UserError(
+            f"{source}: output_dir: is a training's, and an export would leave out what was "
+            f"trained; run: fastppo-export {given['output_dir']} EXPORT_DIR"
+        )
     for name in list(given):
         if name in REFUSED:
             accepted, cure = REFUSED[name]
@@ -148,12 +181,22 @@ def parse_export(data: Mapping[str, Any], source: str) -> tuple[ExportConfig, li
 
 def from_folder(folder: Path) -> dict[str, Any]:
     """The keys that export `folder`: an adapter or a whole model."""
+    if folder.is_file():
+        raise UserError(
+            f"{folder} is a file; name a run's output_dir before EXPORT_DIR, or a CONFIG alone, "
+            "with export_dir among its keys"
+        )
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; name one that a run or PEFT wrote")
     if (folder / ADAPTER).is_file():
         return {"adapter_name_or_path": str(folder)}
     if (folder / "config.json").is_file():
         return {"model_name_or_path": str(folder)}
+    if saved := checkpoints(folder):
+        raise UserError(
+            f"{folder} has no model, since its run did not end; name a checkpoint of it, for "
+            f"example {saved[-1]}"
+        )
     raise UserError(f"{folder} has neither {ADAPTER} nor config.json; name a run's output_dir")
 
 
@@ -180,6 +223,10 @@ def add_adapters_below(config: ExportConfig, source: str, notes: list[str]) -> E
         joined = ",".join([*below, *names])
         config = config.model_copy(update={"adapter_name_or_path": joined})
     check_below(source, "adapter_name_or_path", base, config.adapters)
+    for name in config.adapters:
+        own = base_of(Path(name))
+        if own is not None and not is_same(own, base):
+            notes.append(f"{name} was trained on {own}, and is merged into {base}")
     return config
 
 
@@ -203,7 +250,12 @@ def check_folders(config: ExportConfig, source: str) -> ExportConfig:
             raise UserError(f"{source}: adapter_name_or_path: {name} has no {ADAPTER}; {cure}")
         if is_absent(name):
             raise UserError(f"{source}: adapter_name_or_path: no folder {name}; check the path")
-    base = config.model_name_or_path
+        if folder.is_dir() and not any((folder / weights).is_file() for weights in WEIGHTS):
+            raise UserError(  # PEFT would ask the hub for them
+                f"{source}: adapter_name_or_path: {name} has no {WEIGHTS[0]}, and is not whole: "
+                "fetch or save it again"
+            )
+    base, where = config.model_name_or_path, None
     if base is None:
         where = Path(config.adapters[0]) / ADAPTER if config.adapters else Path(ADAPTER)
         base = read_json(where).get("base_model_name_or_path") if where.is_file() else None
@@ -218,11 +270,25 @@ def check_folders(config: ExportConfig, source: str) -> ExportConfig:
             cure = "it is an adapter: name it in adapter_name_or_path, and its base here"
         raise UserError(f"{source}: model_name_or_path: {base} has no config.json; {cure}")
     if not Path(base).is_dir() and (base.startswith(("/", ".")) or base.count("/") > 1):
+        if where is not None:
+            raise UserError(
+                f"{source}: model_name_or_path: {where} names the base {base}, and there is no "
+                "such folder here; write where it lies, as model_name_or_path=FOLDER"
+            )
         raise UserError(f"{source}: model_name_or_path: no folder {base}; check the path")
-    target = Path(config.export_dir)
+    check_target(Path(config.export_dir), source)
+    return config.model_copy(update={"model_name_or_path": base})
+
+
+def check_target(target: Path, source: str) -> None:
+    """Check that the export overwrites nothing."""
+    if unwritable(str(target)):
+        raise UserError(
+            f"{source}: export_dir: {str(target)!r} holds a null or half a character; name another"
+        )
     for above in (target, *target.parents):
         if above.exists() and not above.is_dir():
             raise UserError(f"{source}: export_dir: {above} is a file; name a folder")
-    if target.is_dir() and any(target.iterdir()):
+    # What an export that was killed has left is deleted by the next one.
+    if target.is_dir() and any(path.name != PARTIAL for path in target.iterdir()):
         raise UserError(f"{source}: export_dir: {target} is not empty; name another")
-    return config.model_copy(update={"model_name_or_path": base})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,12 +20,14 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from fastppo.config.rewards import RECORD
-from fastppo.errors import UserError
+from fastppo.errors import TrainingStopped, UserError
 from fastppo.export.chat import set_chat_template, trained_template
+from fastppo.export.config import PARTIAL
 from fastppo.models.adapters import merge_adapters
 from fastppo.models.limits import drop_pad_without_row
 from fastppo.models.load import (
     LOAD_ERRORS,
+    advice_on_hub,
     causal_lm,
     check_weights,
     first_line,
@@ -34,6 +38,7 @@ from fastppo.models.load import (
 from fastppo.models.value_head import has_value_head, load_value_head
 from fastppo.models.weights import vocabulary_size
 from fastppo.rewards.adapter import read_score_at
+from fastppo.run import durable
 from fastppo.templates.jinja import without_suffix
 
 if TYPE_CHECKING:
@@ -44,11 +49,70 @@ SCORE_BIAS = "score_bias"  # a key in config.json, because transformers' classif
 
 
 def export(config: ExportConfig) -> Iterator[str]:
-    """Load, merge and save; yields lines for the terminal."""
+    """Load, merge and save; yields lines for the terminal.
+
+    Raises:
+        UserError: something named cannot be loaded or merged, or export_dir cannot be made.
+        TrainingStopped: there is no memory, or no room on the disk.
+    """
+    target = Path(config.export_dir)
+    with new_folder(target) as place:
+        try:
+            written = yield from merge_into(place, config)
+        except torch.OutOfMemoryError as error:
+            raise TrainingStopped(
+                f"out of memory on the GPU ({first_line(error)}); set export_device: cpu"
+            ) from None
+    yield f"{target}: {written}"
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder in `folder`, whose files are moved there at the end of the block.
+
+    After a failure nothing is left, `folder` neither if it was made here: nobody loads half a
+    model.
+
+    Raises:
+        UserError: `folder` cannot be made.
+        TrainingStopped: the disk is full.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    place = folder / PARTIAL
+    complete = False
+    try:
+        try:
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(
+                f"export_dir: {folder} cannot be made ({error.strerror}); name another"
+            ) from None
+        try:
+            yield place
+            durable.move_into(place, folder)
+        except Exception as error:
+            reason = durable.disk_full_message(error)
+            if reason is None:
+                raise
+            raise TrainingStopped(
+                f"no room to write {folder} ({reason}); free some space, or name another"
+            ) from None
+        complete = True
+    finally:
+        if not complete:
+            shutil.rmtree(place, ignore_errors=True)
+            for path in made:
+                with suppress(OSError):
+                    path.rmdir()
+
+
+def merge_into(place: Path, config: ExportConfig) -> Generator[str, None, str]:
+    """Load, merge and save into `place`; yields notes, and returns what was written, in words."""
     disable_progress_bar()
     name, last = str(config.model_name_or_path), config.trained_folder
-    source = last if (last / "tokenizer_config.json").is_file() else Path(name)
-    tokenizer = load_pretrained(AutoTokenizer, str(source), config)
+    source = str(last) if (last / "tokenizer_config.json").is_file() else name
+    tokenizer = load_tokenizer(source, config)
     rows = vocabulary_size(load_pretrained(AutoConfig, name, config))
     if (line := drop_pad_without_row(tokenizer, rows)) is not None:
         yield line
@@ -86,26 +150,39 @@ def export(config: ExportConfig) -> Iterator[str]:
         if config.stage is None and has_value_head(last):
             yield f"the value head in {last} is left out; stage=rm exports a reward model with it"
         yield from set_generation(model, template)
-    model.save_pretrained(config.export_dir, max_shard_size=f"{config.export_size}GB")
-    tokenizer.save_pretrained(config.export_dir)
+    model.save_pretrained(place, max_shard_size=f"{config.export_size}GB")
+    tokenizer.save_pretrained(place)
     parts = " + ".join([name, *config.adapters])
-    yield f"{config.export_dir}: {type(model).__name__}, {model.dtype}, from {parts}"
+    return f"{type(model).__name__}, {model.dtype}, from {parts}"
+
+
+def load_tokenizer(name: str, config: ExportConfig) -> Any:
+    """The tokenizer in a folder or on the hub."""
+    try:
+        return AutoTokenizer.from_pretrained(name, **hub_settings(name, config))
+    except Exception as error:  # the tokenizers package raises Exception itself
+        raise UserError(
+            f"{name} has no tokenizer that can be loaded ({first_line(error)}); "
+            f"{advice_on_hub(name, str(error))}"
+        ) from None
 
 
 def load_pretrained(kind: Any, name: str, config: ExportConfig, **settings: Any) -> Any:
-    """Load a model or tokenizer by the transformers class `kind`, from a folder or the hub."""
-    revision = config.model_revision if name == config.model_name_or_path else "main"
+    """Load a model or its configuration by the transformers class `kind`."""
     try:
-        return kind.from_pretrained(
-            name,
-            revision=revision,
-            cache_dir=config.cache_dir,
-            token=config.hf_hub_token,
-            trust_remote_code=config.trust_remote_code,
-            **settings,
-        )
+        return kind.from_pretrained(name, **hub_settings(name, config), **settings)
     except LOAD_ERRORS as error:
         raise UserError(f"model_name_or_path: {not_loaded(name, error)}") from None
+
+
+def hub_settings(name: str, config: ExportConfig) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that say where files come from."""
+    return {
+        "revision": config.model_revision if name == config.model_name_or_path else "main",
+        "cache_dir": config.cache_dir,
+        "token": config.hf_hub_token,
+        "trust_remote_code": config.trust_remote_code,
+    }
 
 
 def set_generation(model: PreTrainedModel, template: Template) -> Iterator[str]:

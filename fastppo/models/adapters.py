@@ -263,7 +263,15 @@ def adapter_error(key: str, folder: str, error: Exception) -> UserError:
 def merge_adapters(base: nn.Module, folders: Iterable[str], key: str) -> nn.Module:
     """`base` with the adapters in `folders` merged into its weights, one after another."""
     for folder in folders:
-        base = load_peft_model(base, folder, key, train=False).merge_and_unload(safe_merge=True)
+        model = load_peft_model(base, folder, key, train=False)
+        try:
+            base = model.merge_and_unload(safe_merge=True)
+        except (ValueError, AttributeError, NotImplementedError) as error:
+            why = "its weights are not finite" if "NaN" in str(error) else first_line(error)
+            raise UserError(
+                f"{key}: the adapter in {folder} cannot be merged ({why}); name a LoRA adapter of "
+                "finite weights"
+            ) from None
     return base
 
 

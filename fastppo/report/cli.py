@@ -48,6 +48,7 @@ def write(words: Sequence[str], out: str | None) -> Path:
     Raises:
         UserError: there is not one folder, it holds no run, or the file cannot be written.
     """
+    from fastppo.config.schema import unwritable
     from fastppo.report.page import page
     from fastppo.report.read import read_run
     from fastppo.run.durable import write_text
@@ -61,6 +62,8 @@ def write(words: Sequence[str], out: str | None) -> Path:
     except OSError as error:
         cause = f"{str(error.filename)[:200]}: {error.strerror}"
         raise UserError(f"{cause}; name the output_dir of a run") from None
+    if out is not None and (not Path(out).name or unwritable(out)):
+        raise UserError(f"--out: {out!r} is no name of a file; write for example --out ppo.html")
     path = run.folder / "report.html" if out is None else Path(out)
     inside = path.resolve().parent == run.folder.resolve()
     if inside and path.is_file() and path.suffix != ".html":

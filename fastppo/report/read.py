@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastppo.errors import UserError
-from fastppo.run.durable import INFO, RUN, checkpoints
+from fastppo.run.durable import INFO, NUMBERED, RUN, own_checkpoints
 
 LOG, STATE, CSV = "trainer_log.jsonl", "trainer_state.json", "training_metrics.csv"
 EVALUATION, SAMPLES = "eval_results.json", "eval_samples.jsonl"
@@ -65,6 +65,8 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{folder} is a file; name the output_dir of a run")
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; name the output_dir of a run")
+    if NUMBERED.fullmatch(folder.name) and not (folder / INFO).is_file():
+        raise UserError(f"{folder} is a checkpoint; name its run's output_dir, {folder.parent}")
     if not any((folder / name).is_file() for name in LEFT_BY_A_RUN):
         raise UserError(
             f"{folder} holds no run of fastppo-train (none of {', '.join(LEFT_BY_A_RUN)}); name "
@@ -133,7 +135,7 @@ def read_rows(
             why = "is of another run" if rows else "is not there"
             remarks.append(f"{path} {why}: the curves are those of the log in {folder}")
     rows = []
-    for place in (folder, *reversed(checkpoints(folder))):
+    for place in (folder, *reversed(own_checkpoints(folder))):
         history = read_json(place / STATE).get("log_history", [])
         rows = [numbers(entry) for entry in history if isinstance(entry, dict)]
         if rows:
@@ -152,7 +154,7 @@ def read_evaluations(folder: Path) -> list[dict[str, Any]]:
     They are in trainer_state.json: trainer_log.jsonl has LLaMA-Factory's few names alone. Of a run
     that has not finished they go as far as its newest checkpoint.
     """
-    for place in (folder, *reversed(checkpoints(folder))):
+    for place in (folder, *reversed(own_checkpoints(folder))):
         history = read_json(place / STATE).get("log_history", [])
         found = [each for each in history if isinstance(each, dict) and "eval_reward" in each]
         if found:

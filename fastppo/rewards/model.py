@@ -358,8 +358,8 @@ def quantisation(bits: int, device: torch.device, dtype: torch.dtype) -> dict[st
     """Arguments of `from_pretrained` for weights in 4 or 8 bits, which are made on `device`."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
-            f"reward_model_quantization_bit: {bits} needs a package that is not installed; "
-            f"{packages.install('quantization')}, or leave it out"
+            f"reward_model_quantization_bit: {bits} needs bitsandbytes, which is not installed; "
+            f"run: {packages.install('quantization')}, or leave it out"
         )
     make_quantization: Any = BitsAndBytesConfig  # its constructor has no annotations
     config = make_quantization(

@@ -90,8 +90,8 @@ def check_packages(config: Config) -> None:
     ):
         if importlib.util.find_spec(package) is None:
             raise UserError(
-                f"{config.source}: {key}: {asked} needs a package that is not installed; "
-                f"{packages.install(extra)}, or leave {key} out"
+                f"{config.source}: {key}: {asked} needs {package.replace('_', '-')}, which is not "
+                f"installed; run: {packages.install(extra)}, or leave {key} out"
             )
 
 

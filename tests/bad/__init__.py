@@ -7,7 +7,7 @@ loops run the cases through `main(argv)` (`tests/config/test_bad_input.py` witho
 and `docs/bad_input.md` is made from them (`page.py`).
 
     keys, without, stage    changes to the run's file, a key left out, rm in place of ppo
-    command                 fastppo-report in place of fastppo-train
+    command                 of COMMANDS, in place of fastppo-train
     text, arguments         the whole file, or the whole command line, in place of the usual
     entry                   a dataset_info.json of the one set `d`, which the run then names
     files                   path -> content: text, bytes, JSON; null takes the file away
@@ -26,6 +26,7 @@ and `docs/bad_input.md` is made from them (`page.py`).
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import re
@@ -45,6 +46,9 @@ LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 AREAS = {
     "command_line": "Command line and file",
     "report": "fastppo-report",
+    "export": "fastppo-export",
+    "export_models": "fastppo-export: models and adapters",
+    "launch": "python -m fastppo.launch.ray",
     "keys": "Keys, one by one",
     "together": "Keys against another, and against the disk",
     "roles": "Roles",
@@ -57,8 +61,18 @@ AREAS = {
     "ops": "Operators",
 }
 # Refused before torch is imported, and by what needs a model to see it.
-LIGHT = ("command_line", "report", "keys", "together", "roles", "data", "rewards", "checkpoints")
-HEAVY = ("models", "endpoints", "functions")
+LIGHT = (
+    *("command_line", "report", "export", "launch", "keys", "together", "roles", "data", "rewards"),
+    "checkpoints",
+)
+HEAVY = ("models", "export_models", "endpoints", "functions")
+# Command, as its lines begin -> the module of its `main`.
+COMMANDS = {
+    "fastppo-train": "fastppo.cli",
+    "fastppo-report": "fastppo.report.cli",
+    "fastppo-export": "fastppo.export.cli",
+    "fastppo.launch.ray": "fastppo.launch.ray",
+}
 
 
 @dataclass(frozen=True)
@@ -88,6 +102,11 @@ class Case:
     secret: str = ""
     answers: list[dict[str, Any]] = field(default_factory=list)
     call: str = ""
+
+    def run(self, argv: list[str]) -> int:
+        """Run the command in this process; returns its exit code."""
+        code: int = importlib.import_module(COMMANDS[self.command]).main(argv)
+        return code
 
     def is_said(self, line: str) -> bool:
         """Whether `line` is the one that is promised."""

@@ -9,10 +9,10 @@ from tests.bad import AREAS, Case, cases
 INTRODUCTION = """# Bad input
 
 What is wrong in a command line, a file, a key, data, a model or a reward is said in one line that
-names the thing and the cure, `fastppo-train: error: ...` on stderr (`fastppo-report: error: ...` of
-that command); the exit code is 2, nothing has
-been written, and no pickle, script or code that came with a model has run. What fails later, in mid
-run, stops the run with exit code 1. Operators raise `ValueError` or `TypeError` with such a line.
+names the thing and the cure, `fastppo-train: error: ...` on stderr (or another command's name); the
+exit code is 2, nothing has been written, and no pickle, script or code that came with a model has
+run. What fails later, in mid run, stops the run with exit code 1. Operators raise `ValueError` or
+`TypeError` with such a line.
 
 These {count} cases are tests: `tests/bad/*.yaml` holds them, three loops run them and compare
 the whole line, and this page is made from them. `...` stands for what differs from run to run or

@@ -15,7 +15,6 @@ import pytest
 import yaml
 
 from fastppo.cli import main
-from fastppo.report.cli import main as report
 from tests.bad import AREAS, LIGHT, Case, cases
 from tests.bad.cure import cured, written_cures
 from tests.bad.page import ALWAYS, page
@@ -40,7 +39,7 @@ def test_bad_input(project, capsys, monkeypatch, tmp_path_factory, case: Case):
     for folder, size in case.heads.items():
         write_head(project / folder, size)
     before = tree(project)
-    code = report(argv) if case.command == "fastppo-report" else main(argv)
+    code = case.run(argv)
     out, err = capsys.readouterr()
     assert code == 2, (out, err)
     assert err.count("\n") == 1

@@ -10,10 +10,13 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedModel,
 )
 
 from fastppo.export.cli import main
@@ -26,6 +29,7 @@ from tests.tiers import slow_unless
 from tests.tiny import PROMPTS, stir
 
 NEAR = {"atol": 1e-4, "rtol": 1e-4}  # float32, merged in another order
+WEIGHTS = "adapter_model.safetensors"
 ANSWERS = ["aeiou", "Yes, of course it is.", "x", "That is what it was then."]
 
 
@@ -170,47 +174,82 @@ def test_a_pad_token_that_ends_conversations_is_not_the_classifiers(
     torch.testing.assert_close(found, wanted, **NEAR)
 
 
-def break_base(folder):
-    file = folder / "adapter_config.json"
-    data = json.loads(file.read_text())
-    data["base_model_name_or_path"] = "/nowhere/at/all/model"
-    file.write_text(json.dumps(data))
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")}
+
+
+def test_an_export_into_a_folder_of_the_input_leaves_the_input_as_it_was(policy_dir, tmp_path):
+    before = files(policy_dir)
+    assert main([str(policy_dir), str(policy_dir / "merged")]) == 0
+    shutil.move(policy_dir / "merged", tmp_path / "out")
+    assert files(policy_dir) == before
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_an_adapter_that_is_not_finite_is_not_merged(policy_dir, tmp_path, capsys):
+    """PEFT finds it out in the middle of merging."""
+    weights = load_file(policy_dir / WEIGHTS)
+    save_file({name: x * torch.nan for name, x in weights.items()}, policy_dir / WEIGHTS)
+    assert main([str(policy_dir), str(tmp_path / "new" / "out")]) == 2
+    error = capsys.readouterr().err
+    assert f"the adapter in {policy_dir} cannot be merged (its weights are not finite)" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_another_base_than_the_adapter_names_is_said(policy_dir, model_dir, tmp_path, capsys):
+    """It may be the same model at another place, and it may not."""
+    shutil.copytree(model_dir, tmp_path / "base")
+    base = f"model_name_or_path={tmp_path}/base"
+    assert main([str(policy_dir), str(tmp_path / "out"), base]) == 0
+    line = f"note: {policy_dir} was trained on {model_dir}, and is merged into {tmp_path}/base"
+    assert line in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("arguments", "damage", "words"),
+    ("error", "code", "words"),
     [
-        ([], None, "wants CONFIG, or a FOLDER"),
-        (["{tmp}"], None, "wants CONFIG, or a FOLDER"),
-        (["--fast", "x"], None, "unknown option '--fast'"),
-        (["{tmp}/none", "{tmp}/out"], None, "no folder"),
-        (["{tmp}", "{tmp}/out"], None, "has neither adapter_config.json nor config.json"),
-        (["{policy}", "{policy}"], None, "is not empty; name another"),
-        (["{policy}", "{policy}/README.md"], None, "is a file; name a folder"),
-        (["{policy}", "{tmp}/out"], break_base, "no folder /nowhere/at/all/model"),
-        (["{policy}", "{tmp}/out", "export_siz=2"], None, "did you mean 'export_size'?"),
-        (["{policy}", "{tmp}/out", "export_size=none"], None, "export_size: 'none' is wrong"),
-        (["{policy}", "{tmp}/out", "export_legacy_format=true"], None, "safetensors only"),
-        (["{policy}", "{tmp}/out", "quantization_bit=4"], None, "whole weights only"),
-        (["{policy}", "{tmp}/out", "template=chatlm"], None, "chatlm"),
-        (["{policy}", "{tmp}/out", "adapter_name_or_path={tmp}"], None, "has no adapter_config"),
-        (
-            ["{policy}", "{tmp}/out", "stage=rm"],
-            lambda folder: (folder / "value_head.safetensors").unlink(),
-            "has no value head",
-        ),
+        (OSError(28, "No space left on device"), 1, "stopped: no room to write"),
+        (SafetensorError("I/O error: Disk quota exceeded (os error 122)"), 1, "stopped: no room"),
+        (KeyboardInterrupt(), 130, "interrupted"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ids=["disk", "quota", "Ctrl-C"],
 )
-def test_bad_input_is_one_line_and_writes_nothing(
-    policy_dir, tmp_path, capsys, arguments, damage, words
+def test_half_an_export_is_left_by_nothing(
+    policy_dir, tmp_path, capsys, monkeypatch, error, code, words
 ):
-    (policy_dir / "README.md").write_text("here\n")
-    if damage:
-        damage(policy_dir)
-    filled = [text.format(tmp=tmp_path, policy=policy_dir) for text in arguments]
-    assert main(filled) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert words in error
+    """And the same command works once there is room."""
+
+    def fails(self, folder, **_):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise error
+
+    arguments = [str(policy_dir), str(tmp_path / "new" / "out")]
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedModel, "save_pretrained", fails)
+        assert main(arguments) == code
+    said = capsys.readouterr().err
+    assert f"fastppo-export: {words}" in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+    assert main(arguments) == 0
+
+
+def test_what_an_export_that_was_killed_has_left_is_in_no_ones_way(policy_dir, tmp_path):
+    (tmp_path / "out" / ".export.partial").mkdir(parents=True)
+    (tmp_path / "out" / ".export.partial" / "model.safetensors").write_bytes(b"half")
+    assert main([str(policy_dir), str(tmp_path / "out")]) == 0
+    assert not (tmp_path / "out" / ".export.partial").exists()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_a_gpu_without_room_is_told_to_do_without(policy_dir, tmp_path, capsys, monkeypatch):
+    def no_room(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("fastppo.export.model.merge_adapters", no_room)
+    assert main([str(policy_dir), str(tmp_path / "out")]) == 1
+    assert "out of memory on the GPU (CUDA out of memory.); set export_device: cpu" in (
+        capsys.readouterr().err
+    )
     assert not (tmp_path / "out").exists()

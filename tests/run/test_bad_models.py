@@ -102,11 +102,11 @@ def test_bad_models_servers_and_functions(project, capsys, case: Case):
         server.script = [reply(**answer) for answer in case.answers]
         argv = spoil(case, project, server.url)
         before = files(project)
-        code = main(argv)
+        code = case.run(argv)
     out, err = capsys.readouterr()
     assert code == 2, (out, err)
     assert err.count("\n") == 1
-    line = err.removeprefix("fastppo-train: error: ").rstrip("\n")
+    line = err.removeprefix(f"{case.command}: error: ").rstrip("\n")
     assert case.is_said(line), line
     assert files(project) == before
 
