@@ -1,7 +1,8 @@
 """What the pages show of the demo, from what `make demo` left:  python docs/tools/demo_page.py
 
 README.md's and README.zh-CN.md's table and date, docs/demo_curves.png, docs/demo_report.html, and
-the numbers with machine and date in benchmarks/results/demo.json. `make demo-page` runs it.
+the numbers with machine and date in benchmarks/results/demo.json, which benchmarks/README.md lists.
+`make demo-page` runs it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from fastppo.report.read import read_run  # noqa: E402
 RUN, METRICS = Path("output/demo/ppo"), Path("output/ppo_metrics")  # of examples/demo_ppo.yaml
 RESULT = ROOT / "benchmarks" / "results" / "demo.json"
 REPORT, PICTURE = ROOT / "docs" / "demo_report.html", ROOT / "docs" / "demo_curves.png"
+LISTED = ROOT / "benchmarks" / "README.md"
 READMES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
 TABLE = re.compile(r"^┃ .*?(?=^```)", re.DOTALL | re.MULTILINE)
 DATE = re.compile(r"(?<=\(docs/demo_report\.html\))(\D*)\d{4}-\d\d-\d\d")
@@ -52,6 +54,11 @@ def with_result(text: str, result: dict[str, Any]) -> str:
     return text
 
 
+def with_day(text: str, day: str) -> str:
+    """The list of results with the day of the demo's."""
+    return re.sub(r"(\(results/demo\.json\) \| )\d{4}-\d\d-\d\d", rf"\g<1>{day}", text)
+
+
 def measured() -> dict[str, Any]:
     """The numbers of the demo's run, with the day, the machine and torch's version."""
     run = read_run(RUN)
@@ -74,6 +81,7 @@ def main() -> None:
     os.chdir(parser.parse_args().folder)  # so that the report names no folder of this machine
     result, html = measured(), page(read_run(RUN))
     readmes = {path: with_result(path.read_text(encoding="utf-8"), result) for path in READMES}
+    readmes[LISTED] = with_day(LISTED.read_text(encoding="utf-8"), result["date"])
     RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     REPORT.write_text(html, encoding="utf-8")
     shutil.copyfile(METRICS / "training_curves.png", PICTURE)

@@ -379,11 +379,7 @@ def fit(setup: Setup, stop: Stop, trackers: Trackers | None) -> PairTrainer:
 
 
 def begin_files(setup: Setup, trackers: Trackers | None) -> list[str]:
-    """Begin the records in output_dir; those of an earlier run are deleted.
-
-    Returns:
-        A note if checkpoints of an earlier run stay beside those of a new one.
-    """
+    """Begin the records in output_dir, without an earlier run's; returns notes on what stays."""
     output_dir = Path(setup.config.output_dir)
     if setup.resumed is None:
         results.clear(output_dir)

@@ -132,7 +132,7 @@ def test_a_killed_second_run_in_the_folder_resumes_its_own_checkpoint(
     out = Path(settings["output_dir"])
     cli.run(config_from_dict(settings))
     (earlier,) = durable.checkpoints(out)
-    kept = {path.name: path.read_bytes() for path in earlier.iterdir()}
+    kept = files(earlier)
     again = {**settings, "overwrite_output_dir": True, "seed": 7, "max_steps": 4, "save_steps": 2}
     owner, name = {
         "ppo": (checkpoint, "replace_final"),
@@ -149,7 +149,11 @@ def test_a_killed_second_run_in_the_folder_resumes_its_own_checkpoint(
     cli.run(config_from_dict({**again, "resume_from_checkpoint": True}))
     assert unfolded(f"from {own}") in unfolded(capsys.readouterr().out)
     assert read_run(out).status == "finished"
-    assert {path.name: path.read_bytes() for path in earlier.iterdir()} == kept
+    assert files(earlier) == kept
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def unfolded(text: str) -> str:

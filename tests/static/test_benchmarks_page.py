@@ -32,7 +32,7 @@ def test_the_table_of_seeds_is_the_committed_result():
         for when in ("before", "after")
     )
     assert f"before and after | {before:.2f}, {after:.2f} | |" in README
-    assert f"the demo: {result['date']}" in README
+    assert f"the three seeds: {result['date']}" in README
 
 
 def results(name: str) -> dict[tuple[str, ...], dict[str, Any]]:
