@@ -80,6 +80,12 @@ def check_packages(config: Config) -> None:
         )
         if (bits := getattr(config, key)) is not None
     ]
+    local = "swanlab" in config.trackers and config.swanlab_mode == "local"
+    if local and importlib.util.find_spec("swanlab") and not importlib.util.find_spec("swanboard"):
+        raise UserError(  # SwanLab prints a traceback, goes on, and shows no run
+            f"{config.source}: swanlab_mode: local needs swanboard, which is not installed; run: "
+            "pip install 'swanlab[dashboard]', or leave swanlab_mode out"
+        )
     attention = [("flash_attn", "fa2", "flash_attn", "flash-attn")]
     optimisers = [("optim", config.optim, "bitsandbytes", "quantization")]
     for key, asked, package, extra in (

@@ -12,6 +12,7 @@ import pytest
 from accelerate import tracking as accelerate_tracking
 
 from fastppo.config import config_from_dict
+from fastppo.errors import UserError
 from fastppo.run import preflight
 from fastppo.run.tracking import Trackers, settings
 from tests.project import PPO
@@ -75,6 +76,18 @@ def test_a_run_has_its_project_name_workspace_and_folder(config, made, tmp_path)
     Trackers(config(use_swanlab=True, project="all", run_name="one"))
     assert (made[2].project, made[2].named["name"]) == ("all", "one")
     assert made[2].named["id"] != named["id"]
+
+
+def test_its_local_mode_asks_for_swanboard_before_the_run(config, monkeypatch):
+    """SwanLab 0.10.3 without it prints an ImportError, goes on, and there is no run to look at."""
+    installed = {"swanlab"}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name in installed or None)
+    settings = config(use_swanlab=True, swanlab_mode="local")
+    with pytest.raises(UserError, match=r"local needs swanboard.* pip install 'swanlab\[dashb"):
+        preflight.check_packages(settings)
+    preflight.check_packages(config(use_swanlab=True))
+    installed.add("swanboard")
+    preflight.check_packages(settings)
 
 
 def test_a_resumed_run_goes_on_under_its_id(config, made):
