@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 
 from benchmarks import report
 from benchmarks.peers.environments import LLAMAFACTORY, TRL, Environment
+from benchmarks.peers.models import for_transformers_4, linked
 from benchmarks.report import Load
 
 PEERS = Path(__file__).parent / "peers"
@@ -131,39 +132,16 @@ class OthersLoad(Load):
         return now, busy - spent.children_user - spent.children_system
 
 
-def linked(model: Path, folder: Path) -> Path:
-    """`folder`, which is made anew, gets a model whose files are links to those of `model`."""
-    if not (model / "model.safetensors").is_file():
-        raise SystemExit(f"benchmarks: {model} is not there; run python examples/demo_model.py")
-    shutil.rmtree(folder, ignore_errors=True)
-    place = folder / "model"
-    place.mkdir(parents=True)
-    for path in model.iterdir():
-        (place / path.name).symlink_to(path.resolve())
-    return place
-
-
 def prepare(model: Path) -> dict[str, Any]:
     """Model, prompts and reward model, as every contender's version of its libraries reads them."""
     place = linked(model, FOLDER)
-    # transformers 4 knows the base of the rotary embedding, and the tokenizer, by older names; it
-    # would silently take others.
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    config["rope_theta"] = config["rope_parameters"]["rope_theta"]
-    config["torch_dtype"] = config["dtype"]
-    tokenizer = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
-    tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
-    for path, value in (
-        (place / "config.json", config),
-        (place / "tokenizer_config.json", tokenizer),
-        (FOLDER / "dataset_info.json", {"step_prompts": {"file_name": "prompts.json"}}),
-    ):
-        path.unlink(missing_ok=True)
-        path.write_text(json.dumps(value), encoding="utf-8")
+    for_transformers_4(place)
+    prompts = {"step_prompts": {"file_name": "prompts.json"}}
+    (FOLDER / "dataset_info.json").write_text(json.dumps(prompts), encoding="utf-8")
     full = FOLDER / "reward-full"
     shutil.rmtree(full, ignore_errors=True)
     shutil.copytree(place, full, symlinks=True)
-    width = config["hidden_size"]
+    width = json.loads((place / "config.json").read_text(encoding="utf-8"))["hidden_size"]
     head = {
         "v_head.summary.weight": torch.full((1, width), 0.02),
         "v_head.summary.bias": torch.zeros(1),
@@ -199,15 +177,26 @@ def write_prompts(model: str, count: int) -> list[list[int]]:
     return [tokenizer.encode(chat.format(x), add_special_tokens=False).ids for x in texts]
 
 
-def spawn(script: str, environment: Environment | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """Run a contender's script to its end; what it wrote, or why it did not."""
+def spawn(
+    script: str,
+    environment: Environment | None,
+    settings: dict[str, Any],
+    *,
+    folder: Path | None = None,
+    limit: float = LIMIT,
+) -> dict[str, Any]:
+    """Run a contender's script to its end; what it wrote, or why it did not.
+
+    Its settings, result and log lie in `folder`, which is FOLDER if none is given.
+    """
+    folder = folder or FOLDER
     python = Path(sys.executable) if environment is None else environment.python
     if environment is not None and not environment.ready:
         cure = f"python -m benchmarks.peers.environments {environment.name}"
         return {"status": "absent", "note": f"not installed; run: {cure}"}
-    result, log = FOLDER / "result.json", FOLDER / f"{script}.log"
+    result, log = folder / "result.json", folder / f"{script}.log"
     result.unlink(missing_ok=True)
-    path = FOLDER / "settings.json"
+    path = folder / "settings.json"
     path.write_text(json.dumps({**settings, "result": str(result.resolve())}), encoding="utf-8")
     environ = {
         **os.environ,
@@ -223,10 +212,10 @@ def spawn(script: str, environment: Environment | None, settings: dict[str, Any]
     with log.open("w", encoding="utf-8") as file:
         try:
             done = subprocess.run(
-                command, env=environ, stdout=file, stderr=subprocess.STDOUT, timeout=LIMIT
+                command, env=environ, stdout=file, stderr=subprocess.STDOUT, timeout=limit
             )
         except subprocess.TimeoutExpired:
-            return {"status": "failed", "note": f"did not end within {LIMIT} s"}
+            return {"status": "failed", "note": f"did not end within {limit:.0f} s"}
     if done.returncode or (not settings.get("make_reward") and not result.is_file()):
         last = log.read_text(encoding="utf-8").strip().splitlines()[-1:] or ["nothing said"]
         return {"status": "failed", "note": f"exit code {done.returncode}: {last[0][:300]}"}

@@ -1,4 +1,4 @@
-"""The runs on the token tasks: which there are, and what each leaves."""
+"""All runs by section; those on the token tasks, and what each leaves."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from benchmarks import report
+from benchmarks.learn.beside_trl import BesideRun, trl, trl_rates
 from benchmarks.learn.exact import Tree, Value, best_policy, logprobs, make_tree, value
 from benchmarks.learn.problems import ProblemRun, problems
+from benchmarks.learn.sentiment import SentimentRun, sentiment
 from benchmarks.learn.tokens import LETTERS, TASKS, write_files
 from fastppo import init_state, step_update
 from fastppo.config import Config
@@ -209,9 +211,10 @@ def choices(seeds: tuple[int, ...]) -> Iterator[Run]:
             yield Run("choices", "alphabet", name, seed, {**rate, **changes})
 
 
-AnyRun = Run | ProblemRun
+AnyRun = Run | ProblemRun | SentimentRun | BesideRun
 SECTIONS: dict[str, Callable[[tuple[int, ...]], Iterator[AnyRun]]] = {
-    one.__name__: one for one in (rates, compare, controller, problems, choices)
+    one.__name__: one
+    for one in (rates, compare, controller, problems, choices, sentiment, trl_rates, trl)
 }
 
 
@@ -269,6 +272,11 @@ def message(found: dict[str, Any]) -> str:
         reached = f"{found['share']:.1%} of the way to the optimum"
     elif "kl_last" in found:
         reached = f"KL {found['kl_last']:.2f} for a target of {found['target']:g}"
+    elif "gold_after" in found:
+        reached = (
+            f"gold {found['gold_before']:+.2f} -> {found['gold_after']:+.2f}, proxy "
+            f"{found['proxy_before']:+.2f} -> {found['proxy_after']:+.2f}, KL {found['kl']:.1f}"
+        )
     else:
         reached = f"accuracy {found['accuracy_before']:.1%} -> {found['accuracy_after']:.1%}"
     return f"{reached}, {found['seconds']:.0f} s"
