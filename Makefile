@@ -16,7 +16,7 @@ help:
 	@echo "make test       install, then the fast tests, on all cores"
 	@echo "make test-all   all tests of this environment, the slow ones too"
 	@echo "make test-torch TORCH=2.8.0  the fast tests on another torch, in an environment of its own below .venv-torch"
-	@echo "make test-peers LLaMA-Factory, Ray, vLLM, TRL, verl, OpenRLHF, Liger-Kernel, torchrl: their code with or against ours, in environments that it builds (6 GiB)"
+	@echo "make test-peers LLaMA-Factory, Ray, vLLM, TRL, verl, OpenRLHF, Liger-Kernel, torchrl: their code with or against ours, in environments that it builds (8 GiB)"
 	@echo "make peers-suites SRC=DIR  Liger-Kernel's, verl's, torchrl's and OpenRLHF's own tests with our functions, on their checkouts in DIR"
 	@echo "make dist       sdist and wheel, into dist; the wheel runs where glibc is 2.28 or newer"
 	@echo "make docs       the documentation as a site, into site/index.html; it needs no network to be read"
@@ -27,8 +27,8 @@ help:
 	@echo "make demo-data  make the demo's preference pairs anew"
 	@echo "make demo-page  what the pages show of the demo (README's table, picture, report), from what make demo left"
 	@echo "make demo-seeds the demo's PPO over five seeds and 128 held-out prompts, into benchmarks/results"
-	@echo "make learn      the runs of docs/learning.md but for the tables of settings; into output/learn"
-	@echo "make learn-full all of them; what was cut off goes on where it was"
+	@echo "make learn      does it learn: token tasks with three seeds, problems with one; an hour, into output/learn"
+	@echo "make learn-full all runs of docs/learning.md, three seeds; what was cut off goes on where it was"
 	@echo "make clean      remove what builds, tests and linters left; results in output/ stay"
 
 venv: $(VENV)/.installed
@@ -64,9 +64,14 @@ learn: venv
 	$(TINY) --only compare controller
 	$(LEARN) --only problems --seeds 1
 
+# The demo's reward model if it is not there, and TRL in an environment of its own; the learning rates before what takes
+# the best of them.
 learn-full: learn
+	test -f output/demo/reward/fastppo_reward.json || $(BIN)/fastppo-train examples/demo_reward.yaml
+	$(BIN)/python -m benchmarks.peers.environments trl
 	$(TINY) --only rates choices
-	$(LEARN) --only problems
+	$(LEARN) --only problems sentiment trl_rates
+	$(LEARN) --only trl
 
 test: venv
 	$(EACH) -m "not slow and not alone and not peers"
@@ -96,7 +101,7 @@ BESIDE := tests/ppo/test_trainer.py tests/ppo/test_one_page.py tests/ppo/test_en
 # Their own trainer and modules, run: LLaMA-Factory's stage rm both ways; the losses, advantages and log-probs of verl,
 # TRL, OpenRLHF, Liger-Kernel and torchrl against ours; and the benchmarks' contenders, whose wrong answers are refused.
 test-peers: venv
-	$(BIN)/python -m benchmarks.peers.environments llamafactory ray verl vllm
+	$(BIN)/python -m benchmarks.peers.environments llamafactory ray trl verl vllm
 	$(BIN)/python -m benchmarks.peers.install
 	$(PYTEST) -m peers
 	OMP_NUM_THREADS=1 benchmarks/peers/.vllm/bin/python -m pytest $(BESIDE) -m "not slow and not alone and not peers"

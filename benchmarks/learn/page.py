@@ -1,229 +1,67 @@
-"""docs/learning.md and its picture, from the committed JSON: no number is written by hand."""
+"""docs/learning.md, its pictures and the README's two sentences, from the committed JSON.
+
+No number is written by hand.
+"""
 
 from __future__ import annotations
 
-import json
-import statistics
 import textwrap
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.learn import problems, runs
-from benchmarks.learn.tokens import TASKS
+from benchmarks.learn import beside_trl, pictures, problems, readme, runs, sentiment
+from benchmarks.learn.lines import (
+    choices_lines,
+    compare_lines,
+    controller_lines,
+    problems_lines,
+    rates_lines,
+    speed_lines,
+    verdict,
+)
+from benchmarks.learn.results import WINDOW, Found, read
+from benchmarks.learn.sentiment_lines import (
+    sentiment_lines,
+    sentiment_verdict,
+    trl_lines,
+    trl_rates_lines,
+    trl_verdict,
+)
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-PAGE, PICTURE = DOCS / "learning.md", DOCS / "learning.png"
-ENOUGH = 0.95  # of the way from the start to the optimum
-NEAR = 0.25  # of the controller's target
-Found = dict[str, Any]
+PAGE = DOCS / "learning.md"
+HEAD = """# Does it learn
 
-
-def read(folder: Path = runs.RESULTS) -> dict[str, list[Found]]:
-    """The JSON of every run that is there, by section."""
-    by_section: dict[str, list[Found]] = defaultdict(list)
-    for path in sorted(folder.glob("*.json")):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        by_section[found["section"]].append(found)
-    return by_section
-
-
-def of(rows: Iterable[Found], **keys: Any) -> list[Found]:
-    """Rows with these values, by seed."""
-    chosen = [row for row in rows if all(row[k] == v for k, v in keys.items())]
-    return sorted(chosen, key=lambda row: row["seed"])
-
-
-def mean(rows: Sequence[Found], *keys: str) -> float:
-    """Mean of an entry over runs."""
-    values = []
-    for row in rows:
-        value: Any = row
-        for key in keys:
-            value = value[key]
-        values.append(value)
-    return statistics.mean(values)
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A table in Markdown."""
-    return [
-        "| " + " | ".join(head) + " |",
-        "|" + "---|" * len(head),
-        *("| " + " | ".join(row) + " |" for row in rows),
-    ]
-
-
-def shares(rows: Sequence[Found]) -> str:
-    """Each seed's share of the way, in percent."""
-    return ", ".join(f"{row['seed']}: {100 * row['share']:.1f}" for row in rows)
-
-
-def compare_lines(rows: Sequence[Found]) -> list[str]:
-    """A task a table: the three estimators."""
-    lines = []
-    for task in TASKS:
-        same = of(rows, task=task)
-        if not same:
-            continue
-        first = same[0]
-        start, best = first["start"], first["optimum"]
-        lines += [
-            "",
-            f"**{task}.** {' '.join((TASKS[task].reward.__doc__ or '').split())} J is "
-            f"{start['objective']:.3f} at the start and {best['objective']:.3f} at the optimum, "
-            f"whose reward is {best['reward']:.3f} at a KL of {best['kl']:.2f} nats.",
-            "",
-            *table(
-                ("", "learning rate", "% of the way, by seed", "mean", "reward", "KL"),
-                (
-                    (
-                        name,
-                        f"{own[0]['settings']['learning_rate']:g}",
-                        shares(own),
-                        f"{100 * mean(own, 'share'):.1f}",
-                        f"{mean(own, 'end', 'reward'):.3f}",
-                        f"{mean(own, 'end', 'kl'):.2f}",
-                    )
-                    for name in runs.ESTIMATORS
-                    if (own := of(same, name=name))
-                ),
-            ),
-        ]
-    return lines
-
-
-def samples_to(own: Sequence[Found], share: float) -> str:
-    """Samples after which the mean objective over the seeds first is this share of the way."""
-    if not own:
-        return ""
-    start, best = mean(own, "start", "objective"), mean(own, "optimum", "objective")
-    for points in zip(*(row["curve"] for row in own), strict=True):
-        objective = statistics.mean(point["objective"] for point in points)
-        if objective >= start + share * (best - start):
-            return f"{points[0]['samples']:,}"
-    return "not reached"
-
-
-def speed_lines(rows: Sequence[Found]) -> list[str]:
-    """Samples that each estimator needs to come half and 95% of the way."""
-    return table(
-        ("responses to", *(f"{task}, {s:.0%}" for task in TASKS for s in (0.5, 0.9, ENOUGH))),
-        (
-            (
-                name,
-                *(
-                    samples_to(of(rows, task=task, name=name), s)
-                    for task in TASKS
-                    for s in (0.5, 0.9, ENOUGH)
-                ),
-            )
-            for name in runs.ESTIMATORS
-        ),
-    )
-
-
-def controller_lines(rows: Sequence[Found]) -> list[str]:
-    """The controller's runs: KL over the last steps beside the target."""
-
-    def line(name: str, own: Sequence[Found]) -> tuple[str, ...]:
-        off = [row["kl_last"] / row["target"] - 1 for row in own]
-        return (
-            f"`{name}`",
-            ", ".join(f"{row['seed']}: {row['kl_last']:.2f}" for row in own),
-            ", ".join(f"{100 * x:+.0f}%" for x in off),
-            ", ".join(f"{row['kl_coef_by_step'][-1]:.3f}" for row in own),
-            f"{sum(abs(x) <= NEAR for x in off)} of {len(off)}",
-        )
-
-    return table(
-        ("", "KL, by seed", "off the target", "beta at the end", "within 25%"),
-        (line(name, own) for name in runs.CONTROLLERS if (own := of(rows, name=name))),
-    )
-
-
-def choices_lines(rows: Sequence[Found], compared: Sequence[Found]) -> list[str]:
-    """One setting changed at a time, the best first."""
-    base = of(compared, task="alphabet", name="PPO")
-    every = {"as in the first table": base} if base else {}
-    every |= {f"`{name}`": own for name in runs.CHOICES if (own := of(rows, name=name))}
-    ordered = sorted(every.items(), key=lambda item: -mean(item[1], "share"))
-    return table(
-        ("", "% of the way, by seed", "mean", "seconds a run"),
-        (
-            (name, shares(own), f"{100 * mean(own, 'share'):.1f}", f"{mean(own, 'seconds'):.0f}")
-            for name, own in ordered
-        ),
-    )
-
-
-def rates_lines(rows: Sequence[Found]) -> list[str]:
-    """Each estimator at each learning rate, on the seed that no other table has."""
-    return table(
-        ("learning rate", *(f"{rate:g}" for rate in runs.RATES)),
-        (
-            (
-                name,
-                *(
-                    shares(of(rows, task="alphabet", name=f"{name} {rate:g}"))
-                    for rate in runs.RATES
-                ),
-            )
-            for name in runs.ESTIMATORS
-        ),
-    )
-
-
-def problems_lines(rows: Sequence[Found]) -> list[str]:
-    """Exact match on held-out problems, with intervals."""
-
-    def cell(row: Found, when: str) -> str:
-        low, high = row[f"interval_{when}"]
-        return f"{100 * row[f'accuracy_{when}']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
-
-    return table(
-        ("", "seed", "untrained, %", "trained, %", "by chance, %", "KL", "responses", "minutes"),
-        (
-            (
-                row["name"],
-                str(row["seed"]),
-                cell(row, "before"),
-                cell(row, "after"),
-                f"{100 * row['accuracy_by_chance']:.1f}",
-                f"{row['kl']:.2f}",
-                f"{row['samples']:,}",
-                f"{row['seconds'] / 60:.0f}",
-            )
-            for row in rows
-        ),
-    )
+```
+make learn        # token tasks and controller, three seeds; problems, one: an hour on two cores
+make learn-full   # all of it, three seeds; what was cut off goes on where it was
+```
+"""
+NOT_RUN = "Not run yet: `make {target}` does."
 
 
 def machines(found: dict[str, list[Found]]) -> str:
     """Where and when."""
     every = [row for rows in found.values() for row in rows]
+    if not every:
+        return "none yet"
     where = sorted({f"{r['machine']['cores']} cores of {r['machine']['cpu']}" for r in every})
     days = sorted({row["date"] for row in every})
     torch = sorted({row["machine"]["torch"] for row in every})
     threads = sorted({str(row["machine"]["threads"]) for row in every})
-    backend = sorted({f"FASTPPO_BACKEND={row['machine']['backend']}" for row in every})
+    asked: dict[str, set[str]] = {}  # backend that a run was told to take -> sections
+    for section, rows in found.items():
+        for row in rows:
+            if row["machine"]["backend"] is not None:
+                asked.setdefault(row["machine"]["backend"], set()).add(section)
+    backend = "".join(
+        f", FASTPPO_BACKEND={name} for {', '.join(sorted(sections))}"
+        for name, sections in sorted(asked.items())
+    )
     return (
         f"{', '.join(days)}, {' and '.join(where)}, torch {', '.join(torch)}, "
-        f"threads of a run: {', '.join(threads)}, {', '.join(backend)}"
+        f"threads of a run: {', '.join(threads)}{backend}"
     )
-
-
-def verdict(compared: Sequence[Found]) -> str:
-    """How many runs of each estimator came near enough."""
-    counts = []
-    for name in runs.ESTIMATORS:
-        own = of(compared, name=name)
-        near = sum(row["share"] >= ENOUGH for row in own)
-        counts.append(f"{name} in {near} of {len(own)} runs")
-    seeds = len({row["seed"] for row in compared})
-    few = " With one seed, who is ahead may be chance." if seeds == 1 else ""
-    return f"Within 5% of (optimum - start) end {', '.join(counts)}.{few}"
 
 
 def paragraph(*sentences: str) -> str:
@@ -231,30 +69,25 @@ def paragraph(*sentences: str) -> str:
     return textwrap.fill(" ".join(sentences), 118, break_long_words=False, break_on_hyphens=False)
 
 
-HEAD = """# Does it learn
-
-```
-make learn        # all but the tables of settings and learning rates; into output/learn
-make learn-full   # all of it; what was cut off goes on where it was
-```
-"""
-NOT_RUN = "This has not been run yet: a test walks through it with a random model only."
+def picture(found: dict[str, list[Found]], name: str, words: str) -> list[str]:
+    """The picture `name` where there are runs to draw."""
+    section, _ = pictures.PICTURES[name]
+    return [f"![{words}]({name})", ""] if found[section] else []
 
 
-def markdown(found: dict[str, list[Found]]) -> str:
-    """The page."""
+def keys(settings: dict[str, Any]) -> str:
+    """Settings as a YAML file has them."""
+    words = {None: "null", True: "true", False: "false"}
+    return ", ".join(
+        f"`{k}: {words[v] if v is None or isinstance(v, bool) else v}`" for k, v in settings.items()
+    )
+
+
+def token_tasks(found: dict[str, list[Found]]) -> list[str]:
+    """The sections on tasks whose best policy is computed."""
     controlled = runs.CONTROLLED
-    settings = ", ".join(f"`{k}: {v}`" for k, v in problems.PROBLEMS[problems.TASK][1].items())
-    low, high = problems.QUALIFIES
-    lines = [
-        HEAD,
-        paragraph(
-            "Every run is fastppo's own loop (`init_state`, `step_update`) and leaves a JSON. The",
-            f"numbers here are those in `benchmarks/results/learn`: {machines(found)}.",
-            "`python -m benchmarks.learn --page` writes this page and its picture from them.",
-        ),
-        "",
-        *(["![objective over samples](learning.png)", ""] if PICTURE.is_file() else []),
+    compared, controller, choices = (found[x] for x in ("compare", "controller", "choices"))
+    return [
         "## Against the best policy there is",
         "",
         paragraph(
@@ -269,19 +102,25 @@ def markdown(found: dict[str, list[Found]]) -> str:
             "(J - J at the start) / (optimum - J at the start). Reward and KL are means of seeds.",
         ),
         "",
-        verdict(found["compare"]),
-        *compare_lines(found["compare"]),
-        "",
-        "Responses until the mean of the seeds is that far:",
-        "",
-        *speed_lines(found["compare"]),
+        *(
+            [
+                verdict(compared),
+                *compare_lines(compared),
+                "",
+                "Responses until the mean of the seeds is that far:",
+                "",
+                *speed_lines(compared),
+            ]
+            if compared
+            else [NOT_RUN.format(target="learn")]
+        ),
         "",
         paragraph(
             "The learning rate is the best of these, on a seed that is in no other table (% of the",
             "way); an estimator without runs here has PPO's:",
         ),
         "",
-        *rates_lines(found["rates"]),
+        *(rates_lines(found["rates"]) if found["rates"] else [NOT_RUN.format(target="learn-full")]),
         "",
         "## The KL controller",
         "",
@@ -292,24 +131,25 @@ def markdown(found: dict[str, list[Found]]) -> str:
             f"{runs.WITHIN} steps.",
         ),
         "",
-        *(
-            controller_lines(found["controller"])
-            if found["controller"]
-            else ["Not run yet: `make learn` does."]
-        ),
+        *picture(found, "learning_controller.png", "KL over the steps, and its target"),
+        *(controller_lines(controller) if controller else [NOT_RUN.format(target="learn")]),
         "",
         "## Settings, one changed at a time",
         "",
-        *(
-            choices_lines(found["choices"], found["compare"])
-            if found["choices"]
-            else ["Not run yet: `make learn-full` does."]
-        ),
-        "",
+        *(choices_lines(choices, compared) if choices else [NOT_RUN.format(target="learn-full")]),
+    ]
+
+
+def problem_tasks(found: dict[str, list[Found]]) -> list[str]:
+    """The section on problems that can be checked."""
+    low, high = problems.QUALIFIES
+    rows = found["problems"]
+    return [
         "## Problems that can be checked",
         "",
         paragraph(
-            f"`{problems.TASK}` of reasoning-gym {problems.VERSION} ({settings}) with",
+            f"`{problems.TASK}` of reasoning-gym {problems.VERSION}",
+            f"({keys(problems.PROBLEMS[problems.TASK][1])}) with",
             "SmolLM2-135M-Instruct. The reward is 1 if the whole response is the answer,",
             f"{problems.FORMAT_SHARE} if it is another whole number, else 0; reasoning-gym's own",
             "score also pays for answers that are nearly right. Accuracy is exact match on",
@@ -318,56 +158,90 @@ def markdown(found: dict[str, list[Found]]) -> str:
             f"untrained model solves {low:.0%} to {high:.0%}.",
         ),
         "",
-        *(problems_lines(found["problems"]) if found["problems"] else [NOT_RUN]),
+        *(problems_lines(rows) if rows else [NOT_RUN.format(target="learn")]),
+    ]
+
+
+def demo_tasks(found: dict[str, list[Found]]) -> list[str]:
+    """The sections on the demo's task: gold against proxy, and beside TRL."""
+    base, rows, trl = sentiment.BASE, found["sentiment"], found["trl"]
+    tried = found["trl_rates"]
+    shared = {k: v for k, v in beside_trl.SETTINGS.items() if k != "critic"}
+    return [
+        "## A reward model, and what was meant",
+        "",
+        paragraph(
+            "SmolLM2-135M-Instruct is to write positively: PPO against the demo's reward model",
+            f"(the proxy), {base['max_steps']} steps of {base['per_device_train_batch_size']}",
+            f"responses of at most {base['max_new_tokens']} tokens, LoRA on the upper",
+            f"{base['lora_layers']} layers, {base['ppo_epochs']} epochs. The demo's judge (a",
+            "lexicon, VADER) is the gold score: it is computed of the texts of every rollout,",
+            "which takes no further sampling,",
+            "and nothing is trained on it. beta begins at",
+            f"{sentiment.CONTROLLED['init_kl_coef']}, where it holds nobody back; with the",
+            f"controller on it follows a target of {sentiment.CONTROLLED['ppo_target']:g} nats,",
+            f"and with it off it stays. Scores here are running means of {WINDOW} steps; those on",
+            f"{sentiment.HELD_OUT} held-out prompts have the standard error of the change.",
+        ),
+        "",
+        *picture(found, "learning_sentiment.png", "gold against proxy over the KL"),
+        *(
+            [paragraph(sentiment_verdict(rows)), "", *sentiment_lines(rows)]
+            if rows
+            else [NOT_RUN.format(target="learn-full")]
+        ),
+        "",
+        "## Beside TRL",
+        "",
+        paragraph(
+            "The same task by TRL 0.24's PPOTrainer in its own environment: the same prompts token",
+            "for token, adapters, reward model, critic (a model under an adapter of its own that",
+            "begins as the reward model), samples and updates, with what both can be told alike:",
+            f"{keys(shared)}. fastppo clips gradients at norm 1 by default, TRL's PPOTrainer never",
+            f"does. A run is {beside_trl.STEPS} steps; each trainer has the best of these learning",
+            f"rates by the gold score after {beside_trl.TRIED} steps, on a seed that is not",
+            "reported. All policies answer the held-out prompts by fastppo's sampler, with the",
+            "same random numbers.",
+        ),
+        "",
+        *(trl_rates_lines(tried) if tried else [NOT_RUN.format(target="learn-full")]),
+        "",
+        *picture(found, "learning_trl.png", "gold score over responses, fastppo and TRL"),
+        *(
+            [paragraph(trl_verdict(trl)), "", *trl_lines(trl)]
+            if trl
+            else [NOT_RUN.format(target="learn-full")]
+        ),
+    ]
+
+
+def markdown(found: dict[str, list[Found]]) -> str:
+    """The page."""
+    lines = [
+        HEAD,
+        paragraph(
+            "Every run is fastppo's own loop (`init_state`, `step_update`), or TRL's where it says",
+            "so, and leaves a JSON. The numbers here are those in `benchmarks/results/learn`:",
+            f"{machines(found)}.",
+            "`python -m benchmarks.learn --page` writes this page, its pictures and the README's",
+            "sentences from them.",
+        ),
+        "",
+        *picture(found, "learning.png", "share of the way to the computed optimum over responses"),
+        *token_tasks(found),
+        "",
+        *problem_tasks(found),
+        "",
+        *demo_tasks(found),
     ]
     return "\n".join(lines) + "\n"
 
 
-def draw(found: dict[str, list[Found]], path: Path) -> None:
-    """Objective over samples of each task, and KL over steps of the controller's runs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    tasks = [task for task in TASKS if of(found["compare"], task=task)]
-    panels = len(tasks) + bool(found["controller"])
-    figure, grid = pyplot.subplots(
-        1, panels, figsize=(4.6 * panels, 3.8), squeeze=False, layout="constrained"
-    )
-    axes = list(grid[0])
-    for axis, task in zip(axes, tasks, strict=False):
-        of_task = of(found["compare"], task=task)
-        for name in runs.ESTIMATORS:
-            own = of(of_task, name=name)
-            if not own:
-                continue
-            x = [point["samples"] for point in own[0]["curve"]]
-            y = [[point["objective"] for point in row["curve"]] for row in own]
-            (line,) = axis.plot(x, [statistics.mean(p) for p in zip(*y, strict=True)], label=name)
-            low, high = ([f(p) for p in zip(*y, strict=True)] for f in (min, max))
-            axis.fill_between(x, low, high, color=line.get_color(), alpha=0.2)
-        best = of_task[0]["optimum"]["objective"]
-        axis.axhline(best, color="black", linewidth=1, linestyle="--", label="optimum")
-        axis.set(title=f"{task}: J = reward - beta KL", xlabel="responses")
-        axis.locator_params("x", nbins=5)
-        axis.legend()
-    for name in runs.CONTROLLERS:
-        own = of(found["controller"], name=name)
-        if not own:
-            continue
-        steps = range(1, len(own[0]["kl_by_step"]) + 1)
-        middle = [statistics.mean(p) for p in zip(*(r["kl_by_step"] for r in own), strict=True)]
-        axes[-1].plot(steps, middle, label=name, linewidth=1)
-        axes[-1].axhline(own[0]["target"], color="black", linewidth=0.8, linestyle=":")
-        axes[-1].set(title="KL under the controller (nats)", xlabel="step")
-        axes[-1].legend(fontsize=8)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    pyplot.close(figure)
-
-
 def write() -> None:
-    """Write page and picture."""
+    """Write page, pictures and the README's sentences."""
     found = read()
-    draw(found, PICTURE)
+    pictures.draw(found, DOCS)
     PAGE.write_text(markdown(found), encoding="utf-8")
+    for name, words in readme.sentences(found).items():
+        path = DOCS.parent / name
+        path.write_text(readme.put(path.read_text(encoding="utf-8"), words), encoding="utf-8")
