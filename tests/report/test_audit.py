@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from benchmarks.learn import runs, tokens
+from fastppo.config import Config
 from fastppo.ppo import trainer
 from fastppo.report import audit as auditing
 from fastppo.report.audit import audit
@@ -97,6 +100,49 @@ def test_a_healthy_run_is_not_named(run):
     found = audit(read)
     assert found.found == [], found.signs
     assert found.verdict == "No sign of an exploited reward."
+
+
+def reach_optimum(folder: Path, **changes) -> Run:
+    """PPO on the token task of docs/learning.md, until it is at its computed optimum."""
+    task = tokens.TASKS["alphabet"]
+    (compared,) = [
+        each for each in runs.compare((1,)) if (each.task, each.name) == (task.name, "PPO")
+    ]
+    settings = Config(
+        **tokens.write_files(folder, runs.BATCH),
+        **{**compared.settings, "max_steps": 30, "eval_steps": 10, **changes},
+        stage="ppo",
+        template="empty",
+        default_system="",
+        reward_model=task.target,
+        reward_model_type="function",
+        eval_judge=tokens.TASKS["beginning"].target,
+        eval_strategy="steps",
+        eval_max_samples=64,
+        per_device_eval_batch_size=64,
+        output_dir=str(folder / "out"),
+        metrics_dir=str(folder / "metrics"),
+        disable_gradient_checkpointing=True,
+        use_cpu=True,
+    )
+    trainer.run(settings, check(settings))
+    return read_run(folder / "out")
+
+
+def without_judge(run: Run) -> Run:
+    rows = [{k: v for k, v in row.items() if "judge" not in k} for row in run.evaluations]
+    return replace(run, evaluations=rows)
+
+
+@pytest.mark.slow
+def test_a_run_that_reaches_its_optimum_draws_no_warning(tmp_path):
+    run = reach_optimum(tmp_path)
+    assert run.evaluation["eval_reward"] > 0.7  # of 0.81 at the optimum
+    assert audit(run).verdict == "No sign of an exploited reward."
+    assert audit(without_judge(run)).found == []
+    guards = {name for row in run.rows for name in row if name.startswith("guard_") and row[name]}
+    # All six letters of a response count, so the best policy ends none of them: that is no error.
+    assert guards <= {"guard_eos"}
 
 
 def made_up(rows=(), samples=(), evaluations=()) -> Run:
