@@ -110,7 +110,18 @@ def process_state() -> dict[str, Any]:
             torch.is_deterministic_algorithms_warn_only_enabled(),
         ),
         "gradients on or off": torch.is_grad_enabled(),
+        "what transformers replaces while it loads a model": (
+            torch.linspace.__name__,
+            tie_weights(),
+        ),
     }
+
+
+def tie_weights() -> str:
+    """The name of the function by which transformers ties embeddings, imported or not yet."""
+    modeling = sys.modules.get("transformers.modeling_utils")
+    loaded = getattr(modeling, "PreTrainedModel", None)
+    return "tie_weights" if loaded is None else str(loaded.tie_weights.__name__)
 
 
 def module_attributes() -> dict[str, dict[str, Any]]:

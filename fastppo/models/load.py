@@ -29,7 +29,13 @@ from fastppo.config.published import check_last_position
 from fastppo.config.weights import few, find_head
 from fastppo.errors import UserError, note
 from fastppo.models.quantised import quantization_config, use_training_kernels
-from fastppo.models.weights import forget_pad_token, is_adapter, left_out_line, vocabulary_size
+from fastppo.models.weights import (
+    forget_pad_token,
+    from_pretrained,
+    is_adapter,
+    left_out_line,
+    vocabulary_size,
+)
 from fastppo.offload.activations import ActivationOffload, find_layers, wrap
 
 if TYPE_CHECKING:
@@ -132,10 +138,7 @@ def load_base(
     if forget_pad_token(own):
         settings["config"] = own
     try:
-        # Weights of another shape are reported below, by name.
-        base, info = AutoModelForCausalLM.from_pretrained(
-            name, output_loading_info=True, ignore_mismatched_sizes=True, **settings
-        )
+        base, info = from_pretrained(AutoModelForCausalLM, name, **settings)
     except LOAD_ERRORS as error:
         # There is no such model, it lacks this kind of attention, or a package is missing.
         raise load_error(config, name, error) from None

@@ -1,8 +1,9 @@
-"""What a model's files hold: shapes of weights, single tensors, an adapter, rows of embeddings."""
+"""What a model's files hold (shapes, tensors, an adapter, rows of embeddings), and loading them."""
 
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,21 @@ from fastppo.config.weights import (
 OUTPUT_HEADS = ("lm_head.", "embed_out.", "output.weight")
 # Constants that older versions of transformers saved.
 CONSTANTS = ("inv_freq", ".attn.bias", "masked_bias", ".attention.bias", "position_ids")
+LOADING = threading.Lock()
+
+
+def from_pretrained(kind: Any, name: str | Path, **settings: Any) -> tuple[Any, dict[str, Any]]:
+    """A model by the transformers class `kind`, and which weights were missing or left over.
+
+    Weights of another shape are listed there too. One thread loads at a time: while it makes a
+    model, transformers has other functions in place of its own, `tie_weights` among them. Two
+    threads at once would leave them there, and no later model would have tied embeddings.
+    """
+    with LOADING:
+        model, info = kind.from_pretrained(
+            name, output_loading_info=True, ignore_mismatched_sizes=True, **settings
+        )
+    return model, info
 
 
 def model_folder(name: str, cache_dir: str | None = None) -> Path | None:

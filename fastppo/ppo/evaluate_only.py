@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from peft import PeftModel
 
@@ -13,6 +13,7 @@ from fastppo.config.roles import folder_to_evaluate
 from fastppo.errors import UserError
 from fastppo.models.adapters import load_adapter
 from fastppo.models.load import LOAD_ERRORS, check_weights, disable_dropout, first_line
+from fastppo.models.weights import from_pretrained
 from fastppo.ppo import lines
 from fastppo.ppo.checkpoint import check_processes_agree
 from fastppo.ppo.evaluation import compare, held_out_prompts, predict, report, summarise
@@ -65,10 +66,7 @@ def load_policy(roles: Roles, folder: Path) -> None:
             roles.places[role] = replace(roles.places[role], adapter=TRAINED, trainable=())
     else:
         try:
-            model_class: Any = type(model)
-            finished, info = model_class.from_pretrained(
-                folder, dtype=model.dtype, output_loading_info=True, ignore_mismatched_sizes=True
-            )
+            finished, info = from_pretrained(type(model), folder, dtype=model.dtype)
         except LOAD_ERRORS as error:
             raise UserError(
                 f"output_dir: the policy in {folder} cannot be loaded ({first_line(error)}); name "

@@ -44,6 +44,7 @@ from fastppo.models.load import trunk as model_trunk
 from fastppo.models.value_head import has_value_head, load_value_head, new_value_head
 from fastppo.models.weights import (
     forget_pad_token,
+    from_pretrained,
     is_adapter,
     left_out_line,
     model_folder,
@@ -296,15 +297,13 @@ def load_model(
                 name, cache_dir=config.cache_dir, trust_remote_code=config.trust_remote_code
             )
         forget_pad_token(settings)
-        # Weights of another shape are refused below, by name.
-        model, info = kind.from_pretrained(
+        model, info = from_pretrained(
+            kind,
             name,
             config=settings,
             cache_dir=config.cache_dir,
             trust_remote_code=config.trust_remote_code,
             dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
             **own,
         )
     except LOAD_ERRORS as error:
