@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 
 from pydantic import model_validator
 
+from fastppo.config.engine import EngineKeys
 from fastppo.config.key import (
     GRPO,
     LF,
@@ -30,6 +31,7 @@ from fastppo.config.key import (
     key,
 )
 from fastppo.config.loss import CLIPPED, POLICY_LOSS, TRL_AGGREGATION, LossKeys
+from fastppo.config.training import TrainingKeys
 
 # kl_penalty and kl_loss_type -> the operators' kl_kind. With `full` they are given the KL itself.
 KL_KIND = {"kl": "k1", "abs": "abs", "mse": "k2", "low_var_kl": "k3", "full": "k1"}
@@ -277,6 +279,35 @@ class PPOKeys(LossKeys, AdvantageKeys, ScoreKeys, KLKeys):
             )
             raise ValueError(f"{missing}: is needed by {other}; set both or neither")
         return self
+
+
+class AlgorithmKeys(PPOKeys, TrainingKeys, EngineKeys):
+    """What PPO's keys mean together with those of training and of the engine."""
+
+    @property
+    def rollout_batch_size(self) -> int:
+        """Number of responses that are sampled in a PPO step."""
+        micro = self.per_device_train_batch_size
+        return micro * self.gradient_accumulation_steps * self.ppo_buffer_size
+
+    @property
+    def prompts_a_step(self) -> int:
+        """Number of prompts in a PPO step; each is answered `num_generations` times."""
+        return self.rollout_batch_size // self.num_generations
+
+    @property
+    def importance_mode(self) -> str | None:
+        """`mode` of `losses.importance_weights`; None without a correction."""
+        bounded = self.rollout_is_threshold is not None or self.rollout_is_lower is not None
+        default = "token_truncate" if self.use_vllm or bounded else "none"
+        mode = self.rollout_is or default
+        return None if mode == "none" else mode
+
+    @property
+    def importance_bounds(self) -> tuple[float | None, float]:
+        """The lower and the upper bound of the importance weights."""
+        high = self.rollout_is_threshold
+        return self.rollout_is_lower, 2.0 if high is None else high
 
 
 # TRL 0.9.6's name -> LLaMA-Factory's name for the same setting, which is used here.

@@ -25,7 +25,7 @@ from fastppo.config.model import ModelKeys
 from fastppo.config.objects import Objects
 from fastppo.config.old_names import meant, with_todays_names
 from fastppo.config.parallel import check_sharding
-from fastppo.config.ppo import ALIASES, ELSEWHERE, PPOKeys
+from fastppo.config.ppo import ALIASES, ELSEWHERE, AlgorithmKeys
 from fastppo.config.rewards import RewardKeys, RewardSpec, reward_specs, split
 from fastppo.config.rm import RMKeys
 from fastppo.config.roles import ROLES_LISTS, CriticKeys, ReferenceKeys, TuningKeys, check_roles
@@ -42,7 +42,7 @@ class Config(
     MemoryKeys,
     RMKeys,
     EvaluationKeys,
-    PPOKeys,
+    AlgorithmKeys,
     TrackingKeys,
     TrainingKeys,
     ReferenceKeys,
@@ -72,31 +72,6 @@ class Config(
             return self.remarks
         names = ", ".join(self.ignored)
         return (*self.remarks, f"without effect here (--explain says why): {names}")
-
-    @property
-    def rollout_batch_size(self) -> int:
-        """Number of responses that are sampled in a PPO step."""
-        micro = self.per_device_train_batch_size
-        return micro * self.gradient_accumulation_steps * self.ppo_buffer_size
-
-    @property
-    def prompts_a_step(self) -> int:
-        """Number of prompts in a PPO step; each is answered `num_generations` times."""
-        return self.rollout_batch_size // self.num_generations
-
-    @property
-    def importance_mode(self) -> str | None:
-        """`mode` of `losses.importance_weights`; None without a correction."""
-        bounded = self.rollout_is_threshold is not None or self.rollout_is_lower is not None
-        default = "token_truncate" if self.use_vllm or bounded else "none"
-        mode = self.rollout_is or default
-        return None if mode == "none" else mode
-
-    @property
-    def importance_bounds(self) -> tuple[float | None, float]:
-        """The lower and the upper bound of the importance weights."""
-        high = self.rollout_is_threshold
-        return self.rollout_is_lower, 2.0 if high is None else high
 
     @property
     def rewards(self) -> tuple[RewardSpec, ...]:
