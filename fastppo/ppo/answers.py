@@ -13,7 +13,7 @@ from fastppo.errors import UserError
 from fastppo.memory.retry import retry
 from fastppo.models.batch import largest_micro_batch
 from fastppo.ppo.rollout import sample, settings
-from fastppo.ppo.score import score
+from fastppo.ppo.score import rewards_of, score
 from fastppo.rewards.function import call_scores, load_function
 from fastppo.seeds import seed_of
 from fastppo.types import Answers
@@ -73,7 +73,7 @@ def answer_group(state: State, role: Role, group: list[Prompt], first: int) -> A
         )
     rollout = roles.with_states(rollout)
     with nullcontext() if roles.sharding is None else state.world.together():
-        score_B, parts = state.rewards_of(rollout, "evaluation", first)
+        score_B, parts = rewards_of(state, rollout, "evaluation", first)
     kl = 0.0 if role == "reference" else total_kl(state, rollout, (score_B, parts))
     if state.world.size > 1:  # the others cannot reach this process's GPU
         parts = {name: part_B.cpu() for name, part_B in parts.items()}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastppo.memory.retry import retry
 from fastppo.ppo.rollout import next_prompts, sample, settings
+from fastppo.ppo.score import Rewards, step_rewards
 from fastppo.seeds import seed_of
 from fastppo.types import Rollout, Sampled
 
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from fastppo.ppo.metrics import Clock
     from fastppo.ppo.state import State
 
-# A batch of responses and their scores, as `Reward` returns them.
-ScoredRollout = tuple[Rollout, tuple[Tensor, dict[str, Tensor]]]
+# A batch of responses and their scores.
+ScoredRollout = tuple[Rollout, Rewards]
 
 
 def refill(state: State, first: ScoredRollout, seed: int, clock: Clock) -> ScoredRollout:
@@ -38,7 +39,7 @@ def refill(state: State, first: ScoredRollout, seed: int, clock: Clock) -> Score
             )
         with clock("score"):
             rollout = roles.with_states(rollout)
-            return rollout, state.score_rollout(rollout, number * len(prompts))
+            return rollout, step_rewards(state, rollout, number * len(prompts))
 
     rollout, rewards = fill(first, sample_batch, state.config, state.template.pad_id)
     return roles.with_states(rollout), rewards

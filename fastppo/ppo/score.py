@@ -1,4 +1,4 @@
-"""Rollout -> Scored: log-probs of actor and reference, and values of the critic; forward only."""
+"""Rollout -> Scored: rewards, log-probs of actor and reference, and values of the critic."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import set_seed
 
 from fastppo.errors import UserError
 from fastppo.memory.budgets import Budget
 from fastppo.models.batch import Batch, Order, batches
 from fastppo.ops import linear_score_tokens, linear_token_logprobs
 from fastppo.ppo.rollout import pad_right
+from fastppo.seeds import seed_of
 from fastppo.types import Kept, Rollout, Scored
 
 if TYPE_CHECKING:
     from fastppo.models.build import Roles
     from fastppo.ops import Scores, TokenLogprobs
+    from fastppo.ppo.state import State
     from fastppo.run.world import World
     from fastppo.types import Prompt
 
@@ -77,11 +80,32 @@ def exact_scores(
     )
 
 
+Rewards = tuple[Tensor, dict[str, Tensor]]  # as `Reward` returns them
+
+
+def rewards_of(state: State, rollout: Rollout, purpose: str, first: int) -> Rewards:
+    """Rewards of rows `first` and following.
+
+    Of several processes each seeds the global generators first, which reward functions may draw
+    from: a checkpoint has the state of those of one process.
+    """
+    if state.world.size > 1:
+        set_seed(seed_of(state.config.seed, f"rewards/{purpose}", state.step, first) % 2**32)
+    return state.reward(rollout)
+
+
+def step_rewards(state: State, rollout: Rollout, first: int) -> Rewards:
+    """Rewards of a step's rows `first` and following; their first response is kept to be shown."""
+    score_B, parts = rewards_of(state, rollout, "step", first)
+    state.sample = (rollout.prompts[0].text, rollout.texts[0], score_B[0].item())
+    return score_B, parts
+
+
 @torch.no_grad()
 def score(
     roles: Roles,
     rollout: Rollout,
-    rewards: tuple[Tensor, dict[str, Tensor]],
+    rewards: Rewards,
     *,
     temperature: float,
     budget: Budget,

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from torch.amp import GradScaler
 from transformers import set_seed
 
@@ -57,13 +56,10 @@ from fastppo.templates import Template, get_template
 from fastppo.types import Prompt
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from fastppo.data import Records
     from fastppo.memory.plan import Plan
-    from fastppo.models.batch import Batch
     from fastppo.ppo.engine import Engine
-    from fastppo.types import Answers, Rollout
+    from fastppo.types import Answers
 
 
 @dataclass
@@ -106,29 +102,6 @@ class State:
     def __post_init__(self) -> None:
         self.snapshot = Snapshot(self.optimizer, self.scaler)
         self.prompt_order = prompt_order(self.config, len(self.prompts))
-
-    def rewards_of(
-        self, rollout: Rollout, purpose: str, first: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Rewards of rows `first` and following, as `Reward` returns them.
-
-        Of several processes each seeds the global generators first, which reward functions may draw
-        from: a checkpoint has the state of those of one process.
-        """
-        if self.world.size > 1:
-            set_seed(seed_of(self.config.seed, f"rewards/{purpose}", self.step, first) % 2**32)
-        return self.reward(rollout)
-
-    def score_rollout(self, rollout: Rollout, first: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Rewards of a step's rows `first` and following; their first response is kept."""
-        score_B, parts = self.rewards_of(rollout, "step", first)
-        self.sample = (rollout.prompts[0].text, rollout.texts[0], score_B[0].item())
-        return score_B, parts
-
-    def demonstrations(self) -> Iterator[Batch] | None:
-        """The batches of `ptx_dataset` for the next update; None without such a data set."""
-        first = self.step * self.config.ppo_epochs * self.config.ppo_buffer_size
-        return None if self.ptx is None else self.ptx.stream(first, self.roles.device)
 
     def seconds(self) -> float:
         """Wall time since the run began."""

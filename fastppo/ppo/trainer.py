@@ -18,7 +18,7 @@ from fastppo.ppo.filter_groups import refill
 from fastppo.ppo.metrics import Clock, step_row
 from fastppo.ppo.observer import Observer
 from fastppo.ppo.rollout import next_prompts, own_rows, sample, settings
-from fastppo.ppo.score import gather_scored, score
+from fastppo.ppo.score import gather_scored, score, step_rewards
 from fastppo.ppo.snapshot import interruptible_update, undo_if_interrupted
 from fastppo.ppo.state import State, init_state
 from fastppo.ppo.update import shares_first_pass, update
@@ -40,7 +40,11 @@ def step_update(state: State) -> State:
     rows, signals = state.metrics.rows, state.stop.active  # can a signal interrupt the step?
     seed = seed_of(config.seed, "step", state.step + 1)
     prompts, train_actor = next_prompts(state), state.step >= config.critic_warmup
-    own, world = own_rows(state, len(prompts)), state.world
+    own, world, demonstrations = own_rows(state, len(prompts)), state.world, None
+    if state.ptx is not None:
+        demonstrations = state.ptx.stream(
+            state.step * config.ppo_epochs * config.ppo_buffer_size, roles.device
+        )
     with undo_if_interrupted(state) if signals else nullcontext():
         with state.stop.at_once() if signals else nullcontext():
             with clock("rollout"), roles.use("actor"):
@@ -48,7 +52,7 @@ def step_update(state: State) -> State:
                     roles, prompts[own], seed=seed, first_row=own.start, **settings(state)
                 )
             with clock("score"), world.together():
-                rewards = state.score_rollout(rollout := roles.with_states(rollout), own.start)
+                rewards = step_rewards(state, rollout := roles.with_states(rollout), own.start)
             if config.filter_groups:
                 rollout, rewards = refill(state, (rollout, rewards), seed, clock)
             with clock("score"):
@@ -74,7 +78,7 @@ def step_update(state: State) -> State:
                 state.optimizer,
                 seed=seed,
                 train_actor=train_actor,
-                ptx=state.demonstrations(),
+                ptx=demonstrations,
                 budgets=budgets,
                 nonfinite_run=rows[-1]["nonfinite_run"] if rows else 0.0,
                 scaler=state.scaler,
