@@ -37,13 +37,13 @@ from transformers import (
 )
 
 from benchmarks import report, rollout_vllm
+from fastppo.models.lora import merge_active_adapters
 from fastppo.models.roles import Place, Roles
 from fastppo.ops.few_rows import few_rows_linear, suits
 from fastppo.ppo.cpu_layers import use_cpu_layers
-from fastppo.ppo.draws import Draws, Stops
 from fastppo.ppo.row_batches import left_pad
 from fastppo.ppo.sampler import Sampler
-from fastppo.ppo.sampling import Sampling, merge_active_adapters
+from fastppo.ppo.sampling import Draws, Sampling, Stops
 from fastppo.ppo.slots import windows_of
 from fastppo.types import Prompt
 

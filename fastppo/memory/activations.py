@@ -74,7 +74,7 @@ class Activations:
 
     @property
     def fused_lora(self) -> bool:
-        """Whether LoRA layers run by `fastppo.models.fused_lora`."""
+        """Whether LoRA layers run by `fastppo.models.lora`."""
         return self.inputs.config.stage == "ppo" and self.inputs.config.quantization_bit is None
 
     def autocast_copies(self, trainable: Trainable, *, in_graph: bool = False) -> int:

@@ -22,7 +22,7 @@ class LayerSetting:
         item: bytes per element of the base, and of what autocast computes in.
         rank: rank of the active adapter; 0 if there is none.
         target: the adapter's `lora_target`.
-        fused: whether plain LoRA layers run by `fastppo.models.fused_lora`.
+        fused: whether plain LoRA layers run by `fastppo.models.lora`.
         adapter_item: bytes per element of the adapter.
         trains_base: whether the layer's own weights train.
         masked: whether there is padding: attention needs a mask, and keys and values of every head.
@@ -78,7 +78,7 @@ class Decoder(Tape):
         return self.add(result, scaled)
 
     def fused_linear(self, x: Value, wide: int, out: int) -> Value:
-        """LoRA as `fastppo.models.fused_lora` runs it: A(x) is saved, B(A(x)) never exists."""
+        """LoRA as `fastppo.models.lora` runs it: A(x) is saved, B(A(x)) never exists."""
         rank, item = self.setting.rank, self.setting.item
         low = self.new(rank, item)
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastppo.errors import UserError
-from fastppo.models.fused_lora import fuse_lora_layers
 from fastppo.models.load import causal_lm, logit_scale, trunk
+from fastppo.models.lora import fuse_lora_layers
 from fastppo.models.rounding import LIMITS, Precision, product_precision
 from fastppo.ops import token_logprobs
 from fastppo.types import Sequences

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastppo.errors import TrainingStopped, UserError
-from fastppo.ppo.draws import Answer, Stops
+from fastppo.ppo.sampling import Answer, Stops
 from fastppo.run import durable
 from fastppo.run.save import save_weights
 from fastppo.seeds import seed_of

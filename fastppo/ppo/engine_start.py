@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from fastppo.errors import UserError
 from fastppo.models.batch import make_batch
 from fastppo.models.rounding import LIMITS
-from fastppo.ppo.draws import Answer
 from fastppo.ppo.engine import Engine, adapter_folder
 from fastppo.ppo.rollout import make_rollout
-from fastppo.ppo.sampling import Sampling
+from fastppo.ppo.sampling import Answer, Sampling
 from fastppo.ppo.score import token_scores
 from fastppo.seeds import seed_of
 from fastppo.servers.backend import Backend, Fault

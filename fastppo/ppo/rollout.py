@@ -11,17 +11,12 @@ import torch
 from torch import Tensor
 
 from fastppo.memory.units import RESERVE
+from fastppo.models.lora import merge_active_adapters, merge_is_exact, merged_weight_bytes
 from fastppo.ops.few_rows import MOST_ROWS, runs_native
 from fastppo.ppo.cpu_layers import use_cpu_layers
-from fastppo.ppo.draws import Answer, Draws, Stops
 from fastppo.ppo.row_batches import sample_row_batches, split_prompts
 from fastppo.ppo.sampler import Sampler, cache_width
-from fastppo.ppo.sampling import (
-    Sampling,
-    merge_active_adapters,
-    merge_is_exact,
-    merged_weight_bytes,
-)
+from fastppo.ppo.sampling import Answer, Draws, Sampling, Stops
 from fastppo.ppo.slots import windows_of
 from fastppo.types import Prompt, Rollout
 

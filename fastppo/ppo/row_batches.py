@@ -20,7 +20,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from fastppo.ppo.draws import Answer, DrawInGenerate, Draws, StopStrings
+from fastppo.ppo.sampling import Answer, DrawInGenerate, Draws, StopStrings
 
 if TYPE_CHECKING:
     from fastppo.models.build import Roles

@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from fastppo.memory.units import PREFILL_TOKENS, SLACK
-from fastppo.ppo.draws import Answer, Draws, Stops
-from fastppo.ppo.slots import SlotCache, Unsuited, can_run, slot_attention
+from fastppo.ppo.cpu_layers import Unsuited, can_run, slot_attention
+from fastppo.ppo.sampling import Answer, Draws, Stops
+from fastppo.ppo.slots import SlotCache
 
 if TYPE_CHECKING:
     from fastppo.models.build import Roles

@@ -1,31 +1,40 @@
-"""How responses are sampled: their distribution, and adapters that are merged for the time of it.
+"""Sampling: the distribution of responses, how a token is drawn, and when a response ends.
 
-During a rollout adapters are merged into the weights, so that a layer runs one GEMM and not three.
+A draw is one uniform number, put through the inverse of the distribution function. The number is a
+hash of seed, row and position, so what is drawn for a row depends neither on the rows beside it nor
+on when it is sampled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 import torch
-from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from torch import Tensor
 from transformers import (
     LogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
+    StopStringCriteria,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.pytorch_utils import Conv1D
 
 from fastppo.errors import UserError
+from fastppo.seeds import seed_of
 
 if TYPE_CHECKING:
     from fastppo.config import Config
+    from fastppo.templates import Template
+
+# Tokens that are summed before the search for one among them.
+BLOCK: Final = 256
+# No token has this id: it stands for what is before the beginning of a row.
+NO_TOKEN: Final = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -88,93 +97,171 @@ class Sampling:
         return chain
 
 
-def active_layers(model: nn.Module) -> list[LoraLayer]:
-    """LoRA layers of `model` with an active adapter that can be merged into the layer's weight."""
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    return [layer for layer in layers if can_be_merged(layer)]
+@dataclass(frozen=True)
+class Answer:
+    """A response up to and including its stop token, and the sampler's log-prob of each token."""
+
+    ids: list[int]
+    terminated: bool
+    logprob_N: Tensor
 
 
-def can_be_merged(layer: LoraLayer) -> bool:
-    """Whether the layer has an active adapter, and a weight that it can be merged into."""
-    base: Any = layer.get_base_layer()
-    return (
-        not layer.disable_adapters
-        and isinstance(base, nn.Linear | Conv1D)
-        and base.weight.is_floating_point()
-        and any(name in layer.lora_A for name in layer.active_adapters)
-    )
+def splitmix64(key: int, count: int) -> NDArray[np.uint64]:
+    """The first `count` numbers of the generator SplitMix64, uint64.
 
-
-def base_weight(layer: LoraLayer) -> Tensor:
-    """The weight of the linear layer that the adapter is on."""
-    base: Any = layer.get_base_layer()
-    weight: Tensor = base.weight
-    return weight
-
-
-def merged_weight_bytes(model: nn.Module) -> int:
-    """Bytes of the merged copies, which are in memory in addition to the original weights."""
-    return sum(base_weight(layer).nbytes for layer in active_layers(model))
-
-
-def merge_is_exact(model: nn.Module) -> bool:
-    """Whether merging loses no precision; False without adapters.
-
-    bfloat16 has 8 significant bits: it rounds away changes below about 1/500 of a weight, and in
-    the first hundred steps an adapter makes no larger ones.
+    Source: Steele, Lea, Flood 2014, Fast splittable pseudorandom number generators.
     """
-    layers = active_layers(model)
-    dtypes = {base_weight(layer).dtype for layer in layers}
-    return bool(layers) and dtypes <= {torch.float32, torch.float64}
+    x = np.array([key], dtype=np.uint64)
+    x = x + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
-def merge_layer(layer: LoraLayer) -> None:
-    """Replace the layer's weight by a copy with the adapter merged; one GEMM for a plain adapter.
+def uniforms(seed: int, row: int, count: int) -> NDArray[np.float64]:
+    """The uniform numbers of a row's first `count` tokens, float64 in [0, 1).
 
-    PEFT's own merge computes the product, adds it, and (with safe_merge) searches all of it for
-    NaN: on a CPU that takes as long as sampling several tokens.
+    They are multiples of 2**-52, so that u * total < total in float64 for any total.
     """
-    base: Any = layer.get_base_layer()
-    names = list(layer.active_adapters)
-    plain = len(names) == 1 and not layer.lora_variant and not layer.lora_bias.get(names[0])
-    if not plain:
-        base.weight.data = base.weight.data.clone()
-        if base.bias is not None:
-            base.bias.data = base.bias.data.clone()
-        layer.merge(safe_merge=False, adapter_names=names)
-        return
-    lora_a: Any = layer.lora_A[names[0]]
-    lora_b: Any = layer.lora_B[names[0]]
-    a_RD, b_VR = lora_a.weight.data, lora_b.weight.data
-    weight = base.weight.data.to(a_RD.dtype)  # (V, D), Conv1D's (D, V)
-    factors = (a_RD.T, b_VR.T) if isinstance(base, Conv1D) else (b_VR, a_RD)
-    merged = torch.addmm(weight, *factors, alpha=layer.scaling[names[0]])
-    base.weight.data = merged.to(base.weight.dtype)
-    layer.merged_adapters.append(names[0])
+    numbers = splitmix64(seed_of(seed, "row", row), count)
+    return (numbers >> np.uint64(12)).astype(np.float64) * 2.0**-52
 
 
-@contextmanager
-def merge_active_adapters(model: nn.Module) -> Iterator[None]:
-    """Inside the block the active adapters are merged into copies of the weights.
+def inverse_cdf(scores_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """The tokens (B,) at which the distributions' cumulative sums exceed the uniform numbers.
 
-    At the end the original weights are restored bit for bit. PEFT's unmerge would subtract what
-    merge added, which leaves a rounding error: the base would drift with every rollout.
+    First the block of BLOCK tokens is found, then the token in it: so nothing is as large as the
+    logits but their softmax.
+
+    Args:
+        scores_BV: float32 logits; a token of -inf is never drawn.
+        uniform_B: float64, in [0, 1 - 2**-52].
     """
-    originals: list[tuple[LoraLayer, Tensor, Tensor | None]] = []
-    try:
-        for layer in active_layers(model):
-            base: Any = layer.get_base_layer()
-            originals.append(
-                (layer, base.weight.data, None if base.bias is None else base.bias.data)
-            )
-            merge_layer(layer)
-        yield
-    finally:
-        for layer, weight, bias in originals:
-            base = layer.get_base_layer()
-            base.weight.data = weight
-            if bias is not None:
-                base.bias.data = bias
-            layer.merged_adapters.clear()
-            for name in layer.active_adapters:  # norms that DoRA caches for PEFT's unmerge
-                layer._caches.pop(f"{name}-weight_norm", None)
+    p_BV, vocab = scores_BV.softmax(-1), scores_BV.shape[1]
+    whole = vocab - vocab % BLOCK
+    sums = [p_BV[:, :whole].view(len(p_BV), -1, BLOCK).sum(-1)] if whole else []
+    sums += [p_BV[:, whole:].sum(-1, keepdim=True)] if whole < vocab else []
+    sum_BK = torch.cat(sums, 1).double()
+    cdf_BK = sum_BK.cumsum(1)
+    at_B1 = uniform_B[:, None] * cdf_BK[:, -1:]
+    block_B1 = torch.searchsorted(cdf_BK, at_B1, right=True)
+    own_B1 = sum_BK.gather(1, block_B1)
+    share_B1 = (at_B1 - (cdf_BK.gather(1, block_B1) - own_B1)) / own_B1
+    token_BN = block_B1 * BLOCK + torch.arange(BLOCK, device=scores_BV.device)
+    inside_BN = p_BV.gather(1, token_BN.clamp(max=vocab - 1)).double() * (token_BN < vocab)
+    cdf_BN = inside_BN.cumsum(1)
+    at_B1 = share_B1.clamp(0.0, 1 - 2.0**-52) * cdf_BN[:, -1:]
+    found_B1 = torch.searchsorted(cdf_BN, at_B1, right=True)
+    return (block_B1 * BLOCK + found_B1).squeeze(1)
+
+
+class Draws:
+    """Draws the next token of each row, and gives its log-prob.
+
+    Args:
+        sampling: the distribution.
+        seed: of this rollout.
+        first_row: the number of the rollout's first row, if it is a part of a larger one.
+    """
+
+    def __init__(self, sampling: Sampling, seed: int, first_row: int = 0) -> None:
+        self.sampling, self.seed, self.first_row = sampling, seed, first_row
+        self.processors = sampling.processors()
+        self.numbers: dict[int, NDArray[np.float64]] = {}
+
+    def uniform(self, row: int, position: int) -> float:
+        """The number that draws the token at `position` of the response in `row`."""
+        if row not in self.numbers:
+            count = self.sampling.max_new_tokens
+            self.numbers[row] = uniforms(self.seed, self.first_row + row, count)
+        return float(self.numbers[row][position])
+
+    def draw(
+        self, ids_BT: Tensor, scores_BV: Tensor, rows: Sequence[int], positions: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens (B,) and their log-probs, float32 (B,), in the distribution they are drawn from.
+
+        Args:
+            ids_BT: the tokens so far, for the repetition penalty.
+            scores_BV: float32 logits of the next token.
+            rows: the number of each row in the rollout.
+            positions: how many tokens each response has already.
+        """
+        for processor in self.processors:
+            scores_BV = processor(ids_BT, scores_BV)
+        if self.sampling.do_sample:
+            numbers = [self.uniform(*at) for at in zip(rows, positions, strict=True)]
+            uniform_B = torch.tensor(numbers, dtype=torch.float64)
+            # A GPU is still at work on the logits: do not wait for it here.
+            uniform_B = uniform_B.to(scores_BV.device, non_blocking=True)
+            token_B = inverse_cdf(scores_BV, uniform_B)
+        else:
+            token_B = scores_BV.argmax(-1)
+        chosen_B = scores_BV.gather(1, token_B[:, None]).squeeze(1)
+        return token_B, chosen_B - scores_BV.logsumexp(1)
+
+
+class DrawInGenerate(LogitsProcessor):
+    """`Draws` as the last logits processor of transformers' generate with do_sample=False.
+
+    It leaves one token to choose in each row, and records its log-prob; only the logits of one step
+    are in memory, where generate(output_scores=True) keeps those of all.
+    """
+
+    def __init__(self, draws: Draws, rows: Sequence[int]) -> None:
+        self.draws, self.rows = draws, rows
+        self.columns: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        positions = [len(self.columns)] * len(self.rows)
+        token_B, logprob_B = self.draws.draw(input_ids, scores.float(), self.rows, positions)
+        self.columns.append(logprob_B)
+        only_BV = torch.full_like(scores, -torch.inf)
+        return only_BV.scatter_(1, token_B[:, None], 0.0)
+
+
+class StopStrings:
+    """transformers' search for stop strings, over the last tokens of each row."""
+
+    def __init__(self, tokenizer: Any, strings: tuple[str, ...]) -> None:
+        self.search = StopStringCriteria(tokenizer, list(strings))
+
+    def found(self, rows: Sequence[list[int]]) -> list[bool]:
+        """Whether the last token of each row (prompt and response so far) completes a string."""
+        most = self.search.maximum_token_len
+        tails = [[NO_TOKEN] * (most - len(row)) + row[-most:] for row in rows]
+        found_B: Tensor = self.search(torch.tensor(tails), None)
+        return [bool(found) for found in found_B.tolist()]
+
+
+class Stops:
+    """When a response ends: stop tokens, stop strings, `min_new_tokens` and `max_new_tokens`."""
+
+    def __init__(self, sampling: Sampling, template: Template, tokenizer: Any) -> None:
+        self.ids, self.sampling = template.stop_ids, sampling
+        strings = template.stop_strings
+        self.strings = StopStrings(tokenizer, strings) if strings else None
+
+    def forbid(self, scores_BV: Tensor, positions: Sequence[int]) -> Tensor:
+        """The logits, with -inf for stop tokens in rows that have fewer than `min_new_tokens`."""
+        early = [b for b, n in enumerate(positions) if n < self.sampling.min_new_tokens]
+        if early and self.ids:
+            at = torch.tensor(early, device=scores_BV.device)[:, None]
+            ids = torch.tensor(self.ids, device=scores_BV.device)[None]
+            scores_BV = scores_BV.index_put((at, ids), scores_BV.new_tensor(-torch.inf))
+        return scores_BV
+
+    def ended(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[bool | None]:
+        """For each (prompt, response so far): whether it ended by itself, None if it has not ended.
+
+        False is a response that has `max_new_tokens` and no stop.
+        """
+        strings = [False] * len(rows)
+        if self.strings is not None:
+            strings = self.strings.found([prompt + ids for prompt, ids in rows])
+        return [
+            True
+            if found or ids[-1] in self.ids
+            else (False if len(ids) >= self.sampling.max_new_tokens else None)
+            for (_, ids), found in zip(rows, strings, strict=True)
+        ]

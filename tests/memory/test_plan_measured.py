@@ -51,7 +51,7 @@ from fastppo.memory.shapes import TABLE, ModelShape, from_config
 from fastppo.memory.weights import Shapes
 from fastppo.models.adapters import disable_input_cast
 from fastppo.models.batch import Budget
-from fastppo.models.fused_lora import fuse_lora_layers
+from fastppo.models.lora import fuse_lora_layers
 from fastppo.offload.activations import wrap
 from fastppo.ops import head, word_blocks, workspace
 from fastppo.ops.backend import choose

@@ -17,7 +17,7 @@ from fastppo.errors import TrainingStopped
 from fastppo.memory.auto import advice_on_failure, suggest_changes
 from fastppo.memory.budgets import Budget, Budgets
 from fastppo.memory.retry import OutOfMemory, out_of_memory, retry
-from fastppo.ppo import checkpoint, draws, score, trainer, update
+from fastppo.ppo import checkpoint, sampling, score, trainer, update
 from fastppo.ppo.evaluation import evaluate
 from fastppo.rm import train as reward_model
 from fastppo.rm import trainer as pair_trainer
@@ -122,7 +122,7 @@ def steps(made: trainer.State) -> tuple[list[torch.Tensor], list[dict[str, float
 @pytest.mark.parametrize(
     ("phase", "module", "name", "at"),
     [
-        ("rollout", draws.Draws, "draw", 1),
+        ("rollout", sampling.Draws, "draw", 1),
         pytest.param("score", score, "token_scores", 2, marks=pytest.mark.slow),
         ("update", update, "forward_backward", 1),
     ],

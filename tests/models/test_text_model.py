@@ -19,11 +19,11 @@ from fastppo.models.adapters import (
     lora_targets,
 )
 from fastppo.models.load import hidden_size
+from fastppo.models.lora import merge_active_adapters
 from fastppo.models.weight_tuning import (
     text_parameters,
 )
 from fastppo.ppo.rollout import cache_bytes
-from fastppo.ppo.sampling import merge_active_adapters
 from tests import zoo
 from tests.tiny import make_config, stir
 

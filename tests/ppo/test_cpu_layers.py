@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from fastppo.models.lora import merge_active_adapters
 from fastppo.ops.native_library import OBSTACLE
 from fastppo.ppo.cpu_layers import rms_scale, use_cpu_layers
-from fastppo.ppo.sampling import merge_active_adapters
 from tests import zoo
 
 pytestmark = pytest.mark.skipif(OBSTACLE is not None, reason=f"no native kernels: {OBSTACLE}")

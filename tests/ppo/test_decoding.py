@@ -8,6 +8,12 @@ import pytest
 import torch
 
 from fastppo.errors import UserError
+from fastppo.models.lora import (
+    active_layers,
+    merge_active_adapters,
+    merge_is_exact,
+    merged_weight_bytes,
+)
 from fastppo.ops.decoder_layer import DecoderLayer
 from fastppo.ops.few_rows import FewRows
 from fastppo.ops.native_library import OBSTACLE
@@ -20,13 +26,7 @@ from fastppo.ppo.rollout import (
     should_merge_adapter,
 )
 from fastppo.ppo.row_batches import split_prompts
-from fastppo.ppo.sampling import (
-    Sampling,
-    active_layers,
-    merge_active_adapters,
-    merge_is_exact,
-    merged_weight_bytes,
-)
+from fastppo.ppo.sampling import Sampling
 from fastppo.templates import get_template
 from fastppo.types import Prompt
 from tests.tiers import slow_unless

@@ -15,14 +15,13 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 from fastppo.models.roles import Place, Roles
 from fastppo.ops.native_library import OBSTACLE
+from fastppo.ppo import cpu_layers
 from fastppo.ppo import sampler as sampler_module
-from fastppo.ppo import slots
 from fastppo.ppo.cpu_layers import use_cpu_layers
-from fastppo.ppo.draws import Draws, Stops
 from fastppo.ppo.rollout import cache_bytes, row_batch_note, sample
 from fastppo.ppo.sampler import Row, Sampler
-from fastppo.ppo.sampling import Sampling
-from fastppo.ppo.slots import windows_of
+from fastppo.ppo.sampling import Draws, Sampling, Stops
+from fastppo.ppo.slots import SlotCache, windows_of
 from fastppo.types import Prompt
 from tests import zoo
 from tests.tiers import slow_unless
@@ -328,9 +327,9 @@ def test_an_attention_that_the_kernel_cannot_do_runs_as_the_model_has_it(
     prompts = prompts_of()
     wanted = sampled(llama, prompts)[0]
     if native:
-        monkeypatch.setattr(slots, "suits", lambda *_: False)  # as another dtype
+        monkeypatch.setattr(cpu_layers, "suits", lambda *_: False)  # as another dtype
     else:
-        monkeypatch.setattr(slots, "IGNORED", frozenset())  # as an unknown argument
+        monkeypatch.setattr(cpu_layers, "IGNORED", frozenset())  # as an unknown argument
     assert sampled(llama, prompts)[0] == wanted
     assert llama.base.config._attn_implementation == "sdpa"
 
@@ -339,7 +338,7 @@ def test_a_cache_of_slots_holds_what_a_dynamic_cache_holds(llama):
     """After a move and a shift back too."""
     prompts = prompts_of((5, 9))
     made = sampler_module.Forward(llama)
-    cache = slots.SlotCache([None, None], slots=3, width=12, end=9)
+    cache = SlotCache([None, None], slots=3, width=12, end=9)
     for slot, prompt in enumerate(prompts):
         with torch.no_grad():
             run = made.prompts([prompt.ids])

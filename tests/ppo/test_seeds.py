@@ -6,7 +6,7 @@ from itertools import product
 
 import torch
 
-from fastppo.ppo import draws, ptx, trainer, update
+from fastppo.ppo import ptx, sampling, trainer, update
 from fastppo.ppo.evaluation import evaluate
 from fastppo.ppo.state import prompt_order
 from fastppo.seeds import seed_of
@@ -61,7 +61,7 @@ def seeds_drawn_with(run: trainer.State, monkeypatch) -> list[tuple[str, int]]:
 
         monkeypatch.setattr(owner, name, noted)
 
-    noting(draws, "splitmix64", "key", 0)
+    noting(sampling, "splitmix64", "key", 0)
     noting(update, "mini_batches", "seed", 2)
     noting(ptx, "shuffled_batch", "seed", None)
     for _ in range(2):

@@ -18,7 +18,7 @@ import torch
 from fastppo import toy
 from fastppo.cli import main
 from fastppo.errors import Interrupted
-from fastppo.ppo import checkpoint, draws, evaluation, score, trainer, update
+from fastppo.ppo import checkpoint, evaluation, sampling, score, trainer, update
 from fastppo.run import durable
 from fastppo.run.stopping import Stop
 from tests.tiers import slow_unless
@@ -119,7 +119,7 @@ def test_a_signal_within_a_step_saves_the_step_before_it(
 
 
 PLACES = {
-    "a token": (draws.Draws, "draw"),
+    "a token": (sampling.Draws, "draw"),
     "scoring": (score, "token_scores"),
     "the reward": (toy, "vowels"),
     "an optimiser step": (update, "clip_and_step"),

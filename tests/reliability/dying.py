@@ -13,13 +13,13 @@ import time
 from typing import Any
 
 from fastppo import cli
-from fastppo.ppo import checkpoint, draws, score, trainer
+from fastppo.ppo import checkpoint, sampling, score, trainer
 from fastppo.rm import trainer as pair_trainer
 from fastppo.run import training_state
 from fastppo.run.world import World
 
 PLACES: dict[str, tuple[Any, str]] = {
-    "sampling": (draws.Draws, "draw"),
+    "sampling": (sampling.Draws, "draw"),
     "scoring": (score, "token_scores"),
     "the reduce": (World, "_reduce"),
     "the save": (training_state, "write"),

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from fastppo import cli, toy
-from fastppo.ppo import checkpoint, draws, evaluation, score, trainer, update
+from fastppo.ppo import checkpoint, evaluation, sampling, score, trainer, update
 from fastppo.ppo.columns import COLUMNS
 from fastppo.rewards import function as reward_function
 from fastppo.rm import train as reward_model
@@ -260,7 +260,7 @@ def slow_pairs(seconds: float) -> None:
 
 
 PLACES = {
-    "a token": (draws.Draws, "draw"),
+    "a token": (sampling.Draws, "draw"),
     "scoring": (score, "token_scores"),
     "a reward function": (reward_function, "call_scores"),
     "the update": (update, "clip_and_step"),

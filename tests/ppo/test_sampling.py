@@ -8,9 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from fastppo.ppo import draws as draws_module
-from fastppo.ppo.draws import Draws, Stops, StopStrings, inverse_cdf, splitmix64, uniforms
-from fastppo.ppo.sampling import Sampling
+from fastppo.ppo import sampling as sampling_module
+from fastppo.ppo.sampling import (
+    Draws,
+    Sampling,
+    Stops,
+    StopStrings,
+    inverse_cdf,
+    splitmix64,
+    uniforms,
+)
 
 
 def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
@@ -42,7 +49,7 @@ def test_numbers_are_uniform_and_those_of_neighbours_independent():
 
 @pytest.mark.parametrize("block", [1, 2, 4, 256])  # of six tokens: whole blocks, and a rest
 def test_tokens_come_as_often_as_the_distribution_says(block, monkeypatch):
-    monkeypatch.setattr(draws_module, "BLOCK", block)
+    monkeypatch.setattr(sampling_module, "BLOCK", block)
     scores_V = torch.tensor([0.0, 1.0, -torch.inf, 2.0, -1.0, 0.5])
     numbers = np.concatenate([uniforms(3, row, 100) for row in range(200)])
     tokens = inverse_cdf(scores_V.expand(len(numbers), -1), torch.from_numpy(numbers))

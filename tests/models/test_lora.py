@@ -8,8 +8,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fastppo.models import fused_lora as lora
-from fastppo.models.fused_lora import fusable_adapter, fuse_lora_layers, lora_linear
+from fastppo.models import lora
+from fastppo.models.lora import fusable_adapter, fuse_lora_layers, lora_linear
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_the_trainers_lora_layers_are_fused(tiny_roles):
     layers = [m for m in made.model.modules() if hasattr(m, "lora_A")]
     assert layers
     assert all(fusable_adapter(layer, x) == "default" for layer in layers)
-    assert all(layer.forward.__func__.__module__ == "fastppo.models.fused_lora" for layer in layers)
+    assert all(layer.forward.__func__.__module__ == "fastppo.models.lora" for layer in layers)
 
 
 def test_recomputing_a_block_skips_its_last_product(layer, monkeypatch):
