@@ -26,25 +26,22 @@ KL_LOG_RATIO_LIMIT = 80.0
 
 
 class GRPOTerms(NamedTuple):
-    """What a loss consists of, token by token.
-
-    Attributes:
-        loss: (B, T), surrogate plus beta times KL; 0 outside the mask.
-        kl: (B, T) in nats, or None where beta is 0.
-        clipped: bool (B, T), whether the clip took the token's gradient.
-    """
+    """Of each token (B, T): surrogate plus beta times KL, 0 outside the mask; the KL in nats, None
+    where beta is 0; and whether the clip took its gradient."""
 
     loss: Tensor
     kl: Tensor | None
     clipped: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class GRPOLoss:
-    """One of Liger-Kernel's GRPO losses as a function of log-probs.
+    """One of Liger-Kernel's GRPO losses as a function of log-probs, by Liger's arguments.
 
-    Attributes:
+    Args:
         beta: weight of the KL to the reference.
+        compiled, chunk_size: taken and not used.
+        use_ref_model, temperature: of hidden states, see `liger.FusedLinearGRPOLoss`.
         epsilon_low, epsilon_high: the ratio is clipped to [1 - epsilon_low, 1 + epsilon_high];
             cispo's ratio to epsilon_high.
         loss_type: a key of AGGREGATION.
@@ -60,6 +57,9 @@ class GRPOLoss:
     """
 
     beta: float = 0.04
+    compiled: bool = True
+    use_ref_model: bool = True
+    chunk_size: int = 1
     epsilon_low: float = 0.2
     epsilon_high: float = 0.2
     loss_type: str = "dapo"
@@ -67,6 +67,7 @@ class GRPOLoss:
     importance_sampling_level: str = "token"
     sapo_temperature_pos: float = 1.0
     sapo_temperature_neg: float = 1.05
+    temperature: float = 1.0
     delta: float | None = None
     use_bias_correction_kl: bool = False
     vespo_k_pos: float = 2.0
@@ -76,26 +77,20 @@ class GRPOLoss:
 
     def __post_init__(self) -> None:
         kind, level = self.loss_type, self.importance_sampling_level
+        wrong = None
         if kind not in AGGREGATION:
-            raise ValueError(
-                f"GRPO loss: loss_type must be one of {', '.join(AGGREGATION)}, came {kind!r}"
-            )
-        if level not in ("token", "sequence"):
-            raise ValueError(
-                f"GRPO loss: importance_sampling_level must be token or sequence, came {level!r}"
-            )
-        if level == "sequence" and kind in ("cispo", "sapo", "vespo"):
-            raise ValueError(
-                "GRPO loss: Sequence-level importance sampling is not supported for loss_type "
-                f"{kind!r}; set importance_sampling_level='token'"
-            )
-        if level == "token" and kind == "luspo":
-            raise ValueError(
-                "GRPO loss: luspo has one ratio a sequence; set "
-                "importance_sampling_level='sequence'"
-            )
-        if kind == "dr_grpo" and self.max_completion_length is None:
-            raise ValueError("GRPO loss: dr_grpo divides by max_completion_length; set it")
+            wrong = f"loss_type must be one of {', '.join(AGGREGATION)}, came {kind!r}"
+        elif level not in ("token", "sequence"):
+            wrong = f"importance_sampling_level must be token or sequence, came {level!r}"
+        elif level == "sequence" and kind in ("cispo", "sapo", "vespo"):
+            wrong = "Sequence-level importance sampling is not supported for loss_type "
+            wrong += f"{kind!r}; set importance_sampling_level='token'"
+        elif level == "token" and kind == "luspo":
+            wrong = "luspo has one ratio a sequence; set importance_sampling_level='sequence'"
+        elif kind == "dr_grpo" and self.max_completion_length is None:
+            wrong = "dr_grpo divides by max_completion_length; set it"
+        if wrong is not None:
+            raise ValueError(f"GRPO loss: {wrong}")
 
     def terms(
         self,
@@ -115,19 +110,20 @@ class GRPOLoss:
             advantages: (B,).
             sampler_ratio: (B, T), (B, 1) or (B,) importance weights, or None.
         """
-        found = self.surrogate(logprob, old_logprob, advantages, mask, sampler_ratio)
+        ratio = None if sampler_ratio is None else sampler_ratio.reshape(len(mask), -1)
+        found = self._surrogate(logprob, old_logprob, advantages, mask, ratio)
+        clipped = found.clipped_low | found.clipped_high
         if self.beta == 0:
-            return GRPOTerms(found.loss, None, found.clipped_low | found.clipped_high)
+            return GRPOTerms(found.loss, None, clipped)
         corrected: dict[str, Any] = {}
         if self.use_bias_correction_kl:
             level = self.importance_sampling_level
             corrected = {"bias_correction": True, "old_logprob": old_logprob, "ratio_level": level}
         ref = logprob.detach() if ref_logprob is None else ref_logprob
         kl = losses.kl(logprob, ref, mask, log_ratio_limit=KL_LOG_RATIO_LIMIT, **corrected)
-        loss = found.loss + self.beta * kl
-        return GRPOTerms(loss, kl, found.clipped_low | found.clipped_high)
+        return GRPOTerms(found.loss + self.beta * kl, kl, clipped)
 
-    def surrogate(
+    def _surrogate(
         self,
         logprob: Tensor,
         old: Tensor | None,
@@ -136,45 +132,28 @@ class GRPOLoss:
         ratio: Tensor | None,
     ) -> losses.TokenLoss:
         """The policy's loss of each token, with the sampler's ratio in it."""
-        if ratio is not None:
-            ratio = ratio.reshape(len(mask), -1)
+        behaviour = logprob.detach() if old is None else old
         if self.loss_type == "vespo":  # whose weight of a sequence has the sampler's ratio in it
             if ratio is not None:
-                old = logprob.detach() if old is None else old
                 tokens = (mask != 0).sum(1, keepdim=True) if ratio.shape[1] == 1 else 1
-                old = old - ratio.log() / tokens
-            return losses.vespo(
-                logprob,
-                old,
-                advantages,
-                mask,
-                k_pos=self.vespo_k_pos,
-                lambda_pos=self.vespo_lambda_pos,
-                k_neg=self.vespo_k_neg,
-                lambda_neg=self.vespo_lambda_neg,
-            )
+                old = behaviour - ratio.log() / tokens
+            names = ("k_pos", "lambda_pos", "k_neg", "lambda_neg")
+            shape = {name: getattr(self, f"vespo_{name}") for name in names}
+            return losses.vespo(logprob, old, advantages, mask, **shape)
         if self.loss_type == "sapo":
             taus = {"tau_pos": self.sapo_temperature_pos, "tau_neg": self.sapo_temperature_neg}
             found = losses.sapo(logprob, old, advantages, mask, **taus)
         elif self.loss_type == "cispo":  # epsilon_high bounds the ratio itself, and may be below 1
-            behaviour = logprob.detach() if old is None else old
-            found = losses.reinforce(logprob, old, advantages, mask)
             weight = losses.importance_weights(logprob, behaviour, mask, upper=self.epsilon_high)
             above = (logprob.detach() - behaviour).exp() > self.epsilon_high
-            found = found._replace(
-                loss=weight * found.loss,
-                clipped_high=above & (mask != 0) & (advantages[:, None] > 0),
-            )
+            found = losses.reinforce(logprob, old, advantages, mask)
+            clipped = above & (mask != 0) & (advantages[:, None] > 0)
+            found = found._replace(loss=weight * found.loss, clipped_high=clipped)
         else:
             by_sequence = self.importance_sampling_level == "sequence"
+            low, high = self.epsilon_low, self.epsilon_high
             found = (losses.gspo if by_sequence else losses.ppo_clip)(
-                logprob,
-                old,
-                advantages,
-                mask,
-                clip_low=self.epsilon_low,
-                clip_high=self.epsilon_high,
-                dual_clip=self.delta,
+                logprob, old, advantages, mask, clip_low=low, clip_high=high, dual_clip=self.delta
             )
         return found if ratio is None else found._replace(loss=found.loss * ratio)
 

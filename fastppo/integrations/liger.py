@@ -18,60 +18,21 @@ from fastppo.integrations.head import logprobs_and_entropy
 from fastppo.ops import linear_token_logprobs
 
 
-class FusedLinearGRPOLoss(nn.Module):
+class FusedLinearGRPOLoss(GRPOLoss, nn.Module):
     """LigerFusedLinearGRPOLoss: the GRPO family of losses straight from hidden states.
 
     Args:
-        beta: weight of the KL to the reference.
-        compiled, chunk_size: taken and not used.
         use_ref_model: whether forward gets `ref_per_token_logps`, or `ref_input` and `ref_weight`.
         temperature: of the logits.
-        others: as in `fastppo.integrations.grpo.GRPOLoss`.
+        others: as in `fastppo.integrations.grpo.GRPOLoss`, in Liger's order.
 
     Raises:
         ValueError: as `GRPOLoss`.
     """
 
-    def __init__(
-        self,
-        beta: float = 0.04,
-        compiled: bool = True,
-        use_ref_model: bool = True,
-        chunk_size: int = 1,
-        epsilon_low: float = 0.2,
-        epsilon_high: float = 0.2,
-        loss_type: str = "dapo",
-        max_completion_length: int | None = None,
-        importance_sampling_level: str = "token",
-        sapo_temperature_pos: float = 1.0,
-        sapo_temperature_neg: float = 1.05,
-        temperature: float = 1.0,
-        delta: float | None = None,
-        use_bias_correction_kl: bool = False,
-        vespo_k_pos: float = 2.0,
-        vespo_lambda_pos: float = 3.0,
-        vespo_k_neg: float = 3.0,
-        vespo_lambda_neg: float = 2.0,
-    ) -> None:
-        super().__init__()
-        self.use_ref_model = use_ref_model
-        self.temperature = temperature
-        self.loss = GRPOLoss(
-            beta=beta,
-            epsilon_low=epsilon_low,
-            epsilon_high=epsilon_high,
-            loss_type=loss_type,
-            max_completion_length=max_completion_length,
-            importance_sampling_level=importance_sampling_level,
-            sapo_temperature_pos=sapo_temperature_pos,
-            sapo_temperature_neg=sapo_temperature_neg,
-            delta=delta,
-            use_bias_correction_kl=use_bias_correction_kl,
-            vespo_k_pos=vespo_k_pos,
-            vespo_lambda_pos=vespo_lambda_pos,
-            vespo_k_neg=vespo_k_neg,
-            vespo_lambda_neg=vespo_lambda_neg,
-        )
+    def __post_init__(self) -> None:
+        nn.Module.__init__(self)
+        super().__post_init__()
 
     def forward(
         self,
@@ -103,7 +64,7 @@ class FusedLinearGRPOLoss(nn.Module):
         """
         token, mask = selected_token_ids, attention_mask
         ref = ref_per_token_logps
-        if ref is None and self.use_ref_model and self.loss.beta != 0:
+        if ref is None and self.use_ref_model and self.beta != 0:
             if ref_input is None or ref_weight is None:
                 raise ValueError(
                     "FusedLinearGRPOLoss: give ref_per_token_logps, or ref_input and ref_weight"
@@ -111,9 +72,8 @@ class FusedLinearGRPOLoss(nn.Module):
             with torch.no_grad():
                 ref = self.logprobs(ref_input, ref_weight, token, mask, ref_bias)
         logprob = self.logprobs(_input, lin_weight, token, mask, bias)
-        terms = self.loss.terms(logprob, old_per_token_logps, ref, advantages, mask, vllm_is_ratio)
-        total = self.loss.total(terms.loss, mask, num_items_in_batch)
-        return total, self.loss.metrics(terms, mask)
+        terms = self.terms(logprob, old_per_token_logps, ref, advantages, mask, vllm_is_ratio)
+        return self.total(terms.loss, mask, num_items_in_batch), self.metrics(terms, mask)
 
     def logprobs(
         self, hidden: Tensor, weight: Tensor, token: Tensor, mask: Tensor, bias: Tensor | None

@@ -34,18 +34,13 @@ class PolicyLoss(theirs.PolicyLoss):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.is_correction_level == "off":
-            return
-        if (self.policy_loss_type, self.is_correction_level, self.is_correction_gating) != (
-            "ppo",
-            "token",
-            "ratio",
-        ):
+        came = (self.policy_loss_type, self.is_correction_level, self.is_correction_gating)
+        if self.is_correction_level != "off" and came != ("ppo", "token", "ratio"):
             raise ValueError(
                 "fastppo.integrations.openrlhf: a correction is taken with policy_loss_type ppo, "
                 "is_correction_level token and is_correction_gating ratio; came "
-                f"{self.policy_loss_type}, {self.is_correction_level}, {self.is_correction_gating}"
-                "; do not install PolicyLoss for it: install('ValueLoss', 'log_probs_from_logits')"
+                f"{', '.join(came)}; do not install PolicyLoss for it: "
+                "install('ValueLoss', 'log_probs_from_logits')"
             )
 
     def forward(
@@ -55,21 +50,18 @@ class PolicyLoss(theirs.PolicyLoss):  # type: ignore[misc]
         advantages: Tensor,
         action_mask: Tensor | None = None,
         rollout_log_probs: Tensor | None = None,
-        dp_size: int = 1,
-        batch_num_tokens: float | None = None,
-        global_batch_size: float | None = None,
+        *counts: Any,
+        **named: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Loss, clipped fraction, KL to the old policy, and the correction's KL and fraction."""
+        """Loss, clipped fraction, KL to the old policy, and the correction's KL and fraction.
+
+        The counts, by position or by name, are the last of OpenRLHF's `aggregate_loss`.
+        """
         mask = torch.ones_like(log_probs) if action_mask is None else action_mask
         surrogate = losses.gspo if self.policy_loss_type == "gspo" else losses.ppo_clip
+        low, high, dual = self.clip_eps_low, self.clip_eps_high, self.dual_clip
         found = surrogate(
-            log_probs,
-            old_log_probs,
-            advantages,
-            mask,
-            clip_low=self.clip_eps_low,
-            clip_high=self.clip_eps_high,
-            dual_clip=self.dual_clip,
+            log_probs, old_log_probs, advantages, mask, clip_low=low, clip_high=high, dual_clip=dual
         )
         loss, sampler_kl, filtered = found.loss, None, None
         if self.is_correction_level != "off":
@@ -79,23 +71,16 @@ class PolicyLoss(theirs.PolicyLoss):  # type: ignore[misc]
             loss = loss * losses.importance_weights(
                 old_log_probs, rollout_log_probs, mask, mode=mode, lower=low, upper=high
             )
-            ratio = (old_log_probs - rollout_log_probs).detach().exp()
+            ratio = (old_log_probs - rollout_log_probs).exp()
             filtered = mean((ratio < low) | (ratio > high), mask)
             sampler_kl = mean(rollout_log_probs - old_log_probs, mask)
-        total = theirs.aggregate_loss(
-            loss,
-            mask,
-            token_level_loss=self.token_level_loss,
-            dp_size=dp_size,
-            batch_num_tokens=batch_num_tokens,
-            global_batch_size=global_batch_size,
-        )
+        total = theirs.aggregate_loss(loss, mask, self.token_level_loss, *counts, **named)
         clipped = mean(found.clipped_low | found.clipped_high, mask)
         return total, clipped, mean(old_log_probs - log_probs, mask), sampler_kl, filtered
 
 
 class ValueLoss(theirs.ValueLoss):  # type: ignore[misc]
-    """OpenRLHF's ValueLoss."""
+    """OpenRLHF's ValueLoss: half the squared error, clipped around the old values by `clip_eps`."""
 
     def forward(
         self,
@@ -103,22 +88,12 @@ class ValueLoss(theirs.ValueLoss):  # type: ignore[misc]
         old_values: Tensor,
         returns: Tensor,
         action_mask: Tensor | None = None,
-        dp_size: int = 1,
-        batch_num_tokens: float | None = None,
-        global_batch_size: float | None = None,
+        *counts: Any,
+        **named: Any,
     ) -> Tensor:
-        """Half the squared error, clipped around the old values if `clip_eps` is set."""
         mask = torch.ones_like(values) if action_mask is None else action_mask
         found = losses.value_loss(values, old_values, returns, mask, clip=self.clip_eps)
-        total: Tensor = theirs.aggregate_loss(
-            found.loss,
-            mask,
-            token_level_loss=self.token_level_loss,
-            dp_size=dp_size,
-            batch_num_tokens=batch_num_tokens,
-            global_batch_size=global_batch_size,
-        )
-        return total
+        return theirs.aggregate_loss(found.loss, mask, self.token_level_loss, *counts, **named)  # type: ignore[no-any-return]
 
 
 def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:

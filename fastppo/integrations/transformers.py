@@ -144,7 +144,7 @@ def check_head(
     logprob, _ = scores(base, trunk(base)(*args, **short).last_hidden_state, token, settings)
     theirs = logits.log_softmax(-1).gather(-1, token[..., None])[..., 0]
     error = (logprob - theirs).abs().max().item()
-    width = {torch.float16: torch.float16, torch.bfloat16: torch.bfloat16}.get(base.dtype)
+    width = base.dtype if base.dtype in (torch.float16, torch.bfloat16) else None
     limit = LIMITS[product_precision(base.device, autocast=width)].head
     if not error < limit:
         raise ValueError(

@@ -56,24 +56,16 @@ class Head:
             bias,
             temperature=temperature,
             softcap=final_logit_softcapping,
-            logit_scale=None if logit_scale == 1.0 else logit_scale,
+            logit_scale=logit_scale,
             entropy_grad=self.entropy_grad and "entropy" in outputs,
         )
         rest = tuple(name for name in outputs if name not in ("log_probs", "entropy"))
         others: tuple[Tensor | None, ...] = (None, None, None)
         if rest:
+            given = (hidden, weight, bias, targets, temperature, chunk_size)
             with torch.no_grad():
-                others = self.theirs.apply(
-                    hidden,
-                    weight,
-                    bias,
-                    targets,
-                    temperature,
-                    chunk_size,
-                    final_logit_softcapping,
-                    logit_scale,
-                    rest,
-                )[2:]
+                found = self.theirs.apply(*given, final_logit_softcapping, logit_scale, rest)
+            others = found[2:]
         return (logprob, entropy if "entropy" in outputs else None, *others)
 
 
@@ -83,7 +75,7 @@ def patched(*, entropy_grad: bool = False) -> Iterator[None]:
 
     Args:
         entropy_grad: prepare the gradient of the entropy in the forward, which is cheaper where the
-            loss has an entropy bonus; without it that gradient is computed when it is asked for.
+            loss has an entropy bonus; else it is computed when a backward asks for it.
 
     Raises:
         RuntimeError: no model got a fused head inside the block: the trainer was constructed before

@@ -72,16 +72,10 @@ def sharded_head(
 ) -> tuple[Tensor, Tensor]:
     """verl's linear_cross_entropy as its Megatron engine calls it: a rank has some of the words.
 
-    The hidden states were gathered from parts of a sequence. Their own backward adds up the ranks'
-    gradients, so they are not reduced here, as they are not in verl.
-
-    Args:
-        hidden: (..., D), the same on every rank.
-        weight: (V / ranks, D), this rank's words.
-        labels: (...), ids of the whole vocabulary.
-
-    Returns:
-        Log-probs and entropies in nats, (N,).
+    Hidden states (..., D) are the same on every rank, the weight (V / ranks, D) is this rank's, and
+    labels (...) are ids of the whole vocabulary; log-probs and entropies in nats come back as (N,).
+    The hidden states were gathered from parts of a sequence, and their own backward adds up the
+    ranks' gradients: those are not reduced here, as they are not in verl.
     """
     if dist_process_group is None or reduction != "none":
         given = (hidden, weight, labels, temperature, reduction, dist_process_group)
@@ -115,29 +109,15 @@ def policy_loss(
     *,
     name: str,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """One of our losses with the arguments and the results of verl's.
+    """`fastppo.ops.losses.POLICY_LOSSES[name]` as verl's losses are called: loss and metrics.
 
-    Args:
-        old_log_prob, log_prob, advantages, response_mask: (B, T).
-        loss_agg_mode: verl's name of an aggregation.
-        config: verl's ActorConfig.
-        rollout_is_weights: (B, T) importance weights of the tokens, or None.
-        name: a key of `fastppo.ops.losses.POLICY_LOSSES`.
-
-    Returns:
-        The loss, a scalar, and verl's metrics of it.
+    All tensors are (B, T); config is verl's ActorConfig.
     """
     settings = {ours: setting(config, field) for ours, field in SETTINGS[name].items()}
-    found = losses.POLICY_LOSSES[name](
-        log_prob, old_log_prob, advantages, response_mask, **settings
-    )
+    given = (log_prob, old_log_prob, advantages, response_mask)
+    found = losses.POLICY_LOSSES[name](*given, **settings)
     loss = found.loss if rollout_is_weights is None else found.loss * rollout_is_weights
-    total = core_algos.agg_loss(
-        loss_mat=loss,
-        loss_mask=response_mask,
-        loss_agg_mode=loss_agg_mode,
-        **config.global_batch_info,
-    )
+    total = core_algos.agg_loss(loss, response_mask, loss_agg_mode, **config.global_batch_info)
 
     def mean(x: Tensor) -> float:
         return losses.aggregate(x.detach().float(), response_mask).item()
