@@ -1,8 +1,11 @@
-"""Other people's trainers with their functions and with ours: losses, CPU time and peak memory.
+"""Other people's trainers with their functions and with ours: numbers, CPU time and peak memory.
 
 The examples of TRL, verl and OpenRLHF as they stand; beside them a transformers model and
 Liger-Kernel's GRPO loss. Each way is a process of its own with one thread, the first of a round
 changing. Time is the process's CPU time, which others on the machine change little.
+
+Both ways train from the same start, and each of their losses, gradient norms and the like has to be
+the same in every step. That says something only of a quantity that is far from 0 and changes.
 """
 
 from __future__ import annotations
@@ -30,9 +33,12 @@ FOLDER = Path("output/benchmarks/integrations")
 TOKENS = 16  # of a completion
 LAYERS = 2  # of the model that TRL trains: its vocabulary is SmolLM2's, 49152, and D is 576
 ROWS, LENGTH, HIDDEN, VOCAB = 8, 96, 576, 49152
-TOLERANCE = 1e-4  # of a loss, absolute and as a share of it
+TOLERANCE = 1e-4  # the largest difference in a step, as a share of the quantity's median size
+QUICK = 3  # steps
+LEAST = 1e-3  # a smaller median size could be rounding around 0, which is never the same
 
-Losses = tuple[list[float], float]
+Series = dict[str, list[float]]  # the name of what is compared -> its value in each step
+Found = tuple[Series, float]
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class Case:
     package: str
     what: str
     part: str  # what the seconds are of
-    train: Callable[[bool, int, str], Losses]
+    train: Callable[[bool, int, str], Found]
     steps: int
 
 
@@ -52,37 +58,36 @@ def example(name: str) -> Any:
     return __import__(name)
 
 
-def trl(ours: bool, steps: int, model: str) -> Losses:
+def trl(ours: bool, steps: int, model: str) -> Found:
     sys.path.append(str(peers.SITE))
-    found: Losses = example("grpo_trl").train(ours, model, steps, TOKENS)
+    found: Found = example("grpo_trl").train(ours, model, steps, TOKENS)
     return found
 
 
-def openrlhf(ours: bool, steps: int, model: str) -> Losses:
+def openrlhf(ours: bool, steps: int, model: str) -> Found:
     sys.path.append(str(peers.SITE))
-    found: Losses = example("openrlhf_loss").train(ours, steps)
+    found: Found = example("openrlhf_loss").train(ours, steps)
     return found
 
 
-def verl(ours: bool, steps: int, model: str) -> Losses:
+def verl(ours: bool, steps: int, model: str) -> Found:
     # Of its own environment alone: it mistakes TRL 1.16 for an old one.
     sys.path[:0] = map(str, VERL.folder.glob("lib/python*/site-packages"))
-    found: Losses = example("verl_policy_loss").train(ours, steps)
+    found: Found = example("verl_policy_loss").train(ours, steps)
     return found
 
 
-def timed(steps: int, step: Callable[[], torch.Tensor]) -> Losses:
-    """The losses, and the CPU seconds of the second step and all later ones."""
-    losses, seconds = [step().item()], 0.0
+def timed(steps: int, step: Callable[[], dict[str, torch.Tensor]]) -> Found:
+    """What each step gives, and the CPU seconds of the second step and all later ones."""
+    found, seconds = [step()], 0.0
     for _ in range(steps - 1):
         start = time.process_time()
-        loss = step()
+        found.append(step())
         seconds += time.process_time() - start
-        losses.append(loss.item())
-    return losses, seconds
+    return {name: [each[name].item() for each in found] for name in found[0]}, seconds
 
 
-def transformers(ours: bool, steps: int, model: str) -> Losses:
+def transformers(ours: bool, steps: int, model: str) -> Found:
     """Log-probs and entropies of labels, and their gradient, of a Llama with a frozen head."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -92,12 +97,13 @@ def transformers(ours: bool, steps: int, model: str) -> Losses:
     sizes = {"hidden_size": HIDDEN, "intermediate_size": 2 * HIDDEN, "num_hidden_layers": 1}
     llama = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, num_attention_heads=4, **sizes))
     llama.lm_head.requires_grad_(requires_grad=False)
-    optimizer = torch.optim.SGD(llama.model.layers.parameters(), lr=0.1)
+    trained = list(llama.model.layers.parameters())
+    optimizer = torch.optim.SGD(trained, lr=0.1)
     ids = torch.randint(VOCAB, (ROWS, LENGTH))
     if ours:
         patch_causal_lm(llama)
 
-    def step() -> torch.Tensor:
+    def step() -> dict[str, torch.Tensor]:
         optimizer.zero_grad()
         if ours:
             out = llama(input_ids=ids, labels=ids)
@@ -108,13 +114,15 @@ def transformers(ours: bool, steps: int, model: str) -> Losses:
             with torch.no_grad():
                 entropy = -(log.exp() * log).sum(-1)
         logprob.mean().backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         optimizer.step()
-        return logprob.mean().detach() + entropy.detach().mean()
+        found = {"log-prob": logprob.mean(), "entropy": entropy.mean(), "grad_norm": norm}
+        return {name: value.detach() for name, value in found.items()}
 
     return timed(steps, step)
 
 
-def liger(ours: bool, steps: int, model: str) -> Losses:
+def liger(ours: bool, steps: int, model: str) -> Found:
     """Liger-Kernel's fused linear GRPO loss, not compiled, and its gradients; a frozen head."""
     if ours:
         from fastppo.integrations.liger import FusedLinearGRPOLoss as Loss
@@ -131,13 +139,16 @@ def liger(ours: bool, steps: int, model: str) -> Losses:
     loss = Loss(compiled=False)
     mask = torch.ones(ROWS, LENGTH)
 
-    def step() -> torch.Tensor:
+    def step() -> dict[str, torch.Tensor]:
         optimizer.zero_grad()
         given = {"ref_per_token_logps": ref, "old_per_token_logps": old}
-        found: torch.Tensor = loss(hidden, weight, ids, mask, advantages, **given)[0]
-        found.backward()
+        value, (kl, _) = loss(hidden, weight, ids, mask, advantages, **given)
+        value.backward()
+        assert hidden.grad is not None
+        norm = hidden.grad.norm()
         optimizer.step()
-        return found.detach()
+        found = {"loss": value, "kl": kl, "grad_norm": norm}
+        return {name: value.detach() for name, value in found.items()}
 
     return timed(steps, step)
 
@@ -206,7 +217,7 @@ def check_installed(names: Sequence[str]) -> None:
 
 
 def one_way(name: str, ours: bool, steps: int, model: Path) -> dict[str, Any]:
-    """Run a case one way in a process of its own: losses, seconds and peak memory."""
+    """Run a case one way in a process of its own: its series, seconds and peak memory."""
     environ = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environ |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -228,7 +239,7 @@ def child(name: str, ours: str, steps: str, model: str) -> None:
 
 
 def row(case_name: str, found: dict[bool, list[dict[str, Any]]], steps: int) -> dict[str, Any]:
-    """Medians of both ways, ours as a share of theirs, and how far their losses are apart."""
+    """Medians of both ways, ours as a share of theirs, and how far their series are apart."""
     case = CASES[case_name]
     made: dict[str, Any] = {"case": case_name, "package": case.package, "what": case.what}
     made |= {"part": case.part, "steps": steps, "rounds": len(found[True])}
@@ -237,12 +248,32 @@ def row(case_name: str, found: dict[bool, list[dict[str, Any]]], steps: int) -> 
         middle = {"theirs": statistics.median(theirs), "ours": statistics.median(ours)}
         made[name] = {**middle, "share": middle["ours"] / middle["theirs"]}
         made[name] |= {"all_theirs": theirs, "all_ours": ours}
-    pairs = list(zip(found[False][0]["losses"], found[True][0]["losses"], strict=True))
-    made["losses"] = {"theirs": [x for x, _ in pairs], "ours": [y for _, y in pairs]}
-    made["difference"] = max(abs(x - y) for x, y in pairs)
-    same = all(abs(x - y) <= TOLERANCE * max(1.0, abs(x)) for x, y in pairs)
-    made["status"] = "timed" if same and len({x for x, _ in pairs}) > 1 else "wrong"
+    both = example("both_ways")
+    made["compared"] = {}
+    for name, theirs in found[False][0]["series"].items():
+        ours = found[True][0]["series"][name]
+        made["compared"][name] = {
+            "size": both.size(theirs),
+            "difference": both.difference(theirs, ours),
+            "theirs": theirs,
+            "ours": ours,
+        }
+    made["wrong"] = wrong(made["compared"])
+    made["status"] = "wrong" if made["wrong"] else "timed"
     return made
+
+
+def wrong(compared: dict[str, dict[str, Any]]) -> list[str]:
+    """What keeps both ways from being the same, or their comparison from saying so; a line each."""
+    lines = []
+    for name, each in compared.items():
+        if not each["difference"] <= TOLERANCE:
+            lines.append(f"{name} differs by {each['difference']:.0e} of its size")
+        if not each["size"] >= LEAST:
+            lines.append(f"{name} is {each['size']:.0e}, which may be rounding")
+        if len(set(each["theirs"])) == 1:
+            lines.append(f"{name} is the same in every step")
+    return lines
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -254,7 +285,8 @@ def markdown(found: dict[str, Any]) -> str:
         f"{where['cpu']}, {where['cores']} cores, {where['memory_gib']} GiB; torch "
         f"{where['torch']}, one thread; `{found['command']}`. Each way is a process of its own. "
         "CPU time: the median of the rounds. Memory is the most that the process ever had "
-        "resident, with packages and model. Losses: the largest difference of any step's.",
+        "resident, with packages and model. Compared: the largest difference in any step, as a "
+        "share of the median over the steps.",
         "",
         *(f"- {note}" for note in found["notes"]),
         "",
@@ -267,7 +299,7 @@ def markdown(found: dict[str, Any]) -> str:
 
 HEADER = (
     "| trainer | what | CPU seconds of | theirs | ours | share | peak MiB, theirs | ours "
-    "| losses differ by |"
+    "| compared, and the largest difference |"
 )
 
 
@@ -283,19 +315,19 @@ def line(row: dict[str, Any]) -> str:
         f"{seconds['share']:.2f}",
         f"{peak['theirs']:.0f}",
         f"{peak['ours']:.0f}",
-        f"{row['difference']:.0e}",
+        ", ".join(f"{name} {each['difference']:.0e}" for name, each in row["compared"].items()),
     ]
     return "| " + " | ".join(cells) + " |"
 
 
 def main(asked: argparse.Namespace, argv: Sequence[str]) -> int:
-    """0, or 1 where the two ways' losses differ by more than rounding."""
+    """0, or 1 where the two ways differ by more than rounding, or where that cannot be told."""
     check_installed(asked.only)
     before, load = OthersLoad(), OthersLoad()
     with before:
         time.sleep(0.1 if asked.quick else 1.0)
     model = shorten(asked.model) if "trl" in asked.only else asked.model
-    notes = ["two steps: a walk, no measurement"] if asked.quick else []
+    notes = [f"{QUICK} steps: a walk, no measurement"] if asked.quick else []
     out = asked.out or (None if asked.quick else report.RESULTS / "integrations.json")
     rows: list[dict[str, Any]] = []
     if asked.add and out is not None and out.is_file():
@@ -303,13 +335,13 @@ def main(asked: argparse.Namespace, argv: Sequence[str]) -> int:
         rows = [each for each in earlier if each["case"] not in asked.only]
     for name in asked.only:
         case, found = CASES[name], {False: [], True: []}
-        steps = 2 if asked.quick else case.steps
+        steps = QUICK if asked.quick else case.steps
         for turn in range(1 if asked.quick else asked.rounds):
             for ours in (turn % 2 == 1, turn % 2 == 0):
                 with load:
                     found[ours].append(one_way(name, ours, steps, model))
         rows.append(row(name, found, steps))
-        print(line(rows[-1]), file=sys.stderr, flush=True)
+        print(line(rows[-1]), *rows[-1]["wrong"], sep="\n", file=sys.stderr, flush=True)
         made = report.result("integrations", rows, before, load, notes, argv)
         made["notes"] = notes  # not that the machine was busy: CPU time has little of that
         if out is not None:  # after every case, so that one that fails costs no other
@@ -320,7 +352,7 @@ def main(asked: argparse.Namespace, argv: Sequence[str]) -> int:
 
 
 def add_arguments(one: argparse.ArgumentParser) -> None:
-    one.add_argument("--quick", action="store_true", help="two steps of each: no measurement")
+    one.add_argument("--quick", action="store_true", help="few steps of each: no measurement")
     one.add_argument("--out", type=Path, metavar="FILE", help="the JSON; a .md goes beside it")
     one.add_argument("--rounds", type=int, default=1, help="processes of each way (1)")
     one.add_argument("--add", action="store_true", help="to the rows that the JSON has already")

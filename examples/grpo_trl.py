@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer with LoRA, with TRL's output head and with ours: losses, CPU time, memory.
+"""TRL's GRPOTrainer with LoRA, with TRL's output head and with ours: numbers, CPU time, memory.
 
     python examples/grpo_trl.py MODEL [STEPS]
 
@@ -12,8 +12,9 @@ import sys
 import time
 from contextlib import nullcontext
 
-from both_ways import compare
+from both_ways import Series, compare
 
+COMPARED = ("loss", "grad_norm", "kl", "entropy")
 PROMPTS = ["Describe the sea.", "What is a good morning?", "Write a line on rain.", "Why run?"]
 
 
@@ -22,8 +23,8 @@ def brevity(completions: list[str], **_: object) -> list[float]:
     return [-len(text.split()) / 20 for text in completions]
 
 
-def train(ours: bool, model: str, steps: int, length: int = 48) -> tuple[list[float], float]:
-    """Losses of a few steps of GRPO, and the CPU seconds of the loss's forward."""
+def train(ours: bool, model: str, steps: int, length: int = 48) -> tuple[Series, float]:
+    """What a few steps of GRPO log, and the CPU seconds of the loss's forward."""
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import PrinterCallback
@@ -38,7 +39,11 @@ def train(ours: bool, model: str, steps: int, length: int = 48) -> tuple[list[fl
         num_generations=4,
         max_completion_length=length,
         logging_steps=1,
-        beta=0.05,
+        # Every batch is trained on twice, and far from the reference: with ratios of 1 and a KL of
+        # 0, as in the first step, the loss is rounding around 0.
+        num_iterations=2,
+        beta=0.2,
+        learning_rate=3e-3,
         bf16=False,
         use_cpu=True,
         save_strategy="no",
@@ -53,7 +58,7 @@ def train(ours: bool, model: str, steps: int, length: int = 48) -> tuple[list[fl
             train_dataset=Dataset.from_dict({"prompt": PROMPTS * steps}),
             peft_config=LoraConfig(r=16, target_modules="all-linear"),
         )
-    trainer.remove_callback(PrinterCallback)  # the losses are printed at the end
+    trainer.remove_callback(PrinterCallback)  # all is printed at the end
     compute, seconds = trainer._compute_loss, 0.0
 
     def timed(*args: object) -> object:
@@ -65,7 +70,8 @@ def train(ours: bool, model: str, steps: int, length: int = 48) -> tuple[list[fl
 
     trainer._compute_loss = timed
     trainer.train()
-    return [row["loss"] for row in trainer.state.log_history if "loss" in row], seconds
+    log = [row for row in trainer.state.log_history if "loss" in row]
+    return {key: [row[key] for row in log] for key in COMPARED}, seconds
 
 
 if __name__ == "__main__":

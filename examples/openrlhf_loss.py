@@ -1,4 +1,4 @@
-"""OpenRLHF's PolicyLoss, ValueLoss and log-probs, and ours in their place: losses, time, memory.
+"""OpenRLHF's PolicyLoss, ValueLoss and log-probs, and ours in their place: time and memory.
 
     python examples/openrlhf_loss.py [STEPS]
 
@@ -14,7 +14,7 @@ import types
 from importlib.util import find_spec
 
 import torch
-from both_ways import compare
+from both_ways import Series, compare
 from transformers import LlamaConfig, LlamaForCausalLM
 
 VOCAB, ROWS, LENGTH = 32768, 8, 96
@@ -40,8 +40,8 @@ def load_openrlhf() -> None:
     del sys.modules["deepspeed"]
 
 
-def train(ours: bool, steps: int) -> tuple[list[float], float]:
-    """Losses of a few steps, and the CPU seconds from logits to the gradient of the logits."""
+def train(ours: bool, steps: int) -> tuple[Series, float]:
+    """Numbers of a few steps, and the CPU seconds from logits to the gradient of the logits."""
     load_openrlhf()
     if ours:  # the two lines that are fastppo's
         from fastppo.integrations import openrlhf
@@ -60,14 +60,17 @@ def train(ours: bool, steps: int) -> tuple[list[float], float]:
         )
     )
     value_head = torch.nn.Linear(128, 1)
-    optimizer = torch.optim.SGD([*model.parameters(), *value_head.parameters()], lr=0.1)
+    # The head's inputs are of size 1, 128 of them: a larger rate would make its loss grow.
+    groups = [{"params": model.parameters()}, {"params": value_head.parameters(), "lr": 1e-3}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
     policy_loss = loss.PolicyLoss(clip_eps_high=0.28, dual_clip=3.0)
     value_loss = loss.ValueLoss(clip_eps=0.2)
     ids = torch.randint(VOCAB, (ROWS, LENGTH + 1))
     mask = (torch.arange(LENGTH) < torch.randint(8, LENGTH + 1, (ROWS, 1))).float()
     advantages, returns = torch.randn(2, ROWS, LENGTH)
     old_log_probs = old_values = None
-    losses, seconds = [], 0.0
+    series: Series = {"policy loss": [], "value loss": [], "grad_norm": []}
+    seconds = 0.0
     for _ in range(steps):
         out = model(ids[:, :-1], output_hidden_states=True)
         start = time.process_time()
@@ -81,10 +84,12 @@ def train(ours: bool, steps: int) -> tuple[list[float], float]:
         old_values = values.detach() if old_values is None else old_values
         critic = value_loss(values, old_values, returns, mask)
         torch.autograd.backward([out.logits, critic], [gradient, None])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
         optimizer.step()
         optimizer.zero_grad()
-        losses += [actor.item(), critic.item()]
-    return losses, seconds
+        for name, value in zip(series, (actor, critic, norm), strict=True):
+            series[name].append(value.item())
+    return series, seconds
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""verl's fused output head and policy loss, and ours by their names: losses, CPU time, memory.
+"""verl's fused output head and policy loss, and ours by their names: numbers, CPU time, memory.
 
     python examples/verl_policy_loss.py [STEPS]
 
@@ -15,14 +15,14 @@ import sys
 import time
 
 import torch
-from both_ways import compare
+from both_ways import Series, compare
 from transformers import LlamaConfig, LlamaForCausalLM
 
 VOCAB, ROWS, LENGTH = 32768, 8, 96
 
 
-def train(ours: bool, steps: int) -> tuple[list[float], float]:
-    """Losses of a few steps, and the CPU seconds from hidden states to their gradient."""
+def train(ours: bool, steps: int) -> tuple[Series, float]:
+    """Numbers of a few steps, and the CPU seconds from hidden states to their gradient."""
     if ours:  # the two lines that are fastppo's
         os.environ["VERL_USE_EXTERNAL_MODULES"] = "fastppo.integrations.verl"
     loss_mode = "fastppo_ppo_clip" if ours else "vanilla"
@@ -54,7 +54,8 @@ def train(ours: bool, steps: int) -> tuple[list[float], float]:
     mask = (torch.arange(LENGTH) < torch.randint(8, LENGTH + 1, (ROWS, 1))).float()
     advantages = torch.randn(ROWS, LENGTH)
     old_log_prob = None
-    losses, seconds = [], 0.0
+    series: Series = {"loss": [], "entropy": [], "grad_norm": []}
+    seconds = 0.0
     for _ in range(steps):
         hidden = model.model(ids[:, :-1]).last_hidden_state
         start = time.process_time()
@@ -76,8 +77,10 @@ def train(ours: bool, steps: int) -> tuple[list[float], float]:
         hidden.backward(gradients[0])
         optimizer.step()
         optimizer.zero_grad()
-        losses += [loss.item(), (entropy.detach() * mask).sum().item() / mask.sum().item()]
-    return losses, seconds
+        series["loss"].append(loss.item())
+        series["entropy"].append(((entropy.detach() * mask).sum() / mask.sum()).item())
+        series["grad_norm"].append(torch.cat([x.flatten() for x in gradients]).norm().item())
+    return series, seconds
 
 
 if __name__ == "__main__":

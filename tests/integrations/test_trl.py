@@ -30,19 +30,23 @@ def run(folder: Path, which: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_losses_over_20_steps(folder):
-    """With an entropy bonus, a KL and two passes over each batch; gradients show in the norm."""
+    """With an entropy bonus, a KL and two passes over each batch; gradients show in the norm.
+
+    A head whose temperature is off by 1e-3 is told apart.
+    """
     found = {}
-    for which in ("theirs", "ours"):
+    for which in ("theirs", "ours", "disturbed"):
         done = run(folder, which)
         assert done.returncode == 0, done.stderr
         lines = [json.loads(x) for x in done.stdout.splitlines() if x.startswith(('[{"', '{"mod'))]
         names, found[which] = lines
         assert names["modules"] >= 2  # the one that has the function, and the trainer's
-        assert (names["replaced"], names["restored"]) == (which == "ours", True)
+        assert (names["replaced"], names["restored"]) == (which != "theirs", True)
     assert len(found["ours"]) == 20
     assert any(abs(row["loss"]) > 1e-3 for row in found["theirs"])
-    for mine, other in zip(found["ours"], found["theirs"], strict=True):
-        assert mine == pytest.approx(other, rel=1e-4, abs=1e-5)
+    expected = [pytest.approx(row, rel=1e-4, abs=1e-5) for row in found["theirs"]]
+    assert found["ours"] == expected
+    assert sum(row != same for row, same in zip(found["disturbed"], expected, strict=True)) > 10
 
 
 def test_a_trainer_that_was_there_before_is_said_to_be_late(folder):

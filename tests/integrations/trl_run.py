@@ -2,7 +2,7 @@
 
 Before them it prints whether TRL's own functions were replaced in the block and restored after it.
 
-python -m tests.integrations.trl_run FOLDER ours|theirs|late
+python -m tests.integrations.trl_run FOLDER ours|theirs|late|disturbed
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ sys.path.append(str(peers.SITE))
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-from fastppo.integrations.trl import patched
+from fastppo.integrations import trl as ours
 
 
 def letters(completions: list[str], **_: object) -> list[float]:
@@ -63,10 +63,15 @@ def main(folder: str, which: str) -> None:
 
     if which == "late":
         trainer = make()
-        with patched():
+        with ours.patched():
             pass
+    if which == "disturbed":  # our head with a temperature that is off by 1e-3
+        head = ours.logprobs_and_entropy
+        ours.logprobs_and_entropy = lambda *given, temperature, **settings: head(
+            *given, temperature=1.001 * temperature, **settings
+        )
     before = heads()
-    with patched() if which == "ours" else nullcontext():
+    with ours.patched() if which in ("ours", "disturbed") else nullcontext():
         trainer = make()
         inside = heads()
     replaced = all(inside[path] is not head for path, head in before.items())
