@@ -34,8 +34,9 @@ def same_both_ways(printed: str, steps: int, *names: str) -> None:
 
 def test_grpo_trl(tmp_path):
     model = zoo.write("qwen2", tmp_path / "model")
-    printed = run(sys.executable, "examples/grpo_trl.py", str(model), "3", path=peers.SITE)
-    same_both_ways(printed, 3, "loss", "grad_norm", "kl", "entropy")
+    # Of 3 steps two have losses near 0, and their median would be rounding's.
+    printed = run(sys.executable, "examples/grpo_trl.py", str(model), "8", path=peers.SITE)
+    same_both_ways(printed, 8, "loss", "grad_norm", "kl", "entropy")
 
 
 def test_openrlhf_loss():
