@@ -6,6 +6,7 @@ Shape suffixes: B sequences, T padded length, N live response tokens after packi
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -50,6 +51,11 @@ class Sequences:
         """The length of each row, prompt plus response, in tokens."""
         return [p + r for p, r in zip(self.prompt_lengths, self.response_lengths, strict=True)]
 
+    @property
+    def prompt_numbers(self) -> list[int] | None:
+        """A number for each row, the same for rows with the same prompt; None if nobody knows."""
+        return None
+
 
 @dataclass(frozen=True)
 class Sampled:
@@ -84,6 +90,15 @@ class Rollout(Sequences):
     sampler_logprob_N: Tensor  # float32, log-probs as the sampler computed them
     texts: list[str]  # decoded responses, without special tokens
     filtered_from: Sampled | None = None  # None without filter_groups
+
+    @cached_property
+    def prompt_numbers(self) -> list[int]:  # type: ignore[override]
+        """A number for each row, the same for neighbours with the same prompt."""
+        numbers: list[int] = []
+        for row, prompt in enumerate(self.prompts):
+            same = row > 0 and self.prompts[row - 1].ids == prompt.ids
+            numbers.append(numbers[-1] if same else row)
+        return numbers
 
 
 @dataclass

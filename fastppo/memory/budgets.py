@@ -16,6 +16,36 @@ if TYPE_CHECKING:
 Phase = Literal["rollout", "score", "update"]
 
 
+@dataclass(frozen=True)
+class PromptSharing:
+    """When a prompt that several responses of a micro-batch share is run once.
+
+    Attributes:
+        hidden: width of the model's hidden states.
+        longest: tokens of the longest sequence of which all layers see all; None is any length.
+    """
+
+    hidden: int
+    longest: int | None = None
+
+    def pays(self, whole: tuple[int, int], once: tuple[int, int]) -> bool:
+        """Whether rows and tokens with each prompt once are at least a tenth less to compute.
+
+        A layer's linear parts are counted as 12 D^2 products a token, and its attention as 2 D for
+        each pair of tokens. Without a mask half of the pairs are left out; with one none are.
+        """
+        (rows, length), (groups, size), width = whole, once, self.hidden
+        if self.longest is not None and length > self.longest:
+            return False
+        before = rows * length * (12 * width + length)
+        return 10 * groups * size * (12 * width + 2 * size) <= 9 * before
+
+
+def may_share_prompts(config: Config) -> bool:
+    """Whether a micro-batch may have responses to one prompt; 8-bit products differ by batch."""
+    return config.num_generations > 1 and not config.padding_free and config.quantization_bit != 8
+
+
 @dataclass
 class Budget:
     """Limits on the size of a micro-batch; a sequence that exceeds them runs alone.
@@ -24,11 +54,14 @@ class Budget:
         tokens: largest number of tokens, including padding; None is no limit.
         rows: largest number of sequences; None is no limit.
         packed: whether sequences are concatenated into one row, without padding.
+        prompts: when prompts that responses share are run once; None is never. The limits are of
+            the rows as they are without that.
     """
 
     tokens: int | None = None
     rows: int | None = None
     packed: bool = False
+    prompts: PromptSharing | None = None
 
     @classmethod
     def of(cls, config: Config, *, scoring: bool = False) -> Budget:

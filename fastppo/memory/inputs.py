@@ -12,7 +12,7 @@ from fastppo.config import Config
 from fastppo.config.memory import longest_sequence, offload_mode
 from fastppo.config.model import run_dtype
 from fastppo.config.parallel import units_a_step
-from fastppo.memory.budgets import as_count
+from fastppo.memory.budgets import PromptSharing, as_count, may_share_prompts
 from fastppo.memory.shapes import ModelShape
 from fastppo.memory.units import MIB
 
@@ -210,6 +210,21 @@ class PlanInputs:
         config = self.config
         tokens = config.log_prob_max_token_len_per_gpu or config.ppo_max_token_len_per_gpu
         return self.largest_micro_batch(as_count(tokens))
+
+    def with_prompts_once(
+        self, rows: int, length: int, shape: ModelShape
+    ) -> tuple[int, int] | None:
+        """Rows and length of a micro-batch if the prompts that its responses share are run once.
+
+        None if they are not, because it does not pay or the run's attention does not allow it.
+        """
+        config, each = self.config, min(rows, self.config.num_generations)
+        allowed = config.stage == "ppo" and may_share_prompts(config) and not self.shards
+        if each < 2 or not allowed or self.eager_attention or shape.softcapped:
+            return None
+        once = (-(-rows // each), length + (each - 1) * min(length - 1, config.max_new_tokens))
+        sharing = PromptSharing(shape.hidden, shape.window if shape.sliding_layers else None)
+        return once if sharing.pays((rows, length), once) else None
 
     @property
     def accumulates(self) -> bool:

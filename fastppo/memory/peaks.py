@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from fastppo.memory.activations import Activations
 from fastppo.memory.engine import EngineMemory
@@ -33,6 +34,7 @@ class TrainingPass:
         chunk: bytes of logits that exist at a time.
         gradients_before, gradients_after: row -> bytes, at the beginning and end of the pass.
         held: bytes of activations that an earlier pass has left.
+        words: the end of the peaks' names.
     """
 
     role: str
@@ -45,6 +47,20 @@ class TrainingPass:
     gradients_before: dict[str, int]
     gradients_after: dict[str, int]
     held: int = 0
+    words: str = ""
+
+
+class Way(NamedTuple):
+    """How a micro-batch may be run: as it is, or with the prompts that responses share once.
+
+    `copied` are the bytes of hidden states as they are copied back from the latter.
+    """
+
+    rows: int
+    length: int
+    masked: bool = False
+    copied: int = 0
+    words: str = ""
 
 
 class Planner:
@@ -93,6 +109,13 @@ class Planner:
         name = f"evaluation, {name}" if evaluation else name
         ordered = {row: rows[row] for row in ROWS if rows.get(row, 0)}
         return Peak(phase, name, ordered, evaluation)
+
+    def ways(self, rows: int, length: int, shape: ModelShape) -> Iterator[Way]:
+        """The ways in which a micro-batch may be run; a run may have both."""
+        yield Way(rows, length)
+        if (once := self.inputs.with_prompts_once(rows, length, shape)) is not None:
+            copied = self.activations.hidden_states(rows * length)
+            yield Way(*once, masked=True, copied=copied, words=", prompts once")
 
     def shared_states(self, phase: str, *, evaluation: bool = False) -> int:
         """Bytes on the device of the states behind the layers that roles share, in a phase."""
@@ -173,16 +196,17 @@ class Planner:
         held["actor"] = copies + hidden * both
         for role, count in held.items():
             shape = self.static.shapes.critic_or_base if role == "critic" else self.shape
-            trunk = memory.trunk(rows, length, role, shape=shape)
-            yield self.peak(
-                "score",
-                f"the {role}'s pass over {rows} x {length} tokens",
-                {
-                    "kept activations": count,
-                    "layer at work": trunk.fixed + trunk.forward + memory.dequantized_layer,
-                },
-                evaluation=evaluation,
-            )
+            for way in self.ways(rows, length, shape):
+                trunk = memory.trunk(way.rows, way.length, role, shape=shape, masked=way.masked)
+                yield self.peak(
+                    "score",
+                    f"the {role}'s pass over {way.rows} x {way.length} tokens{way.words}",
+                    {
+                        "kept activations": count + way.copied,
+                        "layer at work": trunk.fixed + trunk.forward + memory.dequantized_layer,
+                    },
+                    evaluation=evaluation,
+                )
         tokens = memory.response_tokens(rows, length)
         yield self.peak(
             "score",
@@ -209,26 +233,29 @@ class Planner:
         tokens = memory.response_tokens(rows, length)
         gathered = memory.hidden_states(tokens)
         actors_gradients = {**before, "actor gradients": gradients["actor gradients"]}
-        yield from self.training_pass_peaks(
-            TrainingPass(
-                "actor",
-                memory.layer_setting(rows, length, "actor"),
-                actor,
-                self.shape,
-                gathered=gathered,
-                loss=gathered,  # the gradient of the hidden states, computed in the forward
-                chunk=memory.logits_chunk(tokens, gradient=True),
-                gradients_before=before,
-                gradients_after=actors_gradients,
+        for way in self.ways(rows, length, self.shape):
+            yield from self.training_pass_peaks(
+                TrainingPass(
+                    "actor",
+                    memory.layer_setting(way.rows, way.length, "actor", masked=way.masked),
+                    actor,
+                    self.shape,
+                    gathered=gathered,
+                    loss=gathered,  # the gradient of the hidden states, computed in the forward
+                    chunk=memory.logits_chunk(tokens, gradient=True),
+                    gradients_before=before,
+                    gradients_after=actors_gradients,
+                    held=way.copied,
+                    words=way.words,
+                )
             )
-        )
-        if separate:
-            shape = self.static.shapes.critic_or_base
+        shape = self.static.shapes.critic_or_base
+        for way in self.ways(rows, length, shape) if separate else ():
             in_float32 = tokens * shape.hidden * FLOAT32
             yield from self.training_pass_peaks(
                 TrainingPass(
                     "critic",
-                    memory.layer_setting(rows, length, "critic"),
+                    memory.layer_setting(way.rows, way.length, "critic", masked=way.masked),
                     critic,
                     shape,
                     gathered=gathered,
@@ -237,7 +264,8 @@ class Planner:
                     gradients_before=actors_gradients,
                     gradients_after=gradients,
                     # The actor's hidden states, and the embeddings that are the input of its graph.
-                    held=gathered + memory.hidden_states(rows * length),
+                    held=gathered + memory.hidden_states(rows * length) + way.copied,
+                    words=way.words,
                 )
             )
         if self.config.ptx_coef:
@@ -322,7 +350,7 @@ class Planner:
         tile = memory.dequantized_layer
         yield self.peak(
             "update",
-            f"the {run.role}'s forward",
+            f"the {run.role}'s forward{run.words}",
             {
                 **before,
                 "kept activations": saved + casts + run.held,
@@ -333,7 +361,7 @@ class Planner:
         after_forward = saved + casts_in_graph + top + trunk.norm_saved
         yield self.peak(
             "update",
-            f"the {run.role}'s loss",
+            f"the {run.role}'s loss{run.words}",
             {
                 **before,
                 "kept activations": after_forward + run.gathered + run.loss + run.held,
@@ -359,7 +387,7 @@ class Planner:
         for name, (gradients, waiting) in ends.items():
             yield self.peak(
                 "update",
-                f"the {run.role}'s {name}",
+                f"the {run.role}'s {name}{run.words}",
                 {
                     **gradients,
                     "kept activations": waiting + casts_in_graph + run.gathered + run.held,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fastppo.errors import UserError
-from fastppo.memory.budgets import Budget
+from fastppo.memory.budgets import Budget, PromptSharing
+from fastppo.models.shared_prompts import SharedPrompts
 from fastppo.ops import Packing
 from fastppo.seeds import seed_of
 from fastppo.types import Experience, Sequences
@@ -35,25 +36,43 @@ def to_device(x: TensorOrPacking, device: torch.device) -> TensorOrPacking:
     return x.to(device, non_blocking=True)
 
 
-def partition(lengths: Sequence[int], rows: Sequence[int], budget: Budget) -> list[list[int]]:
+def partition(
+    lengths: Sequence[int],
+    rows: Sequence[int],
+    budget: Budget,
+    prompts: Sequence[tuple[int, int]] | None = None,
+) -> list[list[int]]:
     """Split `rows` into micro-batches within the budget; returns the rows of each.
 
     Rows are sorted by length (`lengths[row]` tokens) and split so that the total cost is lowest:
     the tokens with padding, plus PASS_TOKENS for each micro-batch. The result does not depend on
     the order of `rows`, so scoring and update run the same micro-batches for the same rows.
+
+    With `prompts` (number and tokens of each row's prompt) the rows of a prompt stay together, and
+    a prompt that is run once costs its tokens once.
     """
     ordered = sorted(rows, key=lambda row: (lengths[row], row))
+    if prompts is not None:
+        longest_of: dict[int, int] = {}
+        for row in ordered:  # ascending: the last is the longest
+            longest_of[prompts[row][0]] = lengths[row]
+        ordered.sort(key=lambda row: (longest_of[prompts[row][0]], prompts[row][0]))
     before = [0, *accumulate(lengths[row] for row in ordered)]
     most_rows = math.inf if budget.rows is None else budget.rows
     most_tokens = math.inf if budget.tokens is None else budget.tokens
     costs, cuts = [0], [0]
     for stop in range(1, len(ordered) + 1):
-        longest, best = lengths[ordered[stop - 1]], (0, 0)
+        longest, best, together = 0, (0, 0), PromptsTogether()
         for start in range(stop - 1, -1, -1):
-            count = stop - start
+            count, row = stop - start, ordered[start]
+            longest = max(longest, lengths[row])
             tokens = before[stop] - before[start] if budget.packed else count * longest
             if count > 1 and (count > most_rows or tokens > most_tokens):
                 break
+            if prompts is not None and budget.prompts is not None:
+                once = together.add(*prompts[row], lengths[row])
+                if budget.prompts.pays((count, longest), once):
+                    tokens = math.prod(once)
             cost = costs[start] + tokens + PASS_TOKENS
             if count == 1 or cost <= best[0]:
                 best = (cost, start)
@@ -67,13 +86,41 @@ def partition(lengths: Sequence[int], rows: Sequence[int], budget: Budget) -> li
     return found[::-1]
 
 
+@dataclass
+class PromptsTogether:
+    """Rows, in the order of their prompts, with each prompt once: number of rows, and tokens."""
+
+    number: int | None = None
+    groups: int = 0
+    size: int = 0
+    largest: int = 0
+
+    def add(self, number: int, prompt: int, length: int) -> tuple[int, int]:
+        """With one more row; returns rows and tokens of the longest."""
+        if number == self.number:
+            self.size += length - prompt
+        else:
+            self.number, self.groups, self.size = number, self.groups + 1, length
+        self.largest = max(self.largest, self.size)
+        return self.groups, self.largest
+
+
+def prompts_of(sequences: Sequences, budget: Budget) -> list[tuple[int, int]] | None:
+    """Number and tokens of each row's prompt, if prompts that rows share may be run once."""
+    numbers = sequences.prompt_numbers
+    if budget.prompts is None or budget.packed or numbers is None:
+        return None
+    return list(zip(numbers, sequences.prompt_lengths, strict=True))
+
+
 def largest_micro_batch(
     sequences: Sequences, budget: Budget, rows: Sequence[int] | None = None
 ) -> int:
     """Number of tokens, padding included, of the largest micro-batch of `rows`; None is all."""
     lengths = sequences.lengths
     rows = range(len(lengths)) if rows is None else rows
-    parts = ([lengths[row] for row in part] for part in partition(lengths, rows, budget))
+    made = partition(lengths, rows, budget, prompts_of(sequences, budget))
+    parts = ([lengths[row] for row in part] for part in made)
     return max(sum(part) if budget.packed else len(part) * max(part) for part in parts)
 
 
@@ -94,6 +141,7 @@ class Batch:
     token_N: Tensor  # the response tokens
     last_B: Tensor  # index of each sequence's last live token among all B * T
     states: StatesOfBatch | None = None  # behind the layers that roles share
+    prompts: SharedPrompts | None = None  # if prompts that rows share are run once
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -103,7 +151,11 @@ class Batch:
         on the right, where causal attention does not look, and for a packed row transformers
         derives the mask from the positions.
         """
-        given = {"positions_BT": self.positions_BT, "states": self.states}
+        given = {
+            "positions_BT": self.positions_BT,
+            "states": self.states,
+            "prompts": self.prompts,
+        }
         given = {name: value for name, value in given.items() if value is not None}
         return {"input_ids_BT": self.input_ids_BT, **given}
 
@@ -112,8 +164,16 @@ class Batch:
         return x_BT.flatten(0, 1).index_select(0, self.last_B)
 
 
-def make_batch(sequences: Sequences, rows: Sequence[int], *, packed: bool = False) -> Batch:
+def make_batch(
+    sequences: Sequences,
+    rows: Sequence[int],
+    *,
+    packed: bool = False,
+    sharing: PromptSharing | None = None,
+) -> Batch:
     """A micro-batch of `rows`, padded to the longest of them or packed into one row.
+
+    With `sharing`, prompts that rows share are run once where that pays.
 
     Rows are sorted, so that scoring and update compute the same bits for the same rows. All indices
     are made on the host, where the lengths are known, and copied to the device without waiting.
@@ -155,13 +215,32 @@ def make_batch(sequences: Sequences, rows: Sequence[int], *, packed: bool = Fals
         token_N=flat[to_device(torch.cat(tokens), device)],
         last_B=to_device(last_B, device),
         states=None if kept is None else kept.part(rows, lengths, begins, math.prod(shape)),
+        prompts=None if packed else shared_prompts(sequences, rows, lengths, sharing),
     )
+
+
+def shared_prompts(
+    sequences: Sequences, rows: list[int], lengths: list[int], sharing: PromptSharing | None
+) -> SharedPrompts | None:
+    """The prompts that `rows`, of these lengths, share, if running them once pays."""
+    if sharing is None or sequences.prompt_numbers is None:
+        return None
+    numbers = [sequences.prompt_numbers[row] for row in rows]
+    prompts = [sequences.prompt_lengths[row] for row in rows]
+    together, once = PromptsTogether(), (0, 0)
+    for number, prompt, length in zip(numbers, prompts, lengths, strict=True):
+        once = together.add(number, prompt, length)
+    if len(set(numbers)) == len(rows) or not sharing.pays((len(rows), max(lengths)), once):
+        return None
+    return SharedPrompts.of(numbers, prompts, lengths, sequences.input_ids_BT.device)
 
 
 def batches(sequences: Sequences, rows: Sequence[int], budget: Budget) -> list[Batch]:
     """The micro-batches of `rows`, split by `partition`."""
-    parts = partition(sequences.lengths, rows, budget)
-    return [make_batch(sequences, part, packed=budget.packed) for part in parts]
+    parts = partition(sequences.lengths, rows, budget, prompts_of(sequences, budget))
+    return [
+        make_batch(sequences, part, packed=budget.packed, sharing=budget.prompts) for part in parts
+    ]
 
 
 @dataclass(frozen=True)

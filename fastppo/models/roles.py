@@ -23,6 +23,7 @@ from fastppo.types import Sequences
 
 if TYPE_CHECKING:
     from fastppo.models.shared_layers import SharedLayers
+    from fastppo.models.shared_prompts import SharedPrompts
     from fastppo.models.shared_states import StatesOfBatch
     from fastppo.run.sharding import Sharding
 
@@ -168,6 +169,7 @@ class Roles:
         mask_BT: Tensor | None = None,
         positions_BT: Tensor | None = None,
         states: StatesOfBatch | None = None,
+        prompts: SharedPrompts | None = None,
     ) -> Tensor:
         """Last hidden states (B, T, D) of the active role; no logits are computed.
 
@@ -177,15 +179,20 @@ class Roles:
             positions_BT: positions in packed rows; they start at 0 with each sequence.
             states: kept hidden states of these tokens, behind the layers that roles share: the pass
                 starts from them or, if it is the first one, keeps them.
+            prompts: the rows' prompts, if those that rows share are run once.
         """
-        packed = {} if positions_BT is None else {"position_ids": positions_BT}
         sharing = None
         if self.shared is not None and states is not None:
-            sharing = self.shared.context(self._active, states, input_ids_BT)
+            sharing = self.shared.context(self._active, states, input_ids_BT, prompts)
+        if prompts is not None:
+            input_ids_BT, mask_BT = prompts.once(input_ids_BT), prompts.mask()
+            positions_BT = prompts.position_GS
+        given = {} if positions_BT is None else {"position_ids": positions_BT}
         with self.precision(), sharing or nullcontext():
-            return self.trunk(
-                input_ids=input_ids_BT, attention_mask=mask_BT, use_cache=False, **packed
+            hidden_BTD: Tensor = self.trunk(
+                input_ids=input_ids_BT, attention_mask=mask_BT, use_cache=False, **given
             ).last_hidden_state
+        return hidden_BTD if prompts is None else prompts.each(hidden_BTD)
 
     def with_states(self, sequences: SomeSequences) -> SomeSequences:
         """The same sequences with room for the states behind the layers that roles share."""

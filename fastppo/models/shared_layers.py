@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from fastppo.models.batch import Batch
     from fastppo.models.roles import Place, Role, Roles
+    from fastppo.models.shared_prompts import SharedPrompts
 
 # What a model raises that does not run with its lowest layers left out.
 CANNOT_SKIP = (
@@ -86,18 +87,21 @@ class SharedLayers:
         return SharedStates(lengths, on_host=self.on_host)
 
     def context(
-        self, role: str, part: StatesOfBatch, ids_BT: Tensor
+        self, role: str, part: StatesOfBatch, ids_BT: Tensor, prompts: SharedPrompts | None = None
     ) -> AbstractContextManager[None] | None:
         """The context for a forward of `role` over a micro-batch; None if the role runs whole.
 
         The forward starts from the kept states if those of all tokens are there; otherwise it runs
-        whole, and its states are kept.
+        whole, and its states are kept. With `prompts` the layers see each prompt once.
         """
         if role not in self.layers:
             return None
         if part.complete:
-            return self._skip(self.layers[role], part.read(ids_BT.shape, ids_BT.device))
-        return self._keep(self.layers[role][self.count - 1], part)
+            states = part.read(ids_BT.shape, ids_BT.device)
+            return self._skip(
+                self.layers[role], states if prompts is None else prompts.once(states)
+            )
+        return self._keep(self.layers[role][self.count - 1], part, prompts)
 
     @contextmanager
     def _skip(self, layers: nn.ModuleList, hidden_BTD: Tensor) -> Iterator[None]:
@@ -122,12 +126,15 @@ class SharedLayers:
             layers._modules.update(lowest)
 
     @contextmanager
-    def _keep(self, last: nn.Module, part: StatesOfBatch) -> Iterator[None]:
+    def _keep(
+        self, last: nn.Module, part: StatesOfBatch, prompts: SharedPrompts | None
+    ) -> Iterator[None]:
         """Keep what the last shared layer returns."""
 
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
             self.outputs = len(output) if isinstance(output, tuple) else None
-            part.keep(output[0] if isinstance(output, tuple) else output)
+            states = output[0] if isinstance(output, tuple) else output
+            part.keep(states if prompts is None else prompts.each(states.detach()))
 
         handle = last.register_forward_hook(keep)
         try:

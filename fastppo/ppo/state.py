@@ -18,7 +18,7 @@ from fastppo.config import Config, load_config
 from fastppo.data import encode_prompts
 from fastppo.errors import UserError
 from fastppo.memory.auto import advice_on_failure, resolve_auto
-from fastppo.memory.budgets import Budgets
+from fastppo.memory.budgets import Budgets, may_share_prompts
 from fastppo.models.batch import check_packing, shuffled_batch
 from fastppo.models.build import Roles, build
 from fastppo.models.limits import (
@@ -30,6 +30,7 @@ from fastppo.models.limits import (
     note_beyond_training,
 )
 from fastppo.models.load import autocast_dtype, load_tokenizer
+from fastppo.models.prompt_sharing import share_prompts
 from fastppo.models.rounding import note_on_16_bits
 from fastppo.models.scaler import make_scaler
 from fastppo.models.shared_layers import share_layers
@@ -232,6 +233,14 @@ def init_state(
             on_host="offload" in budgets.activation_offloading,
             packed=config.padding_free,
         )
+    if may_share_prompts(config) and roles.sharding is None:
+        sharing = share_prompts(roles, prompts[0].ids)
+        budgets.update.prompts = budgets.scoring.prompts = sharing
+        if sharing is not None:
+            notes.append(
+                f"a prompt is run once for its {config.num_generations} responses in scoring and "
+                "update, where that is less work"
+            )
     optimizer = make_optimizer(config, roles)
     scheduler = make_scheduler(config, optimizer, total_steps(config, len(prompts)))
     with world.together():

@@ -29,6 +29,7 @@ from transformers import (
 
 from fastppo import toy
 from fastppo.config import config_from_dict
+from fastppo.memory.budgets import Budgets
 from fastppo.memory.inputs import (
     CHUNK_BYTES_CPU,
     CHUNK_BYTES_GPU,
@@ -110,8 +111,11 @@ def rollout_of(prompts: list[int], response: int, vocab: int, template: Any) -> 
     )
 
 
-def measure(state: trainer.State, rollout: Rollout) -> dict[str, int]:
+def measure(
+    state: trainer.State, rollout: Rollout, budgets: Budgets | None = None
+) -> dict[str, int]:
     """Peaks of scoring and of an update whose optimiser has its state already."""
+    scoring_budget = Budget() if budgets is None else budgets.scoring
     for group in state.optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
@@ -121,12 +125,12 @@ def measure(state: trainer.State, rollout: Rollout) -> dict[str, int]:
     rollout = state.roles.with_states(rollout)
     with profiled_allocations() as scoring:
         scored = score(
-            state.roles, rollout, state.reward(rollout), temperature=1.0, budget=Budget()
+            state.roles, rollout, state.reward(rollout), temperature=1.0, budget=scoring_budget
         )
     experience = estimate(scored, state.config, state.controller, state.running_score)
     workspace.release()
     with profiled_allocations() as updating:
-        update(state.roles, experience, state.config, state.optimizer, seed=0)
+        update(state.roles, experience, state.config, state.optimizer, seed=0, budgets=budgets)
     return {"score": scoring.peak, "update": updating.peak}
 
 

@@ -387,7 +387,8 @@ def test_a_layer_left_out_of_the_comparison_is_found(deep_dir, tiny_roles, monke
     shared.count -= 1  # the third layer would run twice
     monkeypatch.setattr("fastppo.models.shared_layers.find_shared_layers", lambda *_, **__: shared)
     keep = shared._keep
-    monkeypatch.setattr(shared, "_keep", lambda _, part: keep(shared.layers["actor"][2], part))
+    third = shared.layers["actor"][2]
+    monkeypatch.setattr(shared, "_keep", lambda _, *others: keep(third, *others))
     share_layers(made, list(range(40, 60)))
     assert made.shared is None
     assert "off by" in made.notes[-1]
