@@ -28,17 +28,18 @@ class PromptSharing:
     hidden: int
     longest: int | None = None
 
-    def pays(self, whole: tuple[int, int], once: tuple[int, int]) -> bool:
-        """Whether rows and tokens with each prompt once are at least a tenth less to compute.
+    def products(self, rows: int, length: int, *, masked: bool) -> int:
+        """Products in a layer's forward: 12 D^2 a token, and in attention 2 D a pair of tokens.
 
-        A layer's linear parts are counted as 12 D^2 products a token, and its attention as 2 D for
-        each pair of tokens. Without a mask half of the pairs are left out; with one none are.
+        Without a mask half of the pairs are left out; with one none are.
         """
-        (rows, length), (groups, size), width = whole, once, self.hidden
-        if self.longest is not None and length > self.longest:
+        return rows * length * self.hidden * (12 * self.hidden + (1 + masked) * length)
+
+    def pays(self, whole: tuple[int, int], once: tuple[int, int]) -> bool:
+        """Whether rows and tokens with each prompt once are at least a tenth less to compute."""
+        if self.longest is not None and whole[1] > self.longest:
             return False
-        before = rows * length * (12 * width + length)
-        return 10 * groups * size * (12 * width + 2 * size) <= 9 * before
+        return 10 * self.products(*once, masked=True) <= 9 * self.products(*whole, masked=False)
 
 
 def may_share_prompts(config: Config) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from tests import zoo
 from tests.tiers import slow_unless
 from tests.tiny import make_config, stir
 
+ROOT = Path(__file__).resolve().parents[2]
 IDS = list(range(40, 60))
 TEXTS = ["Hi"] * 2 + ["What is rain, and where does it go?"] * 3 + ["A line on tea."]
 # Of one to six tokens; the second and third prompt's begin alike.
@@ -81,6 +83,18 @@ def test_it_is_done_where_it_is_less_work():
     assert not sharing.pays((8, 2030), (1, 30 + 8 * 2000))
     assert not sharing.pays((1, 552), (1, 552))
     assert not PromptSharing(hidden=576, longest=551).pays((8, 552), (1, 512 + 8 * 40))
+
+
+def test_the_page_has_what_is_counted():
+    page = (ROOT / "docs" / "step.md").read_text(encoding="utf-8")
+    sharing = PromptSharing(hidden=576)
+    for prompt in (30, 512):
+        whole, once = (8, prompt + 40), (1, prompt + 8 * 40)
+        before, after = sharing.products(*whole, masked=False), sharing.products(*once, masked=True)
+        assert (
+            f"| {prompt} tokens | {math.prod(whole)} tokens, {before / 1e9:.2f} G "
+            f"| {math.prod(once)} tokens, {after / 1e9:.2f} G | {after / before:.2f} |"
+        ) in page
 
 
 def test_responses_to_a_prompt_are_in_one_micro_batch():
