@@ -141,10 +141,10 @@ def seen(made) -> list[int]:
 
 def check_equal(made, settings, rollout, experience_of, sharing) -> None:
     """Log-probs, values and gradients in float64 with prompts once and with each row alone."""
-    made.model.double()
-    for head in (made.critic_head, *(made.places["critic"].model,) * made.has_critic):
-        if head is not None:
-            head.double()
+    for model in made.models:
+        model.double()
+    if made.critic_head is not None:
+        made.critic_head.double()
     tokens = seen(made)
     budgets = {"each": Budget(rows=6), "once": Budget(rows=6, prompts=sharing)}
     scored, ran = {}, {}
@@ -270,16 +270,6 @@ def test_prompts_are_the_same_where_their_tokens_are(shared):
     assert numbers == shared.prompt_numbers
 
 
-def metrics_and_weights(state, steps=2):
-    for _ in range(steps):
-        trainer.step_update(state)
-    rows = [
-        {name: x for name, x in row.items() if not any(word in name for word in CLOCKS)}
-        for row in state.metrics.rows
-    ]
-    return rows, [p.detach().clone() for p in state.roles.trainable_parameters("actor")]
-
-
 def test_a_run_is_the_same_to_rounding_with_and_without(state):
     grpo = {"advantage": "grpo", "num_generations": 4, "per_device_train_batch_size": 8}
     found, ran = [], []
@@ -290,17 +280,14 @@ def test_a_run_is_the_same_to_rounding_with_and_without(state):
         if not once:
             made.budgets.update.prompts = made.budgets.scoring.prompts = None
         tokens = seen(made.roles)
-        found.append(metrics_and_weights(made))
+        trainer.step_update(made)
+        found.append(made.metrics.rows[0])
         ran.append(sum(tokens))
     assert ran[0] < ran[1], line
-    (rows, weights), (rows_each, weights_each) = found
-    assert rows[0]["ratio_first_pass"] == 0.0
-    for one, other in zip(rows, rows_each, strict=True):
-        for name, value in other.items():
-            if not math.isnan(value):
-                assert one[name] == pytest.approx(value, rel=1e-2, abs=1e-4), name
-    for a, b in zip(weights, weights_each, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    assert found[0]["ratio_first_pass"] == 0.0
+    for name, value in found[1].items():
+        if not (math.isnan(value) or any(word in name for word in CLOCKS)):
+            assert found[0][name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_generations": 4, "padding_free": True}], ids=str)
