@@ -28,7 +28,7 @@ TEXTS = ["Hi"] * 2 + ["What is rain, and where does it go?"] * 3 + ["A line on t
 # Of one to six tokens; the second and third prompt's begin alike.
 RESPONSES = [[70, 71, 72], [80], [90, 91, 92, 93], [90, 91, 60], [*range(61, 67)], [67, 68]]
 # They do not run with such a mask, or not with PyTorch's attention.
-REFUSED = {"bloom", "opt"}
+REFUSED = {"bloom", "opt", "gemma2"}
 CLOCKS = ("seconds", "per_second")
 
 
@@ -139,10 +139,22 @@ def seen(made) -> list[int]:
     return tokens
 
 
+def norms_in_float64(model) -> None:
+    """RMS norms in the dtype of their input: the models' own round to float32, also a gradient."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            eps = getattr(module, "variance_epsilon", getattr(module, "eps", 1e-6))
+
+            def forward(x, weight=module.weight, eps=eps):
+                return weight * x * (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt()
+
+            module.forward = forward
+
+
 def check_equal(made, settings, rollout, experience_of, sharing) -> None:
     """Log-probs, values and gradients in float64 with prompts once and with each row alone."""
     for model in made.models:
-        model.double()
+        norms_in_float64(model.double())
     if made.critic_head is not None:
         made.critic_head.double()
     tokens = seen(made)
