@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from fastppo.models.roles import Roles
 
 PROMPT, RESPONSES = 6, (5, 3, 4)  # tokens in the comparison
-# Keys of config.json with these words in their name limit what a token sees; this one does not.
-LIMITING, UNLIMITED = ("window", "chunk"), "max_window_layers"
+# Keys of config.json with these words in their name limit what a token sees, unless they are about
+# layers: how many have a window, or every how many one has none.
+LIMITING, OF_LAYERS = ("window", "chunk"), ("layers", "pattern")
 
 
 def share_prompts(roles: Roles, input_ids_T: Sequence[int]) -> PromptSharing | None:
@@ -52,8 +53,9 @@ def longest_seen(config: object) -> int | None:
     """Tokens of the longest sequence in which every token sees all earlier ones; None is any."""
     found = []
     for name, value in vars(config).items():
-        limits = any(word in name for word in LIMITING) and name != UNLIMITED
-        if limits and type(value) is int and value > 0:
+        limits = any(word in name for word in LIMITING)
+        about_layers = any(word in name for word in OF_LAYERS)
+        if limits and not about_layers and type(value) is int and value > 0:
             found.append(value)
     return min(found, default=None)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from fastppo.memory.budgets import Budget, PromptSharing
 from fastppo.models.batch import batches, make_batch, partition, prompts_of
 from fastppo.models.build import build
-from fastppo.models.prompt_sharing import share_prompts
+from fastppo.models.prompt_sharing import longest_seen, share_prompts
 from fastppo.models.shared_layers import share_layers
 from fastppo.models.shared_prompts import PADDING, SharedPrompts
 from fastppo.ppo import trainer
@@ -28,7 +29,9 @@ TEXTS = ["Hi"] * 2 + ["What is rain, and where does it go?"] * 3 + ["A line on t
 # Of one to six tokens; the second and third prompt's begin alike.
 RESPONSES = [[70, 71, 72], [80], [90, 91, 92, 93], [90, 91, 60], [*range(61, 67)], [67, 68]]
 # They do not run with such a mask, or not with PyTorch's attention.
-REFUSED = {"bloom", "opt", "gemma2"}
+REFUSED = {"bloom", "gptj", "gemma2"}
+# A router's softmax, or a LayerNorm: in float32 whatever the model's dtype is.
+IN_FLOAT32 = {"mixtral", "qwen3_moe", "cohere2"}
 CLOCKS = ("seconds", "per_second")
 
 
@@ -151,9 +154,14 @@ def norms_in_float64(model) -> None:
             module.forward = forward
 
 
-def check_equal(made, settings, rollout, experience_of, sharing) -> None:
-    """Log-probs, values and gradients in float64 with prompts once and with each row alone."""
+def check_equal(made, settings, rollout, experience_of, sharing, error: float = 1e-10) -> None:
+    """Log-probs, values and gradients in float64 with prompts once and with each row alone.
+
+    `error` is of gradients, as a share of the largest.
+    """
     for model in made.models:
+        if hasattr(model.config, "num_experts"):  # the grouped products of experts have no float64
+            model.set_experts_implementation("eager")
         norms_in_float64(model.double())
     if made.critic_head is not None:
         made.critic_head.double()
@@ -175,7 +183,7 @@ def check_equal(made, settings, rollout, experience_of, sharing) -> None:
     grads = {name: gradient(made, experience, settings, each) for name, each in budgets.items()}
     size = grads["each"].abs().max().item()
     assert size > 1e-4
-    torch.testing.assert_close(grads["once"], grads["each"], rtol=1e-8, atol=1e-10 * size)
+    torch.testing.assert_close(grads["once"], grads["each"], rtol=1e-8, atol=error * size)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +253,16 @@ def test_every_family_runs_a_prompt_once_or_says_that_it_does_not(
         return
     assert sharing is not None, made.notes
     assert sharing.longest == (64 if widened(family) else None)
-    check_equal(made, settings, shared, experience_of, sharing)
+    # Float32's rounding, where part of the layers computes in it whatever the model's dtype is.
+    error = 1e-7 if family in IN_FLOAT32 else 1e-10
+    check_equal(made, settings, shared, experience_of, sharing, error)
+
+
+def test_every_how_many_layers_have_a_window_is_no_window():
+    layers = SimpleNamespace(sliding_window_pattern=6, max_window_layers=28)
+    assert longest_seen(layers) is None
+    assert longest_seen(SimpleNamespace(sliding_window=4096, **vars(layers))) == 4096
+    assert longest_seen(SimpleNamespace(sliding_window=None, attention_chunk_size=8192)) == 8192
 
 
 def test_a_window_within_the_rows_keeps_them_apart(tmp_path, shared):
