@@ -92,7 +92,7 @@ class Rollout(Sequences):
     filtered_from: Sampled | None = None  # None without filter_groups
 
     @cached_property
-    def prompt_numbers(self) -> list[int]:  # type: ignore[override]
+    def prompt_numbers(self) -> list[int]:
         """A number for each row, the same for neighbours with the same prompt."""
         numbers: list[int] = []
         for row, prompt in enumerate(self.prompts):
