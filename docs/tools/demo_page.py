@@ -19,8 +19,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 import demo  # noqa: E402
-from demo_seeds import KEPT, processor  # noqa: E402
 
+from benchmarks.report import processor  # noqa: E402
 from fastppo.report.page import page  # noqa: E402
 from fastppo.report.read import read_run  # noqa: E402
 
@@ -28,6 +28,10 @@ RUN, METRICS = Path("output/demo/ppo"), Path("output/ppo_metrics")  # of example
 RESULT = ROOT / "benchmarks" / "results" / "demo.json"
 REPORT, PICTURE = ROOT / "docs" / "demo_report.html", ROOT / "docs" / "demo_curves.png"
 LISTED = ROOT / "benchmarks" / "README.md"
+KEPT = (
+    *("judge_before", "judge_after", "reward_before", "reward_after", "kl"),
+    *("length_before", "length_after", "eos_share_before", "eos_share_after", "steps", "seconds"),
+)
 READMES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
 TABLE = re.compile(r"^┃ .*?(?=^```)", re.DOTALL | re.MULTILINE)
 DATE = re.compile(r"(?<=\(docs/demo_report\.html\))(\D*)\d{4}-\d\d-\d\d")

@@ -21,7 +21,7 @@ from fastppo.ppo.rollout import next_prompts, own_rows, sample, settings
 from fastppo.ppo.score import gather_scored, score, step_rewards
 from fastppo.ppo.snapshot import interruptible_update, undo_if_interrupted
 from fastppo.ppo.state import State, init_state
-from fastppo.ppo.update import shares_first_pass, update
+from fastppo.ppo.update import demonstrations, shares_first_pass, update
 from fastppo.run import durable, live, save
 from fastppo.run.world import ALONE, World
 from fastppo.seeds import random_state, seed_of
@@ -40,11 +40,7 @@ def step_update(state: State) -> State:
     rows, signals = state.metrics.rows, state.stop.active  # can a signal interrupt the step?
     seed = seed_of(config.seed, "step", state.step + 1)
     prompts, train_actor = next_prompts(state), state.step >= config.critic_warmup
-    own, world, demonstrations = own_rows(state, len(prompts)), state.world, None
-    if state.ptx is not None:
-        demonstrations = state.ptx.stream(
-            state.step * config.ppo_epochs * config.ppo_buffer_size, roles.device
-        )
+    own, world = own_rows(state, len(prompts)), state.world
     with undo_if_interrupted(state) if signals else nullcontext():
         with state.stop.at_once() if signals else nullcontext():
             with clock("rollout"), roles.use("actor"):
@@ -78,7 +74,7 @@ def step_update(state: State) -> State:
                 state.optimizer,
                 seed=seed,
                 train_actor=train_actor,
-                ptx=demonstrations,
+                ptx=demonstrations(state),
                 budgets=budgets,
                 nonfinite_run=rows[-1]["nonfinite_run"] if rows else 0.0,
                 scaler=state.scaler,

@@ -37,6 +37,13 @@ from fastppo.types import Experience, Kept
 if TYPE_CHECKING:
     from fastppo.config import Config
     from fastppo.models.build import Roles
+    from fastppo.ppo.state import State
+
+
+def demonstrations(state: State) -> Iterator[Batch] | None:
+    """The batches of `ptx_dataset` for the next update; None without such a data set."""
+    first = state.step * state.config.ppo_epochs * state.config.ppo_buffer_size
+    return None if state.ptx is None else state.ptx.stream(first, state.roles.device)
 
 
 def policy_loss_config(config: Config) -> PolicyLossConfig:

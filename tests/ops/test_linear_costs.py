@@ -168,7 +168,9 @@ def test_memory_above_inputs_and_outputs_is_one_chunk(name, mode, on, monkeypatc
 def test_a_16_bit_gradient_of_float32_logits_is_half_a_chunk_more(name, on, monkeypatch):
     """What the memory plan counts; and blocks of the upcast weight."""
     upcast = (1024 + 16) * 8 * 4
-    peak = above(name, "frozen", on, 64, monkeypatch, torch.bfloat16)
+    # On a CPU with AMX, oneDNN lays out the matrices of 16-bit products anew, in memory of its own.
+    with torch.backends.mkldnn.flags(enabled=False):
+        peak = above(name, "frozen", on, 64, monkeypatch, torch.bfloat16)
     assert BUDGET * 3 // 2 <= peak <= BUDGET * 3 // 2 + SMALL + upcast
 
 

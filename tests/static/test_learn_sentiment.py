@@ -20,6 +20,7 @@ from benchmarks.learn.results import best_gold, over_optimised, read, running
 from benchmarks.learn.sentiment_lines import sentiment_verdict, trl_verdict
 from benchmarks.peers.environments import TRL
 from fastppo import init_state, step_update
+from fastppo.ppo import trainer as ppo_loop
 
 ROOT = Path(__file__).resolve().parents[2]
 MACHINE = {"cpu": "x", "cores": 2, "torch": "2", "threads": 1, "backend": None}
@@ -214,7 +215,7 @@ def test_the_learning_rate_is_the_one_with_the_best_gold_score(tmp_path):
     assert beside_trl.best_rate("fastppo", tmp_path) == beside_trl.RATES[1]
 
 
-def test_trl_is_given_the_prompts_and_the_reward_model_of_ours(tmp_path):
+def test_trl_is_given_the_prompts_and_the_reward_model_of_ours(tmp_path, monkeypatch):
     """The exported classifier and the bias that the script adds score as the reward here does."""
     files, state = toy_state(tmp_path, critic="adapter")
     asked = beside_trl.peer_settings(state, files, tmp_path)
@@ -224,12 +225,12 @@ def test_trl_is_given_the_prompts_and_the_reward_model_of_ours(tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     rollout = None
 
-    def keep(given, first, score=state.score_rollout):
+    def keep(state, given, first, rewards=ppo_loop.step_rewards):
         nonlocal rollout
         rollout = given
-        return score(given, first)
+        return rewards(state, given, first)
 
-    state.score_rollout = keep
+    monkeypatch.setattr(ppo_loop, "step_rewards", keep)
     step_update(state)
     ids_BT, length_B = rollout.input_ids_BT, torch.tensor(rollout.lengths)
     mask_BT = torch.arange(ids_BT.shape[1]) < length_B[:, None]
