@@ -137,6 +137,16 @@ def token_tasks(found: dict[str, list[Found]]) -> list[str]:
         "## Settings, one changed at a time",
         "",
         *(choices_lines(choices, compared) if choices else [NOT_RUN.format(target="learn-full")]),
+        "",
+        paragraph(
+            "Most rows are within two and a half points of each other; three estimates of the KL are not. A",
+            "penalty in the reward is a number without a gradient. With `kl` (k1), the policy",
+            "gradient of that number is the KL's gradient in the mean; with `low_var_kl` (k3) and",
+            "`full` it is not, because the estimate itself depends on the policy, and that part is",
+            "left out. In the loss (`use_kl_loss`), k3's own gradient is that of the KL taken the",
+            "other way round, from the reference to the policy. J counts the KL from the policy to",
+            "the reference, so all three end lower. The default, `kl`, stays.",
+        ),
     ]
 
 
