@@ -142,10 +142,10 @@ def token_tasks(found: dict[str, list[Found]]) -> list[str]:
             "Most rows are within two and a half points of each other; three estimates of the KL",
             "are not. A penalty in the reward is a number without a gradient. With `kl` (k1), the",
             "policy gradient of that number is the gradient of the KL in the mean; with",
-            "`low_var_kl` (k3) and `full` it is not: the estimate itself depends on the policy, and",
-            "that part is left out. In the loss (`use_kl_loss`), k3's own gradient is that of the KL taken the",
-            "other way round, from the reference to the policy. J counts the KL from the policy to",
-            "the reference, so all three end lower. The default, `kl`, stays.",
+            "`low_var_kl` (k3) and `full` it is not: the estimate itself depends on the policy,",
+            "and that part is left out. In the loss (`use_kl_loss`), k3's own gradient is that of",
+            "the KL taken the other way round, from the reference to the policy. J counts the KL",
+            "from the policy to the reference, so all three end lower. The default, `kl`, stays.",
         ),
     ]
 
