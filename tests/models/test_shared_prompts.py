@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from fastppo.memory.budgets import Budget, PromptSharing
-from fastppo.models.batch import batches, make_batch, partition, prompts_of
+from fastppo.models.batch import make_batch, partition, prompts_of
 from fastppo.models.build import build
 from fastppo.models.prompt_sharing import longest_seen, share_prompts
 from fastppo.models.shared_layers import share_layers
 from fastppo.models.shared_prompts import PADDING, SharedPrompts
 from fastppo.ppo import trainer
 from fastppo.ppo.score import score
-from fastppo.ppo.update import Totals, forward_backward, mini_batches
 from tests import zoo
+from tests.gradients import gradient
 from tests.tiers import slow_unless
 from tests.tiny import make_config, stir
 
@@ -120,17 +120,6 @@ def test_responses_to_a_prompt_are_in_one_micro_batch():
 def shared(lay_out):
     """A rollout with two, three and one responses to its prompts."""
     return lay_out(TEXTS, RESPONSES)
-
-
-def gradient(made, experience, settings, budget):
-    """Of one optimiser step over all rows."""
-    both = [*made.trainable_parameters("actor"), *made.trainable_parameters("critic")]
-    for parameter in both:
-        parameter.grad = None
-    (mini,) = mini_batches(experience, settings, seed=0)
-    for batch in batches(experience.scored.rollout, mini.rows, budget):
-        forward_backward(made, experience, batch, mini, settings, Totals())
-    return torch.cat([p.grad.flatten() for p in both if p.grad is not None])
 
 
 def seen(made) -> list[int]:

@@ -23,7 +23,8 @@ from fastppo.models.batch import (
 )
 from fastppo.ppo.optimizer import make_optimizer
 from fastppo.ppo.score import score
-from fastppo.ppo.update import Totals, forward_backward, mini_batches, shares_first_pass, update
+from fastppo.ppo.update import shares_first_pass, update
+from tests.gradients import gradient
 from tests.tiers import slow_unless
 
 SPLITS = {
@@ -101,17 +102,6 @@ def doubled(tiny_roles, rollout, experience_of, config):
         return made, replace(experience, scored=scored, advantage_N=advantage_N), settings
 
     return make
-
-
-def gradient(made, experience, settings, budget):
-    """Of one optimiser step over all rows."""
-    both = [*made.trainable_parameters("actor"), *made.trainable_parameters("critic")]
-    for parameter in both:
-        parameter.grad = None
-    (mini,) = mini_batches(experience, settings, seed=0)
-    for batch in batches(experience.scored.rollout, mini.rows, budget):
-        forward_backward(made, experience, batch, mini, settings, Totals())
-    return torch.cat([p.grad.flatten() for p in both if p.grad is not None])
 
 
 @pytest.mark.parametrize("critic", ["adapter", "shared"])

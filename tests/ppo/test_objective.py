@@ -8,9 +8,10 @@ from itertools import product
 import pytest
 import torch
 
-from fastppo.models.batch import Budget, batches, make_batch, token_weights
+from fastppo.models.batch import Budget, make_batch, token_weights
 from fastppo.ops import PolicyLossConfig, head
 from fastppo.ppo.update import Totals, forward_backward, mini_batches, policy_loss_config
+from tests.gradients import gradient
 from tests.tiers import slow_unless
 
 MODES = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
@@ -48,17 +49,6 @@ def moved(tiny_roles, rollout, experience_of, config):
         return made, replace(experience, scored=scored, advantage_N=advantage_N), settings
 
     return make
-
-
-def gradient(made, experience, settings, budget):
-    """Of one optimiser step over all four rows, in micro-batches of `budget`."""
-    both = [*made.trainable_parameters("actor"), *made.trainable_parameters("critic")]
-    for parameter in both:
-        parameter.grad = None
-    (mini,) = mini_batches(experience, settings, seed=0)
-    for batch in batches(experience.scored.rollout, mini.rows, budget):
-        forward_backward(made, experience, batch, mini, settings, Totals())
-    return torch.cat([p.grad.flatten() for p in both if p.grad is not None])
 
 
 @pytest.mark.parametrize("critic", ["adapter", "shared"])
