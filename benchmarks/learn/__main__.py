@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def one(run: runs.AnyRun, folder: Path, quick: bool, command: str) -> str:
+def one(run: runs.TrainingRun, folder: Path, quick: bool, command: str) -> str:
     """Train and write the JSON; returns a line about it."""
     found = run.train(quick)
     return f"{runs.save(run, found, folder, command)}: {runs.message(found)}"

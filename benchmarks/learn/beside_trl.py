@@ -15,8 +15,6 @@ import io
 import json
 import statistics
 import sys
-import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from benchmarks import report
 from benchmarks.learn import sentiment
+from benchmarks.learn.run import TrainingRun
 from benchmarks.learn.sentiment import Files, demo_files, held_out, make_config, toy_files
 from benchmarks.peers.environments import TRL
 from benchmarks.peers.models import for_transformers_4, linked
@@ -56,7 +55,7 @@ SETTINGS: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class BesideRun:
+class BesideRun(TrainingRun):
     """One run of one of the trainers, with its settings and the name of its JSON."""
 
     section: str
@@ -79,35 +78,21 @@ class BesideRun:
         return f"{self.section}-{'-'.join(words)}-{self.seed}.json"
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """All keys that are not fastppo's defaults, without the names of files."""
-        return {**sentiment.BASE, **SETTINGS, **self.changes, "seed": self.seed}
+    def base(self) -> dict[str, Any]:
+        """The settings of both trainers' runs."""
+        return {**sentiment.BASE, **SETTINGS}
 
-    def train(self, quick: bool = False) -> dict[str, Any]:
-        """Train by the trainer, and answer the held-out prompts here; what its JSON says."""
-        settings = {**self.settings, **(self.quick if quick else {})}
-        began = time.monotonic()
-        with tempfile.TemporaryDirectory() as folder:
-            place = Path(folder)
-            files = toy_files(place) if quick else demo_files()
-            ours = self.trainer == "fastppo"
-            # Without training here a critic is only in the way, and this is the smallest.
-            own = settings if ours else {**settings, "critic": "shared"}
-            state = init_state(make_config(own, files, place))
-            trained = sentiment.train(state) if ours else train_by_trl(state, files, place)
-            found = held_out(state)
-        return {
-            "section": self.section,
-            "task": self.task,
-            "name": self.name,
-            "trainer": self.trainer,
-            "seed": self.seed,
-            "settings": settings,
-            "samples": trained["curve"][-1]["samples"],
-            **found,
-            **trained,
-            "seconds": round(time.monotonic() - began, 1),
-        }
+    def result(self, settings: dict[str, Any], place: Path, quick: bool) -> dict[str, Any]:
+        """Train by the trainer, and answer the held-out prompts here."""
+        files = toy_files(place) if quick else demo_files()
+        ours = self.trainer == "fastppo"
+        # Without training here a critic is only in the way, and this is the smallest.
+        own = settings if ours else {**settings, "critic": "shared"}
+        state = init_state(make_config(own, files, place))
+        trained = sentiment.train(state) if ours else train_by_trl(state, files, place)
+        found = held_out(state)
+        samples = trained["curve"][-1]["samples"]
+        return {"trainer": self.trainer, "samples": samples, **found, **trained}
 
 
 def peer_settings(state: State, files: Files, place: Path) -> dict[str, Any]:

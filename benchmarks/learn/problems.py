@@ -13,8 +13,6 @@ import importlib.util
 import json
 import math
 import sys
-import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
+from benchmarks.learn.run import TrainingRun
 from fastppo import init_state, step_update, toy
 from fastppo.config import Config
 from fastppo.ppo.evaluation import compare
@@ -138,7 +137,7 @@ def by_chance(training: Sequence[str], held_out: Sequence[str]) -> float:
 
 
 @dataclass(frozen=True)
-class ProblemRun:
+class ProblemRun(TrainingRun):
     """One training run on a task of reasoning-gym, with its settings and the name of its JSON."""
 
     task: str
@@ -154,44 +153,40 @@ class ProblemRun:
         return f"{self.section}-{self.task}-{self.name.lower()}-{self.seed}.json"
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """All keys that are not fastppo's defaults, without the names of files."""
-        return {**BASE, **self.changes, "seed": self.seed}
+    def base(self) -> dict[str, Any]:
+        """The settings of all runs on these tasks."""
+        return BASE
 
-    def train(self, quick: bool = False) -> dict[str, Any]:
-        """Run it with fastppo's own loop; returns what its JSON says."""
-        settings = {**self.settings, **(self.quick if quick else {})}
-        began = time.monotonic()
-        with tempfile.TemporaryDirectory() as folder:
-            place = Path(folder)
-            model = place / "model" if quick else MODEL
-            if quick:
-                toy.write_model(model)
-            elif not (model / "model.safetensors").is_file():
-                sys.exit(f"{model} is not there; run: python examples/demo_model.py")
-            records = {
-                "train": make_records(self.task, 1000, TRAINING),
-                "held_out": make_records(self.task, 1_000_000, HELD_OUT),
-            }
-            for name, rows in records.items():
-                (place / f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
-            config = Config(
-                **settings,
-                stage="ppo",
-                model_name_or_path=str(model),
-                dataset=str(place / "train.json"),
-                eval_dataset=str(place / "held_out.json"),
-                reward_model=f"{__name__}:reward",
-                reward_model_type="function",
-                output_dir=str(place / "out"),
-                metrics_dir=str(place / "metrics"),
-                disable_gradient_checkpointing=True,
-                use_cpu=True,
-            )
-            state = init_state(config)
-            for _ in range(config.max_steps):
-                state = step_update(state)
-            compared = compare(state)
+    def result(self, settings: dict[str, Any], place: Path, quick: bool) -> dict[str, Any]:
+        """Run it with fastppo's own loop; accuracy before and after."""
+        model = place / "model" if quick else MODEL
+        if quick:
+            toy.write_model(model)
+        elif not (model / "model.safetensors").is_file():
+            sys.exit(f"{model} is not there; run: python examples/demo_model.py")
+        records = {
+            "train": make_records(self.task, 1000, TRAINING),
+            "held_out": make_records(self.task, 1_000_000, HELD_OUT),
+        }
+        for name, rows in records.items():
+            (place / f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
+        config = Config(
+            **settings,
+            stage="ppo",
+            model_name_or_path=str(model),
+            dataset=str(place / "train.json"),
+            eval_dataset=str(place / "held_out.json"),
+            reward_model=f"{__name__}:reward",
+            reward_model_type="function",
+            output_dir=str(place / "out"),
+            metrics_dir=str(place / "metrics"),
+            disable_gradient_checkpointing=True,
+            use_cpu=True,
+        )
+        state = init_state(config)
+        for _ in range(config.max_steps):
+            state = step_update(state)
+        compared = compare(state)
         answers = [prompt.columns["answer"] for prompt in compared.prompts]
         accuracy = {}
         for when, found in (("before", compared.before), ("after", compared.after)):
@@ -204,11 +199,6 @@ class ProblemRun:
             }
         scores = [row["score"] for row in state.metrics.rows]
         return {
-            "section": self.section,
-            "task": self.task,
-            "name": self.name,
-            "seed": self.seed,
-            "settings": settings,
             "problem": PROBLEMS[self.task][1],
             "samples": config.max_steps * config.rollout_batch_size,
             "held_out": len(answers),
@@ -216,7 +206,6 @@ class ProblemRun:
             **accuracy,
             "kl": compared.after.kl,
             "scores": [round(score, 4) for score in scores],
-            "seconds": round(time.monotonic() - began, 1),
         }
 
 

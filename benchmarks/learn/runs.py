@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,10 +12,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from benchmarks import report
-from benchmarks.learn.beside_trl import BesideRun, trl, trl_rates
+from benchmarks.learn.beside_trl import trl, trl_rates
 from benchmarks.learn.exact import Tree, Value, best_policy, logprobs, make_tree, value
-from benchmarks.learn.problems import ProblemRun, problems
-from benchmarks.learn.sentiment import SentimentRun, sentiment
+from benchmarks.learn.problems import problems
+from benchmarks.learn.run import TrainingRun
+from benchmarks.learn.sentiment import sentiment
 from benchmarks.learn.tokens import LETTERS, TASKS, write_files
 from fastppo import init_state, step_update
 from fastppo.config import Config
@@ -78,7 +78,7 @@ QUICK = {"max_steps": 2, "per_device_train_batch_size": 32, "ppo_epochs": 1}
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(TrainingRun):
     """One training run: its settings, and the name of its JSON."""
 
     section: str
@@ -95,51 +95,37 @@ class Run:
         return f"{self.section}-{'-'.join(words.split())}-{self.seed}.json"
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """All keys that are not fastppo's defaults, without the names of files."""
-        return {
-            **BASE,
-            "max_new_tokens": TASKS[self.task].length,
-            **self.changes,
-            "seed": self.seed,
-        }
+    def base(self) -> dict[str, Any]:
+        """The settings of all runs on a token task."""
+        return {**BASE, "max_new_tokens": TASKS[self.task].length}
 
-    def train(self, quick: bool = False) -> dict[str, Any]:
-        """Run it with fastppo's own loop; returns what its JSON says."""
-        settings = {**self.settings, **(self.quick if quick else {})}
-        began = time.monotonic()
-        with tempfile.TemporaryDirectory() as folder:
-            place = Path(folder)
-            responses = settings["per_device_train_batch_size"]
-            config = Config(
-                **write_files(place, responses // settings.get("num_generations", 1)),
-                **settings,
-                stage="ppo",
-                template="empty",
-                default_system="",
-                reward_model=TASKS[self.task].target,
-                reward_model_type="function",
-                output_dir=str(place / "out"),
-                metrics_dir=str(place / "metrics"),
-                disable_gradient_checkpointing=True,
-                use_cpu=True,
-            )
-            state = init_state(config)
-            exact = Exact(self.task, state, config.init_kl_coef)
-            curve = [{"samples": 0, **exact.value()._asdict()}]
-            for step in range(1, config.max_steps + 1):
-                state = step_update(state)
-                if step % EVERY == 0 or step == config.max_steps:
-                    samples = step * config.rollout_batch_size
-                    curve.append({"samples": samples, **exact.value()._asdict()})
-            rows = state.metrics.rows
+    def result(self, settings: dict[str, Any], place: Path, quick: bool) -> dict[str, Any]:
+        """Run it with fastppo's own loop; the objective on the way, computed."""
+        responses = settings["per_device_train_batch_size"]
+        config = Config(
+            **write_files(place, responses // settings.get("num_generations", 1)),
+            **settings,
+            stage="ppo",
+            template="empty",
+            default_system="",
+            reward_model=TASKS[self.task].target,
+            reward_model_type="function",
+            output_dir=str(place / "out"),
+            metrics_dir=str(place / "metrics"),
+            disable_gradient_checkpointing=True,
+            use_cpu=True,
+        )
+        state = init_state(config)
+        exact = Exact(self.task, state, config.init_kl_coef)
+        curve = [{"samples": 0, **exact.value()._asdict()}]
+        for step in range(1, config.max_steps + 1):
+            state = step_update(state)
+            if step % EVERY == 0 or step == config.max_steps:
+                samples = step * config.rollout_batch_size
+                curve.append({"samples": samples, **exact.value()._asdict()})
+        rows = state.metrics.rows
         start, optimum, end = curve[0], exact.optimum, curve[-1]
         found: dict[str, Any] = {
-            "section": self.section,
-            "task": self.task,
-            "name": self.name,
-            "seed": self.seed,
-            "settings": settings,
             "beta": config.init_kl_coef,
             "start": {key: start[key] for key in Value._fields},
             "optimum": optimum._asdict(),
@@ -147,7 +133,6 @@ class Run:
             "share": (end["objective"] - start["objective"])
             / (optimum.objective - start["objective"]),
             "curve": curve,
-            "seconds": round(time.monotonic() - began, 1),
         }
         if config.adap_kl_ctrl:
             last = [row["kl_controlled"] for row in rows[-WITHIN:]]
@@ -211,8 +196,7 @@ def choices(seeds: tuple[int, ...]) -> Iterator[Run]:
             yield Run("choices", "alphabet", name, seed, {**rate, **changes})
 
 
-AnyRun = Run | ProblemRun | SentimentRun | BesideRun
-SECTIONS: dict[str, Callable[[tuple[int, ...]], Iterator[AnyRun]]] = {
+SECTIONS: dict[str, Callable[[tuple[int, ...]], Iterator[TrainingRun]]] = {
     one.__name__: one
     for one in (rates, compare, controller, problems, choices, sentiment, trl_rates, trl)
 }
@@ -239,7 +223,7 @@ class Exact:
         return value(self.tree, best, self.reference, self.beta)
 
 
-def save(run: AnyRun, found: dict[str, Any], folder: Path, command: str) -> Path:
+def save(run: TrainingRun, found: dict[str, Any], folder: Path, command: str) -> Path:
     """Write a run's JSON with machine and day."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / run.file
@@ -255,7 +239,7 @@ def save(run: AnyRun, found: dict[str, Any], folder: Path, command: str) -> Path
     return path
 
 
-def is_done(run: AnyRun, folder: Path, quick: bool = False) -> bool:
+def is_done(run: TrainingRun, folder: Path, quick: bool = False) -> bool:
     """Whether the run's JSON is there, of the same settings; a quick one's are others."""
     path = folder / run.file
     if not path.is_file():

@@ -11,8 +11,6 @@ import json
 import math
 import statistics
 import sys
-import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from benchmarks.learn.run import TrainingRun
 from fastppo import init_state, step_update, toy
 from fastppo.config import Config
 from fastppo.config.rewards import RECORD
@@ -195,7 +194,7 @@ def standard_error(values: Sequence[float]) -> float:
 
 
 @dataclass(frozen=True)
-class SentimentRun:
+class SentimentRun(TrainingRun):
     """One training run on the demo's task, with its settings and the name of its JSON."""
 
     name: str
@@ -211,31 +210,17 @@ class SentimentRun:
         return f"{self.section}-{self.name.replace(' ', '-')}-{self.seed}.json"
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """All keys that are not fastppo's defaults, without the names of files."""
-        return {**BASE, **self.changes, "seed": self.seed}
+    def base(self) -> dict[str, Any]:
+        """The settings of all runs on this task."""
+        return BASE
 
-    def train(self, quick: bool = False) -> dict[str, Any]:
-        """Run it with fastppo's own loop; returns what its JSON says."""
-        settings = {**self.settings, **(self.quick if quick else {})}
-        began = time.monotonic()
-        with tempfile.TemporaryDirectory() as folder:
-            place = Path(folder)
-            files = toy_files(place) if quick else demo_files()
-            state = init_state(make_config(settings, files, place))
-            trained = train(state)
-            found = held_out(state)
-        return {
-            "section": self.section,
-            "task": self.task,
-            "name": self.name,
-            "seed": self.seed,
-            "settings": settings,
-            "samples": trained["curve"][-1]["samples"],
-            **found,
-            **trained,
-            "seconds": round(time.monotonic() - began, 1),
-        }
+    def result(self, settings: dict[str, Any], place: Path, quick: bool) -> dict[str, Any]:
+        """Run it with fastppo's own loop; the scores of rollouts and held-out prompts."""
+        files = toy_files(place) if quick else demo_files()
+        state = init_state(make_config(settings, files, place))
+        trained = train(state)
+        found = held_out(state)
+        return {"samples": trained["curve"][-1]["samples"], **found, **trained}
 
 
 def sentiment(seeds: tuple[int, ...]) -> Iterator[SentimentRun]:
