@@ -9,7 +9,9 @@ The library knows nothing of Python, so one wheel serves every Python of a platf
 `make dist` names the platform after the glibc that the library needs, and checks that.
 """
 
+import os
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -29,12 +31,21 @@ def is_clang(command):
 
 
 class PlainLibrary(build_ext):
-    """Names the library `_native.so`, without the version of a Python."""
+    """Names the library `_native.so`, without the version of a Python; compiles on all cores."""
 
     def build_extension(self, ext):
         command = getattr(self.compiler, "compiler_so_cxx", None) or self.compiler.compiler_so
         if is_clang(command[:1]):
             ext.extra_compile_args.remove("-fopenmp")
+        compile_in_turn = self.compiler.compile
+
+        def compile_on_all_cores(sources, **options):
+            jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+            with ThreadPoolExecutor(jobs) as pool:
+                made = pool.map(lambda source: compile_in_turn([source], **options), sources)
+                return [each for objects in made for each in objects]
+
+        self.compiler.compile = compile_on_all_cores
         super().build_extension(ext)
 
     def get_ext_filename(self, fullname):
