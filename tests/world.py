@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from fastppo.run.world import ALONE, World
+from tests.limits import HANGS
 from tests.reliability import runs
 
 
@@ -25,7 +26,7 @@ class Meeting:
     """Where the threads that stand for the processes of a world leave what they exchange."""
 
     def __init__(self, size: int) -> None:
-        self.barrier = threading.Barrier(size, timeout=60.0)
+        self.barrier = threading.Barrier(size, timeout=HANGS)
         self.left: list[bytes] = [b""] * size
 
 
@@ -124,7 +125,7 @@ def results(
     for process in processes:
         process.start()
     for process in processes:
-        process.join(300)
+        process.join(HANGS)
         assert process.exitcode == 0, "see what it said"
     return [torch.load(out / f"{size}-{rank}.pt", weights_only=False) for rank in range(size)]
 

@@ -18,6 +18,7 @@ from fastppo.cli import main
 from tests.bad import AREAS, LIGHT, Case, cases
 from tests.bad.cure import cured, written_cures
 from tests.bad.page import ALWAYS, page
+from tests.limits import HANGS
 from tests.project import PPO, RM, write_head, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -169,7 +170,7 @@ def test_help_is_answered_without_building_the_configuration():
         "assert cli.main(['--help']) == 0; "
         "assert export.main(['-h']) == 0; assert not {'pydantic', 'yaml'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=HANGS)
 
 
 def test_options_may_stand_anywhere_and_train_may_come_first(project, capsys):

@@ -11,6 +11,7 @@ import yaml
 from fastppo.cli import main
 from fastppo.config import Config
 from fastppo.config.explain import lines, written
+from tests.limits import HANGS
 from tests.project import PPO
 
 
@@ -109,5 +110,5 @@ def test_nothing_heavy_is_imported_and_nothing_written(run_yaml):
         "heavy = {'torch', 'transformers', 'datasets', 'peft'} & set(sys.modules); "
         "assert not heavy, heavy"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=HANGS)
     assert sorted(run_yaml.parent.rglob("*")) == before

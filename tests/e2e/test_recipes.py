@@ -12,6 +12,7 @@ import pytest
 from examples.gsm8k.reward import exact, last_answer
 from fastppo import toy
 from fastppo.cli import main
+from tests.limits import HANGS
 
 ROOT = Path(__file__).parents[2]
 # What makes a recipe fit a tiny model on a CPU; everything else is the file's own.
@@ -37,7 +38,7 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 def make_data(name: str, folder: Path) -> None:
     command = [sys.executable, "-m", f"examples.{name}.make_data", "raw"]
     environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
-    subprocess.run(command, check=True, cwd=folder, env=environment, timeout=120)
+    subprocess.run(command, check=True, cwd=folder, env=environment, timeout=HANGS)
 
 
 def recipe(name: str) -> str:

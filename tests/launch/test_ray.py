@@ -265,7 +265,7 @@ def test_how_training_ended_is_a_line_and_an_exit_code(run, ray, project, outcom
 def test_a_signal_to_the_driver_ends_its_waiting(run, ray, monkeypatch, number):
     def fit() -> None:
         os.kill(os.getpid(), number)
-        time.sleep(5)
+        time.sleep(60)
 
     monkeypatch.setattr(ray, "fit", fit)
     before, began = signal.getsignal(number), time.monotonic()
@@ -273,7 +273,7 @@ def test_a_signal_to_the_driver_ends_its_waiting(run, ray, monkeypatch, number):
     assert (code, said.count("\n")) == (128 + number, 1)
     assert f"stopped by {number.name}; resume_from_checkpoint: true goes on" in said
     assert signal.getsignal(number) == before
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 30
 
 
 def test_what_ray_train_is_asked_for(run, ray, project):

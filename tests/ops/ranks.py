@@ -21,12 +21,11 @@ from fastppo.ops import (
     linear_policy_loss,
     linear_token_logprobs,
 )
+from tests.limits import HANGS
 from tests.reliability import runs
 from tests.world import as_process, free_port
 
 F64 = torch.float64
-SECONDS = 60.0  # that a rank waits for another; a process has as many once it was started
-IMPORTS = 60.0  # seconds that the first process may need to import everything
 N, V, D = 13, 97, 8
 ROWS = 3  # in a chunk
 DTYPES = {"float64": F64, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -385,7 +384,7 @@ def _rank(
 ) -> None:
     torch.set_num_threads(1)
     as_process(rank, size, port)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=SECONDS))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=HANGS))
     torch.save(function(dist.group.WORLD, rank, *args), out / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -399,7 +398,7 @@ def on_ranks(function: Callable[..., Any], size: int, out: Path, *args: Any) -> 
     ]
     for process in processes:
         process.start()
-    end = time.monotonic() + SECONDS + IMPORTS
+    end = time.monotonic() + HANGS
     for process in processes:
         process.join(max(0.0, end - time.monotonic()))
     late = [process for process in processes if process.exitcode is None]

@@ -17,6 +17,7 @@ from fastppo.ops.arguments import RowArguments
 from fastppo.ops.backends import BACKENDS, Statistics, TokenKernels
 from fastppo.ops.sharded_head import ShardedKernels, VocabShard
 from fastppo.ops.token_logprobs import empty_statistics
+from tests.limits import HANGS
 from tests.ops import ranks
 from tests.ops.oracle import device_of
 from tests.ops.ranks import (
@@ -219,7 +220,7 @@ class Turns:
     """Threads that stand for ranks run one at a time, and meet to exchange a tensor."""
 
     def __init__(self, size: int) -> None:
-        self.turn, self.meeting = Lock(), Barrier(size, timeout=60.0)
+        self.turn, self.meeting = Lock(), Barrier(size, timeout=HANGS)
         self.left = [torch.empty(0)] * size
 
     def exchange(self, rank: int, x: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:

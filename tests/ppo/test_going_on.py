@@ -21,6 +21,7 @@ from fastppo.rm import train as reward_model
 from fastppo.rm import trainer as pair_trainer
 from fastppo.run import plots, preflight
 from fastppo.run.preflight import check
+from tests.limits import HANGS
 
 PNG = b"\x89PNG"
 END = b"IEND\xaeB`\x82"
@@ -41,7 +42,7 @@ def test_a_run_that_is_killed_has_a_picture_of_what_it_logged(config, tmp_path):
     command = [sys.executable, "-m", "fastppo.cli", str(tmp_path / "run.json")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        end = time.monotonic() + 120
+        end = time.monotonic() + HANGS
         # Two rows and the header: by then the first row has been drawn.
         while not (rows.is_file() and rows.read_text().count("\n") >= 3):
             assert process.poll() is None

@@ -17,13 +17,13 @@ from fastppo.models.build import build
 from fastppo.ppo import update
 from fastppo.run import durable, save
 from tests import world as processes
+from tests.limits import HANGS
 from tests.ppo.sharding_cases import CASES, LAYERS, OTHER_LAYERS, runs_of
 from tests.ppo.test_parallel import close
 from tests.reliability import runs
 from tests.reliability.test_signals import lines, wait_for
 from tests.tiny import make_config, stir
 
-SECONDS = 60.0  # that a process waits for the others: one that hangs fails
 SHARDED = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"fsdp_version": 2}}
 pytestmark = pytest.mark.slow
 
@@ -43,7 +43,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
         ("sharded", 2, every, SHARDED),
     ):
         results[world] = processes.results(
-            runs_of, size, folder / world, folder, names, changes, seconds=SECONDS
+            runs_of, size, folder / world, folder, names, changes, seconds=HANGS
         )
     return results
 

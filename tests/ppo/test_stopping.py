@@ -52,7 +52,7 @@ def test_inside_at_once_a_signal_ends_what_blocks_and_what_catches_every_failure
     began = time.monotonic()
     with pytest.raises(Interrupted):
         stubborn(Stop())
-    assert time.monotonic() - began < 2.0
+    assert time.monotonic() - began < 20, "neither sleep was waited for"
 
 
 def test_a_signal_whose_exception_is_lost_counts_at_the_end_of_the_block():

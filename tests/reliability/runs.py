@@ -34,6 +34,7 @@ from fastppo.rewards import function as reward_function
 from fastppo.rm import train as reward_model
 from fastppo.rm import trainer as pair_trainer
 from fastppo.run import plots
+from tests.limits import HANGS
 
 CLOCKS = {name for name, meaning in COLUMNS.items() if "(a clock)" in meaning}
 CLOCK_WORDS = ("seconds", "runtime", "per_second")  # in keys of summary.json and transformers'
@@ -374,7 +375,7 @@ def listen(heard: Connection, said: Path) -> None:
     heard.close()
 
 
-def finish(process: BaseProcess, seconds: float = 120.0) -> int:
+def finish(process: BaseProcess, seconds: float = HANGS) -> int:
     """Its exit code; -9 where it was killed."""
     process.join(seconds)
     code = process.exitcode

@@ -26,7 +26,7 @@ def test_a_long_run_grows_by_nothing(settings):
     )
     folder = Path(mine["output_dir"]).parent
     path = folder / "memory.txt"
-    code = runs.finish(runs.start(mine, runs.watch_memory, str(path)), seconds=600.0)
+    code = runs.finish(runs.start(mine, runs.watch_memory, str(path)))
     said = (folder / "said.txt").read_text(encoding="utf-8")
     assert code == 0, said
     table = [[int(x) for x in line.split()] for line in path.read_text().splitlines()]

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from fastppo.run import durable
 from tests import world
+from tests.limits import HANGS
 from tests.reliability import dying, runs
 from tests.reliability.test_signals import lines, wait_for
 
@@ -72,7 +73,7 @@ def test_a_process_that_is_killed_ends_the_others_soon(
     mine = settings(stage)
     began = time.monotonic()
     codes, said = world.run(mine, 2, dying.ends, who, place, step)
-    assert time.monotonic() - began < 100, "ddp_timeout is 1800"
+    assert time.monotonic() - began < HANGS, "ddp_timeout is 1800"
     assert codes[who] == -signal.SIGKILL
     assert codes[1 - who] == 1
     assert said.count(LOST) == 1, said
@@ -86,7 +87,7 @@ def test_a_process_that_is_killed_ends_the_others_soon(
 def test_a_process_that_does_not_come_is_given_up_after_the_timeout(settings):
     mine = settings("ppo", ddp_timeout=10)
     first, second = world.start(mine, 2, dying.ends, 1, "scoring", 3, dying.hang)
-    assert runs.finish(first, 100) == 1
+    assert runs.finish(first) == 1
     second.kill()
     runs.finish(second)
     said = Path(mine["output_dir"]).parent.joinpath("said.txt").read_text(encoding="utf-8")
@@ -113,7 +114,7 @@ def slow(rank: int) -> None:
     runs.slow_steps(0.3)
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (4, 3)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (3, 2)])
 def test_another_number_of_processes_goes_on_with_the_run(settings, together, before, after):
     mine = settings("ppo", **EXACT)
     codes, _ = world.run(mine, before, dying.ends, 0, "sampling", 4)
@@ -180,7 +181,7 @@ def torchrun(module: str, settings: dict[str, Any], **environment: str) -> tuple
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=HANGS,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **environment},
     )
     return done.returncode, done.stdout + done.stderr

@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 
 from fastppo.run import durable
+from tests.limits import HANGS
 from tests.reliability import runs
 from tests.reward_server import Reply
 
 pytestmark = pytest.mark.alone
 
 
-def wait_for(found, seconds: float = 60.0) -> None:
+def wait_for(found) -> None:
     """Until a condition holds."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + HANGS
     while not found():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.005)

@@ -120,7 +120,7 @@ def test_a_failure_that_stays_ends_in_one_line(reward, server):
 
 @pytest.mark.alone
 @pytest.mark.parametrize(
-    "reply", [Reply(pause=0.6), Reply(trickle=0.05)], ids=["silence", "trickle"]
+    "reply", [Reply(pause=3.0), Reply(trickle=0.1)], ids=["silence", "trickle"]
 )
 def test_a_slow_answer_is_a_failed_attempt(reward, server, reply):
     reward.client.timeout, reward.client.retries = 0.2, 0
@@ -128,7 +128,7 @@ def test_a_slow_answer_is_a_failed_attempt(reward, server, reply):
     began = time.monotonic()
     with pytest.raises(UserError, match=r"no answer in 0\.2 s, attempt 1 of 1"):
         reward.scores(["a"])
-    assert time.monotonic() - began < 0.55
+    assert time.monotonic() - began < 2.5, "the answer was not waited for"
     reward.client.timeout, reward.client.retries = 5.0, 1
     assert reward.scores(["a"]) == [1.0]
 

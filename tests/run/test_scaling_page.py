@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.limits import HANGS
 from tests.reliability import runs
 from tests.world import free_port
 
@@ -75,7 +76,7 @@ def test_a_command_runs(tmp_path, lines):
                 stderr=subprocess.STDOUT,
             )
         )
-    said = [process.communicate(timeout=300)[0] for process in started]
+    said = [process.communicate(timeout=HANGS)[0] for process in started]
     assert [process.returncode for process in started] == [0] * len(lines), "\n".join(said)
     if "--plan" in lines[0]:
         return

@@ -16,6 +16,7 @@ from fastppo.errors import TrainingStopped, UserError
 from fastppo.run import world as worlds
 from fastppo.run.launch import Launched, launched
 from fastppo.run.world import ALONE, World, check_gpus
+from tests.limits import HANGS
 from tests.project import PPO
 from tests.world import as_process, free_port, variables
 
@@ -31,8 +32,8 @@ def child(rank: int, port: int, place: Path) -> None:
 
     as_process(rank, SIZE, port)
     worlds.SIGNAL_SECONDS = 0.1
-    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
-    torch.save(exchanged(World(rank, SIZE, 30.0)), place / f"{rank}.pt")
+    dist.init_process_group("gloo", timeout=timedelta(seconds=HANGS))
+    torch.save(exchanged(World(rank, SIZE, HANGS)), place / f"{rank}.pt")
 
 
 def caught(function: Any, *args: Any) -> tuple[str, str, bool] | None:
@@ -88,7 +89,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(HANGS)
         assert process.exitcode == 0
     return [torch.load(place / f"{rank}.pt", weights_only=False) for rank in range(SIZE)]
 
@@ -145,7 +146,7 @@ def test_a_lost_process_is_one_line_and_soon(found):
         assert kind == "TrainingStopped"
         assert "has lost another" in line
         assert "ddp_timeout" in line
-        assert each["seconds"] < 20, "the timeout is 30"
+        assert each["seconds"] < HANGS / 2, "not after the timeout"
 
 
 def test_alone_everything_is_given_back_and_torch_distributed_is_not_asked():
