@@ -6,6 +6,8 @@ import pytest
 
 from fastppo import evaluate, init_state, step_update, toy
 
+STEPS = 16  # a third of those in which the policy stops getting better
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("critic", "seed"), [("shared", 1), ("shared", 2), ("adapter", 1)])
@@ -13,7 +15,7 @@ def test_the_toy_learns_to_write_vowels(tmp_path, monkeypatch, critic, seed):
     """A random model writes 6% vowels. Without learning, 30 points more are out of its reach."""
     monkeypatch.chdir(tmp_path)
     state = init_state(toy.config(critic=critic, seed=seed))
-    for _ in range(40):
+    for _ in range(STEPS):
         state = step_update(state)
     summary = evaluate(state)
     assert summary["reward_before"] < 0.12
@@ -42,7 +44,7 @@ def test_the_toy_learns_to_write_vowels(tmp_path, monkeypatch, critic, seed):
 def test_the_toy_learns_without_a_critic_and_with_other_objectives(tmp_path, monkeypatch, changes):
     monkeypatch.chdir(tmp_path)
     state = init_state(toy.config(seed=1, **changes))
-    for _ in range(40):
+    for _ in range(STEPS):
         state = step_update(state)
     summary = evaluate(state)
     assert summary["reward_after"] > summary["reward_before"] + 0.1

@@ -125,6 +125,8 @@ def rm(model: Path, folder: Path, **keys: Any) -> list[dict[str, float]]:
 
 
 STAGES = {"ppo": ppo, "rm": rm}
+# Stage rm loads the base by the same function as stage ppo: there one way of each kind says most.
+RUNS = [*((way, "ppo") for way in WAYS), ("nf4", "rm"), ("int8", "rm")]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -155,8 +157,7 @@ def same(mine: dict[str, float], other: dict[str, float]) -> bool:
     return all(mine[k] == pytest.approx(other[k], rel=1e-3, abs=1e-5) for k in mine.keys() - apart)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "stage"), RUNS)
 def test_a_quantised_run_is_the_run_on_its_weights_dequantised(
     wide, dequantised, tmp_path, way, stage
 ):
@@ -263,9 +264,9 @@ def test_the_plan_of_a_quantised_run_is_within_10_percent_of_what_is_allocated(
 MORE = {"8-bit AdamW": {"quantization_bit": 4, "optim": "paged_adamw_8bit", "lora_rank": 64}}
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("keys", [*WAYS.values(), *MORE.values()], ids=[*WAYS, *MORE])
-def test_a_quantised_run_resumes_to_the_bit(wide, tmp_path, keys, stage):
+@pytest.mark.parametrize(("way", "stage"), [*RUNS, ("8-bit AdamW", "ppo"), ("8-bit AdamW", "rm")])
+def test_a_quantised_run_resumes_to_the_bit(wide, tmp_path, way, stage):
+    keys = {**WAYS, **MORE}[way]
     unbroken = STAGES[stage](wide, tmp_path / "run", save_steps=2, **keys)
     out = tmp_path / "run" / "out"
     resumed = STAGES[stage](

@@ -25,6 +25,6 @@ def test_100_random_calls():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("thousand", range(10))
-def test_10_000_random_calls(thousand):
+@pytest.mark.parametrize("thousand", range(3))
+def test_3_000_random_calls(thousand):
     holds(range(1000 * thousand, 1000 * (thousand + 1)))

@@ -17,7 +17,8 @@ CPU = ROOT / "kernels" / "cpu"
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to build the driver")
 def test_no_kernel_touches_what_is_not_its_own(tmp_path):
     program = tmp_path / "sanitized"
-    flags = ["-std=c++17", "-O1", "-g", "-fopenmp", "-fsanitize=address,undefined"]
+    # -O0 compiles in a quarter of the time of -O1, and what the kernels touch is the same.
+    flags = ["-std=c++17", "-O0", "-g1", "-fopenmp", "-fsanitize=address,undefined"]
     sources = [
         str(path) for path in [*CPU.glob("*.cpp"), Path(__file__).with_name("sanitized.cpp")]
     ]
