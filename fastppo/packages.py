@@ -7,6 +7,7 @@ import. Nothing here imports more than the standard library.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import re
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
@@ -55,6 +56,22 @@ def missing_for_training() -> str | None:
         return None
     verb = "is" if len(missing) == 1 else "are"
     return f"{', '.join(missing)} {verb} not installed; run: {install('train')}"
+
+
+def hide_unused_kernel() -> None:
+    """Drop one warning of bitsandbytes, which PEFT imports whether anything is quantised or not.
+
+    On processors with bf16 it says that a 4-bit product from the package `kernels` is missing.
+    fastppo's quantised layers never use that one (models/quantised.py).
+    """
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    if is_needed not in logger.filters:
+        logger.addFilter(is_needed)
+
+
+def is_needed(record: logging.LogRecord) -> bool:
+    """Whether a record of bitsandbytes' log is another than the warning on that product."""
+    return not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward")
 
 
 def installed_version(package: str) -> str | None:

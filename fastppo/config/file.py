@@ -57,6 +57,36 @@ def _parse(text: str, path: Path) -> Any:
 NEEDED = "stage, model_name_or_path, dataset, output_dir"  # by a training
 
 
+# What PyYAML was reading when it gave up -> what is wrong with the line in which that began.
+OPENED = {
+    "while scanning a simple key": "no ': '; write key: value, with a space after the colon",
+    "while scanning a quoted": "a quotation mark that is not closed; close it",
+    "while parsing a flow": "a bracket that is not closed, or no comma; mend it",
+}
+
+
+def yaml_fault(error: yaml.MarkedYAMLError, text: str) -> str:
+    """The line to mend, what is wrong with it and what to do, of what PyYAML says of a file.
+
+    PyYAML marks where it gave up: for a missing space or quotation mark lines further down.
+    """
+    context, problem = error.context or "", str(error.problem)
+    kind = next((words for words in OPENED if context.startswith(words)), None)
+    mark = (error.context_mark if kind else None) or error.problem_mark
+    number = mark.line + 1 if mark else 1
+    written = "".join(text.splitlines()[number - 1 : number]).strip()
+    if kind:
+        why = OPENED[kind]
+    elif r"'\t'" in problem:
+        why = "a tab before the key or value; use spaces"
+    elif problem.startswith("mapping values"):
+        again = written.count(": ") > 1
+        why = "a second ': '; put the value into quotes" if again else "an indent; take it away"
+    else:
+        return f"line {number}: {problem}; mend the line"
+    return f"line {number}, {written[:60]!r}: {why}"
+
+
 def read_file(path: Path, needed: str = NEEDED) -> dict[str, Any]:
     """The mapping in a YAML or JSON file; UTF-8, with or without a byte order mark.
 
@@ -84,8 +114,7 @@ def read_file(path: Path, needed: str = NEEDED) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON, line {error.lineno}: {error.msg}") from None
     except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UserError(f"{path}: not YAML, line {line}: {error.problem}; mend the line") from None
+        raise UserError(f"{path}: not YAML, {yaml_fault(error, text)}") from None
     except Exception as error:  # PyYAML's constructors can raise anything, as for `!!bool x`
         why = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: cannot be read: {why}; mend the file") from None

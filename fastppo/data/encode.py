@@ -49,7 +49,12 @@ def fit_prompt(
         return record.ids
     ids = template.fit_prompt(record.messages, system_of(record, default_system), limit)
     if ids is None:
-        raise BadRow(f"its prompt does not fit in {limit} tokens even without its question")
+        no_question = [{"role": "user", "content": ""}]
+        least = len(template.encode_prompt(no_question, system_of(record, default_system)))
+        raise BadRow(
+            f"without its question it has {least} tokens, of the system prompt and the template, "
+            f"and cutoff_len is {limit}"
+        )
     return ids
 
 

@@ -78,7 +78,7 @@ class DroppedRows:
     seen: int = 0  # number of rows read
     bad: int = 0  # number of rows dropped
     described: bool = True  # False: columns or roles have other names than dataset_info.json says
-    first: list[str] = field(default_factory=list)  # position and reason of the first SHOWN
+    first: list[tuple[str, str]] = field(default_factory=list)  # where and why, of the first SHOWN
 
     def add(self, where: str, why: object) -> None:
         """Count a bad row; store its position and the reason if it is one of the first."""
@@ -86,13 +86,17 @@ class DroppedRows:
         self.described &= not isinstance(why, NotDescribed)
         if len(self.first) < SHOWN:
             # The note names the file once; with several files, each row names its own.
-            self.first.append(f"{where.removeprefix(self.source).strip()}: {why}")
+            self.first.append((where.removeprefix(self.source).strip(), str(why)))
 
     def note(self) -> str | None:
         """A line about the dropped rows, or None if none were; raises UserError if most were."""
         if not self.bad:
             return None
-        rows = "; ".join(self.first) + ("; ..." if self.bad > SHOWN else "")
+        reasons = dict.fromkeys(why for _, why in self.first)  # each once, in order
+        rows = "; ".join(
+            f"{', '.join(where for where, other in self.first if other == why)}: {why}"
+            for why in reasons
+        ) + ("; ..." if self.bad > SHOWN else "")
         counted = f"{self.source}: {self.bad} of {self.seen} rows are bad"
         if 2 * self.bad > self.seen:
             mend = "mend them"
@@ -157,7 +161,7 @@ def text_of(row: dict[str, Any], column: str | None, *, needed: bool = False) ->
     value = row.get(column) if column else None
     if value is None or value == "":
         if needed:
-            raise MissingColumn(column, row)
+            raise BadRow(f"'{column}' is blank") if value == "" else MissingColumn(column, row)
         return None
     if not isinstance(value, str):
         raise BadRow(f"'{column}' is {kind_of(value)}, not text")
@@ -187,7 +191,9 @@ def read_alpaca(row: Row, source: Source) -> Record:
     question = "\n".join(part for part in parts if part)
     if not question.strip():
         column = columns.get("prompt", columns.get("query", "instruction"))
-        raise BadRow(f"'{column}' is blank") if question else MissingColumn(column, content)
+        if question or content.get(column) == "":
+            raise BadRow(f"'{column}' is blank")
+        raise MissingColumn(column, content)
     messages = read_history(content.get(columns.get("history", "")))
     messages.append({"role": "user", "content": question})
     answers: dict[str, str | None] = {}
@@ -228,7 +234,9 @@ def read_turns(row: Row, source: Source) -> Record:
     refuse_tools(content, columns.get("tools"))
     name = columns["messages"]
     turns = content.get(name)
-    if not isinstance(turns, list) or not turns:
+    if turns == []:
+        raise BadRow(f"'{name}' is empty")
+    if not isinstance(turns, list):
         raise MissingColumn(name, content)
     messages = [read_turn(turn, tags) for turn in turns]
     system = text_of(content, columns.get("system"))

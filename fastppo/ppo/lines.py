@@ -19,7 +19,7 @@ from fastppo.ppo.optimizer import idle_steps
 from fastppo.ppo.sampling import Sampling
 from fastppo.run import console as terminal
 from fastppo.run import record
-from fastppo.run.console import console, format_duration, format_score
+from fastppo.run.console import console, counted, format_duration, format_score
 
 if TYPE_CHECKING:
     from fastppo.config import Config
@@ -65,8 +65,9 @@ def notices(config: Config, steps: int) -> list[str]:
     change = largest_beta_change(config, steps)
     if config.adap_kl_ctrl and change < 0.05:
         lines.append(
-            f"this run is too short for the KL controller: over {steps} steps beta can move by "
-            f"{change:.2%} at most (horizon {config.horizon:g}); lower horizon to let it adapt"
+            f"this run is too short for the KL controller: over {counted(steps, 'step')} beta can "
+            f"move by {change:.2%} at most (horizon {config.horizon:g}); lower horizon to let it "
+            "adapt"
         )
     responses = config.rollout_batch_size
     if config.adap_kl_ctrl and config.horizon < responses:
@@ -92,9 +93,11 @@ def first_lines(state: State, steps: int) -> None:
         f"activations: {offload.mode}"
     )
     console.print(
-        f"  {steps} steps of {batch} responses to {config.prompts_a_step} prompts "
+        f"  {counted(steps, 'step')} of {counted(batch, 'response')} to "
+        f"{counted(config.prompts_a_step, 'prompt')} "
         f"({len(state.prompts)} in the set), advantage {config.advantage}, "
-        f"{config.ppo_epochs} epochs each; evaluation on {len(state.eval_prompts)} prompts {length}"
+        f"{counted(config.ppo_epochs, 'epoch')} each; evaluation on "
+        f"{counted(len(state.eval_prompts), 'prompt')} {length}"
     )
     table = Table("role", "weights", "trainable", box=None, padding=(0, 2))
     for role, weights, count in state.roles.table(state.reward.table()):

@@ -53,7 +53,7 @@ from fastppo.run.tracking import Trackers
 from fastppo.run.world import ALONE, World
 from fastppo.seeds import random_state, seed_of
 from fastppo.servers.in_process import check_colocated
-from fastppo.templates import Template, get_template
+from fastppo.templates import Template, get_template, note_on_template
 from fastppo.types import Prompt
 
 if TYPE_CHECKING:
@@ -205,6 +205,7 @@ def init_state(
     longest = max(map(len, every)) + config.max_new_tokens
     found = (
         pad_note,
+        note_on_template(config.template, template),
         note_beyond_training(config, longest),
         note_on_16_bits(device, autocast_dtype(config, device)),
         note_on_device(config, device),

@@ -124,8 +124,9 @@ def judge_gap(run: Run) -> Sign:
     later = last["eval_reward"] > best["eval_reward"]
     found = reward > 0 and (change < -SURE * error or (later and lost > SURE * error))
     words = (
-        f"Reward {reward:+.3g} over the reference, judge {change:+.3g} (standard error "
-        f"{error:.2g} over {len(pairs)} prompts)."
+        f"Reward {reward:+.3g} over the reference, judge {change:+.3g} "
+        f"({last['eval_judge_reference']:.3g} before, {last['eval_judge']:.3g} after; standard "
+        f"error {error:.2g} over {len(pairs)} prompts)."
     )
     if lost > 0 and best is not last:
         words += f" The judge's best was after step {best['step']}, {lost:.3g} higher."

@@ -164,8 +164,9 @@ def curves(run: Run) -> Iterator[str]:
     for panel in panels.RM if run.stage == "rm" else panels.PPO:
         lines = panels.lines(panel, run.rows)
         drawn = chart(panel.title, lines)
-        if drawn:
-            figures.append("".join(figure(panel, lines, drawn)))
+        if drawn:  # of a single point the legend has the number
+            curve = drawn if is_curve(lines) else ""
+            figures.append("".join(figure(panel, lines, curve)))
     for remark in run.remarks:
         yield f"<p>{text(remark)}</p>"
     if figures:
@@ -174,6 +175,11 @@ def curves(run: Run) -> Iterator[str]:
         yield "</div>"
     else:
         yield "<p>No step has been logged yet.</p>"
+
+
+def is_curve(lines: Sequence[Line]) -> bool:
+    """Whether a line has more than one point."""
+    return any(len(line.x) > 1 for line in lines)
 
 
 def figure(panel: panels.Panel, lines: list[Line], drawn: str) -> Iterator[str]:
@@ -204,7 +210,7 @@ def audited(run: Run) -> Iterator[str]:
         status = "bad" if sign.found else "dim"
         yield f"<figure><figcaption>{text(sign.title)}: "
         yield f'<span class="{status}">{said}</span></figcaption>'
-        if sign.lines:
+        if is_curve(sign.lines):
             yield chart(sign.title, sign.lines)
             yield legend(sign.lines)
         yield f"<p>{text(sign.words)}</p></figure>"

@@ -63,7 +63,7 @@ from fastppo.run.launch import choose_device, hide_launcher_variables, note_on_d
 from fastppo.run.stopping import Stop
 from fastppo.run.tracking import Trackers
 from fastppo.run.world import ALONE, World
-from fastppo.templates import Template, get_template
+from fastppo.templates import Template, get_template, note_on_template
 
 if TYPE_CHECKING:
     from fastppo.config import Config
@@ -199,10 +199,10 @@ def set_up(config: Config, records: Records, world: World) -> Setup:
     for pair in (*train_pairs.pairs, *eval_pairs.pairs):
         texts = (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
         check_rows(tokenizer, rows, texts, "dataset", "a pair")
-    longest = max(train_pairs.longest, eval_pairs.longest)
     found = (
         pad_note,
-        note_beyond_training(config, longest),
+        note_on_template(config.template, template),
+        note_beyond_training(config, max(train_pairs.longest, eval_pairs.longest)),
         note_on_16_bits(device, autocast_dtype(config, device)),
         note_on_device(config, device),
     )

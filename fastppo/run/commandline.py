@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import NoReturn
 
-from fastppo import __version__
+from fastppo import __version__, packages
 from fastppo.errors import UserError
 
 WIDTH = 84  # columns of --help
@@ -68,6 +68,8 @@ class Parser(argparse.ArgumentParser):
 def quieten() -> None:
     """Silence warnings that libraries print on every start and that the user cannot avoid."""
     import warnings
+
+    packages.hide_unused_kernel()
 
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\..*")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"peft\..*")

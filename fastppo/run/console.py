@@ -29,6 +29,11 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def counted(count: int, thing: str) -> str:
+    """`1 step`, `2 steps`: a count with its noun."""
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+
+
 def format_score(value: float | None) -> str:
     """Format a score with its sign; a dash stands for None."""
     return "-" if value is None else f"{value:+.3f}"

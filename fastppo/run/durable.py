@@ -35,6 +35,15 @@ FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 FULL_WORDS = re.compile(r"os error (28|27|122)\b|PytorchStreamWriter|unexpected pos \d+ vs")
 
 
+def stage_of(folder: Path) -> str | None:
+    """The stage of the run that wrote `folder`, by its record; None where there is none."""
+    try:
+        stage = json.loads((folder / INFO).read_text(encoding="utf-8"))["stage"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return str(stage)
+
+
 def sync(path: Path) -> None:
     """Flush a file, or the entries of a folder, to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)

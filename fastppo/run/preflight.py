@@ -115,9 +115,13 @@ def looks_local(name: str) -> bool:
 
 
 def check_model(config: Config, key: str) -> None:
-    """Check that a local model folder holds a model."""
+    """Check that a local model folder holds a model, and that one on the hub is there."""
     name = getattr(config, key)
-    if name is None or not looks_local(name):
+    if name is None:
+        return
+    if not looks_local(name):
+        gguf = config.model_gguf_file if key == "model_name_or_path" else None
+        hub.check_download(config, key, name, gguf or "config.json")
         return
     folder = Path(name)
     if not folder.is_dir():
@@ -148,6 +152,7 @@ def check_adapters(config: Config, key: str) -> None:
         if not folder.is_dir():
             if folder.parent.is_dir():  # owner/name on the hub has no such parent
                 raise UserError(f"{config.source}: {key}: no folder {folder}; check the path")
+            hub.check_download(config, key, name, ADAPTER)
             continue
         read = folder / "adapter_config.json"
         weights = [folder / f"adapter_model.{end}" for end in ("safetensors", "bin")]
@@ -172,7 +177,7 @@ def check_rewards(config: Config) -> None:
     """Check local rewards; URLs and function names were checked with the YAML."""
     for spec in config.rewards:
         if spec.kind == "lora":
-            check_reward_adapter(config, Path(spec.target))
+            check_reward_adapter(config, spec.target)
         elif spec.kind == "full" and spec.target not in config.objects.rewards:
             check_reward_full(config, spec.target)
 
@@ -186,6 +191,8 @@ def check_reward_full(config: Config, name: str) -> None:
             raise UserError(
                 f"{config.source}: {key}: {folder} has no {file}; {cure_of_full(folder, key)}"
             )
+        if not looks_local(folder):
+            hub.check_download(config, key, folder, file)
     check_below(config.source, "reward_model_adapters", name, adapters)
     path = Path(name) / "config.json"
     if not path.is_file():
@@ -231,17 +238,19 @@ def cure_of_full(folder: str, key: str) -> str:
     return "check the path, or name one on the hub as owner/name"
 
 
-def check_reward_adapter(config: Config, folder: Path) -> None:
+def check_reward_adapter(config: Config, name: str) -> None:
     """Check that a `lora` reward has an adapter and a head of the base's hidden size."""
-    where = f"{config.source}: reward_model"
+    where, folder = f"{config.source}: reward_model", Path(name)
     if not folder.is_dir():
-        raise UserError(f"{where}: no folder {folder}; {cure_of_lora(folder)}")
+        raise UserError(f"{where}: no folder {name}; {cure_of_lora(folder, name)}")
     for names, what in (
         ((ADAPTER,), "adapter"),
         (("adapter_model.safetensors", "adapter_model.bin"), "adapter"),
     ):
         if not any((folder / name).is_file() for name in names):
-            raise UserError(f"{where}: {folder} has no {what} ({names[0]}); {cure_of_lora(folder)}")
+            raise UserError(
+                f"{where}: {folder} has no {what} ({names[0]}); {cure_of_lora(folder, name)}"
+            )
     settings = read_json(folder / ADAPTER, where)
     if not any((folder / name).is_file() for name in (*HEAD_FILES, SAFETENSORS, BIN)):
         if settings.get("task_type") == "SEQ_CLS":
@@ -255,6 +264,11 @@ def check_reward_adapter(config: Config, folder: Path) -> None:
             f"{where}: {folder} has no value head ({HEAD_FILES[0]}), so it scores nothing; train a "
             "reward model with stage: rm and name its output_dir"
         )
+    if durable.stage_of(folder) == "ppo":
+        raise UserError(
+            f"{where}: {folder} is a policy that stage ppo wrote, with its critic's head; name the "
+            "output_dir of stage rm"
+        )
     if not (folder / HEAD_FILES[0]).is_file():
         return  # a .bin is read by torch, which is not here yet
     head = head_size(folder / HEAD_FILES[0], config.source)
@@ -266,20 +280,25 @@ def check_reward_adapter(config: Config, folder: Path) -> None:
         )
 
 
-def cure_of_lora(folder: Path) -> str:
+def cure_of_lora(folder: Path, name: str) -> str:
     """What to do about a folder that is no adapter, under reward_model_type: lora."""
     if (folder / "config.json").is_file():
         return (
             "it is a whole model: use reward_model_type: full, or name the adapter that was "
             "trained on model_name_or_path"
         )
-    name = str(folder)
-    if not folder.exists() and name.count("/") == 1 and not looks_local(name):
+    if "://" in name:
+        return "for a server set reward_model_type: api"
+    if ":" in name:
+        return "for a function set reward_model_type: function"
+    if folder.exists():
+        return "train one with stage: rm and name its output_dir"
+    if name.count("/") == 1 and not looks_local(name):
         return (
-            "check the path; where it is a name on the hub, `hf download "
-            f"{name} --local-dir DIR` fetches it, and reward_model: DIR names it"
+            "stage rm writes one, into its output_dir: run that first, or check the path; one on "
+            f"the hub comes with `hf download {name} --local-dir {name}`"
         )
-    return "train one with stage: rm and name its output_dir"
+    return "stage rm writes one, into its output_dir: run that first, or check the path"
 
 
 def head_size(path: Path, source: str) -> int:

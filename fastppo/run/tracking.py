@@ -109,8 +109,10 @@ class Trackers:
             for name, value in values.items()
             if isinstance(value, int | float) and not isinstance(value, bool)
         }
-        for tracker in self.trackers:
-            tracker.log(numbers, step=step)
+        for name, tracker in zip(self.runs, self.trackers, strict=True):
+            # trackio keeps the name for its own and warns at every step.
+            without = {"step"} if name == "trackio" else set()
+            tracker.log({k: x for k, x in numbers.items() if k not in without}, step=step)
 
     def log_samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
         """Send the evaluation's first responses to all trackers, as a table (TensorBoard: as text).

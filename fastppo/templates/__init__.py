@@ -4,6 +4,6 @@ transformers' apply_chat_template has only the tokenizer's own template, and no 
 """
 
 from fastppo.templates.formats import TEMPLATES, check_name
-from fastppo.templates.template import Message, Template, get_template
+from fastppo.templates.template import Message, Template, get_template, note_on_template
 
-__all__ = ["TEMPLATES", "Message", "Template", "check_name", "get_template"]
+__all__ = ["TEMPLATES", "Message", "Template", "check_name", "get_template", "note_on_template"]

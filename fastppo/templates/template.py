@@ -218,6 +218,16 @@ class Template:
         return ids
 
 
+def note_on_template(asked: str | None, template: Template) -> str | None:
+    """A note where no template was `asked` for and the tokenizer has none; else None."""
+    if asked is not None or template.name != "empty":
+        return None
+    return (
+        "template: this tokenizer has no chat template, so a prompt is its text alone; name the "
+        "template that the model was fine-tuned with"
+    )
+
+
 def get_template(
     name: str | None,
     tokenizer: Any,

@@ -64,9 +64,9 @@ def test_a_system_prompt_that_leaves_no_room_drops_the_row(project, chatml, caps
     rows = [{"q": "a"}, {"q": "b", "sys": LONG}]
     assert len(prompts(project, chatml, 60, *rows, info=info)) == 1
     assert (
-        "1 of 2 rows are bad and dropped (data/rows.json row 2: its prompt does not fit in 60 "
-        "tokens even without its question); raise cutoff_len"
-    ) in capsys.readouterr().err
+        "1 of 2 rows are bad and dropped (data/rows.json row 2: without its question it has "
+    ) in (said := capsys.readouterr().err)
+    assert "tokens, of the system prompt and the template, and cutoff_len is 60); raise" in said
     with pytest.raises(UserError, match=r"1 of 1 rows are bad .*raise cutoff_len"):
         prompts(project, chatml, 60, rows[1], info=info)
 

@@ -130,6 +130,7 @@ class Service:
         steps = self.runs.setdefault(run, [])
 
         def log(values: dict[str, Any], step: int, **_: Any) -> None:
+            assert self.key != "name" or "step" not in values  # a word of trackio's own
             if "score" in values or "train/loss" in values:
                 steps.append(step)
 

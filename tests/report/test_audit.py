@@ -15,6 +15,7 @@ from fastppo.ppo import trainer
 from fastppo.report import audit as auditing
 from fastppo.report.audit import audit
 from fastppo.report.cli import main
+from fastppo.report.page import audited
 from fastppo.report.read import Run, read_run
 from fastppo.run.preflight import check
 
@@ -223,6 +224,22 @@ def test_the_judge_is_compared_with_chance(judged, found):
     last = judged[-1]
     pairs = [{"judge_policy": last + e, "judge_reference": 0.5} for e in (-0.2, 0.2) * 16]
     assert sign(made_up(samples=pairs, evaluations=evaluations), "judge").found is found
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_judge_measured_once_is_a_number_and_no_picture(times):
+    """Before the training, 0.26; after, 0.46."""
+    evaluations = [
+        {"eval_reward": 1.0, "eval_reward_reference": 0.0, "eval_judge": 0.46}
+        | {"eval_judge_reference": 0.26, "step": step}
+        for step in range(times)
+    ]
+    pairs = [{"judge_policy": 0.46, "judge_reference": 0.26 + e} for e in (-0.2, 0.2)]
+    # Steps with nothing in them: the other signs have no picture.
+    run = made_up([{"step": 1.0}], samples=pairs, evaluations=evaluations)
+    html = "".join(audited(run))
+    assert "judge +0.2 (0.26 before, 0.46 after; " in html
+    assert html.count("<svg") == times - 1
 
 
 def test_a_phrase_that_every_response_has_is_found_and_one_of_the_reference_is_not():

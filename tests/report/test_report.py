@@ -185,6 +185,12 @@ def test_a_reward_model_has_its_loss_accuracy_and_margin(tmp_path):
     assert "the actor's" not in text  # what learning_rate means in stage ppo
 
 
+def test_a_run_of_one_step_has_numbers_in_place_of_curves(tmp_path):
+    html = page_of(write_run(tmp_path, steps=1)).html
+    assert "KL to the reference" in html
+    assert "<svg" not in html
+
+
 def test_out_names_the_file_and_leaves_the_run_alone(tmp_path):
     folder = write_run(tmp_path / "run")
     assert main([str(folder), "--out", str(tmp_path / "other.html")]) == 0
