@@ -244,7 +244,10 @@ SHIM, OWN = "https://unpkg.com/iframe-worker/shim", "tools/offline.js"
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
-    """A range that begins an argument's description (">= 0") is no quotation."""
+    """Printed lines are marked, to be wrapped; a range that begins an argument's description
+    (">= 0") is no quotation."""
+    printed = r'<div class="(highlight)">(<pre><span></span><code>(?:fastppo-train: |  note: ))'
+    html = re.sub(printed, r'<div class="\1 printed">\2', html)
     if page.file.src_uri not in API:
         return html
     return re.sub(r"<blockquote>\s*<p>(.*?)</p>\s*</blockquote>", r"&gt;\1", html, flags=re.DOTALL)

@@ -145,3 +145,12 @@ def test_the_picture_of_advantages_is_of_our_estimator():
     at = pictures.TOKENS.index("lovely")
     assert f'{values[at]:g} before "lovely" and {values[at + 1]:g} after it' in page
     assert max(found) == found[at]
+
+
+def test_lines_that_the_program_prints_are_wrapped_and_commands_are_not():
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="troubleshooting.md"))
+    block = '<div class="highlight"><pre><span></span><code>{}: error: x</code></pre></div>'
+    marked = hooks.on_page_content(block.format("fastppo-train"), page, None, None)
+    assert marked.startswith('<div class="highlight printed"><pre>')
+    command = block.format("make demo")
+    assert hooks.on_page_content(command, page, None, None) == command
