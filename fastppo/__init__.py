@@ -24,6 +24,6 @@ def __getattr__(name: str) -> Any:
 
         if missing := packages.missing_for_training():
             raise ImportError(f"fastppo.{name}: {missing}")
-        packages.hide_unused_kernel()
+        packages.hide_unavoidable()
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'fastppo' has no attribute '{name}'")

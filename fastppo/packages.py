@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import re
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
@@ -58,12 +59,15 @@ def missing_for_training() -> str | None:
     return f"{', '.join(missing)} {verb} not installed; run: {install('train')}"
 
 
-def hide_unused_kernel() -> None:
-    """Drop one warning of bitsandbytes, which PEFT imports whether anything is quantised or not.
+def hide_unavoidable() -> None:
+    """Drop two warnings of libraries that no user can do anything about.
 
-    On processors with bf16 it says that a 4-bit product from the package `kernels` is missing.
-    fastppo's quantised layers never use that one (models/quantised.py).
+    PEFT asks transformers by a name that transformers is about to drop. And it imports bitsandbytes
+    whether anything is quantised or not: on processors with bf16 that one says that a 4-bit product
+    from the package `kernels` is missing, which fastppo's layers never use (models/quantised.py).
     """
+    deprecated = "`is_gradient_checkpointing` is deprecated"
+    warnings.filterwarnings("ignore", deprecated, category=FutureWarning)
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     if is_needed not in logger.filters:
         logger.addFilter(is_needed)

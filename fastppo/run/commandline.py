@@ -69,7 +69,7 @@ def quieten() -> None:
     """Silence warnings that libraries print on every start and that the user cannot avoid."""
     import warnings
 
-    packages.hide_unused_kernel()
+    packages.hide_unavoidable()
 
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\..*")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"peft\..*")

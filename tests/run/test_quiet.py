@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import warnings
 
 import pytest
 
-from fastppo.packages import hide_unused_kernel
+from fastppo.packages import hide_unavoidable
 
 UNUSED = "Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please make sure ..."
 
@@ -21,8 +22,8 @@ def logger():
 
 
 def test_the_line_on_an_unused_kernel_is_dropped_and_others_are_not(logger):
-    hide_unused_kernel()
-    hide_unused_kernel()
+    hide_unavoidable()
+    hide_unavoidable()
     assert len(logger.filters) == 1
     said = []
     handler = logging.Handler()
@@ -35,3 +36,12 @@ def test_the_line_on_an_unused_kernel_is_dropped_and_others_are_not(logger):
     finally:
         logger.removeHandler(handler)
     assert said == ["Failed to load CPU library", "broken"]
+
+
+def test_a_word_that_peft_uses_and_transformers_drops_is_no_news(logger):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        hide_unavoidable()
+        warnings.warn("`is_gradient_checkpointing` is deprecated", FutureWarning, stacklevel=1)
+        warnings.warn("something else is deprecated", FutureWarning, stacklevel=1)
+    assert [str(each.message) for each in seen] == ["something else is deprecated"]
