@@ -56,7 +56,7 @@ def advantages_kernel(
         else:
             logprob = tl.load(logprob_ptr + stop + at, mask=live, other=0.0).to(tl.float32)
             ref = tl.load(ref_ptr + stop + at, mask=live, other=0.0).to(tl.float32)
-            kl, _ = kl_and_slope(logprob, ref, limit, KL_KIND)
+            kl, _slope = kl_and_slope(logprob, ref, limit, KL_KIND)
         reward = -beta * kl
         if extra_ptr is not None:
             reward += tl.load(extra_ptr + stop + at, mask=live, other=0.0).to(tl.float32)

@@ -96,8 +96,8 @@ def policy_loss_kernel(
     `term_ptr` is (TERMS, N): the metrics in the order of PolicyMetrics, the loss last. Where
     `row_max_ptr` is not None, token_logprobs_kernel has written a row's statistics before.
     """
-    for own in range(tl.program_id(0), n_rows, tl.num_programs(0)):
-        own = tl.cast(own, tl.int64)
+    for index in range(tl.program_id(0), n_rows, tl.num_programs(0)):
+        own = tl.cast(index, tl.int64)  # another name: Triton 3.4 keeps a name's type in a loop
         row = first_row + own
         token = tl.load(token_ptr + row)
         weight = tl.load(weight_ptr + row).to(tl.float32)

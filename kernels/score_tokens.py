@@ -235,8 +235,8 @@ def score_tokens_kernel(
     THREADS: tl.constexpr,
 ):
     """Both rows once, no gradient."""
-    for own in range(tl.program_id(0), n_rows, tl.num_programs(0)):
-        own = tl.cast(own, tl.int64)
+    for index in range(tl.program_id(0), n_rows, tl.num_programs(0)):
+        own = tl.cast(index, tl.int64)  # another name: Triton 3.4 keeps a name's type in a loop
         row = first_row + own
         token = tl.load(token_ptr + row)
         logprob = 0.0

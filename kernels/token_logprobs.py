@@ -46,8 +46,8 @@ def token_logprobs_kernel(
     THREADS: tl.constexpr,
 ):
     """Statistics of the rows that take part."""
-    for own in range(tl.program_id(0), n_rows, tl.num_programs(0)):
-        own = tl.cast(own, tl.int64)
+    for index in range(tl.program_id(0), n_rows, tl.num_programs(0)):
+        own = tl.cast(index, tl.int64)  # another name: Triton 3.4 keeps a name's type in a loop
         row = first_row + own
         token = tl.load(token_ptr + row)
         logprob = 0.0
@@ -105,8 +105,8 @@ def token_logprobs_backward_kernel(
     THREADS: tl.constexpr,
 ):
     """`g_ptr` and `h_ptr`, gradients of log-prob and entropy; either may be None."""
-    for own in range(tl.program_id(0), n_rows, tl.num_programs(0)):
-        own = tl.cast(own, tl.int64)
+    for index in range(tl.program_id(0), n_rows, tl.num_programs(0)):
+        own = tl.cast(index, tl.int64)  # another name: Triton 3.4 keeps a name's type in a loop
         row = first_row + own
         token = tl.load(token_ptr + row)
         out_ptr = row_of(dx_ptr, own, dx_stride, ALIGNED)
