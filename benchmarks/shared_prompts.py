@@ -27,7 +27,7 @@ from fastppo.types import Prompt, Rollout
 
 MODEL = Path("output/demo/model")
 FOLDER = Path("output/benchmarks/shared_prompts")
-SIZES = ((30, 8, 40), (512, 8, 40))  # tokens of the prompt, responses, tokens of each
+SIZES = ((30, 8, 40), (256, 8, 40))  # tokens of the prompt, responses, tokens of each
 EACH, ONCE = "each row alone", "fastppo, prompt once"
 
 
@@ -146,3 +146,16 @@ def ratios(rows: Sequence[dict[str, Any]]) -> list[str]:
             share = after["ms"] / before["ms"]
             found.append(f"{after['op']}, {after['shape']}: {share:.2f} of the time")
     return found
+
+
+def page_rows(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The lines of the table in docs/step.md: seconds of both ways, their share, and memory."""
+    for before, after in zip(rows[::2], rows[1::2], strict=True):
+        times = [
+            f"{row['ms'] / 1e3:.1f} s, {row['peak_bytes'] / 2**30:.2f} GiB"
+            for row in (before, after)
+        ]
+        yield (
+            f"| {after['op']}, {after['shape']} | {times[0]} | {times[1]} | "
+            f"{after['ms'] / before['ms']:.2f} |"
+        )
