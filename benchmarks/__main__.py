@@ -22,13 +22,14 @@ from benchmarks import (
     report,
     rollout,
     seven_b_head,
+    shared_prompts,
     step,
 )
 from benchmarks.harness import ROUNDS, Case, measure
 from tests.ops.registry import OPS
 
-# A round of the large head is a minute.
-SEVEN_B_ROUNDS = 3
+# A round of the large head, or of long prompts, is a minute.
+FEWER_ROUNDS = 3
 
 
 def run(cases: Iterable[Case], rounds: int, load: report.Load) -> list[dict[str, Any]]:
@@ -47,13 +48,13 @@ def run(cases: Iterable[Case], rounds: int, load: report.Load) -> list[dict[str,
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = made.add_subparsers(dest="name", required=True)
-    tables = (host, linear, mixed_adapters, ops, seven_b_head)
+    tables = (host, linear, mixed_adapters, ops, seven_b_head, shared_prompts)
     for module in tables:
         name = module.__name__.removeprefix("benchmarks.")
         one = commands.add_parser(name, help=(module.__doc__ or "").splitlines()[0])
         one.add_argument("--quick", action="store_true", help="toy sizes: a walk, no measurement")
         one.add_argument("--out", type=Path, metavar="FILE", help="the JSON; a .md goes beside it")
-        rounds = SEVEN_B_ROUNDS if name == "seven_b_head" else ROUNDS
+        rounds = FEWER_ROUNDS if name in ("seven_b_head", "shared_prompts") else ROUNDS
         one.add_argument("--rounds", type=int, default=rounds, help=f"default {rounds}")
         if name == "ops":
             one.add_argument("--only", nargs="+", choices=list(OPS), metavar="OP")
@@ -119,6 +120,9 @@ def main(argv: list[str] | None = None) -> int:
         notes = linear.ratios(rows)
     elif asked.name == "mixed_adapters":
         rows = run(mixed_adapters.cases(asked.quick), asked.rounds, load)
+    elif asked.name == "shared_prompts":
+        rows = run(shared_prompts.cases(asked.quick), asked.rounds, load)
+        notes = shared_prompts.ratios(rows)
     elif asked.name == "ops":
         rows = run(ops.cases(asked.quick, asked.only), asked.rounds, load)
     else:

@@ -219,19 +219,22 @@ def rows(found: dict[str, Any]) -> Iterator[str]:
 
 def sentences(found: dict[str, Any]) -> Iterator[str]:
     """The rise over seeds, and how the samplers differ in it."""
+    alone = ", of subjects alone: one seed says nothing of others"
     for who, rise in found.get("judge_rise", {}).items():
         (low, high), seeds = rise["95"], sum(one["sampler"] == who for one in found["runs"])
-        yield (
-            f"Sampled by {SAMPLERS[who]}, the judge's score rises by {rise['mean']:.2f} in the "
-            f"mean of {seeds} seed{'s' * (seeds > 1)} and {found['prompts']} held-out prompts (95% "
-            f"interval {low:.2f} to {high:.2f}), from {rise['least']:.2f} to {rise['most']:.2f} in "
-            "a seed."
-        )
+        spread = f" (95% interval {low:.2f} to {high:.2f}{alone * (seeds == 1)})"
+        said = f"Sampled by {SAMPLERS[who]}, the judge's score rises by {rise['mean']:.2f}"
+        prompts = f"{found['prompts']} held-out prompts"
+        if seeds == 1:
+            yield f"{said} with one seed on {prompts}{spread}."
+        else:
+            each = f", from {rise['least']:.2f} to {rise['most']:.2f} in a seed"
+            yield f"{said} in the mean of {seeds} seeds and {prompts}{spread}{each}."
     if gap := found.get("server_minus_ours"):
-        low, high = gap["95"]
+        (low, high), seeds = gap["95"], len(found["runs"]) // 2
         yield (
             f"The server's rise minus fastppo's, paired by seed and prompt, is {gap['mean']:+.2f} "
-            f"(95% interval {low:+.2f} to {high:+.2f})."
+            f"(95% interval {low:+.2f} to {high:+.2f}{alone * (seeds == 1)})."
         )
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import demo_model
 from rich.console import Console
@@ -51,8 +53,30 @@ def rows(summary: dict[str, float]) -> list[tuple[str, str, str]]:
     return [*found, ("KL to the reference (nats a response)", "0.00", f"{summary['kl']:.2f}")]
 
 
+def change(sample: dict[str, Any]) -> float:
+    """How far the judge's score of the answer to a prompt rose."""
+    return sample["judge_after"] - sample["judge_before"]
+
+
+def of_median_change(samples: list[dict[str, Any]], count: int = 3) -> list[dict[str, Any]]:
+    """The `count` samples in the middle, sorted by `change`: neither the best nor the worst."""
+    first = max(0, (len(samples) - count + 1) // 2)
+    return sorted(samples, key=change)[first : first + count]
+
+
+def what_to_see(samples: list[dict[str, Any]], shown: int) -> str:
+    """What the samples are that follow, and what a reader should see in them."""
+    better = sum(change(sample) > 0 for sample in samples)
+    return (
+        f"The {shown} samples in the middle, by how far the judge's score rose (median "
+        f"{statistics.median(map(change, samples)):+.2f}). After PPO the sentence should be about "
+        "the same thing in warmer words (delightful, cozy, comfort); good prose is not what was "
+        f"rewarded. Of all {len(samples)} answers {better} became more positive."
+    )
+
+
 def show(seconds: float) -> None:
-    """The table, three pairs of samples, and where the files are."""
+    """The table, samples of the median change, and where the files are."""
     summary = json.loads((METRICS / "summary.json").read_text(encoding="utf-8"))
     table = Table(*HEAD, title="What PPO changed")
     for row in rows(summary):
@@ -60,7 +84,9 @@ def show(seconds: float) -> None:
     console.print()
     console.print(table)
     samples = json.loads((METRICS / "samples.json").read_text(encoding="utf-8"))
-    for sample in samples[:: max(1, len(samples) // 3)][:3]:
+    shown = of_median_change(samples)
+    console.print(f"\n{what_to_see(samples, len(shown))}", soft_wrap=True)
+    for sample in shown:
         console.print(f"\n[bold]{sample['prompt']}[/bold]")
         for when in ("before", "after"):
             console.print(

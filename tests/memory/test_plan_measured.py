@@ -378,7 +378,12 @@ def test_after_the_first_step_the_plan_is_printed_beside_what_was_taken(
 ):
     plan, lengths = state().plan, {"cutoff_len": 30, "max_new_tokens": 8}
     here = plan.with_changes(**lengths).step_peak / 2**30
-    planned = f"planned {here:.2f} of tensors for these lengths, {plan.step_peak / 2**30:.2f}"
+    limits = plan.inputs.config
+    planned = (
+        f"planned {here:.2f} of tensors for lengths as here (cutoff_len: 30, max_new_tokens: 8), "
+        f"and {plan.step_peak / 2**30:.2f} for the longest that the keys allow (cutoff_len: "
+        f"{limits.cutoff_len}, max_new_tokens: {limits.max_new_tokens}), which none has reached"
+    )
     monkeypatch.setattr(console, "highest_rss", lambda: 3 * 2**29)
     console.memory_line(plan, torch.device("cpu"), **lengths)
     said = " ".join(capsys.readouterr().out.split())
@@ -387,6 +392,9 @@ def test_after_the_first_step_the_plan_is_printed_beside_what_was_taken(
     console.memory_line(plan, torch.device("cuda"), **lengths)
     said = " ".join(capsys.readouterr().out.split())
     assert f"memory: 2.50 GiB of tensors at the highest; {planned}" in said
+    longest = {name: getattr(limits, name) for name in lengths}
+    console.memory_line(plan, torch.device("cuda"), **longest)
+    assert "none has reached" not in capsys.readouterr().out, "the keys' own lengths were reached"
     console.memory_line(None, torch.device("cuda"))
     assert "; not planned" in capsys.readouterr().out
 

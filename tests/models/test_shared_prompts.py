@@ -91,7 +91,7 @@ def test_it_is_done_where_it_is_less_work():
 def test_the_page_has_what_is_counted():
     page = (ROOT / "docs" / "step.md").read_text(encoding="utf-8")
     sharing = PromptSharing(hidden=576)
-    for prompt in (30, 512):
+    for prompt in (30, 256, 512):
         whole, once = (8, prompt + 40), (1, prompt + 8 * 40)
         before, after = sharing.products(*whole, masked=False), sharing.products(*once, masked=True)
         assert (

@@ -149,6 +149,42 @@ def test_children_get_vllms_variables_and_the_run_keeps_its_own(monkeypatch):
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
+def test_a_vllm_that_does_not_start_in_time_ends_the_run(
+    config, vllm, settings, monkeypatch, tmp_path, capsys
+):
+    """With one line, before anything is written; its processes are killed."""
+    children = []
+
+    def start(**arguments):
+        child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600.0,))
+        child.start()
+        children.append(child)
+        return vllm.start(**arguments)
+
+    monkeypatch.setattr(sys.modules["vllm"], "LLM", start)
+    monkeypatch.setattr(in_process, "STARTS_IN", 0.5)
+    vllm.faults.hangs = "start"
+    assert main(command(config, tmp_path, vllm_server_timeout=0.1, **settings)) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    line = "vllm_mode: colocate: vLLM has not started in 0.5 s; raise vllm_server_timeout, or use "
+    assert said.endswith(f"{line}vllm_mode: server")
+    assert not children[0].is_alive()
+    assert not written(tmp_path / "adapters")
+    vllm.released.set()
+
+
+def test_a_larger_timeout_is_also_the_time_to_start(state, vllm, settings, monkeypatch):
+    monkeypatch.setattr(in_process, "STARTS_IN", 0.01)
+    quick = vllm.start
+
+    def start(**arguments):
+        time.sleep(0.2)
+        return quick(**arguments)
+
+    monkeypatch.setattr(sys.modules["vllm"], "LLM", start)
+    state(vllm_server_timeout=60.0, **settings).engine.close()
+
+
 @pytest.mark.parametrize("call", ["generate", "add_lora"])
 def test_a_vllm_that_hangs_does_not_hang_the_run(state, vllm, settings, call):
     run = trainer.step_update(state(**settings))

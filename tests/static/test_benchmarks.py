@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import before_after, contenders, peers, report
+from benchmarks import before_after, contenders, peers, report, shared_prompts
 from benchmarks.harness import Case, Contender, allocations, distance, measure, peak_bytes
 from tests.ops.registry import OPS, Shape
 from tests.tiers import slow_unless
@@ -39,6 +39,19 @@ def test_four_roles_in_one_pass_say_what_four_passes_say(tmp_path):
     rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
     assert [row["status"] for row in rows] == ["timed", "timed"]
     assert max(row["error"] for row in rows) < 1e-3
+
+
+def test_a_prompt_run_once_gives_what_each_row_alone_gives(tmp_path, monkeypatch):
+    monkeypatch.setattr(shared_prompts, "FOLDER", tmp_path / "run")
+    out = tmp_path / "found.json"
+    assert command.main(["shared_prompts", "--quick", "--rounds", "1", "--out", str(out)]) == 0
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert [row["status"] for row in found["rows"]] == ["timed"] * 4
+    assert 0 < max(row["error"] for row in found["rows"]) < 1e-4
+    peaks = [row["peak_bytes"] for row in found["rows"]]
+    assert peaks[1] < 0.8 * peaks[0], "scoring ran the prompt once"
+    assert peaks[3] < 0.8 * peaks[2], "so did the update"
+    assert sum("of the time" in note for note in found["notes"]) == 2
 
 
 @pytest.mark.slow

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks import demo_seeds, integrations, step
+from benchmarks import demo_seeds, integrations, shared_prompts, step
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SEEDS_IN_WORDS = {3: "three", 5: "five"}
+SEEDS_IN_WORDS = {2: "two", 3: "three", 4: "four", 5: "five"}
 PAGE = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
 
 
@@ -31,8 +31,10 @@ def test_the_table_of_seeds_is_the_committed_result():
         statistics.mean(run[f"judge_{when}"] for run in result["runs"])
         for when in ("before", "after")
     )
-    assert f"before and after | {before:.2f}, {after:.2f} | |" in README
-    assert f"the three seeds: {result['date']}" in README
+    seeds = SEEDS_IN_WORDS[len(result["runs"])]
+    said = f"the demo's judge over {seeds} seeds, before and after | {before:.2f}, {after:.2f} | |"
+    assert said in README
+    assert f"the demo's seeds, {result['date']}" in README
 
 
 def results(name: str) -> dict[tuple[str, ...], dict[str, Any]]:
@@ -192,6 +194,16 @@ def test_the_page_of_rollouts_has_the_demo_by_both_samplers():
         said = demo_seeds.markdown(json.loads(result.read_text(encoding="utf-8")))
         assert said == result.with_suffix(".md").read_text(encoding="utf-8")
         assert " ".join(said.split()) in " ".join(page.split())
+
+
+def test_the_page_of_a_step_has_what_shared_prompts_save():
+    (path,) = (ROOT / "benchmarks" / "results").glob("shared_prompts-*.json")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "step.md").read_text(encoding="utf-8")
+    for row in shared_prompts.page_rows(found["rows"]):
+        assert row in page
+    assert found["date"] in page
+    assert path.with_suffix(".md").name in page
 
 
 def step_rows() -> Iterator[str]:

@@ -155,6 +155,17 @@ def test_both_samplers_train_with_the_same_seeds_and_no_run_is_repeated(demo, tm
     assert [given["seed"] for given in demo.commands[5:]] == ["1", "2"], "another reward model"
 
 
+def test_of_one_seed_a_page_says_that_the_interval_is_of_subjects_alone(demo, tmp_path):
+    out = tmp_path / "found.json"
+    argv = ["demo_seeds", "--sampler", "ours", "server", "--seeds", "1", "--out", str(out)]
+    assert command.main(argv) == 0
+    said = " ".join(out.with_suffix(".md").read_text().split())
+    alone = "0.10 to 0.10, of subjects alone: one seed says nothing of others)"
+    assert f"rises by 0.10 with one seed on 128 held-out prompts (95% interval {alone}." in said
+    assert "is +0.01 (95% interval +0.01 to +0.01, of subjects alone" in said
+    assert "in a seed" not in said
+
+
 def test_without_the_demos_models_nothing_is_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert command.main(["demo_seeds"]) == 2
