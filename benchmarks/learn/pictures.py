@@ -86,17 +86,17 @@ def beside(axis: Any, rows: Sequence[Found]) -> None:
 
 
 def draw_first(found: dict[str, list[Found]], path: Path) -> None:
-    """The README's: the token tasks, and gold against proxy where that was run.
+    """The README's: the token tasks, and gold against proxy where several seeds were run.
 
-    Of a policy that says one thing to every prompt the curves alone would praise it, so it is on
-    docs/learning.md only, which has the words to it.
+    Of one seed, or of a policy that says one thing to every prompt, the curves alone would say too
+    much; docs/learning.md has them with the words to it.
     """
     tasks = [task for task in TASKS if of(found["compare"], task=task)]
     name, shown = next(
         (
             (n, own)
             for n in reversed(sentiment.CONTROLLERS)
-            if (own := of(found["sentiment"], name=n)) and not any(map(one_response, own))
+            if len(own := of(found["sentiment"], name=n)) > 1 and not any(map(one_response, own))
         ),
         ("", []),
     )

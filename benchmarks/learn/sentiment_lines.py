@@ -89,6 +89,8 @@ def sentiment_verdict(rows: Sequence[Found]) -> str:
     most = max(map(farthest, rows))
     missing = [name for name in sentiment.CONTROLLERS if not of(rows, name=name)]
     left = f" Not run yet: {', '.join(missing)}." if missing else ""
+    if not missing and len(rows) == len(sentiment.CONTROLLERS):
+        left = " With one seed each, what differs between the two may be chance."
     if not far:
         return (
             f"Over-optimisation was not reached: no run's KL passed {FAR:g} nats a response "

@@ -137,7 +137,8 @@ def test_over_optimisation_is_a_gold_score_that_falls_while_the_proxy_rises(kl, 
     row = made_up(curve=curve(lambda t: kl * t, proxy, gold))
     assert words in sentiment_verdict([row])
     assert sentiment_verdict([row]).endswith("Not run yet: controller on.")
-    assert "Not run" not in sentiment_verdict([row, made_up(name="controller on")])
+    both = sentiment_verdict([row, made_up(name="controller on")])
+    assert both.endswith("With one seed each, what differs between the two may be chance.")
     if "1 of them" in words:
         assert over_optimised(row)
         assert 20 < best_gold(row).kl < 40
@@ -191,7 +192,8 @@ def test_a_page_of_some_sections_says_what_was_not_run(tmp_path):
     nothing = page.markdown(defaultdict(list))
     assert nothing.count("Not run yet") == 7
     assert ".png" not in nothing
-    assert page.markdown(every).count("Not run yet") == 6  # the other controller too
+    words = " ".join(page.markdown(every).split())
+    assert words.count("Not run yet") == 6  # the other controller too
     drawn = pictures.draw(every, tmp_path)
     assert [path.name for path in drawn] == ["learning_sentiment.png", "learning_trl.png"]
     assert pictures.draw(defaultdict(list), tmp_path) == []
