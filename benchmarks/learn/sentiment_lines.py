@@ -74,6 +74,8 @@ def ends(rows: Sequence[Found]) -> str:
                 f"the KL is {running(row)[-1].kl:.1f} there for a target of "
                 f"{row['settings']['ppo_target']:g}."
             )
+        if abs(row["proxy_after"] - row["proxy_before"]) < 2 * row["proxy_error"]:
+            said += f" One run ({who}) has learned nothing: its held-out reward is where it was."
         if one_response(row):
             said += (
                 f" The last {WINDOW} steps' rollouts all have a gold score of {last['gold']:.2f} "

@@ -154,6 +154,13 @@ def test_a_policy_that_says_one_thing_to_every_prompt_is_told_from_a_good_one():
     assert not one_response(row)
 
 
+def test_a_run_that_learned_nothing_is_named():
+    assert "has learned nothing" not in sentiment_verdict([made_up()])
+    assert "(controller off, seed 1) has learned nothing" in sentiment_verdict(
+        [made_up(proxy_after=0.1)]
+    )
+
+
 def test_the_verdict_has_the_controllers_beta_and_kl():
     settings = {"adap_kl_ctrl": True, "ppo_target": 6.0, "learning_rate": 3e-4}
     row = made_up(name="controller on", settings=settings)
