@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 RESULTS = report.RESULTS / "learn"
 TRAINERS = ("fastppo", "TRL")
 RATES = (1e-4, 3e-4, 1e-3)
-STEPS, TRIED = 60, 30  # of a reported run, and of one that tries a learning rate
+STEPS, TRIED = 40, 15  # of a reported run, and of one that tries a learning rate
 TUNING_SEED = 0
 LIMIT = 4 * 3600  # seconds for a run of TRL's
 SETTINGS: dict[str, Any] = {
@@ -51,6 +51,7 @@ SETTINGS: dict[str, Any] = {
     "vf_coef": 0.1,
     "gamma": 1.0,
     "lam": 0.95,
+    "max_grad_norm": 0.0,  # TRL's PPOTrainer clips no gradient
 }
 
 

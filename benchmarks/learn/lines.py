@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from benchmarks.learn import runs
+from benchmarks.learn.problems import ESTIMATORS, QUALIFIES
 from benchmarks.learn.results import Found, mean, of, table
 from benchmarks.learn.tokens import TASKS
 
@@ -134,28 +135,71 @@ def rates_lines(rows: Sequence[Found]) -> list[str]:
 
 
 def problems_lines(rows: Sequence[Found]) -> list[str]:
-    """Exact match on held-out problems, with intervals."""
+    """Exact match on held-out problems, with intervals; the baselines without a model first."""
 
     def cell(row: Found, when: str) -> str:
-        low, high = row[f"interval_{when}"]
-        return f"{100 * row[f'accuracy_{when}']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+        low, high = (100 * edge for edge in row[f"interval_{when}"])
+        return f"{100 * row[f'accuracy_{when}']:.1f} ({low:.1f} to {high:.1f})"
 
-    return table(
-        ("", "seed", "untrained, %", "trained, %", "by chance, %", "KL", "responses", "minutes"),
-        (
-            (
-                row["name"],
-                str(row["seed"]),
-                cell(row, "before"),
-                cell(row, "after"),
-                f"{100 * row['accuracy_by_chance']:.1f}",
-                f"{row['kl']:.2f}",
-                f"{row['samples']:,}",
-                f"{row['seconds'] / 60:.0f}",
-            )
-            for row in rows
-        ),
-    )
+    def line(name: str, row: Found, when: str) -> tuple[str, ...]:
+        trained = when == "after"
+        return (
+            name,
+            str(row["seed"]),
+            cell(row, when),
+            f"{100 * row[f'numbers_{when}']:.1f}",
+            f"{row['kl']:.2f}" if trained else "",
+            f"{row['samples']:,}" if trained else "",
+            f"{row['seconds'] / 60:.0f}" if trained else "",
+        )
+
+    lines = [
+        (name, "", f"{100 * mean(rows, f'accuracy_by_{key}'):.1f}", "100", "", "", "")
+        for name, key in (("drawn answer", "chance"), ("commonest answer", "constant"))
+    ]
+    for seed in sorted({row["seed"] for row in rows}):
+        own = sorted(of(rows, seed=seed), key=lambda row: row["name"] != "PPO")
+        lines.append(line("untrained", own[0], "before"))
+        lines += [line(row["name"], row, "after") for row in own]
+    head = ("", "seed", "exact match, %", "a number, %", "KL", "responses", "minutes")
+    return table(head, lines)
+
+
+def learned(row: Found) -> bool:
+    """Exact match is surely above the untrained model's and the commonest answer's."""
+    low = row["interval_after"][0]
+    return bool(low > row["interval_before"][1] and low > row["accuracy_by_constant"])
+
+
+def problems_verdict(rows: Sequence[Found]) -> str:
+    """Whether the task qualifies, and what the trained models surely do better."""
+    low, high = QUALIFIES
+    start = mean(rows, "accuracy_before")
+    does = "qualifies" if low <= start <= high else "does not qualify"
+    words = [
+        f"The untrained model solves {100 * start:.1f}%, so the task {does}: that takes "
+        f"{low:.0%} to {high:.0%}."
+    ]
+    for name in ESTIMATORS:
+        own = of(rows, name=name)
+        if not own:
+            words.append(f"Not run yet: {name}.")
+            continue
+        count = sum(map(learned, own))
+        before, after = (
+            100 * mean(own, f"accuracy_{when}") / mean(own, f"numbers_{when}")
+            for when in ("before", "after")
+        )
+        words.append(
+            f"{name} is surely better than the untrained model and than the commonest answer in "
+            f"{count} of {len(own)} runs (its interval is above both)."
+        )
+        if not count:
+            words.append("What it has learned is the form: to answer with a number alone.")
+        words.append(
+            f"Of the responses that are a number {after:.1f}% are right, {before:.1f}% before."
+        )
+    return " ".join(words)
 
 
 def verdict(compared: Sequence[Found]) -> str:

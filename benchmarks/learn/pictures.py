@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.learn import beside_trl, runs, sentiment
 from benchmarks.learn.results import Found, of, of_the_way, running
-from benchmarks.learn.sentiment_lines import FAR
+from benchmarks.learn.sentiment_lines import FAR, one_response
 from benchmarks.learn.tokens import TASKS
 
 WIDE, HIGH = 3.5, 3.0  # inches of a panel; three of them are as wide as a README
@@ -86,13 +86,17 @@ def beside(axis: Any, rows: Sequence[Found]) -> None:
 
 
 def draw_first(found: dict[str, list[Found]], path: Path) -> None:
-    """The README's: the token tasks, and gold against proxy where that was run."""
+    """The README's: the token tasks, and gold against proxy where several seeds were run.
+
+    Of one seed, or of a policy that says one thing to every prompt, the curves alone would say too
+    much; docs/learning.md has them with the words to it.
+    """
     tasks = [task for task in TASKS if of(found["compare"], task=task)]
     name, shown = next(
         (
             (n, own)
             for n in reversed(sentiment.CONTROLLERS)
-            if (own := of(found["sentiment"], name=n))
+            if len(own := of(found["sentiment"], name=n)) > 1 and not any(map(one_response, own))
         ),
         ("", []),
     )

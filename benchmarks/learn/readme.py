@@ -1,9 +1,14 @@
-"""What both READMEs say of the runs, from the committed JSON: `--page` writes it between marks."""
+"""What both READMEs say of the runs, from the committed JSON: `--page` writes it between marks.
+
+Only what a run surely shows is said there; docs/learning.md has the others too.
+"""
 
 from __future__ import annotations
 
 from benchmarks.learn import runs
+from benchmarks.learn.lines import learned
 from benchmarks.learn.results import Found, mean, of
+from benchmarks.learn.sentiment_lines import one_response
 from benchmarks.learn.tokens import TASKS
 
 MARKS = "<!-- learn -->", "<!-- /learn -->"
@@ -29,15 +34,16 @@ def sentences(found: dict[str, list[Found]]) -> dict[str, str]:
         f"在两个可算出最优策略的 token 任务上，{samples} 条回答后 PPO 走完到最优的 {ppo}，"
         f"GRPO {grpo}，RLOO {rloo}（{seeds} 个种子平均）。"
     )
-    sums = of(found["problems"], name="PPO")
+    solved = of(found["problems"], name="PPO")
     scored = of(found["sentiment"], name="controller on")
-    if sums:
-        before, after = (f"{100 * mean(sums, f'accuracy_{x}'):.0f}%" for x in ("before", "after"))
+    if solved and all(map(learned, solved)):
+        before, after = (f"{100 * mean(solved, f'accuracy_{x}'):.0f}%" for x in ("before", "after"))
         english += (
-            f"\nExact match of SmolLM2-135M on unseen sums goes from {before} to {after} (PPO)."
+            f"\nPPO takes SmolLM2-135M from {before} to {after} exact match on number sequences "
+            "that it has not seen."
         )
-        chinese += f"\nSmolLM2-135M 在未见过的加法题上的完全匹配率从 {before} 升到 {after}（PPO）。"
-    elif scored:
+        chinese += f"\nPPO 训练前后，SmolLM2-135M 答对未见过的数列题的比例为 {before} 和 {after}。"
+    elif scored and not any(map(one_response, scored)):
         before, after = (f"{mean(scored, f'gold_{when}'):+.2f}" for when in ("before", "after"))
         english += f"\nAgainst the demo's reward model its judge goes from {before} to {after}."
         chinese += f"\n按演示的奖励模型训练，评判器得分从 {before} 变为 {after}。"

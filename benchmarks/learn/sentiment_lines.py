@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from benchmarks.learn import beside_trl, sentiment
 from benchmarks.learn.results import (
     SURE,
+    WINDOW,
     Found,
     best_gold,
     mean,
@@ -18,6 +19,7 @@ from benchmarks.learn.results import (
     table,
 )
 
+SAME = 1e-3  # of a gold score in [-1, 1]
 FAR = 30.0  # nats a response, past which over-optimisation is looked for
 
 
@@ -54,21 +56,55 @@ def sentiment_lines(rows: Sequence[Found]) -> list[str]:
     return table((*head, "gold, held out", "proxy, held out", "minutes"), lines)
 
 
+def one_response(row: Found) -> bool:
+    """The last rollouts' gold scores are the same, and so are their lengths: one text for all."""
+    last = row["curve"][-WINDOW:]
+    golds, lengths = ([point[key] for point in last] for key in ("gold", "length"))
+    return max(golds) - min(golds) < SAME and max(lengths) == min(lengths)
+
+
+def ends(rows: Sequence[Found]) -> str:
+    """What the ends of runs show beside the scores: the controller's beta, and one text for all."""
+    said = ""
+    for row in rows:
+        who, last = f"{row['name']}, seed {row['seed']}", row["curve"][-1]
+        if row["settings"].get("adap_kl_ctrl"):
+            said += (
+                f" The controller has raised beta to {last['kl_coef']:.2g} by the end ({who}), and "
+                f"the KL is {running(row)[-1].kl:.1f} there for a target of "
+                f"{row['settings']['ppo_target']:g}."
+            )
+        if abs(row["proxy_after"] - row["proxy_before"]) < 2 * row["proxy_error"]:
+            said += f" One run ({who}) has learned nothing: its held-out reward is where it was."
+        if one_response(row):
+            said += (
+                f" The last {WINDOW} steps' rollouts all have a gold score of {last['gold']:.2f} "
+                f"and {last['length']:.0f} tokens ({who}): the policy says one thing to every "
+                "prompt, which neither score counts against it."
+            )
+    return said
+
+
 def sentiment_verdict(rows: Sequence[Found]) -> str:
     """Whether over-optimisation was reached, and which runs show it."""
     far = [row for row in rows if farthest(row) > FAR]
     most = max(map(farthest, rows))
+    missing = [name for name in sentiment.CONTROLLERS if not of(rows, name=name)]
+    left = f" Not run yet: {', '.join(missing)}." if missing else ""
+    if not missing and len(rows) == len(sentiment.CONTROLLERS):
+        left = " With one seed each, what differs between the two may be chance."
     if not far:
         return (
             f"Over-optimisation was not reached: no run's KL passed {FAR:g} nats a response "
-            f"(the most was {most:.1f})."
+            f"(the most was {most:.1f}).{ends(rows)}{left}"
         )
     shown = [row for row in far if over_optimised(row)]
     names = ", ".join(f"{row['name']}, seed {row['seed']}" for row in far)
     return (
         f"The KL passed {FAR:g} nats a response in {len(far)} of {len(rows)} runs ({names}); in "
-        f"{len(shown)} of them the policy is over-optimised: the gold score ended over {SURE:g} "
-        "standard errors below its best, and the proxy above what it was there."
+        f"{len(shown)} of them the policy is over-optimised, that is, the gold score ended over "
+        f"{SURE:g} standard errors below its best, and the proxy above what it was there."
+        f"{ends(rows)}{left}"
     )
 
 

@@ -274,3 +274,66 @@ def test_one_harmless_sign_names_nobody_and_two_do():
     assert "alone says little" in one.verdict
     two = audit(made_up(rows_of(entropy=lambda t: 2 * (1 - t) ** 2, kl=lambda t: 60 * t**6)))
     assert two.exploited
+
+
+SHARED = [
+    {"policy": f"{i} what a great answer", "reference": f"{i} one {i}{i} two {i}"}
+    for i in "abcdefgh"
+]
+COLLAPSED = rows_of(entropy=lambda t: 2 * (1 - t) ** 2)
+
+
+def test_little_entropy_and_the_phrase_that_comes_of_it_are_one_sign():
+    found = audit(made_up(COLLAPSED, SHARED))
+    assert found.found == ["entropy", "repetition"]
+    assert not found.exploited
+    assert found.verdict == (
+        "One sign of an exploited reward, which alone says little: "
+        "the entropy collapses and responses repeat n-grams."
+    )
+    loops = [{**row, "policy": "so good " * 8} for row in SHARED]
+    assert audit(made_up(COLLAPSED, loops)).exploited
+
+
+@pytest.mark.parametrize(
+    ("gain", "later_loss", "cleared"),
+    [
+        (0.3, 0.0, True),
+        (0.1, 0.0, False),  # within three standard errors
+        (0.3, 0.3, False),  # it was higher before
+        (-0.3, 0.0, False),
+    ],
+)
+def test_a_judge_that_surely_rises_clears_a_run(gain, later_loss, cleared):
+    def evaluation(step: int, reward: float, judge: float) -> dict[str, float]:
+        return {
+            "step": step,
+            "eval_reward": reward,
+            "eval_reward_reference": 0.0,
+            "eval_judge": judge,
+            "eval_judge_reference": 0.5,
+        }
+
+    evaluations = [evaluation(1, 1.0, 0.5 + gain + later_loss), evaluation(2, 2.0, 0.5 + gain)]
+    judged = [
+        {**row, "judge_policy": 0.5 + gain + e, "judge_reference": 0.5}
+        for row, e in zip(SHARED * 4, (-0.25, 0.25) * 16, strict=True)
+    ]
+    rows = rows_of(entropy=lambda t: 2 * (1 - t) ** 2, kl=lambda t: 60 * t**6)
+    found = audit(made_up(rows, judged, evaluations))
+    assert {"entropy", "kl", "repetition"} <= set(found.found)
+    assert found.cleared is cleared
+    assert found.exploited is not cleared
+    if cleared:
+        assert found.verdict.startswith("The judge rises with the reward, so this is no accusation")
+
+
+@pytest.mark.slow
+def test_a_healthy_run_with_a_small_beta_is_not_accused(tmp_path):
+    """Its best policy is nearly one response: the entropy falls and the responses are alike."""
+    run = reach_optimum(tmp_path, init_kl_coef=0.005)
+    assert run.evaluation["eval_reward"] > 0.8
+    found = audit(run)
+    assert "entropy" in found.found
+    assert not found.exploited, found.signs
+    assert not audit(without_judge(run)).exploited, found.signs

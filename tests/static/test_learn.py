@@ -140,15 +140,20 @@ def test_the_interval_is_wilsons():
     assert problems.interval(0, 10)[0] == pytest.approx(0.0, abs=1e-12)
 
 
-def test_chance_is_the_match_of_an_answer_drawn_from_the_training_problems():
-    assert problems.by_chance(["1", "1", "2", "3"], ["1", "2", "9"]) == pytest.approx(0.25)
+def test_the_baselines_without_a_model_by_hand():
+    assert problems.by_chance(["1", "1", "2", "3"]) == pytest.approx((4 + 1 + 1) / 16)
+    assert problems.by_constant(["2", "1", "1", "3"]) == 0.5
 
 
 @pytest.mark.slow
 def test_the_problems_are_walked_through_with_a_random_model(tmp_path, monkeypatch):
-    def sums(task, seed, size):
-        pairs = [(i % 10, (i + seed) % 7) for i in range(min(size, 32))]
-        return [{"instruction": f"{a} + {b} =", "answer": str(a + b)} for a, b in pairs]
+    def sums(task):
+        made = [
+            {"instruction": f"{a} + {b} =", "answer": str(a + b)}
+            for a in range(8)
+            for b in range(4)
+        ]
+        return {"training": made[:16], "held_out": made[16:]}
 
     monkeypatch.setattr(problems, "make_records", sums)
     asked = ["--quick", "--only", "problems", "--seeds", "1", "--out", str(tmp_path)]
@@ -167,10 +172,19 @@ def test_the_problems_are_walked_through_with_a_random_model(tmp_path, monkeypat
 )
 def test_problems_are_reasoning_gyms():
     for task in problems.PROBLEMS:
-        first, second = (problems.make_records(task, seed, 8) for seed in (1, 1001))
-        assert first != second
-        assert all(row["instruction"].endswith(problems.ASK) for row in first)
-        assert problems.reward([row["answer"] for row in first], [row["answer"] for row in first])
+        records = problems.make_records(task, 64)
+        assert len(records["held_out"]) == 64
+        questions = {
+            part: {row["messages"][-1]["content"] for row in rows} for part, rows in records.items()
+        }
+        assert not questions["training"] & questions["held_out"]
+        every = [*records["training"], *records["held_out"]]
+        assert len(questions["training"]) == len(records["training"])
+        example = every[0]["messages"][:2]
+        assert all(row["messages"][:2] == example for row in every)
+        assert example[0]["content"] not in questions["training"]
+        answers = [row["answer"] for row in every]
+        assert problems.reward(answers, answers) == [1.0] * len(every)
 
 
 FOUND = page.read()

@@ -17,7 +17,7 @@ from benchmarks import step as step_benchmark
 from benchmarks.learn import __main__ as command
 from benchmarks.learn import beside_trl, page, pictures, readme, runs, sentiment
 from benchmarks.learn.results import best_gold, over_optimised, read, running
-from benchmarks.learn.sentiment_lines import sentiment_verdict, trl_verdict
+from benchmarks.learn.sentiment_lines import one_response, sentiment_verdict, trl_verdict
 from benchmarks.peers.environments import TRL
 from fastppo import init_state, step_update
 from fastppo.ppo import trainer as ppo_loop
@@ -96,6 +96,8 @@ def curve(kl, proxy, gold, steps=40):
             "kl": kl(t),
             "proxy": proxy(t),
             "gold": gold(t) + 0.1 * (-1) ** i,
+            "kl_coef": 0.01,
+            "length": 16.0,
         }
         for i, t in enumerate(shares)
     ]
@@ -134,9 +136,36 @@ def test_running_means_by_hand():
 def test_over_optimisation_is_a_gold_score_that_falls_while_the_proxy_rises(kl, proxy, gold, words):
     row = made_up(curve=curve(lambda t: kl * t, proxy, gold))
     assert words in sentiment_verdict([row])
+    assert sentiment_verdict([row]).endswith("Not run yet: controller on.")
+    both = sentiment_verdict([row, made_up(name="controller on")])
+    assert both.endswith("With one seed each, what differs between the two may be chance.")
     if "1 of them" in words:
         assert over_optimised(row)
         assert 20 < best_gold(row).kl < 40
+
+
+def test_a_policy_that_says_one_thing_to_every_prompt_is_told_from_a_good_one():
+    row = made_up()
+    assert not one_response(row)
+    row["curve"] = [{**point, "gold": 0.9, "length": 10.0} for point in row["curve"]]
+    assert one_response(row)
+    assert "the policy says one thing to every prompt" in sentiment_verdict([row])
+    row["curve"][-1] |= {"length": 10.5}
+    assert not one_response(row)
+
+
+def test_a_run_that_learned_nothing_is_named():
+    assert "has learned nothing" not in sentiment_verdict([made_up()])
+    assert "(controller off, seed 1) has learned nothing" in sentiment_verdict(
+        [made_up(proxy_after=0.1)]
+    )
+
+
+def test_the_verdict_has_the_controllers_beta_and_kl():
+    settings = {"adap_kl_ctrl": True, "ppo_target": 6.0, "learning_rate": 3e-4}
+    row = made_up(name="controller on", settings=settings)
+    row["curve"][-1]["kl_coef"] = 0.4
+    assert "raised beta to 0.4 by the end (controller on, seed 1)" in sentiment_verdict([row])
 
 
 def beside(ours: dict[int, float], theirs: dict[int, float]):
@@ -168,9 +197,10 @@ def test_the_table_says_who_is_ahead_and_when_nobody_is(ours, theirs, words):
 def test_a_page_of_some_sections_says_what_was_not_run(tmp_path):
     every = defaultdict(list, sentiment=[made_up()], trl=beside({1: 0.6}, {1: 0.5}))
     nothing = page.markdown(defaultdict(list))
-    assert nothing.count("Not run yet") == 8
+    assert nothing.count("Not run yet") == 7
     assert ".png" not in nothing
-    assert page.markdown(every).count("Not run yet") == 6
+    words = " ".join(page.markdown(every).split())
+    assert words.count("Not run yet") == 6  # the other controller too
     drawn = pictures.draw(every, tmp_path)
     assert [path.name for path in drawn] == ["learning_sentiment.png", "learning_trl.png"]
     assert pictures.draw(defaultdict(list), tmp_path) == []
