@@ -23,7 +23,13 @@ from fastppo.ops.head import Head
 from fastppo.ops.shapes import checked_vocab_size
 
 # What is no DTensor, by a look at the type alone.
-_PLAIN: Final = {Tensor, torch.nn.Parameter, type(None)}
+_PLAIN: Final = (Tensor, torch.nn.Parameter, type(None))  # torch 2.8 traces no set of classes
+# Devices that have autocast; asked here, because torch 2.8 does not trace the question.
+_AUTOCAST: Final = tuple(
+    device
+    for device in ("cpu", "cuda", "mps", "xpu", "hpu")
+    if torch.amp.is_autocast_available(device)
+)
 
 
 class Operands(NamedTuple):
@@ -49,8 +55,8 @@ def operands(
     is that of the arguments' names: "ref_" for the reference's. With `group` the head is a shard of
     the group's, and what lies past `vocab_size` is cut off when all its shards are known.
     """
-    kinds = {type(hidden_ND), type(head.weight_VD), type(head.bias_V)}
-    if group is not None or head.lora is not None or not kinds <= _PLAIN:
+    plain = type(hidden_ND) in _PLAIN and type(head.weight_VD) in _PLAIN
+    if not plain or type(head.bias_V) not in _PLAIN or group is not None or head.lora is not None:
         refuse_dtensor(op, f"{prefix}hidden_ND", hidden_ND)
         head = local_head(op, head, group, prefix)
     hidden_ND, lead = rows_and_lead(op, f"{prefix}hidden_ND", hidden_ND)
@@ -58,7 +64,7 @@ def operands(
     if vocab_size is not None and group is None:
         head = head.first_words(checked_vocab_size(op, vocab_size, head.weight_VD.shape[0]))
     device = hidden_ND.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device in _AUTOCAST and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden_ND, head = _cast(hidden_ND, dtype), head.map(lambda x: _cast(x, dtype))
     check_head(op, hidden_ND, head, prefix)
