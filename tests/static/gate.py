@@ -29,6 +29,8 @@ from tests.static.gate_cases import GREEDY, Case, candidate_cases, cases, one_of
 FAST = ("sm_90",)
 CANDIDATES = "sm_90, candidates"
 SLOW = (CANDIDATES, "gfx942", "sm_80", "sm_86", "sm_89", "sm_100", "sm_120")
+# sm_80's instructions and less shared memory: of these two the kernels of one dtype.
+LIKE_SM_80 = ("sm_86", "sm_89")
 
 
 # The interpreter is chosen when a kernel is defined; here the compiler is wanted.
@@ -417,6 +419,8 @@ def wanted(target: str) -> list[Case]:
     """What is compiled: the launches of the table, and candidates where their code is looked at."""
     if target == CANDIDATES:
         return candidate_cases()
+    if target in LIKE_SM_80:
+        return [case for case in cases() if case.logits == "bf16"]
     extra = {"sm_90": [GREEDY], "gfx942": one_of_each_method()}
     return [*cases(), *extra.get(target, [])]
 
