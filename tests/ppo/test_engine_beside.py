@@ -149,19 +149,25 @@ def test_children_get_vllms_variables_and_the_run_keeps_its_own(monkeypatch):
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
-def test_a_vllm_that_does_not_start_in_time_ends_the_run(
-    config, vllm, settings, monkeypatch, tmp_path, capsys
-):
-    """With one line, before anything is written; its processes are killed."""
-    children = []
+@pytest.fixture
+def children(vllm, monkeypatch):
+    """Processes that vLLM has started, one each time that it starts."""
+    started = []
 
     def start(**arguments):
         child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600.0,))
         child.start()
-        children.append(child)
+        started.append(child)
         return vllm.start(**arguments)
 
     monkeypatch.setattr(sys.modules["vllm"], "LLM", start)
+    return started
+
+
+def test_a_vllm_that_does_not_start_in_time_ends_the_run(
+    config, vllm, children, settings, monkeypatch, tmp_path, capsys
+):
+    """With one line, before anything is written; its processes are killed."""
     monkeypatch.setattr(in_process, "STARTS_IN", 0.5)
     vllm.faults.hangs = "start"
     assert main(command(config, tmp_path, vllm_server_timeout=0.1, **settings)) == 2
@@ -211,17 +217,8 @@ def test_a_rollout_has_the_time_of_each_batch_of_requests(state, vllm, settings,
     run.engine.close()
 
 
-def test_a_vllm_that_does_not_end_is_killed(state, vllm, settings, monkeypatch):
+def test_a_vllm_that_does_not_end_is_killed(state, vllm, children, settings, monkeypatch):
     monkeypatch.setattr(in_process, "ENDS_IN", 0.1)
-    children = []
-
-    def start(**arguments):
-        child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600.0,))
-        child.start()
-        children.append(child)
-        return vllm.start(**arguments)
-
-    monkeypatch.setattr(sys.modules["vllm"], "LLM", start)
     monkeypatch.setattr(vllm, "shutdown", lambda timeout: vllm.released.wait())
     run = state(**settings)
     assert children[0].is_alive()
