@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastppo.config import downloads
 from fastppo.data.info import PACKED, READERS, Source, unread
 from fastppo.errors import UserError
 
@@ -143,10 +144,14 @@ def load_with_datasets(
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     hub_logging.set_verbosity(hub_logging.CRITICAL)
     settings: dict[str, Any] = {"data_files": files}
+    why = None
     if files is None:
+        why = downloads.check_dataset(f"{config.source}: data set:", reader)
         settings = {"name": source.info.get("subset"), "data_dir": source.info.get("folder")}
     elif reader in ("csv", "text"):
         settings["encoding"] = "utf-8-sig"  # with or without a byte order mark
+    offline = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = offline or why is not None  # otherwise it asks six times
     try:
         if files and reader == "csv":
             settings |= as_text(files)
@@ -154,10 +159,15 @@ def load_with_datasets(
             reader, split=source.split, cache_dir=config.cache_dir, **settings
         )
     except Exception as error:  # `datasets` can raise anything; the file or the name is wrong
-        why = (str(error) or type(error).__name__).splitlines()[0]
+        said = (str(error) or type(error).__name__).splitlines()[0]
         place = source.path or f"'{reader}' on the Hugging Face hub"
-        cure = "mend or replace it" if files else "check the name and the network"
-        raise UserError(f"{place}: cannot be read ({why}); {cure}") from None
+        cure = "mend or replace it" if files else "check the name"
+        if why is not None:
+            said = f"it is not in the cache of `datasets`, and {why}"
+            cure = f"fetch it where there is a network, or name a local file{downloads.MIRROR}"
+        raise UserError(f"{place}: cannot be read ({said}); {cure}") from None
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
     name = source.path or reader
     return (Row(f"{name} row {number}", dict(row)) for number, row in enumerate(table, 1))
 

@@ -36,12 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         words = parser.parse(argv).words
         if missing := packages.missing_for_training():
             raise UserError(missing)
-        from fastppo.export.config import read_export
+        from fastppo.export.config import check_downloads, read_export
 
         config, notes = read_export(words)
         check_one_process("fastppo-export", "export_dir")
         for line in notes:
             print(f"note: {line}")
+        check_downloads(config)
         quieten()
         from fastppo.export.model import export
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fastppo.config import Config
+from fastppo.config import Config, downloads
 from fastppo.config.below import ADAPTER, adapters_below, base_of, check_below, is_same
 from fastppo.config.elsewhere import IGNORED
 from fastppo.config.file import override, read_file, read_json
@@ -278,6 +278,26 @@ def check_folders(config: ExportConfig, source: str) -> ExportConfig:
         raise UserError(f"{source}: model_name_or_path: no folder {base}; check the path")
     check_target(Path(config.export_dir), source)
     return config.model_copy(update={"model_name_or_path": base})
+
+
+def check_downloads(config: ExportConfig) -> None:
+    """Ask the hub once for base and adapters that are no folders, before torch is imported.
+
+    Raises:
+        UserError: the hub does not answer, or has nothing of this name for this user.
+    """
+    named = [("model_name_or_path", str(config.model_name_or_path), "config.json")]
+    named += [("adapter_name_or_path", name, ADAPTER) for name in config.adapters]
+    for where, name, file in named:
+        if not Path(name).is_dir():
+            downloads.check_download(
+                f"{where}:",
+                name,
+                file,
+                revision=config.model_revision if where == "model_name_or_path" else "main",
+                cache_dir=config.cache_dir,
+                token=config.hf_hub_token,
+            )
 
 
 def check_target(target: Path, source: str) -> None:

@@ -1,4 +1,4 @@
-"""Hugging Face's hub: is a model there, and the upload of what a run trained (`push_to_hub`).
+"""The upload of what a run trained to Hugging Face's hub (`push_to_hub`).
 
 The token is HF_TOKEN of the environment (hf_hub_token is put there) or that of the login.
 huggingface_hub reads it; no line and no file of a run has it. No torch here.
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastppo import __version__
+from fastppo.config.downloads import kind
 from fastppo.config.rewards import TEXT_RECORD
 from fastppo.config.tracking import names_repository
 from fastppo.errors import TrainingStopped, UserError
@@ -40,52 +41,6 @@ PATTERNS = (
     TEXT_RECORD,
     CARD,
 )
-
-
-def check_download(config: Config, key: str, name: str, file: str = "config.json") -> None:
-    """Ask the hub once for `file` of the model `name`, unless its cache has it.
-
-    transformers asks for several files, each six times over half a minute, and prints every try.
-
-    Raises:
-        UserError: the hub does not answer, or has nothing of this name for this user.
-    """
-    import huggingface_hub as hub
-    from huggingface_hub import constants, errors
-
-    revision = config.model_revision if key == "model_name_or_path" else "main"
-    where = f"{config.source}: {key}:"
-    if hub.try_to_load_from_cache(name, file, cache_dir=config.cache_dir, revision=revision):
-        return
-    fetch = f"fetch it where there is a network: `hf download {name}`"
-    try:
-        hub.get_hf_file_metadata(hub.hf_hub_url(name, file, revision=revision))
-    except errors.GatedRepoError:
-        raise UserError(
-            f"{where} {name} is gated on the hub; accept its terms on its page, and set HF_TOKEN "
-            "(or hf_hub_token)"
-        ) from None
-    except errors.RevisionNotFoundError:
-        raise UserError(
-            f"{config.source}: model_revision: {name} has no {revision} on the hub; check it"
-        ) from None
-    except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        raise UserError(
-            f"{where} no folder {name} here, and none of that name on the hub that is open to you; "
-            "check the name; for a private one set HF_TOKEN (or hf_hub_token)"
-        ) from None
-    except errors.OfflineModeIsEnabled:
-        raise UserError(
-            f"{where} no folder {name} here, not in the hub's cache, and HF_HUB_OFFLINE is set; "
-            f"check the path, or {fetch}"
-        ) from None
-    except (errors.HfHubHTTPError, errors.FileMetadataError):
-        return  # no such file, a mirror's own ways, or a busy hub: transformers knows more
-    except Exception as error:  # whatever a network raises
-        raise UserError(
-            f"{where} no folder {name} here, not in the hub's cache, and {constants.ENDPOINT} does "
-            f"not answer ({kind(error)}); check the path, or {fetch} (HF_ENDPOINT names a mirror)"
-        ) from None
 
 
 def repository(config: Config) -> str:
@@ -124,12 +79,6 @@ def check(config: Config) -> None:
         ) from None
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise UserError(f"{where} the login's token may only read; {cure} with one that may write")
-
-
-def kind(error: Exception) -> str:
-    """An error by its class and the HTTP status; its text could name what is nobody's business."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    return type(error).__name__ + (f", HTTP {status}" if status else "")
 
 
 def patterns(config: Config) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastppo import packages
+from fastppo.config import downloads
 from fastppo.config.below import ADAPTER, check_below
 from fastppo.config.file import read_json
 from fastppo.config.published import hidden_width
@@ -114,6 +115,12 @@ def looks_local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
 
 
+def check_download(config: Config, key: str, name: str, file: str, revision: str = "main") -> None:
+    """Check that the hub or its cache has the model or adapter `name`."""
+    where = f"{config.source}: {key}:"
+    downloads.check_download(where, name, file, revision=revision, cache_dir=config.cache_dir)
+
+
 def check_model(config: Config, key: str) -> None:
     """Check that a local model folder holds a model, and that one on the hub is there."""
     name = getattr(config, key)
@@ -121,7 +128,8 @@ def check_model(config: Config, key: str) -> None:
         return
     if not looks_local(name):
         gguf = config.model_gguf_file if key == "model_name_or_path" else None
-        hub.check_download(config, key, name, gguf or "config.json")
+        revision = config.model_revision if key == "model_name_or_path" else "main"
+        check_download(config, key, name, gguf or "config.json", revision)
         return
     folder = Path(name)
     if not folder.is_dir():
@@ -152,7 +160,7 @@ def check_adapters(config: Config, key: str) -> None:
         if not folder.is_dir():
             if folder.parent.is_dir():  # owner/name on the hub has no such parent
                 raise UserError(f"{config.source}: {key}: no folder {folder}; check the path")
-            hub.check_download(config, key, name, ADAPTER)
+            check_download(config, key, name, ADAPTER)
             continue
         read = folder / "adapter_config.json"
         weights = [folder / f"adapter_model.{end}" for end in ("safetensors", "bin")]
@@ -192,7 +200,7 @@ def check_reward_full(config: Config, name: str) -> None:
                 f"{config.source}: {key}: {folder} has no {file}; {cure_of_full(folder, key)}"
             )
         if not looks_local(folder):
-            hub.check_download(config, key, folder, file)
+            check_download(config, key, folder, file)
     check_below(config.source, "reward_model_adapters", name, adapters)
     path = Path(name) / "config.json"
     if not path.is_file():

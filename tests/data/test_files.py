@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
+
 import datasets
 import pytest
+from huggingface_hub import constants
 
-from fastppo.config import config_from_dict
+from fastppo.config import config_from_dict, downloads
 from fastppo.data import read_records
 from fastppo.errors import UserError
 from tests.project import PPO, RM, asked, describe, records, write_json
 
 ROWS = [{"instruction": "写诗", "input": "雨"}, {"instruction": "b", "input": ""}]
 QUESTIONS = ["写诗\n雨", "b"]
+NOWHERE = "http://127.0.0.1:9"
 
 
 def write(path, rows):
@@ -106,6 +111,7 @@ def test_the_hub_is_asked_for_name_subset_split_and_folder(project, monkeypatch)
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(downloads, "check_dataset", lambda where, name: None)
     entry = {"subset": "zh", "split": "test", "folder": "python", "ms_hub_url": "else/where"}
     # A name on the hub wins over a file's, as in LLaMA-Factory.
     describe(project, far={"hf_hub_url": "owner/set", "file_name": "rows.json", **entry})
@@ -119,18 +125,33 @@ def test_the_hub_is_asked_for_name_subset_split_and_folder(project, monkeypatch)
     assert [place for place, _ in calls] == ["a/b", "c/d"]
 
 
-def test_no_network_is_one_line(project, monkeypatch):
-    def load_dataset(place, **how):
-        raise ConnectionError("Couldn't reach 'owner/set' on the Hub\nMaxRetryError: ...")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+def test_without_a_network_one_line_says_so_after_one_question(project, monkeypatch, cache):
+    monkeypatch.setattr(constants, "ENDPOINT", NOWHERE)
     describe(project, far={"hf_hub_url": "owner/set"})
+    begun = time.monotonic()
     with pytest.raises(UserError) as error:
-        read_records(config_from_dict({**PPO, "dataset": "far"}))
+        read_records(config_from_dict({**PPO, "dataset": "far", "cache_dir": cache}))
     assert str(error.value) == (
-        "'owner/set' on the Hugging Face hub: cannot be read (Couldn't reach 'owner/set' on the "
-        "Hub); check the name and the network"
+        "'owner/set' on the Hugging Face hub: cannot be read (it is not in the cache of "
+        f"`datasets`, and {NOWHERE} does not answer (ConnectError)); fetch it where there is a "
+        "network, or name a local file (HF_ENDPOINT names a mirror)"
     )
+    assert time.monotonic() - begun < 15  # `datasets` alone waits 23 s between its six questions
+    assert not datasets.config.HF_HUB_OFFLINE
+
+
+def test_without_a_network_a_data_set_comes_from_the_cache(project, monkeypatch, cache):
+    write_json(project / "rows.json", ROWS)
+    files = {"data_files": str(project / "rows.json"), "cache_dir": cache}
+    made = Path(datasets.load_dataset("json", split="train", **files).cache_files[0]["filename"])
+    hashed = made.parent  # .../json/default-HASH/0.0.0/HASH/json-train.arrow
+    made.rename(hashed / "set-train.arrow")
+    kept = Path(cache) / "owner___set" / "default" / "0.0.0"
+    kept.mkdir(parents=True)
+    hashed.rename(kept / hashed.name)
+    monkeypatch.setattr(constants, "ENDPOINT", NOWHERE)
+    describe(project, far={"hf_hub_url": "owner/set"})
+    assert asked(records(project, dataset="far", cache_dir=cache).train) == QUESTIONS
 
 
 def test_a_link_to_another_place_in_the_folder_is_followed(project):
