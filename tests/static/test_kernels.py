@@ -16,6 +16,10 @@ from tests.static.gate_chips import CHIPS, l2_table, limits_table, programs_that
 
 ROOT = Path(__file__).parents[2]
 TARGETS = [*FAST, *(pytest.param(target, marks=pytest.mark.slow) for target in SLOW)]
+PINNED = pytest.mark.skipif(
+    f"triton=={version('triton')}" not in (ROOT / "constraints.txt").read_text(),
+    reason="counts and pages are of the pinned Triton's code; another makes other code",
+)
 EVERY = pytest.mark.parametrize("target", TARGETS)
 # What the loops over a row may cost on sm_90, in instructions a logit: a maximum, a multiply-add,
 # an exponential and an addition, two more for the entropy; then a multiply-add, an exponential and
@@ -119,6 +123,7 @@ def test_a_program_fits_a_multiprocessor(target: str) -> None:
         assert [name(r) for r in over] == []
 
 
+@PINNED
 def test_a_thread_keeps_three_sums_and_not_a_row_of_them() -> None:
     """So three programs of the model's usual size fit: the number in the table of L2 caches."""
     usual = [r for r in over_logits("sm_90") if r.case.startswith("policy") and r.warps == 8]
@@ -129,6 +134,7 @@ def test_a_thread_keeps_three_sums_and_not_a_row_of_them() -> None:
     assert few == []
 
 
+@PINNED
 @pytest.mark.parametrize("variant", MOST_OF_LOSS)
 def test_the_loss_costs_few_instructions_a_logit(variant: str) -> None:
     found = [
@@ -155,6 +161,7 @@ def test_a_load_ahead_keeps_the_limit() -> None:
     assert [name(r) for r in over] == []
 
 
+@PINNED
 def test_memory_and_not_arithmetic_limits_a_chip() -> None:
     """Loops of every kernel without a softcap, on every chip with an H100's code."""
     counted = [r for r in over_logits("sm_90") if not r.softcap and r.tiles > 1]
@@ -178,10 +185,7 @@ def test_a_spill_would_be_seen() -> None:
     assert greedy.spills > 0
 
 
-@pytest.mark.skipif(
-    f"triton=={version('triton')}" not in (ROOT / "constraints.txt").read_text(),
-    reason="docs/kernels.md quotes the code of the pinned triton",
-)
+@PINNED
 @pytest.mark.parametrize("target", [FAST[0], pytest.param(CANDIDATES, marks=pytest.mark.slow)])
 def test_the_page_shows_the_table(target: str, capsys: pytest.CaptureFixture[str]) -> None:
     page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
