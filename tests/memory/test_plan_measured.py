@@ -62,7 +62,7 @@ from fastppo.ppo.score import score
 from fastppo.ppo.update import update
 from fastppo.run import console
 from fastppo.types import Prompt, Rollout
-from tests.memory.allocations import profiled_allocations
+from tests.memory.allocations import NEEDS_GROUPED_KEYS, profiled_allocations
 from tests.memory.plans import plan_inputs
 from tests.tiers import slow_unless
 
@@ -244,6 +244,7 @@ def test_a_trunk_allocates_what_its_layers_are_written_to(
     assert total == pytest.approx(ahead.end + back.peak, rel=tolerance)
 
 
+@NEEDS_GROUPED_KEYS
 @pytest.mark.parametrize(
     ("prompts", "changes"),
     slow_unless(

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.harness import peak_bytes
 from fastppo.models.adapters import disable_input_cast
-from tests.memory.allocations import allocations_of
+from tests.memory.allocations import NEEDS_GROUPED_KEYS, allocations_of
 from tests.offload.tools import gradients, ids, llama, same
 
 ROWS, LENGTH = 4, 128
@@ -36,6 +36,7 @@ def run(dtype: torch.dtype, *, left: bool) -> tuple[torch.Tensor, dict[str, torc
     return found[0], first, peak
 
 
+@NEEDS_GROUPED_KEYS
 @pytest.mark.parametrize(
     "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)]
 )
