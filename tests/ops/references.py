@@ -32,6 +32,11 @@ def stat_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def between(x: Tensor, low: float, high: float) -> Tensor:
+    """torch.clamp with the gradient at a bound itself, which torch 2.14's does not pass."""
+    return torch.where((x < low) | (x > high), x.detach().clamp(low, high), x)
+
+
 def token_kl_reference(
     logprob_N: Tensor,
     ref_logprob_N: Tensor,
@@ -48,7 +53,7 @@ def token_kl_reference(
         return diff.abs()
     if kind == "k2":
         return diff**2 / 2
-    e = (-diff).clamp(-log_ratio_limit, log_ratio_limit)
+    e = between(-diff, -log_ratio_limit, log_ratio_limit)
     return e.exp() - 1 - e
 
 
@@ -225,10 +230,9 @@ def policy_loss_reference(
                 mean = raw[mine].detach() if dead else raw[mine]
                 used = torch.where(mine, float("-inf") if dead else mean.mean(), used)
         masked = used == float("-inf")
-    # torch's clamp passes the gradient at the limit itself, as `slope` does.
-    ratio = torch.where(masked, 0, torch.where(masked, 0, used).clamp(-limit, limit).exp())
+    ratio = torch.where(masked, 0, between(torch.where(masked, 0, used), -limit, limit).exp())
     advantage = advantage_N[index]
-    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    clipped = between(ratio, 1 - config.clip_low, 1 + config.clip_high)
     surrogate = torch.maximum(-advantage * ratio, -advantage * clipped)
     if config.dual_clip is not None:
         bound = -config.dual_clip * advantage

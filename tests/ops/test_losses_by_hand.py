@@ -72,6 +72,16 @@ def test_one_token(name, ratio, old, a, settings, loss, slope, flags):
     assert found[2:] == flags
 
 
+def test_at_a_bound_itself_the_whole_gradient_flows():
+    """torch.clamp has no gradient there from torch 2.14 on, and had it before."""
+    old, bound = 0.25, LOG(0.5) - LOG(0.25)  # a ratio of 2 to the bit
+    assert of_one(losses.ppo_clip, 2.0, old, 1.0, clip_high=1.0)[1] == pytest.approx(-2.0)
+    assert of_one(losses.geo_mean, 2.0, old, 1.0, clip_high=bound)[1] == pytest.approx(-2.0)
+    leaf = t([[LOG(0.5)]]).requires_grad_()
+    losses.kl(leaf, t([[LOG(old)]]), kind="k1", limit=bound).sum().backward()
+    assert leaf.grad.item() == 1.0
+
+
 def test_every_loss_has_a_number_by_hand():
     assert {case[0] for case in BY_HAND} == set(POLICY_LOSSES)
 

@@ -10,6 +10,7 @@ from fastppo.ops.losses.tokens import (
     TokenLoss,
     Tokens,
     check_sequences,
+    clamp,
     importance_ratio,
     of_live,
     tokens,
@@ -212,7 +213,7 @@ def _clipped(
     t: Tokens, ratio: Tensor, clip_low: float, clip_high: float, dual_clip: float | None
 ) -> TokenLoss:
     low, high = 1 - clip_low, 1 + clip_high
-    loss = torch.maximum(-t.advantage * ratio, -t.advantage * ratio.clamp(low, high))
+    loss = torch.maximum(-t.advantage * ratio, -t.advantage * clamp(ratio, low, high))
     negative, dual = t.advantage < 0, None
     if dual_clip is not None:
         bound = -dual_clip * t.advantage

@@ -11,6 +11,7 @@ from fastppo.ops.losses.tokens import (
     check_form,
     check_same,
     check_sequences,
+    clamp,
     importance_ratio,
     live_tokens,
     tokens,
@@ -104,7 +105,7 @@ def kl(
             check_sequences(op, logprob, offsets)
         t = tokens(op, logprob, old_logprob, torch.zeros_like(logprob), mask, offsets)
         k = k * importance_ratio(t, log_ratio_limit, ratio_level).ratio.to(dtype)
-    return k if limit is None else k.clamp(-limit, limit)
+    return k if limit is None else clamp(k, -limit, limit)
 
 
 def estimate(d: Tensor, kind: str, limit: float) -> Tensor:
@@ -115,7 +116,7 @@ def estimate(d: Tensor, kind: str, limit: float) -> Tensor:
         return d.abs()
     if kind == "k2":
         return d.square() / 2
-    e = (-d).clamp(-limit, limit)
+    e = clamp(-d, -limit, limit)
     return torch.expm1(e) - e
 
 

@@ -11,6 +11,7 @@ from fastppo.ops.config import check_clip, check_positive
 from fastppo.ops.losses.tokens import (
     TokenLoss,
     check_sequences,
+    clamp,
     of_live,
     sequence_mean,
     sequence_total,
@@ -60,10 +61,10 @@ def geo_mean(
     check_positive(op, "log_ratio_limit", log_ratio_limit)
     t = tokens(op, logprob, old_logprob, advantage, mask, offsets)
     check_sequences(op, logprob, offsets)
-    d = (t.logprob - t.old_logprob).clamp(-log_ratio_limit, log_ratio_limit)
+    d = clamp(t.logprob - t.old_logprob, -log_ratio_limit, log_ratio_limit)
     positive, negative = t.advantage > 0, t.advantage < 0
-    held = torch.where(positive, d.clamp(max=clip_high), torch.where(negative, d, 0))
-    held = torch.where(negative, held.clamp(min=-clip_low), held)
+    held = torch.where(positive, clamp(d, -math.inf, clip_high), torch.where(negative, d, 0))
+    held = torch.where(negative, clamp(held, -clip_low, math.inf), held)
     impossible = sequence_total(t.impossible.to(d.dtype), offsets) > 0
     ratio = torch.where(impossible, 0, sequence_mean(held, t.live, offsets).exp())
     low, high = negative & (d < -clip_low), positive & (d > clip_high)

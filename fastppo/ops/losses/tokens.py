@@ -132,6 +132,14 @@ def sequence_mean(x: Tensor, live: Tensor, offsets: Tensor | None) -> Tensor:
     return total / sequence_total(live.to(x.dtype), offsets).clamp(min=1)
 
 
+def clamp(x: Tensor, low: float, high: float) -> Tensor:
+    """x between the bounds, with its whole gradient at a bound itself.
+
+    The kernels have it so, and torch.clamp up to torch 2.13; from 2.14 on that has none there.
+    """
+    return torch.where(x < low, low, torch.where(x > high, high, x))
+
+
 def importance_ratio(t: Tokens, limit: float, level: str = "token") -> Ratio:
     """exp of the log ratio, clamped to +-limit, at one of three levels.
 
@@ -146,7 +154,7 @@ def importance_ratio(t: Tokens, limit: float, level: str = "token") -> Ratio:
     if level == "sequence_token":
         used = used.detach() + (t.logprob - t.logprob.detach())
     clamped = ((used > limit) | (used < -limit)) & t.live & ~impossible
-    ratio = torch.where(impossible, 0, used.clamp(-limit, limit).exp())
+    ratio = torch.where(impossible, 0, clamp(used, -limit, limit).exp())
     return Ratio(ratio, log_ratio, clamped)
 
 
