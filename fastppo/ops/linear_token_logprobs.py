@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ from fastppo.ops.token_logprobs import (
     token_results,
     with_label_logprobs,
 )
-from fastppo.ops.word_blocks import LEAST_TOKENS, by_words, goes_by_words
+from fastppo.ops.word_blocks import by_words, goes_by_words, gradients_by_words
 
 
 def linear_token_logprobs(
@@ -226,8 +227,7 @@ def _forward(a: Arguments, shard: VocabShard | None = None) -> Outputs:
     kernels = BACKENDS[a.backend] if shard is None else shard.kernels(a.rows, a.backend)
     slopes = _empty_slopes(a)
     chunks = _chunks(a, (False,) * 5, shard)
-    many = shard is None and a.hidden_ND.shape[0] >= LEAST_TOKENS
-    if many and not a.entropy_grad and goes_by_words(chunks, a.rows, a.backend):
+    if not (a.by_slope and a.entropy_grad) and goes_by_words(chunks, a.rows, a.backend):
         by_words(chunks, a.rows, stats, slopes[0] if a.by_slope else None)
         return Outputs(*stats, *slopes)
     if not a.by_slope:
@@ -264,17 +264,18 @@ def _empty_slopes(a: Arguments) -> tuple[Tensor, Tensor]:
 
 
 def _backward(a: BackwardArguments, shard: VocabShard | None = None) -> HeadGradients:
-    """The wanted gradients; the logits are computed again, chunk by chunk."""
+    """The wanted gradients; the logits are computed again, by words or chunk by chunk."""
     chunks = _chunks(a, a.wanted, shard)
     kernels = BACKENDS[a.backend] if shard is None else shard.kernels(a.rows, a.backend)
+    if goes_by_words(chunks, a.rows, a.backend):
+        gradients_by_words(chunks, a.rows, a.stats, a.g_N, a.h_N)
+        return chunks.results()
+    by_rank = shard is not None
+    gradient = kernels.token_logprobs_backward if by_rank else partial(backward_at, kernels)
 
     def kernel(at: slice, x_NV: Tensor, out_NV: Tensor | None) -> None:
         assert out_NV is not None
-        given = (x_NV, out_NV, a.rows, at, a.stats, a.g_N, a.h_N)
-        if shard is None:
-            backward_at(kernels, *given)
-        else:
-            kernels.token_logprobs_backward(*given)
+        gradient(x_NV, out_NV, a.rows, at, a.stats, a.g_N, a.h_N)
 
     chunks.visit(kernel, write=True)
     return chunks.results()
@@ -324,10 +325,9 @@ def _gradients(ctx: Any, g_N: Tensor | None, h_N: Tensor | None) -> tuple[Tensor
             Statistics(*outputs[:4]),
             ctx.backend,
         )
-        if is_traced(hidden_ND):
-            grads = asked(wanted, _registered_backward(given))
-        else:
-            grads = asked(wanted, _backward(given, getattr(ctx, "shard", None)))
+        shard = getattr(ctx, "shard", None)
+        made = _registered_backward(given) if is_traced(hidden_ND) else _backward(given, shard)
+        grads = asked(wanted, made)
     return grads if d_hidden_ND is None else (d_hidden_ND, *grads[1:])
 
 

@@ -221,6 +221,12 @@ class WordBlockStruct(_Struct):
     ]
 
 
+class WordSlopesStruct(_Struct):
+    """FastppoWordSlopes: what makes a gradient of a block's exponentials, one a token."""
+
+    _fields_: ClassVar = [(name, c_void_p) for name in ("of_exp", "of_shifted_exp", "of_token")]
+
+
 # The structs in the order of fastppo_sizeof, which gives the size that the library expects.
 STRUCTS: Final = (
     RowsStruct,
@@ -233,6 +239,7 @@ STRUCTS: Final = (
     DecodeAttentionStruct,
     DecoderLayerStruct,
     WordBlockStruct,
+    WordSlopesStruct,
 )
 
 (
@@ -246,6 +253,7 @@ STRUCTS: Final = (
     _ATTENTION,
     _LAYER,
     _WORDS,
+    _WORD_SLOPES,
 ) = (POINTER(s) for s in STRUCTS)
 _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
     "isa": (c_int, []),
@@ -270,6 +278,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
     "decode_attention": (None, [_ATTENTION]),
     "decoder_layer": (None, [_LAYER]),
     "word_block": (None, [_WORDS]),
+    "word_gradient": (None, [_WORDS, _WORD_SLOPES]),
     "word_block_end": (None, [_WORDS, _STATISTICS, c_void_p]),
     "rms_norm": (None, [c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p]),
     "advise": (None, [c_void_p, c_int64]),

@@ -4,11 +4,13 @@ As attention reads its keys: the logits of some words, (words, N), are made, add
 normaliser, and turned into their part of sum_v exp(z_v - shift) W_v while they and their rows of
 the weight are in the last cache. The weight is read from memory once and logits are not read from
 it at all, where chunks of rows read the weight twice a chunk. That sum needs no gradient of a loss,
-so it is d logprob / d hidden (see `linear_token_logprobs`), in two GEMMs.
+so it is d logprob / d hidden (see `linear_token_logprobs`), in two GEMMs. Where the head trains,
+the backward goes over the words again, with the gradients of the log-probs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from ctypes import byref
 from typing import Final
 
@@ -18,7 +20,12 @@ from torch import Tensor
 from fastppo.ops.arguments import RowArguments
 from fastppo.ops.backends import Statistics
 from fastppo.ops.head import Head, LinearRows, full_precision
-from fastppo.ops.native_library import LIBRARY, StatisticsStruct, WordBlockStruct
+from fastppo.ops.native_library import (
+    LIBRARY,
+    StatisticsStruct,
+    WordBlockStruct,
+    WordSlopesStruct,
+)
 from fastppo.ops.workspace import fresh
 
 # Fewer tokens leave most of a register empty, and threads idle: their rows go through in chunks.
@@ -36,11 +43,13 @@ _LOWEST: Final = torch.finfo(torch.float32).min
 def goes_by_words(chunks: LinearRows, rows: RowArguments, backend: str) -> bool:
     """Whether `by_words` can do it: in float32, with one label a row and no adapter on the head.
 
-    It pays from LEAST_TOKENS on, which callers look at first: a call for few is to cost little.
+    It pays from LEAST_TOKENS on; a shard of a vocabulary goes by rows.
     """
     hidden_ND, head = chunks.hidden_ND, chunks.head
     return (
         backend == "native"
+        and hidden_ND.shape[0] >= LEAST_TOKENS
+        and type(chunks) is LinearRows
         and hidden_ND.dtype == head.weight_VD.dtype == chunks.logits_dtype == torch.float32
         and head.lora is None
         and rows.labels_NK is None
@@ -52,14 +61,131 @@ def by_words(
 ) -> None:
     """Write the statistics of all rows into `into`, and d logprob / d hidden into `slope_ND`."""
     hidden_ND = chunks.hidden_ND
-    n = hidden_ND.shape[0]
-    parts = -(-n // _MOST_TOKENS)
     with full_precision(hidden_ND.device):
-        for i in range(parts):
-            at = slice(i * n // parts, (i + 1) * n // parts)
+        for at in _parts(hidden_ND.shape[0]):
             own = None if slope_ND is None else slope_ND[at]
             statistics = Statistics(*(result[at] for result in into))
             _some_tokens(hidden_ND[at], chunks.head, rows, at, chunks.chunk_bytes, statistics, own)
+
+
+def gradients_by_words(
+    chunks: LinearRows,
+    rows: RowArguments,
+    stats: Statistics,
+    g_N: Tensor | None,
+    h_N: Tensor | None,
+) -> None:
+    """Leave in `chunks` the wanted gradients, given those of the log-probs and of the entropies.
+
+    A block's logits are made again, and their gradient is multiplied by the weight's rows and by
+    the hidden states while it is in the cache: so each row of the weight's gradient is written
+    once, where chunks of rows would add to all of it once a chunk.
+    """
+    hidden_ND, live_N = chunks.hidden_ND, chunks.live_N
+    assert live_N is not None
+    # Their gradient is 0, but 0 times a NaN in the hidden state is NaN.
+    hidden_ND = hidden_ND.masked_fill(~live_N[:, None], 0)
+    d_hidden_ND, d_weight_VD, d_bias_V, *_ = chunks.grads
+    weight_VD = chunks.head.weight_VD
+    with full_precision(hidden_ND.device):
+        slopes_3N = _slopes(rows, live_N, stats, g_N, h_N)
+        for part, at in enumerate(_parts(hidden_ND.shape[0])):
+            own_ND, n = hidden_ND[at], at.stop - at.start
+            words = _Words(own_ND, chunks.head, rows, at, chunks.chunk_bytes)
+            words.row_max_N[:n] = stats.row_max_N[at]
+            own_3N = torch.zeros(3, words.columns)
+            own_3N[:, :n] = slopes_3N[:, at]
+            slopes = WordSlopesStruct(*(one.data_ptr() for one in own_3N))
+            for some, some_VN in words.blocks():
+                LIBRARY.fastppo_word_gradient(byref(words.struct), byref(slopes))
+                if d_weight_VD is not None:
+                    # beta 0 overwrites whatever was there, NaN too.
+                    d_weight_VD[some].addmm_(some_VN, own_ND, beta=0 if part == 0 else 1)
+                if d_hidden_ND is not None:
+                    beta = 0 if some.start == 0 else 1
+                    d_hidden_ND[at].addmm_(some_VN.T, weight_VD[some], beta=beta)
+                if d_bias_V is not None:
+                    d_bias_V[some].add_(some_VN.sum(1, dtype=d_bias_V.dtype))
+
+
+def _slopes(
+    rows: RowArguments, live_N: Tensor, stats: Statistics, g_N: Tensor | None, h_N: Tensor | None
+) -> Tensor:
+    """What FastppoWordSlopes has, a row each. Its sums are differences, so in float64.
+
+    dL/dz_v = g (1[v = token] - p_v) - h p_v (log p_v + H),
+    log p_v = (u_v - row_max) / tau - log sum_exp
+    """
+    zero_N = torch.zeros(live_N.shape, dtype=torch.float64)
+    possible_N = live_N & (stats.logprob_N != float("-inf"))  # else it cannot be made likelier
+    g_N = zero_N if g_N is None else torch.where(possible_N, g_N.double(), 0)
+    h_N = zero_N if h_N is None else torch.where(live_N, h_N.double(), 0)
+    tau = rows.temperature
+    tau = tau.double() if isinstance(tau, Tensor) else tau
+    sum_exp_N = torch.where(stats.sum_exp_N == 0, 1, stats.sum_exp_N.double())
+    all_N = g_N + h_N * (stats.entropy_N.double() - sum_exp_N.log())
+    slopes = (-all_N / tau / sum_exp_N, -h_N / tau**2 / sum_exp_N, g_N / tau)
+    return torch.stack(slopes).float()
+
+
+def _parts(n: int) -> list[slice]:
+    """Consecutive slices of n tokens, at most _MOST_TOKENS each."""
+    parts = -(-n // _MOST_TOKENS)
+    return [slice(i * n // parts, (i + 1) * n // parts) for i in range(parts)]
+
+
+class _Words:
+    """The words of the head in blocks, for some tokens: memory, and what the library is told."""
+
+    def __init__(
+        self,
+        hidden_ND: Tensor,
+        head: Head,
+        rows: RowArguments,
+        at: slice,
+        chunk_bytes: int | None,
+    ) -> None:
+        n, vocab = hidden_ND.shape[0], head.weight_VD.shape[0]
+        self.hidden_ND, self.weight_VD = hidden_ND, head.weight_VD
+        self.columns = columns = -(-n // _TILE) * _TILE + _COLUMNS
+        words = (_BYTES if chunk_bytes is None else chunk_bytes) // (4 * columns)
+        self.words = words = min(max(1, words), _MOST_WORDS, vocab)
+        self.x_VN = fresh((words, columns), torch.float32, hidden_ND.device)
+        self.token_N = rows.token_N[at].long().contiguous()
+        self.bias_V = None if head.bias_V is None else head.bias_V.float().contiguous()
+        self.tau_N = torch.ones(columns)
+        tau = rows.temperature
+        self.tau_N[:n] = tau[at] if isinstance(tau, Tensor) and tau.ndim else tau
+        self.row_max_N = torch.full((columns,), _LOWEST)
+        self.scale_2N = torch.empty(2, columns)
+        self.sampled_N = torch.full((columns,), float("nan"))
+        self.struct = WordBlockStruct(
+            x=self.x_VN.data_ptr(),
+            x_stride=columns,
+            n=n,
+            vocab=vocab,
+            token=self.token_N.data_ptr(),
+            ignore_index=rows.ignore_index,
+            tau=self.tau_N.data_ptr(),
+            factor=self.scale_2N[0].data_ptr(),
+            least=self.scale_2N[1].data_ptr(),
+            row_max=self.row_max_N.data_ptr(),
+            sampled=self.sampled_N.data_ptr(),
+            softcap=rows.softcap or 0.0,
+        )
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Make the logits of each block; yields which words they are of, and the logits."""
+        vocab = self.weight_VD.shape[0]
+        for first in range(0, vocab, self.words):
+            some = slice(first, min(first + self.words, vocab))
+            count = some.stop - first
+            some_VN = self.x_VN[:count, : self.hidden_ND.shape[0]]
+            torch.mm(self.weight_VD[some], self.hidden_ND.T, out=some_VN)
+            self.struct.first_word, self.struct.words = first, count
+            if self.bias_V is not None:
+                self.struct.bias = self.bias_V[first:].data_ptr()
+            yield some, some_VN
 
 
 def _some_tokens(
@@ -71,54 +197,24 @@ def _some_tokens(
     into: Statistics,
     slope_ND: Tensor | None,
 ) -> None:
-    n, size = hidden_ND.shape
-    weight_VD, vocab = head.weight_VD, head.weight_VD.shape[0]
-    columns = -(-n // _TILE) * _TILE + _COLUMNS
-    words = (_BYTES if chunk_bytes is None else chunk_bytes) // (4 * columns)
-    words = min(max(1, words), _MOST_WORDS, vocab)
-    x_VN = fresh((words, columns), torch.float32, hidden_ND.device)
-    token_N = rows.token_N[at].long().contiguous()
-    bias_V = None if head.bias_V is None else head.bias_V.float().contiguous()
-    tau_N = torch.ones(columns)
-    tau = rows.temperature
-    tau_N[:n] = tau[at] if isinstance(tau, Tensor) and tau.ndim else tau
-    shift_N, row_max_N = torch.full((2, columns), _LOWEST)
-    scale_2N = torch.empty(2, columns)
-    sampled_N = torch.full((columns,), float("nan"))
-    sums_2N = torch.zeros(2, columns, dtype=torch.float64)
-    block = WordBlockStruct(
-        x=x_VN.data_ptr(),
-        x_stride=columns,
-        n=n,
-        vocab=vocab,
-        token=token_N.data_ptr(),
-        ignore_index=rows.ignore_index,
-        tau=tau_N.data_ptr(),
-        factor=scale_2N[0].data_ptr(),
-        least=scale_2N[1].data_ptr(),
-        shift=shift_N.data_ptr(),
-        row_max=row_max_N.data_ptr(),
-        sampled=sampled_N.data_ptr(),
-        sum_exp=sums_2N[0].data_ptr(),
-        sum_shifted_exp=sums_2N[1].data_ptr(),
-        slope=None if slope_ND is None else slope_ND.data_ptr(),
-        slope_stride=0 if slope_ND is None else slope_ND.stride(0),
-        size=size,
-        softcap=rows.softcap or 0.0,
-    )
-    for first in range(0, vocab, words):
-        some_VD = weight_VD[first : first + words]
-        some_VN = x_VN[: some_VD.shape[0], :n]
-        torch.mm(some_VD, hidden_ND.T, out=some_VN)
-        block.first_word, block.words = first, some_VD.shape[0]
-        block.bias = None if bias_V is None else bias_V[first:].data_ptr()
+    words = _Words(hidden_ND, head, rows, at, chunk_bytes)
+    weight_VD, block = head.weight_VD, words.struct
+    shift_N = torch.full((words.columns,), _LOWEST)
+    sums_2N = torch.zeros(2, words.columns, dtype=torch.float64)
+    block.shift = shift_N.data_ptr()
+    block.sum_exp, block.sum_shifted_exp = (one.data_ptr() for one in sums_2N)
+    block.size = hidden_ND.shape[1]
+    if slope_ND is not None:
+        block.slope, block.slope_stride = slope_ND.data_ptr(), slope_ND.stride(0)
+    for some, some_VN in words.blocks():
         LIBRARY.fastppo_word_block(byref(block))
         if slope_ND is not None:
             # beta 0 overwrites whatever was there, NaN too.
-            slope_ND.addmm_(some_VN.T, some_VD, beta=0 if first == 0 else 1)
+            slope_ND.addmm_(some_VN.T, weight_VD[some], beta=0 if some.start == 0 else 1)
     own_ND = None
     if slope_ND is not None:
-        own_ND = weight_VD.index_select(0, token_N.clamp(0, vocab - 1))
+        vocab = weight_VD.shape[0]
+        own_ND = weight_VD.index_select(0, words.token_N.clamp(0, vocab - 1))
     LIBRARY.fastppo_word_block_end(
         byref(block),
         byref(StatisticsStruct(*(result.data_ptr() for result in into))),

@@ -87,6 +87,14 @@ struct FastppoWordBlock {
   int32_t padding;
 };
 
+// d / d logit_v of a token is exp((u_v - row_max) / tau) (of_exp + of_shifted_exp (u_v - row_max)), and
+// of_token more where v was sampled; one a token, of whole tiles, and 0 in the ignored.
+struct FastppoWordSlopes {
+  const float* of_exp;
+  const float* of_shifted_exp;
+  const float* of_token;
+};
+
 struct FastppoScores {
   float* logprob;
   float* ref_logprob;

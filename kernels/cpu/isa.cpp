@@ -29,6 +29,6 @@ extern "C" int64_t fastppo_sizeof(int which) {
   const int64_t sizes[] = {
       sizeof(FastppoRows), sizeof(FastppoGradient), sizeof(FastppoLoss), sizeof(FastppoStatistics),
       sizeof(FastppoScores), sizeof(FastppoAdvantages), sizeof(FastppoFewRows), sizeof(FastppoDecodeAttention),
-      sizeof(FastppoDecoderLayer), sizeof(FastppoWordBlock)};
-  return which < 10 ? sizes[which] : 0;
+      sizeof(FastppoDecoderLayer), sizeof(FastppoWordBlock), sizeof(FastppoWordSlopes)};
+  return which < (int)(sizeof sizes / sizeof *sizes) ? sizes[which] : 0;
 }

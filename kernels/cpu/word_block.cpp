@@ -1,6 +1,7 @@
 // Logits of a block of words for all tokens, a word a row and a token a column: what they add to each
 // token's normaliser and entropy, and their exponentials, which a GEMM turns into
-// sum_v exp((u_v - shift) / tau) W_v. See fastppo/ops/word_blocks.py.
+// sum_v exp((u_v - shift) / tau) W_v; and, where those are known, their gradient. See
+// fastppo/ops/word_blocks.py.
 //
 // A lane is a token, so nothing is reduced across a register and no token's result depends on another.
 // Every token has a `shift` that its logits are compared with: the largest of the first block, and a
@@ -175,6 +176,59 @@ void word_block_end(const FastppoWordBlock& a, const FastppoStatistics& into, co
   for (int64_t d = 0; d < a.size; d++) slope[d] = own[n * a.size + d] * token - slope[d] * others;
 }
 
+// The gradient of the logits of whole tiles of tokens, in their place: see Slopes of row.h.
+template <bool BIAS, bool SOFTCAP>
+static void some_gradients(const FastppoWordBlock& a, const FastppoWordSlopes& s, int64_t first, int64_t last) {
+  const Floats zero = {};
+  for (int64_t start = 0; start < a.words; start += WORDS)
+    for (int64_t n = first; n < last; n += LANES) {
+      const Lanes<BIAS, SOFTCAP, false> own(a, n);
+      const Floats row_max = load(a.row_max + n), of_exp = load(s.of_exp + n), of_shifted = load(s.of_shifted_exp + n);
+      // Neither is there in an ignored row, whose hidden state may be anything.
+      const auto dead = (of_exp == zero) & (of_shifted == zero);
+      for (int64_t w = start; w < std::min(start + WORDS, a.words); w++) {
+        const Floats d = own.scale.difference(own.capped(w), row_max);
+        Floats dx = exp_of(d, own.scale) * (of_exp + of_shifted * d);
+        if (SOFTCAP) dx = dx * tanh_slope_of(own.logit(w) / a.softcap);
+        store(a.x + w * a.x_stride + n, dead ? zero : dx);
+      }
+    }
+}
+
+void word_gradient_tokens(const FastppoWordBlock& a, const FastppoWordSlopes& s, int64_t first, int64_t last) {
+  if (a.first_word == 0)
+    for (int64_t n = first; n < last; n++) {
+      const ExpScale scale(a.tau[n]);
+      a.factor[n] = scale.factor;
+      a.least[n] = scale.least;
+    }
+  const auto each_own = [&](auto function) {
+    for (int64_t n = first; n < std::min(last, a.n); n++) {
+      const int64_t w = a.token[n] - a.first_word;
+      if (w >= 0 && w < a.words && a.token[n] != a.ignore_index) function(n, w);
+    }
+  };
+  each_own([&](int64_t n, int64_t w) {
+    a.sampled[n] = softcapped_one(a.x[w * a.x_stride + n] + (a.bias ? a.bias[w] : 0.0f), a.softcap);
+  });
+  const auto capped = [&](auto bias) {
+    constexpr bool BIAS = decltype(bias)::value;
+    a.softcap != 0 ? some_gradients<BIAS, true>(a, s, first, last)
+                   : some_gradients<BIAS, false>(a, s, first, last);
+  };
+  a.bias ? capped(std::true_type{}) : capped(std::false_type{});
+  each_own([&](int64_t n, int64_t w) {
+    const double d = std::max((double)a.sampled[n] - a.row_max[n], (double)a.least[n]);
+    const double e = d == a.least[n] ? 0.0 : std::exp(d / a.tau[n]);
+    double dx = s.of_token[n] + e * (s.of_exp[n] + s.of_shifted_exp[n] * d);
+    if (a.softcap != 0) {
+      const double t = std::max(a.sampled[n], -a.softcap) / a.softcap;
+      dx *= 1 - t * t;
+    }
+    a.x[w * a.x_stride + n] = (float)dx;
+  });
+}
+
 }  // namespace FASTPPO_ISA
 
 #ifdef FASTPPO_LAST_ISA
@@ -182,17 +236,28 @@ void word_block_end(const FastppoWordBlock& a, const FastppoStatistics& into, co
 #include <omp.h>
 #endif
 
-extern "C" void fastppo_word_block(const FastppoWordBlock* a) {
-  const auto tokens = FASTPPO_PICK(word_block_tokens);
-  const int64_t tiles = (a->n + FASTPPO_TOKENS - 1) / FASTPPO_TOKENS;
-#pragma omp parallel if (a->n * a->words > FASTPPO_ALONE)
+// Calls `tokens` with each thread's tiles: the first token and the end.
+template <class Tokens>
+static void by_tiles(const FastppoWordBlock& a, Tokens tokens) {
+  const int64_t tiles = (a.n + FASTPPO_TOKENS - 1) / FASTPPO_TOKENS;
+#pragma omp parallel if (a.n * a.words > FASTPPO_ALONE)
   {
     int64_t own = 0, threads = 1;
 #ifdef _OPENMP
     own = omp_get_thread_num(), threads = omp_get_num_threads();
 #endif
-    tokens(*a, tiles * own / threads * FASTPPO_TOKENS, tiles * (own + 1) / threads * FASTPPO_TOKENS);
+    tokens(tiles * own / threads * FASTPPO_TOKENS, tiles * (own + 1) / threads * FASTPPO_TOKENS);
   }
+}
+
+extern "C" void fastppo_word_block(const FastppoWordBlock* a) {
+  const auto tokens = FASTPPO_PICK(word_block_tokens);
+  by_tiles(*a, [&](int64_t first, int64_t last) { tokens(*a, first, last); });
+}
+
+extern "C" void fastppo_word_gradient(const FastppoWordBlock* a, const FastppoWordSlopes* s) {
+  const auto tokens = FASTPPO_PICK(word_gradient_tokens);
+  by_tiles(*a, [&](int64_t first, int64_t last) { tokens(*a, *s, first, last); });
 }
 
 extern "C" void fastppo_word_block_end(

@@ -27,6 +27,7 @@ void fastppo_gae(
 void fastppo_advantages(const FastppoAdvantages*);
 void fastppo_decoder_layer(const FastppoDecoderLayer*);
 void fastppo_word_block(const FastppoWordBlock*);
+void fastppo_word_gradient(const FastppoWordBlock*, const FastppoWordSlopes*);
 void fastppo_word_block_end(const FastppoWordBlock*, const FastppoStatistics*, const float*);
 }
 
@@ -182,6 +183,18 @@ static void word_blocks(int64_t n, int64_t vocab, int64_t size, float softcap, b
   }
   FastppoStatistics into = {logprob.data(), entropy.data(), row_max.data(), sum_exp.data()};
   fastppo_word_block_end(&block, &into, own.data());
+  auto of_exp = floats(stride), of_shifted_exp = floats(stride), of_token = floats(stride);
+  for (int64_t i = 0; i < n; i++)
+    if (token[i] == -100) of_exp[i] = of_shifted_exp[i] = of_token[i] = 0;
+  const FastppoWordSlopes gradient = {of_exp.data(), of_shifted_exp.data(), of_token.data()};
+  for (int64_t first = 0; first < vocab; first += most) {
+    block.first_word = first;
+    block.words = std::min(most, vocab - first);
+    auto x = floats(block.words * stride);
+    block.x = x.data();
+    block.bias = biased ? bias.data() + first : nullptr;
+    fastppo_word_gradient(&block, &gradient);
+  }
 }
 
 int main() {

@@ -130,6 +130,110 @@ def test_neighbours_do_not_change_a_row(isa):
         assert not torch.equal(was[1::2], now[1::2])
 
 
+TRAINED = replace(OP, differentiable=("hidden_ND", "weight_VD"))
+BIASED = replace(OP, differentiable=("hidden_ND", "weight_VD", "bias_V"))
+
+
+@pytest.fixture
+def came_back(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of each backward that went by words."""
+    calls: list[int] = []
+    module = sys.modules["fastppo.ops.linear_token_logprobs"]
+    inner = module.gradients_by_words
+
+    def note(chunks: Any, *rest: Any) -> None:
+        calls.append(chunks.hidden_ND.shape[0])
+        inner(chunks, *rest)
+
+    monkeypatch.setattr(module, "gradients_by_words", note)
+    return calls
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_trained_heads_gradients_obey_the_rule(isa, came_back, settings, blocks):
+    inputs = inputs_of(**SETTINGS[settings])
+    check(BIASED if "bias_V" in inputs else TRAINED, inputs, "native")
+    assert came_back == [SHAPE.n]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("words", ["one block", "many"])
+def test_so_do_those_of_the_entropy(isa, came_back, monkeypatch, settings, words):
+    """Not of one word each: the first is far below the largest, which costs exponentials 3 bits."""
+    monkeypatch.setattr(word_blocks, "_BYTES", BLOCKS[words])
+    inputs = inputs_of(**SETTINGS[settings], entropy_grad=True)
+    check(BIASED if "bias_V" in inputs else TRAINED, inputs, "native")
+    assert came_back == [SHAPE.n]
+
+
+@pytest.mark.parametrize("trains", ["weight_VD", "bias_V"])
+def test_a_part_of_the_head_may_train_alone(came_back, trains, blocks):
+    check(replace(OP, differentiable=(trains,)), inputs_of(**SETTINGS["all"]), "native")
+    assert came_back == [SHAPE.n]
+
+
+def head_gradients(backend: str, up_N: Tensor, **inputs: Any) -> list[Tensor]:
+    leaves = [inputs[key].clone().requires_grad_() for key in ("hidden_ND", "weight_VD", "bias_V")]
+    hidden_ND, weight_VD, bias_V = leaves
+    rest = {**inputs, "hidden_ND": hidden_ND, "weight_VD": weight_VD, "bias_V": bias_V}
+    made = linear_token_logprobs(**rest, backend=backend).logprob_N
+    return list(torch.autograd.grad(made, leaves, up_N))
+
+
+def test_masked_words_of_a_trained_head_are_the_definitions(isa, came_back, blocks):
+    """A sampled word that is masked passes no gradient on; nor does a masked word get any."""
+    up_N = torch.linspace(-2, 2, SHAPE.n)
+    for masked in (slice(0, 100), slice(100, 331), slice(1, 331)):
+        inputs = inputs_of(bias_V=torch.zeros(SHAPE.vocab))
+        inputs["bias_V"][masked] = float("-inf")
+        mine = head_gradients("native", up_N, **inputs)
+        right = head_gradients("torch", up_N, **inputs)
+        for a, b in zip(mine, right, strict=True):
+            torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)
+        assert not mine[1][masked].any()
+        assert mine[1].any() == (masked != slice(1, 331))
+    assert came_back == [SHAPE.n] * 3
+
+
+def test_an_ignored_row_has_no_part_in_a_trained_heads_gradient(isa, came_back):
+    """Whatever its hidden state is, the gradient that comes for it, and the other rows' scale."""
+    up_N = torch.linspace(-2, 2, SHAPE.n)
+    inputs = inputs_of(bias_V=torch.full((SHAPE.vocab,), 300.0))
+    clean = head_gradients("native", up_N, **inputs)
+    inputs["hidden_ND"] = inputs["hidden_ND"].clone()
+    inputs["hidden_ND"][3], up_N = float("nan"), up_N.clone()
+    up_N[3] = float("nan")
+    for was, now in zip(clean, head_gradients("native", up_N, **inputs), strict=True):
+        assert torch.equal(was, now)
+        assert was.isfinite().all()
+    assert not clean[0][3].any()
+    assert came_back == [SHAPE.n] * 2
+
+
+def test_more_tokens_than_a_part_has_train_a_head(monkeypatch, came_back):
+    monkeypatch.setattr(word_blocks, "_MOST_TOKENS", 31)
+    check(BIASED, inputs_of(**SETTINGS["all"], entropy_grad=True), "native")
+    assert came_back == [SHAPE.n]
+
+
+def test_the_memory_of_a_trained_head_is_its_gradient_and_a_block():
+    shape = Shape(n=256, vocab=20000, hidden=8)
+    inputs = OP.make_inputs(shape, torch.float32, 0)
+    inputs["hidden_ND"].requires_grad_()
+    inputs["weight_VD"].requires_grad_()
+    budget = 1 << 20
+
+    def call() -> None:
+        made = linear_token_logprobs(**inputs, chunk_bytes=budget, backend="native").logprob_N
+        torch.autograd.grad(made.sum(), (inputs["hidden_ND"], inputs["weight_VD"]))
+
+    call()  # the block's memory is kept from call to call
+    peak = peak_bytes(allocations(call))
+    gradient = shape.vocab * shape.hidden * 4
+    small = 80 * shape.n * 8 + 8 * shape.n * shape.hidden * 4
+    assert gradient < peak < gradient + budget + small
+
+
 LOSS = OPS["linear_policy_loss"]
 
 
@@ -201,7 +305,8 @@ def test_more_tokens_than_a_part_has(monkeypatch, went):
     ("by_words", "change"),
     [
         (True, {}),
-        (False, {"entropy_grad": True}),
+        (True, {"entropy_grad": True}),
+        (False, {"entropy_grad": True, "trains": True}),
         (False, {"logits_dtype": torch.bfloat16, "dtype": torch.bfloat16}),
         (False, {"n": word_blocks.LEAST_TOKENS - 1}),
     ],
@@ -210,6 +315,7 @@ def test_which_calls_go_by_words(went, by_words, change):
     change = dict(change)
     shape = Shape(n=change.pop("n", SHAPE.n), vocab=331, hidden=16)
     inputs = OP.make_inputs(shape, change.pop("dtype", torch.float32), 0)
+    inputs["hidden_ND"].requires_grad_(change.pop("trains", False))
     linear_token_logprobs(**inputs, **change, backend="native")
     assert bool(went) == by_words
 
