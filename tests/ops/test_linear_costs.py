@@ -11,6 +11,7 @@ from benchmarks.harness import allocations, peak_bytes
 from fastppo.ops import rows
 from fastppo.ops.backend import available
 from fastppo.ops.losses import POLICY_LOSSES
+from fastppo.ops.word_blocks import LEAST_TOKENS
 from tests.ops.oracle import place, run
 from tests.ops.registry import OPS, Shape, even_offsets
 from tests.tiers import slow_unless
@@ -123,6 +124,17 @@ def flops_of(event):
     return event.flops if event.name in products else 0
 
 
+def gemms(name, mode, on, n):
+    """GEMMs of N x V x D that a call with its gradient takes."""
+    shape = Shape(n=n, vocab=67, hidden=16)
+    step = step_of(name, mode, shape, on)
+    # It sees inside custom ops, which FlopCounterMode does not.
+    with torch.profiler.profile(with_flops=True, record_shapes=True) as profile:
+        step()
+    flops = sum(flops_of(event) for event in profile.events())
+    return flops / (2 * shape.n * shape.vocab * shape.hidden)
+
+
 @pytest.mark.parametrize(
     ("name", "mode", "on"),
     slow_unless(
@@ -131,14 +143,14 @@ def flops_of(event):
     ),
 )
 def test_it_costs_that_many_gemms_and_no_more(name, mode, on):
-    shape = Shape(n=24, vocab=67, hidden=16)
-    step = step_of(name, mode, shape, on)
-    # It sees inside custom ops, which FlopCounterMode does not.
-    with torch.profiler.profile(with_flops=True, record_shapes=True) as profile:
-        step()
-    flops = sum(flops_of(event) for event in profile.events())
-    one = 2 * shape.n * shape.vocab * shape.hidden
-    assert flops == pytest.approx(GEMMS[name][mode] * one, rel=0.01)
+    assert gemms(name, mode, on, 24) == pytest.approx(GEMMS[name][mode], rel=0.01)
+
+
+@pytest.mark.skipif("native" not in HERE, reason="needs the C++ kernels")
+@pytest.mark.parametrize("mode", GEMMS["linear_token_logprobs"])
+def test_by_blocks_of_words_it_costs_as_many(mode):
+    found = gemms("linear_token_logprobs", mode, "native", LEAST_TOKENS)
+    assert found == pytest.approx(GEMMS["linear_token_logprobs"][mode], rel=0.01)
 
 
 @pytest.mark.slow  # the fast tier has its least and its most, below
