@@ -34,7 +34,7 @@ from fastppo.ops.token_logprobs import (
     token_results,
     with_label_logprobs,
 )
-from fastppo.ops.word_blocks import by_words, goes_by_words, gradients_by_words
+from fastppo.ops.word_blocks import LEAST_TOKENS, by_words, goes_by_words, gradients_by_words
 
 
 def linear_token_logprobs(
@@ -227,7 +227,8 @@ def _forward(a: Arguments, shard: VocabShard | None = None) -> Outputs:
     kernels = BACKENDS[a.backend] if shard is None else shard.kernels(a.rows, a.backend)
     slopes = _empty_slopes(a)
     chunks = _chunks(a, (False,) * 5, shard)
-    if not (a.by_slope and a.entropy_grad) and goes_by_words(chunks, a.rows, a.backend):
+    words = a.hidden_ND.shape[0] >= LEAST_TOKENS and not (a.by_slope and a.entropy_grad)
+    if words and goes_by_words(chunks, a.rows, a.backend):
         by_words(chunks, a.rows, stats, slopes[0] if a.by_slope else None)
         return Outputs(*stats, *slopes)
     if not a.by_slope:
@@ -267,11 +268,10 @@ def _backward(a: BackwardArguments, shard: VocabShard | None = None) -> HeadGrad
     """The wanted gradients; the logits are computed again, by words or chunk by chunk."""
     chunks = _chunks(a, a.wanted, shard)
     kernels = BACKENDS[a.backend] if shard is None else shard.kernels(a.rows, a.backend)
-    if goes_by_words(chunks, a.rows, a.backend):
+    if a.hidden_ND.shape[0] >= LEAST_TOKENS and goes_by_words(chunks, a.rows, a.backend):
         gradients_by_words(chunks, a.rows, a.stats, a.g_N, a.h_N)
         return chunks.results()
-    by_rank = shard is not None
-    gradient = kernels.token_logprobs_backward if by_rank else partial(backward_at, kernels)
+    gradient = partial(backward_at, kernels) if shard is None else kernels.token_logprobs_backward
 
     def kernel(at: slice, x_NV: Tensor, out_NV: Tensor | None) -> None:
         assert out_NV is not None

@@ -43,12 +43,12 @@ _LOWEST: Final = torch.finfo(torch.float32).min
 def goes_by_words(chunks: LinearRows, rows: RowArguments, backend: str) -> bool:
     """Whether `by_words` can do it: in float32, with one label a row and no adapter on the head.
 
-    It pays from LEAST_TOKENS on; a shard of a vocabulary goes by rows.
+    It pays from LEAST_TOKENS on, which callers look at first: a call for few is to cost little. A
+    shard of a vocabulary goes by rows.
     """
     hidden_ND, head = chunks.hidden_ND, chunks.head
     return (
         backend == "native"
-        and hidden_ND.shape[0] >= LEAST_TOKENS
         and type(chunks) is LinearRows
         and hidden_ND.dtype == head.weight_VD.dtype == chunks.logits_dtype == torch.float32
         and head.lora is None

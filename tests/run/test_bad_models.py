@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from fastppo.cli import main
@@ -56,6 +57,7 @@ def project(tmp_path, monkeypatch, model_dir, reward_dir) -> Path:
     monkeypatch.delenv(TOKEN, raising=False)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody answers
     monkeypatch.setattr(client, "FIRST_WAIT", 0.01)
     shutil.copytree(model_dir, tmp_path / "model")
     shutil.copytree(reward_dir, tmp_path / "reward")
