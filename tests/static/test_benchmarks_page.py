@@ -70,6 +70,8 @@ def operator_rows() -> Iterator[str]:
 
 
 LINEAR = "linear-intel-r-xeon-r-processor-2-cores"
+BY_WORDS = "linear-by-words-intel-r-xeon-r-processor-2-cores"
+MANY_WORDS = "linear-151936-words-intel-r-xeon-r-processor-2-cores"
 # The columns of the page's table, each with how its contender's name begins.
 PEERS = {
     "`torch.compile`": "torch.compile",
@@ -123,7 +125,7 @@ def test_who_is_ahead_from_hidden_states_is_what_the_page_says():
     assert "it is behind cut-cross-entropy under GRPO and GSPO, and behind" in words
 
 
-@pytest.mark.parametrize("name", [LINEAR, "linear-151936-words-intel-r-xeon-r-processor-2-cores"])
+@pytest.mark.parametrize("name", [LINEAR, BY_WORDS, MANY_WORDS])
 def test_times_in_units_of_bare_products_are_the_committed_results(name):
     words = " ".join(PAGE.split())
     for head, count, gemms in (("frozen", 2, "two"), ("trained", 4, "four")):
@@ -135,6 +137,26 @@ def test_times_in_units_of_bare_products_are_the_committed_results(name):
                 shares.append(row["ms"] / bare["ms"])
         assert len(shares) == 3
         assert f"{min(shares):.2f} to {max(shares):.2f} times as long as {gemms}" in words
+
+
+def test_a_trained_head_by_words_is_the_committed_result():
+    found = results(BY_WORDS)
+    case = ("N 512, D 576, V 49152", "PPO, trained head", "float32")
+    fused = found[(*case, "fastppo native, linear_policy_loss")]
+    bare = found[(*case, "3 GEMMs, given buffers")]
+    words = " ".join(PAGE.split())
+    assert f"`linear_policy_loss` {fused['ms'] / bare['ms']:.2f} times as long as three" in words
+    memory = found[(*case, "fastppo native, linear_token_logprobs")]["peak_bytes"] / 2**20
+    before = results(LINEAR)[(*case, "fastppo native, linear_token_logprobs")]["peak_bytes"] / 2**20
+    assert f"takes {memory:.0f} MiB where it took {before:.0f}: less than all of them" in words
+    peers = [
+        row["peak_bytes"]
+        for key, row in results(LINEAR).items()
+        if key[1] == case[1]
+        and "peak_bytes" in row
+        and not key[-1].startswith(("fastppo", "3", "4"))
+    ]
+    assert memory * 2**20 < min(peers)
 
 
 def test_tokens_a_second_and_their_ratios_are_the_committed_result():
