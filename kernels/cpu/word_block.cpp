@@ -32,6 +32,30 @@ static inline void add_to(double* total, Floats v) {
   for (int i = 0; i < LANES; i++) total[i] += (double)v[i];
 }
 
+// What makes exponentials of differences, of whole tiles of tokens.
+static void set_scales(const FastppoWordBlock& a, int64_t first, int64_t last) {
+  for (int64_t n = first; n < last; n++) {
+    const ExpScale scale(a.tau[n]);
+    a.factor[n] = scale.factor;
+    a.least[n] = scale.least;
+  }
+}
+
+// Calls `function` with each token that is not ignored and whose word is in the block, and the word.
+template <class Function>
+static void each_sampled(const FastppoWordBlock& a, int64_t first, int64_t last, Function function) {
+  for (int64_t n = first; n < std::min(last, a.n); n++) {
+    const int64_t w = a.token[n] - a.first_word;
+    if (w >= 0 && w < a.words && a.token[n] != a.ignore_index) function(n, w);
+  }
+}
+
+static void note_sampled(const FastppoWordBlock& a, int64_t first, int64_t last) {
+  each_sampled(a, first, last, [&](int64_t n, int64_t w) {
+    a.sampled[n] = softcapped_one(a.x[w * a.x_stride + n] + (a.bias ? a.bias[w] : 0.0f), a.softcap);
+  });
+}
+
 // Some neighbouring tokens of a block.
 template <bool BIAS, bool SOFTCAP, bool KEEP>
 struct Lanes {
@@ -116,11 +140,7 @@ static void some_tokens(const FastppoWordBlock& a, int64_t first, int64_t last) 
         function(Own(a, n), start, std::min(start + WORDS, a.words));
   };
   if (a.first_word == 0) {
-    for (int64_t n = first; n < last; n++) {
-      const ExpScale scale(a.tau[n]);
-      a.factor[n] = scale.factor;
-      a.least[n] = scale.least;
-    }
+    set_scales(a, first, last);
     each([](const Own& own, int64_t start, int64_t end) { own.note_largest(start, end); });
     for (int64_t n = first; n < last; n += LANES)
       Own(a, n).raise(load(a.row_max + n), all(LOWEST), 0);
@@ -130,12 +150,7 @@ static void some_tokens(const FastppoWordBlock& a, int64_t first, int64_t last) 
 
 // Whole tiles of tokens.
 void word_block_tokens(const FastppoWordBlock& a, int64_t first, int64_t last) {
-  for (int64_t n = first; n < std::min(last, a.n); n++) {
-    const int64_t w = a.token[n] - a.first_word;
-    if (w < 0 || w >= a.words) continue;
-    const float x = a.x[w * a.x_stride + n] + (a.bias ? a.bias[w] : 0.0f);
-    a.sampled[n] = softcapped_one(x, a.softcap);
-  }
+  note_sampled(a, first, last);
   const auto kept = [&](auto bias, auto softcap) {
     constexpr bool BIAS = decltype(bias)::value, SOFTCAP = decltype(softcap)::value;
     a.slope ? some_tokens<BIAS, SOFTCAP, true>(a, first, last)
@@ -196,28 +211,15 @@ static void some_gradients(const FastppoWordBlock& a, const FastppoWordSlopes& s
 }
 
 void word_gradient_tokens(const FastppoWordBlock& a, const FastppoWordSlopes& s, int64_t first, int64_t last) {
-  if (a.first_word == 0)
-    for (int64_t n = first; n < last; n++) {
-      const ExpScale scale(a.tau[n]);
-      a.factor[n] = scale.factor;
-      a.least[n] = scale.least;
-    }
-  const auto each_own = [&](auto function) {
-    for (int64_t n = first; n < std::min(last, a.n); n++) {
-      const int64_t w = a.token[n] - a.first_word;
-      if (w >= 0 && w < a.words && a.token[n] != a.ignore_index) function(n, w);
-    }
-  };
-  each_own([&](int64_t n, int64_t w) {
-    a.sampled[n] = softcapped_one(a.x[w * a.x_stride + n] + (a.bias ? a.bias[w] : 0.0f), a.softcap);
-  });
+  if (a.first_word == 0) set_scales(a, first, last);
+  note_sampled(a, first, last);
   const auto capped = [&](auto bias) {
     constexpr bool BIAS = decltype(bias)::value;
     a.softcap != 0 ? some_gradients<BIAS, true>(a, s, first, last)
                    : some_gradients<BIAS, false>(a, s, first, last);
   };
   a.bias ? capped(std::true_type{}) : capped(std::false_type{});
-  each_own([&](int64_t n, int64_t w) {
+  each_sampled(a, first, last, [&](int64_t n, int64_t w) {
     const double d = std::max((double)a.sampled[n] - a.row_max[n], (double)a.least[n]);
     const double e = d == a.least[n] ? 0.0 : std::exp(d / a.tau[n]);
     double dx = s.of_token[n] + e * (s.of_exp[n] + s.of_shifted_exp[n] * d);
