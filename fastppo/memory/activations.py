@@ -122,8 +122,9 @@ class Activations:
         blocks = 0 if inputs.compiled_ops else 3 * min(2 * MIB, tokens * vocab * FLOAT32)
         buffers = self._chunk_buffers(tokens, gradient=gradient)
         if self._by_words(tokens, gradient=gradient):
-            # With a gradient also the words that were sampled, in the GEMM's operands.
-            return buffers[0] + gradient * self.hidden_states(tokens)
+            # With a frozen head's gradient also the words that were sampled, in its dtype.
+            frozen = gradient and not inputs.trains_head
+            return buffers[0] + frozen * self.hidden_states(tokens)
         # On a CPU the float32 product is one of upcast hidden states and words.
         rows = buffers[0] // (vocab * FLOAT32) + min(WORDS_CPU, vocab)
         upcasts = inputs.device != "gpu" and inputs.itemsize != FLOAT32
@@ -136,17 +137,21 @@ class Activations:
         if not here or tokens < WORDS_FROM:
             return False
         if gradient:
-            return not inputs.trains_head and config.entropy_coef == 0
+            return config.entropy_coef == 0 if not inputs.trains_head else self._fits(tokens)
         return config.kl_penalty != "full"
+
+    def _fits(self, tokens: int) -> bool:
+        """Whether a trained weight's gradient has room for the logits."""
+        return tokens <= MOST_TOKENS and _columns(tokens) <= self.shape.hidden
 
     def _chunk_buffers(self, tokens: int, *, gradient: bool) -> list[int]:
         """Bytes of the logits of a chunk and, if it needs memory of its own, of their gradient."""
         inputs, vocab = self.inputs, self.shape.vocab
         if self._by_words(tokens, gradient=gradient):
             part = -(-tokens // -(-tokens // MOST_TOKENS))
-            columns = -(-part // WORD_TILE) * WORD_TILE + WORD_COLUMNS
-            words = (as_count(inputs.config.chunk_bytes) or WORD_BLOCK) // (columns * FLOAT32)
-            return [min(max(1, words), MOST_WORDS, vocab) * columns * FLOAT32]
+            row = _columns(part) * FLOAT32
+            words = (as_count(inputs.config.chunk_bytes) or WORD_BLOCK) // row
+            return [min(max(1, words), MOST_WORDS, vocab) * row]
         most = max(inputs.min_chunk_rows, inputs.chunk_bytes // (vocab * FLOAT32))
         rows = -(-tokens // -(-tokens // most))  # all chunks have nearly the same length
         apart = gradient and inputs.itemsize != FLOAT32
@@ -190,3 +195,8 @@ class Activations:
         trunk = self.trunk(rows, length, "actor")
         each = trunk.input if "checkpoint" in mode else trunk.saved
         return self.static.actor.layers * each
+
+
+def _columns(tokens: int) -> int:
+    """Distance of two words' logits of so many tokens."""
+    return -(-tokens // WORD_TILE) * WORD_TILE + WORD_COLUMNS

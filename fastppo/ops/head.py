@@ -168,7 +168,8 @@ class LinearRows:
     """Rows of logits that exist a chunk at a time. Gradients of what trains are left in `grads`.
 
     `wanted` says of hidden, weight, bias, A and B whether a gradient is asked for. Gradients of the
-    head are accumulated in the statistics' dtype; rows that are not live have no part in them.
+    head are accumulated in the statistics' dtype; rows that are not live have no part in them. That
+    of the weight goes into `weight_memory_VD` where there is some.
     """
 
     hidden_ND: Tensor
@@ -179,13 +180,16 @@ class LinearRows:
     live_N: Tensor | None  # may be None where nothing of the head trains
     wanted: Sequence[bool] = (False,) * 5
     grads: list[Tensor | None] = field(default_factory=lambda: [None] * 5)
+    weight_memory_VD: Tensor | None = None
 
     def __post_init__(self) -> None:
         hidden, *head = self.wanted
         if hidden:
             self.grads[0] = torch.empty_like(self.hidden_ND, memory_format=torch.contiguous_format)
         for i, (needed, tensor) in enumerate(zip(head, self.head.tensors(), strict=True), 1):
-            if needed and i == WEIGHT and self.hidden_ND.shape[0]:
+            if needed and i == WEIGHT and self.weight_memory_VD is not None:
+                self.grads[i] = self.weight_memory_VD
+            elif needed and i == WEIGHT and self.hidden_ND.shape[0]:
                 # The first chunk writes it: zeros would be one more pass over the largest of all.
                 vocab, size = self.head.weight_VD.shape
                 self.grads[i] = fresh((vocab, size), self.dtype, self.hidden_ND.device)

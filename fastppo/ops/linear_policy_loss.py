@@ -30,7 +30,7 @@ from fastppo.ops.gradient_made import (
     save_settings,
     scaled_donated,
 )
-from fastppo.ops.head import Head, HeadArguments, LinearRows, asked, fake_results
+from fastppo.ops.head import WEIGHT, Head, HeadArguments, LinearRows, asked, fake_results
 from fastppo.ops.losses import POLICY_LOSSES
 from fastppo.ops.operands import check_chunk_bytes, logits_dtype_of, operands
 from fastppo.ops.policy_loss import PolicyLoss, fake_outputs, sweep, unpack
@@ -38,7 +38,13 @@ from fastppo.ops.registered import register
 from fastppo.ops.sharded_head import ShardedRows, VocabShard, vocab_shard
 from fastppo.ops.surrogate import OwnLoss, filled, sweep_by_token, token_gradient, totals
 from fastppo.ops.token_logprobs import empty_statistics
-from fastppo.ops.word_blocks import LEAST_TOKENS, by_words, goes_by_words
+from fastppo.ops.word_blocks import (
+    LEAST_TOKENS,
+    by_words,
+    goes_by_words,
+    gradients_by_words,
+    logits_fit,
+)
 
 
 def linear_policy_loss(
@@ -83,9 +89,11 @@ def linear_policy_loss(
 
                                         frozen head   bias or adapter trains   weight trains
         a loss by token, or the caller's     2                  2                    3
-        gspo, gspo_token                     2                  3                    4
-        the same with an entropy bonus       3                  3                    4
+        gspo, gspo_token                     2                  3                    4 (3)
+        the same with an entropy bonus       3                  3                    4 (3)
         without gradient                     1
+
+    (3) is where the logits fit in the memory of the weight's gradient, see `linear_token_logprobs`.
 
     Under torch.autocast operands are cast as `nn.Linear` casts them.
 
@@ -276,7 +284,10 @@ def _forward(a: Arguments, own: OwnLoss | None = None, shard: VocabShard | None 
     by_sequence = a.loss.by_sequence
     by_slope = (many or by_sequence) and not any(a.wanted[1:])
     by_slope = by_slope and not (a.wanted[0] and a.loss.has_entropy)
-    at_words = many and by_slope and goes_by_words(chunks, a.rows, a.backend)
+    # A trained weight's logits lie where its gradient will, until the loss is known.
+    kept_VD = chunks.grads[WEIGHT] if many and own is None and logits_fit(hidden_ND) else None
+    at_words = many and (by_slope or kept_VD is not None)
+    at_words = at_words and goes_by_words(chunks, a.rows, a.backend)
     kernels = BACKENDS[a.backend] if shard is None else shard.kernels(a.rows, a.backend)
     need_grad = any(a.wanted)
     if own is not None:
@@ -287,7 +298,10 @@ def _forward(a: Arguments, own: OwnLoss | None = None, shard: VocabShard | None 
         outputs = LossOutputs(total, stats.logprob_N, stats.entropy_N, kl_N, metrics)
     elif at_words or (by_slope and by_sequence and need_grad):
         stats = empty_statistics(hidden_ND, a.backend)
-        total, kl_N, metrics = _sweep_by_slope(kernels, chunks, a.rows, a.loss, stats, at_words)
+        if at_words:
+            total, kl_N, metrics = _sweep_by_words(chunks, a.rows, a.loss, stats, kept_VD)
+        else:
+            total, kl_N, metrics = _sweep_by_slope(kernels, chunks, a.rows, a.loss, stats)
         outputs = LossOutputs(total, stats.logprob_N, stats.entropy_N, kl_N, metrics)
     else:
         parts = None if shard is None else kernels
@@ -301,31 +315,52 @@ def _sweep_by_slope(
     rows: RowArguments,
     loss: LossArguments,
     stats: Statistics,
-    at_words: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`totals` of any loss without entropy, of which only the hidden states may want a gradient.
+    """`totals` of any loss without entropy, of which only the hidden states want a gradient.
 
     d logprob / d hidden does not depend on the loss, so one pass makes it beside the log-probs, and
     g is multiplied in at the end. In the slope's dtype nothing underflows: it is of order 1.
     """
     weight_N, slope_ND = loss.weight_N, chunks.grads[0]
-    live_N = live_rows(rows, weight_N)
-    if at_words:
-        token_N = rows.token_N.masked_fill(~live_N, rows.ignore_index)
-        by_words(chunks, rows._replace(token_N=token_N), stats, slope_ND)
-    else:
-        assert slope_ND is not None
-        one_N = torch.ones_like(stats.logprob_N)
-        for at, x_NV, dx_NV in chunks.made(slope_ND.dtype):
-            assert dx_NV is not None
-            kernels.token_logprobs(x_NV, rows, at, stats, weight_N)
-            kernels.token_logprobs_backward(x_NV, dx_NV, rows, at, stats, one_N, None, weight_N)
-            chunks.to_hidden(dx_NV, slope_ND[at])
+    assert slope_ND is not None
+    live_N, one_N = live_rows(rows, weight_N), torch.ones_like(stats.logprob_N)
+    for at, x_NV, dx_NV in chunks.made(slope_ND.dtype):
+        assert dx_NV is not None
+        kernels.token_logprobs(x_NV, rows, at, stats, weight_N)
+        kernels.token_logprobs_backward(x_NV, dx_NV, rows, at, stats, one_N, None, weight_N)
+        chunks.to_hidden(dx_NV, slope_ND[at])
     whole = filled(loss, live_N, stats.logprob_N.dtype)
-    if slope_ND is not None:
-        g_N, _ = token_gradient(whole, live_N, stats.logprob_N)
-        torch.mul(slope_ND, (loss.grad_scale * g_N)[:, None], out=slope_ND)
+    _multiply_slope(slope_ND, whole, live_N, stats)
     return totals(whole, live_N, stats.logprob_N, stats.entropy_N)
+
+
+def _sweep_by_words(
+    chunks: LinearRows,
+    rows: RowArguments,
+    loss: LossArguments,
+    stats: Statistics,
+    kept_VD: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by blocks of words; of any loss, if the logits can stay in `kept_VD`."""
+    live_N = live_rows(rows, loss.weight_N)
+    rows = rows._replace(token_N=rows.token_N.masked_fill(~live_N, rows.ignore_index))
+    slope_ND = chunks.grads[0] if kept_VD is None else None
+    by_words(chunks, rows, stats, slope_ND, kept_VD)
+    whole = filled(loss, live_N, stats.logprob_N.dtype)
+    if kept_VD is not None:
+        g_N, h_N = token_gradient(whole, live_N, stats.logprob_N)
+        h_N = None if h_N is None else loss.grad_scale * h_N
+        gradients_by_words(chunks, rows, stats, loss.grad_scale * g_N, h_N, kept_VD)
+    elif slope_ND is not None:
+        _multiply_slope(slope_ND, whole, live_N, stats)
+    return totals(whole, live_N, stats.logprob_N, stats.entropy_N)
+
+
+def _multiply_slope(
+    slope_ND: Tensor, loss: LossArguments, live_N: Tensor, stats: Statistics
+) -> None:
+    g_N, _ = token_gradient(loss, live_N, stats.logprob_N)
+    torch.mul(slope_ND, (loss.grad_scale * g_N)[:, None], out=slope_ND)
 
 
 def _forward_donated(a: Arguments) -> Outputs:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,27 +13,31 @@ from fastppo.ops.arguments import (
     RowArguments,
     chosen_backend,
     is_traced,
-    live_rows,
     once_differentiable,
     row_arguments,
-    stat_dtype,
 )
-from fastppo.ops.backends import BACKENDS, Statistics
+from fastppo.ops.backends import Statistics
 from fastppo.ops.checks import check_flag
 from fastppo.ops.config import HeadLora
-from fastppo.ops.head import Head, HeadArguments, HeadGradients, LinearRows, asked, fake_results
-from fastppo.ops.labels import label_logprobs
+from fastppo.ops.head import WEIGHT, Head, HeadArguments, HeadGradients, asked, fake_results
+from fastppo.ops.linear_passes import (
+    Arguments,
+    BackwardArguments,
+    Outputs,
+    backward,
+    empty_outputs,
+    forward,
+)
 from fastppo.ops.operands import check_chunk_bytes, logits_dtype_of, operands
 from fastppo.ops.registered import register
-from fastppo.ops.sharded_head import ShardedRows, VocabShard, vocab_shard
+from fastppo.ops.sharded_head import VocabShard, vocab_shard
 from fastppo.ops.token_logprobs import (
     TokenLogprobs,
-    backward_at,
     empty_statistics,
+    times_slopes,
     token_results,
     with_label_logprobs,
 )
-from fastppo.ops.word_blocks import LEAST_TOKENS, by_words, goes_by_words, gradients_by_words
 
 
 def linear_token_logprobs(
@@ -53,6 +56,7 @@ def linear_token_logprobs(
     reduce_hidden_grad: bool = True,
     entropy_grad: bool = False,
     return_lse: bool = False,
+    keep_logits: bool = True,
     chunk_bytes: int | None = None,
     logits_dtype: torch.dtype | None = None,
     ignore_index: int = IGNORE_INDEX,
@@ -75,7 +79,7 @@ def linear_token_logprobs(
         with entropy_grad                             1 more
         with a trained bias or head_lora              1 more, which computes the logits again
         several labels a row                          1 more, likewise
-        trained weight                                4 (`linear_policy_loss` needs 3)
+        trained weight                                4, or 3 with `keep_logits`
         without gradient                              1
 
     Under torch.autocast hidden states, weight, bias and adapter are cast as `nn.Linear` casts them;
@@ -104,6 +108,10 @@ def linear_token_logprobs(
             it is this rank's part, for hidden states whose own backward adds up the parts.
         entropy_grad: whether the entropy is differentiable; if not, it is detached.
         return_lse: whether to give log sum exp of the scaled, capped and tempered logits too.
+        keep_logits: whether a trained weight's logits may stay until the backward, in the memory
+            that the weight's gradient then takes. They do in an eager call on a CPU, in float32, if
+            N is at most 2048 and, rounded up to a multiple of 32, at most D - 16. Give False if
+            many calls wait for one backward.
         chunk_bytes: largest number of bytes of logits at a time; their gradient takes as many with
             entropy_grad, and half as many if float32 logits are those of 16-bit operands. None is
             the device's default.
@@ -127,8 +135,9 @@ def linear_token_logprobs(
     chosen = chosen_backend(op, backend, hidden_ND)
     check_flag(op, "entropy_grad", entropy_grad)
     check_flag(op, "return_lse", return_lse)
-    if reduce_hidden_grad is not True:
-        check_flag(op, "reduce_hidden_grad", reduce_hidden_grad)
+    for name, flag in (("reduce_hidden_grad", reduce_hidden_grad), ("keep_logits", keep_logits)):
+        if flag is not True:
+            check_flag(op, name, flag)
     check_chunk_bytes(op, chunk_bytes)
     dtype, enabled = logits_dtype_of(op, hidden_ND, logits_dtype), torch.is_grad_enabled()
     shard, vocab = None, head.weight_VD.shape[0]
@@ -153,139 +162,27 @@ def linear_token_logprobs(
     )
     tensors = (hidden_ND, *head.tensors())
     wanted = tuple(enabled and tensor is not None and tensor.requires_grad for tensor in tensors)
+    traced = is_traced(hidden_ND)
+    keep = keep_logits and wanted[WEIGHT] and not traced  # a tracer's tensors are not written over
     given = Arguments(
-        hidden_ND, head.arguments(), rows, dtype, chunk_bytes, entropy_grad, wanted, chosen
+        hidden_ND, head.arguments(), rows, dtype, chunk_bytes, entropy_grad, keep, wanted, chosen
     )
-    if is_traced(hidden_ND):
+    if traced:
         found = _registered(given)
     elif any(wanted):
         found = _LinearTokenLogprobs.apply(*tensors, given, return_lse, shard)  # type: ignore[no-untyped-call]
     else:
-        found = _forward(given, shard)
+        found = forward(given, shard)
     logprob_N, entropy_N, *rest = found
     entropy_N = entropy_N if entropy_grad else entropy_N.detach()
     return token_results(rows, (logprob_N, entropy_N, *rest), lead, return_lse)
-
-
-class Arguments(NamedTuple):
-    """Arguments of the registered operator; `wanted` is for hidden states, weight, bias, A, B."""
-
-    hidden_ND: Tensor
-    head: HeadArguments
-    rows: RowArguments
-    logits_dtype: torch.dtype
-    chunk_bytes: int | None
-    entropy_grad: bool
-    wanted: tuple[bool, ...]
-    backend: str
-
-    @property
-    def by_slope(self) -> bool:
-        """Whether the forward computes the gradient of the hidden states."""
-        hidden, weight, *_ = self.wanted
-        return hidden and not weight and self.rows.labels_NK is None
-
-
-class Outputs(NamedTuple):
-    """Results of the registered operator: statistics, and slopes, which may be empty."""
-
-    logprob_N: Tensor  # (N, K) with several labels a row
-    entropy_N: Tensor
-    row_max_N: Tensor
-    sum_exp_N: Tensor
-    logprob_slope_ND: Tensor  # d logprob_i / d hidden_i
-    entropy_slope_ND: Tensor
-
-
-class BackwardArguments(NamedTuple):
-    """Arguments of the backward; `wanted` is for hidden states, weight, bias, A and B."""
-
-    g_N: Tensor | None
-    h_N: Tensor | None
-    wanted: tuple[bool, ...]
-    hidden_ND: Tensor
-    head: HeadArguments
-    rows: RowArguments
-    logits_dtype: torch.dtype
-    chunk_bytes: int | None
-    stats: Statistics
-    backend: str
-
-
-def _chunks(
-    a: Arguments | BackwardArguments, wanted: tuple[bool, ...], shard: VocabShard | None
-) -> LinearRows:
-    head = Head.of(a.head).detach()
-    live_N = live_rows(a.rows) if any(wanted) else None
-    hidden_ND, stat = a.hidden_ND.detach(), stat_dtype(a.hidden_ND)
-    given = (hidden_ND, head, stat, a.logits_dtype, a.chunk_bytes, live_N, wanted)
-    return LinearRows(*given) if shard is None else ShardedRows(*given, shard=shard)
-
-
-def _forward(a: Arguments, shard: VocabShard | None = None) -> Outputs:
-    stats = empty_statistics(a.hidden_ND, a.backend)
-    kernels = BACKENDS[a.backend] if shard is None else shard.kernels(a.rows, a.backend)
-    slopes = _empty_slopes(a)
-    chunks = _chunks(a, (False,) * 5, shard)
-    words = a.hidden_ND.shape[0] >= LEAST_TOKENS and not (a.by_slope and a.entropy_grad)
-    if words and goes_by_words(chunks, a.rows, a.backend):
-        by_words(chunks, a.rows, stats, slopes[0] if a.by_slope else None)
-        return Outputs(*stats, *slopes)
-    if not a.by_slope:
-        labelled = with_label_logprobs(stats, a.rows)
-
-        def kernel(at: slice, x_NV: Tensor, _: Tensor | None) -> None:
-            kernels.token_logprobs(x_NV, a.rows, at, stats if shard is None else labelled)
-            if a.rows.labels_NK is not None and shard is None:
-                labelled.logprob_N[at] = label_logprobs(x_NV, a.rows, at, stats)
-
-        chunks.visit(kernel, write=False)
-        return Outputs(*labelled, *slopes)
-    one_N = torch.ones_like(stats.logprob_N)
-    # Only the last one may overwrite the logits.
-    derived: list[tuple[Tensor, Tensor | None, Tensor | None]] = [(slopes[0], one_N, None)]
-    if a.entropy_grad:
-        derived.insert(0, (slopes[1], None, one_N))
-    for at, x_NV, dx_NV in chunks.made(a.hidden_ND.dtype, apart=a.entropy_grad):
-        assert dx_NV is not None
-        kernels.token_logprobs(x_NV, a.rows, at, stats)
-        for slope_ND, g_N, h_N in derived:
-            kernels.token_logprobs_backward(x_NV, dx_NV, a.rows, at, stats, g_N, h_N)
-            chunks.to_hidden(dx_NV, slope_ND[at])
-    return Outputs(*stats, *slopes)
-
-
-def _empty_slopes(a: Arguments) -> tuple[Tensor, Tensor]:
-    """Memory for d logprob / d hidden and d entropy / d hidden; empty if not wanted."""
-    shape, like = a.hidden_ND.shape, a.hidden_ND
-    return (
-        like.new_empty(shape if a.by_slope else 0),
-        like.new_empty(shape if a.by_slope and a.entropy_grad else 0),
-    )
-
-
-def _backward(a: BackwardArguments, shard: VocabShard | None = None) -> HeadGradients:
-    """The wanted gradients; the logits are computed again, by words or chunk by chunk."""
-    chunks = _chunks(a, a.wanted, shard)
-    kernels = BACKENDS[a.backend] if shard is None else shard.kernels(a.rows, a.backend)
-    if a.hidden_ND.shape[0] >= LEAST_TOKENS and goes_by_words(chunks, a.rows, a.backend):
-        gradients_by_words(chunks, a.rows, a.stats, a.g_N, a.h_N)
-        return chunks.results()
-    gradient = partial(backward_at, kernels) if shard is None else kernels.token_logprobs_backward
-
-    def kernel(at: slice, x_NV: Tensor, out_NV: Tensor | None) -> None:
-        assert out_NV is not None
-        gradient(x_NV, out_NV, a.rows, at, a.stats, a.g_N, a.h_N)
-
-    chunks.visit(kernel, write=True)
-    return chunks.results()
 
 
 def _save(ctx: Any, a: Arguments, found: Outputs) -> None:
     rows, head, tau = a.rows, a.head, a.rows.temperature
     ctx.softcap, ctx.ignore_index, ctx.scaling = rows.softcap, rows.ignore_index, head.lora_scaling
     ctx.logits_dtype, ctx.chunk_bytes, ctx.backend = a.logits_dtype, a.chunk_bytes, a.backend
-    ctx.by_slope, ctx.entropy_grad = a.by_slope, a.entropy_grad
+    ctx.by_slope, ctx.entropy_grad, ctx.taken = a.by_slope, a.entropy_grad, False
     # Without these the backward cannot compute the logits again; with slopes it need not.
     again = not a.by_slope or any(a.wanted[1:])
     by_tensor = isinstance(tau, Tensor)  # autograd saves tensors
@@ -310,7 +207,8 @@ def _gradients(ctx: Any, g_N: Tensor | None, h_N: Tensor | None) -> tuple[Tensor
     h_N = h_N if ctx.entropy_grad else None
     d_hidden_ND = None
     if ctx.by_slope and wanted[0]:
-        d_hidden_ND = _times_slopes(rows, outputs, g_N, h_N)
+        slopes = (outputs.logprob_slope_ND, outputs.entropy_slope_ND)
+        d_hidden_ND = times_slopes(rows, slopes, (g_N, h_N))
         wanted = (False, *wanted[1:])
     if any(wanted):
         given = BackwardArguments(
@@ -326,25 +224,20 @@ def _gradients(ctx: Any, g_N: Tensor | None, h_N: Tensor | None) -> tuple[Tensor
             ctx.backend,
         )
         shard = getattr(ctx, "shard", None)
-        made = _registered_backward(given) if is_traced(hidden_ND) else _backward(given, shard)
+        if is_traced(hidden_ND):
+            made = _registered_backward(given)
+        else:
+            made = backward(given, shard, _kept(ctx, outputs.kept_VD, wanted))
         grads = asked(wanted, made)
     return grads if d_hidden_ND is None else (d_hidden_ND, *grads[1:])
 
 
-def _times_slopes(
-    rows: RowArguments, found: Outputs, g_N: Tensor | None, h_N: Tensor | None
-) -> Tensor | None:
-    """g dlogprob/dhidden + h dentropy/dhidden in float32, cast to the dtype of the slopes."""
-    # The slopes of ignored rows are 0, but 0 times a NaN in their gradient is NaN.
-    dead_N = ~live_rows(rows)
-    products = [
-        slope_ND * grad_N.masked_fill(dead_N, 0)[:, None]
-        for slope_ND, grad_N in ((found.logprob_slope_ND, g_N), (found.entropy_slope_ND, h_N))
-        if grad_N is not None
-    ]
-    if not products:
-        return None
-    return sum(products[1:], products[0]).to(found.logprob_slope_ND.dtype)
+def _kept(ctx: Any, kept_VD: Tensor, wanted: tuple[bool, ...]) -> Tensor | None:
+    """The memory with the logits, if there is one and no gradient has taken their place yet."""
+    if not kept_VD.numel() or ctx.taken:
+        return None  # a second backward computes the logits again
+    ctx.taken = wanted[WEIGHT]
+    return kept_VD.data  # autograd would take what is written to it for a change of the saved one
 
 
 class _LinearTokenLogprobs(torch.autograd.Function):
@@ -362,7 +255,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         with_statistics: bool,
         shard: VocabShard | None,
     ) -> tuple[Tensor, ...]:
-        found = _forward(a, shard)
+        found = forward(a, shard)
         ctx.shard = shard
         ctx.set_materialize_grads(False)
         _save(ctx, a, found)
@@ -383,9 +276,9 @@ _registered = register(
     "linear_token_logprobs",
     Arguments,
     Outputs,
-    _forward,
+    forward,
     lambda a: Outputs(
-        *with_label_logprobs(empty_statistics(a.hidden_ND, a.backend), a.rows), *_empty_slopes(a)
+        *with_label_logprobs(empty_statistics(a.hidden_ND, a.backend), a.rows), *empty_outputs(a)
     ),
     results=2,
     save=_save,
@@ -395,6 +288,6 @@ _registered_backward = register(
     "linear_token_logprobs_backward",
     BackwardArguments,
     HeadGradients,
-    _backward,
+    backward,
     lambda a: fake_results(a.hidden_ND, Head.of(a.head), a.wanted),
 )

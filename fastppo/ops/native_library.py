@@ -224,7 +224,9 @@ class WordBlockStruct(_Struct):
 class WordSlopesStruct(_Struct):
     """FastppoWordSlopes: what makes a gradient of a block's exponentials, one a token."""
 
-    _fields_: ClassVar = [(name, c_void_p) for name in ("of_exp", "of_shifted_exp", "of_token")]
+    _fields_: ClassVar = [
+        (name, c_void_p) for name in ("out", "of_exp", "of_shifted_exp", "of_token")
+    ]
 
 
 # The structs in the order of fastppo_sizeof, which gives the size that the library expects.

@@ -12,6 +12,7 @@ from fastppo.ops.arguments import (
     RowArguments,
     chosen_backend,
     is_traced,
+    live_rows,
     once_differentiable,
     row_arguments,
     rows_and_lead,
@@ -214,6 +215,22 @@ def backward_at(
     kernels.token_logprobs_backward(x_NV, out_NV, rows, at, for_kernels(stats), g_N, h_N)
     if labels is not None:
         labels.add_to(out_NV)
+
+
+def times_slopes(
+    rows: RowArguments, slopes_ND: tuple[Tensor, ...], grads_N: tuple[Tensor | None, ...]
+) -> Tensor | None:
+    """g dlogprob/dhidden + h dentropy/dhidden in float32, cast to the dtype of the slopes."""
+    # The slopes of ignored rows are 0, but 0 times a NaN in their gradient is NaN.
+    dead_N = ~live_rows(rows)
+    products = [
+        slope_ND * grad_N.masked_fill(dead_N, 0)[:, None]
+        for slope_ND, grad_N in zip(slopes_ND, grads_N, strict=True)
+        if grad_N is not None
+    ]
+    if not products:
+        return None
+    return sum(products[1:], products[0]).to(slopes_ND[0].dtype)
 
 
 def _save(ctx: Any, a: Arguments, stats: Statistics) -> None:

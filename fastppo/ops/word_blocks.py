@@ -6,11 +6,14 @@ the weight are in the last cache. The weight is read from memory once and logits
 it at all, where chunks of rows read the weight twice a chunk. That sum needs no gradient of a loss,
 so it is d logprob / d hidden (see `linear_token_logprobs`), in two GEMMs. Where the head trains,
 the backward goes over the words again, with the gradients of the log-probs.
+
+The gradient of a trained weight, (V, D), needs memory in any case. Logits of N tokens, (V, N), fit
+in it if N <= D: they stay there until the backward, which has the gradient's rows take their place
+from the last word to the first. That is one GEMM less, and no memory more than at the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from ctypes import byref
 from typing import Final
 
@@ -56,16 +59,30 @@ def goes_by_words(chunks: LinearRows, rows: RowArguments, backend: str) -> bool:
     )
 
 
+def logits_fit(hidden_ND: Tensor) -> bool:
+    """Whether the logits of all tokens fit in the memory of the weight's gradient."""
+    n, size = hidden_ND.shape
+    return 0 < n <= _MOST_TOKENS and _columns(n) <= size
+
+
 def by_words(
-    chunks: LinearRows, rows: RowArguments, into: Statistics, slope_ND: Tensor | None
+    chunks: LinearRows,
+    rows: RowArguments,
+    into: Statistics,
+    slope_ND: Tensor | None,
+    kept_VD: Tensor | None = None,
 ) -> None:
-    """Write the statistics of all rows into `into`, and d logprob / d hidden into `slope_ND`."""
+    """Write the statistics of all rows into `into`, and d logprob / d hidden into `slope_ND`.
+
+    The logits stay in `kept_VD`, memory of the weight's gradient, where they must fit.
+    """
     hidden_ND = chunks.hidden_ND
     with full_precision(hidden_ND.device):
         for at in _parts(hidden_ND.shape[0]):
             own = None if slope_ND is None else slope_ND[at]
             statistics = Statistics(*(result[at] for result in into))
-            _some_tokens(hidden_ND[at], chunks.head, rows, at, chunks.chunk_bytes, statistics, own)
+            words = _Words(hidden_ND[at], chunks.head, rows, at, chunks.chunk_bytes, kept_VD)
+            _some_tokens(words, statistics, own)
 
 
 def gradients_by_words(
@@ -74,12 +91,14 @@ def gradients_by_words(
     stats: Statistics,
     g_N: Tensor | None,
     h_N: Tensor | None,
+    kept_VD: Tensor | None = None,
 ) -> None:
     """Leave in `chunks` the wanted gradients, given those of the log-probs and of the entropies.
 
     A block's logits are made again, and their gradient is multiplied by the weight's rows and by
     the hidden states while it is in the cache: so each row of the weight's gradient is written
-    once, where chunks of rows would add to all of it once a chunk.
+    once, where chunks of rows would add to all of it once a chunk. Logits that were kept are in
+    `kept_VD`, which may be the memory of the weight's gradient.
     """
     hidden_ND, live_N = chunks.hidden_ND, chunks.live_N
     assert live_N is not None
@@ -91,18 +110,27 @@ def gradients_by_words(
         slopes_3N = _slopes(rows, live_N, stats, g_N, h_N)
         for part, at in enumerate(_parts(hidden_ND.shape[0])):
             own_ND, n = hidden_ND[at], at.stop - at.start
-            words = _Words(own_ND, chunks.head, rows, at, chunks.chunk_bytes)
+            words = _Words(own_ND, chunks.head, rows, at, chunks.chunk_bytes, kept_VD)
             words.row_max_N[:n] = stats.row_max_N[at]
             own_3N = torch.zeros(3, words.columns)
             own_3N[:, :n] = slopes_3N[:, at]
-            slopes = WordSlopesStruct(*(one.data_ptr() for one in own_3N))
-            for some, some_VN in words.blocks():
+            out_VN = words.x_VN if kept_VD is None else words.memory()
+            slopes = WordSlopesStruct(out_VN.data_ptr(), *(one.data_ptr() for one in own_3N))
+            # Kept ones from the end: a block's rows of the weight's gradient lie behind the logits
+            # of all blocks before it.
+            order = words.blocks() if kept_VD is None else words.blocks()[::-1]
+            for some in order:
+                if kept_VD is None:
+                    words.make(some)
+                else:
+                    words.take(some)
                 LIBRARY.fastppo_word_gradient(byref(words.struct), byref(slopes))
+                some_VN = out_VN[: some.stop - some.start, :n]
                 if d_weight_VD is not None:
                     # beta 0 overwrites whatever was there, NaN too.
                     d_weight_VD[some].addmm_(some_VN, own_ND, beta=0 if part == 0 else 1)
                 if d_hidden_ND is not None:
-                    beta = 0 if some.start == 0 else 1
+                    beta = 0 if some is order[0] else 1
                     d_hidden_ND[at].addmm_(some_VN.T, weight_VD[some], beta=beta)
                 if d_bias_V is not None:
                     d_bias_V[some].add_(some_VN.sum(1, dtype=d_bias_V.dtype))
@@ -134,8 +162,16 @@ def _parts(n: int) -> list[slice]:
     return [slice(i * n // parts, (i + 1) * n // parts) for i in range(parts)]
 
 
+def _columns(n: int) -> int:
+    """Distance of two words' logits of n tokens."""
+    return -(-n // _TILE) * _TILE + _COLUMNS
+
+
 class _Words:
-    """The words of the head in blocks, for some tokens: memory, and what the library is told."""
+    """The words of the head in blocks, for some tokens: memory, and what the library is told.
+
+    Logits are those of one block, or those of all words at the front of `kept_VD`.
+    """
 
     def __init__(
         self,
@@ -144,13 +180,18 @@ class _Words:
         rows: RowArguments,
         at: slice,
         chunk_bytes: int | None,
+        kept_VD: Tensor | None,
     ) -> None:
         n, vocab = hidden_ND.shape[0], head.weight_VD.shape[0]
         self.hidden_ND, self.weight_VD = hidden_ND, head.weight_VD
-        self.columns = columns = -(-n // _TILE) * _TILE + _COLUMNS
+        self.columns = columns = _columns(n)
         words = (_BYTES if chunk_bytes is None else chunk_bytes) // (4 * columns)
         self.words = words = min(max(1, words), _MOST_WORDS, vocab)
-        self.x_VN = fresh((words, columns), torch.float32, hidden_ND.device)
+        self.all_words = kept_VD is not None
+        if kept_VD is None:
+            self.x_VN = self.memory()
+        else:
+            self.x_VN = kept_VD.view(-1)[: vocab * columns].view(vocab, columns)
         self.token_N = rows.token_N[at].long().contiguous()
         self.bias_V = None if head.bias_V is None else head.bias_V.float().contiguous()
         self.tau_N = torch.ones(columns)
@@ -160,7 +201,6 @@ class _Words:
         self.scale_2N = torch.empty(2, columns)
         self.sampled_N = torch.full((columns,), float("nan"))
         self.struct = WordBlockStruct(
-            x=self.x_VN.data_ptr(),
             x_stride=columns,
             n=n,
             vocab=vocab,
@@ -174,39 +214,46 @@ class _Words:
             softcap=rows.softcap or 0.0,
         )
 
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Make the logits of each block; yields which words they are of, and the logits."""
+    def memory(self) -> Tensor:
+        """New memory for one number a token and word of a block."""
+        return fresh((self.words, self.columns), torch.float32, self.hidden_ND.device)
+
+    def blocks(self) -> list[slice]:
+        """The words of each block."""
         vocab = self.weight_VD.shape[0]
-        for first in range(0, vocab, self.words):
-            some = slice(first, min(first + self.words, vocab))
-            count = some.stop - first
-            some_VN = self.x_VN[:count, : self.hidden_ND.shape[0]]
-            torch.mm(self.weight_VD[some], self.hidden_ND.T, out=some_VN)
-            self.struct.first_word, self.struct.words = first, count
-            if self.bias_V is not None:
-                self.struct.bias = self.bias_V[first:].data_ptr()
-            yield some, some_VN
+        return [slice(i, min(i + self.words, vocab)) for i in range(0, vocab, self.words)]
+
+    def take(self, some: slice) -> Tensor:
+        """Where the logits of a block are; the library is told too."""
+        count = some.stop - some.start
+        x_VN = self.x_VN[some] if self.all_words else self.x_VN[:count]
+        self.struct.x, self.struct.first_word, self.struct.words = (
+            x_VN.data_ptr(),
+            some.start,
+            count,
+        )
+        if self.bias_V is not None:
+            self.struct.bias = self.bias_V[some].data_ptr()
+        return x_VN[:, : self.hidden_ND.shape[0]]
+
+    def make(self, some: slice) -> Tensor:
+        """The logits of a block."""
+        x_VN = self.take(some)
+        torch.mm(self.weight_VD[some], self.hidden_ND.T, out=x_VN)
+        return x_VN
 
 
-def _some_tokens(
-    hidden_ND: Tensor,
-    head: Head,
-    rows: RowArguments,
-    at: slice,
-    chunk_bytes: int | None,
-    into: Statistics,
-    slope_ND: Tensor | None,
-) -> None:
-    words = _Words(hidden_ND, head, rows, at, chunk_bytes)
-    weight_VD, block = head.weight_VD, words.struct
+def _some_tokens(words: _Words, into: Statistics, slope_ND: Tensor | None) -> None:
+    weight_VD, block = words.weight_VD, words.struct
     shift_N = torch.full((words.columns,), _LOWEST)
     sums_2N = torch.zeros(2, words.columns, dtype=torch.float64)
     block.shift = shift_N.data_ptr()
     block.sum_exp, block.sum_shifted_exp = (one.data_ptr() for one in sums_2N)
-    block.size = hidden_ND.shape[1]
+    block.size = weight_VD.shape[1]
     if slope_ND is not None:
         block.slope, block.slope_stride = slope_ND.data_ptr(), slope_ND.stride(0)
-    for some, some_VN in words.blocks():
+    for some in words.blocks():
+        some_VN = words.make(some)
         LIBRARY.fastppo_word_block(byref(block))
         if slope_ND is not None:
             # beta 0 overwrites whatever was there, NaN too.

@@ -88,8 +88,10 @@ struct FastppoWordBlock {
 };
 
 // d / d logit_v of a token is exp((u_v - row_max) / tau) (of_exp + of_shifted_exp (u_v - row_max)), and
-// of_token more where v was sampled; one a token, of whole tiles, and 0 in the ignored.
+// of_token more where v was sampled; one a token, of whole tiles, and 0 in the ignored. Gradients go to
+// `out`, which has the block's x_stride and may be its x.
 struct FastppoWordSlopes {
+  float* out;  // (words, x_stride)
   const float* of_exp;
   const float* of_shifted_exp;
   const float* of_token;

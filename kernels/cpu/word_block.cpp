@@ -191,7 +191,7 @@ void word_block_end(const FastppoWordBlock& a, const FastppoStatistics& into, co
   for (int64_t d = 0; d < a.size; d++) slope[d] = own[n * a.size + d] * token - slope[d] * others;
 }
 
-// The gradient of the logits of whole tiles of tokens, in their place: see Slopes of row.h.
+// The gradient of the logits of whole tiles of tokens: see Slopes of row.h.
 template <bool BIAS, bool SOFTCAP>
 static void some_gradients(const FastppoWordBlock& a, const FastppoWordSlopes& s, int64_t first, int64_t last) {
   const Floats zero = {};
@@ -205,13 +205,13 @@ static void some_gradients(const FastppoWordBlock& a, const FastppoWordSlopes& s
         const Floats d = own.scale.difference(own.capped(w), row_max);
         Floats dx = exp_of(d, own.scale) * (of_exp + of_shifted * d);
         if (SOFTCAP) dx = dx * tanh_slope_of(own.logit(w) / a.softcap);
-        store(a.x + w * a.x_stride + n, dead ? zero : dx);
+        store(s.out + w * a.x_stride + n, dead ? zero : dx);
       }
     }
 }
 
 void word_gradient_tokens(const FastppoWordBlock& a, const FastppoWordSlopes& s, int64_t first, int64_t last) {
-  if (a.first_word == 0) set_scales(a, first, last);
+  set_scales(a, first, last);  // blocks may come in any order
   note_sampled(a, first, last);
   const auto capped = [&](auto bias) {
     constexpr bool BIAS = decltype(bias)::value;
@@ -227,7 +227,7 @@ void word_gradient_tokens(const FastppoWordBlock& a, const FastppoWordSlopes& s,
       const double t = std::max(a.sampled[n], -a.softcap) / a.softcap;
       dx *= 1 - t * t;
     }
-    a.x[w * a.x_stride + n] = (float)dx;
+    s.out[w * a.x_stride + n] = (float)dx;
   });
 }
 

@@ -186,13 +186,15 @@ static void word_blocks(int64_t n, int64_t vocab, int64_t size, float softcap, b
   auto of_exp = floats(stride), of_shifted_exp = floats(stride), of_token = floats(stride);
   for (int64_t i = 0; i < n; i++)
     if (token[i] == -100) of_exp[i] = of_shifted_exp[i] = of_token[i] = 0;
-  const FastppoWordSlopes gradient = {of_exp.data(), of_shifted_exp.data(), of_token.data()};
   for (int64_t first = 0; first < vocab; first += most) {
+    auto out = floats(most * stride);  // beside the logits, or in their place
+    FastppoWordSlopes gradient = {out.data(), of_exp.data(), of_shifted_exp.data(), of_token.data()};
     block.first_word = first;
     block.words = std::min(most, vocab - first);
     auto x = floats(block.words * stride);
     block.x = x.data();
     block.bias = biased ? bias.data() + first : nullptr;
+    if (slopes) gradient.out = x.data();
     fastppo_word_gradient(&block, &gradient);
   }
 }

@@ -20,7 +20,8 @@ LINEAR = [op for op in OPS.values() if op.name.startswith("linear")]
 # GEMMs of N x V x D. A frozen head needs the logits and d hidden, and of log-probs d hidden does
 # not depend on the loss; the entropy's is one more. A trained bias or adapter takes its gradient
 # from logits that are made again; a trained weight adds its own gradient. A loss by sequence is
-# known after all log-probs only: with a frozen head the slope is made beside them.
+# known after all log-probs only: with a frozen head the slope is made beside them. Logits that are
+# kept in the memory of a trained weight's gradient are not made again.
 GEMMS = {
     "linear_policy_loss": {
         "no_grad": 1,
@@ -53,6 +54,15 @@ GEMMS = {
         "trained": 4,
     },
     "linear_score_tokens": {"no_grad": 2},
+}
+KEPT = {
+    "linear_policy_loss": {
+        "trained": 3,
+        "gspo trained": 3,
+        "gspo_token trained": 3,
+        "own trained": 3,
+    },
+    "linear_token_logprobs": {"frozen": 2, "bias": 3, "trained": 3, "labels, trained": 4},
 }
 # Chunks and GEMMs are made above the kernels: Triton's interpreter would add its minutes alone.
 ON_CPU = [name for name in available("cpu") if name != "triton"]
@@ -124,9 +134,9 @@ def flops_of(event):
     return event.flops if event.name in products else 0
 
 
-def gemms(name, mode, on, n):
+def gemms(name, mode, on, n, hidden=16):
     """GEMMs of N x V x D that a call with its gradient takes."""
-    shape = Shape(n=n, vocab=67, hidden=16)
+    shape = Shape(n=n, vocab=67, hidden=hidden)
     step = step_of(name, mode, shape, on)
     # It sees inside custom ops, which FlopCounterMode does not.
     with torch.profiler.profile(with_flops=True, record_shapes=True) as profile:
@@ -151,6 +161,12 @@ def test_it_costs_that_many_gemms_and_no_more(name, mode, on):
 def test_by_blocks_of_words_it_costs_as_many(mode):
     found = gemms("linear_token_logprobs", mode, "native", LEAST_TOKENS)
     assert found == pytest.approx(GEMMS["linear_token_logprobs"][mode], rel=0.01)
+
+
+@pytest.mark.skipif("native" not in HERE, reason="needs the C++ kernels")
+@pytest.mark.parametrize(("name", "mode"), [(name, mode) for name in KEPT for mode in KEPT[name]])
+def test_where_the_logits_fit_in_the_weights_gradient_they_are_made_once(name, mode):
+    assert gemms(name, mode, "native", 64, 80) == pytest.approx(KEPT[name][mode], rel=0.01)
 
 
 @pytest.mark.slow  # the fast tier has its least and its most, below

@@ -215,7 +215,7 @@ BESIDES = {
     "advantages": {"checks"},
     "policy_loss": {"gradient_made"},
     "linear_policy_loss": {"checks", "operands", "head", "policy_loss", "gradient_made"},
-    "linear_token_logprobs": {"checks", "operands", "head", "token_logprobs"},
+    "linear_token_logprobs": {"checks", "operands", "head", "token_logprobs", "linear_passes"},
     "linear_score_tokens": {"checks", "operands", "head", "score_tokens"},
 }
 

@@ -81,7 +81,8 @@ def test_opcheck_of_backwards(name, traced):
     *given, last = args
     wanted: tuple[list[bool], ...] = ()
     if name == "linear_token_logprobs":
-        wanted, given = ([True] * 2 + [False] * 3,), given[:-2]  # less entropy_grad and wanted
+        # Less entropy_grad, keep_logits and wanted.
+        wanted, given = ([True] * 2 + [False] * 3,), given[:-3]
     backward = getattr(torch.ops.fastppo, f"{name}_backward").default
     torch.library.opcheck(backward, (g_N, None, *wanted, *given, *stats, last))
 

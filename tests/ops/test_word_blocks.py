@@ -22,6 +22,8 @@ pytestmark = [
 # So many tokens that they go by words, and not a whole number of tiles.
 SHAPE = Shape(n=70, vocab=331, hidden=16)
 COLUMNS = 96 + 16
+# So large that a trained weight's gradient has room for the logits until then.
+WIDE = replace(SHAPE, hidden=128)
 OP = OPS["linear_token_logprobs"]
 # Words of a block: one block, many and a rest, one word each.
 BLOCKS = {"one block": 1 << 20, "many": 40 * 4 * COLUMNS, "one word each": 1}
@@ -38,16 +40,16 @@ def went(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     inner = word_blocks._some_tokens
 
-    def note(hidden_ND: Tensor, *rest: Any) -> None:
-        calls.append(hidden_ND.shape[0])
-        inner(hidden_ND, *rest)
+    def note(words: Any, *rest: Any) -> None:
+        calls.append(words.hidden_ND.shape[0])
+        inner(words, *rest)
 
     monkeypatch.setattr(word_blocks, "_some_tokens", note)
     return calls
 
 
-def inputs_of(**more: Any) -> dict[str, Any]:
-    inputs = OP.make_inputs(SHAPE, torch.float32, 0)
+def inputs_of(shape: Shape = SHAPE, **more: Any) -> dict[str, Any]:
+    inputs = OP.make_inputs(shape, torch.float32, 0)
     inputs["token_N"][3] = -100
     return {**inputs, **more}
 
@@ -135,41 +137,44 @@ BIASED = replace(OP, differentiable=("hidden_ND", "weight_VD", "bias_V"))
 
 
 @pytest.fixture
-def came_back(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Tokens of each backward that went by words."""
-    calls: list[int] = []
-    module = sys.modules["fastppo.ops.linear_token_logprobs"]
+def came_back(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
+    """Tokens of each backward that went by words, and whether it had kept the logits."""
+    calls: list[tuple[int, bool]] = []
+    module = sys.modules["fastppo.ops.linear_passes"]
     inner = module.gradients_by_words
 
     def note(chunks: Any, *rest: Any) -> None:
-        calls.append(chunks.hidden_ND.shape[0])
+        calls.append((chunks.hidden_ND.shape[0], rest[-1] is not None))
         inner(chunks, *rest)
 
     monkeypatch.setattr(module, "gradients_by_words", note)
     return calls
 
 
+@pytest.mark.parametrize("shape", [SHAPE, WIDE], ids=["made again", "kept"])
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_a_trained_heads_gradients_obey_the_rule(isa, came_back, settings, blocks):
-    inputs = inputs_of(**SETTINGS[settings])
+def test_a_trained_heads_gradients_obey_the_rule(isa, shape, came_back, settings, blocks):
+    inputs = inputs_of(shape, **SETTINGS[settings])
     check(BIASED if "bias_V" in inputs else TRAINED, inputs, "native")
-    assert came_back == [SHAPE.n]
+    assert came_back == [(SHAPE.n, shape is WIDE)]
 
 
+@pytest.mark.parametrize("shape", [SHAPE, WIDE], ids=["made again", "kept"])
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("words", ["one block", "many"])
-def test_so_do_those_of_the_entropy(isa, came_back, monkeypatch, settings, words):
+def test_so_do_those_of_the_entropy(isa, shape, came_back, monkeypatch, settings, words):
     """Not of one word each: the first is far below the largest, which costs exponentials 3 bits."""
     monkeypatch.setattr(word_blocks, "_BYTES", BLOCKS[words])
-    inputs = inputs_of(**SETTINGS[settings], entropy_grad=True)
+    inputs = inputs_of(shape, **SETTINGS[settings], entropy_grad=True)
     check(BIASED if "bias_V" in inputs else TRAINED, inputs, "native")
-    assert came_back == [SHAPE.n]
+    assert came_back == [(SHAPE.n, shape is WIDE)]
 
 
+@pytest.mark.parametrize("shape", [SHAPE, WIDE], ids=["made again", "kept"])
 @pytest.mark.parametrize("trains", ["weight_VD", "bias_V"])
-def test_a_part_of_the_head_may_train_alone(came_back, trains, blocks):
-    check(replace(OP, differentiable=(trains,)), inputs_of(**SETTINGS["all"]), "native")
-    assert came_back == [SHAPE.n]
+def test_a_part_of_the_head_may_train_alone(shape, came_back, trains, blocks):
+    check(replace(OP, differentiable=(trains,)), inputs_of(shape, **SETTINGS["all"]), "native")
+    assert came_back == [(SHAPE.n, shape is WIDE and trains == "weight_VD")]
 
 
 def head_gradients(backend: str, up_N: Tensor, **inputs: Any) -> list[Tensor]:
@@ -180,11 +185,12 @@ def head_gradients(backend: str, up_N: Tensor, **inputs: Any) -> list[Tensor]:
     return list(torch.autograd.grad(made, leaves, up_N))
 
 
-def test_masked_words_of_a_trained_head_are_the_definitions(isa, came_back, blocks):
+@pytest.mark.parametrize("shape", [SHAPE, WIDE], ids=["made again", "kept"])
+def test_masked_words_of_a_trained_head_are_the_definitions(isa, shape, came_back, blocks):
     """A sampled word that is masked passes no gradient on; nor does a masked word get any."""
     up_N = torch.linspace(-2, 2, SHAPE.n)
     for masked in (slice(0, 100), slice(100, 331), slice(1, 331)):
-        inputs = inputs_of(bias_V=torch.zeros(SHAPE.vocab))
+        inputs = inputs_of(shape, bias_V=torch.zeros(SHAPE.vocab))
         inputs["bias_V"][masked] = float("-inf")
         mine = head_gradients("native", up_N, **inputs)
         right = head_gradients("torch", up_N, **inputs)
@@ -192,13 +198,14 @@ def test_masked_words_of_a_trained_head_are_the_definitions(isa, came_back, bloc
             torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)
         assert not mine[1][masked].any()
         assert mine[1].any() == (masked != slice(1, 331))
-    assert came_back == [SHAPE.n] * 3
+    assert came_back == [(SHAPE.n, shape is WIDE)] * 3
 
 
-def test_an_ignored_row_has_no_part_in_a_trained_heads_gradient(isa, came_back):
+@pytest.mark.parametrize("shape", [SHAPE, WIDE], ids=["made again", "kept"])
+def test_an_ignored_row_has_no_part_in_a_trained_heads_gradient(isa, shape, came_back):
     """Whatever its hidden state is, the gradient that comes for it, and the other rows' scale."""
     up_N = torch.linspace(-2, 2, SHAPE.n)
-    inputs = inputs_of(bias_V=torch.full((SHAPE.vocab,), 300.0))
+    inputs = inputs_of(shape, bias_V=torch.full((SHAPE.vocab,), 300.0))
     clean = head_gradients("native", up_N, **inputs)
     inputs["hidden_ND"] = inputs["hidden_ND"].clone()
     inputs["hidden_ND"][3], up_N = float("nan"), up_N.clone()
@@ -207,13 +214,13 @@ def test_an_ignored_row_has_no_part_in_a_trained_heads_gradient(isa, came_back):
         assert torch.equal(was, now)
         assert was.isfinite().all()
     assert not clean[0][3].any()
-    assert came_back == [SHAPE.n] * 2
+    assert came_back == [(SHAPE.n, shape is WIDE)] * 2
 
 
 def test_more_tokens_than_a_part_has_train_a_head(monkeypatch, came_back):
     monkeypatch.setattr(word_blocks, "_MOST_TOKENS", 31)
     check(BIASED, inputs_of(**SETTINGS["all"], entropy_grad=True), "native")
-    assert came_back == [SHAPE.n]
+    assert came_back == [(SHAPE.n, False)]
 
 
 def test_the_memory_of_a_trained_head_is_its_gradient_and_a_block():

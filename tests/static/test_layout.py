@@ -51,6 +51,7 @@ INFRASTRUCTURE = {
     "gradient_made",
     "head",
     "labels",
+    "linear_passes",
     "native_library",
     "operands",
     "products",
