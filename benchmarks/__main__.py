@@ -63,6 +63,9 @@ def parser() -> argparse.ArgumentParser:
             one.add_argument(
                 "--tokens", type=int, nargs="+", choices=sizes, default=sizes, help="of which sizes"
             )
+            one.add_argument(
+                "--dtype", choices=list(linear.BY_NAME), default="float32", help="of the operands"
+            )
             one.add_argument("--ours", action="store_true", help="the bare GEMMs and fastppo alone")
         if name == "seven_b_head":
             one.add_argument("--n", type=int, default=seven_b_head.HEAD.n, help="tokens")
@@ -115,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
         rows = run(host.cases(), asked.rounds, load)
         notes = host.ratios(rows)
     elif asked.name == "linear":
-        cases = linear.cases(asked.quick, asked.tokens)
+        cases = linear.cases(asked.quick, asked.tokens, linear.BY_NAME[asked.dtype])
         rows = run(linear.ours(cases) if asked.ours else cases, asked.rounds, load)
         notes = linear.ratios(rows)
     elif asked.name == "mixed_adapters":

@@ -3,11 +3,13 @@
 Three losses, each with a frozen and with a trained head: PPO's clip, GRPO's (a clip, and k3 to a
 reference, averaged by sequence) and GSPO's (a ratio for each sequence). fastppo has PPO's fused
 (`linear_policy_loss`); with `linear_token_logprobs` the loss is the trainer's own PyTorch, and so
-it is with all peers.
+it is with all peers. Of 16-bit operands fastppo makes float32 logits, or those of the operands'
+dtype where it is told so: each against GEMMs with the same logits.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
@@ -17,13 +19,16 @@ from torch import Tensor
 from benchmarks import contenders as eager
 from benchmarks import peers
 from benchmarks.harness import TOLERANCE, Case, Contender, backends, compiled
+from benchmarks.ops import DTYPES, LINEAR_BF16, name_of
 from benchmarks.peers import logprobs as theirs
 from fastppo.ops import linear_policy_loss, linear_token_logprobs
+from fastppo.ops.word_blocks import LEAST_TOKENS, logits_fit
 from tests.ops.references import linear_policy_loss_reference
 from tests.ops.registry import OPS, Shape
 
 SHAPES = (Shape(512, 49152, 576, 8), Shape(256, 151936, 896, 8))
 QUICK = (Shape(6, 64, 8, 2),)
+BY_NAME = {name_of(dtype): dtype for dtype in DTYPES}
 LOSSES = ("PPO", "GRPO", "GSPO")
 BETA = 0.04
 
@@ -31,12 +36,12 @@ BETA = 0.04
 Loss = Callable[[Tensor], Tensor]
 
 
-def cases(quick: bool, tokens: Collection[int]) -> Iterator[Case]:
+def cases(quick: bool, tokens: Collection[int], dtype: torch.dtype) -> Iterator[Case]:
     """Each loss at each size of so many tokens, with a frozen and with a trained head."""
     for shape in QUICK if quick else [shape for shape in SHAPES if shape.n in tokens]:
         for loss in LOSSES:
             for trained in (False, True):
-                yield make_case(shape, loss, trained, quick)
+                yield make_case(shape, loss, trained, quick, dtype)
 
 
 def ours(cases: Iterable[Case]) -> Iterator[Case]:
@@ -51,8 +56,8 @@ def ours(cases: Iterable[Case]) -> Iterator[Case]:
         yield case
 
 
-def make_case(shape: Shape, name: str, trained: bool, quick: bool) -> Case:
-    inputs = eager.make_inputs(OPS["linear_policy_loss"], shape, torch.float32)
+def make_case(shape: Shape, name: str, trained: bool, quick: bool, dtype: torch.dtype) -> Case:
+    inputs = eager.make_inputs(OPS["linear_policy_loss"], shape, dtype)
     for key in ("kl_coef", "entropy_coef"):
         del inputs[key]  # no peer has these terms
     ref_logprob_N = inputs.pop("ref_logprob_N")
@@ -73,52 +78,76 @@ def make_case(shape: Shape, name: str, trained: bool, quick: bool) -> Case:
         return [step(make), *(leaf.grad for leaf in leaves)]
 
     def plain(hidden: Tensor, weight: Tensor, token: Tensor) -> Tensor:
-        log_p_NV = torch.log_softmax(hidden @ weight.T, dim=-1)
+        log_p_NV = torch.log_softmax((hidden @ weight.T).float(), dim=-1)
         return loss(log_p_NV.gather(1, token[:, None]).squeeze(1))
 
-    def definition() -> Tensor:
+    def definition() -> list[Tensor]:
+        """In float32."""
+        wide = [leaf.detach().float().requires_grad_() for leaf in leaves]
+        given = {"hidden_ND": wide[0], "weight_VD": wide[1] if trained else weight.float()}
         if name == "PPO":
-            return linear_policy_loss_reference(**inputs).loss
-        return plain(hidden, weight, token)
+            value = linear_policy_loss_reference(**{**inputs, **given}).loss
+        else:
+            value = plain(*given.values(), token)
+        return [value.detach(), *torch.autograd.grad(value, wide)]
 
     case = Case(
         fields={
             "shape": f"N {shape.n}, D {shape.hidden}, V {shape.vocab}",
             "case": f"{name}, {'trained' if trained else 'frozen'} head",
-            "dtype": "float32",
+            "dtype": name_of(dtype),
         },
-        want=answer(definition),
-        tolerance=TOLERANCE[torch.float32],
+        want=definition(),
+        tolerance=TOLERANCE[dtype] if dtype == torch.float32 else LINEAR_BF16,
     )
+    least = 3 if trained else 2
+    fits = dtype == torch.float32 and shape.n >= LEAST_TOKENS and logits_fit(hidden)
 
-    def gemms(count: int) -> str:
+    def gemms(count: int, logits: torch.dtype) -> str:
         bound = f"{count} GEMMs, given buffers"
-        case.add(Contender(bound, bare_gemms(hidden.detach(), weight.detach(), count)))
+        if dtype != torch.float32:
+            bound = f"{count} GEMMs, {name_of(logits)} logits, given buffers"
+        if bound not in {contender.name for contender in case.contenders}:
+            call = bare_gemms(hidden.detach(), weight.detach(), count, logits)
+            case.add(Contender(bound, call))
         return bound
 
-    once = gemms(3 if trained else 2)
-    # linear_token_logprobs does not know the loss: a trained head's logits are made a second time.
-    again = gemms(4) if trained else once
+    once = gemms(least, dtype)
 
     def add(what: str, make: Callable[[], Tensor], bound: str = once, ours: bool = False) -> None:
         case.add(Contender(what, lambda: step(make), lambda: answer(make), bound, ours, once))
 
+    def variants() -> Iterator[tuple[str, torch.dtype, dict[str, Any]]]:
+        """Which logits fastppo may make: label, dtype, keywords."""
+        if dtype == torch.float32:
+            yield "", torch.float32, {}
+            return
+        for logits in (torch.float32, dtype):
+            yield f", {name_of(logits)} logits", logits, {"logits_dtype": logits}
+
     if name == "PPO":
         runnable, others = backends("linear_policy_loss", hidden)
-        for backend in runnable:
+        for backend, (label, logits, how) in itertools.product(runnable, variants()):
+            given = {**inputs, **how, "backend": backend}
             add(
-                f"fastppo {backend}, linear_policy_loss",
-                lambda backend=backend: linear_policy_loss(**inputs, backend=backend).loss,
+                f"fastppo {backend}, linear_policy_loss{label}",
+                lambda given=given: linear_policy_loss(**given).loss,
+                gemms(least, logits),
                 ours=True,
             )
         case.absent |= {f"fastppo {backend}": why for backend, why in others.items()}
-    for backend in backends("linear_token_logprobs", hidden)[0]:
+    runnable, _ = backends("linear_token_logprobs", hidden)
+    for backend, (label, logits, how) in itertools.product(runnable, variants()):
+        # It does not know the loss: a trained head's logits are kept in the memory of the weight's
+        # gradient, or made a second time.
+        again = trained and not (backend == "native" and fits)
+        given = {**how, "backend": backend}
         add(
-            f"fastppo {backend}, linear_token_logprobs",
-            lambda backend=backend: loss(
-                linear_token_logprobs(hidden, weight, token, backend=backend).logprob_N
+            f"fastppo {backend}, linear_token_logprobs{label}",
+            lambda given=given: loss(
+                linear_token_logprobs(hidden, weight, token, **given).logprob_N
             ),
-            bound=again,
+            gemms(4 if again else least, logits),
             ours=True,
         )
     add("eager", lambda: plain(hidden, weight, token))
@@ -165,21 +194,26 @@ def gspo_loss(logprob_N: Tensor, behaviour_logprob_N: Tensor, advantage_B: Tenso
     return torch.max(-advantage_B * ratio_B, -advantage_B * held_B).mean()
 
 
-def bare_gemms(hidden: Tensor, weight: Tensor, count: int) -> Callable[[], None]:
+def bare_gemms(
+    hidden: Tensor, weight: Tensor, count: int, logits_dtype: torch.dtype | None = None
+) -> Callable[[], None]:
     """The products alone, all tokens at once, into memory that is there.
 
     2: the logits and the gradient of the hidden states. 3: the gradient of the weight too. 4: the
-    logits twice, as where the forward keeps none of them.
+    logits twice, as where the forward keeps none of them. Float32 logits of 16-bit operands are a
+    product of these in float32, which are given too; their gradient has 16 bits.
     """
-    logits, back = hidden @ weight.T, torch.empty_like(hidden)
+    wide = [x.to(logits_dtype or x.dtype) for x in (hidden, weight.T)]
+    logits, back = torch.mm(*wide), torch.empty_like(hidden)
+    small = logits.to(hidden.dtype)
     grad = torch.empty_like(weight) if count > 2 else None
 
     def call() -> None:
         for _ in range(2 if count == 4 else 1):
-            torch.mm(hidden, weight.T, out=logits)
-        torch.mm(logits, weight, out=back)
+            torch.mm(*wide, out=logits)
+        torch.mm(small, weight, out=back)
         if grad is not None:
-            torch.mm(logits.T, hidden, out=grad)
+            torch.mm(small.T, hidden, out=grad)
 
     return call
 
@@ -190,7 +224,7 @@ def ratios(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         if row.get("ours") and "share" in row:
             name = row["what"].removeprefix("fastppo ")
-            gemms = row["bound"].partition(",")[0]
+            gemms = row["bound"].removesuffix(", given buffers")
             line = f"{name} {1 / row['share']:.2f} x {gemms}"
             found.setdefault((row["shape"], row["case"]), []).append(line)
     return [f"{shape}, {case}: {'; '.join(lines)}" for (shape, case), lines in found.items()]
