@@ -70,7 +70,7 @@ learn-full: learn
 	test -f output/demo/reward/fastppo_reward.json || $(BIN)/fastppo-train examples/demo_reward.yaml
 	$(BIN)/python -m benchmarks.peers.environments trl
 	$(TINY) --only rates choices
-	$(LEARN) --only problems sentiment trl_rates
+	$(LEARN) --only problems sentiment sentiment_choices trl_rates
 	$(LEARN) --only trl
 
 test: venv

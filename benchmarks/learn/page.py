@@ -23,6 +23,7 @@ from benchmarks.learn.lines import (
 from benchmarks.learn.results import WINDOW, Found, read
 from benchmarks.learn.sentiment_lines import (
     FAR,
+    sentiment_choices_lines,
     sentiment_lines,
     sentiment_verdict,
     trl_lines,
@@ -148,7 +149,8 @@ def token_tasks(found: dict[str, list[Found]]) -> list[str]:
             "and that part is left out. In the loss (`use_kl_loss`), k3's own gradient is that of",
             "the KL taken the other way round, from the reference to the policy. J counts the KL",
             "from the policy to the reference, so all three end lower. The default, `kl`, stays.",
-            "All this is of one small task: no row was repeated on those below.",
+            "All this is of one small task: the two choices that matter most, how the KL is",
+            "estimated and what the critic is, are repeated below with a reward model.",
         ),
     ]
 
@@ -207,6 +209,17 @@ def demo_tasks(found: dict[str, list[Found]]) -> list[str]:
         *(
             [paragraph(sentiment_verdict(rows)), "", *sentiment_lines(rows)]
             if rows
+            else [NOT_RUN.format(target="learn-full")]
+        ),
+        "",
+        paragraph(
+            "Two settings, one changed at a time, on this task; the KL is of the held-out prompts,",
+            "and the most of it a running mean of the rollouts:",
+        ),
+        "",
+        *(
+            sentiment_choices_lines(found["sentiment_choices"], rows)
+            if found["sentiment_choices"]
             else [NOT_RUN.format(target="learn-full")]
         ),
         "",

@@ -16,7 +16,7 @@ from benchmarks.learn.beside_trl import trl, trl_rates
 from benchmarks.learn.exact import Tree, Value, best_policy, logprobs, make_tree, value
 from benchmarks.learn.problems import problems
 from benchmarks.learn.run import TrainingRun
-from benchmarks.learn.sentiment import sentiment
+from benchmarks.learn.sentiment import sentiment, sentiment_choices
 from benchmarks.learn.tokens import LETTERS, TASKS, write_files
 from fastppo import init_state, step_update
 from fastppo.config import Config
@@ -198,7 +198,17 @@ def choices(seeds: tuple[int, ...]) -> Iterator[Run]:
 
 SECTIONS: dict[str, Callable[[tuple[int, ...]], Iterator[TrainingRun]]] = {
     one.__name__: one
-    for one in (rates, compare, controller, problems, choices, sentiment, trl_rates, trl)
+    for one in (
+        rates,
+        compare,
+        controller,
+        problems,
+        choices,
+        sentiment,
+        sentiment_choices,
+        trl_rates,
+        trl,
+    )
 }
 
 

@@ -62,6 +62,12 @@ CONTROLLED: dict[str, Any] = {
     "ppo_target": 6.0,
     "horizon": 32,
 }
+# One change each from "controller on": of the choices on the token task the two that matter most,
+# how the KL is estimated and what the critic is.
+CHOICES: dict[str, dict[str, Any]] = {
+    "kl_penalty: low_var_kl (k3)": {"kl_penalty": "low_var_kl"},
+    "critic: adapter": {"critic": "adapter"},
+}
 QUICK: dict[str, Any] = {
     "template": "chatml",
     "default_system": "",
@@ -207,7 +213,8 @@ class SentimentRun(TrainingRun):
     @property
     def file(self) -> str:
         """The name of its JSON."""
-        return f"{self.section}-{self.name.replace(' ', '-')}-{self.seed}.json"
+        words = "".join(c if c.isalnum() else " " for c in self.name.lower())
+        return f"{self.section}-{'-'.join(words.split())}-{self.seed}.json"
 
     @property
     def base(self) -> dict[str, Any]:
@@ -228,3 +235,11 @@ def sentiment(seeds: tuple[int, ...]) -> Iterator[SentimentRun]:
     for seed in seeds:
         for name, changes in CONTROLLERS.items():
             yield SentimentRun(name, seed, {**CONTROLLED, **changes})
+
+
+def sentiment_choices(seeds: tuple[int, ...]) -> Iterator[SentimentRun]:
+    """PPO with the controller on, and one setting changed."""
+    base = {**CONTROLLED, **CONTROLLERS["controller on"]}
+    for seed in seeds:
+        for name, changes in CHOICES.items():
+            yield SentimentRun(name, seed, {**base, **changes}, section="sentiment_choices")

@@ -108,6 +108,28 @@ def sentiment_verdict(rows: Sequence[Found]) -> str:
     )
 
 
+def sentiment_choices_lines(rows: Sequence[Found], compared: Sequence[Found]) -> list[str]:
+    """A setting a line, beside the runs from which each differs in it alone."""
+    every = {"as above, controller on": of(compared, name="controller on")}
+    every |= {f"`{name}`": of(rows, name=name) for name in sentiment.CHOICES}
+    return table(
+        ("", "gold, held out, by seed", "gold", "proxy", "KL", "KL at most", "minutes"),
+        (
+            (
+                name,
+                ", ".join(f"{row['seed']}: {row['gold_after']:+.2f}" for row in own),
+                f"{mean(own, 'gold_after'):+.2f}",
+                f"{mean(own, 'proxy_after'):+.2f}",
+                f"{mean(own, 'kl'):.1f}",
+                f"{max(map(farthest, own)):.1f}",
+                f"{mean(own, 'seconds') / 60:.0f}",
+            )
+            for name, own in every.items()
+            if own
+        ),
+    )
+
+
 def trl_rates_lines(rows: Sequence[Found]) -> list[str]:
     """Each trainer's held-out gold score at each learning rate."""
 

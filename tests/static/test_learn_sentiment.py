@@ -40,6 +40,19 @@ def test_the_two_runs_differ_in_the_controller_alone():
     assert on.settings["max_new_tokens"] == 16
 
 
+def test_a_choice_differs_from_the_run_beside_it_in_one_key_that_the_token_task_has_too():
+    on, _ = sentiment.sentiment((1,))
+    files = {on.file}
+    for run in sentiment.sentiment_choices((1,)):
+        different = {key for key in on.settings if on.settings[key] != run.settings.get(key)}
+        different |= run.settings.keys() - on.settings.keys()
+        assert {key: run.settings[key] for key in different} == sentiment.CHOICES[run.name]
+        assert len(different) == 1
+        assert any(different == changes.keys() for changes in runs.CHOICES.values())
+        files.add(run.file)
+    assert len(files) == 1 + len(sentiment.CHOICES)
+
+
 def test_the_gold_score_is_of_the_rollouts_texts_and_no_part_of_the_score(tmp_path, monkeypatch):
     """However high it is, what PPO trains on is the reward model's score alone."""
     from examples import demo_judge
@@ -197,7 +210,7 @@ def test_the_table_says_who_is_ahead_and_when_nobody_is(ours, theirs, words):
 def test_a_page_of_some_sections_says_what_was_not_run(tmp_path):
     every = defaultdict(list, sentiment=[made_up()], trl=beside({1: 0.6}, {1: 0.5}))
     nothing = page.markdown(defaultdict(list))
-    assert nothing.count("Not run yet") == 7
+    assert nothing.count("Not run yet") == 8
     assert ".png" not in nothing
     words = " ".join(page.markdown(every).split())
     assert words.count("Not run yet") == 6  # the other controller too
