@@ -179,8 +179,8 @@ class LinearRows:
     chunk_bytes: int | None
     live_N: Tensor | None  # may be None where nothing of the head trains
     wanted: Sequence[bool] = (False,) * 5
-    grads: list[Tensor | None] = field(default_factory=lambda: [None] * 5)
     weight_memory_VD: Tensor | None = None
+    grads: list[Tensor | None] = field(default_factory=lambda: [None] * 5)
 
     def __post_init__(self) -> None:
         hidden, *head = self.wanted

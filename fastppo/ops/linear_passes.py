@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastppo.ops.arguments import RowArguments, live_rows, stat_dtype
 from fastppo.ops.backends import BACKENDS, Statistics
-from fastppo.ops.head import Head, HeadArguments, HeadGradients, LinearRows
+from fastppo.ops.head import WEIGHT, Head, HeadArguments, HeadGradients, LinearRows
 from fastppo.ops.labels import label_logprobs
 from fastppo.ops.sharded_head import ShardedRows, VocabShard
 from fastppo.ops.token_logprobs import backward_at, empty_statistics, with_label_logprobs
@@ -18,10 +18,10 @@ from fastppo.ops.word_blocks import (
     LEAST_TOKENS,
     by_words,
     goes_by_words,
+    gradient_memory,
     gradients_by_words,
     logits_fit,
 )
-from fastppo.ops.workspace import fresh
 
 
 class Arguments(NamedTuple):
@@ -75,15 +75,13 @@ def _chunks(
     a: Arguments | BackwardArguments,
     wanted: tuple[bool, ...],
     shard: VocabShard | None,
-    kept_VD: Tensor | None = None,
+    memory_VD: Tensor | None = None,
 ) -> LinearRows:
     head = Head.of(a.head).detach()
     live_N = live_rows(a.rows) if any(wanted) else None
     hidden_ND, stat = a.hidden_ND.detach(), stat_dtype(a.hidden_ND)
-    given = (hidden_ND, head, stat, a.logits_dtype, a.chunk_bytes, live_N, wanted)
-    if shard is not None:
-        return ShardedRows(*given, shard=shard)
-    return LinearRows(*given, weight_memory_VD=kept_VD)
+    given = (hidden_ND, head, stat, a.logits_dtype, a.chunk_bytes, live_N, wanted, memory_VD)
+    return LinearRows(*given) if shard is None else ShardedRows(*given, shard=shard)
 
 
 def forward(a: Arguments, shard: VocabShard | None = None) -> Outputs:
@@ -91,12 +89,12 @@ def forward(a: Arguments, shard: VocabShard | None = None) -> Outputs:
     kernels = BACKENDS[a.backend] if shard is None else shard.kernels(a.rows, a.backend)
     slopes = empty_outputs(a)
     chunks = _chunks(a, (False,) * 5, shard)
-    words = a.hidden_ND.shape[0] >= LEAST_TOKENS and not (a.by_slope and a.entropy_grad)
-    if words and goes_by_words(chunks, a.rows, a.backend):
+    many = a.hidden_ND.shape[0] >= LEAST_TOKENS and shard is None
+    many = many and not (a.by_slope and a.entropy_grad)
+    if many and goes_by_words(a, trained=a.wanted[WEIGHT]):
         kept_VD = None
         if a.keep_logits and logits_fit(a.hidden_ND):
-            vocab, size = a.head.weight_VD.shape
-            kept_VD = fresh((vocab, size), chunks.dtype, a.hidden_ND.device)
+            kept_VD = gradient_memory(a.head.weight_VD)
             slopes = (*slopes[:2], kept_VD)
         by_words(chunks, a.rows, stats, slopes[0] if a.by_slope else None, kept_VD)
         return Outputs(*stats, *slopes)
@@ -138,11 +136,16 @@ def backward(
     a: BackwardArguments, shard: VocabShard | None = None, kept_VD: Tensor | None = None
 ) -> HeadGradients:
     """The wanted gradients; logits that are not kept are made again, by words or by chunks."""
-    chunks = _chunks(a, a.wanted, shard, kept_VD)
-    kernels = BACKENDS[a.backend] if shard is None else shard.kernels(a.rows, a.backend)
-    if a.hidden_ND.shape[0] >= LEAST_TOKENS and goes_by_words(chunks, a.rows, a.backend):
+    words = a.hidden_ND.shape[0] >= LEAST_TOKENS and shard is None
+    words = words and goes_by_words(a, trained=a.wanted[WEIGHT])
+    memory_VD = kept_VD
+    if words and memory_VD is None and a.wanted[WEIGHT]:
+        memory_VD = gradient_memory(a.head.weight_VD)
+    chunks = _chunks(a, a.wanted, shard, memory_VD)
+    if words:
         gradients_by_words(chunks, a.rows, a.stats, a.g_N, a.h_N, kept_VD)
         return chunks.results()
+    kernels = BACKENDS[a.backend] if shard is None else shard.kernels(a.rows, a.backend)
     gradient = partial(backward_at, kernels) if shard is None else kernels.token_logprobs_backward
 
     def kernel(at: slice, x_NV: Tensor, out_NV: Tensor | None) -> None:

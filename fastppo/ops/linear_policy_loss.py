@@ -42,6 +42,7 @@ from fastppo.ops.word_blocks import (
     LEAST_TOKENS,
     by_words,
     goes_by_words,
+    gradient_memory,
     gradients_by_words,
     logits_fit,
 )
@@ -277,17 +278,18 @@ class Outputs(NamedTuple):
 def _forward(a: Arguments, own: OwnLoss | None = None, shard: VocabShard | None = None) -> Outputs:
     head, live_N = Head.of(a.head).detach(), live_rows(a.rows, a.loss.weight_N)
     hidden_ND, stat = a.hidden_ND.detach(), stat_dtype(a.hidden_ND)
-    given = (hidden_ND, head, stat, a.logits_dtype, a.chunk_bytes, live_N, a.wanted)
+    trained, by_sequence = a.wanted[WEIGHT], a.loss.by_sequence
+    many = hidden_ND.shape[0] >= LEAST_TOKENS and shard is None and own is None
+    words = many and goes_by_words(a, trained=trained)
+    # A trained weight's logits lie where its gradient will, until the loss is known.
+    keeps = words and trained and logits_fit(hidden_ND)
+    kept_VD = gradient_memory(head.weight_VD) if keeps else None
+    given = (hidden_ND, head, stat, a.logits_dtype, a.chunk_bytes, live_N, a.wanted, kept_VD)
     chunks = LinearRows(*given) if shard is None else ShardedRows(*given, shard=shard)
     # Where the hidden states alone want a gradient, that of a log-prob does not depend on the loss.
-    many = shard is None and hidden_ND.shape[0] >= LEAST_TOKENS
-    by_sequence = a.loss.by_sequence
-    by_slope = (many or by_sequence) and not any(a.wanted[1:])
+    by_slope = (words or by_sequence) and not any(a.wanted[1:])
     by_slope = by_slope and not (a.wanted[0] and a.loss.has_entropy)
-    # A trained weight's logits lie where its gradient will, until the loss is known.
-    kept_VD = chunks.grads[WEIGHT] if many and own is None and logits_fit(hidden_ND) else None
-    at_words = many and (by_slope or kept_VD is not None)
-    at_words = at_words and goes_by_words(chunks, a.rows, a.backend)
+    at_words = words and (by_slope or keeps)
     kernels = BACKENDS[a.backend] if shard is None else shard.kernels(a.rows, a.backend)
     need_grad = any(a.wanted)
     if own is not None:
@@ -330,7 +332,7 @@ def _sweep_by_slope(
         kernels.token_logprobs_backward(x_NV, dx_NV, rows, at, stats, one_N, None, weight_N)
         chunks.to_hidden(dx_NV, slope_ND[at])
     whole = filled(loss, live_N, stats.logprob_N.dtype)
-    _multiply_slope(slope_ND, whole, live_N, stats)
+    _multiply(slope_ND, whole, live_N, stats)
     return totals(whole, live_N, stats.logprob_N, stats.entropy_N)
 
 
@@ -352,13 +354,11 @@ def _sweep_by_words(
         h_N = None if h_N is None else loss.grad_scale * h_N
         gradients_by_words(chunks, rows, stats, loss.grad_scale * g_N, h_N, kept_VD)
     elif slope_ND is not None:
-        _multiply_slope(slope_ND, whole, live_N, stats)
+        _multiply(slope_ND, whole, live_N, stats)
     return totals(whole, live_N, stats.logprob_N, stats.entropy_N)
 
 
-def _multiply_slope(
-    slope_ND: Tensor, loss: LossArguments, live_N: Tensor, stats: Statistics
-) -> None:
+def _multiply(slope_ND: Tensor, loss: LossArguments, live_N: Tensor, stats: Statistics) -> None:
     g_N, _ = token_gradient(loss, live_N, stats.logprob_N)
     torch.mul(slope_ND, (loss.grad_scale * g_N)[:, None], out=slope_ND)
 

@@ -109,9 +109,9 @@ def linear_token_logprobs(
         entropy_grad: whether the entropy is differentiable; if not, it is detached.
         return_lse: whether to give log sum exp of the scaled, capped and tempered logits too.
         keep_logits: whether a trained weight's logits may stay until the backward, in the memory
-            that the weight's gradient then takes. They do in an eager call on a CPU, in float32, if
-            N is at most 2048 and, rounded up to a multiple of 32, at most D - 16. Give False if
-            many calls wait for one backward.
+            that the weight's gradient then takes. They do in an eager call on a CPU if N is at most
+            2048 and, rounded up to a multiple of 32, at most D - 16 (D / 2 - 16 in 16 bits, as the
+            logits are float32). Give False if many calls wait for one backward.
         chunk_bytes: largest number of bytes of logits at a time; their gradient takes as many with
             entropy_grad, and half as many if float32 logits are those of 16-bit operands. None is
             the device's default.

@@ -15,20 +15,21 @@ from the last word to the first. That is one GEMM less, and no memory more than 
 from __future__ import annotations
 
 from ctypes import byref
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 
 from fastppo.ops.arguments import RowArguments
 from fastppo.ops.backends import Statistics
-from fastppo.ops.head import Head, LinearRows, full_precision
+from fastppo.ops.head import HeadArguments, LinearRows, full_precision
 from fastppo.ops.native_library import (
     LIBRARY,
     StatisticsStruct,
     WordBlockStruct,
     WordSlopesStruct,
 )
+from fastppo.ops.products import add_product
 from fastppo.ops.workspace import fresh
 
 # Fewer tokens leave most of a register empty, and threads idle: their rows go through in chunks.
@@ -40,29 +41,54 @@ _COLUMNS: Final = 16
 # Of more words a GEMM is no faster, and their logits leave the cache before they are read again.
 _MOST_WORDS: Final = 8192
 _BYTES: Final = 16 << 20
+_WIDENED: Final = 1024  # words of 16 bits whose float32 copies a product has at a time
 _LOWEST: Final = torch.finfo(torch.float32).min
 
 
-def goes_by_words(chunks: LinearRows, rows: RowArguments, backend: str) -> bool:
+class Call(Protocol):
+    """What the arguments of the operators from hidden states have in common."""
+
+    @property
+    def hidden_ND(self) -> Tensor: ...
+    @property
+    def head(self) -> HeadArguments: ...
+    @property
+    def rows(self) -> RowArguments: ...
+    @property
+    def logits_dtype(self) -> torch.dtype: ...
+    @property
+    def backend(self) -> str: ...
+
+
+def goes_by_words(a: Call, *, trained: bool) -> bool:
     """Whether `by_words` can do it: in float32, with one label a row and no adapter on the head.
 
-    It pays from LEAST_TOKENS on, which callers look at first: a call for few is to cost little. A
-    shard of a vocabulary goes by rows.
+    In 16 bits only where the weight is `trained`: d logprob / d hidden is a small difference of
+    large sums where a token is likely, and 16 bits have to subtract before they round. All tokens
+    go at a time then, so that a row of the weight's gradient is rounded once. It pays from
+    LEAST_TOKENS on, which callers look at first: a call for few is to cost little. They also see
+    to it that a shard of a vocabulary goes by rows.
     """
-    hidden_ND, head = chunks.hidden_ND, chunks.head
-    return (
-        backend == "native"
-        and type(chunks) is LinearRows
-        and hidden_ND.dtype == head.weight_VD.dtype == chunks.logits_dtype == torch.float32
-        and head.lora is None
-        and rows.labels_NK is None
-    )
+    if a.backend != "native" or a.head.lora_A_RD is not None or a.rows.labels_NK is not None:
+        return False
+    n, dtype = a.hidden_ND.shape[0], a.hidden_ND.dtype
+    if dtype != a.head.weight_VD.dtype:
+        return False
+    if dtype == torch.float32:
+        return a.logits_dtype == dtype
+    return dtype in (torch.bfloat16, torch.float16) and trained and n <= _MOST_TOKENS
 
 
 def logits_fit(hidden_ND: Tensor) -> bool:
-    """Whether the logits of all tokens fit in the memory of the weight's gradient."""
+    """Whether the float32 logits of all tokens fit in the memory of the weight's gradient."""
     n, size = hidden_ND.shape
-    return 0 < n <= _MOST_TOKENS and _columns(n) <= size
+    return 0 < n <= _MOST_TOKENS and 4 * _columns(n) <= size * hidden_ND.element_size()
+
+
+def gradient_memory(weight_VD: Tensor) -> Tensor:
+    """Memory for the gradient of the weight, in its dtype."""
+    vocab, size = weight_VD.shape
+    return fresh((vocab, size), weight_VD.dtype, weight_VD.device)
 
 
 def by_words(
@@ -81,8 +107,7 @@ def by_words(
         for at in _parts(hidden_ND.shape[0]):
             own = None if slope_ND is None else slope_ND[at]
             statistics = Statistics(*(result[at] for result in into))
-            words = _Words(hidden_ND[at], chunks.head, rows, at, chunks.chunk_bytes, kept_VD)
-            _some_tokens(words, statistics, own)
+            _some_tokens(_Words(hidden_ND[at], chunks, rows, at, kept_VD), statistics, own)
 
 
 def gradients_by_words(
@@ -106,11 +131,14 @@ def gradients_by_words(
     hidden_ND = hidden_ND.masked_fill(~live_N[:, None], 0)
     d_hidden_ND, d_weight_VD, d_bias_V, *_ = chunks.grads
     weight_VD = chunks.head.weight_VD
+    narrow = weight_VD.dtype != torch.float32
+    # A block's part of it is rounded to 16 bits; their sum is not, until the end.
+    sum_ND = torch.zeros_like(hidden_ND, dtype=torch.float32) if narrow else d_hidden_ND
     with full_precision(hidden_ND.device):
         slopes_3N = _slopes(rows, live_N, stats, g_N, h_N)
         for part, at in enumerate(_parts(hidden_ND.shape[0])):
             own_ND, n = hidden_ND[at], at.stop - at.start
-            words = _Words(own_ND, chunks.head, rows, at, chunks.chunk_bytes, kept_VD)
+            words = _Words(own_ND, chunks, rows, at, kept_VD)
             words.row_max_N[:n] = stats.row_max_N[at]
             own_3N = torch.zeros(3, words.columns)
             own_3N[:, :n] = slopes_3N[:, at]
@@ -126,14 +154,23 @@ def gradients_by_words(
                     words.take(some)
                 LIBRARY.fastppo_word_gradient(byref(words.struct), byref(slopes))
                 some_VN = out_VN[: some.stop - some.start, :n]
+                if d_bias_V is not None:
+                    d_bias_V[some].add_(some_VN.sum(1, dtype=d_bias_V.dtype))
+                some_VN = words.narrowed(some_VN)
                 if d_weight_VD is not None:
                     # beta 0 overwrites whatever was there, NaN too.
                     d_weight_VD[some].addmm_(some_VN, own_ND, beta=0 if part == 0 else 1)
-                if d_hidden_ND is not None:
+                if d_hidden_ND is None:
+                    continue
+                assert sum_ND is not None
+                if narrow:
+                    add_product(sum_ND[at], some_VN.T, weight_VD[some])
+                else:
                     beta = 0 if some is order[0] else 1
-                    d_hidden_ND[at].addmm_(some_VN.T, weight_VD[some], beta=beta)
-                if d_bias_V is not None:
-                    d_bias_V[some].add_(some_VN.sum(1, dtype=d_bias_V.dtype))
+                    sum_ND[at].addmm_(some_VN.T, weight_VD[some], beta=beta)
+    if narrow and d_hidden_ND is not None:
+        assert sum_ND is not None
+        d_hidden_ND.copy_(sum_ND)
 
 
 def _slopes(
@@ -176,12 +213,12 @@ class _Words:
     def __init__(
         self,
         hidden_ND: Tensor,
-        head: Head,
+        chunks: LinearRows,
         rows: RowArguments,
         at: slice,
-        chunk_bytes: int | None,
         kept_VD: Tensor | None,
     ) -> None:
+        head, chunk_bytes = chunks.head, chunks.chunk_bytes
         n, vocab = hidden_ND.shape[0], head.weight_VD.shape[0]
         self.hidden_ND, self.weight_VD = hidden_ND, head.weight_VD
         self.columns = columns = _columns(n)
@@ -191,7 +228,16 @@ class _Words:
         if kept_VD is None:
             self.x_VN = self.memory()
         else:
-            self.x_VN = kept_VD.view(-1)[: vocab * columns].view(vocab, columns)
+            as_float32 = kept_VD.view(-1)[: vocab * columns * 4 // kept_VD.element_size()]
+            self.x_VN = as_float32.view(torch.float32).view(vocab, columns)
+        self.narrow_VN: Tensor | None = None
+        self.wide_ND, self.wide_VD = hidden_ND, self.weight_VD
+        if head.weight_VD.dtype != torch.float32:
+            shape = (words, n)
+            self.narrow_VN = fresh(shape, head.weight_VD.dtype, hidden_ND.device)
+            if chunks.logits_dtype == torch.float32:
+                self.wide_ND = hidden_ND.float()
+                self.wide_VD = self.wide_ND.new_empty(min(_WIDENED, words), hidden_ND.shape[1])
         self.token_N = rows.token_N[at].long().contiguous()
         self.bias_V = None if head.bias_V is None else head.bias_V.float().contiguous()
         self.tau_N = torch.ones(columns)
@@ -238,9 +284,25 @@ class _Words:
 
     def make(self, some: slice) -> Tensor:
         """The logits of a block."""
-        x_VN = self.take(some)
-        torch.mm(self.weight_VD[some], self.hidden_ND.T, out=x_VN)
+        x_VN, weight_VD = self.take(some), self.weight_VD[some]
+        if self.narrow_VN is None:
+            torch.mm(weight_VD, self.hidden_ND.T, out=x_VN)
+        elif self.wide_ND is self.hidden_ND:
+            own_VN = self.narrow_VN[: x_VN.shape[0]]
+            x_VN.copy_(torch.mm(weight_VD, self.hidden_ND.T, out=own_VN))
+        else:
+            for x_vN, own_vD in zip(
+                torch.split(x_VN, _WIDENED), torch.split(weight_VD, _WIDENED), strict=True
+            ):
+                wide_vD = self.wide_VD[: own_vD.shape[0]].copy_(own_vD)
+                torch.mm(wide_vD, self.wide_ND.T, out=x_vN)
         return x_VN
+
+    def narrowed(self, x_VN: Tensor) -> Tensor:
+        """Numbers of a block in the dtype of the products."""
+        if self.narrow_VN is None:
+            return x_VN
+        return self.narrow_VN[: x_VN.shape[0]].copy_(x_VN)
 
 
 def _some_tokens(words: _Words, into: Statistics, slope_ND: Tensor | None) -> None:

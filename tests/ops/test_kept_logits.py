@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.harness import allocations, peak_bytes
-from fastppo.ops import backend, linear_policy_loss, linear_token_logprobs
+from fastppo.ops import backend, linear_policy_loss, linear_token_logprobs, word_blocks
+from tests.ops.oracle import check
 from tests.ops.registry import OPS, Shape, even_offsets
 
 pytestmark = [
@@ -22,8 +24,8 @@ SHAPE = Shape(n=70, vocab=331, hidden=128)
 OP = OPS["linear_token_logprobs"]
 
 
-def leaves_of(shape: Shape = SHAPE) -> dict[str, Any]:
-    inputs: dict[str, Any] = OP.make_inputs(shape, torch.float32, 0)
+def leaves_of(shape: Shape = SHAPE, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    inputs: dict[str, Any] = OP.make_inputs(shape, dtype, 0)
     inputs["token_N"][3] = -100
     for name in ("hidden_ND", "weight_VD"):
         inputs[name].requires_grad_()
@@ -188,6 +190,87 @@ def test_without_gradient_nothing_is_kept():
         assert not saved(lambda: loss_of(inputs))
 
 
+NARROW = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("entropy_grad", [False, True])
+@pytest.mark.parametrize("size", [64, 224], ids=["made again", "kept"])
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_in_16_bits_it_obeys_the_rule(isa, monkeypatch, dtype, size, entropy_grad):
+    """In one block and in several: the hidden states' gradient is rounded once for each."""
+    shape = Shape(n=70, vocab=2331, hidden=size)
+    inputs = OP.make_inputs(shape, dtype, 0)
+    inputs["token_N"][3] = -100
+    inputs |= {"temperature": 0.7, "softcap": 4.0, "entropy_grad": entropy_grad}
+    op = replace(OP, differentiable=("hidden_ND", "weight_VD"))
+    for budget in (1 << 24, 1 << 17):
+        monkeypatch.setattr(word_blocks, "_BYTES", budget)
+        check(op, inputs, "native")
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("size", [64, 224], ids=["made again", "kept"])
+def test_logits_of_16_bits_are_rounded_as_those_of_chunks_of_rows(dtype, size):
+    inputs = leaves_of(Shape(n=70, vocab=2331, hidden=size), dtype)
+    inputs["logits_dtype"] = dtype
+    ours = linear_token_logprobs(**inputs, backend="native").logprob_N
+    rows = linear_token_logprobs(**inputs, backend="torch").logprob_N
+    torch.testing.assert_close(ours, rows, atol=1e-5, rtol=1e-5)
+    up_N = torch.linspace(-1, 2, 70)
+    leaves = (inputs["hidden_ND"], inputs["weight_VD"])
+    for mine, own in zip(
+        *(torch.autograd.grad(made, leaves, up_N) for made in (ours, rows)), strict=True
+    ):
+        assert mine.dtype == dtype
+        eps = torch.finfo(dtype).eps
+        assert (mine.float() - own.float()).abs().max() <= 2 * eps * own.float().abs().max()
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize(("size", "kept"), [(224, True), (223, False)])
+def test_in_16_bits_they_need_twice_the_room(dtype, size, kept):
+    shape = Shape(n=96, vocab=331, hidden=size)
+    inputs = leaves_of(shape, dtype)
+    assert are_kept(lambda: loss_of(inputs), shape) == kept
+    for mine, own in zip(gradients(inputs), right(inputs), strict=True):
+        error = (mine.float() - own.float()).abs().max()
+        assert error <= 2 * torch.finfo(dtype).eps * own.float().abs().max()
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_in_16_bits_more_tokens_than_go_at_a_time_go_by_rows(dtype):
+    """Else a row of the weight's gradient would be rounded once for each part of them."""
+    shape = Shape(n=2049, vocab=67, hidden=16)
+    inputs = leaves_of(shape, dtype) | {"chunk_bytes": None}
+    words, rows = (
+        torch.autograd.grad(
+            linear_token_logprobs(**inputs, backend=on).logprob_N.sum(), inputs["weight_VD"]
+        )[0]
+        for on in ("native", "torch")
+    )
+    assert (words.float() - rows.float()).abs().max() <= torch.finfo(dtype).eps * rows.abs().max()
+
+
+@pytest.mark.parametrize("logits", ["float32", "of 16 bits"])
+def test_in_16_bits_its_memory_is_that_of_the_weights_gradient_and_a_block(logits):
+    """Not a float32 copy of it, which is twice as much."""
+    shape = Shape(n=256, vocab=20000, hidden=288)
+    inputs = leaves_of(shape, torch.bfloat16) | {"chunk_bytes": 1 << 20}
+    if logits != "float32":
+        inputs["logits_dtype"] = torch.bfloat16
+    gradient = shape.vocab * shape.hidden * 2
+    small = (3 << 20) // 2 + 1024 * shape.hidden * 4 + 200 * shape.n * 8 + 16 * shape.n * 288 * 4
+
+    def whole() -> None:
+        inputs["hidden_ND"].grad = inputs["weight_VD"].grad = None
+        loss_of(inputs).backward()
+
+    # With AMX, oneDNN lays out the matrices of 16-bit products anew, in memory of its own.
+    with torch.backends.mkldnn.flags(enabled=False):
+        whole()
+        assert gradient < peak_bytes(allocations(whole)) < gradient + small
+
+
 @pytest.mark.parametrize("keep", [True, False])
 def test_its_memory_is_that_of_the_weights_gradient_from_the_forward_on(keep):
     """A copy of the gradient, or one beside the logits, would be as much again."""
@@ -238,6 +321,24 @@ def test_a_loss_with_a_trained_head_is_the_definitions(name, entropy_coef, train
 
     for mine, own in zip(run("native"), run("torch"), strict=True):
         torch.testing.assert_close(mine, own, atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("name", ["ppo_clip", "gspo"])
+def test_in_16_bits_a_loss_with_a_trained_head_is_the_definitions(name, dtype):
+    shape = Shape(n=96, vocab=2331, hidden=224)
+    inputs: dict[str, Any] = LOSS.make_inputs(shape, dtype, 0)
+    inputs |= {"loss": name, "offsets": even_offsets(shape), "entropy_coef": 0.01}
+    leaves = [inputs[key].requires_grad_() for key in ("hidden_ND", "weight_VD")]
+    found = []
+    for on in ("native", "torch"):
+        made = linear_policy_loss(**inputs, backend=on)
+        found.append((made.loss.detach(), *torch.autograd.grad(made.loss, leaves)))
+    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-5, rtol=1e-5)
+    for mine, own in zip(found[0][1:], found[1][1:], strict=True):
+        assert mine.dtype == dtype
+        error = (mine.float() - own.float()).abs().max()
+        assert error <= 2 * torch.finfo(dtype).eps * own.float().abs().max()
 
 
 @pytest.mark.parametrize("own", [False, True])
