@@ -95,6 +95,7 @@ def linear_policy_loss(
         without gradient                     1
 
     (3) is where the logits fit in the memory of the weight's gradient, see `linear_token_logprobs`.
+    On a CPU in 16 bits all losses of a trained weight take 4 where they do not: less memory.
 
     Under torch.autocast operands are cast as `nn.Linear` casts them.
 
@@ -281,33 +282,32 @@ def _forward(a: Arguments, own: OwnLoss | None = None, shard: VocabShard | None 
     trained, by_sequence = a.wanted[WEIGHT], a.loss.by_sequence
     many = hidden_ND.shape[0] >= LEAST_TOKENS and shard is None and own is None
     words = many and goes_by_words(a, trained=trained)
-    # A trained weight's logits lie where its gradient will, until the loss is known.
-    keeps = words and trained and logits_fit(hidden_ND)
-    kept_VD = gradient_memory(head.weight_VD) if keeps else None
-    given = (hidden_ND, head, stat, a.logits_dtype, a.chunk_bytes, live_N, a.wanted, kept_VD)
+    # A trained weight's logits lie where its gradient will, until the loss is known. Where they do
+    # not fit they are made twice in 16 bits: chunks of rows would add up that gradient in float32.
+    fits = words and logits_fit(hidden_ND)
+    by_head = words and trained and (fits or hidden_ND.dtype != torch.float32)
+    memory_VD = gradient_memory(head.weight_VD) if by_head else None
+    given = (hidden_ND, head, stat, a.logits_dtype, a.chunk_bytes, live_N, a.wanted, memory_VD)
     chunks = LinearRows(*given) if shard is None else ShardedRows(*given, shard=shard)
     # Where the hidden states alone want a gradient, that of a log-prob does not depend on the loss.
     by_slope = (words or by_sequence) and not any(a.wanted[1:])
     by_slope = by_slope and not (a.wanted[0] and a.loss.has_entropy)
-    at_words = words and (by_slope or keeps)
+    at_words = words and (by_slope or by_head)
     kernels = BACKENDS[a.backend] if shard is None else shard.kernels(a.rows, a.backend)
     need_grad = any(a.wanted)
-    if own is not None:
-        stats = empty_statistics(hidden_ND, a.backend)
-        total, kl_N, metrics = sweep_by_token(
-            kernels, chunks, a.rows, a.loss, stats, need_grad, own
-        )
-        outputs = LossOutputs(total, stats.logprob_N, stats.entropy_N, kl_N, metrics)
-    elif at_words or (by_slope and by_sequence and need_grad):
-        stats = empty_statistics(hidden_ND, a.backend)
-        if at_words:
-            total, kl_N, metrics = _sweep_by_words(chunks, a.rows, a.loss, stats, kept_VD)
-        else:
-            total, kl_N, metrics = _sweep_by_slope(kernels, chunks, a.rows, a.loss, stats)
-        outputs = LossOutputs(total, stats.logprob_N, stats.entropy_N, kl_N, metrics)
-    else:
+    if own is None and not at_words and not (by_slope and by_sequence and need_grad):
         parts = None if shard is None else kernels
         outputs = sweep(chunks, a.rows, a.loss, hidden_ND, need_grad, a.backend, parts)
+        return Outputs(*outputs, *chunks.results())
+    stats, whole = empty_statistics(hidden_ND, a.backend), (a.rows, a.loss)
+    if own is not None:
+        found = sweep_by_token(kernels, chunks, *whole, stats, need_grad, own)
+    elif at_words:
+        found = _sweep_by_words(chunks, *whole, stats, memory_VD if fits else None)
+    else:
+        found = _sweep_by_slope(kernels, chunks, *whole, stats)
+    total, kl_N, metrics = found
+    outputs = LossOutputs(total, stats.logprob_N, stats.entropy_N, kl_N, metrics)
     return Outputs(*outputs, *chunks.results())
 
 
@@ -343,13 +343,13 @@ def _sweep_by_words(
     stats: Statistics,
     kept_VD: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same by blocks of words; of any loss, if the logits can stay in `kept_VD`."""
+    """The same by blocks of words; of any loss where the weight trains."""
     live_N = live_rows(rows, loss.weight_N)
     rows = rows._replace(token_N=rows.token_N.masked_fill(~live_N, rows.ignore_index))
-    slope_ND = chunks.grads[0] if kept_VD is None else None
+    slope_ND = None if chunks.wanted[WEIGHT] else chunks.grads[0]
     by_words(chunks, rows, stats, slope_ND, kept_VD)
     whole = filled(loss, live_N, stats.logprob_N.dtype)
-    if kept_VD is not None:
+    if chunks.wanted[WEIGHT]:
         g_N, h_N = token_gradient(whole, live_N, stats.logprob_N)
         h_N = None if h_N is None else loss.grad_scale * h_N
         gradients_by_words(chunks, rows, stats, loss.grad_scale * g_N, h_N, kept_VD)
