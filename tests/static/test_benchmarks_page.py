@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def operator_rows() -> Iterator[str]:
 
 
 LINEAR = "linear-intel-r-xeon-r-processor-2-cores"
-BY_WORDS = "linear-by-words-intel-r-xeon-r-processor-2-cores"
+NARROW = "linear-bfloat16-intel-r-xeon-r-processor-2-cores"
 MANY_WORDS = "linear-151936-words-intel-r-xeon-r-processor-2-cores"
 # The columns of the page's table, each with how its contender's name begins.
 PEERS = {
@@ -103,60 +103,129 @@ def lead(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
     return "behind" if ours["min_ms"] > theirs["max_ms"] else "tie"
 
 
-def test_who_is_ahead_from_hidden_states_is_what_the_page_says():
-    """Only a lead outside the spread of the rounds is one."""
-    found: dict[tuple[str, str], set[str]] = {}
+LOGPROBS = "fastppo native, linear_token_logprobs"
+
+
+def peers_of(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Rows that are neither fastppo's nor bare products."""
+    return {x: row for x, row in rows.items() if not x.startswith(("fastppo", "2", "3", "4"))}
+
+
+def cases_of(name: str) -> Iterator[tuple[str, str, dict[str, dict[str, Any]]]]:
+    """Loss, head and the timed rows of each case of a result."""
     for loss in ("PPO", "GRPO", "GSPO"):
         for head in ("frozen", "trained"):
-            of = linear_case(f"{loss}, {head} head")
-            ours = of["fastppo native, linear_token_logprobs"]
-            for name, row in of.items():
-                if not name.startswith(("fastppo", "2", "3", "4")):
-                    found.setdefault((head, name.split()[0].rstrip(",")), set()).add(
-                        lead(ours, row)
-                    )
+            own = f"{loss}, {head} head"
+            of = {key[-1]: x for key, x in results(name).items() if key[1] == own and "ms" in x}
+            assert of
+            yield loss, head, of
+
+
+def units(row: dict[str, Any], rows: dict[str, dict[str, Any]], products: str) -> float:
+    return row["ms"] / rows[f"{products}, given buffers"]["ms"]
+
+
+def spread(values: Collection[float]) -> str:
+    assert len(values) == 3
+    return f"{min(values):.2f} to {max(values):.2f}"
+
+
+def test_who_is_ahead_from_hidden_states_is_what_the_page_says():
+    """Only a lead outside the spread of the rounds is one."""
+    behind: dict[tuple[str, str], set[str]] = {}
+    for loss, head, of in cases_of(LINEAR):
+        ours = of[LOGPROBS]
+        for name, row in peers_of(of).items():
+            assert ours["ms"] < row["ms"]
+            assert ours["peak_bytes"] < row["peak_bytes"]
+            if lead(ours, row) != "ahead":
+                behind.setdefault((head, loss), set()).add(name.split()[0].rstrip(","))
     words = " ".join(PAGE.split())
-    assert {x for (head, _), of in found.items() for x in of if head == "frozen"} == {"ahead"}
-    assert "With a frozen head it is ahead of all of them under each loss" in words
-    assert {who for (_, who), of in found.items() if "behind" in of} == {
-        "cut-cross-entropy",
-        "torch.compile",
+    assert "its median is below all peers', and so is its memory" in words
+    assert behind == {
+        ("trained", "GRPO"): {"eager", "torch.compile", "cut-cross-entropy"},
+        ("trained", "GSPO"): {"torch.compile", "cut-cross-entropy"},
     }
-    assert "it is behind cut-cross-entropy under GRPO and GSPO, and behind" in words
+    assert (
+        "the spreads of eager, `torch.compile` and cut-cross-entropy overlap with its own under "
+        "GRPO, and those of the last two under GSPO" in words
+    )
 
 
-@pytest.mark.parametrize("name", [LINEAR, BY_WORDS, MANY_WORDS])
-def test_times_in_units_of_bare_products_are_the_committed_results(name):
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        (
+            LINEAR,
+            "{two} times as long as two bare GEMMs. With a trained head it takes {three} "
+            "times as long as three, and {four} times as long as four, which",
+        ),
+        (
+            MANY_WORDS,
+            "takes {two} times as long as two GEMMs with a frozen head, and {three} "
+            "times as long as three with a trained one ({four} times four)",
+        ),
+    ],
+)
+def test_times_in_units_of_bare_products_are_the_committed_results(name, sentence):
+    found: dict[str, list[float]] = {}
+    for _, head, of in cases_of(name):
+        for word, count, own in (
+            ("two", 2, "frozen"),
+            ("three", 3, "trained"),
+            ("four", 4, "trained"),
+        ):
+            if head == own:
+                found.setdefault(word, []).append(units(of[LOGPROBS], of, f"{count} GEMMs"))
+    said = {word: spread(values) for word, values in found.items()}
+    assert sentence.format(**said) in " ".join(PAGE.split())
+
+
+def test_the_fused_loss_with_a_trained_head_is_the_committed_result():
+    (of,) = (of for loss, head, of in cases_of(LINEAR) if (loss, head) == ("PPO", "trained"))
+    fused = units(of["fastppo native, linear_policy_loss"], of, "3 GEMMs")
     words = " ".join(PAGE.split())
-    for head, count, gemms in (("frozen", 2, "two"), ("trained", 4, "four")):
-        shares = []
-        for key, row in results(name).items():
-            ours = key[-1] == "fastppo native, linear_token_logprobs"
-            if ours and key[1].endswith(f"{head} head"):
-                bare = results(name)[(*key[:-1], f"{count} GEMMs, given buffers")]
-                shares.append(row["ms"] / bare["ms"])
-        assert len(shares) == 3
-        assert f"{min(shares):.2f} to {max(shares):.2f} times as long as {gemms}" in words
+    assert f"`linear_policy_loss` takes {fused:.2f} times as long as three." in words
 
 
-def test_a_trained_head_by_words_is_the_committed_result():
-    found = results(BY_WORDS)
-    case = ("N 512, D 576, V 49152", "PPO, trained head", "float32")
-    fused = found[(*case, "fastppo native, linear_policy_loss")]
-    bare = found[(*case, "3 GEMMs, given buffers")]
-    words = " ".join(PAGE.split())
-    assert f"`linear_policy_loss` {fused['ms'] / bare['ms']:.2f} times as long as three" in words
-    memory = found[(*case, "fastppo native, linear_token_logprobs")]["peak_bytes"] / 2**20
-    before = results(LINEAR)[(*case, "fastppo native, linear_token_logprobs")]["peak_bytes"] / 2**20
-    assert f"takes {memory:.0f} MiB where it took {before:.0f}: less than all of them" in words
-    peers = [
-        row["peak_bytes"]
-        for key, row in results(LINEAR).items()
-        if key[1] == case[1]
-        and "peak_bytes" in row
-        and not key[-1].startswith(("fastppo", "3", "4"))
-    ]
-    assert memory * 2**20 < min(peers)
+def test_the_paragraph_on_bfloat16_is_the_committed_result():
+    found: dict[tuple[str, str], list[float]] = {}
+    faster, peaks = [], {}
+    for _, head, of in cases_of(NARROW):
+        count = "2 GEMMs" if head == "frozen" else "4 GEMMs"
+        wide, narrow = (of[f"{LOGPROBS}, {x} logits"] for x in ("float32", "bfloat16"))
+        for logits, row in (("float32", wide), ("bfloat16", narrow)):
+            share = units(row, of, f"{count}, {logits} logits")
+            found.setdefault((head, logits), []).append(share)
+            peaks[head, logits] = round(row["peak_bytes"] / 2**20)
+        faster.append(wide["ms"] / narrow["ms"])
+        peers = peers_of(of)
+        assert narrow["ms"] < min(row["ms"] for row in peers.values())
+        (cut,) = (row for x, row in peers.items() if x.startswith("cut-cross-entropy"))
+        peaks[head, "cut"] = round(cut["peak_bytes"] / 2**20)
+    said = {key: spread(values) for key, values in found.items()}
+    for sentence in (
+        f"takes {said['frozen', 'float32']} times as long as two such GEMMs with a frozen head, "
+        f"and {said['trained', 'float32']} times as long as four with a trained one, in "
+        f"{peaks['frozen', 'float32']} and {peaks['trained', 'float32']} MiB",
+        f"it is {min(faster):.1f} to {max(faster):.1f} times as fast",
+        f"takes {peaks['frozen', 'bfloat16']} MiB with a frozen head, as cut-cross-entropy does, "
+        f"and {peaks['trained', 'bfloat16']} with a trained one, where that takes "
+        f"{peaks['trained', 'cut']}",
+        f"that is {said['frozen', 'bfloat16']} times two, and {said['trained', 'bfloat16']} times "
+        "four",
+    ):
+        assert sentence in " ".join(PAGE.split())
+    assert peaks["frozen", "bfloat16"] == peaks["frozen", "cut"]
+    moved = max(
+        row["max_ms"] / row["min_ms"]
+        for _, _, of in cases_of(NARROW)
+        for x, row in of.items()
+        if "bfloat16 logits, given" in x
+    )
+    assert f"bare ones took up to {moved:.1f} times as long in one round as in another" in " ".join(
+        PAGE.split()
+    )
 
 
 def test_tokens_a_second_and_their_ratios_are_the_committed_result():
