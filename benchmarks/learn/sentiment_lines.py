@@ -63,23 +63,37 @@ def one_response(row: Found) -> bool:
     return max(golds) - min(golds) < SAME and max(lengths) == min(lengths)
 
 
+def listed(words: Sequence[str]) -> str:
+    """Words as a sentence lists them."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def who(row: Found) -> str:
+    return f"{row['name']}, seed {row['seed']}"
+
+
 def ends(rows: Sequence[Found]) -> str:
     """What the ends of runs show beside the scores: the controller's beta, and one text for all."""
     said = ""
+    if controlled := [row for row in rows if row["settings"].get("adap_kl_ctrl")]:
+        betas = listed([f"{row['curve'][-1]['kl_coef']:.2g}" for row in controlled])
+        kls = listed([f"{running(row)[-1].kl:.1f}" for row in controlled])
+        seeds = listed([str(row["seed"]) for row in controlled])
+        said += (
+            f" By the end the controller has raised beta to {betas}, and the KL is {kls} there for "
+            f"a target of {controlled[0]['settings']['ppo_target']:g} (seed"
+            f"{'s' * (len(controlled) > 1)} {seeds})."
+        )
     for row in rows:
-        who, last = f"{row['name']}, seed {row['seed']}", row["curve"][-1]
-        if row["settings"].get("adap_kl_ctrl"):
-            said += (
-                f" The controller has raised beta to {last['kl_coef']:.2g} by the end ({who}), and "
-                f"the KL is {running(row)[-1].kl:.1f} there for a target of "
-                f"{row['settings']['ppo_target']:g}."
-            )
+        last = row["curve"][-1]
         if abs(row["proxy_after"] - row["proxy_before"]) < 2 * row["proxy_error"]:
-            said += f" One run ({who}) has learned nothing: its held-out reward is where it was."
+            said += (
+                f" One run ({who(row)}) has learned nothing: its held-out reward is where it was."
+            )
         if one_response(row):
             said += (
                 f" The last {WINDOW} steps' rollouts all have a gold score of {last['gold']:.2f} "
-                f"and {last['length']:.0f} tokens ({who}): the policy says one thing to every "
+                f"and {last['length']:.0f} tokens ({who(row)}): the policy says one thing to every "
                 "prompt, which neither score counts against it."
             )
     return said
@@ -99,7 +113,7 @@ def sentiment_verdict(rows: Sequence[Found]) -> str:
             f"(the most was {most:.1f}).{ends(rows)}{left}"
         )
     shown = [row for row in far if over_optimised(row)]
-    names = ", ".join(f"{row['name']}, seed {row['seed']}" for row in far)
+    names = "; ".join(map(who, far))
     return (
         f"The KL passed {FAR:g} nats a response in {len(far)} of {len(rows)} runs ({names}); in "
         f"{len(shown)} of them the policy is over-optimised, that is, the gold score ended over "

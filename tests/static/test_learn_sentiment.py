@@ -176,9 +176,13 @@ def test_a_run_that_learned_nothing_is_named():
 
 def test_the_verdict_has_the_controllers_beta_and_kl():
     settings = {"adap_kl_ctrl": True, "ppo_target": 6.0, "learning_rate": 3e-4}
-    row = made_up(name="controller on", settings=settings)
-    row["curve"][-1]["kl_coef"] = 0.4
-    assert "raised beta to 0.4 by the end (controller on, seed 1)" in sentiment_verdict([row])
+    rows = [made_up(name="controller on", seed=seed, settings=settings) for seed in (1, 2, 3)]
+    for row, beta in zip(rows, (0.4, 0.05, 0.1), strict=True):
+        row["curve"][-1]["kl_coef"] = beta
+    said = sentiment_verdict(rows)
+    assert "has raised beta to 0.4, 0.05 and 0.1, and the KL is" in said
+    assert "there for a target of 6 (seeds 1, 2 and 3)." in said
+    assert "there for a target of 6 (seed 1)." in sentiment_verdict(rows[:1])
 
 
 def beside(ours: dict[int, float], theirs: dict[int, float]):
