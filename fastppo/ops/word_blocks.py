@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastppo.ops.arguments import RowArguments
 from fastppo.ops.backends import Statistics
-from fastppo.ops.head import HeadArguments, LinearRows, full_precision
+from fastppo.ops.head import Head, HeadArguments, LinearRows, full_precision
 from fastppo.ops.native_library import (
     LIBRARY,
     StatisticsStruct,
@@ -41,7 +41,6 @@ _COLUMNS: Final = 16
 # Of more words a GEMM is no faster, and their logits leave the cache before they are read again.
 _MOST_WORDS: Final = 8192
 _BYTES: Final = 16 << 20
-_WIDENED: Final = 1024  # words of 16 bits whose float32 copies a product has at a time
 _LOWEST: Final = torch.finfo(torch.float32).min
 
 
@@ -131,9 +130,10 @@ def gradients_by_words(
     hidden_ND = hidden_ND.masked_fill(~live_N[:, None], 0)
     d_hidden_ND, d_weight_VD, d_bias_V, *_ = chunks.grads
     weight_VD = chunks.head.weight_VD
-    narrow = weight_VD.dtype != torch.float32
-    # A block's part of it is rounded to 16 bits; their sum is not, until the end.
-    sum_ND = torch.zeros_like(hidden_ND, dtype=torch.float32) if narrow else d_hidden_ND
+    sum_ND = None
+    if d_hidden_ND is not None:
+        # In 16 bits a block's part of it is rounded; their sum is not, until the end.
+        sum_ND = d_hidden_ND.zero_().float()  # itself in float32
     with full_precision(hidden_ND.device):
         slopes_3N = _slopes(rows, live_N, stats, g_N, h_N)
         for part, at in enumerate(_parts(hidden_ND.shape[0])):
@@ -146,8 +146,7 @@ def gradients_by_words(
             slopes = WordSlopesStruct(out_VN.data_ptr(), *(one.data_ptr() for one in own_3N))
             # Kept ones from the end: a block's rows of the weight's gradient lie behind the logits
             # of all blocks before it.
-            order = words.blocks() if kept_VD is None else words.blocks()[::-1]
-            for some in order:
+            for some in words.blocks() if kept_VD is None else words.blocks()[::-1]:
                 if kept_VD is None:
                     words.make(some)
                 else:
@@ -160,16 +159,9 @@ def gradients_by_words(
                 if d_weight_VD is not None:
                     # beta 0 overwrites whatever was there, NaN too.
                     d_weight_VD[some].addmm_(some_VN, own_ND, beta=0 if part == 0 else 1)
-                if d_hidden_ND is None:
-                    continue
-                assert sum_ND is not None
-                if narrow:
+                if sum_ND is not None:
                     add_product(sum_ND[at], some_VN.T, weight_VD[some])
-                else:
-                    beta = 0 if some is order[0] else 1
-                    sum_ND[at].addmm_(some_VN.T, weight_VD[some], beta=beta)
-    if narrow and d_hidden_ND is not None:
-        assert sum_ND is not None
+    if d_hidden_ND is not None and sum_ND is not None:
         d_hidden_ND.copy_(sum_ND)
 
 
@@ -231,13 +223,9 @@ class _Words:
             as_float32 = kept_VD.view(-1)[: vocab * columns * 4 // kept_VD.element_size()]
             self.x_VN = as_float32.view(torch.float32).view(vocab, columns)
         self.narrow_VN: Tensor | None = None
-        self.wide_ND, self.wide_VD = hidden_ND, self.weight_VD
+        self.logits_dtype = chunks.logits_dtype
         if head.weight_VD.dtype != torch.float32:
-            shape = (words, n)
-            self.narrow_VN = fresh(shape, head.weight_VD.dtype, hidden_ND.device)
-            if chunks.logits_dtype == torch.float32:
-                self.wide_ND = hidden_ND.float()
-                self.wide_VD = self.wide_ND.new_empty(min(_WIDENED, words), hidden_ND.shape[1])
+            self.narrow_VN = fresh((words, n), head.weight_VD.dtype, hidden_ND.device)
         self.token_N = rows.token_N[at].long().contiguous()
         self.bias_V = None if head.bias_V is None else head.bias_V.float().contiguous()
         self.tau_N = torch.ones(columns)
@@ -287,15 +275,11 @@ class _Words:
         x_VN, weight_VD = self.take(some), self.weight_VD[some]
         if self.narrow_VN is None:
             torch.mm(weight_VD, self.hidden_ND.T, out=x_VN)
-        elif self.wide_ND is self.hidden_ND:
+        elif self.logits_dtype == torch.float32:
+            Head(weight_VD).logits(self.hidden_ND, x_VN.T)
+        else:
             own_VN = self.narrow_VN[: x_VN.shape[0]]
             x_VN.copy_(torch.mm(weight_VD, self.hidden_ND.T, out=own_VN))
-        else:
-            for x_vN, own_vD in zip(
-                torch.split(x_VN, _WIDENED), torch.split(weight_VD, _WIDENED), strict=True
-            ):
-                wide_vD = self.wide_VD[: own_vD.shape[0]].copy_(own_vD)
-                torch.mm(wide_vD, self.wide_ND.T, out=x_vN)
         return x_VN
 
     def narrowed(self, x_VN: Tensor) -> Tensor:
