@@ -188,6 +188,15 @@ def test_the_fused_loss_with_a_trained_head_is_the_committed_result():
     assert f"`linear_policy_loss` takes {fused:.2f} times as long as three." in words
 
 
+def test_the_memory_of_many_words_is_the_committed_result():
+    (of,) = (of for loss, head, of in cases_of(MANY_WORDS) if (loss, head) == ("PPO", "trained"))
+    gradient = 151936 * 896 * 4
+    beside = round((of[LOGPROBS]["peak_bytes"] - gradient) / 2**20)
+    words = " ".join(PAGE.split())
+    assert f"whose gradient of {gradient / 2**20:.0f} MiB goes into new memory" in words
+    assert f"Beside that gradient it takes {beside} MiB." in words
+
+
 def test_the_paragraph_on_bfloat16_is_the_committed_result():
     found: dict[tuple[str, str], list[float]] = {}
     faster, peaks = [], {}
