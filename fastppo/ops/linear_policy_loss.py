@@ -299,13 +299,13 @@ def _forward(a: Arguments, own: OwnLoss | None = None, shard: VocabShard | None 
         parts = None if shard is None else kernels
         outputs = sweep(chunks, a.rows, a.loss, hidden_ND, need_grad, a.backend, parts)
         return Outputs(*outputs, *chunks.results())
-    stats, whole = empty_statistics(hidden_ND, a.backend), (a.rows, a.loss)
+    stats, terms = empty_statistics(hidden_ND, a.backend), (a.rows, a.loss)
     if own is not None:
-        found = sweep_by_token(kernels, chunks, *whole, stats, need_grad, own)
+        found = sweep_by_token(kernels, chunks, *terms, stats, need_grad, own)
     elif at_words:
-        found = _sweep_by_words(chunks, *whole, stats, memory_VD if fits else None)
+        found = _sweep_by_words(chunks, *terms, stats, memory_VD if fits else None)
     else:
-        found = _sweep_by_slope(kernels, chunks, *whole, stats)
+        found = _sweep_by_slope(kernels, chunks, *terms, stats)
     total, kl_N, metrics = found
     outputs = LossOutputs(total, stats.logprob_N, stats.entropy_N, kl_N, metrics)
     return Outputs(*outputs, *chunks.results())
