@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from benchmarks import report
 from benchmarks.learn import sentiment
-from benchmarks.learn.run import TrainingRun
+from benchmarks.learn.run import TrainingRun, file_name
 from benchmarks.learn.sentiment import Files, demo_files, held_out, make_config, toy_files
 from benchmarks.peers.environments import TRL
 from benchmarks.peers.models import for_transformers_4, linked
@@ -75,8 +75,7 @@ class BesideRun(TrainingRun):
     @property
     def file(self) -> str:
         """The name of its JSON."""
-        words = "".join(c if c.isalnum() else " " for c in self.name.lower()).split()
-        return f"{self.section}-{'-'.join(words)}-{self.seed}.json"
+        return file_name(self.section, self.name, self.seed)
 
     @property
     def base(self) -> dict[str, Any]:

@@ -213,8 +213,9 @@ def demo_tasks(found: dict[str, list[Found]]) -> list[str]:
         ),
         "",
         paragraph(
-            "Two settings, one changed at a time, on this task; the KL is of the held-out prompts,",
-            "and the most of it a running mean of the rollouts:",
+            "Two settings, one changed at a time, on this task. A row of one seed may be chance:",
+            "the seeds of the first row show how much a seed does. The KL is of the held-out",
+            "prompts, and the most of it a running mean of the rollouts:",
         ),
         "",
         *(

@@ -8,6 +8,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 
+def file_name(section: str, words: str, seed: int) -> str:
+    """The name of a run's JSON: its section, what of `words` is letters and digits, its seed."""
+    kept = "".join(c if c.isalnum() else " " for c in words.lower()).split()
+    return f"{section}-{'-'.join(kept)}-{seed}.json"
+
+
 class TrainingRun:
     """One training run, whose result is a JSON; a subclass is a frozen dataclass.
 

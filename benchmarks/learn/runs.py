@@ -15,7 +15,7 @@ from benchmarks import report
 from benchmarks.learn.beside_trl import trl, trl_rates
 from benchmarks.learn.exact import Tree, Value, best_policy, logprobs, make_tree, value
 from benchmarks.learn.problems import problems
-from benchmarks.learn.run import TrainingRun
+from benchmarks.learn.run import TrainingRun, file_name
 from benchmarks.learn.sentiment import sentiment, sentiment_choices
 from benchmarks.learn.tokens import LETTERS, TASKS, write_files
 from fastppo import init_state, step_update
@@ -91,8 +91,7 @@ class Run(TrainingRun):
     @property
     def file(self) -> str:
         """The name of its JSON."""
-        words = "".join(c if c.isalnum() else " " for c in f"{self.task} {self.name}".lower())
-        return f"{self.section}-{'-'.join(words.split())}-{self.seed}.json"
+        return file_name(self.section, f"{self.task} {self.name}", self.seed)
 
     @property
     def base(self) -> dict[str, Any]:

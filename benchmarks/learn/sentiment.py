@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from benchmarks.learn.run import TrainingRun
+from benchmarks.learn.run import TrainingRun, file_name
 from fastppo import init_state, step_update, toy
 from fastppo.config import Config
 from fastppo.config.rewards import RECORD
@@ -213,8 +213,7 @@ class SentimentRun(TrainingRun):
     @property
     def file(self) -> str:
         """The name of its JSON."""
-        words = "".join(c if c.isalnum() else " " for c in self.name.lower())
-        return f"{self.section}-{'-'.join(words.split())}-{self.seed}.json"
+        return file_name(self.section, self.name, self.seed)
 
     @property
     def base(self) -> dict[str, Any]:

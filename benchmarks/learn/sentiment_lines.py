@@ -87,8 +87,13 @@ def ends(rows: Sequence[Found]) -> str:
     for row in rows:
         last = row["curve"][-1]
         if abs(row["proxy_after"] - row["proxy_before"]) < 2 * row["proxy_error"]:
+            rise = row["gold_after"] - row["gold_before"]
+            though = ""
+            if abs(rise) >= SURE * row["gold_error"]:
+                though = f", though its gold score has {'risen' if rise > 0 else 'fallen'}"
             said += (
-                f" One run ({who(row)}) has learned nothing: its held-out reward is where it was."
+                f" One run ({who(row)}) has learned nothing: its held-out reward is where it was"
+                f"{though}."
             )
         if one_response(row):
             said += (

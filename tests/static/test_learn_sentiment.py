@@ -174,6 +174,18 @@ def test_a_run_that_learned_nothing_is_named():
     )
 
 
+@pytest.mark.parametrize(
+    ("gold", "words"),
+    [
+        (0.5, "is where it was, though its gold score has risen."),
+        (0.1, "is where it was, though its gold score has fallen."),
+        (0.33, "is where it was."),
+    ],
+)
+def test_nothing_learned_is_no_word_about_a_gold_score_that_moved(gold, words):
+    assert words in sentiment_verdict([made_up(proxy_after=0.1, gold_after=gold)])
+
+
 def test_the_verdict_has_the_controllers_beta_and_kl():
     settings = {"adap_kl_ctrl": True, "ppo_target": 6.0, "learning_rate": 3e-4}
     rows = [made_up(name="controller on", seed=seed, settings=settings) for seed in (1, 2, 3)]
