@@ -167,6 +167,7 @@ class ActivationOffload:
                 return self._run_offloaded(layer, forward, args, kwargs, keep=keep)
             return self._run_checkpointed(forward, args, kwargs, keep=keep)
 
+        run.without_gradient = forward  # type: ignore[attr-defined]
         return run
 
     def _run_checkpointed(

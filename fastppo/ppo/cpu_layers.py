@@ -183,9 +183,19 @@ def children(module: nn.Module) -> set[str]:
     }
 
 
+def runs_own_forward(module: nn.Module) -> bool:
+    """Whether a call without gradient runs the forward of the module's class.
+
+    A layer whose activations are checkpointed or offloaded has another, which then calls that one.
+    """
+    forward = vars(module).get("forward")
+    forward = getattr(forward, "without_gradient", forward)
+    return forward is None or getattr(forward, "__func__", None) is type(module).forward
+
+
 def is_plain(module: Any) -> bool:
     """Whether the decoder layer has Llama's modules, and nothing of its own besides."""
-    if children(module) != PARTS or "forward" in vars(module):
+    if children(module) != PARTS or not runs_own_forward(module):
         return False
     attention, mlp = module.self_attn, module.mlp
     known = {f"{name}_proj" for name in LINEARS} | set(HEAD_NORMS)

@@ -17,7 +17,7 @@ from fastppo.models.lora import (
 from fastppo.ops.decoder_layer import DecoderLayer
 from fastppo.ops.few_rows import FewRows
 from fastppo.ops.native_library import OBSTACLE
-from fastppo.ppo import sampler
+from fastppo.ppo import sampler, trainer
 from fastppo.ppo.rollout import (
     cache_budget,
     cache_bytes,
@@ -104,6 +104,39 @@ def test_every_layer_of_a_step_of_decoding_reads_its_weight_once(tiny_roles, ans
     assert ids == plain
     for a, b in zip(logprobs, plain_logprobs, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(OBSTACLE is not None, reason=f"no native kernels: {OBSTACLE}")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"disable_gradient_checkpointing": True},
+        {"disable_gradient_checkpointing": True, "activation_offloading": "offload"},
+        {"activation_offloading": "checkpoint+offload", "critic": "shared"},
+        {"lora_layers": 1},
+        {"finetuning_type": "freeze", "freeze_trainable_layers": 1, "critic": "shared"},
+    ],
+    ids=lambda changes: ", ".join(changes) or "defaults",
+)
+def test_a_run_samples_by_the_native_layers_however_it_trains(state, monkeypatch, changes):
+    """What keeps, drops or moves a layer's activations is in its forward, also without gradient."""
+    counts, layer, step = {"layers": 0, "steps": 0}, DecoderLayer.__call__, sampler.Forward.step
+
+    def counted(name, original):
+        def call(*given):
+            counts[name] += 1
+            return original(*given)
+
+        return call
+
+    monkeypatch.setattr(DecoderLayer, "__call__", counted("layers", layer))
+    monkeypatch.setattr(sampler.Forward, "step", counted("steps", step))
+    run = trainer.step_update(state(**{"disable_gradient_checkpointing": False, **changes}))
+    assert counts["steps"] > 1
+    # In the first step a layer is run once more, to be compared with its own code.
+    layers = run.roles.base.config.num_hidden_layers
+    assert counts["layers"] == (counts["steps"] + 1) * layers
 
 
 @pytest.mark.skipif(OBSTACLE is not None, reason=f"no native kernels: {OBSTACLE}")
