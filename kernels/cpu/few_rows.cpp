@@ -24,7 +24,9 @@ static void dot(const FastppoFewRows& a, int64_t v, int64_t n) {
     Floats factor[N];
     for (int j = 0; j < N; j++) factor[j] = load(x + j * a.inputs + d);
     for (int i = 0; i < V; i++) {
-      const Floats own = T::read(w + i * a.weight_stride + d);
+      const auto* here = w + i * a.weight_stride + d;
+      __builtin_prefetch(here + V * a.weight_stride);  // of the next block
+      const Floats own = T::read(here);
       for (int j = 0; j < N; j++) sum[i][j] += own * factor[j];
     }
   }
