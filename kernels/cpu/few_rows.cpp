@@ -12,21 +12,23 @@ namespace FASTPPO_ISA {
 constexpr int OUTPUTS = LANES == 16 ? 4 : 2;
 constexpr int ROWS = 4;
 
+// V outputs of N rows; meanwhile it fetches FETCH weights of the next V outputs, from the `fetch`th.
+//
 // Every sum has an order of its own, whatever is computed beside it: a row's result is the same in
 // any batch, and for any number of threads.
-template <class T, int V, int N>
-static void dot(const FastppoFewRows& a, int64_t v, int64_t n) {
+template <class T, int V, int N, int FETCH = V>
+static void dot(const FastppoFewRows& a, int64_t v, int64_t n, int64_t fetch = 0) {
   const auto* w = (const typename T::Storage*)a.weight + v * a.weight_stride;
+  const auto* next = w + (V + fetch) * a.weight_stride;
   const float* x = a.x + n * a.inputs;
   Floats sum[V][N] = {};
   int64_t d = 0;
   for (; d + LANES <= a.inputs; d += LANES) {
+    for (int i = 0; i < FETCH; i++) __builtin_prefetch(next + i * a.weight_stride + d);
     Floats factor[N];
     for (int j = 0; j < N; j++) factor[j] = load(x + j * a.inputs + d);
     for (int i = 0; i < V; i++) {
-      const auto* here = w + i * a.weight_stride + d;
-      __builtin_prefetch(here + V * a.weight_stride);  // of the next block
-      const Floats own = T::read(here);
+      const Floats own = T::read(w + i * a.weight_stride + d);
       for (int j = 0; j < N; j++) sum[i][j] += own * factor[j];
     }
   }
@@ -44,8 +46,15 @@ static void dot(const FastppoFewRows& a, int64_t v, int64_t n) {
 
 template <class T, int V>
 static void outputs(const FastppoFewRows& a, int64_t v) {
+  // Each group of rows fetches a part, so that memory is read all the time.
+  constexpr int HALF = (V + 1) / 2;
+  const int64_t groups = a.n / ROWS;
   int64_t n = 0;
-  for (; n + ROWS <= a.n; n += ROWS) dot<T, V, ROWS>(a, v, n);
+  for (int64_t group = 0; group < groups; group++, n += ROWS) {
+    if (groups == 1) dot<T, V, ROWS>(a, v, n);
+    else if (groups < V) dot<T, V, ROWS, HALF>(a, v, n, group % 2 * (V - HALF));
+    else dot<T, V, ROWS, 1>(a, v, n, group % V);
+  }
   switch (a.n - n) {
     case 3: return dot<T, V, 3>(a, v, n);
     case 2: return dot<T, V, 2>(a, v, n);
