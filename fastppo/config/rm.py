@@ -26,3 +26,10 @@ class RMKeys(Keys):
     save_only_model: bool = key(
         False, HF, "In stage rm: checkpoints without optimiser state; in ppo they always have it."
     )
+    keep_lower_states: bool = key(
+        True,
+        OWN,
+        "In stage rm, with lora_layers or freeze and two epochs or more: run the frozen lowest "
+        "layers once, and keep their states in a temporary file in output_dir; false runs them in "
+        "every epoch.",
+    )

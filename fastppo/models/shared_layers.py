@@ -142,6 +142,18 @@ class SharedLayers:
         finally:
             handle.remove()
 
+    @contextmanager
+    def alone(self, role: str) -> Iterator[None]:
+        """Inside the block the shared layers run and the upper ones do not."""
+        layers = self.layers[role]
+        upper = {str(index): layers[index] for index in range(self.count, len(layers))}
+        skipped = {name: SkippedLayer(layer, [], self.outputs) for name, layer in upper.items()}
+        try:
+            layers._modules.update(skipped)
+            yield
+        finally:
+            layers._modules.update(upper)
+
     def describe(self) -> str:
         """One line for the beginning of a run."""
         layers = next(iter(self.layers.values()))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fastppo.models.load import trunk
+
+if TYPE_CHECKING:
+    from fastppo.rm.lower_layers import LowerLayers
 
 
 class RewardModel(nn.Module):
@@ -16,15 +20,22 @@ class RewardModel(nn.Module):
     def __init__(self, model: Any, head: nn.Linear, *, autocast: torch.dtype | None) -> None:
         super().__init__()
         self.model, self.head, self.autocast = model, head, autocast
+        self.lower: LowerLayers | None = None  # frozen ones that run once a text
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The last hidden states (B, T, D) of right-padded sequences."""
+        half = self.autocast
+        with torch.autocast(input_ids.device.type, dtype=half, enabled=half is not None):
+            hidden_BTD: Tensor = trunk(self.model)(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+            ).last_hidden_state
+        return hidden_BTD
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Scores (B,) float32 of right-padded sequences."""
-        device = input_ids.device.type
-        half = self.autocast
-        with torch.autocast(device, dtype=half, enabled=half is not None):
-            hidden_BTD = trunk(self.model)(
-                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-            ).last_hidden_state
+        lower = self.lower
+        with nullcontext() if lower is None else lower.context(input_ids, attention_mask):
+            hidden_BTD = self.hidden(input_ids, attention_mask)
         rows = torch.arange(len(input_ids), device=input_ids.device)
         last_BD = hidden_BTD[rows, attention_mask.sum(1) - 1]
         # The loss is of differences, so a bias has no gradient but rounding, which Adam would make

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from transformers import EarlyStoppingCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
@@ -19,41 +19,28 @@ from fastppo.errors import Interrupted, TrainingStopped
 from fastppo.memory.auto import advice_on_failure, resolve_auto
 from fastppo.memory.budgets import Budgets
 from fastppo.memory.retry import retry
-from fastppo.models.adapters import (
-    adapter_to_continue,
-    adapters_to_merge,
-    disable_input_cast,
-    experts_note,
-    load_peft_model,
-    merge_adapters,
-    setup_lora_tuning,
-)
+from fastppo.models.adapters import adapters_to_merge, experts_note
 from fastppo.models.limits import (
     check_rows,
     drop_pad_without_row,
     embedding_rows,
     note_beyond_training,
 )
-from fastppo.models.load import (
-    autocast_dtype,
-    causal_lm,
-    hidden_size,
-    load_base,
-    load_tokenizer,
-    wrap_activations,
-)
+from fastppo.models.load import autocast_dtype, causal_lm, load_tokenizer, wrap_activations
 from fastppo.models.rounding import note_on_16_bits
 from fastppo.models.scaler import make_scaler
-from fastppo.models.value_head import has_value_head, load_value_head, new_value_head
-from fastppo.models.weight_tuning import (
-    round_outputs,
-    setup_weight_tuning,
-    upcast_trainable,
-)
 from fastppo.rewards.adapter import read_score_at
 from fastppo.rm.arguments import fit_micro_batches, lora_plus, training_arguments
 from fastppo.rm.callbacks import LogFile, LogToTrackers, PrintLogs, ProgressBar
 from fastppo.rm.evaluation import evaluate
+from fastppo.rm.load import (
+    folder_of_head,
+    head_notes,
+    load_finished,
+    load_head,
+    load_trainable_model,
+)
+from fastppo.rm.lower_layers import find_lower_layers
 from fastppo.rm.model import ParameterCopy, RewardModel, calibrate
 from fastppo.rm.pairs import Pairs, collate
 from fastppo.rm.trainer import PairTrainer, compute_metrics
@@ -69,43 +56,6 @@ if TYPE_CHECKING:
     from fastppo.config import Config
     from fastppo.data import Records
     from fastppo.memory.plan import Plan
-
-HEAD_STD = 0.01  # standard deviation of a new head's weights: all scores start near 0
-
-
-def load_trainable_model(config: Config, device: torch.device) -> nn.Module:
-    """The base model, with the parameters that `finetuning_type` trains in float32."""
-    base = load_base(config, device, bits=config.quantization_bit)
-    if config.finetuning_type == "lora":
-        model: nn.Module = setup_lora_tuning(config, base)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        round_outputs(model, trained)
-        disable_input_cast(model)
-    else:
-        model, trained = base, setup_weight_tuning(config, base, config.finetuning_type)
-    upcast_trainable(trained)
-    return model
-
-
-def folder_of_head(config: Config) -> Path | None:
-    """Folder with the reward head that training continues, as in LLaMA-Factory; or None.
-
-    It is that of the adapter that training continues, or without adapters that of the model. An SFT
-    adapter or a language model has no head: then a new head is made.
-    """
-    continued = adapter_to_continue(config)
-    if continued is None and config.adapter_name_or_path is None:
-        continued = config.model_name_or_path
-    return Path(continued) if continued is not None and has_value_head(Path(continued)) else None
-
-
-def load_finished(config: Config, folder: Path, device: torch.device) -> nn.Module:
-    """Load what fastppo or LLaMA-Factory saved in `folder`: a base's adapter, or a whole model."""
-    if config.finetuning_type != "lora":
-        return load_base(config, device, str(folder))
-    base = load_base(config, device, bits=config.quantization_bit)
-    merged = merge_adapters(base, adapters_to_merge(config), "adapter_name_or_path")
-    return load_peft_model(merged, str(folder), "adapter_name_or_path", train=False)
 
 
 @dataclass(frozen=True)
@@ -215,13 +165,14 @@ def set_up(config: Config, records: Records, world: World) -> Setup:
             model = load_trainable_model(config, device)
         else:
             model = load_finished(config, evaluated, device)
-    if start is None:
-        head = new_value_head(hidden_size(model), device)
-        nn.init.normal_(head.weight, std=HEAD_STD)
-    else:
-        key = "adapter_name_or_path" if config.adapter_name_or_path else "model_name_or_path"
-        head = load_value_head(start, hidden_size(model), device, key)
+    head = load_head(config, start, model, device)
     offload = wrap_activations(config, causal_lm(model))
+    reward = RewardModel(model, head, autocast=autocast_dtype(config, device))
+    if evaluated is None:
+        reward.lower, lower_notes = find_lower_layers(
+            config, reward, train_pairs, eval_pairs, world
+        )
+        auto_notes += lower_notes
     return Setup(
         config,
         device,
@@ -232,7 +183,7 @@ def set_up(config: Config, records: Records, world: World) -> Setup:
         eval_pairs,
         plan,
         budgets,
-        RewardModel(model, head, autocast=autocast_dtype(config, device)),
+        reward,
         offload.mode,
         evaluated,
         resumed,
@@ -245,13 +196,6 @@ def set_up(config: Config, records: Records, world: World) -> Setup:
         resume_notes=resume_notes,
         world=world,
     )
-
-
-def head_notes(config: Config, start: Path | None, evaluated: Path | None) -> list[str]:
-    """A line where training goes on with the head of the base, which is not named as one."""
-    if start is None or evaluated is not None or str(start) != config.model_name_or_path:
-        return []
-    return [f"{start} has a value head, and training goes on with it"]
 
 
 def print_first_lines(setup: Setup) -> None:
@@ -269,6 +213,8 @@ def print_first_lines(setup: Setup) -> None:
     precision = console.precision_name(model.autocast)
     echo(f"  device {setup.device}, {precision}, {pairs}; {role}")
     echo(f"  activations: {setup.activations}; writes {Path(config.output_dir)}")
+    if model.lower is not None:
+        echo(f"  {model.lower.describe()}")
     for line in setup.notes:
         echo(f"  [yellow]note:[/yellow] {line}")
     for line in setup.resume_notes:
@@ -355,6 +301,12 @@ def fit(setup: Setup, stop: Stop, trackers: Trackers | None) -> PairTrainer:
     checkpoint = None if setup.resumed is None else str(setup.resumed)
     scores = None
     try:
+        if (lower := setup.model.lower) is not None and lower.states is None:
+            began = time.perf_counter()
+            with stop.at_once():
+                lower.write(setup.model, 2 * trainer.args.per_device_eval_batch_size)
+            taken = time.perf_counter() - began
+            console.console.print(f"  they ran on {len(lower.texts):,} texts in {taken:.0f} s")
         result = trainer.train(resume_from_checkpoint=checkpoint)
         if config.calibrate_reward:
             scores = trainer.predict(setup.eval_pairs or setup.train_pairs).predictions

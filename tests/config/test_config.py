@@ -252,7 +252,12 @@ def test_every_key_is_in_one_group_and_is_a_stages_own_by_it():
     assert len(in_groups) == len(set(in_groups))
     assert set(in_groups) == set(Config.model_fields) - INTERNAL
     assert in_groups == [name for name in Config.model_fields if name in in_groups]
-    assert STAGE_KEYS["rm"] == {"calibrate_reward", "lora_dropout", "save_only_model"}
+    assert STAGE_KEYS["rm"] == {
+        "calibrate_reward",
+        "keep_lower_states",
+        "lora_dropout",
+        "save_only_model",
+    }
     own = {"ppo_epochs", "lam", "temperature", "reward_model", "ref_model", "critic", "metrics_dir"}
     assert own <= STAGE_KEYS["ppo"]
     assert not {"learning_rate", "lora_rank", "dataset", "output_dir"} & STAGE_KEYS["ppo"]
