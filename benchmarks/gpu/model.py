@@ -22,7 +22,7 @@ from fastppo.config import Config, config_from_dict
 from fastppo.memory.shapes import TABLE, ModelShape
 from fastppo.models import given
 from fastppo.models.load import disable_dropout
-from fastppo.rm import train as reward_model
+from fastppo.rm import load as reward_loading
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,6 @@ def random_weights(size: Size) -> Iterator[None]:
         return base
 
     with ExitStack() as stack:
-        for module in (given, reward_model):
+        for module in (given, reward_loading):
             stack.enter_context(patch.object(module, "load_base", load))
         yield

@@ -41,7 +41,7 @@ class LowerLayers:
 
     Args:
         shared: which layers they are.
-        texts: the tokens of prompt and answer, each once.
+        texts: the tokens of prompt and answer, each once; best with similar lengths together.
         dtype: the dtype of the residual stream.
         size: numbers of a hidden state.
         folder: where the temporary file goes.
@@ -89,19 +89,17 @@ class LowerLayers:
 
     @torch.no_grad()
     def write(self, model: RewardModel, rows: int) -> None:
-        """Run the layers on all texts, `rows` of them at a time, similar lengths together."""
-        texts = sorted(self.texts, key=len)
+        """Run the layers on all texts, `rows` of them at a time, in their order."""
         model.eval()
         with tempfile.TemporaryFile(dir=self.folder) as file:  # gone with the run, however it ends
-            for start in range(0, len(texts), rows):
-                states_ND = self.run(model, texts[start : start + rows])
+            for start in range(0, len(self.texts), rows):
+                states_ND = self.run(model, self.texts[start : start + rows])
                 file.write(states_ND.contiguous().view(torch.uint8).numpy())
             file.flush()
             raw = torch.from_numpy(np.memmap(file, dtype=np.uint8, mode="c"))
-        self.number = {text: i for i, text in enumerate(texts)}
-        states = SharedStates([len(text) for text in texts], on_host=True)
+        states = SharedStates([len(text) for text in self.texts], on_host=True)
         states.state_ND = raw.view(self.dtype).view(-1, self.size)
-        states.known = [True] * len(texts)
+        states.known = [True] * len(self.texts)
         self.states = states
 
     def run(self, model: RewardModel, texts: Sequence[Text]) -> Tensor:
@@ -181,8 +179,9 @@ def find_lower_layers(
     if problem:
         return None, [f"{every} {problem[:120]}"]
     folder = Path(config.output_dir)
+    in_order = sorted(texts, key=lambda text: (len(text), text))
     dtype, size = states_ND.dtype, states_ND.shape[1]
-    found = LowerLayers(shared, sorted(texts), dtype=dtype, size=size, folder=folder)
+    found = LowerLayers(shared, in_order, dtype=dtype, size=size, folder=folder)
     place = next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
     free = shutil.disk_usage(place).free
     if found.nbytes > DISK_SHARE * free:

@@ -19,7 +19,7 @@ from fastppo.models.load import load_base
 from fastppo.ppo.evaluate_only import load_policy
 from fastppo.rewards.classifier import ClassifierReward
 from fastppo.rewards.model import load_full
-from fastppo.rm.train import folder_of_head
+from fastppo.rm.load import folder_of_head
 from fastppo.run.preflight import check_reward_full
 from tests.rewards.matrix import (
     Places,
