@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastppo.memory.budgets import PromptSharing
 from fastppo.models.load import text_model
-from fastppo.models.rounding import LIMITS
+from fastppo.models.rounding import LIMITS, relative_error
 from fastppo.models.shared_layers import CANNOT_SKIP
 from fastppo.models.shared_prompts import SharedPrompts
 
@@ -74,10 +74,9 @@ def compare_with_rows(roles: Roles, input_ids_T: Sequence[int]) -> str:
     for role in roles.places:
         with roles.use(role):
             wanted, found = (
-                roles.hidden(ids_BT, prompts=each).cpu()[live_BT].float()
-                for each in (None, prompts)
+                roles.hidden(ids_BT, prompts=each).cpu()[live_BT] for each in (None, prompts)
             )
-        error = ((found - wanted).abs().max() / wanted.abs().max()).item()
+        error = relative_error(found, wanted)
         if not error <= limit:
             return f"{role} off by {error:.2g}"
     return ""

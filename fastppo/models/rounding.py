@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
+from torch import Tensor
 
 Precision = Literal["float32", "tf32", "float16", "bfloat16"]
 
@@ -39,6 +40,12 @@ LIMITS: dict[Precision, Limits] = {
     "float16": Limits(log_ratio=2.5e-3, sampler_gap=1.25e-2, head=6.25e-3),
     "bfloat16": Limits(log_ratio=2e-2, sampler_gap=0.1, head=0.05),
 }
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """The largest difference, as a share of the largest number that was wanted."""
+    found, wanted = found.float(), wanted.float()
+    return ((found - wanted).abs().max() / wanted.abs().max()).item()
 
 
 def product_precision(device: torch.device, *, autocast: torch.dtype | None) -> Precision:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fastppo.models.adapters import adapter_parameters
 from fastppo.models.batch import make_batch
 from fastppo.models.load import text_model
-from fastppo.models.rounding import LIMITS
+from fastppo.models.rounding import LIMITS, relative_error
 from fastppo.models.shared_states import SharedStates, StatesOfBatch
 from fastppo.offload.activations import find_layers
 from fastppo.types import Sequences
@@ -118,12 +118,8 @@ class SharedLayers:
             name: SkippedLayer(layer, given, self.outputs)
             for (name, layer), given in zip(lowest.items(), states, strict=True)
         }
-        # All at once: a signal cannot come between two layers.
-        try:
-            layers._modules.update(skipped)
+        with replaced(layers, skipped):
             yield
-        finally:
-            layers._modules.update(lowest)
 
     @contextmanager
     def _keep(
@@ -146,19 +142,32 @@ class SharedLayers:
     def alone(self, role: str) -> Iterator[None]:
         """Inside the block the shared layers run and the upper ones do not."""
         layers = self.layers[role]
-        upper = {str(index): layers[index] for index in range(self.count, len(layers))}
-        skipped = {name: SkippedLayer(layer, [], self.outputs) for name, layer in upper.items()}
-        try:
-            layers._modules.update(skipped)
+        upper = range(self.count, len(layers))
+        skipped = {str(i): SkippedLayer(layers[i], [], self.outputs) for i in upper}
+        with replaced(layers, skipped):
             yield
-        finally:
-            layers._modules.update(upper)
+
+    @property
+    def words(self) -> str:
+        """Which layers they are."""
+        return "layer 1" if self.count == 1 else f"layers 1 to {self.count}"
 
     def describe(self) -> str:
         """One line for the beginning of a run."""
         layers = next(iter(self.layers.values()))
-        which = "layer 1" if self.count == 1 else f"layers 1 to {self.count}"
-        return f"{which} of {len(layers)} run once per rollout, for {', '.join(self.layers)}"
+        return f"{self.words} of {len(layers)} run once per rollout, for {', '.join(self.layers)}"
+
+
+@contextmanager
+def replaced(layers: nn.ModuleList, others: dict[str, SkippedLayer]) -> Iterator[None]:
+    """Inside the block `others` stand at their numbers in `layers`."""
+    before = {number: layers[int(number)] for number in others}
+    # All at once: a signal cannot come between two layers.
+    try:
+        layers._modules.update(others)
+        yield
+    finally:
+        layers._modules.update(before)
 
 
 def frozen_layers(place: Place, base: Place) -> int:
@@ -277,7 +286,7 @@ def compare_with_whole_pass(
     first = next(iter(shared.layers))  # its first pass keeps the states
     for role in (first, *shared.layers):
         found = hidden_states(roles, role, batch)
-        error = ((found - expected[role]).abs().max() / expected[role].abs().max()).item()
+        error = relative_error(found, expected[role])
         if not error <= limit:
             return f"{role} off by {error:.2g}"
     return ""
@@ -286,4 +295,4 @@ def compare_with_whole_pass(
 def hidden_states(roles: Roles, role: str, batch: Batch) -> Tensor:
     """The last hidden states (N, D) of a micro-batch's tokens in a role, without padding."""
     with roles.use(role):
-        return roles.hidden(**batch.inputs)[batch.mask_BT.bool()].float()
+        return roles.hidden(**batch.inputs)[batch.mask_BT.bool()]

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from fastppo.models.load import text_model
-from fastppo.models.rounding import LIMITS, product_precision
+from fastppo.models.rounding import LIMITS, product_precision, relative_error
 from fastppo.models.shared_layers import CANNOT_SKIP, CHECKED_TOKENS, SharedLayers, outside
 from fastppo.models.shared_states import SharedStates, StatesOfBatch
 from fastppo.offload.activations import find_layers
+from fastppo.rm.pairs import pad
 
 if TYPE_CHECKING:
     from fastppo.config import Config
@@ -68,11 +69,10 @@ class LowerLayers:
 
     def describe(self) -> str:
         """One line for the beginning of a run."""
-        layers, count = self.shared.layers[ROLE], self.shared.count
-        which = "layer 1" if count == 1 else f"layers 1 to {count}"
+        layers = self.shared.layers[ROLE]
         return (
-            f"{which} of {len(layers)} run once, before the first epoch: their states take "
-            f"{self.nbytes / MIB:,.0f} MiB in a temporary file in {self.folder}"
+            f"{self.shared.words} of {len(layers)} run once, before the first epoch: their states "
+            f"take {self.nbytes / MIB:,.0f} MiB in a temporary file in {self.folder}"
         )
 
     def context(self, input_ids_BT: Tensor, mask_BT: Tensor) -> AbstractContextManager[None]:
@@ -104,7 +104,7 @@ class LowerLayers:
 
     def run(self, model: RewardModel, texts: Sequence[Text]) -> Tensor:
         """The states of these texts, (N, D), by a pass of the lowest layers alone."""
-        ids_BT, mask_BT = pad(texts, model.head.weight.device)
+        ids_BT, mask_BT = batch_of(texts, model.head.weight.device)
         lengths = [len(text) for text in texts]
         states = SharedStates(lengths, on_host=True)
         part = part_of_batch(states, range(len(texts)), lengths, ids_BT)
@@ -123,12 +123,10 @@ def part_of_batch(
     return states.part(rows, lengths, range(0, ids_BT.numel(), width), ids_BT.numel())
 
 
-def pad(texts: Sequence[Text], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and mask (B, T); padding is a text's own last token."""
-    width = max(map(len, texts))
-    ids = [[*text, *text[-1:] * (width - len(text))] for text in texts]
-    mask = [[1] * len(text) + [0] * (width - len(text)) for text in texts]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+def batch_of(texts: Sequence[Text], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and mask (B, T), padded with any token, as it is masked."""
+    ids_BT, mask_BT = pad(texts, pad_id=texts[0][0]).values()
+    return ids_BT.to(device), mask_BT.to(device)
 
 
 def frozen_lowest_layers(model: nn.Module) -> int:
@@ -160,8 +158,8 @@ def find_lower_layers(
     wanted = config.keep_lower_states and passes_over(config, len(train)) >= LEAST_PASSES
     if not (wanted and count):
         return None, []
-    which = "layer 1 runs" if count == 1 else f"layers 1 to {count} run"
-    every = f"{which} in every epoch:"
+    shared = SharedLayers({ROLE: find_layers(text_model(model.model))}, count, on_host=True)
+    every = f"{shared.words} {'runs' if count == 1 else 'run'} in every epoch:"
     if world.size > 1:
         return None, [f"{every} only a run of one process keeps their states"]
     if config.quantization_bit == 8:
@@ -171,7 +169,6 @@ def find_lower_layers(
         for pair in (*train.pairs, *held_out.pairs)
         for answer in (pair.chosen_ids, pair.rejected_ids)
     }
-    shared = SharedLayers({ROLE: find_layers(text_model(model.model))}, count, on_host=True)
     try:
         states_ND, problem = compare(model, shared, max(texts, key=len))
     except CANNOT_SKIP as error:
@@ -202,7 +199,7 @@ def compare(model: RewardModel, shared: SharedLayers, text: Text) -> tuple[Tenso
     longest = (text * CHECKED_TOKENS)[:CHECKED_TOKENS]
     texts = [longest, longest[: CHECKED_TOKENS // 3], longest[: CHECKED_TOKENS // 2]]
     device = model.head.weight.device
-    ids_BT, mask_BT = pad(texts, device)
+    ids_BT, mask_BT = batch_of(texts, device)
     lengths = [len(own) for own in texts]
     live_BT = mask_BT.bool()
 
@@ -223,16 +220,10 @@ def compare(model: RewardModel, shared: SharedLayers, text: Text) -> tuple[Tenso
     assert in_eval is not None
     assert in_training is not None
     limit = LIMITS[product_precision(device, autocast=model.autocast)].log_ratio
-    off = distance(found_ND, whole_ND)
+    off = relative_error(found_ND, whole_ND)
     if not off <= limit:
         return in_eval, f"a pass from their states is off by {off:.2g}"
-    off = distance(in_training, in_eval)
+    off = relative_error(in_training, in_eval)
     if not off <= limit:
         return in_eval, f"in training they give something else (off by {off:.2g})"
     return in_eval, ""
-
-
-def distance(found: Tensor, wanted: Tensor) -> float:
-    """The largest difference, as a share of the largest number."""
-    found, wanted = found.float(), wanted.float()
-    return ((found - wanted).abs().max() / wanted.abs().max()).item()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -47,8 +49,13 @@ def collate(pairs: list[Pair], pad_id: int) -> dict[str, Tensor]:
     """A micro-batch: all chosen answers, then all rejected ones, padded right to the longest."""
     rows = [pair.prompt_ids + pair.chosen_ids for pair in pairs]
     rows += [pair.prompt_ids + pair.rejected_ids for pair in pairs]
+    return pad(rows, pad_id)
+
+
+def pad(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
+    """Ids and mask of `rows`, padded right to the longest."""
     width = max(map(len, rows))
     return {
-        "input_ids": torch.tensor([row + [pad_id] * (width - len(row)) for row in rows]),
+        "input_ids": torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows]),
         "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
     }
