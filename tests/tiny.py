@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from fastppo import toy
 from fastppo.config import Config
@@ -24,6 +25,31 @@ from fastppo.run import plots, save
 from fastppo.templates import Template, get_template
 from fastppo.types import Experience, Prompt, Rollout
 from tests.shared import BuiltOnce, unchanged
+
+
+def preferences(count: int) -> list[dict[str, str]]:
+    """Records of stage rm: answers of vowels are better than others."""
+    return [
+        {"instruction": f"Word {i}", "chosen": "aeiou " * (i % 3 + 1), "rejected": "xyz " * 3}
+        for i in range(count)
+    ]
+
+
+def write_rm(folder: Path, model: Path, **changes: Any) -> None:
+    """A user's folder for stage rm: `rm.yaml` and 12 pairs, of which 4 are held out."""
+    settings = {
+        "stage": "rm",
+        "model_name_or_path": str(model),
+        "dataset": "pairs.json",
+        "val_size": 4,
+        "template": "chatml",
+        "output_dir": "out",
+        "learning_rate": 1e-2,
+        **changes,
+    }
+    (folder / "pairs.json").write_text(json.dumps(preferences(12)))
+    (folder / "rm.yaml").write_text(yaml.safe_dump(settings))
+
 
 PROMPTS = ["Hi", "What is rain?", "A line on tea, please.", "Tell me of the sea and of bread."]
 

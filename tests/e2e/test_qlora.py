@@ -33,7 +33,7 @@ from tests.memory.test_plan_measured import (
     rollout_of,
     tiny_state,
 )
-from tests.tiny import make_config
+from tests.tiny import make_config, preferences
 
 pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
@@ -44,10 +44,7 @@ WAYS = {
 }
 # Half the widest gap between neighbours of the 4-bit codes, as a share of a block's largest weight.
 HALF_A_GAP = {"nf4": (1 - 0.6962) / 2, "fp4": (1 - 0.6667) / 2}
-PAIRS = [
-    {"instruction": f"Word {i}", "chosen": "aeiou " * (i % 3 + 1), "rejected": "xyz " * 3}
-    for i in range(16)
-]
+PAIRS = preferences(16)
 
 
 @pytest.fixture(scope="module")

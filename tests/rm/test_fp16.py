@@ -18,12 +18,10 @@ from fastppo.rm import train as reward_model
 from fastppo.rm.model import pair_loss
 from fastppo.run.preflight import check
 from tests.tiers import slow_unless
+from tests.tiny import preferences
 
 FIRST = 2.0**26  # so large that a tiny model's gradients overflow at first
-PAIRS = [
-    {"instruction": f"Word {i}", "chosen": "aeiou " * (i % 3 + 1), "rejected": "xyz " * 3}
-    for i in range(16)
-]
+PAIRS = preferences(16)
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -20,9 +19,10 @@ from fastppo.models.shared_layers import SharedLayers
 from fastppo.models.value_head import new_value_head
 from fastppo.offload.activations import find_layers
 from fastppo.rm import lower_layers
-from fastppo.rm.lower_layers import ROLE, LowerLayers, compare, frozen_lowest_layers, pad
+from fastppo.rm.lower_layers import ROLE, LowerLayers, batch_of, compare, frozen_lowest_layers
 from fastppo.rm.model import RewardModel
 from tests import zoo
+from tests.tiny import write_rm
 from tests.written import lines, read
 
 LAYERS = 4
@@ -45,30 +45,19 @@ def model_dir(tmp_path_factory):
 def train(model_dir, tmp_path, monkeypatch, capsys):
     """Runs stage rm on 12 pairs of which 4 are held out; the folder, and what was printed."""
     monkeypatch.chdir(tmp_path)
-    pairs = [
-        {"instruction": f"Word {i}", "chosen": "aeiou " * (i % 3 + 1), "rejected": "xyz " * 3}
-        for i in range(12)
-    ]
-    (tmp_path / "pairs.json").write_text(json.dumps(pairs))
 
-    def run(name="out", code=0, **changes):
+    def run(name="out", **changes):
         settings = {
-            "stage": "rm",
-            "model_name_or_path": str(model_dir),
-            "dataset": "pairs.json",
-            "val_size": 4,
-            "template": "chatml",
             "output_dir": name,
             "overwrite_output_dir": True,
             "per_device_train_batch_size": 2,
-            "learning_rate": 1e-2,
             "logging_steps": 1,
             "num_train_epochs": 3,
             **changes,
         }
-        (tmp_path / "rm.yaml").write_text(yaml.safe_dump(settings))
+        write_rm(tmp_path, model_dir, **settings)
         capsys.readouterr()
-        assert main(["rm.yaml"]) == code
+        assert main(["rm.yaml"]) == 0
         return tmp_path / name, " ".join(capsys.readouterr().out.split())
 
     return run
@@ -106,7 +95,7 @@ def test_the_training_is_that_of_all_layers(train, name):
 
 
 def test_the_lowest_layers_run_once_a_text_and_not_once_an_epoch(train, passes):
-    """24 texts of 12 pairs, two of them the same: 23 runs of 8 at a time are 3 passes."""
+    """24 texts, 8 at a time: as many passes for six epochs as for three."""
     train(per_device_eval_batch_size=4, disable_gradient_checkpointing=True, lora_layers=1)
     first = list(passes)
     passes[:] = [0] * LAYERS
@@ -223,7 +212,7 @@ def test_scores_of_every_family_are_those_of_the_whole_pass(family, tmp_path):
     lower = LowerLayers(
         shared, texts, dtype=states_ND.dtype, size=states_ND.shape[1], folder=tmp_path
     )
-    ids_BT, mask_BT = pad(texts, torch.device("cpu"))
+    ids_BT, mask_BT = batch_of(texts, torch.device("cpu"))
     model.eval()
     with torch.no_grad():
         wanted = model(ids_BT, mask_BT)

@@ -15,6 +15,7 @@ from fastppo.config import Config
 from fastppo.rm import train as reward_model
 from fastppo.run import training_state
 from fastppo.run.preflight import check
+from tests.tiny import preferences
 
 # What torchrun and accelerate launch set for their only process.
 ALONE = {
@@ -32,11 +33,7 @@ SEVERAL = 4
 @pytest.fixture
 def train(model_dir: Path, tmp_path: Path):
     """Run stage rm on the CPU: its result files, by name of the run."""
-    pairs = [
-        {"instruction": f"Word {i}", "chosen": "aeiou " * (i % 3 + 1), "rejected": "xyz " * 3}
-        for i in range(12)
-    ]
-    (tmp_path / "pairs.json").write_text(json.dumps(pairs))
+    (tmp_path / "pairs.json").write_text(json.dumps(preferences(12)))
 
     def make(name: str, **changes: Any) -> dict[str, torch.Tensor]:
         settings = Config(

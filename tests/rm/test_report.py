@@ -7,11 +7,11 @@ import shutil
 
 import pytest
 import torch
-import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from fastppo.cli import main
+from tests.tiny import write_rm
 from tests.written import LF_FILES, lines, read
 
 REPORT_FILES = LF_FILES | {"generated_predictions.jsonl", "predict_results.json"}
@@ -21,25 +21,14 @@ REPORT_FILES = LF_FILES | {"generated_predictions.jsonl", "predict_results.json"
 def trained_once(model_dir, tmp_path_factory):
     """A user's folder after a calibrated run that evaluates and predicts."""
     folder = tmp_path_factory.mktemp("trained")
-    pairs = [
-        {"instruction": f"Word {i}", "chosen": "aeiou " * (i % 3 + 1), "rejected": "xyz " * 3}
-        for i in range(12)
-    ]
-    (folder / "pairs.json").write_text(json.dumps(pairs))
-    settings = {
-        "stage": "rm",
-        "model_name_or_path": str(model_dir),
-        "dataset": "pairs.json",
-        "val_size": 4,
-        "template": "chatml",
-        "output_dir": "out",
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "num_train_epochs": 2,
-        "save_steps": 3,
-        "calibrate_reward": True,
-    }
-    (folder / "rm.yaml").write_text(yaml.safe_dump(settings))
+    write_rm(
+        folder,
+        model_dir,
+        per_device_train_batch_size=4,
+        num_train_epochs=2,
+        save_steps=3,
+        calibrate_reward=True,
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert main(["rm.yaml", "do_train=true", "do_eval=true", "do_predict=true"]) == 0
