@@ -32,8 +32,10 @@ class MemoryKeys(Keys):
         "Largest number of sequences that are sampled at a time; auto is as many of a rollout "
         "as fit, null is all.",
     )
-    disable_gradient_checkpointing: bool = key(
-        False, LF, "Keep activations instead of recomputing them: activation_offloading: none."
+    disable_gradient_checkpointing: bool | None = key(
+        None,
+        LF,
+        "true keeps activations (activation_offloading: none), false recomputes them (checkpoint).",
     )
     use_unsloth_gc: bool = key(False, LF, "The same as activation_offloading: checkpoint+offload.")
     activation_offloading: (
@@ -42,7 +44,8 @@ class MemoryKeys(Keys):
         None,
         OWN,
         "Where activations are kept between forward and backward, see docs/offload.md; null "
-        "follows the two keys above, and is checkpoint without them.",
+        "follows the two keys above; without them it is none if the run then takes at most half "
+        "of the memory by its plan, and else checkpoint.",
     )
     offload_dir: str | None = key(
         None, OWN, "Offload to memory-mapped files in this folder instead of host memory."
@@ -93,12 +96,24 @@ class StepKeys(Keys):
 
 
 def offload_mode(config: Config) -> str:
-    """activation_offloading, or the mode that LLaMA-Factory's keys ask for."""
+    """activation_offloading, or the mode that LLaMA-Factory's keys ask for.
+
+    It is `checkpoint` where nothing asks for a mode, until the run's plan has decided.
+    """
     if config.activation_offloading is not None:
         return config.activation_offloading
     if config.use_unsloth_gc:
         return "checkpoint+offload"
     return "none" if config.disable_gradient_checkpointing else "checkpoint"
+
+
+def plan_decides_offloading(config: Config) -> bool:
+    """Whether no key says if activations are kept or recomputed.
+
+    A sharded base recomputes them then: it is sharded because memory is short.
+    """
+    asked = (config.activation_offloading, config.disable_gradient_checkpointing)
+    return asked == (None, None) and not config.use_unsloth_gc and not config.shards
 
 
 def longest_sequence(config: Config) -> int:

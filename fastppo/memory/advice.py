@@ -141,6 +141,17 @@ def quantize(bits: int) -> Reduction:
     return reduction
 
 
+def recompute(plan: Plan) -> Settings:
+    """Recompute activations that are kept."""
+    if plan.inputs.offload_mode != "none":
+        return {}
+    asked = plan.inputs.config.disable_gradient_checkpointing is not None
+    settings: Settings = {"disable_gradient_checkpointing": False} if asked else {}
+    if plan.inputs.config.activation_offloading is not None:
+        settings["activation_offloading"] = "checkpoint"
+    return settings
+
+
 def halve_weights(plan: Plan) -> Settings:
     """Models in 16 bits if they are not yet."""
     return {} if plan.inputs.itemsize < 4 else {"bf16": True}
@@ -152,7 +163,7 @@ REDUCTIONS: tuple[Reduction, ...] = (
     halve_scoring_batch,
     halve_micro_batch,
     halve_generation_batch,
-    set_to("disable_gradient_checkpointing", False),
+    recompute,
     sleep_between_rollouts,
     set_to("activation_offloading", "checkpoint+offload"),
     own_sampler,
@@ -230,6 +241,16 @@ def choose_auto(plan: Plan, available_bytes: int) -> Settings:
         first = bisect_left(values, True, key=fits)
         chosen[key] = values[min(first, len(values) - 1)]
     return chosen
+
+
+def choose_offloading(plan: Plan, available_bytes: int) -> Settings:
+    """activation_offloading where no key says it: activations are kept if that takes at most half
+    of `available_bytes`, whose other half is left to whatever else runs there.
+    """
+    if not plan.inputs.decides_offloading:
+        return {}
+    keeps = plan.with_changes(activation_offloading="none").fits(available_bytes // 2)
+    return {"activation_offloading": "none" if keeps else "checkpoint"}
 
 
 def fits_with(plan: Plan, available_bytes: int, chosen: Settings, key: str, value: Any) -> bool:

@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from fastppo.errors import TrainingStopped, UserError
-from fastppo.memory.advice import advise, choose_auto, format_settings
+from fastppo.memory.advice import advise, choose_auto, choose_offloading, format_settings
 from fastppo.memory.inputs import AUTO_KEYS
 from fastppo.memory.plan import plan_config
 from fastppo.memory.retry import OutOfMemory, out_of_memory
@@ -21,26 +21,34 @@ if TYPE_CHECKING:
     from fastppo.config import Config
     from fastppo.memory.budgets import Budgets
     from fastppo.memory.plan import Plan
+    from fastppo.run.world import World
 
 HOST_RESERVE = GIB  # host memory for all other processes
 
 
-def available_memory(device: torch.device) -> int:
-    """Bytes that a run may take on `device`, including what it has taken already."""
+def available_memory(device: torch.device, processes: int = 1) -> int:
+    """Bytes that a run may take on `device`, including what it has taken already.
+
+    On a CPU it is a process's part, if all `processes` are on this host.
+    """
     if device.type == "cpu":
         process = int(psutil.Process().memory_info().rss)
-        return int(psutil.virtual_memory().available) + process - HOST_RESERVE
+        free = int(psutil.virtual_memory().available) - HOST_RESERVE
+        return free // processes + process
     free, total = torch.cuda.mem_get_info(device)
     return int(min(total, free + torch.cuda.memory_reserved(device) + CONTEXT))
 
 
 def resolve_auto(
-    config: Config, device: torch.device, processes: int = 1
+    config: Config, device: torch.device, world: World, **lengths: int
 ) -> tuple[Config, Plan | None, list[str]]:
-    """Replace each `auto` by a value; returns the configuration, its plan, and notes to print.
+    """Replace each `auto` by a value, and decide whether activations are kept if no key says it.
 
-    The plan is that of one of the run's `processes`. If the model's shape is unknown, there is no
-    plan, and a note says so.
+    Returns the configuration, the plan of one of the run's processes, and notes to print. If the
+    model's shape is unknown, there is no plan, and a note says so. All processes get the same
+    values: those for which each of them has memory. An `auto` key counts on the longest sequences
+    that the configuration allows; activations are kept by the longest that the data have, `lengths`
+    by the keys that limit them.
 
     Raises:
         UserError: a key is `auto`, but the run cannot be planned.
@@ -48,7 +56,7 @@ def resolve_auto(
     try:
         on_gpu = device.type == "cuda"
         card = torch.cuda.mem_get_info(device)[1] if on_gpu else None
-        plan, _ = plan_config(config, "gpu" if on_gpu else "cpu", processes, card)
+        plan, _ = plan_config(config, "gpu" if on_gpu else "cpu", world.size, card)
     except UserError as error:
         if auto := auto_keys(config):
             raise UserError(
@@ -57,13 +65,15 @@ def resolve_auto(
         return config, None, [f"no memory plan: {error}"]
     if not on_gpu and choose("linear", None, torch.empty(0)) != "native":
         plan = plan.with_changes(compiled_ops=False)
+    if not (plan.inputs.auto or plan.inputs.decides_offloading):
+        return config, plan, []
+    available = min(world.gather(available_memory(device, world.size)))
     notes = []
-    if plan.inputs.auto:
-        chosen = choose_auto(plan, available_memory(device))
-        plan = plan.with_changes(**chosen)
-        config = config.model_copy(update=chosen)
+    if chosen := choose_auto(plan, available):
         notes.append(f"auto, by the memory plan: {format_settings(chosen)}")
-    return config, plan, notes
+    decided = plan.with_changes(**chosen)
+    chosen |= choose_offloading(decided.for_lengths(**lengths), available)
+    return config.model_copy(update=chosen), plan.with_changes(**chosen), notes
 
 
 def auto_keys(config: Config) -> list[str]:

@@ -13,7 +13,7 @@ from fastppo import __version__
 from fastppo.config import Config
 from fastppo.config.parallel import check_processes, units_a_step
 from fastppo.errors import UserError
-from fastppo.memory.advice import advise, choose_auto, format_settings
+from fastppo.memory.advice import advise, choose_auto, choose_offloading, format_settings
 from fastppo.memory.peak import PHASES, ROWS
 from fastppo.memory.plan import Plan, plan_config
 from fastppo.memory.units import GIB, KIB, MIB
@@ -73,13 +73,15 @@ def run(config: Config, gpu: str | None, gpus: str = "1") -> int:
     if size is None and (found := find_gpu()) is not None:
         size, name = found[0], f"the {found[1]} here, {found[0] / GIB:.1f} GiB"
     plan, notes = plan_config(config, "cpu" if size is None else "gpu", count, size)
-    if plan.inputs.auto:
-        if size is None:
-            notes.append(f"{', '.join(plan.inputs.auto)}: auto, which a run decides by its memory")
-        else:
-            chosen = choose_auto(plan, size)
-            plan = plan.with_changes(**chosen)
+    if size is None and plan.inputs.auto:
+        notes.append(f"{', '.join(plan.inputs.auto)}: auto, which a run decides by its memory")
+    if size is not None:
+        if chosen := choose_auto(plan, size):
             notes.append(f"auto: {format_settings(chosen)}")
+        plan = plan.with_changes(**chosen)
+    if plan.inputs.decides_offloading:
+        plan, note = with_activations(plan, size)
+        notes.append(note)
     notes += shares(plan)
     print("\n".join(heading(config, plan, notes)))
     print()
@@ -88,6 +90,19 @@ def run(config: Config, gpu: str | None, gpus: str = "1") -> int:
     print("\n".join(verdict(plan, size, name)))
     starts = plan.engine is None or plan.engine.starts
     return 0 if size is None or (plan.fits(size) and starts) else DOES_NOT_FIT
+
+
+def with_activations(plan: Plan, size: int | None) -> tuple[Plan, str]:
+    """The plan with activations kept if no key says so and half of `size` has room, and a note."""
+    if size is None:
+        note = "a run keeps them if that takes at most half of the memory"
+        return plan, f"activations are recomputed; {note}"
+    settings = choose_offloading(plan, size)
+    keeps = settings["activation_offloading"] == "none"
+    note = "kept: the run then takes at most half of the memory"
+    if not keeps:
+        note = "recomputed: with all of them kept the run would take more than half of the memory"
+    return plan.with_changes(**settings), f"activations are {note}"
 
 
 def heading(config: Config, plan: Plan, notes: Sequence[str]) -> list[str]:

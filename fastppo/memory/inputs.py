@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastppo.config import Config
-from fastppo.config.memory import longest_sequence, offload_mode
+from fastppo.config.memory import longest_sequence, offload_mode, plan_decides_offloading
 from fastppo.config.model import run_dtype
 from fastppo.config.parallel import units_a_step
 from fastppo.memory.budgets import PromptSharing, as_count, may_share_prompts
@@ -289,6 +289,12 @@ class PlanInputs:
     def offload_mode(self) -> str:
         """The mode of activation offloading: none, checkpoint, offload or checkpoint+offload."""
         return offload_mode(self.config)
+
+    @property
+    def decides_offloading(self) -> bool:
+        """Whether the plan keeps activations if half of the memory has room for them."""
+        asked = AUTO_KEYS[0] in self.auto
+        return not asked and plan_decides_offloading(self.config)
 
     @property
     def samples_from_merged_copy(self) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from fastppo.config import Config
 from fastppo.config.below import base_of
+from fastppo.config.memory import micro_batch_tokens
 from fastppo.errors import UserError
 from fastppo.memory.engine import EngineMemory
 from fastppo.memory.inputs import PlanInputs
@@ -41,6 +42,16 @@ class Plan:
     def with_changes(self, **changes: Any) -> Plan:
         """The plan of the same run with some keys, or some fields of its inputs, changed."""
         return make_plan(self.inputs.with_changes(**changes), self.shapes)
+
+    def for_lengths(self, **lengths: int) -> Plan:
+        """The plan if no sequence is longer than `lengths`, by the keys that limit them.
+
+        A micro-batch may have as many tokens as before, and so more sequences.
+        """
+        config, tokens = self.inputs.config, {}
+        if config.stage == "ppo" and config.ppo_max_token_len_per_gpu is None:
+            tokens["ppo_max_token_len_per_gpu"] = micro_batch_tokens(config)
+        return self.with_changes(**tokens, **lengths)
 
     @property
     def host_bytes(self) -> int:

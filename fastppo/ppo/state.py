@@ -211,7 +211,9 @@ def init_state(
         note_on_device(config, device),
         note_on_parts(config, world),
     )
-    config, plan, notes = resolve_auto(config, device, world.size)  # the hub's cache has the shape
+    config, plan, notes = resolve_auto(  # the hub's cache has the shape
+        config, device, world, cutoff_len=longest - config.max_new_tokens
+    )
     notes += [line for line in found if line is not None]
     budgets = Budgets.of(config)
     with advice_on_failure(plan, config, budgets, device):

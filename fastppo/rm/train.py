@@ -156,7 +156,9 @@ def set_up(config: Config, records: Records, world: World) -> Setup:
         note_on_16_bits(device, autocast_dtype(config, device)),
         note_on_device(config, device),
     )
-    config, plan, auto_notes = resolve_auto(config, device, world.size)
+    config, plan, auto_notes = resolve_auto(
+        config, device, world, cutoff_len=max(train_pairs.longest, eval_pairs.longest)
+    )
     auto_notes += [line for line in found if line is not None]
     budgets = Budgets.of(config)
     set_seed(config.seed)

@@ -58,7 +58,7 @@ def memory_line(plan: Plan | None, device: torch.device, **lengths: int) -> str:
         return line
     config = plan.inputs.config
     allowed = {name: getattr(config, name) for name in lengths}
-    here = plan.with_changes(**lengths).step_peak
+    here = plan.for_lengths(**lengths).step_peak
     line = f"{said}; planned {here / GIB:.2f} of tensors for lengths as here ({named(lengths)})"
     if allowed != lengths:
         line += (

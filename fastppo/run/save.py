@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastppo import __version__
+from fastppo.config.memory import plan_decides_offloading
 from fastppo.config.rewards import TEXT_RECORD
 from fastppo.config.weights import BIN
 from fastppo.errors import UserError
@@ -124,7 +125,7 @@ def note_run(
 
 
 def with_decisions(config: Config, folder: Path) -> Config:
-    """Return `config` with each `auto` key set to what the run in `folder` had chosen for it."""
+    """Return `config` with each key that is left to the plan as the run in `folder` had it."""
     try:
         record = json.loads((folder / durable.RUN).read_text(encoding="utf-8"))
         found = record["decisions"].items()
@@ -133,8 +134,9 @@ def with_decisions(config: Config, folder: Path) -> Config:
             f"{config.source}: resume_from_checkpoint: {folder / durable.RUN} cannot be read; "
             "start anew without this key"
         ) from None
+    open_keys = ["activation_offloading"] if plan_decides_offloading(config) else []
     return config.model_copy(
-        update={key: value for key, value in found if getattr(config, key) == "auto"}
+        update={k: value for k, value in found if getattr(config, k) == "auto" or k in open_keys}
     )
 
 

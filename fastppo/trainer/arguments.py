@@ -76,7 +76,7 @@ DEFAULTS: dict[str, Any] = {
     "eval_steps": None,
     "optim": "adamw_torch",
     "disable_tqdm": None,
-    "gradient_checkpointing": None,  # activation_offloading: checkpoint
+    "gradient_checkpointing": None,  # as the memory plan decides
     "report_to": "none",
     "hub_strategy": "end",
     "project": None,
@@ -164,6 +164,9 @@ class _PPOArguments(TrainingArguments):
         if "activation_checkpointing" in INHERITED and self.activation_checkpointing is None:
             self.activation_checkpointing = self.gradient_checkpointing  # its name in 5.23
         super().__post_init__()  # type: ignore[no-untyped-call]
+        for name in ("activation_checkpointing", "gradient_checkpointing"):
+            if name in raw:  # it makes None False, which a copy would take for asked
+                setattr(self, name, raw[name])
         if raw["eval_steps"] is None and raw["logging_steps"] == DEFAULTS["logging_steps"]:
             self.eval_steps = EVAL_STEPS  # and not each step, as TrainingArguments makes it
         if raw["load_best_model_at_end"] and raw["metric_for_best_model"] is None:
@@ -244,9 +247,7 @@ def checkpointing(raw: Mapping[str, Any]) -> dict[str, Any]:
             f"PPOConfig: gradient_checkpointing: {wanted} disagrees with activation_offloading: "
             f"{asked}; leave one of them out"
         )
-    if wanted or asked is not None:
-        return {}  # checkpoint is the default
-    return {"disable_gradient_checkpointing": True}
+    return {} if asked is not None else {"disable_gradient_checkpointing": not wanted}
 
 
 def own_keys(raw: Mapping[str, Any]) -> dict[str, Any]:

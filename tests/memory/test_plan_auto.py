@@ -5,13 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from fastppo.cli import main
-from fastppo.memory.advice import choose_auto
+from fastppo.config import Config
+from fastppo.memory import auto
+from fastppo.memory.advice import advise, choose_auto, choose_offloading
 from fastppo.memory.inputs import AUTO_KEYS
 from fastppo.memory.plan import Plan, make_plan
 from fastppo.memory.units import GIB
 from fastppo.memory.weights import Shapes
+from fastppo.run.world import World
 from tests.memory.test_plan import PPO, SEVEN_B, inputs
 
 
@@ -54,6 +58,82 @@ def test_auto_moves_nothing_to_host_memory_on_the_host():
     assert choose_auto(plan.with_changes(offload_dir="spill"), GIB) == {
         "activation_offloading": "checkpoint+offload"
     }
+
+
+def test_activations_are_kept_where_half_of_the_memory_has_room():
+    plan = make_plan(inputs(), Shapes(SEVEN_B))
+    kept = plan.with_changes(activation_offloading="none").peak.total
+    assert kept > plan.peak.total + 10 * GIB
+    assert choose_offloading(plan, 2 * kept) == {"activation_offloading": "none"}
+    assert choose_offloading(plan, 2 * kept - 2) == {"activation_offloading": "checkpoint"}
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"disable_gradient_checkpointing": False},
+        {"disable_gradient_checkpointing": True},
+        {"use_unsloth_gc": True},
+        {"activation_offloading": "checkpoint"},
+        {"auto": ("activation_offloading",)},
+        {"fsdp": "full_shard"},  # is sharded because memory is short
+    ],
+    ids=str,
+)
+def test_a_key_that_says_how_activations_are_kept_is_followed(asked):
+    assert choose_offloading(make_plan(inputs(**asked), Shapes(SEVEN_B)), 4000 * GIB) == {}
+
+
+@pytest.mark.parametrize(
+    ("free", "longest", "mode"),
+    [
+        ([120], 4096, "none"),
+        ([24], 4096, "checkpoint"),
+        ([64], 4096, "checkpoint"),
+        ([64], 64, "none"),  # the data are shorter than the keys allow
+        ([120, 24, 120], 4096, "checkpoint"),  # one of three processes has little
+    ],
+)
+def test_a_run_decides_by_its_data_and_by_the_process_with_least_memory(
+    free, longest, mode, monkeypatch
+):
+    class Processes(World):
+        def gather(self, value: Any) -> list[Any]:
+            assert value == free[0] * GIB
+            return [count * GIB for count in free]
+
+    plan = make_plan(inputs(cutoff_len=4096, max_new_tokens=64, gpus=len(free)), Shapes(SEVEN_B))
+    monkeypatch.setattr(auto, "plan_config", lambda *_: (plan, []))
+    monkeypatch.setattr(auto, "available_memory", lambda *_: free[0] * GIB)
+    world = Processes(size=len(free))
+    config, decided, notes = auto.resolve_auto(
+        plan.inputs.config, torch.device("cpu"), world, cutoff_len=longest
+    )
+    assert config.activation_offloading == decided.inputs.offload_mode == mode
+    assert decided.inputs.config.cutoff_len == 4096  # the plan is still of what the keys allow
+    assert notes == []
+
+
+def test_shorter_data_fill_a_micro_batch_with_more_sequences():
+    plan = make_plan(inputs(), Shapes(SEVEN_B))
+    short = plan.for_lengths(cutoff_len=64, max_new_tokens=64)
+    assert plan.inputs.update_batch == (1, 2048)
+    assert short.inputs.update_batch == (8, 128)  # all of a step, 1024 of 2048 tokens
+    assert short.peak.total < plan.peak.total
+
+
+def test_where_memory_runs_out_kept_activations_are_recomputed_first():
+    for keys in (
+        {"activation_offloading": "none"},  # decided by a plan, or asked for
+        {"disable_gradient_checkpointing": True},
+        {"disable_gradient_checkpointing": True, "activation_offloading": "none"},
+    ):
+        plan = make_plan(inputs(**keys), Shapes(SEVEN_B))
+        advice = advise(plan, 24 * GIB, Config.model_fields)
+        assert advice.fits
+        again = inputs(**{**keys, **advice.settings})
+        assert again.offload_mode == "checkpoint"
+        assert again.config.activation_offloading in (None, "checkpoint")
 
 
 def test_a_plan_says_what_auto_comes_to(capsys):

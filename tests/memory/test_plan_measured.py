@@ -237,7 +237,11 @@ def test_a_trunk_allocates_what_its_layers_are_written_to(
     # fused layers make only their own. A plan has them in a row of theirs, `kept activations`.
     copies = dtype.itemsize * shape.lora_parameters(8) if dtype != torch.float32 else 0
     plain = plan.fixed + plan.forward + (copies // shape.layers if fused else copies)
-    assert plain == pytest.approx(blind.peak, rel=0.05)
+    # Some of those CPUs pack the values in 16 bits without oneDNN, too.
+    packed = ids_BT.numel() * config.num_attention_heads * 16 * dtype.itemsize
+    packs = dtype != torch.float32 and torch.cpu._is_amx_tile_supported()
+    peaks = (blind.peak, blind.peak - packed) if packs else (blind.peak,)
+    assert any(plain == pytest.approx(peak, rel=0.05) for peak in peaks)
     tolerance = 0.1 if dora else 0.05
     assert held == pytest.approx(ahead.end, rel=tolerance)
     total = here + (top if checkpointing else plan.backward)

@@ -207,6 +207,8 @@ def test_auto_is_decided_once(config, tmp_path):
     assert again.activation_offloading == "checkpoint+offload"
     named = config(activation_offloading="none", disable_gradient_checkpointing=False)
     assert save.with_decisions(named, tmp_path).activation_offloading == "none"
+    left_open = config(disable_gradient_checkpointing=None)
+    assert save.with_decisions(left_open, tmp_path).activation_offloading == "checkpoint+offload"
 
 
 def test_a_record_of_decisions_that_is_broken_is_one_line(config, tmp_path):

@@ -81,7 +81,8 @@ def test_a_field_of_transformers_means_what_its_key_means():
         "bf16": True,
     }
     assert keys(gradient_checkpointing=False) == {"disable_gradient_checkpointing": True}
-    assert keys(gradient_checkpointing=True) == {}
+    assert keys(gradient_checkpointing=True) == {"disable_gradient_checkpointing": False}
+    assert keys() == {}
     assert keys(cliprange_value=None) == {"cliprange_value": None}
 
 
