@@ -67,9 +67,8 @@ def compare_with_rows(roles: Roles, input_ids_T: Sequence[int]) -> str:
         attention = place.base.config._attn_implementation
         if attention != "sdpa":
             return f"it needs PyTorch's attention, and this is {attention}"
-    ids_BT, prompts = compared_rows(roles, input_ids_T)
-    lengths = torch.tensor([PROMPT + n for n in RESPONSES * 2])
-    live_BT = torch.arange(ids_BT.shape[1]) < lengths[:, None]
+    ids_BT, mask_BT, prompts = compared_rows(input_ids_T, roles.device)
+    live_BT = mask_BT.cpu().bool()
     limit = LIMITS[roles.product_precision].log_ratio
     for role in roles.places:
         with roles.use(role):
@@ -82,16 +81,20 @@ def compare_with_rows(roles: Roles, input_ids_T: Sequence[int]) -> str:
     return ""
 
 
-def compared_rows(roles: Roles, input_ids_T: Sequence[int]) -> tuple[Tensor, SharedPrompts]:
-    """Rows with two prompts and different responses to each."""
+def compared_rows(
+    input_ids_T: Sequence[int], device: torch.device
+) -> tuple[Tensor, Tensor, SharedPrompts]:
+    """Ids and mask of rows with two prompts and different responses to each."""
     longest, count = PROMPT + max(RESPONSES), len(RESPONSES)
     ids = (list(input_ids_T) * (2 * longest))[: 2 * longest]
     rows = []
     for number in range(2 * count):
         prompt = ids[:PROMPT] if number < count else ids[1 : PROMPT + 1]
         rows.append(prompt + ids[number + 2 :][: longest - PROMPT])
-    ids_BT = torch.tensor(rows, device=roles.device)
+    ids_BT = torch.tensor(rows, device=device)
     lengths = [PROMPT + n for n in RESPONSES * 2]
+    place_BT = torch.arange(longest, device=device).expand(len(rows), -1)
+    mask_BT = (place_BT < torch.tensor(lengths, device=device)[:, None]).long()
     numbers = [0] * count + [1] * count
-    prompts = SharedPrompts.of(numbers, [PROMPT] * len(rows), lengths, roles.device)
-    return ids_BT, prompts
+    prompts = SharedPrompts.of(numbers, [PROMPT] * len(rows), lengths, device)
+    return ids_BT, mask_BT, prompts

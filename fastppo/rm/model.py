@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fastppo.models.load import trunk
+from fastppo.rm.pair_prompts import pair_prompts
 
 if TYPE_CHECKING:
+    from fastppo.memory.budgets import PromptSharing
+    from fastppo.models.shared_prompts import SharedPrompts
     from fastppo.rm.lower_layers import LowerLayers
 
 
@@ -21,23 +24,35 @@ class RewardModel(nn.Module):
         super().__init__()
         self.model, self.head, self.autocast = model, head, autocast
         self.lower: LowerLayers | None = None  # frozen ones that run once a text
+        self.sharing: PromptSharing | None = None  # when common beginnings of pairs run once
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The last hidden states (B, T, D) of right-padded sequences."""
-        half = self.autocast
+    def hidden(
+        self, input_ids: Tensor, attention_mask: Tensor, prompts: SharedPrompts | None = None
+    ) -> Tensor:
+        """The last hidden states (B, T, D) of right-padded sequences; of `prompts` (G, S, D)."""
+        half, given = self.autocast, {}
+        if prompts is not None:
+            input_ids, attention_mask = prompts.once(input_ids), prompts.mask()
+            given = {"position_ids": prompts.position_GS}
         with torch.autocast(input_ids.device.type, dtype=half, enabled=half is not None):
             hidden_BTD: Tensor = trunk(self.model)(
-                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **given
             ).last_hidden_state
         return hidden_BTD
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Scores (B,) float32 of right-padded sequences."""
-        lower = self.lower
+        """Scores (2B,) float32 of pairs: right-padded, the chosen texts and then the rejected."""
+        lower, prompts = self.lower, None
+        if lower is None and self.sharing is not None:
+            prompts = pair_prompts(input_ids, attention_mask, self.sharing)
         with nullcontext() if lower is None else lower.context(input_ids, attention_mask):
-            hidden_BTD = self.hidden(input_ids, attention_mask)
+            hidden_BTD = self.hidden(input_ids, attention_mask, prompts)
         rows = torch.arange(len(input_ids), device=input_ids.device)
-        last_BD = hidden_BTD[rows, attention_mask.sum(1) - 1]
+        if prompts is None:
+            last_BD = hidden_BTD[rows, attention_mask.sum(1) - 1]
+        else:
+            place_B = prompts.back_M.view(prompts.shape)[rows, attention_mask.sum(1) - 1]
+            last_BD = hidden_BTD.flatten(0, 1)[place_B]
         # The loss is of differences, so a bias has no gradient but rounding, which Adam would make
         # a step of learning_rate: a score that a classifier without a bias could not give.
         weight, bias = self.head.weight, self.head.bias.detach()

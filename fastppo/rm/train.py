@@ -42,6 +42,7 @@ from fastppo.rm.load import (
 )
 from fastppo.rm.lower_layers import find_lower_layers
 from fastppo.rm.model import ParameterCopy, RewardModel, calibrate
+from fastppo.rm.pair_prompts import share_pair_prompts
 from fastppo.rm.pairs import Pairs, collate
 from fastppo.rm.trainer import PairTrainer, compute_metrics
 from fastppo.run import console, durable, record, results, save
@@ -175,6 +176,11 @@ def set_up(config: Config, records: Records, world: World) -> Setup:
             config, reward, train_pairs, eval_pairs, world
         )
         auto_notes += lower_notes
+    if reward.lower is None:
+        some = (train_pairs.pairs or eval_pairs.pairs)[0]
+        text = [*some.prompt_ids, *some.chosen_ids]
+        reward.sharing, sharing_notes = share_pair_prompts(config, reward, text)
+        auto_notes += sharing_notes
     return Setup(
         config,
         device,
