@@ -75,7 +75,7 @@ class Activations:
     @property
     def fused_lora(self) -> bool:
         """Whether LoRA layers run by `fastppo.models.lora`."""
-        return self.inputs.config.stage == "ppo" and self.inputs.config.quantization_bit is None
+        return self.inputs.config.quantization_bit is None and not self.inputs.config.lora_dropout
 
     def autocast_copies(self, trainable: Trainable, *, in_graph: bool = False) -> int:
         """Bytes of the 16-bit copies of an adapter that autocast makes.

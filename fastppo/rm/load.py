@@ -17,6 +17,7 @@ from fastppo.models.adapters import (
     setup_lora_tuning,
 )
 from fastppo.models.load import hidden_size, load_base
+from fastppo.models.lora import fuse_lora_layers
 from fastppo.models.value_head import has_value_head, load_value_head, new_value_head
 from fastppo.models.weight_tuning import (
     round_outputs,
@@ -38,6 +39,7 @@ def load_trainable_model(config: Config, device: torch.device) -> nn.Module:
         trained = [p for p in model.parameters() if p.requires_grad]
         round_outputs(model, trained)
         disable_input_cast(model)
+        fuse_lora_layers(model)
     else:
         model, trained = base, setup_weight_tuning(config, base, config.finetuning_type)
     upcast_trainable(trained)
