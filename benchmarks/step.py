@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from benchmarks import report
 from benchmarks.peers.environments import LLAMAFACTORY, TRL, Environment
 from benchmarks.peers.models import for_transformers_4, linked
 from benchmarks.report import Load
+from benchmarks.step_page import AS_IT_COMES, PHASES, markdown, optimised
 
 PEERS = Path(__file__).parent / "peers"
 MODEL = Path("output/demo/model")
@@ -39,14 +40,13 @@ QUESTIONS = (
 )
 LIMIT = 1500  # seconds for one contender
 UPPER = 10  # of 30 layers
-PHASES = ("generate", "score", "update", "backward")
 
 
 @dataclass(frozen=True)
 class Setting:
     """How a step is cut, the same for all contenders beside each other."""
 
-    checkpointing: bool
+    checkpointing: bool | None  # None: as fastppo's plan decides
     batch: int
     accumulation: int
     finetuning: str = "lora"
@@ -54,8 +54,10 @@ class Setting:
     @property
     def words(self) -> str:
         """As YAML says it."""
-        cut = f"batch {self.batch} x accumulation {self.accumulation}"
-        return cut if self.finetuning == "lora" else f"{cut}, {self.finetuning}"
+        words = [f"batch {self.batch} x accumulation {self.accumulation}"]
+        words += [self.finetuning] if self.finetuning != "lora" else []
+        words += [AS_IT_COMES] if self.checkpointing is None else []
+        return ", ".join(words)
 
 
 @dataclass(frozen=True)
@@ -81,15 +83,19 @@ class Case:
 def cases(
     prompts: Sequence[int] = (4, 8), checkpointing: Sequence[bool] = (True, False)
 ) -> list[Case]:
-    """LLaMA-Factory against a shared critic, TRL against a critic of its own."""
+    """LLaMA-Factory against a shared critic, TRL against a critic of its own.
+
+    Where they recompute activations, fastppo runs in that way, and as it comes.
+    """
     made = []
     for count in prompts:
         for again in checkpointing:
             one, all_ = Setting(again, 1, count), Setting(again, count, 1)
             cut = (one, all_) if count == 4 else (one,)
             head = f"{count} prompts, gradient checkpointing {'on' if again else 'off'}"
-            shared = Contender("fastppo, critic: shared", "fastppo", None, (one,), "shared")
-            own = Contender("fastppo, critic: adapter", "fastppo", None, (one,), "adapter")
+            mine = as_it_comes(one)
+            shared = Contender("fastppo, critic: shared", "fastppo", None, mine, "shared")
+            own = Contender("fastppo, critic: adapter", "fastppo", None, mine, "adapter")
             theirs = Contender(
                 "LLaMA-Factory 0.9.5, TRL 0.9.6", "llamafactory", LLAMAFACTORY, cut, "shared"
             )
@@ -101,6 +107,11 @@ def cases(
     return made
 
 
+def as_it_comes(setting: Setting) -> tuple[Setting, ...]:
+    """The setting, and beside one that recomputes activations the one that fastppo chooses."""
+    return (setting, replace(setting, checkpointing=None)) if setting.checkpointing else (setting,)
+
+
 def frozen(head: str, checkpointing: bool) -> Case:
     """Two upper layers train, which is LLaMA-Factory's default for `freeze`.
 
@@ -110,12 +121,12 @@ def frozen(head: str, checkpointing: bool) -> Case:
     theirs = Contender(
         "LLaMA-Factory 0.9.5, TRL 0.9.6", "llamafactory", LLAMAFACTORY, (one,), "shared"
     )
-    ours = Contender("fastppo, critic: shared", "fastppo", None, (one,), "shared")
+    ours = Contender("fastppo, critic: shared", "fastppo", None, as_it_comes(one), "shared")
     upper = Contender(
         f"fastppo, critic: shared, lora_layers: {UPPER}",
         "fastppo",
         None,
-        (lora,),
+        as_it_comes(lora),
         "shared",
         {"lora_layers": UPPER},
     )
@@ -273,81 +284,6 @@ def summary(found: dict[str, Any], tokens: int) -> dict[str, Any]:
         "most": max(totals),
         "phases": {name: middle[name] for name in PHASES},
     }
-
-
-def optimised(found: Sequence[dict[str, Any]]) -> list[str]:
-    """How many parameters each contender's optimiser holds."""
-    counts = {
-        (r["what"] + (", freeze" if r["setting"].endswith("freeze") else ""), r["optimised"])
-        for r in found
-        if "optimised" in r
-    }
-    return [f"{what}: the optimiser holds {count:,} parameters" for what, count in sorted(counts)]
-
-
-def markdown(found: dict[str, Any]) -> str:
-    """A table a case; times against ours in the same one."""
-    where = found["machine"]
-    lines = [
-        f"# One PPO step, {found['date']}",
-        "",
-        f"{where['cpu']}, {where['cores']} cores, {where['memory_gib']} GiB; torch "
-        f"{where['torch']}, {where['threads']} threads; `{found['command']}`. SmolLM2-135M, "
-        "float32, LoRA rank 8 on all linear layers (`freeze`: the last two layers), 64 new tokens "
-        "a prompt, 4 epochs. Seconds of a step: median, least and most; the phases are those of "
-        "the median step: sampling; forwards without gradient and rewards; backwards; and all "
-        "else, which is the update's forwards, losses and the optimiser. Memory is the most that "
-        "the process ever had.",
-        "",
-        *(f"- {note}" for note in found["notes"]),
-    ]
-    for title in dict.fromkeys(row["case"] for row in found["rows"]):
-        same = [row for row in found["rows"] if row["case"] == title]
-        ours = next((row["seconds"] for row in same if row["ours"] and "seconds" in row), None)
-        lines += [
-            "",
-            f"## {title}",
-            "",
-            "| | cut | s a step | least to most | sampling | scoring | update, forward | backward "
-            "| peak GiB | time / ours |",
-            "|---|---|---|---|---|---|---|---|---|---|",
-        ]
-        lines += ["| " + " | ".join(cells(row, ours)) + " |" for row in same]
-        lines += [share(row) for row in same if "products" in row]
-    return "\n".join(lines) + "\n"
-
-
-def share(row: dict[str, Any]) -> str:
-    """How much of each phase its matrix products alone would take, in one line."""
-    alone, phases = row["products"], row["phases"]
-    update = phases["update"] + phases["backward"]
-    parts = {
-        "decoding and prompts": (alone["generate"], phases["generate"]),
-        "scoring": (alone["score"], phases["score"]),
-        "update": (alone["update"] + alone["backward"], update),
-    }
-    words = ", ".join(f"{name} {a / b:.0%} of {b:.1f} s" for name, (a, b) in parts.items())
-    return (
-        f"\nThe matrix products alone ({alone['gflops']:.0f} GFLOP/s; in decoding the weights read "
-        f"at {alone['gb_per_second']:.0f} GB/s) take, {row['what']}: {words}."
-    )
-
-
-def cells(row: dict[str, Any], ours: float | None) -> list[str]:
-    """One line of a table."""
-    if row["status"] != "timed":
-        note = row["note"].replace("\n", " ").replace("|", "\\|")
-        return [row["what"], row["setting"], f"{row['status']}: {note}", *[""] * 7]
-    share = "" if row["ours"] or ours is None else f"{row['seconds'] / ours:.2f}"
-    return [
-        row["what"],
-        row["setting"],
-        f"{row['seconds']:.1f}",
-        f"{row['least']:.1f} to {row['most']:.1f}",
-        *(f"{row['phases'][name]:.1f}" for name in PHASES),
-        f"{row['peak_gib']:.2f}",
-        share,
-    ]
 
 
 def main(asked: argparse.Namespace, argv: Sequence[str]) -> int:

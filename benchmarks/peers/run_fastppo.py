@@ -54,7 +54,7 @@ def keys(settings: dict[str, Any]) -> dict[str, Any]:
         "ppo_epochs": settings["epochs"],
         "max_new_tokens": settings["new_tokens"],
         "min_new_tokens": settings["new_tokens"],
-        "disable_gradient_checkpointing": not settings["checkpointing"],
+        "disable_gradient_checkpointing": {True: False, False: True}.get(settings["checkpointing"]),
         "seed": settings["seed"],
         **settings["extra"],
     }

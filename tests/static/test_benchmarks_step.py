@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks import step
+from benchmarks import step, step_page
 from tests.static.test_benchmarks_page import PAGE, results
 
 FACTORY, TRL = "LLaMA-Factory 0.9.5, TRL 0.9.6", "TRL 0.24 PPOTrainer"
@@ -42,7 +42,7 @@ def step_rows() -> Iterator[str]:
     for label in STEPS:
         row = step_row(label)
         share = f"{update_share(row):.0%}" if "products" in row else ""
-        phases = [f"{row['phases'][name]:.1f}" for name in step.PHASES]
+        phases = [f"{row['phases'][name]:.1f}" for name in step_page.PHASES]
         cells = [f"{row['seconds']:.1f}", *phases, f"{row['peak_gib']:.2f}", share]
         yield f"| {label} | " + " | ".join(cells) + " |"
 
@@ -63,7 +63,7 @@ def test_how_much_faster_a_step_is_and_what_stands_in_the_way():
     assert (
         f"against TRL 1 / {trl / own:.1f} with 4 prompts and 1 / {eight[2] / eight[3]:.1f}" in words
     )
-    bound = products_of("fastppo, `critic: adapter` as theirs", *step.PHASES)
+    bound = products_of("fastppo, `critic: adapter` as theirs", *step_page.PHASES)
     assert f"all products of that step take {bound:.1f} s alone" in words
     row, theirs = (
         step_row(f"{who}, `freeze`{as_}") for who, as_ in (("fastppo", " as theirs"), (FACTORY, ""))
