@@ -328,8 +328,8 @@ def test_the_tables_of_measurements_are_the_committed_results(table, count):
 
 
 def test_the_readme_picks_its_numbers_from_the_committed_results():
-    def ppo_step(critic: str, setting: str, what: str) -> str:
-        case = f"4 prompts, gradient checkpointing on: a critic {critic}"
+    def ppo_step(critic: str, setting: str, what: str, checkpointing: str = "on") -> str:
+        case = f"4 prompts, gradient checkpointing {checkpointing}: a critic {critic}"
         row = results("step")[case, setting, what]
         total = statistics.median(each["total"] for each in row["steps"])
         return f"{total:.1f} s, {row['peak_gib']:.2f} GiB"
@@ -347,11 +347,11 @@ def test_the_readme_picks_its_numbers_from_the_committed_results():
     trunk, factory = "on the actor's trunk", "LLaMA-Factory 0.9.5, TRL 0.9.6"
     own = "of its own"
     cells = (
-        f"| {ppo_step(trunk, one, 'fastppo, critic: shared')} "
+        f"| {ppo_step(trunk, f'{one}, as it comes', 'fastppo, critic: shared')} "
         f"| LLaMA-Factory 0.9.5 with TRL 0.9.6: {ppo_step(trunk, one, factory)}; "
         f"in batches of 4: {ppo_step(trunk, all_, factory)} |",
-        f"| {ppo_step(own, one, 'fastppo, critic: adapter')} "
-        f"| TRL 0.24 PPOTrainer: {ppo_step(own, all_, 'TRL 0.24 PPOTrainer')} |",
+        f"| {ppo_step(own, one, 'fastppo, critic: adapter', 'off')} "
+        f"| TRL 0.24 PPOTrainer: {ppo_step(own, all_, 'TRL 0.24 PPOTrainer', 'off')} |",
         f"| {loss('fastppo native')} "
         f"| `torch.compile`: {loss('torch.compile')}; eager: {loss('eager')} |",
         f"| {', '.join(head('fastppo native'))} "

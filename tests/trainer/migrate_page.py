@@ -58,7 +58,8 @@ Names that are the same here:
 |---|---|---|---|
 """
     for name, (versions, default) in SAME.items():
-        here = "`true`" if name == "gradient_checkpointing" else default_here(name)
+        by_plan = name == "gradient_checkpointing"
+        here = "by the memory plan" if by_plan else default_here(name)
         text += f"| `{name}` | {versions} | {value(default)} | {here} |\n"
     text += """
 Names that became others:
