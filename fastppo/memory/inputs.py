@@ -293,7 +293,7 @@ class PlanInputs:
     @property
     def decides_offloading(self) -> bool:
         """Whether the plan keeps activations if half of the memory has room for them."""
-        asked = AUTO_KEYS[0] in self.auto
+        asked = "activation_offloading" in self.auto
         return not asked and plan_decides_offloading(self.config)
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from fastppo.memory.budgets import PromptSharing
 from fastppo.models.load import text_model
 from fastppo.models.rounding import LIMITS, relative_error
-from fastppo.models.shared_layers import CANNOT_SKIP
+from fastppo.models.shared_layers import CANNOT_SKIP, first_line
 from fastppo.models.shared_prompts import SharedPrompts
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def share_prompts(roles: Roles, input_ids_T: Sequence[int]) -> PromptSharing | N
     try:
         problem = compare_with_rows(roles, input_ids_T)
     except CANNOT_SKIP as error:
-        problem = str(error).partition("\n")[0] or type(error).__name__
+        problem = first_line(error)
     if problem:
         kind = roles.base.config.model_type
         roles.notes.append(
@@ -64,9 +64,8 @@ def longest_seen(config: object) -> int | None:
 def compare_with_rows(roles: Roles, input_ids_T: Sequence[int]) -> str:
     """What is wrong with hidden states of shared prompts, in words; empty if they are the same."""
     for place in roles.places.values():
-        attention = place.base.config._attn_implementation
-        if attention != "sdpa":
-            return f"it needs PyTorch's attention, and this is {attention}"
+        if problem := other_attention(place.base):
+            return problem
     ids_BT, mask_BT, prompts = compared_rows(input_ids_T, roles.device)
     live_BT = mask_BT.cpu().bool()
     limit = LIMITS[roles.product_precision].log_ratio
@@ -79,6 +78,14 @@ def compare_with_rows(roles: Roles, input_ids_T: Sequence[int]) -> str:
         if not error <= limit:
             return f"{role} off by {error:.2g}"
     return ""
+
+
+def other_attention(base: Any) -> str:
+    """What is wrong with the model's attention, in words; empty if it is PyTorch's."""
+    attention = base.config._attn_implementation
+    if attention == "sdpa":
+        return ""
+    return f"it needs PyTorch's attention, and this is {attention}"
 
 
 def compared_rows(

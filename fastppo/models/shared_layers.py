@@ -202,6 +202,11 @@ def all_adapters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for name in names for parameter in adapter_parameters(model, name)]
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the error's kind if it has none."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
 def outside(model: nn.Module, layers: nn.Module) -> list[nn.Parameter]:
     """The parameters of a text model that are not in its layers: embeddings, the last norm."""
     inside = {id(parameter) for parameter in layers.parameters()}
@@ -254,7 +259,7 @@ def share_layers(
     try:
         problem = compare_with_whole_pass(roles, shared, input_ids_T, packed=packed)
     except CANNOT_SKIP as error:
-        problem = str(error).partition("\n")[0] or type(error).__name__
+        problem = first_line(error)
     roles.shared = None if problem else shared
     if problem:
         kind = roles.base.config.model_type

@@ -19,7 +19,13 @@ from torch import Tensor, nn
 
 from fastppo.models.load import text_model
 from fastppo.models.rounding import LIMITS, product_precision, relative_error
-from fastppo.models.shared_layers import CANNOT_SKIP, CHECKED_TOKENS, SharedLayers, outside
+from fastppo.models.shared_layers import (
+    CANNOT_SKIP,
+    CHECKED_TOKENS,
+    SharedLayers,
+    first_line,
+    outside,
+)
 from fastppo.models.shared_states import SharedStates, StatesOfBatch
 from fastppo.offload.activations import find_layers
 from fastppo.rm.pairs import pad
@@ -172,7 +178,7 @@ def find_lower_layers(
     try:
         states_ND, problem = compare(model, shared, max(texts, key=len))
     except CANNOT_SKIP as error:
-        problem = str(error).partition("\n")[0] or type(error).__name__
+        problem = first_line(error)
     if problem:
         return None, [f"{every} {problem[:120]}"]
     folder = Path(config.output_dir)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fastppo.memory.budgets import PromptSharing
 from fastppo.models.load import causal_lm, text_model
-from fastppo.models.prompt_sharing import compared_rows, longest_seen
+from fastppo.models.prompt_sharing import compared_rows, longest_seen, other_attention
 from fastppo.models.rounding import LIMITS, product_precision, relative_error
-from fastppo.models.shared_layers import CANNOT_SKIP
+from fastppo.models.shared_layers import CANNOT_SKIP, first_line
 from fastppo.models.shared_prompts import SharedPrompts
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def share_pair_prompts(
     try:
         problem = compare_with_rows(model, text)
     except CANNOT_SKIP as error:
-        problem = str(error).partition("\n")[0] or type(error).__name__
+        problem = first_line(error)
     if problem:
         kind = causal_lm(model.model).config.model_type
         return None, [f"{TWICE}: this model ({kind}) does not run it once ({problem[:120]})"]
@@ -75,9 +75,8 @@ def share_pair_prompts(
 @torch.no_grad()
 def compare_with_rows(model: RewardModel, text: Sequence[int]) -> str:
     """What is wrong with hidden states of common beginnings, in words; empty if nothing is."""
-    attention = causal_lm(model.model).config._attn_implementation
-    if attention != "sdpa":
-        return f"it needs PyTorch's attention, and this is {attention}"
+    if problem := other_attention(causal_lm(model.model)):
+        return problem
     device = model.head.weight.device
     ids_BT, mask_BT, prompts = compared_rows(text, device)
     trains = model.training
