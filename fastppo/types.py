@@ -103,15 +103,35 @@ class Rollout(Sequences):
 
 @dataclass
 class Kept:
-    """The actor's hidden states of some rows, with their autograd graph, kept for the update."""
+    """Hidden states (B, T, D) with their autograd graph, by role and rows of their micro-batch.
 
-    rows: list[int]
-    hidden_BTD: Tensor | None
+    Scoring keeps them for the first optimiser step, which has the same weights.
+    """
 
-    def take(self, rows: list[int]) -> Tensor | None:
-        """Return the kept hidden states if `rows` match, else None; either way release them."""
-        hidden_BTD, self.hidden_BTD = self.hidden_BTD, None
-        return hidden_BTD if rows == self.rows else None
+    hidden: dict[tuple[str, tuple[int, ...]], Tensor] = field(default_factory=dict)
+
+    def take(self, role: str, rows: list[int]) -> Tensor | None:
+        """Return what is kept of a role's micro-batch with these rows, and release it.
+
+        If there is none, all that is kept of the role is of other micro-batches, and is released.
+        """
+        found = self.hidden.pop((role, tuple(rows)), None)
+        if found is None:
+            self.hidden = {key: x for key, x in self.hidden.items() if key[0] != role}
+        return found
+
+    def release(self) -> None:
+        """Release what no optimiser step has taken."""
+        self.hidden.clear()
+
+    def among(self, first: int) -> Kept:
+        """The same, of rows `first` and following of a larger rollout."""
+        return Kept(
+            {
+                (role, tuple(first + row for row in rows)): x
+                for (role, rows), x in self.hidden.items()
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -133,7 +153,7 @@ class Scored:
     exact_kl_N: Tensor | None = None  # KL over the whole vocabulary, for kl_penalty: full
     # Each reward's scores (B,), not yet weighted; NaN if it does not apply
     reward_parts: dict[str, Tensor] = field(default_factory=dict)
-    kept: Kept | None = None  # the actor's forward, if the update can use it
+    kept: Kept | None = None  # forwards that the update can use
     # The rows that this process scored, and runs in the update; None: all, in a run of one process
     own: range | None = None
 

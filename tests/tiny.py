@@ -211,14 +211,15 @@ def experience_of(vowels: Reward) -> Callable[..., Experience]:
         rollout: Rollout,
         settings: Config,
         batch_size: int = 4,
-        keep: bool = False,
+        keep: int = 0,
+        budget: Budget | None = None,
     ) -> Experience:
         scored = score(
             made,
             rollout,
             vowels(rollout),
             temperature=settings.temperature,
-            budget=Budget(rows=batch_size),
+            budget=budget or Budget(rows=batch_size),
             exact_kl=settings.kl_penalty == "full",
             keep=keep,
         )

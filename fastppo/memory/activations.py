@@ -18,9 +18,10 @@ from fastppo.memory.inputs import (
     WORDS_FROM,
     PlanInputs,
 )
-from fastppo.memory.layer import LayerSetting, TrunkMemory, trunk_memory
+from fastppo.memory.layer import LayerSetting
 from fastppo.memory.shapes import ModelShape
 from fastppo.memory.tape import FLOAT32
+from fastppo.memory.trunk import TrunkMemory, trunk_memory
 from fastppo.memory.units import MIB
 from fastppo.memory.weights import StaticBytes, Trainable
 
@@ -54,6 +55,7 @@ class Activations:
             trains_base=trainable.trains_base and trains,
             masked=masked,
             fused=self.fused_lora,
+            native=inputs.native_layers,
             eager=inputs.eager_attention,
             dora=config.use_dora and role != "reward",
         )
@@ -133,8 +135,7 @@ class Activations:
     def _by_words(self, tokens: int, *, gradient: bool) -> bool:
         """Whether the logits go by blocks of words for all tokens, and not by chunks of rows."""
         inputs, config = self.inputs, self.inputs.config
-        here = inputs.device == "cpu" and inputs.compiled_ops and inputs.itemsize == FLOAT32
-        if not here or tokens < WORDS_FROM:
+        if not inputs.native_layers or tokens < WORDS_FROM:
             return False
         if gradient:
             return config.entropy_coef == 0 if not inputs.trains_head else self._fits(tokens)

@@ -14,6 +14,7 @@ from fastppo.config.model import run_dtype
 from fastppo.config.parallel import units_a_step
 from fastppo.memory.budgets import PromptSharing, as_count, may_share_prompts
 from fastppo.memory.shapes import ModelShape
+from fastppo.memory.tape import FLOAT32
 from fastppo.memory.units import MIB
 
 # The defaults of fastppo/ops/head.py, which imports torch; a test compares them.
@@ -230,6 +231,11 @@ class PlanInputs:
     def accumulates(self) -> bool:
         """Whether an optimiser step has more than one micro-batch."""
         return self.step_rows > self.update_batch[0]
+
+    @property
+    def native_layers(self) -> bool:
+        """Whether the native kernels run the layers, too, and the head by blocks of words."""
+        return self.device == "cpu" and self.compiled_ops and self.itemsize == FLOAT32
 
     @property
     def scored_rows(self) -> int:

@@ -23,6 +23,7 @@ class LayerSetting:
         rank: rank of the active adapter; 0 if there is none.
         target: the adapter's `lora_target`.
         fused: whether plain LoRA layers run by `fastppo.models.lora`.
+        native: whether norms and gated MLPs run by `fastppo.models.native_layers`.
         adapter_item: bytes per element of the adapter.
         trains_base: whether the layer's own weights train.
         masked: whether there is padding: attention needs a mask, and keys and values of every head.
@@ -35,6 +36,7 @@ class LayerSetting:
     item: int
     rank: int = 0
     fused: bool = False
+    native: bool = False
     target: str = "all"
     adapter_item: int = FLOAT32
     trains_base: bool = False
@@ -155,6 +157,9 @@ class Decoder(Tape):
 
     def norm(self, x: Value) -> Value:
         """RMSNorm: computed in float32, cast back, then multiplied by the weight."""
+        if self.setting.native and self.shape.rms:
+            return self.native_norm(x)
+        trains = self.setting.trains_base
         wide = self.cast(x, FLOAT32)
         width = wide.width
         # x^2 is freed after its mean; 1/rms is one number per token.
@@ -183,9 +188,21 @@ class Decoder(Tape):
         normed = self.op(width, FLOAT32, [wide, inverse], product_backward, [wide, inverse])
         del wide, inverse
         back = self.cast(normed, x.item)
-        kept = [back] if self.setting.trains_base else []
+        kept = [back] if trains else []
         size = (back.width, back.item)
-        return self.op(*size, [back], self.gives(size), kept, trains=self.setting.trains_base)
+        return self.op(*size, [back], self.gives(size), kept, trains=trains)
+
+    def native_norm(self, x: Value) -> Value:
+        """RMSNorm in one pass; the gradient of its weight is of a product of its size."""
+        trains, size = self.setting.trains_base, (x.width, x.item)
+
+        def backward(_: Size) -> list[Size]:
+            d_x = self.new(*size)
+            if trains:
+                self.new(*size)
+            return [d_x]
+
+        return self.op(*size, [x], backward, [x], trains=trains)
 
     def rotate(self, x: Value) -> Value:
         """Rotary embedding: x * cos + rotate_half(x) * sin; all layers share cos and sin."""
@@ -290,9 +307,13 @@ class Decoder(Tape):
     def mlp(self, x: Value) -> Value:
         """down(act(gate(x)) * up(x))."""
         gate = self.linear(x, "gate_proj")
-        item = gate.item
-        wide = gate.width
-        act = self.op(wide, item, [gate], self.gives((wide, item)), [gate])
+        size = (gate.width, gate.item)
+        if self.setting.native and self.shape.silu:
+            up = self.linear(x, "up_proj")
+            product = self.op(*size, [gate, up], self.gives(size, size), [gate, up])
+            del gate, up
+            return self.linear(product, "down_proj")
+        act = self.op(*size, [gate], self.gives(size), [gate])
         del gate
         up = self.linear(x, "up_proj")
         product = self.times(act, up)
@@ -308,93 +329,3 @@ class Decoder(Tape):
     def gradient(self) -> Size:
         """A gradient of the hidden states."""
         return self.new(self.shape.hidden, self.setting.item)
-
-
-@dataclass(frozen=True)
-class TrunkMemory:
-    """Bytes of a pass through the trunk, for one micro-batch.
-
-    Attributes:
-        fixed: cos, sin, ids and mask, which exist during the whole pass.
-        input: a layer's input, which checkpointing keeps.
-        saved: what a layer keeps for its backward without checkpointing, including its input.
-        saved_first: the same for the lowest layer that trains, whose input needs no gradient.
-        norm_saved: what the last norm keeps.
-        forward: peak of a layer that keeps nothing, including its input and the embeddings.
-        forward_kept: peak of a layer that keeps `saved`, including its input and the embeddings.
-        backward: peak of the backward of the last norm and the last layer, without checkpointing.
-        norm_backward: peak of the last norm's backward alone.
-        recompute: peak of a checkpointed layer's backward, which runs its forward again.
-    """
-
-    fixed: int
-    input: int
-    saved: int
-    saved_first: int
-    norm_saved: int
-    forward: int
-    forward_kept: int
-    backward: int
-    norm_backward: int
-    recompute: int
-
-
-def trunk_memory(shape: ModelShape, setting: LayerSetting) -> TrunkMemory:
-    """The bytes that a trunk of this shape allocates if it runs with this setting."""
-    plain = Decoder(shape, setting, grad=False)
-    x = plain.input()
-    size = x.size.bytes
-    plain.layer(x)
-
-    first = Decoder(shape, setting, grad=True)
-    out = first.layer(first.input(first=True))
-    saved_first = first.ledger.now - out.size.bytes
-
-    kept = Decoder(shape, setting, grad=True)
-    x = kept.input()
-    out = kept.layer(x)
-    forward_kept = kept.ledger.peak
-    del x
-    saved = kept.ledger.now - out.size.bytes
-    out = kept.norm(out)
-    norm_saved = kept.ledger.now - saved - out.size.bytes
-    backward = _backward_peak(kept, out)
-
-    norm = Decoder(shape, setting, grad=True)
-    out = norm.norm(norm.input())
-    norm_backward = _backward_peak(norm, out)
-
-    again = Decoder(shape, setting, grad=True)
-    x, grad = again.input(), [again.gradient()]
-    out = again.layer(x)
-    node = out.node
-    assert node is not None
-    del out
-    again.backward(node, grad)
-
-    tokens, length = setting.tokens, setting.length
-    eager = setting.eager or shape.softcapped
-    kinds = 2 if 0 < shape.sliding_layers < shape.layers else 1
-    mask = kinds * tokens * length * (setting.item if eager else setting.masked)
-    return TrunkMemory(
-        fixed=2 * length * shape.head_dim * setting.item + 16 * tokens + mask,
-        input=size,
-        saved=saved,
-        saved_first=saved_first,
-        norm_saved=norm_saved,
-        forward=plain.ledger.peak + size,
-        forward_kept=forward_kept + size,
-        backward=backward,
-        norm_backward=norm_backward,
-        recompute=again.ledger.peak,
-    )
-
-
-def _backward_peak(tape: Decoder, out: Value) -> int:
-    """Peak of a backward from `out` after `out` itself has been freed, as after a gather."""
-    node = out.node
-    assert node is not None
-    tape.ledger.peak = 0
-    out.size = tape.ledger.size(0)
-    tape.backward(node, [tape.gradient()])
-    return tape.ledger.peak

@@ -12,10 +12,11 @@ from typing import NamedTuple
 from fastppo.memory.activations import Activations
 from fastppo.memory.engine import EngineMemory
 from fastppo.memory.inputs import PlanInputs
-from fastppo.memory.layer import LayerSetting, trunk_memory
+from fastppo.memory.layer import LayerSetting
 from fastppo.memory.peak import ROWS, Peak
 from fastppo.memory.shapes import ModelShape
 from fastppo.memory.tape import FLOAT32
+from fastppo.memory.trunk import trunk_memory
 from fastppo.memory.units import CONTEXT, GIB, PREFILL_TOKENS, REDUCED_BYTES, RESERVE, SLACK
 from fastppo.memory.weights import StaticBytes, Trainable
 

@@ -31,6 +31,8 @@ class ModelShape:
     qk_norm_whole: bool = False  # a norm over all query heads, and one over all key heads
     norms: int = 2  # a layer's norms over the hidden size; Gemma has 4
     norm_bias: bool = False
+    rms: bool = True  # norms are RMS norms
+    silu: bool = True  # the activation of the gated MLP
     softcapped: bool = False  # attention logits have a softcap, and so no fused kernel
     sliding_layers: int = 0  # layers that attend to `window` tokens and cache no more
     window: int = 0
@@ -118,6 +120,7 @@ def _gemma2(hidden: int, layers: int, heads: int, kv: int, d: int, i: int) -> Mo
         *(hidden, layers, heads, kv, d, i, 256000),
         tied=True,
         norms=4,
+        silu=False,
         softcapped=True,
         sliding_layers=layers // 2,
         window=4096,
@@ -132,6 +135,7 @@ def _gemma3(
         tied=True,
         qk_norm=True,
         norms=4,
+        silu=False,
         sliding_layers=layers - layers // 6,
         window=512 if hidden == 1152 else 1024,
     )
@@ -212,6 +216,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 128},
 }
 TIED = ("gemma", "gemma2", "gemma3", "gemma3_text", "cohere", "cohere2", "smollm3")
+SILU = ("silu", "swish")  # names of an activation, by transformers
 # Every so many layers attends to all tokens, the others to a window: where no layer_types says so.
 FULL_EVERY = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4}
 
@@ -265,6 +270,8 @@ def from_config(data: dict[str, Any], where: str) -> ModelShape:
                 kind, 2
             ),
             norm_bias=kind == "stablelm",
+            rms=kind not in ("stablelm", "cohere", "cohere2"),
+            silu=not kind.startswith("gemma") and own.get("hidden_act", "silu") in SILU,
             softcapped=own.get("attn_logit_softcapping") is not None,
             sliding_layers=sliding,
             window=int(own.get("sliding_window") or 0) if sliding else 0,

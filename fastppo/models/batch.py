@@ -113,15 +113,19 @@ def prompts_of(sequences: Sequences, budget: Budget) -> list[tuple[int, int]] | 
     return list(zip(numbers, sequences.prompt_lengths, strict=True))
 
 
+def padded_tokens(sequences: Sequences, rows: Sequence[int], budget: Budget) -> int:
+    """Number of tokens of a micro-batch of `rows`, padding included."""
+    lengths = [sequences.lengths[row] for row in rows]
+    return sum(lengths) if budget.packed else len(lengths) * max(lengths)
+
+
 def largest_micro_batch(
     sequences: Sequences, budget: Budget, rows: Sequence[int] | None = None
 ) -> int:
     """Number of tokens, padding included, of the largest micro-batch of `rows`; None is all."""
-    lengths = sequences.lengths
-    rows = range(len(lengths)) if rows is None else rows
-    made = partition(lengths, rows, budget, prompts_of(sequences, budget))
-    parts = ([lengths[row] for row in part] for part in made)
-    return max(sum(part) if budget.packed else len(part) * max(part) for part in parts)
+    rows = range(len(sequences.lengths)) if rows is None else rows
+    made = partition(sequences.lengths, rows, budget, prompts_of(sequences, budget))
+    return max(padded_tokens(sequences, part, budget) for part in made)
 
 
 @dataclass(frozen=True)

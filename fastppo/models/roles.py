@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from fastppo.errors import UserError
 from fastppo.models.load import causal_lm, logit_scale, trunk
 from fastppo.models.lora import fuse_lora_layers
+from fastppo.models.native_layers import fuse_native_layers
 from fastppo.models.rounding import LIMITS, Precision, product_precision
 from fastppo.ops import token_logprobs
 from fastppo.types import Sequences
@@ -89,6 +90,7 @@ class Roles:
         self._caches: dict[nn.Module, Any] = {}  # by base: see one_token_cache
         for model in self.models:
             fuse_lora_layers(model)
+            fuse_native_layers(model)
         if self.critic_head is not None:
             self.critic_head.requires_grad_(True)
             self._trainable |= set(self.critic_head.parameters())  # a classifier's has it inside

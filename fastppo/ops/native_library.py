@@ -282,6 +282,9 @@ _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
     "word_block": (None, [_WORDS]),
     "word_gradient": (None, [_WORDS, _WORD_SLOPES]),
     "word_block_end": (None, [_WORDS, _STATISTICS, c_void_p]),
+    "gated_unit": (None, [c_void_p, c_void_p, c_int64, c_void_p]),
+    "gated_unit_backward": (None, [*[c_void_p] * 3, c_int64, *[c_void_p] * 2]),
+    "rms_norm_backward": (None, [*[c_void_p] * 3, c_float, c_int64, c_int64, c_void_p]),
     "rms_norm": (None, [c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p]),
     "advise": (None, [c_void_p, c_int64]),
 }

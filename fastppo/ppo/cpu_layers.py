@@ -21,16 +21,15 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from fastppo.models.native_layers import SILU, NativeNorm, native_norm
 from fastppo.ops import backend
 from fastppo.ops.decode_attention import decode_attention, suits
 from fastppo.ops.decoder_layer import LINEARS, DecoderLayer, Norm
 from fastppo.ops.few_rows import FewRows, runs_native
-from fastppo.ops.rms_norm import rms_norm
 from fastppo.ppo.slots import SlotCache, SlotLayer
 
 # The modules of a decoder layer that `DecoderLayer` computes, without its activation.
 PARTS: Final = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-SILU: Final = ("SiLU", "SiLUActivation")
 HEAD_NORMS: Final = ("q_norm", "k_norm")
 # What other layers with modules of these names do besides.
 OTHERS: Final = ("attn_logit_softcapping", "clip_qkv")
@@ -62,19 +61,6 @@ class FastLinear:
         if self.few_rows.suits(x):
             return self.few_rows(x)
         return nn.functional.linear(x, self.few_rows.weight, self.few_rows.bias)
-
-
-class FastNorm:
-    """The norm by the native kernel, or by the module's `own` forward in another dtype."""
-
-    def __init__(self, own: Any, norm: Norm) -> None:
-        self.own, self.norm = own, norm
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if x.dtype is torch.float32 and not torch.is_grad_enabled():
-            return rms_norm(x, *self.norm)
-        result: Tensor = self.own(x)
-        return result
 
 
 class FastDecoderLayer:
@@ -129,32 +115,6 @@ class FastDecoderLayer:
         )
 
 
-def rms_scale(module: Any) -> Tensor | None:
-    """What `module` multiplies x / sqrt(mean(x^2) + eps) by; None if it is no such norm.
-
-    Some families have 1 + weight in place of weight: the module is run once, to see.
-    """
-    weight = getattr(module, "weight", None)
-    if not (type(module).__name__.endswith("RMSNorm") and isinstance(weight, nn.Parameter)):
-        return None
-    if weight.dtype is not torch.float32 or weight.dim() != 1 or not runs_native(weight):
-        return None
-    x = torch.linspace(-1, 2, 2 * len(weight)).view(2, 1, -1)
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        wanted = module.forward(x)  # without hooks, which run around the new forward too
-        for scale in (weight.data, 1.0 + weight.data):
-            found = rms_norm(x, scale, eps_of(module)).to(wanted.dtype)
-            if torch.allclose(found, wanted, atol=1e-6, rtol=1e-5):
-                return scale if wanted.dtype is torch.float32 else None
-    return None
-
-
-def eps_of(module: Any) -> float:
-    """The eps of an RMS norm, whatever its family calls it."""
-    names = ("variance_epsilon", "eps", "epsilon")
-    return next((float(getattr(module, name)) for name in names if hasattr(module, name)), 0.0)
-
-
 def without_adapter(layer: Any) -> nn.Linear | None:
     """The base of a LoRA layer if that is all it computes: merged, or adapters off."""
     base = layer.get_base_layer() if isinstance(layer, LoraLayer) else None
@@ -163,7 +123,7 @@ def without_adapter(layer: Any) -> nn.Linear | None:
     return base if layer.merged != layer.disable_adapters else None
 
 
-def fast_forward(module: Any) -> FastLinear | FastNorm | None:
+def fast_forward(module: Any) -> FastLinear | NativeNorm | None:
     """The forward that replaces a linear layer's or a norm's own; None if none does."""
     # A streamed layer has a forward of its own, which copies its weight: leave it.
     base = without_adapter(module)
@@ -171,9 +131,10 @@ def fast_forward(module: Any) -> FastLinear | FastNorm | None:
         base = module
     if base is not None:
         return None if "forward" in vars(base) or not runs_native(base.weight) else FastLinear(base)
-    if "forward" not in vars(module) and (scale_D := rms_scale(module)) is not None:
-        return FastNorm(module.forward, Norm(scale_D, eps_of(module)))
-    return None
+    own = vars(module).get("forward")
+    if isinstance(own, NativeNorm):
+        return own
+    return native_norm(module) if own is None else None
 
 
 def children(module: nn.Module) -> set[str]:
@@ -225,7 +186,7 @@ def decoder_layer(module: Any, fast: Mapping[Any, Any]) -> FastDecoderLayer | No
         linears[name] = layer.few_rows
     own = [module.input_layernorm, module.post_attention_layernorm]
     own += [getattr(attention, name) for name in HEAD_NORMS if hasattr(attention, name)]
-    norms: list[Norm] = [fast[norm].norm for norm in own if isinstance(fast.get(norm), FastNorm)]
+    norms: list[Norm] = [fast[norm].norm for norm in own if isinstance(fast.get(norm), NativeNorm)]
     if len(norms) < len(own) or len(own) not in (2, 4):
         return None
     size, (first, second, *of_heads) = attention.head_dim, norms

@@ -10,14 +10,15 @@ from torch import Tensor
 from transformers import set_seed
 
 from fastppo.errors import UserError
-from fastppo.memory.budgets import Budget
-from fastppo.models.batch import Batch, Order, batches
+from fastppo.memory.budgets import Budget, Budgets
+from fastppo.models.batch import Batch, Order, batches, padded_tokens
 from fastppo.ops import linear_score_tokens, linear_token_logprobs
 from fastppo.ppo.rollout import pad_right
 from fastppo.seeds import seed_of
 from fastppo.types import Kept, Rollout, Scored
 
 if TYPE_CHECKING:
+    from fastppo.config import Config
     from fastppo.models.build import Roles
     from fastppo.ops import Scores, TokenLogprobs
     from fastppo.ppo.state import State
@@ -110,7 +111,7 @@ def score(
     temperature: float,
     budget: Budget,
     exact_kl: bool = False,
-    keep: bool = False,
+    keep: int = 0,
     chunk_bytes: int | None = None,
 ) -> Scored:
     """Log-probs, reference log-probs, entropies and values of every response token, forward only.
@@ -119,14 +120,24 @@ def score(
         rewards: the score (B,) and the scores of each reward; both are copied into the result.
         budget: limits of a micro-batch, read at each call; rows of similar length share one.
         exact_kl: also compute the KL over the whole vocabulary (`kl_penalty: full`).
-        keep: if all rows fit into one micro-batch, run the actor's forward in the update's training
-            mode and keep its graph for the first optimiser step, which has the same weights. The
-            actor's forward comes last, so only the advantages are computed while it is kept.
+        keep: largest number of tokens, padding included, whose forwards may be kept with their
+            graphs for the first optimiser step, which has the same weights; they run in the
+            update's training mode. Kept are the actor's, and if there is room a separate critic's.
     """
     roles.eval()
     score_B, reward_parts = rewards
     made = batches(rollout, range(len(rollout.prompts)), budget)
-    sharding, kept = roles.sharding, None
+    sharding = roles.sharding
+    kept = Kept() if keep and sharding is None else None
+    tokens = sum(padded_tokens(rollout, batch.rows, budget) for batch in made)
+
+    def hidden(role: str, batch: Batch, room: int) -> Tensor:
+        """Hidden states of the active role; with their graph in `kept` too, if there is room."""
+        if kept is None or room < tokens:
+            return roles.hidden(**batch.inputs)
+        hidden_BTD = kept.hidden[role, tuple(batch.rows)] = keep_forward(roles, batch)
+        return hidden_BTD.detach()
+
     missing = 0 if sharding is None else sharding.missing(len(made))
     logprobs, refs, entropies, kls, values, finals = [], [], [], [], [], []
     for batch in made:
@@ -138,16 +149,12 @@ def score(
                 del ref_BTD
         if roles.has_critic and not roles.shares_trunk:
             with roles.use("critic"):
-                critic_BTD = roles.hidden(**batch.inputs)
+                critic_BTD = hidden("critic", batch, keep // 2)  # beside the actor's
             values.append(roles.value(batch.packing.gather(critic_BTD)))
             finals.append(roles.value(batch.last(critic_BTD)))
             del critic_BTD
         with roles.use("actor"):
-            if keep and len(made) == 1 and sharding is None:
-                hidden_BTD = keep_forward(roles, batch)
-                kept, actor_BTD = Kept(batch.rows, hidden_BTD), hidden_BTD.detach()
-            else:
-                actor_BTD = roles.hidden(**batch.inputs)
+            actor_BTD = hidden("actor", batch, keep)
             if not exact_kl:
                 actor = token_scores(roles, actor_BTD, batch, temperature, chunk_bytes)
                 logprobs.append(actor.logprob_N)
@@ -176,8 +183,26 @@ def score(
         final_value_B=order.rows(finals) if finals else None,
         exact_kl_N=order.tokens(kls) if kls else None,
         reward_parts=reward_parts,
-        kept=kept,
+        kept=kept if kept is not None and kept.hidden else None,
     )
+
+
+def first_pass_tokens(config: Config, budgets: Budgets, rows: int) -> int:
+    """Largest number of tokens whose forwards may be kept for the update; 0 is none.
+
+    The update can use them in its first pass if both run the same micro-batches: an epoch is one
+    optimiser step of all rows, and scoring and update have the same budget. There are no more
+    tokens than the update's largest micro-batch may have, so that the memory plan covers them.
+
+    Args:
+        rows: number of sequences of the rollout.
+    """
+    whole = config.ppo_buffer_size == 1 and not config.mask_truncated_completions
+    if not whole or budgets.update != budgets.scoring:
+        return 0
+    rows = min(rows, budgets.update.rows or rows)
+    tokens = rows * (config.cutoff_len + config.max_new_tokens)
+    return min(tokens, budgets.update.tokens or tokens)
 
 
 def keep_forward(roles: Roles, batch: Batch) -> Tensor:
@@ -226,8 +251,6 @@ def gather_scored(
     tensors["sampler_logprob_N"] = rollout.sampler_logprob_N
     lists, tensors, parts = join(world, lists, tensors, scored.reward_parts)
     rows, states, kept = lists.pop("ids"), rollout.states, scored.kept
-    if kept is not None:
-        kept.rows = [first + row for row in kept.rows]
     starts = torch.tensor([0, *lists["response_lengths"]]).cumsum(0)
     return replace(
         scored,
@@ -240,7 +263,7 @@ def gather_scored(
         ),
         offsets=starts.to(torch.int32).to(device),
         reward_parts=parts,
-        kept=kept,
+        kept=None if kept is None else kept.among(first),
         own=range(first, first + len(lengths)),
         **tensors,
     )

@@ -18,10 +18,10 @@ from fastppo.ppo.filter_groups import refill
 from fastppo.ppo.metrics import Clock, step_row
 from fastppo.ppo.observer import Observer
 from fastppo.ppo.rollout import next_prompts, own_rows, sample, settings
-from fastppo.ppo.score import gather_scored, score, step_rewards
+from fastppo.ppo.score import first_pass_tokens, gather_scored, score, step_rewards
 from fastppo.ppo.snapshot import interruptible_update, undo_if_interrupted
 from fastppo.ppo.state import State, init_state
-from fastppo.ppo.update import demonstrations, shares_first_pass, update
+from fastppo.ppo.update import demonstrations, update
 from fastppo.run import durable, live, save
 from fastppo.run.world import ALONE, World
 from fastppo.seeds import random_state, seed_of
@@ -60,7 +60,7 @@ def step_update(state: State) -> State:
                     temperature=config.temperature,
                     budget=budgets.scoring,
                     exact_kl=config.kl_penalty == "full",
-                    keep=train_actor and shares_first_pass(config, budgets),
+                    keep=train_actor * first_pass_tokens(config, budgets, len(rollout.prompts)),
                     chunk_bytes=budgets.chunk_bytes,
                 )
             with clock("advantage"):

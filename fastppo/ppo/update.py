@@ -37,6 +37,7 @@ from fastppo.types import Experience, Kept
 if TYPE_CHECKING:
     from fastppo.config import Config
     from fastppo.models.build import Roles
+    from fastppo.models.roles import Role
     from fastppo.ppo.state import State
 
 
@@ -153,17 +154,19 @@ def forward_backward(
 ) -> None:
     """Forward, loss and backward of one micro-batch; adds to the gradients and to `totals`.
 
-    A role's backward ends before the next role's forward. `kept` is the actor's forward that
-    scoring has kept: if it has the same rows, it is used in place of a new forward.
+    A role's backward ends before the next role's forward. A forward of these rows that scoring has
+    kept is used in place of a new one.
     Gradients are `loss_scale` times as large; the losses in `totals` are not.
     """
     tokens = Tokens.of(experience, batch, mini)
+
+    def hidden(role: Role) -> Tensor:
+        found = None if kept is None else kept.take(role, batch.rows)
+        return batch.packing.gather(roles.hidden(**batch.inputs) if found is None else found)
+
     with roles.use("actor"):
         with torch.set_grad_enabled(train_actor):
-            actor_BTD = None if kept is None else kept.take(batch.rows)
-            if actor_BTD is None:
-                actor_BTD = roles.hidden(**batch.inputs)
-            actor_ND = batch.packing.gather(actor_BTD)
+            actor_ND = hidden("actor")
             policy = actor_loss(
                 roles, experience, batch, tokens, actor_ND, config, chunk_bytes, loss_scale
             )
@@ -175,7 +178,7 @@ def forward_backward(
             (loss if loss_scale is None else loss * loss_scale).backward()  # type: ignore[no-untyped-call]
     if roles.has_critic and not roles.shares_trunk:
         with roles.use("critic"):
-            critic_ND = batch.packing.gather(roles.hidden(**batch.inputs))
+            critic_ND = hidden("critic")
             value = critic_loss(roles, experience, tokens, critic_ND, config, totals)
             loss = config.vf_coef * value
             (loss if loss_scale is None else loss * loss_scale).backward()  # type: ignore[no-untyped-call]
@@ -230,20 +233,10 @@ def accumulate_gradients(
 
 
 def release(optimizer: torch.optim.Optimizer, kept: Kept | None) -> None:
-    """Release the gradients of a failed pass, and the forward that scoring kept."""
+    """Release the gradients of a failed pass, and the forwards that scoring kept."""
     optimizer.zero_grad(set_to_none=True)
     if kept is not None:
-        kept.hidden_BTD = None
-
-
-def shares_first_pass(config: Config, budgets: Budgets) -> bool:
-    """Whether the update can use scoring's forward as its first one.
-
-    It can if both run the same micro-batches: an epoch is one optimiser step of all rows, and
-    scoring and update have the same budget.
-    """
-    whole = config.ppo_buffer_size == 1 and not config.mask_truncated_completions
-    return whole and budgets.update == budgets.scoring
+        kept.release()
 
 
 def clip_and_step(
@@ -358,6 +351,8 @@ def update(
         sums = sums.reduce(world, bad_run.device)
         world.sum_gradients(parameters)
         if passes == 1:
+            if scored.kept is not None:
+                scored.kept.release()
             first_pass = sums["log_ratio_abs"].item() / mini.tokens
             check_first_pass(first_pass, roles.product_precision)
         totals.merge(sums)

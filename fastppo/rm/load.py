@@ -18,6 +18,7 @@ from fastppo.models.adapters import (
 )
 from fastppo.models.load import hidden_size, load_base
 from fastppo.models.lora import fuse_lora_layers
+from fastppo.models.native_layers import fuse_native_layers
 from fastppo.models.value_head import has_value_head, load_value_head, new_value_head
 from fastppo.models.weight_tuning import (
     round_outputs,
@@ -43,6 +44,7 @@ def load_trainable_model(config: Config, device: torch.device) -> nn.Module:
     else:
         model, trained = base, setup_weight_tuning(config, base, config.finetuning_type)
     upcast_trainable(trained)
+    fuse_native_layers(model)
     return model
 
 
@@ -60,11 +62,14 @@ def folder_of_head(config: Config) -> Path | None:
 
 def load_finished(config: Config, folder: Path, device: torch.device) -> nn.Module:
     """Load what fastppo or LLaMA-Factory saved in `folder`: a base's adapter, or a whole model."""
-    if config.finetuning_type != "lora":
-        return load_base(config, device, str(folder))
-    base = load_base(config, device, bits=config.quantization_bit)
-    merged = merge_adapters(base, adapters_to_merge(config), "adapter_name_or_path")
-    return load_peft_model(merged, str(folder), "adapter_name_or_path", train=False)
+    if config.finetuning_type == "lora":
+        base = load_base(config, device, bits=config.quantization_bit)
+        merged = merge_adapters(base, adapters_to_merge(config), "adapter_name_or_path")
+        model = load_peft_model(merged, str(folder), "adapter_name_or_path", train=False)
+    else:
+        model = load_base(config, device, str(folder))
+    fuse_native_layers(model)
+    return model
 
 
 def head_notes(config: Config, start: Path | None, evaluated: Path | None) -> list[str]:

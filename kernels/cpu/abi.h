@@ -192,6 +192,7 @@ struct FastppoDecoderLayer {
 extern "C" {
 void fastppo_few_rows(const FastppoFewRows*);
 void fastppo_decode_attention(const FastppoDecodeAttention*);
+void fastppo_gated_unit(const float*, const float*, int64_t, float*);
 void fastppo_rms_norm(const float*, const float*, float, int64_t, int64_t, float*);
 }
 

@@ -5,7 +5,7 @@
 #define FASTPPO_FILE "decoder_layer.cpp"
 #include "every_isa.h"
 
-#include "vector.h"
+#include "gated_unit.h"
 
 namespace FASTPPO_ISA {
 
@@ -25,24 +25,6 @@ void rotate_head(const float* x, const float* cos, const float* sin, int64_t siz
   }
 }
 
-// silu(gate) up, into gate. The sigmoid is of -|gate|, whose exponential does not overflow.
-void gate_unit(float* gate, const float* up, int64_t count) {
-  const ExpScale scale(1.0);
-  const auto unit = [&](Floats g, Floats u) {
-    const Floats size = (Floats)((Words)g & 0x7fffffffu);
-    const Floats e = exp_of(at_least(-size, scale.least), scale);
-    const Floats sigmoid = g >= 0.0f ? 1.0f / (1.0f + e) : e / (1.0f + e);
-    return g * sigmoid * u;
-  };
-  int64_t d = 0;
-  for (; d + LANES <= count; d += LANES) store(gate + d, unit(load(gate + d), load(up + d)));
-  if (d < count) {
-    const Floats own =
-        unit(read_some<Float32>(gate + d, count - d), read_some<Float32>(up + d, count - d));
-    std::memcpy(gate + d, &own, (count - d) * sizeof(float));
-  }
-}
-
 }  // namespace FASTPPO_ISA
 
 #ifdef FASTPPO_LAST_ISA
@@ -58,7 +40,6 @@ static void add(float* out, const float* x, int64_t count) {
 extern "C" void fastppo_decoder_layer(const FastppoDecoderLayer* layer) {
   const FastppoDecoderLayer& a = *layer;
   const auto rotate = FASTPPO_PICK(rotate_head);
-  const auto gated = FASTPPO_PICK(gate_unit);
   FastppoDecodeAttention own = a.attention;
   const int64_t rows = own.rows, width = a.q.inputs, wide = a.gate.outputs;
   const int64_t size = own.size, last = own.places - 1;
@@ -98,7 +79,7 @@ extern "C" void fastppo_decoder_layer(const FastppoDecoderLayer* layer) {
   fastppo_rms_norm(a.out, a.post_norm, a.eps, rows, width, normed);
   product(a.gate, normed, gate, rows);
   product(a.up, normed, up, rows);
-  gated(gate, up, rows * wide);
+  fastppo_gated_unit(gate, up, rows * wide, gate);
   product(a.down, gate, normed, rows);
   add(a.out, normed, rows * width);
 }

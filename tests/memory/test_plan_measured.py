@@ -46,13 +46,15 @@ from fastppo.memory.inputs import (
     WORDS_FROM,
     PlanInputs,
 )
-from fastppo.memory.layer import LayerSetting, trunk_memory
+from fastppo.memory.layer import LayerSetting
 from fastppo.memory.plan import Plan, make_plan
 from fastppo.memory.shapes import TABLE, ModelShape, from_config
+from fastppo.memory.trunk import trunk_memory
 from fastppo.memory.weights import Shapes
 from fastppo.models.adapters import disable_input_cast
 from fastppo.models.batch import Budget
 from fastppo.models.lora import fuse_lora_layers
+from fastppo.models.native_layers import fuse_native_layers
 from fastppo.offload.activations import wrap
 from fastppo.ops import head, word_blocks, workspace
 from fastppo.ops.backend import choose
@@ -161,6 +163,8 @@ ONE_OF_A_KIND = (
     (LlamaConfig, torch.float32, "eager", False, "peft"),
     (LlamaConfig, torch.float32, "sdpa", False, "dora"),
     (Gemma3TextConfig, torch.float32, "sdpa", True, "peft"),
+    (LlamaConfig, torch.float32, "sdpa", False, "native"),
+    (Gemma3TextConfig, torch.float32, "sdpa", False, "native"),
 )
 
 
@@ -184,13 +188,19 @@ ONE_OF_A_KIND = (
             (Qwen3Config, torch.float32, "sdpa", True, "fused"),
             (Gemma2Config, torch.float32, "eager", True, "peft"),
             (Gemma3TextConfig, torch.float32, "sdpa", True, "peft"),
+            (LlamaConfig, torch.float32, "sdpa", False, "native"),
+            (LlamaConfig, torch.float32, "sdpa", True, "native"),
+            (Qwen3Config, torch.float32, "sdpa", False, "native"),
+            (Gemma3TextConfig, torch.float32, "sdpa", False, "native"),
+            (Gemma2Config, torch.float32, "eager", True, "native"),
         ],
     ),
 )
 def test_a_trunk_allocates_what_its_layers_are_written_to(
     kind, dtype, attention, checkpointing, layers
 ):
-    dora, fused = layers == "dora", layers == "fused"
+    dora, native = layers == "dora", layers == "native"
+    fused = native or layers == "fused"
     own = {} if kind is Qwen2Config else {"head_dim": 16}
     config = kind(**TINY, **own)
     config._attn_implementation = attention
@@ -200,6 +210,8 @@ def test_a_trunk_allocates_what_its_layers_are_written_to(
     disable_input_cast(adapted)
     if fused:
         fuse_lora_layers(adapted)
+    if native:
+        fuse_native_layers(adapted)
     if checkpointing:
         wrap(base, "checkpoint")
     ids_BT = torch.randint(0, 128, (2, 200), generator=torch.Generator().manual_seed(0))
@@ -225,9 +237,8 @@ def test_a_trunk_allocates_what_its_layers_are_written_to(
         hidden_BTD.backward(grad_BTD)
     shape = from_config(config.to_dict(), "here")
     eager = attention == "eager"
-    setting = LayerSetting(
-        2, 200, dtype.itemsize, rank=8, masked=True, eager=eager, dora=dora, fused=fused
-    )
+    how = {"eager": eager, "dora": dora, "fused": fused, "native": native}
+    setting = LayerSetting(2, 200, dtype.itemsize, rank=8, masked=True, **how)
     plan = trunk_memory(shape, setting)
     below = 3 * plan.input if checkpointing else 2 * plan.saved + plan.saved_first
     top = max(plan.input + plan.norm_backward, plan.recompute)

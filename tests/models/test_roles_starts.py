@@ -16,6 +16,7 @@ from fastppo import toy
 from fastppo.errors import UserError
 from fastppo.models.batch import Budget, make_batch
 from fastppo.models.load import load_base
+from fastppo.models.native_layers import fuse_native_layers
 from fastppo.ppo.score import score
 from tests.tiny import NAMES, hidden_as, make_config, named, stir
 
@@ -105,6 +106,7 @@ def test_the_reference_of_a_continued_sft_adapter_is_that_adapter_and_the_log_sa
     made = tiny_roles(stirred=False, adapter_name_or_path=sft_dirs[1])
     batch = make_batch(rollout, range(4))
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), sft_dirs[1])
+    fuse_native_layers(plain)  # the same kernels, which round alike
     with torch.no_grad():
         expected = plain.get_base_model().model(
             input_ids=batch.input_ids_BT, attention_mask=batch.mask_BT

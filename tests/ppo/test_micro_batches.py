@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastppo.config import config_from_dict
+from fastppo.config.memory import longest_sequence
 from fastppo.errors import UserError
 from fastppo.memory.budgets import Budgets
 from fastppo.models.batch import (
@@ -19,11 +20,13 @@ from fastppo.models.batch import (
     batches,
     check_packing,
     make_batch,
+    padded_tokens,
     partition,
 )
 from fastppo.ppo.optimizer import make_optimizer
-from fastppo.ppo.score import score
-from fastppo.ppo.update import shares_first_pass, update
+from fastppo.ppo.score import first_pass_tokens, score
+from fastppo.ppo.update import update
+from fastppo.types import Kept
 from tests.gradients import gradient
 from tests.tiers import slow_unless
 
@@ -185,6 +188,7 @@ def test_order_puts_rows_and_tokens_back(rollout):
     assert tokens.tolist() == make_batch(rollout, range(4)).token_N.tolist()
 
 
+@pytest.mark.parametrize("budget", [Budget(), Budget(rows=2), Budget(packed=True)])
 @pytest.mark.parametrize(
     ("checkpointing", "critic"),
     slow_unless(
@@ -193,37 +197,56 @@ def test_order_puts_rows_and_tokens_back(rollout):
     ),
 )
 def test_the_first_pass_that_scoring_kept_is_the_update_to_the_bit(
-    tiny_roles, config, rollout, experience_of, vowels, critic, checkpointing
+    tiny_roles, config, rollout, experience_of, vowels, critic, checkpointing, budget
 ):
-    """And it saves that forward."""
-    changes = {"critic": critic, "disable_gradient_checkpointing": not checkpointing}
-    settings = config(**changes)
-    assert shares_first_pass(settings, Budgets.of(settings))
-    results, forwards = [], []
-    for keep in (False, True):
-        made = tiny_roles(**changes)
-        experience = experience_of(made, rollout, settings, keep=keep)
-        assert (experience.scored.kept is not None) == keep
+    """And it saves those forwards: the actor's, and where there is room a separate critic's."""
+    settings = config(critic=critic, disable_gradient_checkpointing=not checkpointing)
+    made, separate, results = batches(rollout, range(4), budget), critic == "adapter", {}
+    padded = sum(padded_tokens(rollout, batch.rows, budget) for batch in made)
+    for keep in (0, padded - 1, padded, 2 * padded):
+        roles = tiny_roles(critic=critic, disable_gradient_checkpointing=not checkpointing)
+        experience = experience_of(roles, rollout, settings, budget=budget, keep=keep)
+        assert (experience.scored.kept is not None) == (keep >= padded)
         count = []
-        handle = made.trunk.norm.register_forward_hook(lambda *_, count=count: count.append(1))
-        learned = update(made, experience, settings, make_optimizer(settings, made), seed=0)
+        handle = roles.trunk.norm.register_forward_hook(lambda *_, count=count: count.append(1))
+        budgets = replace(Budgets.of(settings), update=budget)
+        optimizer = make_optimizer(settings, roles)
+        learned = update(roles, experience, settings, optimizer, seed=0, budgets=budgets)
         handle.remove()
-        both = [*made.trainable_parameters("actor"), *made.trainable_parameters("critic")]
-        results.append(torch.cat([p.detach().flatten() for p in both]))
-        forwards.append(len(count))
+        both = [*roles.trainable_parameters("actor"), *roles.trainable_parameters("critic")]
+        weights = torch.cat([p.detach().flatten() for p in both])
+        results[keep] = (weights, len(count))
         assert learned["ratio_first_pass"] == 0.0
-    assert torch.equal(*results)
-    assert forwards[0] - forwards[1] == 1
+        assert experience.scored.kept is None or not experience.scored.kept.hidden
+    plain, forwards = results[0]
+    saved = {padded - 1: 0, padded: len(made), 2 * padded: len(made) * (1 + separate)}
+    for keep, fewer in saved.items():
+        assert torch.equal(results[keep][0], plain)
+        assert forwards - results[keep][1] == fewer
 
 
-def test_nothing_is_kept_that_the_update_would_not_take(config, tiny_roles, rollout, vowels):
+def test_no_more_is_kept_than_a_micro_batch_of_the_update_may_have(config):
+    """And nothing where the update would run other micro-batches than scoring."""
+    settings = config(ppo_max_token_len_per_gpu=5000)
+    longest, budgets = longest_sequence(settings), Budgets.of(settings)
+    assert first_pass_tokens(settings, budgets, rows=1) == longest
+    assert first_pass_tokens(settings, budgets, rows=1000) == 5000
+    budgets = Budgets(update=Budget(rows=3), scoring=Budget(rows=3))
+    assert first_pass_tokens(settings, budgets, rows=8) == 3 * longest
     for changes in ({"ppo_buffer_size": 2}, {"log_prob_max_token_len_per_gpu": 4000}):
         other = config(**changes)
-        assert not shares_first_pass(other, Budgets.of(other))
-    kwargs = {"temperature": 1.0, "keep": True}
-    assert (
-        score(tiny_roles(), rollout, vowels(rollout), budget=Budget(rows=2), **kwargs).kept is None
-    )
+        assert first_pass_tokens(other, Budgets.of(other), rows=4) == 0
+
+
+def test_what_is_kept_of_other_micro_batches_is_released():
+    x = torch.zeros(2)
+    kept = Kept({("actor", (0, 1)): x, ("actor", (2, 3)): x, ("critic", (0, 1)): x})
+    assert kept.among(8).take("actor", [10, 11]) is x
+    assert kept.take("actor", [0, 1]) is x
+    assert kept.take("critic", [0]) is None
+    assert set(kept.hidden) == {("actor", (2, 3))}
+    assert kept.take("actor", [0, 1]) is None
+    assert not kept.hidden
 
 
 def test_names_of_other_trainers_are_errors_that_name_the_key():

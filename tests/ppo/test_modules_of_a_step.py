@@ -26,6 +26,7 @@ BESIDE = {
     "memory.retry": "every phase may run out of memory, and is tried again",
     "seeds": "each draw has a seed of its own; a retry starts from the same random numbers",
     "models.lora": "LoRA's layers run by it in any forward",
+    "models.native_layers": "norms and gated MLPs run by it in any forward on a CPU",
     "models.rounding": "the precision of products: asked in each step, as a reward may change it",
     "ppo.cpu_layers": "the same layers, faster on a CPU",
     "ppo.guards": "looks at the finished row, which has the guards' columns",

@@ -48,6 +48,7 @@ INFRASTRUCTURE = {
     "decode_attention",
     "decoder_layer",
     "few_rows",
+    "gated_unit",
     "gradient_made",
     "head",
     "labels",
