@@ -1,8 +1,8 @@
 """Faster layers for sampling on CPUs; they are put in for a rollout and taken out after it.
 
 A step of decoding runs hundreds of small layers on a few rows. A linear layer reads its weight
-once; a layer with a merged adapter is its base; an RMS norm is one pass in place of six; and a
-decoder layer of Llama's kind is one call in place of 25.
+once; a layer with a merged adapter is its base; and a decoder layer of Llama's kind is one call in
+place of 25. Its norms are those of `models.native_layers`.
 
 Attention is a native kernel in `slot_attention`: a row reads its own tokens in the sampler's cache,
 without a mask. transformers' models call the attention that their config names; what the kernel
@@ -21,7 +21,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from fastppo.models.native_layers import SILU, NativeNorm, native_norm
+from fastppo.models.native_layers import SILU, NativeNorm, is_native
 from fastppo.ops import backend
 from fastppo.ops.decode_attention import decode_attention, suits
 from fastppo.ops.decoder_layer import LINEARS, DecoderLayer, Norm
@@ -123,18 +123,21 @@ def without_adapter(layer: Any) -> nn.Linear | None:
     return base if layer.merged != layer.disable_adapters else None
 
 
-def fast_forward(module: Any) -> FastLinear | NativeNorm | None:
-    """The forward that replaces a linear layer's or a norm's own; None if none does."""
+def fast_linear(module: Any) -> FastLinear | None:
+    """The forward that replaces a linear layer's own; None if none does."""
     # A streamed layer has a forward of its own, which copies its weight: leave it.
     base = without_adapter(module)
     if base is None and type(module) is nn.Linear:
         base = module
-    if base is not None:
-        return None if "forward" in vars(base) or not runs_native(base.weight) else FastLinear(base)
-    own = vars(module).get("forward")
-    if isinstance(own, NativeNorm):
-        return own
-    return native_norm(module) if own is None else None
+    if base is None or "forward" in vars(base) or not runs_native(base.weight):
+        return None
+    return FastLinear(base)
+
+
+def norm_of(module: nn.Module) -> Norm | None:
+    """The norm that the module computes by a native kernel; None if it does not."""
+    forward = vars(module).get("forward")
+    return forward.norm if isinstance(forward, NativeNorm) else None
 
 
 def children(module: nn.Module) -> set[str]:
@@ -174,7 +177,7 @@ def is_plain(module: Any) -> bool:
 
 
 def decoder_layer(module: Any, fast: Mapping[Any, Any]) -> FastDecoderLayer | None:
-    """The native forward of a decoder layer whose linear layers and norms are in `fast`."""
+    """The native forward of a decoder layer whose linear layers are in `fast`."""
     if not is_plain(module):
         return None
     attention, mlp = module.self_attn, module.mlp
@@ -186,7 +189,7 @@ def decoder_layer(module: Any, fast: Mapping[Any, Any]) -> FastDecoderLayer | No
         linears[name] = layer.few_rows
     own = [module.input_layernorm, module.post_attention_layernorm]
     own += [getattr(attention, name) for name in HEAD_NORMS if hasattr(attention, name)]
-    norms: list[Norm] = [fast[norm].norm for norm in own if isinstance(fast.get(norm), NativeNorm)]
+    norms = [norm for norm in map(norm_of, own) if norm is not None and is_native(norm.weight_D)]
     if len(norms) < len(own) or len(own) not in (2, 4):
         return None
     size, (first, second, *of_heads) = attention.head_dim, norms
@@ -203,7 +206,7 @@ def use_cpu_layers(model: nn.Module) -> Iterator[None]:
 
     Without native kernels (on a GPU, with FASTPPO_BACKEND=torch) nothing changes.
     """
-    made = {module: fast_forward(module) for module in model.modules()}
+    made = {module: fast_linear(module) for module in model.modules()}
     fast: dict[nn.Module, Callable[..., Any]] = {m: f for m, f in made.items() if f is not None}
     layers = {module: decoder_layer(module, fast) for module in made} if fast else {}
     fast |= {m: layer for m, layer in layers.items() if layer is not None}

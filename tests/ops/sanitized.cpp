@@ -26,6 +26,10 @@ void fastppo_gae(
     const float*, const float*, const int64_t*, int64_t, const float*, double, double, float*, float*);
 void fastppo_advantages(const FastppoAdvantages*);
 void fastppo_decoder_layer(const FastppoDecoderLayer*);
+void fastppo_rms_norm_backward(
+    const float*, const float*, const float*, float, int64_t, int64_t, float*);
+void fastppo_gated_unit_backward(
+    const float*, const float*, const float*, int64_t, float*, float*);
 void fastppo_word_block(const FastppoWordBlock*);
 void fastppo_word_gradient(const FastppoWordBlock*, const FastppoWordSlopes*);
 void fastppo_word_block_end(const FastppoWordBlock*, const FastppoStatistics*, const float*);
@@ -159,6 +163,17 @@ static void decoder_layer(int64_t rows, int64_t width, int64_t wide, int64_t siz
   fastppo_decoder_layer(&all);
 }
 
+static void norms_and_units(int64_t rows, int64_t size) {
+  auto x = floats(rows * size), other = floats(rows * size), dy = floats(rows * size);
+  auto weight = floats(size);
+  std::vector<float> out(rows * size), second(rows * size);
+  fastppo_rms_norm(x.data(), weight.data(), 1e-5f, rows, size, out.data());
+  fastppo_rms_norm_backward(dy.data(), x.data(), weight.data(), 1e-5f, rows, size, out.data());
+  fastppo_gated_unit(x.data(), other.data(), rows * size, out.data());
+  fastppo_gated_unit_backward(
+      dy.data(), x.data(), other.data(), rows * size, out.data(), second.data());
+}
+
 static void word_blocks(int64_t n, int64_t vocab, int64_t size, float softcap, bool biased, bool slopes) {
   const int64_t stride = (n + FASTPPO_TOKENS - 1) / FASTPPO_TOKENS * FASTPPO_TOKENS, most = 7;
   auto bias = floats(vocab), slope = floats(n * size), own = floats(n * size);
@@ -216,6 +231,8 @@ int main() {
       for (int64_t inputs : {1, 7, 16, 33, 256})
         for (int64_t outputs : {1, 3, 4, 5, 150})
           for (int dtype : {FASTPPO_F32, FASTPPO_BF16, FASTPPO_F16}) few_rows(n, inputs, outputs, dtype);
+    for (int64_t rows : {0, 1, 3, 40})
+      for (int64_t size : {1, 15, 16, 33, 1001}) norms_and_units(rows, size);
     for (int64_t n : {1, 31, 32, 70})
       for (int64_t vocab : {1, 7, 40, 100})
         for (float softcap : {0.0f, 30.0f})

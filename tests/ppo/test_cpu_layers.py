@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastppo.models.lora import merge_active_adapters
+from fastppo.models.native_layers import fuse_native_layers
 from fastppo.ops.native_library import OBSTACLE
 from fastppo.ppo.cpu_layers import use_cpu_layers
 from tests.models.test_native_layers import model_of
@@ -20,6 +21,7 @@ def forwards(model):
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "olmo2", "phi", "cohere2"])
 def test_a_model_gives_what_it_gave_and_keeps_nothing(family):
     model, ids = model_of(family), torch.arange(40, 52)[None]
+    fuse_native_layers(model)
     before = forwards(model)
     with torch.no_grad():
         wanted = model(ids).logits
