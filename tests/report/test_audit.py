@@ -62,10 +62,9 @@ def run(config, tmp_path):
             critic="shared",
             cliprange_value=None,
             ppo_epochs=4,
-            max_steps=30,
             eval_steps=10,
             lr_scheduler_type="constant",
-            **changes,
+            **{"max_steps": 30, **changes},
         )
         trainer.run(settings, check(settings))
         return tmp_path / "out"
@@ -76,9 +75,8 @@ def run(config, tmp_path):
 @pytest.mark.slow
 def test_a_run_made_to_exploit_its_reward_is_named(run):
     """No penalty for the KL, and large steps: the policy finds the hole."""
-    out = run(
-        "many_vowels", "variety", learning_rate=1e-2, critic_learning_rate=3e-3, init_kl_coef=0
-    )
+    rates = {"learning_rate": 1e-2, "critic_learning_rate": 3e-3}
+    out = run("many_vowels", "variety", init_kl_coef=0, max_steps=45, **rates)
     found = audit(read_run(out))
     by_name = {sign.name: sign for sign in found.signs}
     assert found.exploited, found

@@ -49,7 +49,10 @@ def test_the_same_run_by_yaml_and_by_class_has_the_same_numbers(
 
 @pytest.mark.slow  # ten steps of 32 prompts
 def test_it_learns_and_the_given_model_is_what_trains(trainer, model):
-    """A random model writes ASCII in half of its characters, from step to step within 0.03."""
+    """A random model writes ASCII in half of its characters, from step to step within 0.03.
+
+    In 30 steps that rises by 0.15 to 0.30, as the seed and rounding have it.
+    """
 
     def letters(completions, **_):
         return [sum(c.isascii() for c in text) / max(len(text), 1) for text in completions]
@@ -57,7 +60,7 @@ def test_it_learns_and_the_given_model_is_what_trains(trainer, model):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     args = {
         "critic": "shared",
-        "max_steps": 10,
+        "max_steps": 30,
         "per_device_train_batch_size": 32,
         "init_kl_coef": 0.01,
         "learning_rate": 1e-2,
@@ -67,8 +70,8 @@ def test_it_learns_and_the_given_model_is_what_trains(trainer, model):
     made = trainer(args, reward_funcs=letters)
     made.train()
     scores = [entry["score"] for entry in made.state.log_history if "score" in entry]
-    assert len(scores) == 10
-    assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.06
+    assert len(scores) == 30
+    assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.1
     assert made.model.get_base_model() is model
     after = {name.replace(".base_layer", ""): x for name, x in model.state_dict().items()}
     assert all(torch.equal(after[name], value) for name, value in before.items())
