@@ -8,6 +8,7 @@ a model converts itself, outside of the GEMM, is counted however short its life 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -57,6 +58,7 @@ def profiled_allocations() -> Iterator[SimpleNamespace]:
     bytes at a time beyond those at the start; `end`: those at the end.
     """
     found = SimpleNamespace()
+    gc.collect()  # what earlier code left in cycles must not go while this counts
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         yield found
     results = profiler.profiler.kineto_results
