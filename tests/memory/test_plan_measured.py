@@ -165,6 +165,31 @@ def test_plan_of_a_tiny_llama_is_within_10_percent_of_what_is_allocated(
     assert stays == pytest.approx(resident_bytes(state), rel=0.01)
 
 
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_forwards_that_scoring_keeps_are_within_the_plan(tmp_path, template, checkpointing):
+    """Of an actor and a separate critic: short sequences, in the room of one long micro-batch."""
+    toy.write_model(tmp_path / "model", hidden_size=48, layers=4)
+    state = tiny_state(tmp_path, 4, disable_gradient_checkpointing=not checkpointing)
+    shape = from_config(state.roles.base.config.to_dict(), "the model's own")
+    plan = plan_for(state, shape, [100] * 4, 60)
+    rollout, room = rollout_of([20] * 4, 60, shape.vocab, template), 4 * (100 + 60)
+    measure(state, rollout)  # what is made once
+    with profiled_allocations() as found:
+        scored = score(
+            state.roles,
+            rollout,
+            state.reward(rollout),
+            temperature=1.0,
+            budget=Budget(),
+            keep=room,
+        )
+        assert {role for role, _ in scored.kept.hidden} == {"actor", "critic"}
+        experience = estimate(scored, state.config, state.controller, state.running_score)
+        update(state.roles, experience, state.config, state.optimizer, seed=0)
+    planned = max(come_and_go(plan, phase) for phase in ("score", "update"))
+    assert found.peak <= planned
+
+
 def tiny_state(folder: Path, rows: int, **changes: Any) -> trainer.State:
     """A run of one epoch: one optimiser step over all rows."""
     prompts = folder / "prompts.json"
