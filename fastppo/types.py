@@ -10,6 +10,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor
 
     from fastppo.models.shared_states import SharedStates
@@ -110,19 +112,14 @@ class Kept:
 
     hidden: dict[tuple[str, tuple[int, ...]], Tensor] = field(default_factory=dict)
 
+    def retain(self, micro_batches: Iterable[list[int]]) -> None:
+        """Release what is of none of these micro-batches, given by their rows."""
+        wanted = {tuple(rows) for rows in micro_batches}
+        self.hidden = {key: x for key, x in self.hidden.items() if key[1] in wanted}
+
     def take(self, role: str, rows: list[int]) -> Tensor | None:
-        """Return what is kept of a role's micro-batch with these rows, and release it.
-
-        If there is none, all that is kept of the role is of other micro-batches, and is released.
-        """
-        found = self.hidden.pop((role, tuple(rows)), None)
-        if found is None:
-            self.hidden = {key: x for key, x in self.hidden.items() if key[0] != role}
-        return found
-
-    def release(self) -> None:
-        """Release what no optimiser step has taken."""
-        self.hidden.clear()
+        """Return what is kept of a role's micro-batch with these rows, and release it."""
+        return self.hidden.pop((role, tuple(rows)), None)
 
     def among(self, first: int) -> Kept:
         """The same, of rows `first` and following of a larger rollout."""

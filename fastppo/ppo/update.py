@@ -213,6 +213,8 @@ def accumulate_gradients(
     totals, own = Totals(), experience.scored.own
     rows = mini.rows if own is None else [row for row in mini.rows if row in own]
     made, sharding = batches(experience.scored.rollout, rows, budgets.update), roles.sharding
+    if (kept := experience.scored.kept) is not None:
+        kept.retain(batch.rows for batch in made)
     missing = 0 if sharding is None else sharding.missing(len(made))
     for batch in made:
         forward_backward(
@@ -223,7 +225,7 @@ def accumulate_gradients(
             config,
             totals,
             train_actor=train_actor,
-            kept=experience.scored.kept,
+            kept=kept,
             chunk_bytes=budgets.chunk_bytes,
             loss_scale=loss_scale,
         )
@@ -236,7 +238,7 @@ def release(optimizer: torch.optim.Optimizer, kept: Kept | None) -> None:
     """Release the gradients of a failed pass, and the forwards that scoring kept."""
     optimizer.zero_grad(set_to_none=True)
     if kept is not None:
-        kept.release()
+        kept.retain([])
 
 
 def clip_and_step(
@@ -351,8 +353,6 @@ def update(
         sums = sums.reduce(world, bad_run.device)
         world.sum_gradients(parameters)
         if passes == 1:
-            if scored.kept is not None:
-                scored.kept.release()
             first_pass = sums["log_ratio_abs"].item() / mini.tokens
             check_first_pass(first_pass, roles.product_precision)
         totals.merge(sums)

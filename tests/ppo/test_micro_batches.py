@@ -242,11 +242,26 @@ def test_what_is_kept_of_other_micro_batches_is_released():
     x = torch.zeros(2)
     kept = Kept({("actor", (0, 1)): x, ("actor", (2, 3)): x, ("critic", (0, 1)): x})
     assert kept.among(8).take("actor", [10, 11]) is x
+    kept.retain([[0, 1], [2]])
+    assert set(kept.hidden) == {("actor", (0, 1)), ("critic", (0, 1))}
     assert kept.take("actor", [0, 1]) is x
-    assert kept.take("critic", [0]) is None
-    assert set(kept.hidden) == {("actor", (2, 3))}
     assert kept.take("actor", [0, 1]) is None
-    assert not kept.hidden
+    assert set(kept.hidden) == {("critic", (0, 1))}
+
+
+def test_an_update_in_other_micro_batches_than_scoring_uses_nothing_that_was_kept(
+    tiny_roles, config, rollout, experience_of
+):
+    """And has released it before its first forward."""
+    settings, made = config(critic="adapter"), tiny_roles(critic="adapter")
+    experience = experience_of(made, rollout, settings, budget=Budget(), keep=10**6)
+    kept, seen = experience.scored.kept, []
+    assert kept is not None
+    made.trunk.norm.register_forward_hook(lambda *_: seen.append(len(kept.hidden)))
+    budgets = replace(Budgets.of(settings), update=Budget(rows=2))
+    update(made, experience, settings, make_optimizer(settings, made), seed=0, budgets=budgets)
+    assert seen
+    assert not any(seen)
 
 
 def test_names_of_other_trainers_are_errors_that_name_the_key():
