@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from fastppo import __version__, packages
 from fastppo.errors import Interrupted, TrainingStopped, UserError, one_line
-from fastppo.run.commandline import Answered, Parser, quieten
+from fastppo.run.commandline import Answered, Parser, ReaderLeft, cut_short, quieten
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,11 +53,12 @@ docs/llamafactory.md its own. Exit codes: 0 done, 1 the run stopped itself,
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one configuration; an error that the user can correct is one line, with exit code 2."""
     try:
-        options = read(argv)
-        if options.explain:
-            return explain(options.words)
-        if options.plan:
-            return plan(options.words, options.gpu, options.gpus or "1")
+        with cut_short():
+            options = read(argv)
+            if options.explain:
+                return explain(options.words)
+            if options.plan:
+                return plan(options.words, options.gpu, options.gpus or "1")
         train(options.words)
     except Answered:
         return 0
@@ -71,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = signal.Signals(stop.signal).name
         print(f"fastppo-train: stopped by {name}; {one_line(stop)}", file=sys.stderr)
         return 128 + stop.signal
+    except ReaderLeft:
+        return 141  # 128 + SIGPIPE, as other tools
     except KeyboardInterrupt:
         print("fastppo-train: interrupted", file=sys.stderr)
         return 130

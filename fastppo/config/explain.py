@@ -117,11 +117,19 @@ def page(config: Config, explained_lines: Sequence[Line]) -> Iterator[Table | st
     yield table
 
 
+class Printer(Console):
+    """A console that leaves it to the command what happens if the reader of its text is gone."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise what rich would turn into an exit code of 1."""
+        raise BrokenPipeError
+
+
 def run(path: str | Path, overrides: Sequence[str] = ()) -> int:
     """Print the page; returns the exit code."""
     config, found = lines(path, overrides)
     width = None if sys.stdout.isatty() else WIDTH
-    console = Console(highlight=False, width=width, markup=False)
+    console = Printer(highlight=False, width=width, markup=False)
     for part in page(config, found):
         console.print(part)
     return 0

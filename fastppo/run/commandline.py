@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import NoReturn
 
@@ -19,6 +21,28 @@ WIDTH = 84  # columns of --help
 
 class Answered(Exception):
     """--help or --version has been printed, and there is nothing else to do."""
+
+
+class ReaderLeft(Exception):
+    """Whoever read the command's text has stopped, as `head` and pagers do."""
+
+
+@contextmanager
+def cut_short() -> Iterator[None]:
+    """Write the text that a command only prints; one whose reader leaves early is no failure.
+
+    Raises:
+        ReaderLeft: the reader of stdout left.
+    """
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still buffered has to go somewhere when Python flushes it at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise ReaderLeft from None
 
 
 class Parser(argparse.ArgumentParser):
