@@ -1,6 +1,6 @@
 """Sampling a rollout with SmolLM2-135M under LoRA: tokens a second, ours and transformers'.
 
-All contenders sample from the same model in one process, in turns: `fastppo` is the sampler of a
+All contenders sample from the same weights in one process, in turns: `fastppo` is the sampler of a
 rollout; `generate, merged` is transformers' generate with merged adapters, linear layers for few
 rows and the log-probs recorded, which is what a rollout was sampled by before; `generate` and
 `generate_batch` are transformers' own on the model as it is. `vllm`, where it is installed, is
@@ -101,8 +101,8 @@ class Record(LogitsProcessor):
         return scores
 
 
-def load(model: Path, quick: bool) -> tuple[Roles, str]:
-    """The policy, a base under LoRA with random weights, and what it is."""
+def under_lora(model: Path, quick: bool) -> tuple[Any, str]:
+    """A base under LoRA with random weights, the same at each call, and what it is."""
     torch.manual_seed(0)
     if (model / "model.safetensors").is_file() and not quick:
         base, words = AutoModelForCausalLM.from_pretrained(model), str(model)
@@ -111,13 +111,17 @@ def load(model: Path, quick: bool) -> tuple[Roles, str]:
         words = "random weights"
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
     peft: Any = get_peft_model(base, lora)
-    place = Place(peft.eval(), "default", words)
-    device = torch.device("cpu")
-    return Roles({"actor": place, "reference": place}, {}, None, device, None), words
+    return peft.eval(), words
+
+
+def policy_of(model: Any, words: str) -> Roles:
+    """The model as the trainer has it: its norms and gated MLPs run by native kernels."""
+    place = Place(model, "default", words)
+    return Roles({"actor": place, "reference": place}, {}, None, torch.device("cpu"), None)
 
 
 @contextmanager
-def as_before(roles: Roles) -> Iterator[None]:
+def as_before(model: Any) -> Iterator[None]:
     """Merged adapters and linear layers for few rows, as rollouts had them before the sampler."""
 
     def forward(layer: torch.nn.Linear, x: Tensor) -> Tensor:
@@ -125,8 +129,8 @@ def as_before(roles: Roles) -> Iterator[None]:
             return few_rows_linear(x, layer.weight, layer.bias)
         return torch.nn.functional.linear(x, layer.weight, layer.bias)
 
-    layers = [layer for layer in roles.base.modules() if type(layer) is torch.nn.Linear]
-    with torch.no_grad(), merge_active_adapters(roles.base):
+    layers = [layer for layer in model.modules() if type(layer) is torch.nn.Linear]
+    with torch.no_grad(), merge_active_adapters(model):
         for layer in layers:
             layer.forward = MethodType(forward, layer)  # type: ignore[method-assign]
         try:
@@ -142,9 +146,11 @@ def as_in_a_rollout(roles: Roles) -> Iterator[None]:
         yield
 
 
-def contenders(roles: Roles) -> dict[str, Contender]:
-    """Each by its name; a call samples a rollout and returns the number of its tokens."""
-    base: Any = roles.base
+def contenders(roles: Roles, plain: Any) -> dict[str, Contender]:
+    """Each by its name; a call samples a rollout and returns the number of its tokens.
+
+    `plain` is the same model with transformers' own layers, which all but `fastppo` run.
+    """
 
     def ours(prompts: list[Prompt], lengths: list[int]) -> int:
         own = {id(p.ids): n for p, n in zip(prompts, lengths, strict=True)}
@@ -168,10 +174,10 @@ def contenders(roles: Roles) -> dict[str, Contender]:
             pad_token_id=0,
             eos_token_id=None,
         )
-        base.generation_config = settings
+        plain.generation_config = settings
         until = StoppingCriteriaList([Until(ids.shape[1], lengths)])
         with torch.no_grad():
-            base.generate(
+            plain.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=settings,
@@ -181,16 +187,16 @@ def contenders(roles: Roles) -> dict[str, Contender]:
         return sum(lengths)
 
     def merged(prompts: list[Prompt], lengths: list[int]) -> int:
-        with as_before(roles):
+        with as_before(plain):
             return generate(prompts, lengths, record=True)
 
     def generate_batch(prompts: list[Prompt], lengths: list[int]) -> int:
         settings = GenerationConfig(  # type: ignore[no-untyped-call]
             max_new_tokens=max(lengths), do_sample=True, top_k=0, pad_token_id=0, eos_token_id=-1
         )
-        base.generation_config = settings
+        plain.generation_config = settings
         memory = ContinuousBatchingConfig(max_memory_percent=0.05)  # by default 60% of all
-        with base.continuous_batching_context_manager(
+        with plain.continuous_batching_context_manager(
             generation_config=settings, continuous_batching_config=memory
         ) as manager:
             for i, (prompt, n) in enumerate(zip(prompts, lengths, strict=True)):
@@ -276,8 +282,10 @@ def measure(runs: dict[str, Contender], asked: Any) -> list[dict[str, Any]]:
 
 def main(asked: Any, argv: list[str]) -> int:
     """Measure; print the table, and keep it unless it was a walk."""
-    roles, words = load(asked.model, asked.quick)
-    runs = {k: v for k, v in contenders(roles).items() if not asked.only or k in asked.only}
+    roles = policy_of(*under_lora(asked.model, asked.quick))
+    plain, words = under_lora(asked.model, asked.quick)
+    made = contenders(roles, plain)
+    runs = {name: run for name, run in made.items() if not asked.only or name in asked.only}
     rows, notes = measure(runs, asked) if runs else [], []
     if not asked.only or rollout_vllm.NAME in asked.only:
         if (why := rollout_vllm.why_left_out(asked.quick)) is not None:

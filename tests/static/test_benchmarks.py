@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import before_after, contenders, peers, report, shared_prompts
+from benchmarks import before_after, contenders, peers, report, rollout, shared_prompts
 from benchmarks.harness import Case, Contender, allocations, distance, measure, peak_bytes
 from tests.ops.registry import OPS, Shape
 from tests.tiers import slow_unless
@@ -196,6 +197,24 @@ def test_two_checkouts_are_compared_call_by_call(capsys):
     shown = capsys.readouterr().out
     assert "| `policy_loss 4 x 64 bfloat16` | " in shown
     assert shown.count("\n| `") == 16
+
+
+def test_the_rollouts_benchmark_gives_its_peers_the_same_weights_and_their_own_layers():
+    plain, words = rollout.under_lora(Path("none"), quick=True)
+    own = rollout.policy_of(*rollout.under_lora(Path("none"), quick=True))
+    for (name, want), (_, found) in zip(
+        plain.state_dict().items(), own.base.state_dict().items(), strict=True
+    ):
+        assert torch.equal(want, found), name
+    assert words == "random weights"
+
+    def replaced(model):
+        return {type(module).__name__ for module in model.modules() if "forward" in vars(module)}
+
+    assert replaced(own.base) >= {"LlamaRMSNorm", "LlamaMLP"}
+    with rollout.as_before(plain):
+        assert replaced(plain) == {"Linear"}
+    assert replaced(plain) == set()
 
 
 @pytest.mark.slow  # every contender samples
