@@ -195,7 +195,8 @@ def contenders(roles: Roles, plain: Any) -> dict[str, Contender]:
             max_new_tokens=max(lengths), do_sample=True, top_k=0, pad_token_id=0, eos_token_id=-1
         )
         plain.generation_config = settings
-        memory = ContinuousBatchingConfig(max_memory_percent=0.05)  # by default 60% of all
+        # By default it takes 60% of all memory, and makes masks for batches of 8192 tokens.
+        memory = ContinuousBatchingConfig(max_memory_percent=0.05, max_batch_tokens=1024)
         with plain.continuous_batching_context_manager(
             generation_config=settings, continuous_batching_config=memory
         ) as manager:
