@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from fastppo import __version__, packages
 from fastppo.errors import Interrupted, TrainingStopped, UserError, one_line
-from fastppo.run.commandline import Answered, Parser, ReaderLeft, cut_short, quieten
+from fastppo.run.commandline import Answered, Parser, ReaderLeft, quieten, reader_may_leave
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,7 +53,7 @@ docs/llamafactory.md its own. Exit codes: 0 done, 1 the run stopped itself,
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one configuration; an error that the user can correct is one line, with exit code 2."""
     try:
-        with cut_short():
+        with reader_may_leave():
             options = read(argv)
             if options.explain:
                 return explain(options.words)

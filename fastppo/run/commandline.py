@@ -24,15 +24,15 @@ class Answered(Exception):
 
 
 class ReaderLeft(Exception):
-    """Whoever read the command's text has stopped, as `head` and pagers do."""
+    """The reader of stdout, such as `head` or a pager, has stopped reading."""
 
 
 @contextmanager
-def cut_short() -> Iterator[None]:
-    """Write the text that a command only prints; one whose reader leaves early is no failure.
+def reader_may_leave() -> Iterator[None]:
+    """Flush stdout at the end of the block, which prints and does nothing else.
 
     Raises:
-        ReaderLeft: the reader of stdout left.
+        ReaderLeft: in place of BrokenPipeError.
     """
     try:
         try:
